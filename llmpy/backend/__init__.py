@@ -1,0 +1,171 @@
+"""THE SEAM: every operation that a model may ask of a machine. `load("cpu")` returns one machine.
+
+Outputs come first. Each output is written by one of two contracts, stated with it:
+`:=` overwrites whatever was there; `+=` adds to it. Parameter gradients (dweight, dbias, dwte, dwpe)
+are `:=` when `accumulate` is False, the first micro-step, and `+=` when it is True.
+
+Dimensions: B batch, T time, C channels, NH heads, V vocabulary, Vp padded vocabulary, OC output
+channels; BT = B·T rows. Any leading shape that multiplies to BT may stand for BT. Arrays are
+C-contiguous; floats are of the backend's dtype (`float32` on the CPU; float64 or complex128 in the
+reference); tokens and targets are int32.
+
+Operations trust their caller: token ids are checked where data enters (`data.shards`), shapes where
+arenas are made (`gpt2`), because compiled kernels check no bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ..errors import LlmpyError
+
+Array = Any  # a NumPy array, or whatever a device backend hands out
+
+
+class Ops(Protocol):
+    """The operations of GPT-2; sources: Vaswani et al. 2017, Radford et al. 2019, llm.c."""
+
+    name: str
+    dtype: Any
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """Uninitialised memory of this backend, aligned for its vectors."""
+
+    def to_host(self, x: Array) -> Any:
+        """The same values as a NumPy array (no copy where the backend lives in host memory)."""
+
+    def zero(self, x: Array) -> None:
+        """x := 0."""
+
+    def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array) -> None:
+        """out (B, T, C) := wte[token] + wpe[t].  tokens (B, T), wte (Vp, C), wpe (≥T, C)."""
+
+    def embedding_backward(
+        self, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool
+    ) -> None:
+        """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position, rows beyond T get 0 or keep theirs.
+
+        dwte is always `+=`: the head shares it and writes first.
+        """
+
+    def layernorm_forward(
+        self, out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bias: Array
+    ) -> None:
+        """out (BT, C), mean (BT,), rstd (BT,) := LayerNorm(inp (BT, C)); eps 1e-5, biased variance."""
+
+    def residual_layernorm_forward(
+        self,
+        resid: Array,
+        out: Array,
+        mean: Array,
+        rstd: Array,
+        inp1: Array,
+        inp2: Array,
+        weight: Array,
+        bias: Array,
+    ) -> None:
+        """resid (BT, C) := inp1 + inp2;  out, mean, rstd := LayerNorm(resid)."""
+
+    def layernorm_backward(
+        self,
+        dinp: Array,
+        dweight: Array,
+        dbias: Array,
+        dout: Array,
+        inp: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array,
+        accumulate: bool,
+    ) -> None:
+        """dinp (BT, C) += (joins the residual stream);  dweight (C,), dbias (C,) by `accumulate`."""
+
+    def linear_forward(
+        self, out: Array, inp: Array, weight: Array, bias: Array | None, pre_gelu: Array | None = None
+    ) -> None:
+        """out (BT, OC) := inp (BT, C) · weight (OC, C)ᵀ + bias (OC,).
+
+        With `pre_gelu` (BT, OC): pre_gelu := that, and out := GELU(pre_gelu), the tanh form.
+        """
+
+    def linear_backward(
+        self,
+        dinp: Array,
+        dweight: Array,
+        dbias: Array,
+        dout: Array,
+        inp: Array,
+        weight: Array,
+        pre_gelu: Array | None,
+        accumulate: bool,
+    ) -> None:
+        """dinp (BT, C) := dout (BT, OC) · weight (OC, C);  dweight += doutᵀ · inp;  dbias += Σ_rows dout.
+
+        With `pre_gelu` (BT, C), inp was GELU(pre_gelu) and dinp is the gradient of pre_gelu:
+        dinp := (dout · weight) ∘ GELU′(pre_gelu).  dweight and dbias by `accumulate`.
+        """
+
+    def attention_forward(self, out: Array, stats: Array, qkv: Array) -> None:
+        """out (B, T, C), stats (B, NH, T) := causal self-attention of qkv (B, T, 3C), scale 1/√HS.
+
+        stats is the log-sum-exp of every row of scaled scores; NH is read from its shape.
+        """
+
+    def attention_backward(self, dqkv: Array, dout: Array, qkv: Array, out: Array, stats: Array) -> None:
+        """dqkv (B, T, 3C) := gradient, recomputing probabilities from stats."""
+
+    def classifier(
+        self,
+        losses: Array,
+        dinp: Array | None,
+        dwte: Array | None,
+        inp: Array,
+        wte: Array,
+        targets: Array,
+        vocab_size: int,
+        scale: float,
+        accumulate: bool,
+    ) -> None:
+        """Head, softmax and cross-entropy, and their gradients, by chunks of rows.
+
+        losses (BT,) := −log softmax(inp (BT, C) · wte (Vp, C)ᵀ)[target] over the first V columns
+        (unscaled).  With dlogits = scale·(softmax − onehot):  dinp (BT, C) := dlogits · wte,
+        dwte (Vp, C) by `accumulate`, rows beyond V get zero gradient.  A target of −1 leaves its row
+        out: loss 0, gradient 0.  dinp and dwte both None: losses only.
+        """
+
+    def adamw(
+        self,
+        param: Array,
+        grad: Array,
+        m: Array,
+        v: Array,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        grad_scale: float,
+        step: int,
+    ) -> None:
+        """One AdamW update of flat (n,) arrays; step counts from 1.
+
+        g = grad_scale·grad;  m := β1·m + (1−β1)·g;  v := β2·v + (1−β2)·g²;
+        param −= lr·(m/(1−β1^step) / (√(v/(1−β2^step)) + eps) + weight_decay·param).
+        """
+
+    def global_norm(self, grad: Array) -> float:
+        """√Σ grad² of a flat (n,) array, in the same order of addition on every call."""
+
+
+def load(name: str = "cpu", **options: Any) -> Ops:
+    """A backend by name: "cpu" (Numba; option `threads`) or "reference" (NumPy; option `dtype`)."""
+    if name == "cpu":
+        from .cpu import CPU
+
+        return CPU(**options)
+    if name == "reference":
+        from .reference import Reference
+
+        return Reference(**options)
+    raise LlmpyError(f"unknown backend {name!r}", "use cpu or reference")

@@ -1,0 +1,229 @@
+"""GPT-2: the tables of its tensors, forward, and the same list backwards.
+
+A layer, with residual stream r (B, T, C):
+
+    r_mid = r     + attn_proj(attention(attn_qkv(ln_1(r))))
+    r'    = r_mid + mlp_proj(GELU(mlp_fc(ln_2(r_mid))))
+
+and after the last one  loss = cross-entropy(ln_f(r) · wteᵀ): the head is the token embedding.
+Source: Radford et al. 2019; the numbers are those of llm.c and nanoGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .arena import Arena, Tensor
+from .backend import Ops
+from .config import ModelConfig
+from .errors import LlmpyError
+
+
+def PARAMS(c: ModelConfig) -> list[Tensor]:
+    """Every parameter. Matrices come first: weight decay then ends at one boundary (`matrix_elements`)."""
+    L, C, Vp = c.layers, c.channels, c.padded_vocab_size
+    std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
+
+    def matrix(name: str, shape: tuple[int, ...], std: float = std) -> Tensor:
+        return Tensor(name, shape, "normal", std, decay=True)
+
+    return [
+        matrix("wte", (Vp, C)),
+        matrix("wpe", (c.context, C)),
+        matrix("attn_qkv_w", (L, 3 * C, C)),
+        matrix("attn_proj_w", (L, C, C), std_resid),
+        matrix("mlp_fc_w", (L, 4 * C, C)),
+        matrix("mlp_proj_w", (L, C, 4 * C), std_resid),
+        Tensor("ln_1_w", (L, C), "ones"),
+        Tensor("ln_1_b", (L, C), "zeros"),
+        Tensor("attn_qkv_b", (L, 3 * C), "zeros"),
+        Tensor("attn_proj_b", (L, C), "zeros"),
+        Tensor("ln_2_w", (L, C), "ones"),
+        Tensor("ln_2_b", (L, C), "zeros"),
+        Tensor("mlp_fc_b", (L, 4 * C), "zeros"),
+        Tensor("mlp_proj_b", (L, C), "zeros"),
+        Tensor("ln_f_w", (C,), "ones"),
+        Tensor("ln_f_b", (C,), "zeros"),
+    ]
+
+
+def ACTS(c: ModelConfig, B: int, T: int, layers: int) -> list[Tensor]:
+    """What forward computes; `layers` is L for training and 1 when nothing is kept for backward."""
+    L, C, NH = layers, c.channels, c.heads
+    BT = B * T
+    return [
+        Tensor("resid", (L + 1, BT, C)),  # resid[0] is the embedding, resid[l + 1] layer l's output
+        Tensor("resid_mid", (L, BT, C)),
+        Tensor("ln_1", (L, BT, C)),
+        Tensor("ln_1_mean", (L, BT)),
+        Tensor("ln_1_rstd", (L, BT)),
+        Tensor("qkv", (L, BT, 3 * C)),
+        Tensor("attn_out", (L, BT, C)),
+        Tensor("attn_stats", (L, B, NH, T)),
+        Tensor("ln_2", (L, BT, C)),
+        Tensor("ln_2_mean", (L, BT)),
+        Tensor("ln_2_rstd", (L, BT)),
+        Tensor("mlp_fc", (L, BT, 4 * C)),
+        Tensor("mlp_gelu", (L, BT, 4 * C)),
+        Tensor("branch", (BT, C)),  # output of the branch that joins the residual stream next
+        Tensor("ln_f", (BT, C)),
+        Tensor("ln_f_mean", (BT,)),
+        Tensor("ln_f_rstd", (BT,)),
+        Tensor("losses", (BT,)),
+    ]
+
+
+def SCRATCH(c: ModelConfig, B: int, T: int) -> list[Tensor]:
+    """What backward needs once: every layer uses the same rows again."""
+    C, BT = c.channels, B * T
+    return [
+        Tensor("dresid", (BT, C)),
+        Tensor("dln", (BT, C)),
+        Tensor("dattn_out", (BT, C)),
+        Tensor("dqkv", (BT, 3 * C)),
+        Tensor("dmlp_fc", (BT, 4 * C)),
+    ]
+
+
+class GPT2:
+    """A model: its parameters, and loss and gradients over arenas that are made once per (B, T)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        self.config = config
+        self.ops = ops
+        self.params = Arena(PARAMS(config), ops.empty, ops.dtype)
+        self.matrix_elements = sum(t.size for t in self.params.table if t.decay)
+        self.grads: Arena | None = None
+        self._acts: dict[tuple[int, int, bool], Arena] = {}
+        self._scratch: dict[tuple[int, int], Arena] = {}
+
+    def reserve(self, B: int, T: int, training: bool) -> Arena:
+        """Make the arenas for batches of (B, T), so that no step allocates; returns the activations."""
+        if not 1 <= T <= self.config.context:
+            raise LlmpyError(
+                f"a sequence of {T} tokens does not fit the model's context of {self.config.context}",
+                f"use -T between 1 and {self.config.context}",
+            )
+        if B < 1:
+            raise LlmpyError(f"batch size {B}", "use -B 1 or more")
+        ops = self.ops
+        if training and self.grads is None:
+            self.grads = Arena(self.params.table, ops.empty, ops.dtype)
+        if training and (B, T) not in self._scratch:
+            self._scratch[B, T] = Arena(SCRATCH(self.config, B, T), ops.empty, ops.dtype)
+        # A training arena serves evaluation too; evaluation alone keeps a single layer.
+        if (B, T, True) in self._acts:
+            training = True
+        if (B, T, training) not in self._acts:
+            layers = self.config.layers if training else 1
+            self._acts[B, T, training] = Arena(ACTS(self.config, B, T, layers), ops.empty, ops.dtype)
+        return self._acts[B, T, training]
+
+    def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
+        """Logits (B, V) of one position of tokens (B, T), as a new host array."""
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=False))
+        rows = np.ascontiguousarray(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
+        out = self.ops.empty((B, self.config.padded_vocab_size), self.ops.dtype)
+        self.ops.linear_forward(out, rows, self.params.wte, None)
+        return self.ops.to_host(out)[:, : self.config.vocab_size].copy()
+
+    def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
+        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=False))
+        self.ops.classifier(
+            a.losses, None, None, a.ln_f, self.params.wte, targets, self.config.vocab_size, 0.0, False
+        )
+        return self._mean(a.losses, targets)
+
+    def loss_and_grads(
+        self, tokens: np.ndarray, targets: np.ndarray, accumulate: bool = False, micro_steps: int = 1
+    ) -> float:
+        """Mean loss of one micro-batch; gradients of (loss / micro_steps) into `self.grads`.
+
+        `accumulate` False overwrites the gradients (the first micro-step), True adds to them.
+        """
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=True))
+        counted = max(1, int(np.count_nonzero(targets >= 0)))
+        self.backward(a, tokens, targets, 1.0 / (counted * micro_steps), accumulate)
+        return self._mean(a.losses, targets)
+
+    def _mean(self, losses: Any, targets: np.ndarray) -> float:
+        counted = max(1, int(np.count_nonzero(targets >= 0)))
+        return float(self.ops.to_host(losses).real.sum(dtype=np.float64) / counted)
+
+    def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
+        """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
+        ops, p, L = self.ops, self.params, self.config.layers
+        kept = a.qkv.shape[0]  # L in training; 1 in evaluation, where a layer overwrites the one before
+        ops.embedding_forward(a.resid[0], tokens, p.wte, p.wpe)
+        for l in range(L):
+            i = l % kept
+            stats = a.ln_1[i], a.ln_1_mean[i], a.ln_1_rstd[i]
+            if l == 0:
+                ops.layernorm_forward(*stats, a.resid[0], p.ln_1_w[0], p.ln_1_b[0])
+            else:
+                before = a.resid_mid[(l - 1) % kept], a.branch
+                ops.residual_layernorm_forward(a.resid[i], *stats, *before, p.ln_1_w[l], p.ln_1_b[l])
+            ops.linear_forward(a.qkv[i], a.ln_1[i], p.attn_qkv_w[l], p.attn_qkv_b[l])
+            ops.attention_forward(a.attn_out[i], a.attn_stats[i], a.qkv[i])
+            ops.linear_forward(a.branch, a.attn_out[i], p.attn_proj_w[l], p.attn_proj_b[l])
+            stats = a.ln_2[i], a.ln_2_mean[i], a.ln_2_rstd[i]
+            ops.residual_layernorm_forward(
+                a.resid_mid[i], *stats, a.resid[i], a.branch, p.ln_2_w[l], p.ln_2_b[l]
+            )
+            ops.linear_forward(a.mlp_gelu[i], a.ln_2[i], p.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=a.mlp_fc[i])
+            ops.linear_forward(a.branch, a.mlp_gelu[i], p.mlp_proj_w[l], p.mlp_proj_b[l])
+        stats = a.ln_f, a.ln_f_mean, a.ln_f_rstd
+        ops.residual_layernorm_forward(a.resid[-1], *stats, a.resid_mid[-1], a.branch, p.ln_f_w, p.ln_f_b)
+        return a
+
+    def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
+        """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
+        ops, p, g, c = self.ops, self.params, self.grads, self.config
+        B, T = tokens.shape
+        s = self._scratch[B, T]
+        assert g is not None
+        ops.classifier(a.losses, s.dln, g.wte, a.ln_f, p.wte, targets, c.vocab_size, scale, acc)
+        ops.zero(s.dresid)
+        ops.layernorm_backward(
+            s.dresid, g.ln_f_w, g.ln_f_b, s.dln, a.resid[-1], a.ln_f_mean, a.ln_f_rstd, p.ln_f_w, acc
+        )
+        for l in reversed(range(c.layers)):
+            ops.linear_backward(
+                s.dmlp_fc,
+                g.mlp_proj_w[l],
+                g.mlp_proj_b[l],
+                s.dresid,
+                a.mlp_gelu[l],
+                p.mlp_proj_w[l],
+                a.mlp_fc[l],
+                acc,
+            )
+            ops.linear_backward(
+                s.dln, g.mlp_fc_w[l], g.mlp_fc_b[l], s.dmlp_fc, a.ln_2[l], p.mlp_fc_w[l], None, acc
+            )
+            stats = a.resid_mid[l], a.ln_2_mean[l], a.ln_2_rstd[l]
+            ops.layernorm_backward(s.dresid, g.ln_2_w[l], g.ln_2_b[l], s.dln, *stats, p.ln_2_w[l], acc)
+            ops.linear_backward(
+                s.dattn_out,
+                g.attn_proj_w[l],
+                g.attn_proj_b[l],
+                s.dresid,
+                a.attn_out[l],
+                p.attn_proj_w[l],
+                None,
+                acc,
+            )
+            ops.attention_backward(s.dqkv, s.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
+            ops.linear_backward(
+                s.dln, g.attn_qkv_w[l], g.attn_qkv_b[l], s.dqkv, a.ln_1[l], p.attn_qkv_w[l], None, acc
+            )
+            stats = a.resid[l], a.ln_1_mean[l], a.ln_1_rstd[l]
+            ops.layernorm_backward(s.dresid, g.ln_1_w[l], g.ln_1_b[l], s.dln, *stats, p.ln_1_w[l], acc)
+        ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)
