@@ -135,9 +135,7 @@ class GPT2:
         """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
         B, T = tokens.shape
         a = self.forward(tokens, self.reserve(B, T, training=False))
-        self.ops.classifier(
-            a.losses, None, None, a.ln_f, self.params.wte, targets, self.config.vocab_size, 0.0, False
-        )
+        self.ops.classifier(a.losses, None, None, a.ln_f, self.params.wte, targets, self.config.vocab_size, 0.0, False)
         return self._mean(a.losses, targets)
 
     def loss_and_grads(
@@ -174,9 +172,7 @@ class GPT2:
             ops.attention_forward(a.attn_out[i], a.attn_stats[i], a.qkv[i])
             ops.linear_forward(a.branch, a.attn_out[i], p.attn_proj_w[l], p.attn_proj_b[l])
             stats = a.ln_2[i], a.ln_2_mean[i], a.ln_2_rstd[i]
-            ops.residual_layernorm_forward(
-                a.resid_mid[i], *stats, a.resid[i], a.branch, p.ln_2_w[l], p.ln_2_b[l]
-            )
+            ops.residual_layernorm_forward(a.resid_mid[i], *stats, a.resid[i], a.branch, p.ln_2_w[l], p.ln_2_b[l])
             ops.linear_forward(a.mlp_gelu[i], a.ln_2[i], p.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=a.mlp_fc[i])
             ops.linear_forward(a.branch, a.mlp_gelu[i], p.mlp_proj_w[l], p.mlp_proj_b[l])
         stats = a.ln_f, a.ln_f_mean, a.ln_f_rstd
@@ -205,9 +201,7 @@ class GPT2:
                 a.mlp_fc[l],
                 acc,
             )
-            ops.linear_backward(
-                s.dln, g.mlp_fc_w[l], g.mlp_fc_b[l], s.dmlp_fc, a.ln_2[l], p.mlp_fc_w[l], None, acc
-            )
+            ops.linear_backward(s.dln, g.mlp_fc_w[l], g.mlp_fc_b[l], s.dmlp_fc, a.ln_2[l], p.mlp_fc_w[l], None, acc)
             stats = a.resid_mid[l], a.ln_2_mean[l], a.ln_2_rstd[l]
             ops.layernorm_backward(s.dresid, g.ln_2_w[l], g.ln_2_b[l], s.dln, *stats, p.ln_2_w[l], acc)
             ops.linear_backward(
@@ -221,9 +215,7 @@ class GPT2:
                 acc,
             )
             ops.attention_backward(s.dqkv, s.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
-            ops.linear_backward(
-                s.dln, g.attn_qkv_w[l], g.attn_qkv_b[l], s.dqkv, a.ln_1[l], p.attn_qkv_w[l], None, acc
-            )
+            ops.linear_backward(s.dln, g.attn_qkv_w[l], g.attn_qkv_b[l], s.dqkv, a.ln_1[l], p.attn_qkv_w[l], None, acc)
             stats = a.resid[l], a.ln_1_mean[l], a.ln_1_rstd[l]
             ops.layernorm_backward(s.dresid, g.ln_1_w[l], g.ln_1_b[l], s.dln, *stats, p.ln_1_w[l], acc)
         ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)

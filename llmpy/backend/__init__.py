@@ -40,17 +40,13 @@ class Ops(Protocol):
     def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array) -> None:
         """out (B, T, C) := wte[token] + wpe[t].  tokens (B, T), wte (Vp, C), wpe (≥T, C)."""
 
-    def embedding_backward(
-        self, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool
-    ) -> None:
+    def embedding_backward(self, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool) -> None:
         """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position, rows beyond T get 0 or keep theirs.
 
         dwte is always `+=`: the head shares it and writes first.
         """
 
-    def layernorm_forward(
-        self, out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bias: Array
-    ) -> None:
+    def layernorm_forward(self, out: Array, mean: Array, rstd: Array, inp: Array, weight: Array, bias: Array) -> None:
         """out (BT, C), mean (BT,), rstd (BT,) := LayerNorm(inp (BT, C)); eps 1e-5, biased variance."""
 
     def residual_layernorm_forward(

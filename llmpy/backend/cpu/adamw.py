@@ -1,0 +1,51 @@
+"""AdamW over flat arrays.     t counts updates from 1
+
+    g  = grad_scale·grad
+    m := m + (1−β1)·(g − m)            v := v + (1−β2)·(g² − v)
+    p := p − lr·( m/(1−β1ᵗ) / (√(v/(1−β2ᵗ)) + eps) + weight_decay·p )
+
+Memory-bound: four streams in, three out. Source: Loshchilov and Hutter 2019.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .jit import fork, inline, kernel
+
+BLOCK = 1 << 14  # elements of one item: 64 kB of each array
+
+
+@inline
+def _update(worker, item, param, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2):
+    one = np.float32(1)
+    for i in range(item * BLOCK, min((item + 1) * BLOCK, param.shape[0])):
+        g = grad[i] * scale
+        mi = m[i] + (one - beta1) * (g - m[i])
+        vi = v[i] + (one - beta2) * (g * g - v[i])
+        m[i] = mi
+        v[i] = vi
+        param[i] -= lr * (mi * correct1 / (np.sqrt(vi * correct2) + eps) + decay * param[i])
+
+
+@kernel
+def adamw(
+    threads,   # int
+    param,     # (n,) f32 updated
+    grad,      # (n,)
+    m,         # (n,) f32 updated
+    v,         # (n,) f32 updated
+    lr,        # f32, as all that follow
+    beta1,
+    beta2,
+    eps,
+    decay,
+    scale,     # of the gradient: clipping
+    correct1,  # 1/(1 − β1ᵗ)
+    correct2,  # 1/(1 − β2ᵗ)
+):  # fmt: skip
+    items = (param.shape[0] + BLOCK - 1) // BLOCK
+    fork(
+        _update, threads, items,
+        (param, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2),
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""Softmax and cross-entropy of a chunk of rows, in place.     V vocabulary, Vp ≥ V columns
+
+    p    = softmax(logits[:V])                 loss := −log p[target] = log Σe^(x−max) + max − x[target]
+    dlogits := scale·(p − onehot(target)),     0 in the padding columns
+
+Three passes over a row (maximum; exponentials and their sum; scaling), which stays in L2 between them.
+A target of −1 leaves its row out: loss 0, gradient 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .gelu import exp
+from .jit import fork, inline, kernel
+from .simd import maximum
+
+
+@inline
+def _row(worker, row, losses, logits, targets, vocab_size, scale, gradient):
+    target = targets[row]
+    if target < 0:
+        losses[row] = 0
+        if gradient:
+            for c in range(logits.shape[1]):
+                logits[row, c] = 0
+        return
+    top = logits[row, 0]
+    for c in range(vocab_size):
+        top = maximum(top, logits[row, c])
+    hit = logits[row, target]
+    total = np.float32(0)
+    if not gradient:
+        for c in range(vocab_size):
+            total += exp(logits[row, c] - top)
+    else:
+        for c in range(vocab_size):
+            e = exp(logits[row, c] - top)
+            logits[row, c] = e
+            total += e
+        factor = scale / total
+        for c in range(vocab_size):
+            logits[row, c] *= factor
+        for c in range(vocab_size, logits.shape[1]):
+            logits[row, c] = 0
+        logits[row, target] -= scale
+    losses[row] = np.float32(math.log(total)) + (top - hit)
+
+
+@kernel
+def softmax_cross_entropy(
+    threads,     # int
+    losses,      # (rows,) f32 :=
+    logits,      # (rows, Vp) f32: logits in, gradient out if asked for
+    targets,     # (rows,) i32 in [−1, V)
+    vocab_size,  # V
+    scale,       # f32
+    gradient,    # bool
+):  # fmt: skip
+    fork(_row, threads, losses.shape[0], (losses, logits, targets, vocab_size, scale, gradient))

@@ -1,0 +1,64 @@
+"""Token and position embedding.     out[b, t] := wte[tokens[b, t]] + wpe[t]
+
+backward   dwte[token] += Σ dout rows with that token        dwpe[t] += Σ_b dout[b, t]
+
+A token may stand in many rows. Backward is cut by columns, and each item takes all rows in order: no
+two threads meet, and the sum has one order.
+"""
+
+from __future__ import annotations
+
+from .jit import fork, inline, kernel
+
+ROWS = 32  # of one item, forward
+COLUMNS = 64  # of one item, backward: four cache lines
+
+
+@inline
+def _forward_item(worker, item, out, tokens, wte, wpe):
+    B, T = tokens.shape
+    for row in range(item * ROWS, min((item + 1) * ROWS, B * T)):
+        b, t = row // T, row % T
+        token = tokens[b, t]
+        for c in range(out.shape[1]):
+            out[row, c] = wte[token, c] + wpe[t, c]
+
+
+@kernel
+def embedding_forward(
+    threads,  # int
+    out,      # (BT, C) f32 :=
+    tokens,   # (B, T) i32
+    wte,      # (Vp, C)
+    wpe,      # (≥T, C)
+):  # fmt: skip
+    fork(_forward_item, threads, (out.shape[0] + ROWS - 1) // ROWS, (out, tokens, wte, wpe))
+
+
+@inline
+def _backward_item(worker, item, dwte, dwpe, dout, tokens, accumulate):
+    B, T = tokens.shape
+    first, last = item * COLUMNS, min((item + 1) * COLUMNS, dout.shape[1])
+    if not accumulate:
+        for t in range(dwpe.shape[0]):
+            for c in range(first, last):
+                dwpe[t, c] = 0
+    for b in range(B):
+        for t in range(T):
+            token = tokens[b, t]
+            for c in range(first, last):
+                dwte[token, c] += dout[b * T + t, c]
+                dwpe[t, c] += dout[b * T + t, c]
+
+
+@kernel
+def embedding_backward(
+    threads,     # int
+    dwte,        # (Vp, C) f32 +=
+    dwpe,        # (≥T, C) f32 := or += by accumulate
+    dout,        # (BT, C)
+    tokens,      # (B, T) i32
+    accumulate,  # bool
+):  # fmt: skip
+    items = (dout.shape[1] + COLUMNS - 1) // COLUMNS
+    fork(_backward_item, threads, items, (dwte, dwpe, dout, tokens, accumulate))

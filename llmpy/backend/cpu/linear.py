@@ -1,0 +1,181 @@
+"""Linear: one product forward, two backward.     BT rows, C inputs, OC outputs
+
+forward    out     := inp · weightᵀ + bias                        (BT, OC)
+           with GELU: pre_gelu := that, out := GELU(pre_gelu)
+backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
+           dweight += doutᵀ · inp                                  (OC, C)
+           dbias   += Σ_rows dout                                  (OC,)
+
+Compute-bound. The weight, or for dweight the input, is the packed operand; the other is read where it
+lies, except doutᵀ, whose columns are too far apart for the first-level cache and are packed by MR.
+Both products of backward are items of one fork, so that no core waits between them.
+"""
+
+from __future__ import annotations
+
+from .gelu import gelu, gelu_gradient
+from .gemm import EDGE, PANEL, multiply_panel, pack_rows, pack_transposed
+from .jit import fork, inline, kernel
+from .simd import KC, MR, NR, address
+
+BLOCK_ROWS = 1024  # rows of A that meet one packed panel; more would not fit in L2 beside it
+BLOCK_COLS = 32 * MR  # rows of dweight that one item computes, at most
+SCRATCH = PANEL + EDGE + KC * BLOCK_COLS  # floats for each thread
+
+
+@inline
+def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch):
+    BT, C = inp.shape
+    OC = weight.shape[0]
+    panels = (OC + NR - 1) // NR
+    col, row = item % panels * NR, item // panels * block
+    cols, rows = min(NR, OC - col), min(block, BT - row)
+    panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
+    product = pre_gelu if pre_gelu.size > 0 else out
+    for k in range(0, C, KC):
+        kc = min(KC, C - k)
+        pack_transposed(panel, weight, col, k, kc, cols)
+        multiply_panel(
+            address(product) + 4 * (row * OC + col), OC, address(inp) + 4 * (row * C + k), C, 1,
+            panel, rows, cols, kc, k > 0, edge,
+        )  # fmt: skip
+    if bias.size > 0:
+        for i in range(row, row + rows):
+            for j in range(col, col + cols):
+                product[i, j] += bias[j]
+    if pre_gelu.size > 0:
+        for i in range(row, row + rows):
+            for j in range(col, col + cols):
+                out[i, j] = gelu(pre_gelu[i, j])
+
+
+@kernel
+def linear_forward(
+    threads,   # int
+    out,       # (BT, OC) f32 :=
+    pre_gelu,  # (BT, OC) f32 :=, or (0, 0) for none
+    inp,       # (BT, C)
+    weight,    # (OC, C)
+    bias,      # (OC,), or (0,) for none
+    scratch,   # (threads, ≥ SCRATCH)
+):  # fmt: skip
+    BT, OC = out.shape
+    panels = (OC + NR - 1) // NR
+    block = _rows_per_item(BT, panels, threads)
+    items = panels * ((BT + block - 1) // block)
+    fork(_forward_item, threads, items, (out, pre_gelu, inp, weight, bias, block, scratch))
+
+
+@inline
+def _rows_per_item(rows, panels, threads):
+    """Rows of one item: as many as the cache takes, fewer if that leaves threads without work."""
+    block = min(BLOCK_ROWS, (rows + MR - 1) // MR * MR)
+    while block > 8 * MR and panels * ((rows + block - 1) // block) < 4 * threads:
+        block = (block // 2 + MR - 1) // MR * MR
+    return block
+
+
+@inline
+def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, scratch):
+    BT, OC = dout.shape
+    C = weight.shape[1]
+    panels = (C + NR - 1) // NR
+    col, row = item % panels * NR, item // panels * block
+    cols, rows = min(NR, C - col), min(block, BT - row)
+    panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
+    for k in range(0, OC, KC):
+        kc = min(KC, OC - k)
+        pack_rows(panel, weight, k, col, kc, cols)
+        multiply_panel(
+            address(dinp) + 4 * (row * C + col), C, address(dout) + 4 * (row * OC + k), OC, 1,
+            panel, rows, cols, kc, k > 0, edge,
+        )  # fmt: skip
+    if pre_gelu.size > 0:
+        for i in range(row, row + rows):
+            for j in range(col, col + cols):
+                dinp[i, j] *= gelu_gradient(pre_gelu[i, j])
+
+
+@inline
+def _pack_columns(packed, matrix, row, col, kc, cols):
+    """packed (cols/MR, kc, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end."""
+    for i in range(0, cols, MR):
+        base = i * kc
+        if i + MR <= cols:
+            for k in range(kc):
+                for j in range(MR):
+                    packed[base + k * MR + j] = matrix[row + k, col + i + j]
+        else:
+            for k in range(kc):
+                for j in range(MR):
+                    packed[base + k * MR + j] = matrix[row + k, col + i + j] if i + j < cols else 0
+
+
+@inline
+def _dweight_item(worker, item, dweight, dbias, dout, inp, block, accumulate, scratch):
+    BT, OC = dout.shape
+    C = inp.shape[1]
+    first = item * block
+    rows = min(block, OC - first)
+    panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
+    packed = scratch[worker, PANEL + EDGE :]
+    for k in range(0, BT, KC):
+        kc = min(KC, BT - k)
+        add = accumulate or k > 0
+        _pack_columns(packed, dout, k, first, kc, rows)
+        if dbias.size > 0:
+            _add_columns(dbias, packed, first, rows, kc, add)
+        for col in range(0, C, NR):
+            cols = min(NR, C - col)
+            pack_rows(panel, inp, k, col, kc, cols)
+            for i in range(0, rows, MR):
+                multiply_panel(
+                    address(dweight) + 4 * ((first + i) * C + col), C, address(packed) + 4 * i * kc, 1, MR,
+                    panel, min(MR, rows - i), cols, kc, add, edge,
+                )  # fmt: skip
+
+
+@inline
+def _add_columns(dbias, packed, first, rows, kc, add):
+    """dbias[first + i] := or += the sum over k of column i of what `_pack_columns` made."""
+    for i in range(rows):
+        start = i // MR * MR * kc + i % MR
+        total = packed[start]
+        for k in range(1, kc):
+            total += packed[start + k * MR]
+        dbias[first + i] = dbias[first + i] + total if add else total
+
+
+@inline
+def _backward_item(worker, item, split, dinp, dweight, dbias, dout, inp, weight, pre_gelu, row_block, col_block,
+                   accumulate, scratch):  # fmt: skip
+    if item < split:
+        _dinp_item(worker, item, dinp, dout, weight, pre_gelu, row_block, scratch)
+    else:
+        _dweight_item(worker, item - split, dweight, dbias, dout, inp, col_block, accumulate, scratch)
+
+
+@kernel
+def linear_backward(
+    threads,     # int
+    dinp,        # (BT, C) f32 :=
+    dweight,     # (OC, C) f32 := or += by accumulate
+    dbias,       # (OC,) f32 := or += by accumulate, or (0,) for none
+    dout,        # (BT, OC)
+    inp,         # (BT, C)
+    weight,      # (OC, C)
+    pre_gelu,    # (BT, C), or (0, 0) for none
+    accumulate,  # bool
+    scratch,     # (threads, ≥ SCRATCH)
+):  # fmt: skip
+    BT, OC = dout.shape
+    C = weight.shape[1]
+    panels = (C + NR - 1) // NR
+    row_block = _rows_per_item(BT, panels, threads)
+    col_block = min(BLOCK_COLS, max(MR, OC // (4 * threads) // MR * MR))
+    split = panels * ((BT + row_block - 1) // row_block)
+    items = split + (OC + col_block - 1) // col_block
+    fork(
+        _backward_item, threads, items,
+        (split, dinp, dweight, dbias, dout, inp, weight, pre_gelu, row_block, col_block, accumulate, scratch),
+    )  # fmt: skip
