@@ -19,7 +19,9 @@ BLOCK = 1 << 14  # elements of one item: 64 kB of each array
 @inline
 def _update(worker, item, param, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2):
     one = np.float32(1)
-    for i in range(item * BLOCK, min((item + 1) * BLOCK, param.shape[0])):
+    part = slice(item * BLOCK, min((item + 1) * BLOCK, param.shape[0]))
+    param, grad, m, v = param[part], grad[part], m[part], v[part]
+    for i in range(param.shape[0]):
         g = grad[i] * scale
         mi = m[i] + (one - beta1) * (g - m[i])
         vi = v[i] + (one - beta2) * (g * g - v[i])

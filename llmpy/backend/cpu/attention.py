@@ -76,15 +76,15 @@ def _softmax_tile(s, acc, top, total, row, first_key, keys, rows, HS, scale):
     for i in range(rows):
         valid = min(keys, row + i + 1 - first_key)
         if valid > 0:
+            line = s[i]
             highest = top[i]
             for j in range(valid):
-                s[i, j] *= scale
-                highest = maximum(highest, s[i, j])
+                highest = maximum(highest, line[j] * scale)
             shrink = exp(top[i] - highest)
             summed = np.float32(0)
             for j in range(valid):
-                p = exp(s[i, j] - highest)
-                s[i, j] = p
+                p = exp(line[j] * scale - highest)
+                line[j] = p
                 summed += p
             total[i] = total[i] * shrink + summed
             top[i] = highest
@@ -124,8 +124,9 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
             _weighted(address(acc), HS, address(s), TILE_K, 1, values, k, T, rows, HS, depth, True, edge)
         for i in range(rows):
             inverse = np.float32(1) / total[i]
+            line = out[first + q + i, col : col + HS]
             for c in range(HS):
-                out[first + q + i, col + c] = acc[i, c] * inverse
+                line[c] = acc[i, c] * inverse
             stats[b, h, q + i] = top[i] + np.float32(math.log(total[i]))
 
 
@@ -145,10 +146,11 @@ def _gradient_tile(s, dp, lse, d, row, first_key, keys, rows, scale):
     """From raw scores s and dp = dout·Vᵗ: s := P and dp := dS, both 0 above the diagonal."""
     for i in range(rows):
         valid = max(0, min(keys, row + i + 1 - first_key))
+        line, dline, shift, mean = s[i], dp[i], lse[i], d[i]
         for j in range(valid):
-            p = exp(s[i, j] * scale - lse[i])
-            s[i, j] = p
-            dp[i, j] = p * (dp[i, j] - d[i]) * scale
+            p = exp(line[j] * scale - shift)
+            line[j] = p
+            dline[j] = p * (dline[j] - mean) * scale
         for j in range(valid, keys):
             s[i, j] = 0
             dp[i, j] = 0
@@ -176,16 +178,16 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     _pack_values(keys, qkv, first, T, C + col, HS)
     _pack_values(douts, dout, first, T, col, HS)
     for t in range(first, first + T):
-        for c in range(col, col + HS):
-            dqkv[t, C + c] = 0
-            dqkv[t, 2 * C + c] = 0
+        dqkv[t, C + col : C + col + HS] = 0
+        dqkv[t, 2 * C + col : 2 * C + col + HS] = 0
     for q in range(0, T, TILE_Q):
         rows = min(TILE_Q, T - q)
         for i in range(rows):
             lse[i] = stats[b, h, q + i]
             total = np.float32(0)
+            line, dline = out[first + q + i, col : col + HS], dout[first + q + i, col : col + HS]
             for c in range(HS):
-                total += dout[first + q + i, col + c] * out[first + q + i, col + c]
+                total += dline[c] * line[c]
             d[i] = total
         dq = address(dqkv) + 4 * ((first + q) * 3 * C + col)
         for k in range(0, q + rows, TILE_K):

@@ -38,17 +38,19 @@ def embedding_forward(
 @inline
 def _backward_item(worker, item, dwte, dwpe, dout, tokens, accumulate):
     B, T = tokens.shape
-    first, last = item * COLUMNS, min((item + 1) * COLUMNS, dout.shape[1])
+    part = slice(item * COLUMNS, min((item + 1) * COLUMNS, dout.shape[1]))
+    dwte, dwpe, dout = dwte[:, part], dwpe[:, part], dout[:, part]
+    columns = dout.shape[1]
     if not accumulate:
         for t in range(dwpe.shape[0]):
-            for c in range(first, last):
+            for c in range(columns):
                 dwpe[t, c] = 0
     for b in range(B):
         for t in range(T):
-            token = tokens[b, t]
-            for c in range(first, last):
-                dwte[token, c] += dout[b * T + t, c]
-                dwpe[t, c] += dout[b * T + t, c]
+            token, row = tokens[b, t], b * T + t
+            for c in range(columns):
+                dwte[token, c] += dout[row, c]
+                dwpe[t, c] += dout[row, c]
 
 
 @kernel

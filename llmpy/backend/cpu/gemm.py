@@ -21,9 +21,12 @@ panel, and a tile that sticks out of C is computed aside and copied.
 
 from __future__ import annotations
 
-from .jit import inline
-from .simd import KC, LANES, MR, NR, address, get, microkernel, put, transpose
+import numpy as np
 
+from .jit import inline
+from .simd import KC, LANES, MR, NR, address, copy_vector, get, microkernel, put, transpose
+
+ZERO = np.float32(0)
 PANEL = KC * NR  # floats of a packed panel
 EDGE = MR * KC + MR * NR  # floats for a tile at the border: rows of A, then the tile of C
 
@@ -38,16 +41,19 @@ def panel_width(cols):
 def pack_rows(panel, matrix, row, col, kc, cols):
     """panel (kc, width) := matrix[row : row + kc, col : col + cols], zeros to the right."""
     width = panel_width(cols)
+    ld = matrix.shape[1]
+    src = address(matrix) + 4 * (row * ld + col)
+    dst = address(panel)
     if cols == NR:
         for k in range(kc):
-            for j in range(NR):
-                panel[k * NR + j] = matrix[row + k, col + j]
+            for j in range(0, NR, LANES):
+                copy_vector(dst + 4 * (k * NR + j), src + 4 * (k * ld + j))
     else:
         for k in range(kc):
             for j in range(cols):
-                panel[k * width + j] = matrix[row + k, col + j]
+                put(dst + 4 * (k * width + j), get(src + 4 * (k * ld + j)))
             for j in range(cols, width):
-                panel[k * width + j] = 0
+                put(dst + 4 * (k * width + j), ZERO)
 
 
 @inline

@@ -12,8 +12,9 @@ BLOCK = 1 << 14
 @inline
 def _block(worker, item, partial, x):
     total = np.float32(0)
-    for i in range(item * BLOCK, min((item + 1) * BLOCK, x.shape[0])):
-        total += x[i] * x[i]
+    part = x[item * BLOCK : min((item + 1) * BLOCK, x.shape[0])]
+    for i in range(part.shape[0]):
+        total += part[i] * part[i]
     partial[item] = total
 
 

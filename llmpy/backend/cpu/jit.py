@@ -34,8 +34,7 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.extending import intrinsic
+from numba.core import cgutils, extending
 from numba.np.ufunc import parallel as numba_threads
 
 # Sums may be taken in vector order (the same one every time) and products fused into them; nothing is
@@ -43,6 +42,9 @@ from numba.np.ufunc import parallel as numba_threads
 FASTMATH = {"reassoc", "contract"}
 
 KERNELS: list[Any] = []
+
+intrinsic: Any = extending.intrinsic
+config: Any = numba.config
 
 
 def _user_cache() -> Path:
@@ -96,22 +98,22 @@ def exact(function: Callable) -> Any:
 
 def kernel(function: Callable) -> Any:
     """An operation callable from Python: no GIL, no bounds checks, cached in `CACHE_FOLDER`."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = CACHE_FOLDER or before
+    before = config.CACHE_DIR
+    config.CACHE_DIR = CACHE_FOLDER or before
     try:
         compiled = numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(
             function
         )
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
     KERNELS.append(compiled)
     return compiled
 
 
 def launch_threads(threads: int) -> str:
     """Start Numba's pool, once per process; returns its name: "omp", "tbb" or "workqueue"."""
-    if threads > numba.config.NUMBA_NUM_THREADS and not numba_threads._is_initialized:
-        numba.config.NUMBA_NUM_THREADS = numba_threads.NUM_THREADS = threads
+    if threads > config.NUMBA_NUM_THREADS and not numba_threads._is_initialized:
+        config.NUMBA_NUM_THREADS = numba_threads.NUM_THREADS = threads
     numba_threads._launch_threads()
     return str(numba.threading_layer())
 

@@ -107,12 +107,13 @@ def _backward_item(worker, item, dinp, partial, dout, inp, mean, rstd, weight):
 
 @inline
 def _sum_item(worker, item, dweight, dbias, partial, accumulate):
-    first, last = item * COLUMNS, min((item + 1) * COLUMNS, dweight.shape[0])
-    for c in range(first, last):
+    part = slice(item * COLUMNS, min((item + 1) * COLUMNS, dweight.shape[0]))
+    dweight, dbias, partial = dweight[part], dbias[part], partial[:, :, part]
+    for c in range(dweight.shape[0]):
         dweight[c] = dweight[c] + partial[0, 0, c] if accumulate else partial[0, 0, c]
         dbias[c] = dbias[c] + partial[0, 1, c] if accumulate else partial[0, 1, c]
     for block in range(1, partial.shape[0]):
-        for c in range(first, last):
+        for c in range(dweight.shape[0]):
             dweight[c] += partial[block, 0, c]
             dbias[c] += partial[block, 1, c]
 

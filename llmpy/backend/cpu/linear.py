@@ -14,9 +14,9 @@ Both products of backward are items of one fork, so that no core waits between t
 from __future__ import annotations
 
 from .gelu import gelu, gelu_gradient
-from .gemm import EDGE, PANEL, multiply_panel, pack_rows, pack_transposed
+from .gemm import EDGE, PANEL, ZERO, multiply_panel, pack_rows, pack_transposed
 from .jit import fork, inline, kernel
-from .simd import KC, MR, NR, address
+from .simd import KC, MR, NR, address, get, put
 
 BLOCK_ROWS = 1024  # rows of A that meet one packed panel; more would not fit in L2 beside it
 BLOCK_COLS = 32 * MR  # rows of dweight that one item computes, at most
@@ -39,14 +39,16 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
             address(product) + 4 * (row * OC + col), OC, address(inp) + 4 * (row * C + k), C, 1,
             panel, rows, cols, kc, k > 0, edge,
         )  # fmt: skip
-    if bias.size > 0:
-        for i in range(row, row + rows):
-            for j in range(col, col + cols):
-                product[i, j] += bias[j]
-    if pre_gelu.size > 0:
-        for i in range(row, row + rows):
-            for j in range(col, col + cols):
-                out[i, j] = gelu(pre_gelu[i, j])
+    for i in range(row, row + rows):
+        line = product[i, col : col + cols]
+        if bias.size > 0:
+            shift = bias[col : col + cols]
+            for j in range(cols):
+                line[j] += shift[j]
+        if pre_gelu.size > 0:
+            activated = out[i, col : col + cols]
+            for j in range(cols):
+                activated[j] = gelu(line[j])
 
 
 @kernel
@@ -92,23 +94,26 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, scratch):
         )  # fmt: skip
     if pre_gelu.size > 0:
         for i in range(row, row + rows):
-            for j in range(col, col + cols):
-                dinp[i, j] *= gelu_gradient(pre_gelu[i, j])
+            line, before = dinp[i, col : col + cols], pre_gelu[i, col : col + cols]
+            for j in range(cols):
+                line[j] *= gelu_gradient(before[j])
 
 
 @inline
 def _pack_columns(packed, matrix, row, col, kc, cols):
     """packed (cols/MR, kc, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end."""
+    ld = matrix.shape[1]
     for i in range(0, cols, MR):
-        base = i * kc
+        src = address(matrix) + 4 * (row * ld + col + i)
+        dst = address(packed) + 4 * i * kc
         if i + MR <= cols:
             for k in range(kc):
                 for j in range(MR):
-                    packed[base + k * MR + j] = matrix[row + k, col + i + j]
+                    put(dst + 4 * (k * MR + j), get(src + 4 * (k * ld + j)))
         else:
             for k in range(kc):
                 for j in range(MR):
-                    packed[base + k * MR + j] = matrix[row + k, col + i + j] if i + j < cols else 0
+                    put(dst + 4 * (k * MR + j), get(src + 4 * (k * ld + j)) if i + j < cols else ZERO)
 
 
 @inline
@@ -138,12 +143,13 @@ def _dweight_item(worker, item, dweight, dbias, dout, inp, block, accumulate, sc
 @inline
 def _add_columns(dbias, packed, first, rows, kc, add):
     """dbias[first + i] := or += the sum over k of column i of what `_pack_columns` made."""
-    for i in range(rows):
-        start = i // MR * MR * kc + i % MR
-        total = packed[start]
-        for k in range(1, kc):
-            total += packed[start + k * MR]
-        dbias[first + i] = dbias[first + i] + total if add else total
+    for i in range(0, rows, MR):
+        strip = packed[i * kc : (i + MR) * kc].reshape((kc, MR))
+        for j in range(min(MR, rows - i)):
+            total = ZERO
+            for k in range(kc):
+                total += strip[k, j]
+            dbias[first + i + j] = dbias[first + i + j] + total if add else total
 
 
 @inline

@@ -7,9 +7,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core.extending import intrinsic
 
-from .jit import fork, inline, kernel
+from .jit import fork, inline, intrinsic, kernel
 from .simd import F32, I64, LANES, MR, NV, VECTOR, _multiply_add, _splat
 
 CHAINS = MR * NV  # independent sums: enough to hide the latency of an FMA
@@ -63,7 +62,7 @@ def measure(threads: int, sink: Any, seconds: float = 0.2) -> float:
 
     items = min(sink.shape[0], 16 * threads)
     x, y = np.float32(0.999), np.float32(0.001)
-    rates = []
+    rates: list[float] = []
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(rates) < 3:
         start = time.perf_counter()

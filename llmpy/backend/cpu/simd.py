@@ -5,7 +5,7 @@ LLVM turns the loops of the other files into vector code by itself. It needs hel
     microkernel   the inner loop of every product: a register tile of C, vectors of B, scalars of A
     transpose     lanes × lanes numbers turned in registers, for packing
     address       where an array begins, as an integer (microkernels work on addresses)
-    fma, maximum, float_to_bits, get, put …      one instruction each
+    fma, maximum, copy_vector, get, put …        one instruction each
 
     microkernel:  C[MR, n] (+)= Σ_k A[:, k] ⊗ B[k, n]           n = 1 … NV vectors of LANES columns
 
@@ -27,7 +27,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.extending import intrinsic
+
+from .jit import intrinsic
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,17 @@ def bits_to_float(typingctx: Any, x: Any) -> Any:
         return bd.bitcast(args[0], F32)
 
     return types.float32(types.int32), codegen
+
+
+@intrinsic
+def copy_vector(typingctx: Any, dst: Any, src: Any) -> Any:
+    """LANES floats from one address to another."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _store(bd, _load(bd, _pointer(bd, args[1]), I64(0)), _pointer(bd, args[0]), I64(0))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -1,0 +1,268 @@
+"""The seam in plain NumPy: a specification to be read, and what every other backend is tested against.
+
+Any dtype. float64 is the yardstick. complex128 runs the forward operations for gradients without
+rounding noise: f′(x) = Im f(x + ih)/h, exact to machine precision at h = 1e-30 because nothing is
+subtracted. That needs every forward operation to be analytic: no abs, no conjugate, and comparisons
+on real parts only. Backward operations are analytic formulas over real arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+EPS = 1e-5  # of LayerNorm
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+def rows(x: np.ndarray) -> np.ndarray:
+    """x (…, N) as (BT, N): a view, since arrays are contiguous."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def write(out: np.ndarray, value: np.ndarray, accumulate: bool) -> None:
+    """out += value, or out := value."""
+    if accumulate:
+        out += value
+    else:
+        out[...] = value
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """GELU(x) = ½·x·(1 + tanh u),  u = √(2/π)·(x + 0.044715·x³)."""
+    return 0.5 * x * (1 + np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)))
+
+
+def gelu_derivative(x: np.ndarray) -> np.ndarray:
+    """GELU′(x) = ½·(1 + tanh u) + ½·x·(1 − tanh² u)·u′,  u′ = √(2/π)·(1 + 3·0.044715·x²)."""
+    t = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
+    du = GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+
+
+def exponentials(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """largest, e = exp(x − largest) and Σe over the last axis of x (…, N); largest and Σe are (…, 1).
+
+    Softmax is e/Σe and log Σ exp(x) is largest + log Σe; taking out the largest (real part) avoids overflow.
+    """
+    largest = x.real.max(axis=-1, keepdims=True)
+    e = np.exp(x - largest)
+    return largest, e, e.sum(axis=-1, keepdims=True)
+
+
+def heads(x: np.ndarray, stats: np.ndarray, N: int) -> np.ndarray:
+    """x (BT, N·C), N tensors side by side in every row, as a view (N, B, NH, T, HS); stats (B, NH, T)."""
+    B, NH, T = stats.shape
+    return x.reshape(B, T, N, NH, -1).transpose(2, 0, 3, 1, 4)
+
+
+def causal_scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """q·kᵀ/√HS as (B, NH, T, T), and −∞ where a query would see a later key; q, k (B, NH, T, HS)."""
+    T, HS = q.shape[2:]
+    return np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / math.sqrt(HS), -np.inf)
+
+
+class Reference:
+    """Every operation of the seam; contracts and shapes are stated there (`backend/__init__.py`)."""
+
+    name = "reference"
+
+    def __init__(self, dtype: Any = np.float64) -> None:
+        self.dtype = np.dtype(dtype)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.empty(shape, dtype)
+
+    def to_host(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def zero(self, x: np.ndarray) -> None:
+        x[...] = 0
+
+    # Embedding: out[b, t] = wte[tokens[b, t]] + wpe[t]
+
+    def embedding_forward(self, out: np.ndarray, tokens: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> None:
+        T = tokens.shape[1]
+        rows(out)[...] = rows(wte[tokens] + wpe[:T])
+
+    def embedding_backward(
+        self, dwte: np.ndarray, dwpe: np.ndarray, dout: np.ndarray, tokens: np.ndarray, accumulate: bool
+    ) -> None:
+        T = tokens.shape[1]
+        dout = dout.reshape(*tokens.shape, -1)
+        np.add.at(dwte, tokens, dout)  # unlike dwte[tokens] += dout, adds once per occurrence
+        write(dwpe[:T], dout.sum(axis=0), accumulate)
+        if not accumulate:
+            dwpe[T:] = 0
+
+    # LayerNorm: n = (inp − mean)·rstd,  out = n·weight + bias
+
+    def layernorm_forward(
+        self,
+        out: np.ndarray,
+        mean: np.ndarray,
+        rstd: np.ndarray,
+        inp: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray,
+    ) -> None:
+        x = rows(inp)
+        mu = x.mean(axis=1, keepdims=True)
+        # A product, not abs or np.var: those conjugate, and a complex step would see no derivative.
+        r = 1 / np.sqrt(((x - mu) * (x - mu)).mean(axis=1, keepdims=True) + EPS)
+        rows(out)[...] = (x - mu) * r * weight + bias
+        mean.reshape(-1)[...] = mu[:, 0]
+        rstd.reshape(-1)[...] = r[:, 0]
+
+    def residual_layernorm_forward(
+        self,
+        resid: np.ndarray,
+        out: np.ndarray,
+        mean: np.ndarray,
+        rstd: np.ndarray,
+        inp1: np.ndarray,
+        inp2: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray,
+    ) -> None:
+        rows(resid)[...] = rows(inp1) + rows(inp2)
+        self.layernorm_forward(out, mean, rstd, resid, weight, bias)
+
+    def layernorm_backward(
+        self,
+        dinp: np.ndarray,
+        dweight: np.ndarray,
+        dbias: np.ndarray,
+        dout: np.ndarray,
+        inp: np.ndarray,
+        mean: np.ndarray,
+        rstd: np.ndarray,
+        weight: np.ndarray,
+        accumulate: bool,
+    ) -> None:
+        # dinp = rstd·(dn − Σdn/C − n·Σ(dn·n)/C)
+        dy, r = rows(dout), rstd.reshape(-1, 1)
+        n = (rows(inp) - mean.reshape(-1, 1)) * r
+        dn = dy * weight
+        through_rstd = n * (dn * n).mean(axis=1, keepdims=True)
+        rows(dinp)[...] += r * (dn - dn.mean(axis=1, keepdims=True) - through_rstd)
+        write(dweight, (dy * n).sum(axis=0), accumulate)
+        write(dbias, dy.sum(axis=0), accumulate)
+
+    # Linear: out = inp·weightᵀ + bias, or GELU of that
+
+    def linear_forward(
+        self,
+        out: np.ndarray,
+        inp: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray | None,
+        pre_gelu: np.ndarray | None = None,
+    ) -> None:
+        y = rows(inp) @ weight.T
+        if bias is not None:
+            y = y + bias
+        if pre_gelu is not None:
+            rows(pre_gelu)[...] = y
+            y = gelu(y)
+        rows(out)[...] = y
+
+    def linear_backward(
+        self,
+        dinp: np.ndarray,
+        dweight: np.ndarray,
+        dbias: np.ndarray,
+        dout: np.ndarray,
+        inp: np.ndarray,
+        weight: np.ndarray,
+        pre_gelu: np.ndarray | None,
+        accumulate: bool,
+    ) -> None:
+        dy = rows(dout)
+        dx = dy @ weight
+        if pre_gelu is not None:
+            dx = dx * gelu_derivative(rows(pre_gelu))
+        rows(dinp)[...] = dx
+        write(dweight, dy.T @ rows(inp), accumulate)
+        write(dbias, dy.sum(axis=0), accumulate)
+
+    # Attention: s = q·kᵀ/√HS up to the diagonal,  p = exp(s − stats),  out = p·v
+
+    def attention_forward(self, out: np.ndarray, stats: np.ndarray, qkv: np.ndarray) -> None:
+        q, k, v = heads(qkv, stats, 3)
+        largest, e, total = exponentials(causal_scores(q, k))
+        heads(out, stats, 1)[0] = (e / total) @ v
+        stats[...] = (largest + np.log(total))[..., 0]
+
+    def attention_backward(
+        self, dqkv: np.ndarray, dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, stats: np.ndarray
+    ) -> None:
+        # dv = pᵀ·do,  dp = do·vᵀ,  ds = p∘(dp − Σ p∘dp) where Σ p∘dp = Σ do∘o,
+        # dq = ds·k/√HS,  dk = dsᵀ·q/√HS
+        q, k, v = heads(qkv, stats, 3)
+        dq, dk, dv = heads(dqkv, stats, 3)
+        o, do = heads(out, stats, 1)[0], heads(dout, stats, 1)[0]
+        p = np.exp(causal_scores(q, k) - stats[..., None])
+        ds = p * (do @ v.swapaxes(2, 3) - (do * o).sum(axis=3, keepdims=True)) / math.sqrt(q.shape[3])
+        dq[...] = ds @ k
+        dk[...] = ds.swapaxes(2, 3) @ q
+        dv[...] = p.swapaxes(2, 3) @ do
+
+    # Classifier: logits = inp·wteᵀ,  loss = −log softmax(logits)[target],  dlogits = scale·(p − onehot)
+
+    def classifier(
+        self,
+        losses: np.ndarray,
+        dinp: np.ndarray | None,
+        dwte: np.ndarray | None,
+        inp: np.ndarray,
+        wte: np.ndarray,
+        targets: np.ndarray,
+        vocab_size: int,
+        scale: float,
+        accumulate: bool,
+    ) -> None:
+        V, x, target = vocab_size, rows(inp), targets.reshape(-1)
+        logits = x @ wte[:V].T
+        largest, e, total = exponentials(logits)
+        counted = np.flatnonzero(target >= 0)
+        loss = losses.reshape(-1)
+        loss[...] = 0
+        # Not (largest + log Σe) − logit: a large logit would swallow the logarithm.
+        loss[counted] = (np.log(total) - (logits - largest))[counted, target[counted]]
+        if dinp is None or dwte is None:
+            return
+        dlogits = e / total
+        dlogits[counted, target[counted]] -= 1
+        dlogits *= scale
+        dlogits[target < 0] = 0
+        rows(dinp)[...] = dlogits @ wte[:V]
+        write(dwte[:V], dlogits.T @ x, accumulate)
+        if not accumulate:
+            dwte[V:] = 0
+
+    def adamw(
+        self,
+        param: np.ndarray,
+        grad: np.ndarray,
+        m: np.ndarray,
+        v: np.ndarray,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        grad_scale: float,
+        step: int,
+    ) -> None:
+        g = grad_scale * grad
+        m[...] = beta1 * m + (1 - beta1) * g
+        v[...] = beta2 * v + (1 - beta2) * g * g
+        m_hat = m / (1 - beta1**step)
+        v_hat = v / (1 - beta2**step)
+        param -= lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param)
+
+    def global_norm(self, grad: np.ndarray) -> float:
+        return math.sqrt(np.square(grad, dtype=np.float64).sum())
