@@ -49,6 +49,7 @@ class CPU:
         self._gemm_scratch = self.empty((self.threads, linear.SCRATCH), np.float32)
         self._attention_scratch = self.empty((self.threads, 0), np.float32)
         self._partial = self.empty(0, np.float32)
+        self._packed = self.empty(0, np.float32)
         self._logits = self.empty(0, np.float32)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -72,6 +73,13 @@ class CPU:
         if self._partial.size < count:
             self._partial = self.empty(count, np.float32)
         return self._partial
+
+    def _packed_inputs(self, rows: int, columns: int) -> np.ndarray:
+        """Room for the panels that `linear_backward` shares; grows when a larger shape first comes along."""
+        size = min(rows, simd.KC) * (columns + simd.LANES)
+        if self._packed.size < size:
+            self._packed = self.empty(size, np.float32)
+        return self._packed
 
     def _attention(self, T: int, HS: int) -> np.ndarray:
         size = attention.scratch_size(T, HS)
@@ -136,6 +144,7 @@ class CPU:
             NONE_2 if pre_gelu is None else _rows(pre_gelu),
             accumulate,
             self._gemm_scratch,
+            self._packed_inputs(*_rows(inp).shape),
         )
 
     def attention_forward(self, out: Any, stats: Any, qkv: Any) -> None:

@@ -8,7 +8,8 @@ backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
 
 Compute-bound. The weight, or for dweight the input, is the packed operand; the other is read where it
 lies, except doutᵀ, whose columns are too far apart for the first-level cache and are packed by MR.
-Both products of backward are items of one fork, so that no core waits between them.
+The input's panels are packed once and shared. Both products of backward are items of one fork, so that no
+core waits between them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .jit import fork, inline, kernel
 from .simd import KC, MR, NR, address, get, put
 
 BLOCK_ROWS = 1024  # rows of A that meet one packed panel; more would not fit in L2 beside it
-BLOCK_COLS = 32 * MR  # rows of dweight that one item computes, at most
+BLOCK_COLS = 16 * MR  # rows of dweight that one item computes, at most
 SCRATCH = PANEL + EDGE + KC * BLOCK_COLS  # floats for each thread
 
 
@@ -117,27 +118,28 @@ def _pack_columns(packed, matrix, row, col, kc, cols):
 
 
 @inline
-def _dweight_item(worker, item, dweight, dbias, dout, inp, block, accumulate, scratch):
-    BT, OC = dout.shape
-    C = inp.shape[1]
+def _pack_inputs(worker, item, packed, inp, k, kc):
+    """Panel `item` of inp[k : k + kc], for all items of dweight to share."""
+    col = item * NR
+    pack_rows(packed[col * kc :], inp, k, col, kc, min(NR, inp.shape[1] - col))
+
+
+@inline
+def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, add, scratch):
+    OC, C = dweight.shape
     first = item * block
     rows = min(block, OC - first)
-    panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
-    packed = scratch[worker, PANEL + EDGE :]
-    for k in range(0, BT, KC):
-        kc = min(KC, BT - k)
-        add = accumulate or k > 0
-        _pack_columns(packed, dout, k, first, kc, rows)
-        if dbias.size > 0:
-            _add_columns(dbias, packed, first, rows, kc, add)
-        for col in range(0, C, NR):
-            cols = min(NR, C - col)
-            pack_rows(panel, inp, k, col, kc, cols)
-            for i in range(0, rows, MR):
-                multiply_panel(
-                    address(dweight) + 4 * ((first + i) * C + col), C, address(packed) + 4 * i * kc, 1, MR,
-                    panel, min(MR, rows - i), cols, kc, add, edge,
-                )  # fmt: skip
+    edge, packed = scratch[worker, PANEL : PANEL + EDGE], scratch[worker, PANEL + EDGE :]
+    _pack_columns(packed, dout, k, first, kc, rows)
+    if dbias.size > 0:
+        _add_columns(dbias, packed, first, rows, kc, add)
+    for col in range(0, C, NR):
+        cols = min(NR, C - col)
+        for i in range(0, rows, MR):
+            multiply_panel(
+                address(dweight) + 4 * ((first + i) * C + col), C, address(packed) + 4 * i * kc, 1, MR,
+                packed_inp[col * kc :], min(MR, rows - i), cols, kc, add, edge,
+            )  # fmt: skip
 
 
 @inline
@@ -153,12 +155,12 @@ def _add_columns(dbias, packed, first, rows, kc, add):
 
 
 @inline
-def _backward_item(worker, item, split, dinp, dweight, dbias, dout, inp, weight, pre_gelu, row_block, col_block,
-                   accumulate, scratch):  # fmt: skip
+def _backward_item(worker, item, split, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block,
+                   col_block, add, scratch):  # fmt: skip
     if item < split:
         _dinp_item(worker, item, dinp, dout, weight, pre_gelu, row_block, scratch)
     else:
-        _dweight_item(worker, item - split, dweight, dbias, dout, inp, col_block, accumulate, scratch)
+        _dweight_item(worker, item - split, dweight, dbias, dout, packed_inp, k, kc, col_block, add, scratch)
 
 
 @kernel
@@ -173,15 +175,21 @@ def linear_backward(
     pre_gelu,    # (BT, C), or (0, 0) for none
     accumulate,  # bool
     scratch,     # (threads, ≥ SCRATCH)
+    packed_inp,  # (≥ min(BT, KC)·(C + LANES),)
 ):  # fmt: skip
     BT, OC = dout.shape
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
     row_block = _rows_per_item(BT, panels, threads)
     col_block = min(BLOCK_COLS, max(MR, OC // (4 * threads) // MR * MR))
-    split = panels * ((BT + row_block - 1) // row_block)
-    items = split + (OC + col_block - 1) // col_block
-    fork(
-        _backward_item, threads, items,
-        (split, dinp, dweight, dbias, dout, inp, weight, pre_gelu, row_block, col_block, accumulate, scratch),
-    )  # fmt: skip
+    dinp_items = panels * ((BT + row_block - 1) // row_block)
+    dweight_items = (OC + col_block - 1) // col_block
+    for k in range(0, BT, KC):
+        kc = min(KC, BT - k)
+        split = dinp_items if k == 0 else 0
+        fork(_pack_inputs, threads, panels, (packed_inp, inp, k, kc))
+        fork(
+            _backward_item, threads, split + dweight_items,
+            (split, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block, col_block,
+             accumulate or k > 0, scratch),
+        )  # fmt: skip

@@ -1,0 +1,36 @@
+# Each target works alone from a fresh clone: it makes .venv and installs llm.py into it first.
+# `make train ARGS="--data my.txt --minutes 10"` passes options on. Windows: see README, "Install".
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: train test check bench clean
+
+train: $(INSTALLED)
+	@$(BIN)/llmpy train $(ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(INSTALLED)
+	@$(BIN)/llmpy bench step $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp comes last, so that an installation that was cut short is made again.
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "llm.py needs Python 3.11 or newer: install it, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "llm.py needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: sudo apt install python3-venv), then run make again" >&2; exit 1; }
+	@test -w . || { echo "cannot write to $(CURDIR): clone llm.py into a folder of your own" >&2; exit 1; }
+	@echo "installing llm.py into .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || { echo "the installation failed: see the lines above; make needs the network this once" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,200 @@
+"""The command `llmpy`: one function per verb. Flags come from the dataclasses in `options.py`.
+
+Plain argparse, because the flags are generated anyway: jsonargparse words its faults over several
+lines ("Parser key "lr": Expected a <class 'float'>"), annotates the help with Python types, and costs
+90 ms of the half second in which --help must answer. NumPy and Numba are imported inside the verbs
+for the same reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import io
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import LlmpyError
+from .options import BenchOptions, SampleOptions, TrainOptions, flag
+
+EXIT_CODES = "exit codes: 0 done, 1 error, 2 wrong usage, 130 stopped by Ctrl-C (the model is saved)"
+EXAMPLES = """examples:
+  llmpy train                                   train on text that Python carries, for 2.5 minutes
+  llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
+  llmpy sample runs/NAME --prompt "The "        continue a text with what was trained
+  llmpy bench step                              a step of GPT-2 124M against this machine's peak
+
+"""
+
+
+def train(options: TrainOptions) -> int:
+    """Train a model."""
+    from .trainer import train
+
+    return train(options)
+
+
+def sample(options: SampleOptions) -> int:
+    """Continue a text with a trained model."""
+    from .generate import sample
+
+    sample(options, write)
+    return 0
+
+
+def bench(options: BenchOptions) -> int:
+    """Time whole training steps against the machine's peak."""
+    from .bench import bench_step, table
+
+    numbers = bench_step(options)
+    print(json.dumps(numbers) if options.json else table(numbers))
+    return 0
+
+
+def write(text: str) -> None:
+    """To the terminal at once: generated text is read as it comes."""
+    print(text, end="", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code. Faults of the user and the machine are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a character shows "?" for it
+    try:
+        try:
+            return run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, where a broken pipe is expected, and not at the interpreter's end
+    except LlmpyError as fault:
+        return fail(str(fault))
+    except MemoryError as fault:
+        return fail(f"out of memory: {fault} — use a smaller -B, -T or --model")
+    except BrokenPipeError:
+        # The reader left (`| head`). Python would complain once more at exit when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C")
+        return 130
+
+
+def fail(message: str) -> int:
+    """One line on stderr; 1, the exit code of an error."""
+    print("llmpy: error:", " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse the command line and call its verb."""
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 2
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        found.parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0], found.parser.flags)}")
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found.options)}
+    return int(found.verb(found.options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that propose the nearest valid word."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self.flags: list[str] = []
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help tells more)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # A wrong verb or choice; argparse lists all choices but proposes none before Python 3.14.
+        if action.choices is not None and value not in action.choices:
+            words = [str(c) for c in action.choices]
+            what = "/".join(action.option_strings) or action.dest
+            hint = suggest(str(value), words) or f" — use {', '.join(words)}"
+            self.error(f"{what} {value!r} is unknown{hint}")
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """` — did you mean …?` with the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f" — did you mean {close[0]}?" if close else ""
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="llmpy",
+        description="GPT-2 training in Python alone.",
+        epilog=EXAMPLES + EXIT_CODES,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", dest="VERB", required=True)
+    for name, function, options in (("train", train, TrainOptions), ("sample", sample, SampleOptions)):
+        add_verb(verbs, name, function, options)
+    benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
+    add_verb(benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True), "step", bench, BenchOptions)
+    return parser
+
+
+def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
+    """A verb with one flag for each field of its options."""
+    text = function.__doc__
+    parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text, epilog=EXIT_CODES)
+    parser.set_defaults(verb=function, options=options, parser=parser)
+    types = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        add_flag(parser, field, types[field.name])
+    parser.flags = [s for action in parser._actions for s in action.option_strings]
+
+
+def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
+    """The flag of one field; its type says how it is parsed, `RUN` alone is positional."""
+    kind = next((k for k in typing.get_args(kind) if k is not NoneType), kind) if is_optional(kind) else kind
+    told = field.metadata
+    text = told["help"]
+    if field.default is not None and field.default not in ("", False, Path()) and "default" not in text:
+        text += f" (default: {shown(field.default)})"
+    settings: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text.replace("%", "%%")}
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        parser.add_argument(flag(field), action=action, **settings)
+        return
+    if told["choices"]:
+        settings["choices"] = told["choices"]
+    else:
+        settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
+    if typing.get_origin(kind) is tuple:
+        parser.add_argument(flag(field), nargs="+", action="extend", type=typing.get_args(kind)[0], **settings)
+    elif field.name == "run":
+        parser.add_argument("run", type=kind, help=settings["help"], metavar=settings["metavar"])
+    else:
+        parser.add_argument(*told["flags"], flag(field), type=kind, **settings)
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether a type is `… | None`."""
+    return NoneType in typing.get_args(kind)
+
+
+def shown(value: Any) -> str:
+    """A default as the user would type it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

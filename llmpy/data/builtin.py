@@ -1,0 +1,89 @@
+"""Text that every Python carries: training starts with no file and no network.
+
+CPython's own reference documentation (`pydoc_data.topics`, which `help("with")` shows) is clean technical
+English, about 370,000 characters in 169 sections (3.11); where a distribution leaves it out, the docstrings
+of the standard library stand in. Both change with the version of Python, hence the sha256 in the description.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..errors import LlmpyError
+from .text import Document
+
+HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST
+
+
+def builtin_documents() -> list[Document]:
+    """The documentation's sections, or else the docstrings of the standard library's modules.
+
+    Raises LlmpyError where this Python carries neither.
+    """
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return _docstrings(Path(sysconfig.get_path("stdlib")))
+    return _sections(topics)
+
+
+def describe(documents: Sequence[Document]) -> str:
+    """One line: what the text is, how much of it, and a hash by which to tell versions apart."""
+    digest = hashlib.sha256("\0".join(d.text for d in documents).encode()).hexdigest()
+    characters = sum(len(d.text) for d in documents)
+    return (
+        f"built-in text: the documentation of Python {platform.python_version()}, {len(documents)} documents, "
+        f"{characters:,} characters, sha256 {digest[:12]}"
+    )
+
+
+def _sections(topics: Mapping[str, str]) -> list[Document]:
+    """Topics by name, cut at their headings, each section once.
+
+    Topics contain one another ("with" is a part of "compound"): whole, a fifth of the text would stand in
+    it twice, and the validation part would have been seen in training.
+    """
+    seen: set[str] = set()
+    documents = []
+    for name in sorted(topics):
+        text = topics[name]
+        starts = [0, *(m.start() for m in HEADING.finditer(text) if m.start() > 0), len(text)]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            section = text[start:stop].strip()
+            # the underline's character tells the depth, which differs between two copies
+            body = " ".join(section.split("\n", 2)[2:]).strip()
+            if body and body not in seen:
+                seen.add(body)
+                documents.append(Document(name, section + "\n"))
+    return documents
+
+
+def _docstrings(folder: Path) -> list[Document]:
+    """One document for each top-level module of the standard library that has docstrings, by name."""
+    documents = []
+    for path in sorted(folder.glob("*.py")):
+        text = "\n\n\n".join(_docstrings_of(path))
+        if text:
+            documents.append(Document(path.stem, f"{path.stem}\n\n{text}\n"))
+    if not documents:
+        raise LlmpyError("this Python carries no text to train on", "give a text file: llmpy train book.txt")
+    return documents
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library's source, about invalid escapes: not ours to mend
+        tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text if isinstance(node, ast.Module) else f"{node.name}\n\n{text}"

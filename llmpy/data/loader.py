@@ -1,0 +1,142 @@
+"""Batches of shards in llm.c's order (`llmc/dataloader.h`).
+
+With P ranks, sample i of a shard is the stretch of B·T·P tokens at i·B·T·P; rank r takes its r-th part and
+the one token after it. Rows follow each other in the text: row b continues row b − 1. Shuffling permutes the
+shards at each epoch, starting from the last epoch's order, and the samples of a shard when it is opened; each
+rank has a generator of its own, and still an epoch covers every sample once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import LlmpyError
+from ..rng import MT19937, MTState
+from .shards import Shard
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a loader stands: enough to go on with the next batch."""
+
+    shard: int  # index into shard_order
+    sample: int  # index into sample_order
+    shard_order: np.ndarray  # int32 (shards,)
+    sample_order: np.ndarray  # int32 (samples of the open shard,)
+    rng: MTState
+
+
+class Loader:
+    """Endless batches of (B, T) for one rank of `ranks`."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        B: int,
+        T: int,
+        shuffle: bool,
+        seed: int = 42,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if not shards:
+            raise LlmpyError("no token shards to read", "give at least one")
+        if not 0 <= rank < ranks:
+            raise LlmpyError(f"rank {rank} of {ranks}", "use a rank from 0 to ranks - 1")
+        if B < 1 or T < 1:
+            raise LlmpyError(f"batches of {B} rows of {T} tokens", "use -B and -T of at least 1")
+        self.shards = tuple(shards)
+        self.B, self.T, self.rank, self.ranks = B, T, rank, ranks
+        self.shuffle = shuffle
+        for shard in self.shards:
+            self._check_length(shard)
+        self._rng = MT19937(seed + rank)
+        self._shard_order = np.arange(len(self.shards), dtype=np.int32)
+        self._inputs = np.empty((B, T), np.int32)
+        self._targets = np.empty((B, T), np.int32)
+        self.reset()
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that each rank reads before an epoch ends."""
+        return sum(self._samples(shard) for shard in self.shards)
+
+    def reset(self) -> None:
+        """Begin an epoch. With shuffling this draws new orders, it does not repeat the old ones (llm.c)."""
+        self._shard = 0
+        if self.shuffle:
+            self._rng.permutation(self._shard_order)
+        self._open()
+
+    def next(self) -> tuple[np.ndarray, np.ndarray]:
+        """The next tokens and targets, int32 (B, T) each; the same two arrays every time, overwritten."""
+        if self._sample >= self._sample_order.size:
+            if self._shard + 1 < len(self.shards):
+                self._shard += 1
+                self._open()
+            else:
+                self.reset()
+        BT = self.B * self.T
+        start = (int(self._sample_order[self._sample]) * self.ranks + self.rank) * BT
+        stretch = self._tokens[start : start + BT + 1]
+        self._inputs.reshape(-1)[:] = stretch[:-1]
+        self._targets.reshape(-1)[:] = stretch[1:]
+        self._sample += 1
+        return self._inputs, self._targets
+
+    @property
+    def position(self) -> Position:
+        """A copy of where the loader stands; set it to continue from there.
+
+        Raises LlmpyError (on setting) for a position of other shards or other -B, -T.
+        """
+        return Position(self._shard, self._sample, self._shard_order.copy(), self._sample_order.copy(), self._rng.state)
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        orders = position.shard_order, position.sample_order
+        fits = position.shard_order.size == len(self.shards) > position.shard >= 0
+        fits = fits and all(np.array_equal(np.sort(order), np.arange(order.size)) for order in orders)
+        if fits:
+            shard = self.shards[int(position.shard_order[position.shard])]
+            fits = position.sample_order.size == self._samples(shard)
+        if not fits or not 0 <= position.sample <= position.sample_order.size:
+            raise LlmpyError(
+                "the saved place in the data does not fit these token shards and this batch size",
+                "continue with the same data, -B, -T and number of processes",
+            )
+        self._shard, self._sample = position.shard, position.sample
+        self._shard_order[:] = position.shard_order
+        self._rng.state = position.rng
+        self._tokens = np.asarray(shard.tokens)
+        self._sample_order = position.sample_order.astype(np.int32)
+
+    def _open(self) -> None:
+        """Turn to the shard at `_shard`: its first sample, in a new order."""
+        shard = self.shards[int(self._shard_order[self._shard])]
+        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
+        self._sample = 0
+        self._sample_order = np.arange(self._samples(shard), dtype=np.int32)
+        if self.shuffle:
+            self._rng.permutation(self._sample_order)
+
+    def _samples(self, shard: Shard) -> int:
+        return (len(shard) - 1) // (self.B * self.T * self.ranks)
+
+    def _check_length(self, shard: Shard) -> None:
+        needed = self.B * self.T * self.ranks + 1
+        if len(shard) < needed:
+            processes = f" of {self.ranks} processes" if self.ranks > 1 else ""
+            raise LlmpyError(
+                f"{shard.path} has {len(shard):,} tokens here, one batch{processes} of -B {self.B} "
+                f"-T {self.T} needs {needed:,}",
+                "use a smaller -B or -T, or more text",
+            )

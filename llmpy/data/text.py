@@ -1,0 +1,208 @@
+"""The user's text: files, folders and patterns → documents, saying aloud what was understood.
+
+UTF-8 is read, with or without a byte-order mark; UTF-16 and UTF-32 if they begin with one. Nothing else is
+guessed: a wrong guess would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or
+several where `<|endoftext|>` separates them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import LlmpyError
+from ..tokenizer import EOT
+
+LEAST_CHARACTERS = 1000
+TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
+MARKUP_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".xml"}
+MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32-LE",
+    codecs.BOM_UTF32_BE: "UTF-32-BE",
+    codecs.BOM_UTF8: "UTF-8",
+    codecs.BOM_UTF16_LE: "UTF-16-LE",
+    codecs.BOM_UTF16_BE: "UTF-16-BE",
+}
+ARCHIVES = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip (or docx, odt, epub)",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"%PDF": "PDF",
+    b"PAR1": "parquet",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and the name of what it came from."""
+
+    source: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file to read; `named` if the user gave it, or a pattern that it matches, not just its folder."""
+
+    path: Path
+    named: bool
+
+
+def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Found]:
+    """Files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
+
+    A file that is reached twice counts once. Raises LlmpyError for a path that leads nowhere.
+    """
+    found: dict[Path, Found] = {}
+    hidden = 0
+    for path in paths:
+        for real in _expand(path):
+            if real.is_dir():
+                files, more = _walk(real)
+                hidden += more
+                for file in files:
+                    found.setdefault(file.resolve(), Found(file, named=False))
+            elif real.is_file():
+                found[real.resolve()] = Found(real, named=True)
+            else:
+                raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+    if hidden:
+        say(f"skipped {_count(hidden, 'hidden file or folder', 'hidden files or folders')}")
+    return list(found.values())
+
+
+def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Document]:
+    """All text of `paths` (see `find_files`), in order.
+
+    Raises LlmpyError for a path that leads nowhere, a named file or a .txt or .md that is no text, and if
+    the whole is shorter than 1,000 characters.
+    """
+    return read_files(find_files(paths, say), say)
+
+
+def read_files(files: Sequence[Found], say: Callable[[str], None] = print) -> list[Document]:
+    """`read_documents` of files that are already found."""
+    documents: list[Document] = []
+    encodings: Counter[str] = Counter()
+    skipped: list[Path] = []
+    markup: Counter[str] = Counter()
+    for found in files:
+        data = _read(found.path)
+        try:
+            text, encoding = _decode(found.path, data)
+        except LlmpyError:
+            if found.named or found.path.suffix.lower() in TEXT_SUFFIXES:
+                raise
+            skipped.append(found.path)
+            continue
+        encodings[encoding] += 1
+        if found.path.suffix.lower() in MARKUP_SUFFIXES:
+            markup[found.path.suffix.lower()] += 1
+        parts = (part for part in text.split(EOT) if part.strip())
+        documents += [Document(str(found.path), part) for part in parts]
+    if skipped:
+        say(f"skipped {_count(len(skipped), 'file')} that {_are(len(skipped))} not text: {_some(skipped)}")
+    for suffix, count in sorted(markup.items()):
+        say(f"note: {_count(count, f'{suffix} file')} read as plain text, markup included")
+    characters = sum(len(d.text) for d in documents)
+    read = sum(encodings.values())
+    if characters < LEAST_CHARACTERS:
+        raise LlmpyError(
+            f"{_count(read, 'file')} with {_count(characters, 'character')} of text; training needs at least "
+            f"{LEAST_CHARACTERS:,}",
+            "give more text, or no path at all to train on the text that Python carries",
+        )
+    line = f"{_count(read, 'file')}, {characters:,} characters, {', '.join(sorted(encodings))}"
+    say(line + (f", {len(documents):,} documents" if len(documents) != read else ""))
+    return documents
+
+
+def _expand(path: Path) -> list[Path]:
+    """The path itself, or what it matches as a pattern (a shell leaves patterns in quotes to us)."""
+    if path.exists():
+        return [path]
+    if glob.has_magic(str(path)):
+        matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if matches:
+            return matches
+        raise LlmpyError(f"nothing matches {path}", "check the folder and the pattern")
+    if path.is_symlink():
+        raise LlmpyError(f"{path} is a link to something that is gone", "mend the link")
+    neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, neighbours, n=1)
+    hint = f"did you mean {path.parent / close[0]}?" if close else "check the path"
+    raise LlmpyError(f"no file or folder {path}", hint)
+
+
+def _walk(folder: Path) -> tuple[list[Path], int]:
+    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over."""
+    hidden = 0
+
+    def entries() -> Iterator[Path]:
+        nonlocal hidden
+        for where, folders, names in os.walk(folder, onerror=_unreadable):
+            visible = [n for n in folders if not n.startswith(".")]
+            hidden += len(folders) - len(visible) + sum(n.startswith(".") for n in names)
+            folders[:] = visible
+            yield from (Path(where, n) for n in names if not n.startswith("."))
+
+    files = sorted(path for path in entries() if path.is_file())
+    return files, hidden
+
+
+def _unreadable(fault: OSError) -> None:
+    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check its permissions") from fault
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
+
+
+def _decode(path: Path, data: bytes) -> tuple[str, str]:
+    """The text of a file and its encoding. Raises LlmpyError, naming file and byte, if it is no text."""
+    mark = next((m for m in MARKS if data.startswith(m)), b"")
+    encoding = MARKS.get(mark, "UTF-8")
+    for magic, name in ARCHIVES.items():
+        if data.startswith(magic):
+            raise LlmpyError(f"{path} is {name}, not text", "unpack it or save it as plain text first")
+    if data.startswith(b"version https://git-lfs"):
+        raise LlmpyError(f"{path} is a git-lfs pointer, not the text", "fetch the text: git lfs pull")
+    if encoding == "UTF-8" and b"\0" in data:
+        offset = data.index(b"\0")
+        raise LlmpyError(
+            f"{path} is binary, not text: byte 0x00 at offset {offset:,}",
+            "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
+        )
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as fault:
+        offset = len(mark) + fault.start
+        raise LlmpyError(
+            f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({fault.reason})",
+            f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
+        ) from fault
+    return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
+
+
+def _count(n: int, one: str, many: str = "") -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def _are(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
+def _some(paths: Sequence[Path]) -> str:
+    """The first three names."""
+    return ", ".join(p.name for p in paths[:3]) + (", …" if len(paths) > 3 else "")

@@ -1,0 +1,64 @@
+"""AdamW over the flat arenas, clipping by global norm.
+
+norm  = √Σ grad²                       over everything, before clipping
+scale = min(1, clip/norm)              applied inside the update, so gradients are read once
+decay on the matrices only: they come first in the table, so one boundary cuts the arena in two
+
+Source: Loshchilov and Hutter 2017; betas and epsilon as in GPT-3 and llm.c.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .errors import LlmpyError
+from .gpt2 import GPT2
+
+EPSILON = 1e-8
+
+
+class AdamW:
+    """The optimizer's state m, v (flat, like the parameters) and its update. A step allocates nothing."""
+
+    def __init__(
+        self,
+        model: GPT2,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        weight_decay: float = 0.1,
+        clip: float = 1.0,
+    ) -> None:
+        """`model` must have been reserved for training: its gradients exist. `clip` 0 turns clipping off."""
+        if model.grads is None:
+            raise ValueError("model.reserve(B, T, training=True) comes before its optimizer")
+        self.ops = model.ops
+        self.betas = beta1, beta2
+        self.clip = clip
+        self.updates = 0
+        self.grad = model.grads.buffer
+        param = model.params.buffer
+        self.m = self.ops.empty(param.size, self.ops.dtype)
+        self.v = self.ops.empty(param.size, self.ops.dtype)
+        self.ops.zero(self.m)
+        self.ops.zero(self.v)
+        edge = model.matrix_elements
+        flat = param, self.grad, self.m, self.v
+        self._parts = (
+            (tuple(x[:edge] for x in flat), weight_decay),
+            (tuple(x[edge:] for x in flat), 0.0),
+        )
+
+    def step(self, lr: float) -> float:
+        """Update the parameters from the gradients; returns the norm before clipping.
+
+        Raises LlmpyError, with parameters, m and v untouched, if the norm is not finite.
+        """
+        norm = float(self.ops.global_norm(self.grad))
+        if not math.isfinite(norm):
+            raise LlmpyError(f"the gradient is no longer finite (norm {norm})", "use a smaller --lr")
+        scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
+        self.updates += 1
+        beta1, beta2 = self.betas
+        for (param, grad, m, v), decay in self._parts:
+            self.ops.adamw(param, grad, m, v, lr, beta1, beta2, EPSILON, decay, scale, self.updates)
+        return norm

@@ -1,0 +1,157 @@
+"""What each verb of the command line can be told. Flags, help, defaults and checks all derive from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import LlmpyError
+from .schedule import KINDS
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEFAULT_MINUTES = 2.5  # when neither --minutes nor --steps is given: a run always has an end
+
+
+def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings."""
+    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar}
+    return field(default=default, metadata=told)
+
+
+def flag(of: Field[Any]) -> str:
+    """`batch_size` → `--batch-size`."""
+    return "--" + of.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """`llmpy train`."""
+
+    data: tuple[Path, ...] | None = option(
+        None,
+        "text files, folders of text, or .bin shards (default: text that Python carries)",
+        metavar="PATH",
+    )
+    model: str = option("d4", "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768")
+    out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", metavar="RUN")
+    batch_size: int = option(8, "rows of a batch", "-B")
+    sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T")
+    steps: int | None = option(None, "stop after this many steps")
+    minutes: float | None = option(
+        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, or none with --steps)"
+    )
+    lr: float = option(1e-3, "peak learning rate")
+    schedule: str = option("cosine", "how the learning rate falls", choices=KINDS)
+    warmup: int | None = option(None, "steps to the peak (default: a tenth of the run, at most 50)")
+    min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak")
+    weight_decay: float = option(0.1, "weight decay of the matrices")
+    beta1: float = option(0.9, "AdamW: decay of the mean")
+    beta2: float = option(0.95, "AdamW: decay of the square")
+    clip: float = option(1.0, "largest norm of the gradient, 0: no limit")
+    seed: int = option(42, "seed of initialisation and shuffling")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", "arithmetic", choices=DTYPES)
+    shuffle: bool = option(True, "visit the samples in random order")
+    eval_every: int = option(100, "steps between evaluations, 0: only at the start and the end")
+    eval_batches: int = option(20, "batches of an evaluation")
+    sample_every: int = option(0, "steps between samples, 0: only at the end")
+    sample_tokens: int = option(128, "tokens of a sample")
+    prompt: str = option("", "what samples continue (default: the start of a text)")
+    vocab_size: int | None = option(None, "tokens of the vocabulary to train (default: by the text's size)")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "steps", "minutes", "lr", "threads", "eval_batches")
+        positive(self, "sample_tokens", "vocab_size")
+        not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every")
+        below(self, "seed", 1 << 32)
+        for name in ("min_lr", "beta1", "beta2"):
+            value, top = getattr(self, name), 1.0 if name == "min_lr" else math.nextafter(1.0, 0.0)
+            if not 0 <= value <= top:
+                raise _refusal(name, value, "use a number from 0 to 1" + ("" if top == 1 else ", below 1"))
+        known(self, "schedule", KINDS)
+        fp32_only(self)
+
+    @property
+    def seconds(self) -> float | None:
+        """The training time that bounds the run; None: only `steps` does."""
+        if self.minutes is None:
+            return 60 * DEFAULT_MINUTES if self.steps is None else None
+        return 60 * self.minutes
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """`llmpy sample RUN`."""
+
+    run: Path = option(Path(), "folder of a run", metavar="RUN")
+    prompt: str = option("", "text to continue (default: the start of a text)")
+    tokens: int = option(200, "tokens to add")
+    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model has it")
+    top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
+    seed: int = option(1337, "seed of the choices")
+    threads: int | None = option(None, "threads (default: one a core)")
+
+    def __post_init__(self) -> None:
+        positive(self, "tokens", "seed", "threads")  # from seed 0 the generator would only draw zeros
+        not_negative(self, "temperature", "top_k")
+        below(self, "seed", 1 << 64)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """`llmpy bench step`."""
+
+    model: str = option("gpt2", "size, as in train")
+    batch_size: int = option(4, "rows of a batch", "-B")
+    sequence_length: int = option(64, "tokens of a row", "-T")
+    steps: int = option(10, "steps to time")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", "arithmetic", choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "steps", "threads")
+        fp32_only(self)
+
+
+def positive(options: Any, *names: str) -> None:
+    """Raise LlmpyError unless each of these is above 0, or None where it may be left out."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise _refusal(name, value, "use a number above 0")
+
+
+def not_negative(options: Any, *names: str) -> None:
+    """Raise LlmpyError unless each of these is 0 or above, or None where it may be left out."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise _refusal(name, value, "use 0 or a number above")
+
+
+def below(options: Any, name: str, limit: int) -> None:
+    """Raise LlmpyError unless the value is below the limit, a power of two."""
+    if getattr(options, name) >= limit:
+        raise _refusal(name, getattr(options, name), f"use a number below 2^{limit.bit_length() - 1}")
+
+
+def known(options: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise LlmpyError unless the value is one of the choices."""
+    if getattr(options, name) not in choices:
+        raise _refusal(name, getattr(options, name), "use one of " + ", ".join(choices))
+
+
+def fp32_only(options: Any) -> None:
+    """Raise LlmpyError for an arithmetic that this release has not."""
+    known(options, "dtype", DTYPES)
+    if options.dtype == "bfloat16":
+        raise LlmpyError(
+            "--dtype bfloat16: this release computes in float32 only", "use --dtype float32, or leave it out"
+        )
+
+
+def _refusal(name: str, value: Any, hint: str) -> LlmpyError:
+    return LlmpyError(f"--{name.replace('_', '-')} {value}", hint)

@@ -1,0 +1,337 @@
+"""One list of cases per operation of the seam: run as correctness, as gradient and as benchmark.
+
+`CASES[op]` lists problem sizes, odd ones on purpose (1×1; rows and channels that are no multiple of any
+vector or tile; sequences on both sides of a block of 64) and one that looks like GPT-2.
+`prepare(op, case)` draws its inputs and returns a `Call`: the arguments in the seam's order, with every
+output filled by its contract, so that what an operation should have written, or kept, shows:
+`:=` outputs start as NaN, `+=` outputs as ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from llmpy.backend.reference import Reference, gelu
+
+Args = dict[str, Any]
+REF = Reference(np.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem size: of the dimensions, an operation reads those that it has. `n` is a flat length."""
+
+    B: int = 1
+    T: int = 1
+    C: int = 1
+    NH: int = 1
+    OC: int = 1
+    V: int = 1
+    Vp: int = 1
+    n: int = 1
+    variant: str = ""
+
+    def __str__(self) -> str:
+        set_here = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        return "-".join(v if k == "variant" else f"{k}{v}" for k, v in set_here) or "1"
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The shape that stands for BT: (BT,) for one sequence and (B, T) for more, so both are seen."""
+        return (self.T,) if self.B == 1 else (self.B, self.T)
+
+
+@dataclass(frozen=True)
+class Out:
+    """An output: its shape and contract, `:=` or `+=`; an update in place has the values it starts from."""
+
+    contract: str
+    shape: tuple[int, ...] = ()
+    start: np.ndarray | None = None
+
+    def array(self, dtype: Any) -> np.ndarray:
+        """The output before the call."""
+        if self.start is not None:
+            return self.start.astype(dtype)
+        return np.full(self.shape, np.nan if self.contract == ":=" else 1, dtype)
+
+
+@dataclass
+class Call:
+    """An operation with its arguments in order; `outputs` names those that it writes."""
+
+    op: str
+    args: Args
+    outputs: tuple[str, ...]
+
+    def run(self, ops: Any) -> Any:
+        """Call the operation of one backend."""
+        return getattr(ops, self.op)(*self.args.values())
+
+    def map(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Call:
+        """The same call with every array replaced by change(name, array)."""
+        args = {k: change(k, v) if isinstance(v, np.ndarray) else v for k, v in self.args.items()}
+        return Call(self.op, args, self.outputs)
+
+    def astype(self, dtype: Any) -> Call:
+        """The same call with copies of every array, floats in `dtype`."""
+        return self.map(lambda _, x: x.astype(dtype) if x.dtype.kind in "fc" else x.copy())
+
+
+class Draw:
+    """Seeded random values in float64 that `dtype` can hold exactly, so that both sides see the same."""
+
+    def __init__(self, dtype: Any, seed: int) -> None:
+        self.dtype = dtype
+        self.rng = np.random.default_rng(seed)
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+        return self.stored(self.rng.normal(mean, std, shape))
+
+    def ints(self, high: int, *shape: int, low: int = 0) -> np.ndarray:
+        return self.rng.integers(low, high, shape, dtype=np.int32)
+
+    def stored(self, x: np.ndarray) -> np.ndarray:
+        """x rounded to `dtype`, as a forward pass would have left it for backward."""
+        return x.astype(self.dtype).astype(np.float64)
+
+
+def embedding_forward(c: Case, d: Draw) -> Args:
+    return {
+        "out": Out(":=", (*c.leading, c.C)),
+        "tokens": d.ints(c.V, c.B, c.T),
+        "wte": d.normal(c.Vp, c.C),
+        "wpe": d.normal(c.T + 2, c.C),  # a context longer than the batch
+    }
+
+
+def embedding_backward(c: Case, d: Draw, accumulate: bool) -> Args:
+    return {
+        "dwte": Out("+=", (c.Vp, c.C)),
+        "dwpe": Out("+=" if accumulate else ":=", (c.T + 2, c.C)),
+        "dout": d.normal(*c.leading, c.C),
+        "tokens": d.ints(c.V, c.B, c.T),
+        "accumulate": accumulate,
+    }
+
+
+def layernorm_forward(c: Case, d: Draw) -> Args:
+    return {
+        "out": Out(":=", (*c.leading, c.C)),
+        "mean": Out(":=", c.leading),
+        "rstd": Out(":=", c.leading),
+        # Far from zero, as residual streams are: Σx² − (Σx)² in one pass would cancel and fail.
+        "inp": d.normal(*c.leading, c.C, mean=5),
+        "weight": d.normal(c.C, mean=1),
+        "bias": d.normal(c.C),
+    }
+
+
+def residual_layernorm_forward(c: Case, d: Draw) -> Args:
+    plain = layernorm_forward(c, d)
+    inputs = {"inp1": plain.pop("inp"), "inp2": d.normal(*c.leading, c.C)}
+    after = {"weight": plain.pop("weight"), "bias": plain.pop("bias")}
+    return {"resid": Out(":=", (*c.leading, c.C)), **plain, **inputs, **after}
+
+
+def layernorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
+    gradient = "+=" if accumulate else ":="
+    inp, weight = d.normal(*c.leading, c.C, mean=5), d.normal(c.C, mean=1)
+    out, mean, rstd = np.empty_like(inp), np.empty(c.leading), np.empty(c.leading)
+    REF.layernorm_forward(out, mean, rstd, inp, weight, np.zeros(c.C))
+    return {
+        "dinp": Out("+=", inp.shape),
+        "dweight": Out(gradient, (c.C,)),
+        "dbias": Out(gradient, (c.C,)),
+        "dout": d.normal(*inp.shape),
+        "inp": inp,
+        "mean": d.stored(mean),
+        "rstd": d.stored(rstd),
+        "weight": weight,
+        "accumulate": accumulate,
+    }
+
+
+def linear_forward(c: Case, d: Draw) -> Args:
+    return {
+        "out": Out(":=", (*c.leading, c.OC)),
+        "inp": d.normal(*c.leading, c.C),
+        "weight": d.normal(c.OC, c.C, std=c.C**-0.5),
+        "bias": d.normal(c.OC) if "bias" in c.variant else None,
+        "pre_gelu": Out(":=", (*c.leading, c.OC)) if "gelu" in c.variant else None,
+    }
+
+
+def linear_backward(c: Case, d: Draw, accumulate: bool) -> Args:
+    gradient = "+=" if accumulate else ":="
+    inp = pre_gelu = d.normal(*c.leading, c.C)
+    if "gelu" in c.variant:
+        inp = d.stored(gelu(pre_gelu))
+    return {
+        "dinp": Out(":=", (*c.leading, c.C)),
+        "dweight": Out(gradient, (c.OC, c.C)),
+        "dbias": Out(gradient, (c.OC,)),
+        "dout": d.normal(*c.leading, c.OC),
+        "inp": inp,
+        "weight": d.normal(c.OC, c.C, std=c.C**-0.5),
+        "pre_gelu": pre_gelu if "gelu" in c.variant else None,
+        "accumulate": accumulate,
+    }
+
+
+def attention_forward(c: Case, d: Draw) -> Args:
+    return {
+        "out": Out(":=", (*c.leading, c.C)),
+        "stats": Out(":=", (c.B, c.NH, c.T)),
+        "qkv": d.normal(*c.leading, 3 * c.C, std=1.5),
+    }
+
+
+def attention_backward(c: Case, d: Draw) -> Args:
+    qkv = d.normal(*c.leading, 3 * c.C, std=1.5)
+    out, stats = np.empty((*c.leading, c.C)), np.empty((c.B, c.NH, c.T))
+    REF.attention_forward(out, stats, qkv)
+    return {
+        "dqkv": Out(":=", qkv.shape),
+        "dout": d.normal(*out.shape),
+        "qkv": qkv,
+        "out": d.stored(out),
+        "stats": d.stored(stats),
+    }
+
+
+def classifier(c: Case, d: Draw, accumulate: bool) -> Args:
+    gradient = "+=" if accumulate else ":="
+    targets = d.ints(c.V, c.B, c.T)
+    if c.variant == "masked":
+        targets.flat[::3] = -1
+    if c.variant == "all masked":
+        targets[:] = -1
+    wanted = c.variant != "losses"
+    return {
+        "losses": Out(":=", c.leading),
+        "dinp": Out(":=", (*c.leading, c.C)) if wanted else None,
+        "dwte": Out(gradient, (c.Vp, c.C)) if wanted else None,
+        "inp": d.normal(*c.leading, c.C),
+        "wte": d.normal(c.Vp, c.C, std=2 * c.C**-0.5),
+        "targets": targets,
+        "vocab_size": c.V,
+        "scale": 0.75,
+        "accumulate": accumulate,
+    }
+
+
+def adamw(c: Case, d: Draw) -> Args:
+    return {
+        "param": Out("in place", start=d.normal(c.n)),
+        "grad": d.normal(c.n),
+        "m": Out("in place", start=d.normal(c.n, std=0.1)),
+        "v": Out("in place", start=np.abs(d.normal(c.n, std=0.01))),
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1 if c.variant == "decay" else 0.0,
+        "grad_scale": 0.5,
+        "step": 3,
+    }
+
+
+def global_norm(c: Case, d: Draw) -> Args:
+    return {"grad": d.normal(c.n)}
+
+
+BUILD: dict[str, Callable[..., Args]] = {
+    f.__name__: f
+    for f in (
+        embedding_forward, embedding_backward, layernorm_forward, residual_layernorm_forward,
+        layernorm_backward, linear_forward, linear_backward, attention_forward, attention_backward,
+        classifier, adamw, global_norm,
+    )
+}  # fmt: skip
+ACCUMULATES = ("embedding_backward", "layernorm_backward", "linear_backward", "classifier")
+
+
+def prepare(op: str, case: Case, accumulate: bool = False, dtype: Any = np.float32, seed: int = 1) -> Call:
+    """Draw the arguments of one call, floats in `dtype`; `accumulate` goes to operations that have it."""
+    draw = Draw(dtype, seed)
+    args = BUILD[op](case, draw, accumulate) if op in ACCUMULATES else BUILD[op](case, draw)
+    outputs = tuple(k for k, v in args.items() if isinstance(v, Out))
+    arrays = {k: v.array(dtype) if isinstance(v, Out) else v for k, v in args.items()}
+    return Call(op, arrays, outputs).astype(dtype)
+
+
+EMBEDDING = [
+    Case(),
+    Case(T=7, C=3, V=2, Vp=2),
+    Case(B=3, T=65, C=17, V=97, Vp=128),
+    Case(B=2, T=63, C=100, V=300, Vp=384),
+    Case(T=255, C=129, V=5, Vp=128),
+    Case(B=2, T=32, C=192, V=300, Vp=384),
+]
+ROWS = [
+    Case(),
+    Case(T=7, C=1),
+    Case(C=129),
+    Case(T=7, C=3),
+    Case(T=255, C=17),
+    Case(B=3, T=5, C=100),
+    Case(T=255, C=129),
+    Case(T=64, C=192),
+    Case(T=1025, C=33),
+]
+LINEAR = [
+    Case(),
+    Case(C=3, OC=17),
+    Case(T=7, C=1, OC=3, variant="bias"),
+    Case(T=7, C=17, OC=1, variant="bias gelu"),
+    Case(T=255, C=3, OC=100, variant="gelu"),
+    Case(B=3, T=5, C=100, OC=129, variant="bias"),
+    Case(T=63, C=129, OC=51, variant="bias gelu"),
+    Case(T=65, C=300, OC=17, variant="bias"),
+    Case(B=2, T=32, C=192, OC=576, variant="bias"),
+    Case(T=64, C=192, OC=768, variant="bias gelu"),
+    Case(T=64, C=768, OC=192, variant="bias gelu"),
+    Case(T=600, C=33, OC=49, variant="bias gelu"),
+]
+ATTENTION = [
+    Case(),
+    Case(B=2, T=7, C=3, NH=3),
+    Case(B=2, T=63, C=34, NH=2),
+    Case(T=65, C=100, NH=4),
+    Case(T=130, C=129, NH=3),
+    Case(B=3, T=64, C=16, NH=1),
+    Case(B=2, T=130, C=192, NH=3),
+    Case(T=257, C=64, NH=1),
+]
+CLASSIFIER = [
+    Case(),
+    Case(T=7, C=1, V=97, Vp=128, variant="masked"),
+    Case(T=1, C=17, V=128, Vp=128),
+    Case(T=255, C=3, V=97, Vp=128),
+    Case(B=3, T=5, C=100, V=300, Vp=384, variant="masked"),
+    Case(T=7, C=17, V=97, Vp=128, variant="all masked"),
+    Case(T=65, C=129, V=300, Vp=384, variant="losses"),
+    Case(B=2, T=32, C=192, V=300, Vp=384, variant="masked"),
+    Case(T=600, C=17, V=128, Vp=128, variant="masked"),
+    Case(T=9, C=16, V=50257, Vp=50304),
+]
+FLAT = [Case(n=n) for n in (1, 17, 1000, 70001)]
+CASES: dict[str, list[Case]] = {
+    "embedding_forward": EMBEDDING,
+    "embedding_backward": EMBEDDING,
+    "layernorm_forward": ROWS,
+    "residual_layernorm_forward": ROWS,
+    "layernorm_backward": ROWS,
+    "linear_forward": LINEAR,
+    "linear_backward": LINEAR,
+    "attention_forward": ATTENTION,
+    "attention_backward": ATTENTION,
+    "classifier": CLASSIFIER,
+    "adamw": [*FLAT, *(Case(n=c.n, variant="decay") for c in FLAT)],
+    "global_norm": [*FLAT, Case(n=1_000_003)],
+}

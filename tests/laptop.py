@@ -1,0 +1,45 @@
+"""A machine for tests of everything above the seam: the NumPy reference, which needs no compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmpy.backend.reference import Reference
+from llmpy.config import ModelConfig
+from llmpy.gpt2 import GPT2
+from llmpy.init import initialise
+
+
+class Laptop(Reference):
+    """The reference in float32, with what preflight asks of a machine."""
+
+    threads = 1
+    isa = "numpy"
+
+    def __init__(self, dtype: Any = np.float32) -> None:
+        super().__init__(dtype=dtype)
+        self.warmed = 0
+
+    def measure_peak(self) -> float:
+        return 10.0
+
+    def warm_up(self, say: Callable[[str], None]) -> None:
+        self.warmed += 1
+        say("compiling nothing")
+
+    def version_info(self) -> dict[str, str]:
+        return {"numpy": np.__version__}
+
+
+TINY = ModelConfig(layers=2, heads=2, channels=8, context=16, vocab_size=300)
+
+
+def tiny_model(config: ModelConfig = TINY, B: int = 2, T: int = 8) -> GPT2:
+    """An initialised model, reserved for training on (B, T)."""
+    model = GPT2(config, Laptop())
+    initialise(model.params, config)
+    model.reserve(B, T, training=True)
+    return model

@@ -1,0 +1,193 @@
+"""The command line: names of flags, faults of one line with an exit code, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from laptop import Laptop
+
+from llmpy import __version__, cli
+from llmpy.bench import bench_step, table
+from llmpy.options import BenchOptions, SampleOptions, TrainOptions
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Options that the verbs would have been called with."""
+    seen: list[Any] = []
+
+    def remember(options: Any) -> int:
+        seen.append(options)
+        return 0
+
+    for verb in ("train", "sample", "bench"):
+        remember.__doc__ = getattr(cli, verb).__doc__
+        monkeypatch.setattr(cli, verb, remember)
+    return seen
+
+
+def test_names_that_acceptance_checks_use(told: list[Any]) -> None:
+    line = (
+        "train --data a.txt b --data c --model gpt2 --out RUN -B 4 -T 64 --steps 5 --minutes 2 --lr 0.1 "
+        "--seed 3 --threads 2 --dtype float32 --no-shuffle"
+    )
+    assert cli.main(line.split()) == 0
+    assert told == [
+        TrainOptions(
+            data=(Path("a.txt"), Path("b"), Path("c")), model="gpt2", out=Path("RUN"), batch_size=4,
+            sequence_length=64, steps=5, minutes=2.0, lr=0.1, seed=3, threads=2, dtype="float32", shuffle=False,
+        )
+    ]  # fmt: skip
+    cli.main(["sample", "RUN", "--prompt", "a b", "--temperature", "0", "--top-k", "3", "--seed", "9"])
+    assert told[1] == SampleOptions(Path("RUN"), prompt="a b", temperature=0.0, top_k=3, seed=9)
+    cli.main(["bench", "step", "--model", "gpt2", "-B", "4", "-T", "64", "--dtype", "float32", "--json"])
+    assert told[2] == BenchOptions("gpt2", 4, 64, dtype="float32", json=True)
+
+
+def test_defaults_are_those_of_the_dataclasses(told: list[Any]) -> None:
+    cli.main(["train"])
+    cli.main(["sample", "RUN"])
+    cli.main(["bench", "step"])
+    assert told == [TrainOptions(), SampleOptions(Path("RUN")), BenchOptions()]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", "did you mean train?"),
+        ("train --bacth-size 4", "did you mean --batch-size?"),
+        ("train --batch_size=4", "did you mean --batch-size?"),
+        ("train --step 4", "did you mean --steps?"),
+        ("sample RUN --topk 4", "did you mean --top-k?"),
+        ("bench stap", "did you mean step?"),
+        ("bench step --jason", "did you mean --json?"),
+        ("train --dtype bf16", "did you mean bfloat16?"),
+        ("train --schedule x", "use cosine, linear, constant, wsd"),
+        ("train --lr fast", "--lr: invalid float value: 'fast'"),
+        ("train --steps", "--steps: expected one argument"),
+        ("train book.txt", "unknown argument book.txt"),
+        ("sample", "required: RUN"),
+        ("bench", "required: WHAT"),
+        ("--zzzz train", "unknown argument --zzzz"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line.split())
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --model d4x", "unknown model"),
+        ("train --lr -1", "--lr -1"),
+        ("train --dtype bfloat16", "use --dtype float32"),
+        ("train --data none.txt", "none.txt"),
+        ("train -T 2000", "use -T 1024 or less"),
+        ("sample none", "no run folder none"),
+        ("bench step --model x", "unknown model"),
+    ],
+)
+def test_faults_are_one_line_and_code_1(
+    line: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.split()) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("llmpy: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB — use a smaller"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ],
+)
+def test_other_ends(
+    fault: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: object) -> int:
+        raise fault
+
+    monkeypatch.setattr(cli, "run", failing)
+    assert cli.main(["train"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainOptions):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "130" in text
+    assert cli.main([]) == 2
+    assert "examples:" in capsys.readouterr().out
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", timeout=60)
+
+
+def test_help_needs_neither_numpy_nor_numba() -> None:
+    program = (
+        "import sys; from llmpy import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'numba', 'llvmlite', 'tokenizers', 'tqdm', 'psutil'} & set(sys.modules)))"
+    )
+    assert python("-c", program).stdout.endswith("\n[]\n")
+
+
+def test_the_version() -> None:
+    assert python("-m", "llmpy.cli", "--version").stdout == f"llmpy {__version__}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    program = "import sys; from llmpy import cli; cli.run = lambda a: print('x' * 100_000) or 0; sys.exit(cli.main([]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 1
+
+
+def test_bench_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import llmpy.bench
+
+    numbers = bench_step(BenchOptions("d1", 1, 8, steps=4), Laptop())
+    monkeypatch.setattr(llmpy.bench, "bench_step", lambda _: numbers)
+    assert cli.main(["bench", "step", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(shown) == {
+        "median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb"
+    }  # fmt: skip
+    assert shown["peak_gflops"] == 10.0
+    assert shown["share_of_peak"] == pytest.approx(shown["gflops"] / 10)
+    assert shown["tokens_per_s"] == pytest.approx(8e3 / shown["median_ms"])
+    assert shown["min_ms"] <= shown["median_ms"]
+    assert shown["peak_rss_mb"] > 30
+    assert cli.main(["bench", "step"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == table(numbers)

@@ -1,0 +1,93 @@
+"""Initialisation from scratch, against sums that llm.c itself printed."""
+
+import numpy as np
+import pytest
+
+from llmpy.arena import Arena, Tensor
+from llmpy.config import ModelConfig
+from llmpy.gpt2 import PARAMS
+from llmpy.init import initialise
+from llmpy.rng import MT19937
+
+# tensor → first three values, sum, sum of squares
+GOLDEN = {
+    "d6": {
+        "wte": (0.0385383, 0.029745683, 0.018014343, 45.142163, 7718.1071),
+        "wpe": (-0.0059967316, 0.045509558, 0.051718287, 5.7895149, 157.70504),
+        "attn_qkv_w": (-0.023607381, 0.0080907373, -0.015926151, 27.014192, 1059.9966),
+        "attn_proj_w": (0.0069261342, -0.0047026346, 0.004652665, -2.5905966, 29.532021),
+        "mlp_fc_w": (0.058095071, 0.0012485948, -0.011783406, -41.62536, 1414.4809),
+        "mlp_proj_w": (0.0084930444, 0.0085263615, -0.0054055885, 5.7948061, 118.00116),
+    },
+    "d12": {
+        "wte": (0.0385383, 0.029745683, 0.018014343, 95.622708, 15435.853),
+        "wpe": (-0.0091623552, -0.018614769, -0.029470228, -20.805332, 314.72929),
+        "attn_qkv_w": (-0.0045566773, 0.0072399951, 0.016300162, 90.095785, 8494.2016),
+        "attn_proj_w": (0.0011327435, 0.0054263962, 0.00018079413, 13.798906, 118.00211),
+        "mlp_fc_w": (-0.011178779, 0.020036602, 0.038230538, 8.6274533, 11326.896),
+        "mlp_proj_w": (0.0043775216, -0.0071738567, -0.0058180345, -24.04428, 471.86915),
+    },
+}
+WORDS_DRAWN = {"d6": 1836928635, "d12": 361737367}  # the word that comes after the last value
+
+
+def arena(config, dtype=np.float32):
+    params = Arena(PARAMS(config), np.empty, dtype)
+    params.buffer.fill(np.nan)
+    return params
+
+
+@pytest.mark.parametrize("dial", ["d6", "d12"])
+def test_golden(dial, monkeypatch):
+    generators = []
+
+    def keep(seed):
+        generators.append(MT19937(seed))
+        return generators[-1]
+
+    monkeypatch.setattr("llmpy.init.MT19937", keep)
+    config = ModelConfig.from_dial(dial)
+    params = arena(config)
+    initialise(params, config)
+    for name, (a, b, c, total, squares) in GOLDEN[dial].items():
+        flat = getattr(params, name).reshape(-1)
+        np.testing.assert_allclose(flat[:3], [a, b, c], rtol=3e-7, err_msg=name)
+        # a sum cancels: allow each value its last bit, which is little beside the root of the squares
+        assert flat.sum(dtype=np.float64) == pytest.approx(total, abs=1e-5 * squares**0.5), name
+        assert float(np.square(flat, dtype=np.float64).sum()) == pytest.approx(squares, rel=1e-6), name
+    assert [g.uint32(1)[0] for g in generators] == [WORDS_DRAWN[dial]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+def test_every_element_is_written(dtype):
+    config = ModelConfig(layers=2, heads=2, channels=8, context=5, vocab_size=130)
+    params = arena(config, dtype)
+    initialise(params, config, seed=1)
+    assert np.isfinite(params.buffer).all()
+    assert params.wte.shape == (256, 8)
+    assert np.count_nonzero(params.wte[:130]) == 130 * 8
+    assert not params.wte[130:].any()
+    assert (params.ln_1_w == 1).all()
+    assert (params.ln_f_w == 1).all()
+    for name in ("ln_1_b", "attn_qkv_b", "attn_proj_b", "ln_2_b", "mlp_fc_b", "mlp_proj_b", "ln_f_b"):
+        assert not getattr(params, name).any(), name
+    ratio = np.abs(params.mlp_proj_w).std() / np.abs(params.mlp_fc_w).std()
+    assert ratio == pytest.approx(0.5, rel=0.2)  # 1/√(2L)
+
+
+def test_seed_matters_and_repeats():
+    config = ModelConfig(layers=1, heads=1, channels=4, context=4, vocab_size=8)
+    buffers = []
+    for seed in (1, 1, 2):
+        params = arena(config)
+        initialise(params, config, seed)
+        buffers.append(params.buffer)
+    assert np.array_equal(buffers[0], buffers[1])
+    assert not np.array_equal(buffers[0], buffers[2])
+
+
+def test_a_table_with_an_unknown_init_is_refused():
+    config = ModelConfig(layers=1, heads=1, channels=4, context=4, vocab_size=8)
+    params = Arena([Tensor("odd", (3,), "gamma")], np.empty, np.float32)
+    with pytest.raises(ValueError, match="odd.*gamma"):
+        initialise(params, config)

@@ -1,0 +1,167 @@
+"""llm.c's order, batch by batch, from vectors made with llm.c's own loader."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmpy.data.loader import Loader
+from llmpy.data.shards import Shard
+from llmpy.errors import LlmpyError
+
+# llm.c's test_dataloader.c: 4 shards of 140 tokens, token = shard·140 + i, B=2 T=8
+FIRST_TOKENS = {
+    (0, 1): """188 172 156 252 140 220 204 236 0 96 16 48 64 112 80 32 468 516 436 420 500 484 452 532
+        312 280 296 392 344 376 360 328 344 312 328 376 296 392""",
+    (0, 2): "236 172 140 204 32 96 64 0 484 420 516 452 376 312 280 344 280 344 312 376 96 64",
+    (1, 2): "360 296 392 328 220 188 252 156 500 436 468 532 16 112 48 80 112 48 16 80 156 252",
+}
+
+
+def shard(size, first=0, name="shard.bin"):
+    return Shard(Path(name), (np.arange(size) + first).astype(np.uint16))
+
+
+def four(**options):
+    shards = [shard(140, 140 * i, f"shard_{i:04}.bin") for i in range(4)]
+    return Loader(shards, 2, 8, **options)
+
+
+def check_batch(tokens, targets):
+    """In these shards a token is its own place: rows continue one another, targets are one ahead."""
+    assert tokens.dtype == targets.dtype == np.int32
+    flat = tokens.reshape(-1)
+    assert np.array_equal(flat, flat[0] + np.arange(flat.size))
+    assert np.array_equal(targets, tokens + 1)
+    return int(flat[0])
+
+
+@pytest.mark.parametrize(("rank", "ranks"), FIRST_TOKENS)
+def test_four_shards_golden(rank, ranks):
+    golden = [int(t) for t in FIRST_TOKENS[rank, ranks].split()]
+    loader = four(shuffle=True, rank=rank, ranks=ranks)
+    assert [check_batch(*loader.next()) for _ in golden] == golden
+
+
+@pytest.mark.parametrize(
+    ("seed", "rank", "epoch", "golden"),
+    [
+        (42, 0, 0, [408, 791, 914, 1057, 81, 450, 299, 907, 582, 321]),
+        (42, 0, 1, [820, 64, 871, 704, 140]),
+        (43, 0, 0, [688, 340, 306, 518, 397]),
+    ],
+)
+def test_tinyshakespeare_golden(seed, rank, epoch, golden):
+    places = np.zeros(305260, np.uint16)
+    places[::256] = np.arange(places[::256].size)  # each sample's first token is its number
+    loader = Loader([Shard(Path("t.bin"), places)], 4, 64, shuffle=True, seed=seed, rank=rank)
+    assert loader.batches_per_epoch == 1192
+    order = [int(loader.next()[0][0, 0]) for _ in range(2 * 1192)]
+    assert order[epoch * 1192 :][: len(golden)] == golden
+    assert sorted(order[:1192]) == sorted(order[1192:]) == list(range(1192))
+    if seed == 42:
+        assert order[1191] == 166
+
+
+def test_rank_seeds_are_seed_plus_rank():
+    size = 4 * 64 * 2 * 10 + 1
+    one = Loader([shard(size)], 4, 64, shuffle=True, seed=42, rank=1, ranks=2)
+    other = Loader([shard(size)], 4, 64, shuffle=True, seed=43, rank=0, ranks=2)
+    assert np.array_equal(one.position.sample_order, other.position.sample_order)
+
+
+def test_unshuffled_is_the_text_in_order_then_again():
+    loader = four(shuffle=False)
+    starts = [check_batch(*loader.next()) for _ in range(loader.batches_per_epoch + 3)]
+    epoch = [140 * s + 16 * i for s in range(4) for i in range(8)]
+    assert starts == epoch + epoch[:3]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_token_once_an_epoch(shuffle, ranks):
+    seen = np.zeros(560, int)
+    for rank in range(ranks):
+        loader = four(shuffle=shuffle, rank=rank, ranks=ranks)
+        assert loader.total_tokens == 560
+        for _ in range(loader.batches_per_epoch):
+            seen[loader.next()[0]] += 1
+    samples = 139 // (16 * ranks)
+    expected = np.tile(np.arange(140) < samples * 16 * ranks, 4)
+    assert np.array_equal(seen, expected)
+
+
+def test_batches_share_two_arrays():
+    loader = four(shuffle=True)
+    tokens, targets = loader.next()
+    again = loader.next()
+    assert again[0] is tokens
+    assert again[1] is targets
+
+
+def test_reset():
+    loader = four(shuffle=False)
+    first = loader.next()[0].copy()
+    for _ in range(10):
+        loader.next()
+    loader.reset()
+    assert np.array_equal(loader.next()[0], first)
+    # shuffled, llm.c's reset begins a new epoch with new orders: here the golden second one
+    loader = four(shuffle=True, ranks=2)
+    for _ in range(16):
+        loader.next()
+    loader.reset()
+    golden = [int(t) for t in FIRST_TOKENS[0, 2].split()][16:]
+    assert [check_batch(*loader.next()) for _ in golden] == golden
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 7, 8, 9, 31, 32, 33, 50])
+def test_position_continues(shuffle, steps):
+    loader = four(shuffle=shuffle)
+    for _ in range(steps):
+        loader.next()
+    position = loader.position
+    expected = [check_batch(*loader.next()) for _ in range(80)]
+    other = four(shuffle=shuffle, seed=7)
+    other.position = position
+    assert [check_batch(*other.next()) for _ in range(80)] == expected
+    other.position = position  # not changed by being used
+    assert check_batch(*other.next()) == expected[0]
+
+
+def test_position_of_other_data_is_refused():
+    position = four(shuffle=True).position
+    others = [
+        Loader([shard(140)], 2, 8, shuffle=True),
+        Loader([shard(140)] * 4, 1, 8, shuffle=True),
+        Loader([shard(400)] * 4, 2, 8, shuffle=True),
+    ]
+    for other in others:
+        before = other.position
+        with pytest.raises(LlmpyError, match="does not fit .* — continue with the same data"):
+            other.position = position
+        assert np.array_equal(other.position.sample_order, before.sample_order)
+
+
+def test_smallest_shard_and_one_less():
+    loader = Loader([shard(33)], 2, 8, shuffle=True, rank=1, ranks=2)
+    assert loader.batches_per_epoch == 1
+    assert [check_batch(*loader.next()) for _ in range(3)] == [16, 16, 16]
+    with pytest.raises(LlmpyError) as fault:
+        Loader([shard(100), shard(32, name="small.bin")], 2, 8, shuffle=True, rank=1, ranks=2)
+    message = "small.bin has 32 tokens here, one batch of 2 processes of -B 2 -T 8 needs 33"
+    assert str(fault.value) == f"{message} — use a smaller -B or -T, or more text"
+
+
+@pytest.mark.parametrize(
+    ("shards", "options", "message"),
+    [
+        ([], {}, "no token shards"),
+        ([shard(99)], {"rank": 2, "ranks": 2}, "rank 2 of 2"),
+        ([shard(99)], {"T": 0}, "2 rows of 0 tokens"),
+    ],
+)
+def test_wrong_arguments(shards, options, message):
+    with pytest.raises(LlmpyError, match=f"{message}.* — "):
+        Loader(shards, **({"B": 2, "T": 8, "shuffle": False} | options))

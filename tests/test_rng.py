@@ -1,0 +1,123 @@
+"""llm.c's golden values (checked with its own headers), PyTorch's if one knows them: the same stream."""
+
+import numpy as np
+import pytest
+
+from llmpy.errors import LlmpyError
+from llmpy.rng import CHUNK, MT19937, Xorshift64Star
+
+NORMAL_16 = """0.0385382995 0.0297456831 0.0180143435 -0.0421104282 0.0135683687 -0.0246909 -0.000861349632
+-0.0320933387 -0.0150427232 0.0329744555 -0.00784957316 -0.0280721318 -0.0145576252 -0.0111885974
+-0.0153767783 0.0152489077"""
+NORMAL_8 = """0.336690456 0.128809437 0.234462395 0.230333045 -1.12285638 -0.186328575 2.20820165
+-0.637996733"""
+NORMAL_20 = """1.92691505 1.48728418 0.900717199 -2.10552144 -0.758131146 1.07831764 0.800800502 1.68062055
+0.355859786 -0.686622977 -0.493356347 0.241487801 -0.23162432 0.041759491 -0.251575291 0.859858513
+-0.309726924 -0.395710498 0.803409338 -0.621595383"""
+
+
+def test_raw_stream():
+    rng = MT19937(42)
+    first = rng.uint32(6)
+    assert first.dtype == np.uint32
+    assert first.tolist() == [1608637542, 3421126067, 4083286876, 787846414, 3143890026, 3348747335]
+
+
+def test_raw_stream_does_not_depend_on_portions():
+    whole, parts = MT19937(7), MT19937(7)
+    assert np.array_equal(whole.uint32(2000), np.concatenate([parts.uint32(n) for n in (1, 0, 623, 2, 1000, 374)]))
+
+
+def test_uniform_is_the_low_24_bits():
+    words, floats = MT19937(3).uint32(1000), MT19937(3).uniform(1000)
+    assert floats.dtype == np.float32
+    assert np.array_equal(floats.astype(np.float64) * 2**24, words & 0xFFFFFF)
+
+
+@pytest.mark.parametrize(("n", "std", "golden"), [(16, 0.02, NORMAL_16), (8, 1.0, NORMAL_8), (20, 1.0, NORMAL_20)])
+def test_normal_golden(n, std, golden):
+    values = MT19937(42).normal(n, 0.0, std)
+    assert values.dtype == np.float32
+    # one unit in the last place: NumPy's vector log and cos are not glibc's
+    np.testing.assert_allclose(values, np.array(golden.split(), np.float64), rtol=3e-7)
+
+
+def test_normal_of_odd_small_counts_are_prefixes():
+    assert np.array_equal(MT19937(42).normal(7), MT19937(42).normal(8)[:7])
+    assert MT19937(42).normal(0).size == 0
+
+
+def test_normal_in_chunks_equals_blocks_of_sixteen():
+    n = CHUNK + 16
+    one, many = MT19937(5), MT19937(5)
+    values = one.normal(n)
+    assert np.array_equal(values, np.concatenate([many.normal(16) for _ in range(n // 16)]))
+    assert one.uint32(1) == many.uint32(1)
+    assert abs(values.mean()) < 0.02
+    assert abs(values.std() - 1) < 0.02
+
+
+def test_tail_is_redrawn_after_a_whole_chunk():
+    n = CHUNK + 5
+    values, rng = MT19937(5).normal(n), MT19937(5)
+    assert np.array_equal(values[: n - 16], rng.normal(CHUNK)[: n - 16])
+    rng.uniform(5)  # drawn and thrown away
+    assert np.array_equal(values[-16:], rng.normal(16))
+
+
+def test_mean_moves_every_path():
+    for n in (8, 20):
+        np.testing.assert_allclose(MT19937(1).normal(n, 3.0, 2.0), 3 + 2 * MT19937(1).normal(n), rtol=1e-5, atol=1e-6)
+
+
+def test_permutation_golden():
+    a = np.arange(10, dtype=np.int32)
+    MT19937(42).permutation(a)
+    assert a.tolist() == [1, 3, 9, 7, 6, 0, 8, 4, 5, 2]
+
+
+def test_permutation_draws_one_word_less_than_elements():
+    for n in (0, 1, 2, 100):
+        rng, other = MT19937(9), MT19937(9)
+        rng.permutation(np.arange(n))
+        other.uint32(max(0, n - 1))
+        assert rng.uint32(1) == other.uint32(1)
+
+
+def test_state_continues_the_stream():
+    rng = MT19937(42)
+    assert rng.state.pos == 624  # just seeded
+    rng.uint32(700)
+    state = rng.state
+    expected = rng.uint32(700)
+    assert state.pos == 76  # a copy: the generator has moved on
+    other = MT19937(0)
+    other.state = state
+    assert np.array_equal(other.uint32(700), expected)
+
+
+def test_xorshift_golden():
+    rng = Xorshift64Star(1337)
+    floats = [rng.uniform() for _ in range(6)]
+    golden = [0.230317235, 0.19051826, 0.310865164, 0.902659476, 0.684917867, 0.307830393]
+    np.testing.assert_allclose(floats, golden, rtol=1e-8)
+    assert rng.state == 747539383074521221
+
+
+def test_xorshift_stays_in_64_bits():
+    rng = Xorshift64Star(2**64 - 1)
+    for _ in range(1000):
+        assert 0 <= rng.uint32() < 2**32
+        assert 0 < rng.state < 2**64
+
+
+@pytest.mark.parametrize(("generator", "seed"), [(Xorshift64Star, 0), (Xorshift64Star, 2**64), (MT19937, -1)])
+def test_seeds_that_do_not_fit_are_refused(generator, seed):
+    with pytest.raises(LlmpyError, match=f"seed {seed} .*use a seed from"):
+        generator(seed)
+
+
+def test_largest_seed():
+    assert MT19937(2**32 - 1).uint32(1).size == 1
+    with pytest.raises(LlmpyError, match="seed 4294967296"):
+        MT19937(2**32)

@@ -1,0 +1,182 @@
+"""Reading a person's text: right, or refused with file, place and fix."""
+
+import os
+import unicodedata
+
+import pytest
+
+from llmpy.data.text import find_files, read_documents
+from llmpy.errors import LlmpyError
+
+LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def read(said, *paths):
+    return read_documents(paths, said.append)
+
+
+def write(folder, name, content=LONG):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_one_file(tmp_path, said):
+    path = write(tmp_path, "a.txt")
+    (document,) = read(said, path)
+    assert document.text == LONG
+    assert document.source == str(path)
+    assert said == ["1 file, 1,320 characters, UTF-8"]
+
+
+def test_order_and_sum_of_several(tmp_path, said):
+    paths = [write(tmp_path, n, n + LONG) for n in ("b.txt", "a.txt")]
+    assert [d.text[0] for d in read(said, *paths)] == ["b", "a"]
+    assert said == ["2 files, 2,650 characters, UTF-8"]
+
+
+def test_folder_is_walked_in_order(tmp_path, said):
+    for name in ("z.txt", "sub/b.md", "sub/a.py", "sub/deep/c", "b.TXT"):
+        write(tmp_path, name)
+    write(tmp_path, ".hidden.txt", "secret")
+    write(tmp_path, ".git/config", "secret")
+    write(tmp_path, "picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
+    write(tmp_path, "old.cfg", "caf\xe9".encode("latin-1"))
+    write(tmp_path, "data.gz", b"\x1f\x8b\x08")
+    documents = read(said, tmp_path)
+    names = [os.path.relpath(d.source, tmp_path) for d in documents]
+    assert names == ["b.TXT", "sub/a.py", "sub/b.md", "sub/deep/c", "z.txt"]
+    assert said == [
+        "skipped 2 hidden files or folders",
+        "skipped 3 files that are not text: data.gz, old.cfg, picture.png",
+        "5 files, 6,600 characters, UTF-8",
+    ]
+
+
+def test_a_file_reached_twice_counts_once(tmp_path, said):
+    path = write(tmp_path, "a.txt")
+    write(tmp_path, "b.txt")
+    (tmp_path / "link.txt").symlink_to(path)
+    assert len(read(said, path, tmp_path, path)) == 2
+
+
+def test_pattern_in_quotes(tmp_path, said):
+    for name in ("b1.txt", "b2.txt", "c.txt"):
+        write(tmp_path, name)
+    assert [f.path.name for f in find_files([tmp_path / "b*.txt"], said.append)] == ["b1.txt", "b2.txt"]
+    odd = write(tmp_path, "odd[1].txt")  # a name that looks like a pattern is a name
+    assert [f.path for f in find_files([odd], said.append)] == [odd]
+    with pytest.raises(LlmpyError, match=r"nothing matches .*x\*\.txt — check"):
+        read(said, tmp_path / "x*.txt")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("utf-8", "UTF-8")],
+)
+def test_encodings_with_a_mark(tmp_path, said, encoding, name):
+    text = "Größe 日本 🙂\n" * 100
+    (document,) = read(said, write(tmp_path, "a.txt", text.encode(encoding)))
+    assert document.text == text
+    assert said == [f"1 file, {len(text):,} characters, {name}"]
+
+
+def test_big_endian_with_a_mark(tmp_path, said):
+    (document,) = read(said, write(tmp_path, "a.txt", ("\ufeff" + LONG).encode("utf-16-be")))
+    assert document.text == LONG
+    assert said[0].endswith("UTF-16")
+
+
+def test_line_ends_and_composition(tmp_path, said):
+    decomposed = unicodedata.normalize("NFD", "é")
+    (document,) = read(said, write(tmp_path, "a.txt", LONG.replace("\n", "\r\n") + decomposed + "\r"))
+    assert document.text == LONG + decomposed + "\r"  # nothing but \r\n is changed
+
+
+def test_end_of_text_separates_documents(tmp_path, said):
+    content = f"<|endoftext|>{LONG}<|endoftext|>\n<|endoftext|>{LONG}"
+    assert [d.text for d in read(said, write(tmp_path, "a.txt", content))] == [LONG, LONG]
+    assert said == ["1 file, 2,640 characters, UTF-8, 2 documents"]
+
+
+def test_markup_is_said(tmp_path, said):
+    read(said, write(tmp_path, "a.jsonl", '{"text": "hello"}\n' * 100))
+    assert said[0] == "note: 1 .jsonl file read as plain text, markup included"
+
+
+@pytest.mark.parametrize("through_folder", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LONG.encode() + b"caf\xe9 au lait", r"is not UTF-8: byte 0xe9 at offset 1,323 .*— convert it: iconv"),
+        (b"\xef\xbb\xbf" + LONG.encode() + b"\xff", r"is not UTF-8: byte 0xff at offset 1,323 "),
+        (b"\xff\xfe" + LONG.encode("utf-16-le") + b"\0", r"is not UTF-16-LE: byte 0x00 at offset 2,642 "),
+        (LONG.encode() + b"\0", r"is binary, not text: byte 0x00 at offset 1,320 — give plain text"),
+        (LONG.encode("utf-16-le"), r"is binary, not text: byte 0x00 at offset 1 — .*UTF-16 without a mark"),
+        (b"\x1f\x8b\x08\0" + LONG.encode(), r"is gzip, not text — unpack"),
+        (b"%PDF-1.7\n" + LONG.encode(), r"is PDF, not text — .*plain text"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"is a git-lfs pointer, not the text — .*git lfs pull"),
+    ],
+)
+def test_what_is_no_text(tmp_path, said, content, message, through_folder):
+    path = write(tmp_path, "bad.txt", content)
+    with pytest.raises(LlmpyError, match=r"bad\.txt " + message):
+        read(said, tmp_path if through_folder else path)
+
+
+def test_a_named_binary_is_refused_whatever_its_name(tmp_path, said):
+    write(tmp_path, "a.txt")
+    with pytest.raises(LlmpyError, match=r"picture\.png is binary"):
+        read(said, tmp_path / "a.txt", write(tmp_path, "picture.png", b"\x89PNG\0"))
+
+
+@pytest.mark.parametrize("content", ["", " \n" * 2000, "short\n", "x" * 999])
+def test_too_little_text(tmp_path, said, content):
+    characters = len(content) if content.strip() else 0
+    with pytest.raises(LlmpyError) as fault:
+        read(said, write(tmp_path, "a.txt", content))
+    message = f"1 file with {characters} characters of text; training needs at least 1,000 — give more text"
+    assert message in str(fault.value)
+
+
+def test_folder_without_text(tmp_path, said):
+    write(tmp_path, "x.dat", b"\0")
+    with pytest.raises(LlmpyError, match="0 files with 0 characters of text"):
+        read(said, tmp_path)
+    assert said == ["skipped 1 file that is not text: x.dat"]
+
+
+def test_missing(tmp_path, said):
+    write(tmp_path, "shakespeare.txt")
+    with pytest.raises(LlmpyError, match=r"no file or folder .*shakspeare\.txt — did you mean .*shakespeare"):
+        read(said, tmp_path / "shakspeare.txt")
+    with pytest.raises(LlmpyError, match=r"no file or folder .*b\.txt — check the path"):
+        read(said, tmp_path / "no" / "b.txt")
+
+
+def test_dead_link_and_pipe(tmp_path, said):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(LlmpyError, match="link to something that is gone — mend"):
+        read(said, tmp_path / "link")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LlmpyError, match="neither a file nor a folder — save"):
+        read(said, tmp_path / "pipe")
+    write(tmp_path, "a.txt")
+    assert len(read(said, tmp_path)) == 1  # in a folder they are passed over
+
+
+def test_unreadable(tmp_path, said, monkeypatch):
+    path = write(tmp_path, "a.txt")
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(LlmpyError, match=r"cannot read .*a\.txt: Permission denied — check"):
+        read(said, path)

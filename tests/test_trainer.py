@@ -1,0 +1,332 @@
+"""Whole runs on the reference backend: what they write, how they end, and that a refusal leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from laptop import Laptop
+
+from llmpy import checkpoint, preflight, trainer
+from llmpy.data.shards import write_shard
+from llmpy.errors import LlmpyError
+from llmpy.generate import open_run, sample
+from llmpy.options import SampleOptions, TrainOptions
+from llmpy.runfolder import RunFolder
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "old", "red", "house", "by", "sea", "."]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of simple sentences."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "my text.txt"
+    lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(400)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+Options = Callable[..., TrainOptions]
+
+
+@pytest.fixture
+def options(text: Path, tmp_path: Path) -> Options:
+    """Options of a run that takes a second, some of them replaced."""
+
+    def make(**changes: Any) -> TrainOptions:
+        small: dict[str, Any] = {
+            "data": (text,), "model": "d1", "out": tmp_path / "run", "batch_size": 2, "sequence_length": 16,
+            "steps": 4, "eval_batches": 2, "sample_tokens": 5, "vocab_size": 300,
+        }  # fmt: skip
+        return TrainOptions(**small | changes)
+
+    return make
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = Laptop()
+    assert trainer.train(options(eval_every=2, sample_every=3), machine) == 0
+    run = tmp_path / "run"
+    assert machine.warmed == 1
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.json", "main.log", "metrics.jsonl", "model.safetensors", "tokenizer.json", "train.bin", "val.bin"
+    ]  # fmt: skip
+    rows = metrics(run)
+    steps = [r for r in rows if "loss" in r]
+    evaluations = [r for r in rows if "val_loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}
+    assert [r["step"] for r in evaluations] == [0, 2, 4]
+    assert evaluations[0]["val_loss"] == pytest.approx(math.log(300), rel=0.1)
+    assert all(math.isfinite(v) for r in rows for v in r.values())
+    out = capsys.readouterr().out
+    assert out == (run / "main.log").read_text("utf-8")
+    for part in ("parameters", "measured peak", "step     4/4", "% of peak", "sample at step 3", "sample at step 4"):
+        assert part in out
+    assert f"llmpy sample {run}" in out
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    assert config["model"]["channels"] == 64
+    assert config["options"]["steps"] == 4
+    assert config["machine"]["isa"] == "numpy"
+    header, tokenizer = open_run(run)
+    assert header.trained_length == 16
+    assert tokenizer.vocab_size == header.config.vocab_size
+
+
+def test_it_learns_and_the_result_can_be_sampled(options: Options, tmp_path: Path) -> None:
+    assert trainer.train(options(steps=60, lr=1e-2), Laptop()) == 0
+    losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
+    assert losses[-1] < 0.6 * losses[0]
+    out: list[str] = []
+    sample(SampleOptions(tmp_path / "run", prompt="the cat", tokens=20, top_k=5), out.append, Laptop())
+    assert set("".join(out)[7:].split()) & set(WORDS)
+
+
+def test_two_runs_are_the_same(options: Options, tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        trainer.train(options(out=tmp_path / name), Laptop())
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    trainer.train(options(out=tmp_path / "c", seed=7), Laptop())
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() != files[0]
+
+
+def test_minutes_bound_a_run_and_its_learning_rate(options: Options, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    assert trainer.train(options(steps=None, minutes=0.02, eval_every=0), Laptop()) == 0
+    assert time.perf_counter() - start < 30
+    rates = [r["lr"] for r in metrics(tmp_path / "run") if "lr" in r]
+    assert len(rates) > 5
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_evaluation_is_always_of_the_same_batches(options: Options, tmp_path: Path) -> None:
+    trainer.train(options(lr=1e-30, weight_decay=0.0, eval_every=1), Laptop())
+    losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
+
+
+class Interrupting(Laptop):
+    """Raises a signal during the second update, as Ctrl-C would."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.updates = number, 0
+
+    def adamw(self, *arguments: Any) -> None:
+        super().adamw(*arguments)
+        self.updates += 1
+        if self.updates == 3:  # two updates a step: matrices and vectors
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_finishes_the_step_and_keeps_the_model(
+    options: Options, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    machine = Interrupting(number)
+    assert trainer.train(options(steps=100), machine) == code
+    assert signal.getsignal(number) is before
+    assert machine.updates == 4
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2]
+    assert "stopped after 2 steps" in capsys.readouterr().out
+    checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+
+
+def test_the_second_ctrl_c_is_the_systems_own() -> None:
+    asked: list[int] = []
+    with trainer.stop_signals(asked.append):
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert asked == [signal.SIGINT]
+
+
+class Diverging(Laptop):
+    """Its losses become NaN at the fourth batch that is trained on; evaluation stays good."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.batches = what, 0
+
+    def classifier(self, losses: Any, dinp: Any, dwte: Any, *rest: Any) -> None:
+        super().classifier(losses, dinp, dwte, *rest)
+        self.batches += dinp is not None
+        if self.batches == 4:
+            (losses if self.what == "loss" else dwte)[...] = np.nan
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence_stops_and_keeps_the_good_model(options: Options, tmp_path: Path, what: str) -> None:
+    with pytest.raises(LlmpyError, match=rf"step 4: the {what} is .* the model last saved is kept — use a"):
+        trainer.train(options(eval_every=3), Diverging(what))
+    out: list[str] = []
+    sample(SampleOptions(tmp_path / "run", tokens=3), out.append, Laptop())
+
+
+def test_divergence_before_any_save(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(LlmpyError, match="nothing was saved"):
+        trainer.train(options(), Diverging("loss"))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert trainer.train(options(), Laptop()) == 0  # and the folder may be used again
+
+
+def test_a_trained_model_is_not_overwritten(options: Options, tmp_path: Path) -> None:
+    trainer.train(options(), Laptop())
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(LlmpyError, match="already holds a trained model"):
+        trainer.train(options(seed=3), Laptop())
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.bin").write_bytes(b"mine")
+    with pytest.raises(LlmpyError, match=r"holds other files \(train.bin\)"):
+        trainer.train(options(), Laptop())
+    assert (tmp_path / "run" / "train.bin").read_bytes() == b"mine"
+
+
+def test_an_empty_folder_is_welcome_and_stays_empty_after_a_refusal(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(LlmpyError):
+        trainer.train(options(data=(tmp_path / "missing.txt",)), Laptop())
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(options: Options, text: Path) -> None:
+    with pytest.raises(LlmpyError, match="cannot write to the run folder"):
+        trainer.train(options(out=text / "run"), Laptop())
+    with pytest.raises(LlmpyError, match="cannot write to the run folder"):
+        trainer.train(options(out=text), Laptop())
+
+
+def test_a_folder_that_cannot_be_written(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("llmpy.runfolder.tempfile.TemporaryFile", read_only)
+    with pytest.raises(LlmpyError, match="Permission denied — choose another with --out"):
+        trainer.train(options(), Laptop())
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20261122-1503")
+    names = [RunFolder.open(None, "gpt3:c768").path.as_posix() for _ in range(3)]
+    assert names == [f"runs/gpt3-c768-20261122-1503{end}" for end in ("", "-2", "-3")]
+
+
+def shard_with(tmp_path: Path, tokens: np.ndarray) -> Path:
+    path = tmp_path / "tokens.bin"
+    write_shard(path, tokens)
+    return path
+
+
+def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
+    """Every bad input that issue 2 lists for training → options that hold it, and what must be said."""
+
+    def file(content: bytes) -> Callable[[Path], dict[str, Any]]:
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / "bad.txt").write_bytes(content)
+            return {"data": (folder / "bad.txt",)}
+
+        return write
+
+    def shard(change: Callable[[bytearray], bytearray]) -> Callable[[Path], dict[str, Any]]:
+        def write(folder: Path) -> dict[str, Any]:
+            path = shard_with(folder, np.arange(2000) % 300)
+            path.write_bytes(change(bytearray(path.read_bytes())))
+            return {"data": (path,)}
+
+        return write
+
+    return {
+        "empty": (file(b""), "0 characters of text"),
+        "tiny": (file(b"a few words"), "text"),
+        "binary": (file(bytes(range(256)) * 40), "bad.txt"),
+        "missing": (lambda f: {"data": (f / "nothing.txt",)}, "nothing.txt"),
+        "dial": (lambda f: {"model": "d4x"}, "unknown model"),
+        "magic": (shard(lambda b: bytearray(4) + b[4:]), "tokens.bin"),
+        "length": (shard(lambda b: b[:-2]), "cut off"),
+        "token": (shard(lambda b: b[:-2] + b"\xff\xff"), "outside the vocabulary"),
+        "prompt": (lambda f: {"prompt": "\udcff"}, "UTF-8"),
+        "prompt without tokenizer": (
+            lambda f: {"prompt": "a", "data": (shard_with(f, np.arange(2000) % 300),), "vocab_size": 300},
+            "needs a tokenizer",
+        ),
+        "row": (lambda f: {"sequence_length": 1025}, "longer than the model's context of 1024"),
+        "batch": (lambda f: {"batch_size": 100_000}, "smaller -B or -T"),
+        "validation": (lambda f: {"sequence_length": 1024, "batch_size": 1}, "-T"),
+        "vocabulary": (lambda f: {"vocab_size": 200}, "--vocab-size 257"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_inputs())
+def test_bad_input_is_one_error_and_leaves_nothing(options: Options, tmp_path: Path, name: str) -> None:
+    make, said = bad_inputs()[name]
+    machine = Laptop()
+    with pytest.raises(LlmpyError) as caught:
+        trainer.train(options(**make(tmp_path)), machine)
+    assert said in str(caught.value)
+    assert " — " in str(caught.value), "an error names the fix"
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_not_there(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "PROGRAM_BYTES", 1 << 60)
+    machine = Laptop()
+    with pytest.raises(LlmpyError, match="smaller -B, -T or --model"):
+        trainer.train(options(), machine)
+    assert machine.warmed == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_without_a_tokenizer_train_and_sample_as_numbers(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shard_with(tmp_path, np.arange(2000) % 300)
+    assert trainer.train(options(data=(path,)), Laptop()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ids = lines[lines.index("--- sample at step 4") + 1].split()
+    assert len(ids) == 5
+    assert all(0 <= int(i) < 300 for i in ids)
+    with pytest.raises(LlmpyError, match=r"tokenizer\.json is missing"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"steps": 0}, "--steps 0"),
+        ({"minutes": -1.0}, "--minutes -1"),
+        ({"minutes": math.inf}, "--minutes inf"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"beta2": 1.0}, "--beta2 1.0"),
+        ({"min_lr": 1.1}, "--min-lr 1.1"),
+        ({"seed": 1 << 32}, "below 2^32"),
+        ({"seed": -1}, "--seed -1"),
+        ({"threads": 0}, "--threads 0"),
+        ({"schedule": "step"}, "cosine, linear"),
+        ({"dtype": "bfloat16"}, "float32 only"),
+        ({"dtype": "int8"}, "--dtype int8"),
+    ],
+)
+def test_options_that_make_no_sense(options: Options, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(LlmpyError, match=said.replace("^", r"\^")):
+        options(**changes)
