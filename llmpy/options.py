@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .errors import LlmpyError
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
-DEFAULT_MINUTES = 2.5  # when neither --minutes nor --steps is given: a run always has an end
+# When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
+DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
 
 
 def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
@@ -34,15 +35,17 @@ class TrainOptions:
         "text files, folders of text, or .bin shards (default: text that Python carries)",
         metavar="PATH",
     )
-    model: str = option("d4", "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768")
+    model: str = option("d3", "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768")
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", metavar="RUN")
-    batch_size: int = option(8, "rows of a batch", "-B")
+    batch_size: int = option(4, "rows of a batch", "-B")
     sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T")
-    steps: int | None = option(None, "stop after this many steps")
-    minutes: float | None = option(
-        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, or none with --steps)"
+    steps: int | None = option(
+        None, f"stop after this many steps (default: {DEFAULT_EPOCHS} epochs, none with --minutes)"
     )
-    lr: float = option(1e-3, "peak learning rate")
+    minutes: float | None = option(
+        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)"
+    )
+    lr: float | None = option(None, "peak learning rate (default: 6e-4 * 768 / channels)")
     schedule: str = option("cosine", "how the learning rate falls", choices=KINDS)
     warmup: int | None = option(None, "steps to the peak (default: a tenth of the run, at most 50)")
     min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak")
@@ -54,7 +57,7 @@ class TrainOptions:
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", "arithmetic", choices=DTYPES)
     shuffle: bool = option(True, "visit the samples in random order")
-    eval_every: int = option(100, "steps between evaluations, 0: only at the start and the end")
+    eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end")
     eval_batches: int = option(20, "batches of an evaluation")
     sample_every: int = option(0, "steps between samples, 0: only at the end")
     sample_tokens: int = option(128, "tokens of a sample")
@@ -76,9 +79,18 @@ class TrainOptions:
     @property
     def seconds(self) -> float | None:
         """The training time that bounds the run; None: only `steps` does."""
-        if self.minutes is None:
-            return 60 * DEFAULT_MINUTES if self.steps is None else None
-        return 60 * self.minutes
+        return None if self.minutes is None else 60 * self.minutes
+
+    def settled(self, channels: int, tokens: int) -> Self:
+        """The same with what was left open decided for a model's width and a text's number of tokens."""
+        settled = self
+        if self.lr is None:
+            # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
+            settled = replace(settled, lr=6e-4 * 768 / channels)
+        if self.steps is None and self.minutes is None:
+            batches = max(1, tokens // (self.batch_size * self.sequence_length))
+            settled = replace(settled, steps=DEFAULT_EPOCHS * batches, minutes=DEFAULT_MINUTES)
+        return settled
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class SampleOptions:
     run: Path = option(Path(), "folder of a run", metavar="RUN")
     prompt: str = option("", "text to continue (default: the start of a text)")
     tokens: int = option(200, "tokens to add")
-    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model has it")
+    temperature: float = option(0.6, "0: always the likeliest token; 1: as the model has it")
     top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
     seed: int = option(1337, "seed of the choices")
     threads: int | None = option(None, "threads (default: one a core)")

@@ -36,7 +36,8 @@ from .runfolder import MODEL_FILE, RunFolder
 from .schedule import horizon, learning_rate
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
-SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50  # as `llmpy sample` has them
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.6, 50  # as `llmpy sample` has them
+BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
 WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at most 50 steps
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in
 LINE_SECONDS = 2.0
@@ -205,6 +206,7 @@ class Trainer:
     def _learning_rate(self) -> float:
         o, total = self.options, self._total()
         warmup = min(total // WARMUP_SHARE, WARMUP_MOST) if o.warmup is None else o.warmup
+        assert o.lr is not None  # `settled` has seen to it
         return learning_rate(self.done, total, warmup, o.lr, o.min_lr, o.schedule)
 
     def _tell(self, loss: float, lr: float, norm: float, seconds: float) -> None:
@@ -297,8 +299,10 @@ def check_length(T: int, context: int) -> None:
 
 def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None) -> Trainer:
     """Data, machine, preflight, model, optimizer: everything a trainer needs, checked."""
-    data = prepare(options.data, folder.path, options.vocab_size, journal.say)
+    vocab_size = options.vocab_size or (BUILTIN_VOCAB if options.data is None else None)
+    data = prepare(options.data, folder.path, vocab_size, journal.say)
     config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
+    options = options.settled(config.channels, sum(map(len, data.train)))
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads))
     flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
     for line in flight.lines():

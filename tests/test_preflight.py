@@ -18,6 +18,7 @@ GPT2_124M = ModelConfig.from_dial("gpt2")
 
 def flight(**options: object) -> Preflight:
     told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, **options)  # type: ignore[arg-type]
+    told = told.settled(768, 305_260)
     return inspect(GPT2_124M, told, Laptop(), 305_260, 32_768)
 
 
@@ -37,7 +38,8 @@ def test_the_lines_say_what_will_run() -> None:
         assert part in text
     assert "measured peak 10 GFLOP/s" in text
     assert "stops at 100 steps" in text
-    assert "stops at 2.5 minutes" in "\n".join(flight().lines())
+    assert "stops at 11,920 steps or 3.5 minutes" in "\n".join(flight().lines())
+    assert "stops at 7 minutes" in "\n".join(flight(minutes=7).lines())
     assert "whichever comes first" in "\n".join(flight(steps=3, minutes=1).lines())
 
 

@@ -309,6 +309,16 @@ def test_shards_without_a_tokenizer_train_and_sample_as_numbers(
         open_run(tmp_path / "run")
 
 
+def test_what_is_left_open_is_settled() -> None:
+    told = TrainOptions().settled(channels=768, tokens=51_300)
+    assert (told.lr, told.steps, told.minutes) == (pytest.approx(6e-4), 1000, 3.5)
+    told = TrainOptions(steps=3).settled(384, 51_300)
+    assert (told.lr, told.steps, told.minutes) == (pytest.approx(1.2e-3), 3, None)
+    told = TrainOptions(minutes=3, lr=0.1).settled(384, 10)
+    assert (told.lr, told.steps, told.minutes) == (0.1, None, 3)
+    assert TrainOptions().settled(768, 10).steps == 10
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
