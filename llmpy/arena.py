@@ -19,6 +19,7 @@ class Tensor:
 
     `init` says how training from scratch fills the tensor: "normal" draws with `std`, "ones" and
     "zeros" say it themselves; activations leave it empty. `decay` marks tensors under weight decay.
+    `wide` marks those that stay float32 in mixed precision: the residual stream, statistics, losses.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Tensor:
     init: str = ""
     std: float = 0.0
     decay: bool = False
+    wide: bool = False
 
     @property
     def size(self) -> int:
@@ -36,17 +38,33 @@ class Tensor:
 class Arena:
     """One flat buffer for a whole table; each tensor is an attribute: `params.wte`, `acts.qkv[3]`.
 
-    `empty(count, dtype)` allocates the buffer (the backend's, so that a device can own it).
+    `empty(count, dtype)` allocates (the backend's, so that a device can own the memory). Wide tensors take
+    the type `wide`; if that is another type than `dtype` they have a buffer of their own.
     """
 
-    def __init__(self, table: Sequence[Tensor], empty: Callable[..., Any], dtype: Any) -> None:
+    def __init__(self, table: Sequence[Tensor], empty: Callable[..., Any], dtype: Any, wide: Any = None) -> None:
         self.table = tuple(table)
-        self.buffer = empty(sum(t.size for t in self.table), dtype)
+        self.buffers: list[Any] = []
         self._views: dict[str, Any] = {}
+        if wide is None or wide == dtype:
+            self._allocate(self.table, empty, dtype)
+        else:
+            self._allocate([t for t in self.table if not t.wide], empty, dtype)
+            self._allocate([t for t in self.table if t.wide], empty, wide)
+
+    def _allocate(self, table: Sequence[Tensor], empty: Callable[..., Any], dtype: Any) -> None:
+        buffer = empty(sum(t.size for t in table), dtype)
         offset = 0
-        for tensor in self.table:
-            self._views[tensor.name] = self.buffer[offset : offset + tensor.size].reshape(tensor.shape)
+        for tensor in table:
+            self._views[tensor.name] = buffer[offset : offset + tensor.size].reshape(tensor.shape)
             offset += tensor.size
+        self.buffers.append(buffer)
+
+    @property
+    def buffer(self) -> Any:
+        """The flat buffer of an arena of one type."""
+        (only,) = self.buffers
+        return only
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,4 +79,4 @@ class Arena:
     @property
     def size(self) -> int:
         """Number of elements in the whole arena."""
-        return int(self.buffer.size)
+        return sum(t.size for t in self.table)

@@ -55,32 +55,33 @@ def ACTS(c: ModelConfig, B: int, T: int, layers: int) -> list[Tensor]:
     L, C, NH = layers, c.channels, c.heads
     BT = B * T
     return [
-        Tensor("resid", (L + 1, BT, C)),  # resid[0] is the embedding, resid[l + 1] layer l's output
-        Tensor("resid_mid", (L, BT, C)),
+        Tensor("resid", (L + 1, BT, C), wide=True),  # resid[0] is the embedding, resid[l + 1] layer l's output
+        Tensor("resid_mid", (L, BT, C), wide=True),
         Tensor("ln_1", (L, BT, C)),
-        Tensor("ln_1_mean", (L, BT)),
-        Tensor("ln_1_rstd", (L, BT)),
+        Tensor("ln_1_mean", (L, BT), wide=True),
+        Tensor("ln_1_rstd", (L, BT), wide=True),
         Tensor("qkv", (L, BT, 3 * C)),
         Tensor("attn_out", (L, BT, C)),
-        Tensor("attn_stats", (L, B, NH, T)),
+        Tensor("attn_stats", (L, B, NH, T), wide=True),
         Tensor("ln_2", (L, BT, C)),
-        Tensor("ln_2_mean", (L, BT)),
-        Tensor("ln_2_rstd", (L, BT)),
+        Tensor("ln_2_mean", (L, BT), wide=True),
+        Tensor("ln_2_rstd", (L, BT), wide=True),
         Tensor("mlp_fc", (L, BT, 4 * C)),
         Tensor("mlp_gelu", (L, BT, 4 * C)),
         Tensor("branch", (BT, C)),  # output of the branch that joins the residual stream next
         Tensor("ln_f", (BT, C)),
-        Tensor("ln_f_mean", (BT,)),
-        Tensor("ln_f_rstd", (BT,)),
-        Tensor("losses", (BT,)),
+        Tensor("ln_f_mean", (BT,), wide=True),
+        Tensor("ln_f_rstd", (BT,), wide=True),
+        Tensor("losses", (BT,), wide=True),
     ]
 
 
-def SCRATCH(c: ModelConfig, B: int, T: int) -> list[Tensor]:
+def SCRATCH(c: ModelConfig, B: int, T: int, mixed: bool) -> list[Tensor]:
     """What backward needs once: every layer uses the same rows again."""
     C, BT = c.channels, B * T
     return [
-        Tensor("dresid", (BT, C)),
+        *([Tensor("dresid_stored", (BT, C))] if mixed else []),  # dresid rounded, as an operand of products
+        Tensor("dresid", (BT, C), wide=True),
         Tensor("dln", (BT, C)),
         Tensor("dattn_out", (BT, C)),
         Tensor("dqkv", (BT, 3 * C)),
@@ -94,11 +95,20 @@ class GPT2:
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self.config = config
         self.ops = ops
-        self.params = Arena(PARAMS(config), ops.empty, ops.dtype)
+        self.params = Arena(PARAMS(config), ops.empty, ops.wide)
         self.matrix_elements = sum(t.size for t in self.params.table if t.decay)
+        # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
+        self.mixed = ops.dtype != ops.wide
+        matrices = [t for t in self.params.table if t.decay]
+        self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
         self.grads: Arena | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
         self._scratch: dict[tuple[int, int], Arena] = {}
+
+    def store_weights(self) -> None:
+        """Renew what products read; to be called when `params` were written by anyone but the optimizer."""
+        if self.mixed:
+            self.ops.narrow(self.weights.buffer, self.params.buffer[: self.matrix_elements])
 
     def reserve(self, B: int, T: int, training: bool) -> Arena:
         """Make the arenas for batches of (B, T), so that no step allocates; returns the activations."""
@@ -111,15 +121,15 @@ class GPT2:
             raise LlmpyError(f"batch size {B}", "use -B 1 or more")
         ops = self.ops
         if training and self.grads is None:
-            self.grads = Arena(self.params.table, ops.empty, ops.dtype)
+            self.grads = Arena(self.params.table, ops.empty, ops.wide)
         if training and (B, T) not in self._scratch:
-            self._scratch[B, T] = Arena(SCRATCH(self.config, B, T), ops.empty, ops.dtype)
+            self._scratch[B, T] = Arena(SCRATCH(self.config, B, T, self.mixed), ops.empty, ops.dtype, ops.wide)
         # A training arena serves evaluation too; evaluation alone keeps a single layer.
         if (B, T, True) in self._acts:
             training = True
         if (B, T, training) not in self._acts:
             layers = self.config.layers if training else 1
-            self._acts[B, T, training] = Arena(ACTS(self.config, B, T, layers), ops.empty, ops.dtype)
+            self._acts[B, T, training] = Arena(ACTS(self.config, B, T, layers), ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
@@ -128,14 +138,14 @@ class GPT2:
         a = self.forward(tokens, self.reserve(B, T, training=False))
         rows = np.ascontiguousarray(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
         out = self.ops.empty((B, self.config.padded_vocab_size), self.ops.dtype)
-        self.ops.linear_forward(out, rows, self.params.wte, None)
-        return self.ops.to_host(out)[:, : self.config.vocab_size].copy()
+        self.ops.linear_forward(out, rows, self.weights.wte, None)
+        return self.ops.to_host(out)[:, : self.config.vocab_size].astype(self.ops.wide)
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
         """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
         B, T = tokens.shape
         a = self.forward(tokens, self.reserve(B, T, training=False))
-        self.ops.classifier(a.losses, None, None, a.ln_f, self.params.wte, targets, self.config.vocab_size, 0.0, False)
+        self.ops.classifier(a.losses, None, None, a.ln_f, self.weights.wte, targets, self.config.vocab_size, 0.0, False)
         return self._mean(a.losses, targets)
 
     def loss_and_grads(
@@ -157,9 +167,9 @@ class GPT2:
 
     def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
         """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
-        ops, p, L = self.ops, self.params, self.config.layers
+        ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
         kept = a.qkv.shape[0]  # L in training; 1 in evaluation, where a layer overwrites the one before
-        ops.embedding_forward(a.resid[0], tokens, p.wte, p.wpe)
+        ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
         for l in range(L):
             i = l % kept
             stats = a.ln_1[i], a.ln_1_mean[i], a.ln_1_rstd[i]
@@ -168,54 +178,42 @@ class GPT2:
             else:
                 before = a.resid_mid[(l - 1) % kept], a.branch
                 ops.residual_layernorm_forward(a.resid[i], *stats, *before, p.ln_1_w[l], p.ln_1_b[l])
-            ops.linear_forward(a.qkv[i], a.ln_1[i], p.attn_qkv_w[l], p.attn_qkv_b[l])
+            ops.linear_forward(a.qkv[i], a.ln_1[i], w.attn_qkv_w[l], p.attn_qkv_b[l])
             ops.attention_forward(a.attn_out[i], a.attn_stats[i], a.qkv[i])
-            ops.linear_forward(a.branch, a.attn_out[i], p.attn_proj_w[l], p.attn_proj_b[l])
+            ops.linear_forward(a.branch, a.attn_out[i], w.attn_proj_w[l], p.attn_proj_b[l])
             stats = a.ln_2[i], a.ln_2_mean[i], a.ln_2_rstd[i]
             ops.residual_layernorm_forward(a.resid_mid[i], *stats, a.resid[i], a.branch, p.ln_2_w[l], p.ln_2_b[l])
-            ops.linear_forward(a.mlp_gelu[i], a.ln_2[i], p.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=a.mlp_fc[i])
-            ops.linear_forward(a.branch, a.mlp_gelu[i], p.mlp_proj_w[l], p.mlp_proj_b[l])
+            ops.linear_forward(a.mlp_gelu[i], a.ln_2[i], w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=a.mlp_fc[i])
+            ops.linear_forward(a.branch, a.mlp_gelu[i], w.mlp_proj_w[l], p.mlp_proj_b[l])
         stats = a.ln_f, a.ln_f_mean, a.ln_f_rstd
         ops.residual_layernorm_forward(a.resid[-1], *stats, a.resid_mid[-1], a.branch, p.ln_f_w, p.ln_f_b)
         return a
 
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
         """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
-        ops, p, g, c = self.ops, self.params, self.grads, self.config
+        ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
         B, T = tokens.shape
         s = self._scratch[B, T]
         assert g is not None
-        ops.classifier(a.losses, s.dln, g.wte, a.ln_f, p.wte, targets, c.vocab_size, scale, acc)
+        dresid = s.dresid_stored if self.mixed else s.dresid  # as an operand of products
+        ops.classifier(a.losses, s.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
         ops.zero(s.dresid)
-        ops.layernorm_backward(
-            s.dresid, g.ln_f_w, g.ln_f_b, s.dln, a.resid[-1], a.ln_f_mean, a.ln_f_rstd, p.ln_f_w, acc
-        )
+        stats = a.resid[-1], a.ln_f_mean, a.ln_f_rstd
+        ops.layernorm_backward(s.dresid, g.ln_f_w, g.ln_f_b, s.dln, *stats, p.ln_f_w, acc)
         for l in reversed(range(c.layers)):
-            ops.linear_backward(
-                s.dmlp_fc,
-                g.mlp_proj_w[l],
-                g.mlp_proj_b[l],
-                s.dresid,
-                a.mlp_gelu[l],
-                p.mlp_proj_w[l],
-                a.mlp_fc[l],
-                acc,
-            )
-            ops.linear_backward(s.dln, g.mlp_fc_w[l], g.mlp_fc_b[l], s.dmlp_fc, a.ln_2[l], p.mlp_fc_w[l], None, acc)
+            ops.narrow(dresid, s.dresid)
+            d = g.mlp_proj_w[l], g.mlp_proj_b[l]
+            ops.linear_backward(s.dmlp_fc, *d, dresid, a.mlp_gelu[l], w.mlp_proj_w[l], a.mlp_fc[l], acc)
+            d = g.mlp_fc_w[l], g.mlp_fc_b[l]
+            ops.linear_backward(s.dln, *d, s.dmlp_fc, a.ln_2[l], w.mlp_fc_w[l], None, acc)
             stats = a.resid_mid[l], a.ln_2_mean[l], a.ln_2_rstd[l]
             ops.layernorm_backward(s.dresid, g.ln_2_w[l], g.ln_2_b[l], s.dln, *stats, p.ln_2_w[l], acc)
-            ops.linear_backward(
-                s.dattn_out,
-                g.attn_proj_w[l],
-                g.attn_proj_b[l],
-                s.dresid,
-                a.attn_out[l],
-                p.attn_proj_w[l],
-                None,
-                acc,
-            )
+            ops.narrow(dresid, s.dresid)
+            d = g.attn_proj_w[l], g.attn_proj_b[l]
+            ops.linear_backward(s.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
             ops.attention_backward(s.dqkv, s.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
-            ops.linear_backward(s.dln, g.attn_qkv_w[l], g.attn_qkv_b[l], s.dqkv, a.ln_1[l], p.attn_qkv_w[l], None, acc)
+            d = g.attn_qkv_w[l], g.attn_qkv_b[l]
+            ops.linear_backward(s.dln, *d, s.dqkv, a.ln_1[l], w.attn_qkv_w[l], None, acc)
             stats = a.resid[l], a.ln_1_mean[l], a.ln_1_rstd[l]
             ops.layernorm_backward(s.dresid, g.ln_1_w[l], g.ln_1_b[l], s.dln, *stats, p.ln_1_w[l], acc)
         ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)

@@ -37,15 +37,15 @@ class AdamW:
         self.updates = 0
         self.grad = model.grads.buffer
         param = model.params.buffer
-        self.m = self.ops.empty(param.size, self.ops.dtype)
-        self.v = self.ops.empty(param.size, self.ops.dtype)
+        self.m = self.ops.empty(param.size, self.ops.wide)
+        self.v = self.ops.empty(param.size, self.ops.wide)
         self.ops.zero(self.m)
         self.ops.zero(self.v)
         edge = model.matrix_elements
         flat = param, self.grad, self.m, self.v
         self._parts = (
-            (tuple(x[:edge] for x in flat), weight_decay),
-            (tuple(x[edge:] for x in flat), 0.0),
+            (tuple(x[:edge] for x in flat), weight_decay, model.weights.buffer if model.mixed else None),
+            (tuple(x[edge:] for x in flat), 0.0, None),
         )
 
     def step(self, lr: float) -> float:
@@ -59,6 +59,6 @@ class AdamW:
         scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
         self.updates += 1
         beta1, beta2 = self.betas
-        for (param, grad, m, v), decay in self._parts:
-            self.ops.adamw(param, grad, m, v, lr, beta1, beta2, EPSILON, decay, scale, self.updates)
+        for flat, decay, stored in self._parts:
+            self.ops.adamw(*flat, lr, beta1, beta2, EPSILON, decay, scale, self.updates, stored)
         return norm

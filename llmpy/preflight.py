@@ -13,6 +13,7 @@ from typing import Protocol
 
 import psutil
 
+from .arena import Tensor
 from .backend import Ops
 from .config import ModelConfig
 from .errors import LlmpyError
@@ -119,18 +120,25 @@ def inspect(
         train_tokens,
         val_tokens,
         machine.measure_peak(),
-        memory_needed(config, options.batch_size, options.sequence_length),
+        memory_needed(config, options.batch_size, options.sequence_length, machine),
         psutil.virtual_memory().available,
     )
 
 
-def memory_needed(config: ModelConfig, B: int, T: int) -> int:
+def memory_needed(config: ModelConfig, B: int, T: int, machine: Ops) -> int:
     """Bytes that training `config` on batches of (B, T) takes, program included."""
+    wide, stored = machine.wide.itemsize, machine.dtype.itemsize
+    mixed = stored != wide
+
+    def size(table: list[Tensor]) -> int:
+        return sum(t.size * (wide if t.wide else stored) for t in table)
+
     parameters = sum(t.size for t in PARAMS(config))
-    training = sum(t.size for t in ACTS(config, B, T, config.layers) + SCRATCH(config, B, T))
-    sampling = sum(t.size for t in ACTS(config, 1, T, 1))
+    matrices = sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0
+    training = size(ACTS(config, B, T, config.layers)) + size(SCRATCH(config, B, T, mixed))
+    sampling = size(ACTS(config, 1, T, 1))
     logits = min(LOGITS_ROWS, B * T) * config.padded_vocab_size
-    return 4 * (4 * parameters + training + sampling + logits) + PROGRAM_BYTES
+    return wide * 4 * parameters + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
 
 
 def duration(seconds: float) -> str:

@@ -6,8 +6,12 @@ are `:=` when `accumulate` is False, the first micro-step, and `+=` when it is T
 
 Dimensions: B batch, T time, C channels, NH heads, V vocabulary, Vp padded vocabulary, OC output
 channels; BT = B·T rows. Any leading shape that multiplies to BT may stand for BT. Arrays are
-C-contiguous; floats are of the backend's dtype (`float32` on the CPU; float64 or complex128 in the
-reference); tokens and targets are int32.
+C-contiguous; tokens and targets are int32.
+
+Floats are of two types. `wide` holds parameters, their gradients and moments, biases, the residual stream
+(resid, inp1, inp of LayerNorm, dinp of its backward), statistics and losses; `dtype` holds all that products
+read or write (weight, wte, wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv). On the CPU `wide` is
+float32 and `dtype` float32 or bfloat16; in the reference both are float64, float32 or complex128.
 
 Operations trust their caller: token ids are checked where data enters (`data.shards`), shapes where
 arenas are made (`gpt2`), because compiled kernels check no bounds.
@@ -27,6 +31,7 @@ class Ops(Protocol):
 
     name: str
     dtype: Any
+    wide: Any
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory of this backend, aligned for its vectors."""
@@ -36,6 +41,9 @@ class Ops(Protocol):
 
     def zero(self, x: Array) -> None:
         """x := 0."""
+
+    def narrow(self, out: Array, x: Array) -> None:
+        """out (dtype) := x (wide), rounded to nearest even; nothing to do where out is x."""
 
     def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array) -> None:
         """out (B, T, C) := wte[token] + wpe[t].  tokens (B, T), wte (Vp, C), wpe (≥T, C)."""
@@ -143,8 +151,9 @@ class Ops(Protocol):
         weight_decay: float,
         grad_scale: float,
         step: int,
+        stored: Array | None = None,
     ) -> None:
-        """One AdamW update of flat (n,) arrays; step counts from 1.
+        """One AdamW update of flat (n,) wide arrays; step counts from 1.  stored (n,) dtype := param.
 
         g = grad_scale·grad;  m := β1·m + (1−β1)·g;  v := β2·v + (1−β2)·g²;
         param −= lr·(m/(1−β1^step) / (√(v/(1−β2^step)) + eps) + weight_decay·param).
@@ -155,7 +164,7 @@ class Ops(Protocol):
 
 
 def load(name: str = "cpu", **options: Any) -> Ops:
-    """A backend by name: "cpu" (Numba; option `threads`) or "reference" (NumPy; option `dtype`)."""
+    """A backend by name: "cpu" (Numba; options `threads`, `dtype`) or "reference" (NumPy; option `dtype`)."""
     if name == "cpu":
         from .cpu import CPU
 

@@ -70,7 +70,7 @@ class Reference:
     name = "reference"
 
     def __init__(self, dtype: Any = np.float64) -> None:
-        self.dtype = np.dtype(dtype)
+        self.dtype = self.wide = np.dtype(dtype)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.empty(shape, dtype)
@@ -80,6 +80,9 @@ class Reference:
 
     def zero(self, x: np.ndarray) -> None:
         x[...] = 0
+
+    def narrow(self, out: np.ndarray, x: np.ndarray) -> None:
+        out[...] = x
 
     # Embedding: out[b, t] = wte[tokens[b, t]] + wpe[t]
 
@@ -256,6 +259,7 @@ class Reference:
         weight_decay: float,
         grad_scale: float,
         step: int,
+        stored: np.ndarray | None = None,
     ) -> None:
         g = grad_scale * grad
         m[...] = beta1 * m + (1 - beta1) * g
@@ -263,6 +267,8 @@ class Reference:
         m_hat = m / (1 - beta1**step)
         v_hat = v / (1 - beta2**step)
         param -= lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param)
+        if stored is not None:
+            stored[...] = param
 
     def global_norm(self, grad: np.ndarray) -> float:
         return math.sqrt(np.square(grad, dtype=np.float64).sum())

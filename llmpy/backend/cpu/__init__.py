@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import psutil
 
 from ...errors import LlmpyError
 from . import adamw as adamw_
 from . import attention, cross_entropy, embedding, global_norm, jit, layernorm, linear, peak, simd
+from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-NONE_1 = np.empty(0, np.float32)  # "no array", for kernels that have one signature
-NONE_2 = np.empty((0, 0), np.float32)
+NO_BIAS = np.empty(0, np.float32)  # "no array", for kernels that have one signature
 CLASSIFIER_ROWS = 512  # rows whose logits exist at one time
+FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
 def default_threads() -> int:
@@ -34,23 +36,32 @@ def default_threads() -> int:
     return max(1, cores)
 
 
+def native_dtype() -> str:
+    """What `--dtype auto` takes: bfloat16 where the CPU multiplies it natively, else float32."""
+    return "bfloat16" if simd.HOST.bf16 else "float32"
+
+
 class CPU:
-    """float32 on `threads` threads (default: all cores of this process)."""
+    """Mixed precision (`dtype` "bfloat16") or float32, on `threads` threads (default: all cores of this process)."""
 
     name = "cpu"
-    dtype = np.dtype(np.float32)
+    wide = FLOAT32
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, dtype: str = "float32") -> None:
+        if dtype not in ("float32", "bfloat16"):
+            raise LlmpyError(f"unknown dtype {dtype!r}", "use float32 or bfloat16")
+        self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = default_threads() if threads is None else threads
         if not 1 <= self.threads <= 1024:
             raise LlmpyError(f"{self.threads} threads", "use --threads between 1 and 1024")
         self.isa = simd.HOST.name
         self.threading_layer = jit.launch_threads(self.threads)
-        self._gemm_scratch = self.empty((self.threads, linear.SCRATCH), np.float32)
-        self._attention_scratch = self.empty((self.threads, 0), np.float32)
-        self._partial = self.empty(0, np.float32)
-        self._packed = self.empty(0, np.float32)
-        self._logits = self.empty(0, np.float32)
+        self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))
+        self._gemm_scratch = self.empty((self.threads, linear.SCRATCH), FLOAT32)
+        self._attention_scratch = self.empty((self.threads, 0), FLOAT32)
+        self._partial = self.empty(0, FLOAT32)
+        self._packed = self.empty(0, FLOAT32)
+        self._logits = self.empty(0, self.dtype)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """Uninitialised memory that begins on a cache line."""
@@ -71,41 +82,42 @@ class CPU:
     def _partials(self, count: int) -> np.ndarray:
         """Room for partial sums; grows when a larger shape first comes along."""
         if self._partial.size < count:
-            self._partial = self.empty(count, np.float32)
+            self._partial = self.empty(count, FLOAT32)
         return self._partial
 
     def _packed_inputs(self, rows: int, columns: int) -> np.ndarray:
         """Room for the panels that `linear_backward` shares; grows when a larger shape first comes along."""
         size = min(rows, simd.KC) * (columns + simd.LANES)
         if self._packed.size < size:
-            self._packed = self.empty(size, np.float32)
+            self._packed = self.empty(size, FLOAT32)
         return self._packed
 
     def _attention(self, T: int, HS: int) -> np.ndarray:
         size = attention.scratch_size(T, HS)
         if self._attention_scratch.shape[1] < size:
-            self._attention_scratch = self.empty((self.threads, size), np.float32)
+            self._attention_scratch = self.empty((self.threads, size), FLOAT32)
         return self._attention_scratch
 
-    def embedding_forward(self, out: Any, tokens: Any, wte: Any, wpe: Any) -> None:
+    def narrow(self, out: Any, x: Any) -> None:
         """See `backend.Ops`, as for all that follow."""
-        embedding.embedding_forward(self.threads, _rows(out), tokens, wte, wpe)
+        if out is not x:
+            narrow_.narrow(self.threads, _bits(out).reshape(-1), x.reshape(-1))
+
+    def embedding_forward(self, out: Any, tokens: Any, wte: Any, wpe: Any) -> None:
+        embedding.embedding_forward(self.threads, _rows(out), tokens, _bits(wte), _bits(wpe))
 
     def embedding_backward(self, dwte: Any, dwpe: Any, dout: Any, tokens: Any, accumulate: bool) -> None:
         embedding.embedding_backward(self.threads, dwte, dwpe, _rows(dout), tokens, accumulate)
 
     def layernorm_forward(self, out: Any, mean: Any, rstd: Any, inp: Any, weight: Any, bias: Any) -> None:
-        layernorm.layernorm_forward(
-            self.threads, _rows(out), mean.reshape(-1), rstd.reshape(-1), _rows(inp), weight, bias
-        )
+        statistics = mean.reshape(-1), rstd.reshape(-1)
+        layernorm.layernorm_forward(self.threads, _rows(out), *statistics, _rows(inp), weight, bias)
 
     def residual_layernorm_forward(
         self, resid: Any, out: Any, mean: Any, rstd: Any, inp1: Any, inp2: Any, weight: Any, bias: Any
     ) -> None:
-        layernorm.residual_layernorm_forward(
-            self.threads, _rows(resid), _rows(out), mean.reshape(-1), rstd.reshape(-1), _rows(inp1), _rows(inp2),
-            weight, bias,
-        )  # fmt: skip
+        outputs = _rows(resid), _rows(out), mean.reshape(-1), rstd.reshape(-1)
+        layernorm.residual_layernorm_forward(self.threads, *outputs, _rows(inp1), _rows(inp2), weight, bias)
 
     def layernorm_backward(
         self, dinp: Any, dweight: Any, dbias: Any, dout: Any, inp: Any, mean: Any, rstd: Any, weight: Any,
@@ -114,38 +126,21 @@ class CPU:
         inp = _rows(inp)
         BT, C = inp.shape
         partial = self._partials(-(-BT // layernorm.BLOCK) * 2 * C)
-        layernorm.layernorm_backward(
-            self.threads, _rows(dinp), dweight, dbias, _rows(dout), inp, mean.reshape(-1), rstd.reshape(-1), weight,
-            accumulate, partial,
-        )  # fmt: skip
+        inputs = _rows(dout), inp, mean.reshape(-1), rstd.reshape(-1), weight
+        layernorm.layernorm_backward(self.threads, _rows(dinp), dweight, dbias, *inputs, accumulate, partial)
 
     def linear_forward(self, out: Any, inp: Any, weight: Any, bias: Any, pre_gelu: Any = None) -> None:
-        linear.linear_forward(
-            self.threads,
-            _rows(out),
-            NONE_2 if pre_gelu is None else _rows(pre_gelu),
-            _rows(inp),
-            weight,
-            NONE_1 if bias is None else bias,
-            self._gemm_scratch,
-        )
+        pre_gelu = self._none_2 if pre_gelu is None else _rows(pre_gelu)
+        inputs = _rows(inp), _bits(weight), NO_BIAS if bias is None else bias
+        linear.linear_forward(self.threads, _rows(out), pre_gelu, *inputs, self._gemm_scratch)
 
     def linear_backward(
         self, dinp: Any, dweight: Any, dbias: Any, dout: Any, inp: Any, weight: Any, pre_gelu: Any, accumulate: bool
     ) -> None:
-        linear.linear_backward(
-            self.threads,
-            _rows(dinp),
-            dweight,
-            NONE_1 if dbias is None else dbias,
-            _rows(dout),
-            _rows(inp),
-            weight,
-            NONE_2 if pre_gelu is None else _rows(pre_gelu),
-            accumulate,
-            self._gemm_scratch,
-            self._packed_inputs(*_rows(inp).shape),
-        )
+        outputs = _rows(dinp), dweight, NO_BIAS if dbias is None else dbias
+        inputs = _rows(dout), _rows(inp), _bits(weight), self._none_2 if pre_gelu is None else _rows(pre_gelu)
+        packed = self._packed_inputs(*inputs[1].shape)
+        linear.linear_backward(self.threads, *outputs, *inputs, accumulate, self._gemm_scratch, packed)
 
     def attention_forward(self, out: Any, stats: Any, qkv: Any) -> None:
         out = _rows(out)
@@ -161,32 +156,32 @@ class CPU:
         self, losses: Any, dinp: Any, dwte: Any, inp: Any, wte: Any, targets: Any, vocab_size: int, scale: float,
         accumulate: bool,
     ) -> None:  # fmt: skip
-        inp, losses, targets = _rows(inp), losses.reshape(-1), targets.reshape(-1)
+        inp, losses, targets = inp.reshape(-1, inp.shape[-1]), losses.reshape(-1), targets.reshape(-1)
         rows, Vp = inp.shape[0], wte.shape[0]
         gradient = dinp is not None
         chunk = min(rows, CLASSIFIER_ROWS)
         if self._logits.size < chunk * Vp:
-            self._logits = self.empty(chunk * Vp, np.float32)
+            self._logits = self.empty(chunk * Vp, self.dtype)
         for first in range(0, rows, chunk):
             part = slice(first, min(rows, first + chunk))
             logits = self._logits[: (part.stop - first) * Vp].reshape(-1, Vp)
             self.linear_forward(logits, inp[part], wte, None)
             cross_entropy.softmax_cross_entropy(
-                self.threads, losses[part], logits, targets[part], vocab_size, np.float32(scale), gradient
+                self.threads, losses[part], _bits(logits), targets[part], vocab_size, np.float32(scale), gradient
             )
             if gradient:
-                self.linear_backward(
-                    _rows(dinp)[part], dwte, None, logits, inp[part], wte, None, accumulate or first > 0
-                )
+                dpart = dinp.reshape(inp.shape)[part]
+                self.linear_backward(dpart, dwte, None, logits, inp[part], wte, None, accumulate or first > 0)
 
     def adamw(
         self, param: Any, grad: Any, m: Any, v: Any, lr: float, beta1: float, beta2: float, eps: float,
-        weight_decay: float, grad_scale: float, step: int,
+        weight_decay: float, grad_scale: float, step: int, stored: Any = None,
     ) -> None:  # fmt: skip
         f32 = np.float32
         adamw_.adamw(
-            self.threads, param, grad, m, v, f32(lr), f32(beta1), f32(beta2), f32(eps), f32(weight_decay),
-            f32(grad_scale), f32(1 / (1 - beta1**step)), f32(1 / (1 - beta2**step)),
+            self.threads, param, self._none_1 if stored is None else _bits(stored), grad, m, v, f32(lr), f32(beta1),
+            f32(beta2), f32(eps), f32(weight_decay), f32(grad_scale), f32(1 / (1 - beta1**step)),
+            f32(1 / (1 - beta2**step)),
         )  # fmt: skip
 
     def global_norm(self, grad: Any) -> float:
@@ -194,8 +189,8 @@ class CPU:
         return float(global_norm.global_norm(self.threads, grad, partial))
 
     def measure_peak(self, seconds: float = 0.2) -> float:
-        """GFLOP/s of float32 fused multiply-adds on all threads of this backend, measured now."""
-        return peak.measure(self.threads, self._partials(16 * self.threads), seconds)
+        """GFLOP/s of multiply-adds in this backend's dtype on all its threads, measured now."""
+        return peak.measure(self.threads, self._none_1, self._partials(16 * self.threads), seconds)
 
     def version_info(self) -> dict[str, str]:
         """What a run's record should say about the code that computed it."""
@@ -204,6 +199,7 @@ class CPU:
 
         return {
             "backend": self.name,
+            "dtype": str(self.dtype),
             "isa": self.isa,
             "threads": str(self.threads),
             "threading_layer": self.threading_layer,
@@ -215,51 +211,62 @@ class CPU:
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compile or load every kernel, by running each on the smallest arrays; says what has to be compiled."""
         calls = _smallest_calls(self)
-        missing = [name for name, _ in calls if not jit.is_cached(name)]
+        missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
         if missing:
-            say(f"compiling {len(missing)} kernels for this machine ({self.isa}); later starts find them on disk")
-        done = 0
+            say(f"compiling {len(missing)} kernels for this machine ({self.isa}, {self.dtype}), once")
         for name, call in calls:
             if name in missing:
-                done += 1
-                say(f"  {done}/{len(missing)} {name}")
+                say(f"  {missing.index(name) + 1}/{len(missing)} {name}")
             call()
+            jit.mark_cached(name, str(self.dtype))
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16, the form in which kernels take it; anything else as it is."""
+    return x.view(np.uint16) if x.dtype == BFLOAT16 else x
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """(…, C) → (rows, C)."""
-    return x.reshape(-1, x.shape[-1])
+    """(…, C) → (rows, C), as `_bits`."""
+    return _bits(x.reshape(-1, x.shape[-1]))
 
 
 def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
+    def w(*shape: int) -> np.ndarray:
+        return np.ones(shape, ops.wide)
+
     def a(*shape: int) -> np.ndarray:
-        return np.ones(shape, np.float32)
+        return np.ones(shape, ops.dtype)
 
     tokens = np.zeros((1, 1), np.int32)
-    return [
+    norm = w(1), w(1)
+    calls: list[tuple[str, Callable[[], object]]] = [
         ("linear_forward", lambda: ops.linear_forward(a(1, 1), a(1, 1), a(1, 1), None)),
         (
             "linear_backward",
-            lambda: ops.linear_backward(a(1, 1), a(1, 1), a(1), a(1, 1), a(1, 1), a(1, 1), None, False),
+            lambda: ops.linear_backward(a(1, 1), w(1, 1), w(1), a(1, 1), a(1, 1), a(1, 1), None, False),
         ),
-        ("attention_forward", lambda: ops.attention_forward(a(1, 1), a(1, 1, 1), a(1, 3))),
-        ("attention_backward", lambda: ops.attention_backward(a(1, 3), a(1, 1), a(1, 3), a(1, 1), a(1, 1, 1))),
-        ("embedding_forward", lambda: ops.embedding_forward(a(1, 1), tokens, a(1, 1), a(1, 1))),
-        ("embedding_backward", lambda: ops.embedding_backward(a(1, 1), a(1, 1), a(1, 1), tokens, False)),
-        ("layernorm_forward", lambda: ops.layernorm_forward(a(1, 1), a(1), a(1), a(1, 1), a(1), a(1))),
+        ("attention_forward", lambda: ops.attention_forward(a(1, 1), w(1, 1, 1), a(1, 3))),
+        ("attention_backward", lambda: ops.attention_backward(a(1, 3), a(1, 1), a(1, 3), a(1, 1), w(1, 1, 1))),
+        ("embedding_forward", lambda: ops.embedding_forward(w(1, 1), tokens, a(1, 1), a(1, 1))),
+        ("embedding_backward", lambda: ops.embedding_backward(w(1, 1), w(1, 1), w(1, 1), tokens, False)),
+        ("layernorm_forward", lambda: ops.layernorm_forward(a(1, 1), *norm, w(1, 1), w(1), w(1))),
         (
             "residual_layernorm_forward",
-            lambda: ops.residual_layernorm_forward(a(1, 1), a(1, 1), a(1), a(1), a(1, 1), a(1, 1), a(1), a(1)),
+            lambda: ops.residual_layernorm_forward(w(1, 1), a(1, 1), *norm, w(1, 1), a(1, 1), w(1), w(1)),
         ),
         (
             "layernorm_backward",
-            lambda: ops.layernorm_backward(a(1, 1), a(1), a(1), a(1, 1), a(1, 1), a(1), a(1), a(1), False),
+            lambda: ops.layernorm_backward(w(1, 1), w(1), w(1), a(1, 1), w(1, 1), *norm, w(1), False),
         ),
         (
             "softmax_cross_entropy",
-            lambda: ops.classifier(a(1), None, None, a(1, 1), a(1, 1), tokens, 1, 0.0, False),
+            lambda: ops.classifier(w(1), None, None, a(1, 1), a(1, 1), tokens, 1, 0.0, False),
         ),
-        ("adamw", lambda: ops.adamw(a(1), a(1), a(1), a(1), 0.0, 0.9, 0.99, 1e-8, 0.0, 1.0, 1)),
-        ("global_norm", lambda: ops.global_norm(a(1))),
+        ("adamw", lambda: ops.adamw(w(1), w(1), w(1), w(1), 0.0, 0.9, 0.99, 1e-8, 0.0, 1.0, 1, a(1))),
+        ("global_norm", lambda: ops.global_norm(w(1))),
         ("multiply_adds", lambda: ops.measure_peak(0.0)),
     ]
+    if ops.dtype != ops.wide:
+        calls.append(("narrow", lambda: ops.narrow(a(1), w(1))))
+    return calls

@@ -4,7 +4,8 @@
     m := m + (1−β1)·(g − m)            v := v + (1−β2)·(g² − v)
     p := p − lr·( m/(1−β1ᵗ) / (√(v/(1−β2ᵗ)) + eps) + weight_decay·p )
 
-Memory-bound: four streams in, three out. Source: Loshchilov and Hutter 2019.
+Memory-bound: four streams in, three out; the bfloat16 copy of the weights is written while they are in L1.
+Source: Loshchilov and Hutter 2019.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import fork, inline, kernel
+from .simd import to
 
 BLOCK = 1 << 14  # elements of one item: 64 kB of each array
 
 
 @inline
-def _update(worker, item, param, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2):
+def _update(worker, item, param, stored, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2):
     one = np.float32(1)
     part = slice(item * BLOCK, min((item + 1) * BLOCK, param.shape[0]))
     param, grad, m, v = param[part], grad[part], m[part], v[part]
@@ -28,12 +30,17 @@ def _update(worker, item, param, grad, m, v, lr, beta1, beta2, eps, decay, scale
         m[i] = mi
         v[i] = vi
         param[i] -= lr * (mi * correct1 / (np.sqrt(vi * correct2) + eps) + decay * param[i])
+    if stored.size > 0:
+        stored = stored[part]
+        for i in range(param.shape[0]):
+            stored[i] = to(stored, param[i])
 
 
 @kernel
 def adamw(
     threads,   # int
     param,     # (n,) f32 updated
+    stored,    # (n,) := param as products read it, or (0,) for none
     grad,      # (n,)
     m,         # (n,) f32 updated
     v,         # (n,) f32 updated
@@ -49,5 +56,5 @@ def adamw(
     items = (param.shape[0] + BLOCK - 1) // BLOCK
     fork(
         _update, threads, items,
-        (param, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2),
+        (param, stored, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2),
     )  # fmt: skip

@@ -10,7 +10,8 @@ keeps a running maximum and sum for each query, rescaling what it has when the m
 al. 2022). `stats` is lse, all that backward needs to make P again. Tiles above the diagonal are skipped.
 
 One item is one head of one sequence: its sums have one order. Its operands are packed once into panels
-for the microkernel; a tile of S and P stays in L1/L2.
+for the microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS take the type of
+qkv where they become operands.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import math
 import numpy as np
 
 from .gelu import exp
-from .gemm import multiply_panel, pack_rows, pack_transposed, panel_width
+from .gemm import multiply_panel, pack_columns, pack_rows, pack_transposed, panel_width, words
 from .jit import fork, inline, kernel
-from .simd import LANES, MR, NR, address, maximum
+from .simd import LANES, MR, NR, address, f32, maximum, per_word, to, typed
 
 TILE_Q = -(-64 // MR) * MR
 TILE_K = -(-96 // NR) * NR
@@ -31,67 +32,74 @@ MINUS_INFINITY = np.float32(-np.inf)
 
 def scratch_size(T: int, HS: int) -> int:
     """Floats that each thread needs for a sequence of T and heads of HS."""
-    columns = T + LANES  # a row of Kᵗ or Vᵗ, its last panel rounded up
-    packed = 2 * columns * HS + 3 * T * (HS + LANES)
-    tiles = 2 * TILE_Q * TILE_K + TILE_Q * HS + 3 * TILE_Q
-    return packed + tiles + MR * max(HS, TILE_K, TILE_Q) + MR * NR
+    operands = 2 * (T + LANES) * HS + 3 * (T + 1) * (HS + LANES)
+    sums = 2 * T * HS + TILE_Q * HS
+    tiles = 4 * TILE_Q * TILE_K + (TILE_Q + 1) * (TILE_K + MR) + 3 * TILE_Q
+    return operands + sums + tiles + MR * max(HS, TILE_K, TILE_Q) + MR * NR
 
 
 @inline
-def _pack_keys(packed, matrix, first, T, col, HS):
-    """Rows of one head, transposed: the panel of keys k … k + NR starts at packed[k·HS]."""
+def _pack_turned(packed, matrix, first, T, col, HS):
+    """T rows of one head, transposed: the panel of rows k … k + NR starts at packed[k·words(HS)]."""
     for k in range(0, T, NR):
-        pack_transposed(packed[k * HS :], matrix, first + k, col, HS, min(NR, T - k))
+        pack_transposed(packed[k * words(matrix, HS) :], matrix, first + k, col, HS, min(NR, T - k))
 
 
 @inline
-def _pack_values(packed, matrix, first, T, col, HS):
-    """Rows of one head as they lie: the panel of columns c … c + NR starts at packed[c·T]."""
+def _pack_lying(packed, matrix, first, T, col, HS):
+    """T rows of one head as they lie: the panel of columns c … c + NR starts at packed[c·words(T)]."""
     for c in range(0, HS, NR):
-        pack_rows(packed[c * T :], matrix, first, col + c, T, min(NR, HS - c))
+        pack_rows(packed[c * words(matrix, T) :], matrix, first, col + c, T, min(NR, HS - c))
 
 
 @inline
-def _scores(tile, matrix, row, col, keys, first_key, last_key, T, rows, HS, edge):
-    """tile (rows, TILE_K) := matrix rows · keysᵗ, for the panels that begin before last_key."""
-    ld = matrix.shape[1]
-    a = address(matrix) + 4 * (row * ld + col)
+def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, edge):
+    """tile (rows, TILE_K) := rows of one head · turned rowsᵗ, for the panels that begin before last_key."""
+    ld, size = matrix.shape[1], 4 // per_word(matrix)
+    a = address(matrix) + size * (row * ld + col)
     for k in range(first_key, last_key, NR):
-        c = address(tile) + 4 * (k - first_key)
-        multiply_panel(c, TILE_K, a, ld, 1, keys[k * HS :], rows, min(NR, T - k), HS, False, edge)
+        c, panel = address(tile) + 4 * (k - first_key), turned[k * words(matrix, HS) :]
+        multiply_panel(c, TILE_K, matrix, a, size * ld, 4, panel, rows, min(NR, T - k), HS, False, edge)
 
 
 @inline
-def _weighted(c, rs_c, a, rs_a, cs_a, values, first, T, rows, HS, depth, add, edge):
-    """C (rows, HS) (+)= A (rows, depth) · packed values[first : first + depth]; c and a are addresses."""
+def _weighted(sums, like, a, rs_a, cs_a, lying, first, T, rows, HS, depth, edge):
+    """sums (rows, HS) += A (rows, depth) · lying rows first … first + depth.  a: address, strides in bytes."""
     for col in range(0, HS, NR):
         cols = min(NR, HS - col)
-        panel = values[col * T + first * panel_width(cols) :]
-        multiply_panel(c + 4 * col, rs_c, a, rs_a, cs_a, panel, rows, cols, depth, add, edge)
+        panel = lying[col * words(like, T) + first // per_word(like) * panel_width(cols) :]
+        multiply_panel(address(sums) + 4 * col, HS, like, a, rs_a, cs_a, panel, rows, cols, depth, True, edge)
 
 
 @inline
-def _softmax_tile(s, acc, top, total, row, first_key, keys, rows, HS, scale):
-    """s := e^(scale·s − running maximum), 0 above the diagonal; rescales acc (rows, HS) and total."""
+def _whole_words(like, count):
+    """`count` rounded up to whole words: a last odd row of T meets a zero."""
+    return words(like, count) * per_word(like)
+
+
+@inline
+def _softmax_tile(s, p, sums, top, total, row, first_key, depth, rows, HS, scale):
+    """p := e^(scale·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total."""
     for i in range(rows):
-        valid = min(keys, row + i + 1 - first_key)
+        valid = max(0, min(depth, row + i + 1 - first_key))
+        weight = p[i]
         if valid > 0:
-            line = s[i]
+            line, acc = s[i], sums[i * HS : (i + 1) * HS]
             highest = top[i]
             for j in range(valid):
                 highest = maximum(highest, line[j] * scale)
             shrink = exp(top[i] - highest)
             summed = np.float32(0)
             for j in range(valid):
-                p = exp(line[j] * scale - highest)
-                line[j] = p
-                summed += p
+                e = exp(line[j] * scale - highest)
+                weight[j] = to(weight, e)
+                summed += e
             total[i] = total[i] * shrink + summed
             top[i] = highest
             for c in range(HS):
-                acc[i, c] *= shrink
-        for j in range(max(0, valid), keys):
-            s[i, j] = 0
+                acc[c] *= shrink
+        for j in range(valid, depth):
+            weight[j] = 0
 
 
 @inline
@@ -102,58 +110,68 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
     b, h = item // NH, item % NH
     first, col = b * T, h * HS
     scale = np.float32(1.0 / math.sqrt(HS))
+    tile = TILE_Q * TILE_K
     mine = scratch[worker]
     keys, mine = mine[: (T + LANES) * HS], mine[(T + LANES) * HS :]
-    values, mine = mine[: T * (HS + LANES)], mine[T * (HS + LANES) :]
-    s, mine = mine[: TILE_Q * TILE_K].reshape((TILE_Q, TILE_K)), mine[TILE_Q * TILE_K :]
-    acc, mine = mine[: TILE_Q * HS].reshape((TILE_Q, HS)), mine[TILE_Q * HS :]
+    values, mine = mine[: (T + 1) * (HS + LANES)], mine[(T + 1) * (HS + LANES) :]
+    s, mine = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    p, mine = typed(mine[:tile], qkv)[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    sums, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
     top, total, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
-    _pack_keys(keys, qkv, first, T, C + col, HS)
-    _pack_values(values, qkv, first, T, 2 * C + col, HS)
+    size = 4 // per_word(qkv)
+    _pack_turned(keys, qkv, first, T, C + col, HS)
+    _pack_lying(values, qkv, first, T, 2 * C + col, HS)
     for q in range(0, T, TILE_Q):
         rows = min(TILE_Q, T - q)
-        for i in range(rows):
-            top[i] = MINUS_INFINITY
-            total[i] = 0
-            for c in range(HS):
-                acc[i, c] = 0
+        top[:] = MINUS_INFINITY
+        total[:] = 0
+        sums[:] = 0
         for k in range(0, q + rows, TILE_K):
-            depth = min(TILE_K, q + rows - k)
+            depth = _whole_words(qkv, min(TILE_K, q + rows - k))
             _scores(s, qkv, first + q, col, keys, k, k + depth, T, rows, HS, edge)
-            _softmax_tile(s, acc, top, total, q, k, depth, rows, HS, scale)
-            _weighted(address(acc), HS, address(s), TILE_K, 1, values, k, T, rows, HS, depth, True, edge)
+            _softmax_tile(s, p, sums, top, total, q, k, depth, rows, HS, scale)
+            _weighted(sums, qkv, address(p), size * TILE_K, 4, values, k, T, rows, HS, depth, edge)
         for i in range(rows):
             inverse = np.float32(1) / total[i]
-            line = out[first + q + i, col : col + HS]
+            line, acc = out[first + q + i, col : col + HS], sums[i * HS : (i + 1) * HS]
             for c in range(HS):
-                line[c] = acc[i, c] * inverse
+                line[c] = to(line, acc[c] * inverse)
             stats[b, h, q + i] = top[i] + np.float32(math.log(total[i]))
 
 
 @kernel
 def attention_forward(
     threads,  # int
-    out,      # (BT, C) f32 :=
+    out,      # (BT, C) :=
     stats,    # (B, NH, T) f32 := log-sum-exp
     qkv,      # (BT, 3C)
-    scratch,  # (threads, ≥ scratch_size)
+    scratch,  # (threads, ≥ scratch_size) f32
 ):  # fmt: skip
     fork(_forward_item, threads, stats.shape[0] * stats.shape[1], (out, stats, qkv, scratch))
 
 
 @inline
-def _gradient_tile(s, dp, lse, d, row, first_key, keys, rows, scale):
-    """From raw scores s and dp = dout·Vᵗ: s := P and dp := dS, both 0 above the diagonal."""
+def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, depth, rows, scale):
+    """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal."""
     for i in range(rows):
-        valid = max(0, min(keys, row + i + 1 - first_key))
-        line, dline, shift, mean = s[i], dp[i], lse[i], d[i]
+        valid = max(0, min(depth, row + i + 1 - first_key))
+        line, dline, weight, dweight, shift, mean = s[i], ds[i], p[i], dp[i], lse[i], d[i]
         for j in range(valid):
-            p = exp(line[j] * scale - shift)
-            line[j] = p
-            dline[j] = p * (dline[j] - mean) * scale
-        for j in range(valid, keys):
-            s[i, j] = 0
-            dp[i, j] = 0
+            e = exp(line[j] * scale - shift)
+            weight[j] = to(weight, e)
+            dweight[j] = to(dweight, e * (dline[j] - mean) * scale)
+        for j in range(valid, depth):
+            weight[j] = 0
+            dweight[j] = 0
+
+
+@inline
+def _write_out(matrix, row, col, sums, rows, HS):
+    """matrix[row : row + rows, col : col + HS] := sums (rows, HS)."""
+    for i in range(rows):
+        line, acc = matrix[row + i, col : col + HS], sums[i * HS : (i + 1) * HS]
+        for c in range(HS):
+            line[c] = to(line, acc[c])
 
 
 @inline
@@ -164,22 +182,27 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     b, h = item // NH, item % NH
     first, col = b * T, h * HS
     scale = np.float32(1.0 / math.sqrt(HS))
-    turned, whole, tile = (T + LANES) * HS, T * (HS + LANES), TILE_Q * TILE_K
+    turned, lying, tile, whole = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K, T * HS
     mine = scratch[worker]
     keys_t, values_t, mine = mine[:turned], mine[turned : 2 * turned], mine[2 * turned :]
-    queries, keys, mine = mine[:whole], mine[whole : 2 * whole], mine[2 * whole :]
-    douts, mine = mine[:whole], mine[whole:]
-    s, dp = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile : 2 * tile].reshape((TILE_Q, TILE_K))
+    queries, keys, mine = mine[:lying], mine[lying : 2 * lying], mine[2 * lying :]
+    douts, mine = mine[:lying], mine[lying:]
+    dk, dv, mine = mine[:whole], mine[whole : 2 * whole], mine[2 * whole :]
+    dq, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
+    s, ds = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile : 2 * tile].reshape((TILE_Q, TILE_K))
     mine = mine[2 * tile :]
+    p, mine = typed(mine[:tile], qkv)[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    dp, mine = typed(mine[:tile], qkv)[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    strips, mine = mine[: (TILE_Q + 1) * (TILE_K + MR)], mine[(TILE_Q + 1) * (TILE_K + MR) :]
     lse, d, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
-    _pack_keys(keys_t, qkv, first, T, C + col, HS)
-    _pack_keys(values_t, qkv, first, T, 2 * C + col, HS)
-    _pack_values(queries, qkv, first, T, col, HS)
-    _pack_values(keys, qkv, first, T, C + col, HS)
-    _pack_values(douts, dout, first, T, col, HS)
-    for t in range(first, first + T):
-        dqkv[t, C + col : C + col + HS] = 0
-        dqkv[t, 2 * C + col : 2 * C + col + HS] = 0
+    size = 4 // per_word(qkv)
+    _pack_turned(keys_t, qkv, first, T, C + col, HS)
+    _pack_turned(values_t, qkv, first, T, 2 * C + col, HS)
+    _pack_lying(queries, qkv, first, T, col, HS)
+    _pack_lying(keys, qkv, first, T, C + col, HS)
+    _pack_lying(douts, dout, first, T, col, HS)
+    dk[:] = 0
+    dv[:] = 0
     for q in range(0, T, TILE_Q):
         rows = min(TILE_Q, T - q)
         for i in range(rows):
@@ -187,29 +210,41 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
             total = np.float32(0)
             line, dline = out[first + q + i, col : col + HS], dout[first + q + i, col : col + HS]
             for c in range(HS):
-                total += dline[c] * line[c]
+                total += f32(dline[c]) * f32(line[c])
             d[i] = total
-        dq = address(dqkv) + 4 * ((first + q) * 3 * C + col)
+        dq[:] = 0
         for k in range(0, q + rows, TILE_K):
-            depth = min(TILE_K, q + rows - k)
+            keys_here = min(TILE_K, q + rows - k)
+            depth = _whole_words(qkv, keys_here)
             _scores(s, qkv, first + q, col, keys_t, k, k + depth, T, rows, HS, edge)
-            _scores(dp, dout, first + q, col, values_t, k, k + depth, T, rows, HS, edge)
-            _gradient_tile(s, dp, lse, d, q, k, depth, rows, scale)
-            _weighted(dq, 3 * C, address(dp), TILE_K, 1, keys, k, T, rows, HS, depth, k > 0, edge)
-            dk = address(dqkv) + 4 * ((first + k) * 3 * C + C + col)
-            _weighted(dk, 3 * C, address(dp), 1, TILE_K, queries, q, T, depth, HS, rows, True, edge)
-            dv = dk + 4 * C
-            _weighted(dv, 3 * C, address(s), 1, TILE_K, douts, q, T, depth, HS, rows, True, edge)
+            _scores(ds, dout, first + q, col, values_t, k, k + depth, T, rows, HS, edge)
+            _gradient_tile(s, ds, p, dp, lse, d, q, k, depth, rows, scale)
+            _weighted(dq, qkv, address(dp), size * TILE_K, 4, keys, k, T, rows, HS, depth, edge)
+            _add_turned(dk[k * HS :], dp, queries, q, T, keys_here, HS, rows, strips, edge)
+            _add_turned(dv[k * HS :], p, douts, q, T, keys_here, HS, rows, strips, edge)
+        _write_out(dqkv, first + q, col, dq, rows, HS)
+    _write_out(dqkv, first, C + col, dk, T, HS)
+    _write_out(dqkv, first, 2 * C + col, dv, T, HS)
+
+
+@inline
+def _add_turned(sums, tile, lying, q, T, keys, HS, rows, strips, edge):
+    """sums (keys, HS) += tile (rows, keys)ᵗ · lying rows q … q + rows."""
+    pack_columns(strips, tile, 0, 0, rows, keys)
+    total = words(tile, rows)
+    for i in range(0, keys, MR):
+        a, some = address(strips) + 4 * i * total, min(MR, keys - i)
+        _weighted(sums[i * HS :], tile, a, 4, 4 * MR, lying, q, T, some, HS, total * per_word(tile), edge)
 
 
 @kernel
 def attention_backward(
     threads,  # int
-    dqkv,     # (BT, 3C) f32 :=
+    dqkv,     # (BT, 3C) :=
     dout,     # (BT, C)
     qkv,      # (BT, 3C)
     out,      # (BT, C)
-    stats,    # (B, NH, T)
-    scratch,  # (threads, ≥ scratch_size)
+    stats,    # (B, NH, T) f32
+    scratch,  # (threads, ≥ scratch_size) f32
 ):  # fmt: skip
     fork(_backward_item, threads, stats.shape[0] * stats.shape[1], (dqkv, dout, qkv, out, stats, scratch))

@@ -3,7 +3,8 @@
     p    = softmax(logits[:V])                 loss := −log p[target] = log Σe^(x−max) + max − x[target]
     dlogits := scale·(p − onehot(target)),     0 in the padding columns
 
-Three passes over a row (maximum; exponentials and their sum; scaling), which stays in L2 between them.
+Three passes over a row (maximum; sum of exponentials; gradient), which stays in L2 between them. The exponential
+is computed twice: cheaper than storing it, and never rounded to what the logits are stored in.
 A target of −1 leaves its row out: loss 0, gradient 0.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from .gelu import exp
 from .jit import fork, inline, kernel
-from .simd import maximum
+from .simd import f32, maximum, to
 
 
 @inline
@@ -27,33 +28,28 @@ def _row(worker, row, losses, logits, targets, vocab_size, scale, gradient):
             for c in range(logits.shape[1]):
                 logits[row, c] = 0
         return
-    top = logits[row, 0]
+    top = f32(logits[row, 0])
     for c in range(vocab_size):
-        top = maximum(top, logits[row, c])
-    hit = logits[row, target]
+        top = maximum(top, f32(logits[row, c]))
+    hit = f32(logits[row, target])
     total = np.float32(0)
-    if not gradient:
-        for c in range(vocab_size):
-            total += exp(logits[row, c] - top)
-    else:
-        for c in range(vocab_size):
-            e = exp(logits[row, c] - top)
-            logits[row, c] = e
-            total += e
+    for c in range(vocab_size):
+        total += exp(f32(logits[row, c]) - top)
+    losses[row] = np.float32(math.log(total)) + (top - hit)
+    if gradient:
         factor = scale / total
         for c in range(vocab_size):
-            logits[row, c] *= factor
+            logits[row, c] = to(logits, exp(f32(logits[row, c]) - top) * factor)
         for c in range(vocab_size, logits.shape[1]):
             logits[row, c] = 0
-        logits[row, target] -= scale
-    losses[row] = np.float32(math.log(total)) + (top - hit)
+        logits[row, target] = to(logits, exp(hit - top) * factor - scale)
 
 
 @kernel
 def softmax_cross_entropy(
     threads,     # int
     losses,      # (rows,) f32 :=
-    logits,      # (rows, Vp) f32: logits in, gradient out if asked for
+    logits,      # (rows, Vp): logits in, gradient out if asked for
     targets,     # (rows,) i32 in [−1, V)
     vocab_size,  # V
     scale,       # f32

@@ -9,6 +9,7 @@ two threads meet, and the sum has one order.
 from __future__ import annotations
 
 from .jit import fork, inline, kernel
+from .simd import f32
 
 ROWS = 32  # of one item, forward
 COLUMNS = 64  # of one item, backward: four cache lines
@@ -21,7 +22,7 @@ def _forward_item(worker, item, out, tokens, wte, wpe):
         b, t = row // T, row % T
         token = tokens[b, t]
         for c in range(out.shape[1]):
-            out[row, c] = wte[token, c] + wpe[t, c]
+            out[row, c] = f32(wte[token, c]) + f32(wpe[t, c])
 
 
 @kernel

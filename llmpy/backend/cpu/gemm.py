@@ -2,33 +2,64 @@
 
     C (M, N) (+)= A (M, K) · B (K, N)
 
-B is cut into panels of NR columns and KC rows. A panel is packed, so that the microkernel reads it as
-one stream and it stays in L2, and then meets every MR rows of A:
+B is cut into panels of NR columns. A panel is packed, so that the microkernel reads it as one stream and it
+stays in L2, and then meets every MR rows of A:
 
-    B (K, N)                            packed panel (KC, width)
+    B (K, N)                            packed panel (words, width)
     ┌──────┬──────┬──────┐              ┌──────────────┐
-  KC│      │▒▒▒▒▒▒│      │   ─────────▶ │ row k: NR b's│ × rows k of A, one number at a time
+  kc│      │▒▒▒▒▒▒│      │   ─────────▶ │ row k: NR b's│ × rows k of A, one word at a time
     ├──────┼──────┼──────┤              │ …            │
     │      │      │      │              └──────────────┘
     └──────┴──────┴──────┘
 
-A is read where it lies, with any strides. K is always cut at multiples of KC and summed in that order,
-whatever thread runs what: an element of C has the same bits every time.
+A is read where it lies, if its words along k are whole there, or packed by strips of MR rows. K is always cut
+at the same places and summed in that order, whatever thread runs what: an element of C has the same bits
+every time.
 
-`width` is the panel's columns rounded up to whole vectors; columns beyond the matrix are zeros in the
-panel, and a tile that sticks out of C is computed aside and copied.
+A word is one float32, or two bfloat16 that follow each other along k (`simd`); an odd K leaves the last
+word's high half 0. `width` is the panel's columns rounded up to whole vectors; columns beyond the matrix are
+zeros in the panel, and a tile that sticks out of C is computed aside and copied.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba.extending import overload
 
 from .jit import inline
-from .simd import KC, LANES, MR, NR, address, copy_vector, get, microkernel, put, transpose
+from .simd import (
+    BF16,
+    KC,
+    LANES,
+    MR,
+    NR,
+    address,
+    bits_to_float,
+    copy_row,
+    copy_strip,
+    get,
+    get_half,
+    microkernel,
+    per_word,
+    put,
+    transpose,
+)
 
 ZERO = np.float32(0)
-PANEL = KC * NR  # floats of a packed panel
-EDGE = MR * KC + MR * NR  # floats for a tile at the border: rows of A, then the tile of C
+PANEL = KC * NR  # words of a packed panel
+EDGE = MR * KC + MR * NR  # words for a tile at the border: rows of A, then the tile of C
+
+
+@inline
+def depth(array):
+    """KC in elements: where K is cut."""
+    return KC * per_word(array)
+
+
+@inline
+def words(array, k):
+    """Words that hold k elements."""
+    return (k + per_word(array) - 1) // per_word(array)
 
 
 @inline
@@ -37,75 +68,111 @@ def panel_width(cols):
     return min(NR, (cols + LANES - 1) // LANES * LANES)
 
 
+def word_along(matrix, row, col, down, left):
+    """The word that begins at an element and goes on along its row, or `down` its column; `left` elements remain."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(word_along)
+def _word_along(matrix, row, col, down, left):
+    if matrix.dtype != BF16:
+        return lambda matrix, row, col, down, left: matrix[row, col]
+
+    def pair(matrix, row, col, down, left):
+        word = np.int32(matrix[row, col])
+        if left > 1:
+            word |= np.int32(matrix[row + 1, col] if down else matrix[row, col + 1]) << np.int32(16)
+        return bits_to_float(word)
+
+    return pair
+
+
 @inline
 def pack_rows(panel, matrix, row, col, kc, cols):
-    """panel (kc, width) := matrix[row : row + kc, col : col + cols], zeros to the right."""
-    width = panel_width(cols)
-    ld = matrix.shape[1]
-    src = address(matrix) + 4 * (row * ld + col)
-    dst = address(panel)
-    if cols == NR:
-        for k in range(kc):
-            for j in range(0, NR, LANES):
-                copy_vector(dst + 4 * (k * NR + j), src + 4 * (k * ld + j))
-    else:
-        for k in range(kc):
-            for j in range(cols):
-                put(dst + 4 * (k * width + j), get(src + 4 * (k * ld + j)))
-            for j in range(cols, width):
-                put(dst + 4 * (k * width + j), ZERO)
+    """panel (words, width) := matrix[row : row + kc, col : col + cols], zeros to the right."""
+    width, per, ld = panel_width(cols), per_word(matrix), matrix.shape[1]
+    size = 4 // per
+    src, dst = address(matrix) + size * (row * ld + col), address(panel)
+    vectors = cols // LANES * LANES
+    whole = kc // per
+    for k in range(whole):
+        for j in range(0, vectors, LANES):
+            copy_row(matrix, dst + 4 * (k * width + j), src + size * (k * per * ld + j), size * ld)
+    for k in range(words(matrix, kc)):
+        for j in range(vectors if k < whole else 0, width):
+            left = kc - k * per
+            panel[k * width + j] = word_along(matrix, row + k * per, col + j, True, left) if j < cols else ZERO
 
 
 @inline
 def pack_transposed(panel, matrix, row, col, kc, cols):
-    """panel (kc, width) := matrix[row : row + cols, col : col + kc]ᵀ, zeros to the right."""
-    width = panel_width(cols)
-    ld = matrix.shape[1]
-    blocks = kc - kc % LANES
+    """panel (words, width) := matrix[row : row + cols, col : col + kc]ᵀ, zeros to the right."""
+    width, per, ld = panel_width(cols), per_word(matrix), matrix.shape[1]
+    size = 4 // per
+    blocks = kc // per // LANES * LANES
     for j in range(0, width, LANES):
+        rest = 0
         if j + LANES <= cols:
-            src = address(matrix) + 4 * ((row + j) * ld + col)
+            src = address(matrix) + size * ((row + j) * ld + col)
             dst = address(panel) + 4 * j
             for k in range(0, blocks, LANES):
-                transpose(dst + 4 * k * width, width, src + 4 * k, ld)
+                transpose(dst + 4 * k * width, width, src + 4 * k, size * ld)
             rest = blocks
-        else:
-            rest = 0
-        for i in range(LANES):
-            if j + i < cols:
-                for k in range(rest, kc):
-                    panel[k * width + j + i] = matrix[row + j + i, col + k]
-            else:
-                for k in range(rest, kc):
-                    panel[k * width + j + i] = 0
+        for i in range(j, j + LANES):
+            for k in range(rest, words(matrix, kc)):
+                left = kc - k * per
+                panel[k * width + i] = word_along(matrix, row + i, col + k * per, False, left) if i < cols else ZERO
 
 
 @inline
-def multiply_panel(c, rs_c, a, rs_a, cs_a, panel, rows, cols, kc, add, edge):
-    """C (rows, cols) := or += (if `add`) A (rows, kc) · packed panel; c and a are addresses."""
-    width = panel_width(cols)
-    nv = width // LANES
-    b = address(panel)
-    whole = rows - rows % MR if cols == width else 0
+def pack_columns(packed, matrix, row, col, kc, cols):
+    """packed (cols/MR, words, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end."""
+    per, ld = per_word(matrix), matrix.shape[1]
+    size = 4 // per
+    total, whole = words(matrix, kc), kc // per
+    for i in range(0, cols, MR):
+        src, dst = address(matrix) + size * (row * ld + col + i), address(packed) + 4 * i * total
+        done = whole if i + MR <= cols else 0
+        for k in range(done):
+            copy_strip(matrix, dst + 4 * k * MR, src + size * k * per * ld, size * ld)
+        for k in range(done, total):
+            for j in range(MR):
+                left = kc - k * per
+                word = word_along(matrix, row + k * per, col + i + j, True, left) if i + j < cols else ZERO
+                packed[i * total + k * MR + j] = word
+
+
+@inline
+def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, add, edge):
+    """C (rows, cols) float32 := or += (if `add`) A (rows, kc) · packed panel.
+
+    c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a and cs_a (from word to
+    word) in bytes.
+    """
+    width, total = panel_width(cols), words(like, kc)
+    nv, b = width // LANES, address(panel)
+    ragged = cols != width or kc % per_word(like) != 0
+    whole = 0 if ragged else rows - rows % MR
     for i in range(0, whole, MR):
-        microkernel(nv, a + 4 * i * rs_a, rs_a, cs_a, b, width, c + 4 * i * rs_c, rs_c, kc, add)
+        microkernel(like, nv, a + i * rs_a, rs_a, cs_a, b, width, c + 4 * i * rs_c, rs_c, total, add)
     for i in range(whole, rows, MR):
-        _border_tile(
-            c + 4 * i * rs_c, rs_c, a + 4 * i * rs_a, rs_a, cs_a, b, width, min(MR, rows - i), cols, kc, add, edge
-        )
+        some = min(MR, rows - i)
+        _border_tile(c + 4 * i * rs_c, rs_c, like, a + i * rs_a, rs_a, cs_a, b, width, some, cols, kc, add, edge)
 
 
 @inline
-def _border_tile(c, rs_c, a, rs_a, cs_a, b, width, rows, cols, kc, add, edge):
-    """One tile of fewer than MR rows or a broken vector: computed in `edge`, then copied to C."""
-    tile = address(edge) + 4 * MR * kc
-    if rows < MR:
-        for i in range(MR):
-            for k in range(kc):
-                edge[i * kc + k] = get(a + 4 * (i * rs_a + k * cs_a)) if i < rows else 0
-        microkernel(width // LANES, address(edge), kc, 1, b, width, tile, width, kc, False)
-    else:
-        microkernel(width // LANES, a, rs_a, cs_a, b, width, tile, width, kc, False)
+def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, add, edge):
+    """One tile of fewer than MR rows, a broken vector or a half word: computed in `edge`, then copied to C."""
+    total, whole = words(like, kc), kc // per_word(like)
+    for i in range(MR):
+        for k in range(total):
+            where = a + i * rs_a + k * cs_a
+            if i >= rows:
+                edge[i * total + k] = ZERO
+            else:
+                edge[i * total + k] = get(where) if k < whole else get_half(where)
+    tile = address(edge) + 4 * MR * total
+    microkernel(like, width // LANES, address(edge), 4 * total, 4, b, width, tile, width, total, False)
     for i in range(rows):
         for j in range(cols):
             where = c + 4 * (i * rs_c + j)

@@ -17,6 +17,7 @@ versions of Numba and llvmlite, and the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -40,8 +41,6 @@ from numba.np.ufunc import parallel as numba_threads
 # Sums may be taken in vector order (the same one every time) and products fused into them; nothing is
 # assumed about NaN, infinity or signed zeros.
 FASTMATH = {"reassoc", "contract"}
-
-KERNELS: list[Any] = []
 
 intrinsic: Any = extending.intrinsic
 config: Any = numba.config
@@ -101,13 +100,9 @@ def kernel(function: Callable) -> Any:
     before = config.CACHE_DIR
     config.CACHE_DIR = CACHE_FOLDER or before
     try:
-        compiled = numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(
-            function
-        )
+        return numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
     finally:
         config.CACHE_DIR = before
-    KERNELS.append(compiled)
-    return compiled
 
 
 def launch_threads(threads: int) -> str:
@@ -203,9 +198,19 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
     return signature, codegen
 
 
-def is_cached(name: str) -> bool:
-    """Whether the kernel of this name has been compiled on this machine before."""
-    compiled = next(k for k in KERNELS if k.__name__ == name)
-    if compiled.signatures:
-        return True
-    return CACHE_FOLDER is not None and any(Path(CACHE_FOLDER).rglob(f"*.{name}-*.nbi"))
+def _mark(name: str, variant: str) -> Path | None:
+    return Path(CACHE_FOLDER, f"{name}.{variant}.done") if CACHE_FOLDER else None
+
+
+def is_cached(name: str, variant: str) -> bool:
+    """Whether a kernel has been compiled on this machine for this dtype."""
+    mark = _mark(name, variant)
+    return mark is not None and mark.exists()
+
+
+def mark_cached(name: str, variant: str) -> None:
+    """Remember that a kernel is in the cache; a full disk only means that it will be compiled again."""
+    mark = _mark(name, variant)
+    if mark is not None and not mark.exists():
+        with contextlib.suppress(OSError):
+            mark.touch()

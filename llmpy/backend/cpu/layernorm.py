@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import fork, inline, kernel
+from .simd import f32, to
 
 EPS = np.float32(1e-5)
 BLOCK = 32  # rows of one item
@@ -35,7 +36,7 @@ def _normalise(row, out, mean, rstd, inp, weight, bias):
         squares += (inp[row, c] - mu) * (inp[row, c] - mu)
     r = np.float32(1) / np.sqrt(squares / np.float32(C) + EPS)
     for c in range(C):
-        out[row, c] = (inp[row, c] - mu) * r * weight[c] + bias[c]
+        out[row, c] = to(out, (inp[row, c] - mu) * r * weight[c] + bias[c])
     mean[row] = mu
     rstd[row] = r
 
@@ -50,17 +51,17 @@ def _forward_item(worker, item, out, mean, rstd, inp, weight, bias):
 def _residual_item(worker, item, resid, out, mean, rstd, inp1, inp2, weight, bias):
     for row in range(item * BLOCK, min((item + 1) * BLOCK, inp1.shape[0])):
         for c in range(inp1.shape[1]):
-            resid[row, c] = inp1[row, c] + inp2[row, c]
+            resid[row, c] = inp1[row, c] + f32(inp2[row, c])
         _normalise(row, out, mean, rstd, resid, weight, bias)
 
 
 @kernel
 def layernorm_forward(
     threads,  # int
-    out,      # (BT, C) f32 :=
+    out,      # (BT, C) :=
     mean,     # (BT,) f32 :=
     rstd,     # (BT,) f32 :=
-    inp,      # (BT, C)
+    inp,      # (BT, C) f32, the residual stream
     weight,   # (C,)
     bias,     # (C,)
 ):  # fmt: skip
@@ -72,11 +73,11 @@ def layernorm_forward(
 def residual_layernorm_forward(
     threads,  # int
     resid,    # (BT, C) f32 := inp1 + inp2
-    out,      # (BT, C) f32 :=
+    out,      # (BT, C) :=
     mean,     # (BT,) f32 :=
     rstd,     # (BT,) f32 :=
-    inp1,     # (BT, C)
-    inp2,     # (BT, C)
+    inp1,     # (BT, C) f32, the residual stream
+    inp2,     # (BT, C) the branch
     weight,   # (C,)
     bias,     # (C,)
 ):  # fmt: skip
@@ -94,15 +95,15 @@ def _backward_item(worker, item, dinp, partial, dout, inp, mean, rstd, weight):
         mu, r = mean[row], rstd[row]
         sum_dn, sum_dn_n = np.float32(0), np.float32(0)
         for c in range(C):
-            dn = dout[row, c] * weight[c]
+            dn = f32(dout[row, c]) * weight[c]
             sum_dn += dn
             sum_dn_n += dn * ((inp[row, c] - mu) * r)
         a, b = sum_dn / np.float32(C), sum_dn_n / np.float32(C)
         for c in range(C):
-            n = (inp[row, c] - mu) * r
-            dinp[row, c] += r * (dout[row, c] * weight[c] - a - n * b)
-            partial[item, 0, c] += dout[row, c] * n
-            partial[item, 1, c] += dout[row, c]
+            n, d = (inp[row, c] - mu) * r, f32(dout[row, c])
+            dinp[row, c] += r * (d * weight[c] - a - n * b)
+            partial[item, 0, c] += d * n
+            partial[item, 1, c] += d
 
 
 @inline
@@ -125,7 +126,7 @@ def layernorm_backward(
     dweight,     # (C,) f32 := or += by accumulate
     dbias,       # (C,) f32 := or += by accumulate
     dout,        # (BT, C)
-    inp,         # (BT, C)
+    inp,         # (BT, C) f32, the residual stream
     mean,        # (BT,)
     rstd,        # (BT,)
     weight,      # (C,)

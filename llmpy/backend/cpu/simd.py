@@ -1,11 +1,12 @@
-"""Vectors: the one table per instruction set, and the four things that plain loops cannot say.
+"""Vectors: the one table per instruction set, and the things that plain loops cannot say.
 
 LLVM turns the loops of the other files into vector code by itself. It needs help for
 
     microkernel   the inner loop of every product: a register tile of C, vectors of B, scalars of A
-    transpose     lanes × lanes numbers turned in registers, for packing
+    transpose     lanes × lanes words turned in registers, for packing
+    copy_row, copy_strip      rows into a packed panel
     address       where an array begins, as an integer (microkernels work on addresses)
-    fma, maximum, copy_vector, get, put …        one instruction each
+    fma, maximum, float_to_bits, get, put …      one instruction each
 
     microkernel:  C[MR, n] (+)= Σ_k A[:, k] ⊗ B[k, n]           n = 1 … NV vectors of LANES columns
 
@@ -13,20 +14,28 @@ LLVM turns the loops of the other files into vector code by itself. It needs hel
                            ──┼────┼────┼────┤
         A[0, k] broadcast →  │ c00│ c01│ c02│      MR × NV accumulators live in registers
         A[1, k]           →  │ c10│ c11│ c12│      for the whole loop over k; each step is
-          ⋮                  │  ⋮ │  ⋮ │  ⋮ │      MR broadcasts and MR·NV fused multiply-adds
+          ⋮                  │  ⋮ │  ⋮ │  ⋮ │      MR broadcasts and MR·NV multiply-adds
+
+Operands come as 32-bit words: one float32, or two bfloat16 that follow each other along k. Then a step is
+two products in one instruction (vdpbf16ps), or, where the CPU has none, two float32 multiply-adds on the
+halves of the words: everything around the microkernel is the same for both. bfloat16 arrays are uint16
+to Numba; f32(x) and to(array, x) convert, rounding to nearest even.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import overload
 
 from .jit import intrinsic
 
@@ -45,13 +54,16 @@ class Isa:
     rows: int
     vectors: int
     fused: bool
+    bf16: str = ""
     panel_k: int = 768
 
 
 # Measured on Zen 4 (dev/LOG.md): 8 × 48 reaches 95–98 % of the FMA peak. 48 divides GPT-2's widths.
 ISAS = (
+    Isa("avx512-bf16", lanes=16, rows=8, vectors=3, fused=True, bf16="llvm.x86.avx512bf16.dpbf16ps.512"),
     Isa("avx512", lanes=16, rows=8, vectors=3, fused=True),
     Isa("avx2", lanes=8, rows=6, vectors=2, fused=True),
+    Isa("neon-bf16", lanes=4, rows=8, vectors=3, fused=True, bf16="llvm.aarch64.neon.bfdot.v4f32.v8bf16"),
     Isa("neon", lanes=4, rows=8, vectors=3, fused=True),
     Isa("generic", lanes=4, rows=4, vectors=2, fused=False),
 )
@@ -63,17 +75,17 @@ def host_isa() -> Isa:
     Chosen before anything is compiled: LLVM aborts the whole process on a vector instruction that
     the target lacks.
     """
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return _named("neon")
     described = os.environ.get("NUMBA_CPU_FEATURES")
     if described is None and os.environ.get("NUMBA_CPU_NAME") == "generic":
-        return _named("generic")
+        described = ""
     if described is not None:
         has = {f[1:] for f in described.split(",") if f.startswith("+")}
     else:
         has = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return _named("neon-bf16" if "bf16" in has else "neon")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has:
-        return _named("avx512")
+        return _named("avx512-bf16" if "avx512bf16" in has else "avx512")
     if {"avx2", "fma"} <= has:
         return _named("avx2")
     return _named("generic")
@@ -87,12 +99,26 @@ HOST = host_isa()
 LANES, MR, NV, KC = HOST.lanes, HOST.rows, HOST.vectors, HOST.panel_k
 NR = NV * LANES
 
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-VECTOR = ir.VectorType(F32, LANES)
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+BF16 = types.uint16
 
 
-def _pointer(bd: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return bd.inttoptr(address, F32.as_pointer())
+class BFloats(ir.Type):
+    """<2·LANES x bfloat>: llvmlite has no bfloat, but LLVM needs only the name."""
+
+    def _to_string(self) -> str:
+        return f"<{2 * LANES} x bfloat>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloats)
+
+    def __hash__(self) -> int:
+        return hash("bfloats")
+
+
+def _at(bd: ir.IRBuilder, address: ir.Value, kind: ir.Type = F32) -> ir.Value:
+    return bd.inttoptr(address, kind.as_pointer())
 
 
 def _load(bd: ir.IRBuilder, pointer: ir.Value, offset: ir.Value) -> ir.Value:
@@ -108,7 +134,7 @@ def _store(bd: ir.IRBuilder, value: ir.Value, pointer: ir.Value, offset: ir.Valu
 def _splat(bd: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
     undef = ir.Constant(VECTOR, ir.Undefined)
     first = bd.insert_element(undef, scalar, I32(0))
-    return bd.shuffle_vector(first, undef, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+    return bd.shuffle_vector(first, undef, ir.Constant(INTEGERS, [0] * LANES))
 
 
 def _multiply_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -119,19 +145,47 @@ def _multiply_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir
     return bd.call(cgutils.get_or_insert_function(bd.module, fn, f"llvm.fma.v{LANES}f32"), [a, b, c])
 
 
+def _dot_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a₀·b₀ + a₁·b₁ + c for the two bfloat16 in every lane of a and b."""
+    if HOST.bf16:
+        fn = cgutils.get_or_insert_function(
+            bd.module, ir.FunctionType(VECTOR, [VECTOR, BFloats(), BFloats()]), HOST.bf16
+        )
+        return bd.call(fn, [c, bd.bitcast(a, BFloats()), bd.bitcast(b, BFloats())])
+    for half in (_low_half, _high_half):
+        c = _multiply_add(bd, half(bd, a), half(bd, b), c)
+    return c
+
+
+def _low_half(bd: ir.IRBuilder, words: ir.Value) -> ir.Value:
+    shift = ir.Constant(INTEGERS, [16] * LANES)
+    return bd.bitcast(bd.shl(bd.bitcast(words, INTEGERS), shift), VECTOR)
+
+
+def _high_half(bd: ir.IRBuilder, words: ir.Value) -> ir.Value:
+    mask = ir.Constant(INTEGERS, [-65536] * LANES)
+    return bd.bitcast(bd.and_(bd.bitcast(words, INTEGERS), mask), VECTOR)
+
+
 def _prefetch(bd: ir.IRBuilder, pointer: ir.Value) -> None:
-    byte = ir.IntType(8).as_pointer()
-    fn = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    fn = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     call = cgutils.get_or_insert_function(bd.module, fn, "llvm.prefetch.p0")
-    bd.call(call, [bd.bitcast(pointer, byte), I32(0), I32(3), I32(1)])
+    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(0), I32(3), I32(1)])
 
 
 def _tile_loop(
-    bd: ir.IRBuilder, nv: int, a: ir.Value, rs_a: ir.Value, cs_a: ir.Value, b: ir.Value, rs_b: ir.Value,
-    kc: ir.Value,
-) -> list[list[ir.Value]]:  # fmt: skip
+    bd: ir.IRBuilder,
+    multiply: Callable[..., ir.Value],
+    nv: int,
+    a: ir.Value,
+    rs_a: ir.Value,
+    cs_a: ir.Value,
+    b: ir.Value,
+    rs_b: ir.Value,
+    words: ir.Value,
+) -> list[list[ir.Value]]:
     """The loop over k; leaves the builder behind it and returns the MR × nv accumulators."""
-    rows = [bd.gep(a, [bd.mul(rs_a, I64(i))]) for i in range(MR)]
+    rows = [_at(bd, bd.add(a, bd.mul(rs_a, I64(i))), I8) for i in range(MR)]
     entry, loop, end = bd.block, bd.append_basic_block("k"), bd.append_basic_block("done")
     bd.branch(loop)
     bd.position_at_end(loop)
@@ -142,9 +196,10 @@ def _tile_loop(
     vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
     sums = []
     for i in range(MR):
-        scalar = bd.load(bd.gep(rows[i], [offset_a]))
+        scalar = bd.load(bd.bitcast(bd.gep(rows[i], [offset_a]), F32.as_pointer()))
+        scalar.align = 2
         broadcast = _splat(bd, scalar)
-        sums.append([_multiply_add(bd, broadcast, vectors[j], tile[i][j]) for j in range(nv)])
+        sums.append([multiply(bd, broadcast, vectors[j], tile[i][j]) for j in range(nv)])
     for i in range(MR):
         for j in range(nv):
             tile[i][j].add_incoming(ir.Constant(VECTOR, None), entry)
@@ -153,26 +208,39 @@ def _tile_loop(
     k.add_incoming(next_k, loop)
     offset_a.add_incoming(bd.add(offset_a, cs_a), loop)
     row_b.add_incoming(bd.gep(row_b, [rs_b]), loop)
-    bd.cbranch(bd.icmp_signed("<", next_k, kc), loop, end)
+    bd.cbranch(bd.icmp_signed("<", next_k, words), loop, end)
     bd.position_at_end(end)
     return sums
 
 
 @intrinsic
 def microkernel(
-    typingctx: Any, nv: Any, a: Any, rs_a: Any, cs_a: Any, b: Any, rs_b: Any, c: Any, rs_c: Any, kc: Any, add: Any
+    typingctx: Any,
+    like: Any,
+    nv: Any,
+    a: Any,
+    rs_a: Any,
+    cs_a: Any,
+    b: Any,
+    rs_b: Any,
+    c: Any,
+    rs_c: Any,
+    words: Any,
+    add: Any,
 ) -> Any:
-    """C (MR, nv·LANES) := or += (if `add`) A (MR, kc) · B (kc, nv·LANES), kc ≥ 1.
+    """C (MR, nv·LANES) := or += (if `add`) A (MR, words) · B (words, nv·LANES), words ≥ 1.
 
-    a, b, c are addresses; rs_* and cs_* row and column strides in elements. A is read one scalar at
-    a time, so any strides serve (rows, columns, transposes); B and C want contiguous rows.
+    `like` is any array of the operands' type: float32, or uint16 for pairs of bfloat16. a, b and c are
+    addresses; rs_a and cs_a strides in bytes, so that A may be rows, columns or packed; rs_b and rs_c in
+    words. C is float32.
     """
     i64 = types.int64
-    signature = types.void(i64, i64, i64, i64, i64, i64, i64, i64, i64, types.boolean)
+    multiply = _dot_add if like.dtype == BF16 else _multiply_add
+    signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, types.boolean)
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        nv, a, rs_a, cs_a, b, rs_b, c, rs_c, kc, add = args
-        a, b, c = (_pointer(bd, p) for p in (a, b, c))
+        _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, add = args
+        b, c = _at(bd, b), _at(bd, c)
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
         for row in c_rows:  # C is needed after the loop; ask for it now
             for j in range(NV):
@@ -183,7 +251,7 @@ def microkernel(
             block = bd.append_basic_block(f"tile{n}")
             choice.add_case(I64(n), block)
             bd.position_at_end(block)
-            sums = _tile_loop(bd, n, a, rs_a, cs_a, b, rs_b, kc)
+            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words)
             plus, write = bd.append_basic_block("plus"), bd.append_basic_block("write")
             bd.cbranch(add, plus, write)
             bd.position_at_end(plus)
@@ -205,7 +273,9 @@ def microkernel(
 
 @intrinsic
 def transpose(typingctx: Any, dst: Any, rs_dst: Any, src: Any, rs_src: Any) -> Any:
-    """dst[j, i] := src[i, j] for a LANES × LANES block, in registers; addresses and row strides.
+    """dst[j, i] := src[i, j] for a block of LANES × LANES words, in registers.
+
+    Addresses; the row stride of dst in words, of src in bytes.
 
     log2(LANES) rounds; round s swaps, between vectors i and i + s, the blocks of s lanes that lie
     off the diagonal.
@@ -214,13 +284,16 @@ def transpose(typingctx: Any, dst: Any, rs_dst: Any, src: Any, rs_src: Any) -> A
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         dst, rs_dst, src, rs_src = args
-        dst, src = _pointer(bd, dst), _pointer(bd, src)
-        v = [_load(bd, src, bd.mul(rs_src, I64(i))) for i in range(LANES)]
+        dst = _at(bd, dst)
+        v = []
+        for i in range(LANES):
+            v.append(_load(bd, _at(bd, bd.add(src, bd.mul(rs_src, I64(i)))), I64(0)))
+            v[-1].align = 2
         s = LANES // 2
         while s:
             keep = [j if not j & s else LANES + j - s for j in range(LANES)]
             move = [j + s if not j & s else LANES + j for j in range(LANES)]
-            low, high = (ir.Constant(ir.VectorType(I32, LANES), m) for m in (keep, move))
+            low, high = (ir.Constant(INTEGERS, m) for m in (keep, move))
             for i in range(LANES):
                 if not i & s:
                     v[i], v[i + s] = (
@@ -288,15 +361,37 @@ def bits_to_float(typingctx: Any, x: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
-@intrinsic
-def copy_vector(typingctx: Any, dst: Any, src: Any) -> Any:
-    """LANES floats from one address to another."""
+def _copier(count: int) -> Any:
+    """A function that packs one row of `count` words."""
+    floats, integers, halves = (ir.VectorType(kind, count) for kind in (F32, I32, I16))
 
-    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        _store(bd, _load(bd, _pointer(bd, args[1]), I64(0)), _pointer(bd, args[0]), I64(0))
-        return context.get_dummy_value()
+    @intrinsic
+    def copy(typingctx: Any, like: Any, dst: Any, src: Any, rs_src: Any) -> Any:
+        def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+            _, dst, src, rs_src = args
+            if like.dtype == BF16:
+                pair = []
+                for where in (src, bd.add(src, rs_src)):
+                    row = bd.load(_at(bd, where, halves))
+                    row.align = 2
+                    pair.append(bd.zext(row, integers))
+                high = bd.shl(pair[1], ir.Constant(integers, [16] * count))
+                words = bd.bitcast(bd.or_(pair[0], high), floats)
+            else:
+                words = bd.load(_at(bd, src, floats))
+                words.align = 4
+            bd.store(words, _at(bd, dst, floats)).align = 4
+            return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+        return types.void(like, types.int64, types.int64, types.int64), codegen
+
+    return copy
+
+
+# copy(like, dst, src, rs_src): words from one row of float32, or from two rows of bfloat16, rs_src bytes
+# apart, that follow each other along k.
+copy_row = _copier(LANES)
+copy_strip = _copier(MR)
 
 
 @intrinsic
@@ -304,7 +399,7 @@ def get(typingctx: Any, where: Any) -> Any:
     """The float32 at an address."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        return bd.load(_pointer(bd, args[0]))
+        return bd.load(_at(bd, args[0]))
 
     return types.float32(types.int64), codegen
 
@@ -314,7 +409,71 @@ def put(typingctx: Any, where: Any, x: Any) -> Any:
     """Write a float32 to an address."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        bd.store(args[1], _pointer(bd, args[0]))
+        bd.store(args[1], _at(bd, args[0]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def get_half(typingctx: Any, where: Any) -> Any:
+    """The word whose low half is the bfloat16 at an address, and whose high half is 0."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        half = bd.load(_at(bd, args[0], I16))
+        half.align = 2
+        return bd.bitcast(bd.zext(half, I32), F32)
+
+    return types.float32(types.int64), codegen
+
+
+def per_word(array):
+    """Elements in a 32-bit word: 1 for float32, 2 for bfloat16."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(per_word)
+def _per_word(array):
+    return (lambda array: 2) if array.dtype == BF16 else (lambda array: 1)
+
+
+def f32(x):
+    """A stored number as float32."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(f32)
+def _f32(x):
+    if x == BF16:
+        return lambda x: bits_to_float(np.int32(x) << np.int32(16))
+    return lambda x: x
+
+
+def to(array, x):
+    """float32 x as `array` stores it; bfloat16 rounds to nearest even and keeps NaN."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(to)
+def _to(array, x):
+    if array.dtype != BF16:
+        return lambda array, x: x
+
+    def round_to_bf16(array, x):
+        bits = float_to_bits(x)
+        rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+        return np.uint16(rounded if x == x else (bits >> np.int32(16)) | np.int32(0x40))
+
+    return round_to_bf16
+
+
+def typed(words, like):
+    """float32 scratch seen as elements of `like`'s type."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(typed)
+def _typed(words, like):
+    if like.dtype == BF16:
+        return lambda words, like: words.view(np.uint16)
+    return lambda words, like: words
