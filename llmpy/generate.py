@@ -110,6 +110,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads))
     model = GPT2(header.config, ops)
     checkpoint.load_parameters(options.run / MODEL_FILE, model.params)
+    model.store_weights()
     stream = TextStream(tokenizer.decode)
     write(options.prompt)
     coin = Xorshift64Star(options.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from .errors import LlmpyError
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
+ATTENTIONS = ("sdpa", "plain")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
 
@@ -24,6 +25,16 @@ def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), 
 def flag(of: Field[Any]) -> str:
     """`batch_size` → `--batch-size`."""
     return "--" + of.name.replace("_", "-")
+
+
+def spelled(options: Any) -> list[str]:
+    """The words of the command line that say what differs from the defaults."""
+    words: list[str] = []
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value != f.default:
+            words += [flag(f)] if value is True else [flag(f), str(value)]
+    return words
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,9 @@ class TrainOptions:
     clip: float = option(1.0, "largest norm of the gradient, 0: no limit")
     seed: int = option(42, "seed of initialisation and shuffling")
     threads: int | None = option(None, "threads (default: one a core)")
-    dtype: str = option("auto", "arithmetic", choices=DTYPES)
+    dtype: str = option(
+        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)", choices=DTYPES
+    )
     shuffle: bool = option(True, "visit the samples in random order")
     eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end")
     eval_batches: int = option(20, "batches of an evaluation")
@@ -74,7 +87,7 @@ class TrainOptions:
             if not 0 <= value <= top:
                 raise _refusal(name, value, "use a number from 0 to 1" + ("" if top == 1 else ", below 1"))
         known(self, "schedule", KINDS)
-        fp32_only(self)
+        known(self, "dtype", DTYPES)
 
     @property
     def seconds(self) -> float | None:
@@ -120,12 +133,64 @@ class BenchOptions:
     sequence_length: int = option(64, "tokens of a row", "-T")
     steps: int = option(10, "steps to time")
     threads: int | None = option(None, "threads (default: one a core)")
-    dtype: str = option("auto", "arithmetic", choices=DTYPES)
+    dtype: str = option(
+        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)", choices=DTYPES
+    )
     json: bool = option(False, "print one JSON object")
+    cold: bool = option(False, "in a fresh process that has to compile every kernel first")
 
     def __post_init__(self) -> None:
         positive(self, "batch_size", "sequence_length", "steps", "threads")
-        fp32_only(self)
+        known(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class OpsOptions:
+    """`llmpy bench ops`."""
+
+    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option(
+        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)", choices=DTYPES
+    )
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+        known(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class PeersOptions:
+    """`llmpy bench peers`."""
+
+    model: str = option("gpt2", "size, as in train")
+    batch_size: int = option(4, "rows of a batch", "-B")
+    sequence_length: int = option(64, "tokens of a row", "-T")
+    steps: int = option(5, "steps of each program to time in a round")
+    rounds: int = option(3, "times that each program runs, by turns")
+    threads: int | None = option(None, "threads of every program (default: one a core)")
+    peer: tuple[str, ...] | None = option(
+        None,
+        "further programs, each as 'name=command', that print llm.c's line 'step N: train loss X (took Y ms)'; "
+        "the command may use $B, $T, $STEPS and $THREADS",
+        metavar="NAME=COMMAND",
+    )
+    without: tuple[str, ...] | None = option(
+        None, "leave out the programs whose name contains one of these words", metavar="WORD"
+    )
+    torch_python: Path | None = option(None, "the Python that has PyTorch (default: this one)", metavar="PYTHON")
+    attention: str = option("sdpa", "PyTorch's attention", choices=ATTENTIONS)
+    json: Path | None = option(None, "write everything measured to this file", metavar="FILE")
+    plot: Path | None = option(None, "draw a box for each program into this file", metavar="FILE.png")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "steps", "rounds", "threads")
+        known(self, "attention", ATTENTIONS)
+        for text in self.peer or ():
+            name, equals, command = text.partition("=")
+            if not (equals and name.strip() and command.strip()):
+                raise _refusal("peer", repr(text), "use --peer 'name=command'")
 
 
 def positive(options: Any, *names: str) -> None:
@@ -154,15 +219,6 @@ def known(options: Any, name: str, choices: tuple[str, ...]) -> None:
     """Raise LlmpyError unless the value is one of the choices."""
     if getattr(options, name) not in choices:
         raise _refusal(name, getattr(options, name), "use one of " + ", ".join(choices))
-
-
-def fp32_only(options: Any) -> None:
-    """Raise LlmpyError for an arithmetic that this release has not."""
-    known(options, "dtype", DTYPES)
-    if options.dtype == "bfloat16":
-        raise LlmpyError(
-            "--dtype bfloat16: this release computes in float32 only", "use --dtype float32, or leave it out"
-        )
 
 
 def _refusal(name: str, value: Any, hint: str) -> LlmpyError:

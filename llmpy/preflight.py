@@ -84,7 +84,7 @@ class Preflight:
             f"context {c.context}, vocabulary {c.vocab_size:,}: {self.parameters:,} parameters",
             f"data     {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate; "
             f"batches of {o.batch_size} x {o.sequence_length}",
-            f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, float32, "
+            f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, {m.dtype}, "
             f"measured peak {self.peak:,.0f} GFLOP/s",
             f"memory   about {_gigabytes(self.memory)} of {_gigabytes(self.available)} available",
             f"time     about {duration(self.steps * self.step_seconds)}: {self.steps:,} steps of "

@@ -303,7 +303,7 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     data = prepare(options.data, folder.path, vocab_size, journal.say)
     config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
     options = options.settled(config.channels, sum(map(len, data.train)))
-    ops = machine or cast(Machine, backend.load("cpu", threads=options.threads))
+    ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
     flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
     for line in flight.lines():
         journal.say(line)
@@ -311,6 +311,7 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     ops.warm_up(journal.say)
     model = GPT2(config, ops)
     initialise(model.params, config, options.seed)
+    model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
     trainer = Trainer(model, optimizer, data, options, folder.path, journal, flight.peak, flight.step_seconds)

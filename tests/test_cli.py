@@ -93,7 +93,6 @@ def test_wrong_usage_is_one_line_and_code_2(line: str, said: str, capsys: pytest
     [
         ("train --model d4x", "unknown model"),
         ("train --lr -1", "--lr -1"),
-        ("train --dtype bfloat16", "use --dtype float32"),
         ("train --data none.txt", "none.txt"),
         ("train -T 2000", "use -T 1024 or less"),
         ("sample none", "no run folder none"),

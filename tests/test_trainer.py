@@ -333,7 +333,6 @@ def test_what_is_left_open_is_settled() -> None:
         ({"seed": -1}, "--seed -1"),
         ({"threads": 0}, "--threads 0"),
         ({"schedule": "step"}, "cosine, linear"),
-        ({"dtype": "bfloat16"}, "float32 only"),
         ({"dtype": "int8"}, "--dtype int8"),
     ],
 )

@@ -21,6 +21,7 @@ from ..errors import LlmpyError
 from .text import Document
 
 HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST
+FULL_LINE = 52  # characters from which on a line may have been wrapped; the documents are wrapped at about 70
 
 
 def builtin_documents() -> list[Document]:
@@ -62,8 +63,25 @@ def _sections(topics: Mapping[str, str]) -> list[Document]:
             body = " ".join(section.split("\n", 2)[2:]).strip()
             if body and body not in seen:
                 seen.add(body)
-                documents.append(Document(name, section + "\n"))
+                documents.append(Document(name, _unwrapped(section) + "\n"))
     return documents
+
+
+def _unwrapped(text: str) -> str:
+    """Paragraphs as one line each: where a line was wrapped says nothing that a small model could learn.
+
+    A line continues the one before if that was full and both are equally indented (code lines are short).
+    """
+    lines: list[str] = []
+    full, margin = False, 0
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip(" *"))
+        if full and line.strip() and indent == margin and not line.lstrip().startswith(("*", ">>>")):
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+        full, margin = len(line) >= FULL_LINE, indent
+    return "\n".join(lines)
 
 
 def _docstrings(folder: Path) -> list[Document]:
@@ -74,7 +92,7 @@ def _docstrings(folder: Path) -> list[Document]:
         if text:
             documents.append(Document(path.stem, f"{path.stem}\n\n{text}\n"))
     if not documents:
-        raise LlmpyError("this Python carries no text to train on", "give a text file: llmpy train book.txt")
+        raise LlmpyError("this Python carries no text to train on", "give a text file: llmpy train --data book.txt")
     return documents
 
 

@@ -37,7 +37,7 @@ def default_threads() -> int:
 
 
 def native_dtype() -> str:
-    """What `--dtype auto` takes: bfloat16 where the CPU multiplies it natively, else float32."""
+    """What dtype "auto" takes: bfloat16 where the CPU multiplies it natively, else float32."""
     return "bfloat16" if simd.HOST.bf16 else "float32"
 
 
@@ -48,8 +48,10 @@ class CPU:
     wide = FLOAT32
 
     def __init__(self, threads: int | None = None, dtype: str = "float32") -> None:
+        if dtype == "auto":
+            dtype = native_dtype()
         if dtype not in ("float32", "bfloat16"):
-            raise LlmpyError(f"unknown dtype {dtype!r}", "use float32 or bfloat16")
+            raise LlmpyError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = default_threads() if threads is None else threads
         if not 1 <= self.threads <= 1024:

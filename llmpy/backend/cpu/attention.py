@@ -27,7 +27,7 @@ from .simd import LANES, MR, NR, address, f32, maximum, per_word, to, typed
 
 TILE_Q = -(-64 // MR) * MR
 TILE_K = -(-96 // NR) * NR
-MINUS_INFINITY = np.float32(-np.inf)
+MINUS_INFINITY, ZERO = np.float32(-np.inf), np.float32(0)
 
 
 def scratch_size(T: int, HS: int) -> int:
@@ -78,28 +78,33 @@ def _whole_words(like, count):
 
 
 @inline
-def _softmax_tile(s, p, sums, top, total, row, first_key, depth, rows, HS, scale):
-    """p := e^(scale·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total."""
+def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale):
+    """p := e^(scale·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
+
+    Loops run over whole tiles: a constant length, and what is not yet or never there is selected away.
+    """
     for i in range(rows):
-        valid = max(0, min(depth, row + i + 1 - first_key))
-        weight = p[i]
-        if valid > 0:
-            line, acc = s[i], sums[i * HS : (i + 1) * HS]
-            highest = top[i]
-            for j in range(valid):
-                highest = maximum(highest, line[j] * scale)
-            shrink = exp(top[i] - highest)
-            summed = np.float32(0)
-            for j in range(valid):
-                e = exp(line[j] * scale - highest)
-                weight[j] = to(weight, e)
-                summed += e
-            total[i] = total[i] * shrink + summed
-            top[i] = highest
-            for c in range(HS):
-                acc[c] *= shrink
-        for j in range(valid, depth):
-            weight[j] = 0
+        valid = row + i + 1 - first_key
+        line, weight = s[i], p[i]
+        highest = top[i]
+        for j in range(TILE_K):
+            line[j] = line[j] * scale if j < valid else MINUS_INFINITY
+            highest = maximum(highest, line[j])
+        if valid <= 0:
+            for j in range(TILE_K):
+                weight[j] = 0
+            continue
+        shrink = exp(top[i] - highest)
+        summed = np.float32(0)
+        for j in range(TILE_K):
+            e = exp(line[j] - highest)
+            weight[j] = to(weight, e)
+            summed += e
+        total[i] = total[i] * shrink + summed
+        top[i] = highest
+        acc = sums[i * HS : (i + 1) * HS]
+        for c in range(HS):
+            acc[c] *= shrink
 
 
 @inline
@@ -129,7 +134,7 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
         for k in range(0, q + rows, TILE_K):
             depth = _whole_words(qkv, min(TILE_K, q + rows - k))
             _scores(s, qkv, first + q, col, keys, k, k + depth, T, rows, HS, edge)
-            _softmax_tile(s, p, sums, top, total, q, k, depth, rows, HS, scale)
+            _softmax_tile(s, p, sums, top, total, q, k, rows, HS, scale)
             _weighted(sums, qkv, address(p), size * TILE_K, 4, values, k, T, rows, HS, depth, edge)
         for i in range(rows):
             inverse = np.float32(1) / total[i]
@@ -151,18 +156,15 @@ def attention_forward(
 
 
 @inline
-def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, depth, rows, scale):
+def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, scale):
     """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal."""
     for i in range(rows):
-        valid = max(0, min(depth, row + i + 1 - first_key))
+        valid = row + i + 1 - first_key
         line, dline, weight, dweight, shift, mean = s[i], ds[i], p[i], dp[i], lse[i], d[i]
-        for j in range(valid):
+        for j in range(TILE_K):
             e = exp(line[j] * scale - shift)
-            weight[j] = to(weight, e)
-            dweight[j] = to(dweight, e * (dline[j] - mean) * scale)
-        for j in range(valid, depth):
-            weight[j] = 0
-            dweight[j] = 0
+            weight[j] = to(weight, e if j < valid else ZERO)
+            dweight[j] = to(dweight, e * (dline[j] - mean) * scale if j < valid else ZERO)
 
 
 @inline
@@ -218,7 +220,7 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
             depth = _whole_words(qkv, keys_here)
             _scores(s, qkv, first + q, col, keys_t, k, k + depth, T, rows, HS, edge)
             _scores(ds, dout, first + q, col, values_t, k, k + depth, T, rows, HS, edge)
-            _gradient_tile(s, ds, p, dp, lse, d, q, k, depth, rows, scale)
+            _gradient_tile(s, ds, p, dp, lse, d, q, k, rows, scale)
             _weighted(dq, qkv, address(dp), size * TILE_K, 4, keys, k, T, rows, HS, depth, edge)
             _add_turned(dk[k * HS :], dp, queries, q, T, keys_here, HS, rows, strips, edge)
             _add_turned(dv[k * HS :], p, douts, q, T, keys_here, HS, rows, strips, edge)

@@ -37,12 +37,17 @@ from .simd import (
     bits_to_float,
     copy_row,
     copy_strip,
+    f32,
     get,
     get_half,
     microkernel,
     per_word,
+    prefetch_to_write,
     put,
+    read_row,
+    to,
     transpose,
+    write_row,
 )
 
 ZERO = np.float32(0)
@@ -149,15 +154,56 @@ def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, add, edg
     c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a and cs_a (from word to
     word) in bytes.
     """
+    for i in range(0, rows, MR):
+        some = min(MR, rows - i)
+        multiply_tile(c + 4 * i * rs_c, rs_c, like, a + i * rs_a, rs_a, cs_a, panel, some, cols, kc, add, edge)
+
+
+@inline
+def multiply_tile(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, add, edge):
+    """As `multiply_panel`, for at most MR rows."""
     width, total = panel_width(cols), words(like, kc)
     nv, b = width // LANES, address(panel)
-    ragged = cols != width or kc % per_word(like) != 0
-    whole = 0 if ragged else rows - rows % MR
-    for i in range(0, whole, MR):
-        microkernel(like, nv, a + i * rs_a, rs_a, cs_a, b, width, c + 4 * i * rs_c, rs_c, total, add)
-    for i in range(whole, rows, MR):
-        some = min(MR, rows - i)
-        _border_tile(c + 4 * i * rs_c, rs_c, like, a + i * rs_a, rs_a, cs_a, b, width, some, cols, kc, add, edge)
+    if rows == MR and cols == width and kc % per_word(like) == 0:
+        microkernel(like, nv, a, rs_a, cs_a, b, width, c, rs_c, total, add)
+    else:
+        _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, add, edge)
+
+
+@inline
+def expect_tile(matrix, row, col, rows, cols):
+    """Ask for the cache lines of a tile that will be written when the product is done."""
+    ld, size = matrix.shape[1], 4 // per_word(matrix)
+    for i in range(rows):
+        where = address(matrix) + size * ((row + i) * ld + col)
+        for byte in range(0, size * cols, 64):
+            prefetch_to_write(where + byte)
+
+
+@inline
+def write_tile(matrix, row, col, tile, rows, cols):
+    """matrix[row : row + rows, col : col + cols] := tile (rows, width) float32."""
+    width, ld, size = panel_width(cols), matrix.shape[1], 4 // per_word(matrix)
+    whole = cols // LANES * LANES
+    for i in range(rows):
+        dst, src = address(matrix) + size * ((row + i) * ld + col), address(tile) + 4 * i * width
+        for j in range(0, whole, LANES):
+            write_row(matrix, dst + size * j, src + 4 * j)
+        for j in range(whole, cols):
+            matrix[row + i, col + j] = to(matrix, tile[i * width + j])
+
+
+@inline
+def read_tile(tile, matrix, row, col, rows, cols):
+    """tile (rows, width) float32 := matrix[row : row + rows, col : col + cols]; columns to the right stay."""
+    width, ld, size = panel_width(cols), matrix.shape[1], 4 // per_word(matrix)
+    whole = cols // LANES * LANES
+    for i in range(rows):
+        src, dst = address(matrix) + size * ((row + i) * ld + col), address(tile) + 4 * i * width
+        for j in range(0, whole, LANES):
+            read_row(matrix, dst + 4 * j, src + size * j)
+        for j in range(whole, cols):
+            tile[i * width + j] = f32(matrix[row + i, col + j])
 
 
 @inline

@@ -7,20 +7,36 @@ backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
            dbias   += Σ_rows dout                                  (OC,)
 
 Compute-bound. The weight, or for dweight the input, is the packed operand; the other is read where it
-lies, except doutᵀ, which is packed by strips of MR columns. Sums are float32 in scratch that stays in L2,
-and the finished block is written once, with bias, GELU and rounding. The input's panels are packed once and
-shared. Both products of backward are items of one fork, so that no core waits between them.
+lies, except doutᵀ, which is packed by strips of MR columns. Sums are float32 in scratch; a finished tile is
+written while it is in L1, with bias, GELU and rounding, to lines that were asked for before its product.
+The input's panels are packed once and shared. Both products of backward are items of one fork, so that no
+core waits between them.
 """
 
 from __future__ import annotations
 
 from .gelu import gelu, gelu_gradient
-from .gemm import EDGE, PANEL, depth, multiply_panel, pack_columns, pack_rows, pack_transposed, panel_width, words
+from .gemm import (
+    EDGE,
+    PANEL,
+    depth,
+    expect_tile,
+    multiply_panel,
+    multiply_tile,
+    pack_columns,
+    pack_rows,
+    pack_transposed,
+    panel_width,
+    read_tile,
+    words,
+    write_tile,
+)
 from .jit import fork, inline, kernel
-from .simd import KC, MR, NR, address, bits_to_float, f32, float_to_bits, per_word, to
+from .simd import KC, LANES, MR, NR, address, bits_to_float, f32, float_to_bits, per_word, read_row, to
 
 BLOCK_ROWS = 1024  # rows of A that meet one packed panel; more would not fit in L2 beside it
-BLOCK_COLS = 16 * MR  # rows of dweight that one item computes, at most
+BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
+TILE = MR * NR
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
 
 
@@ -42,27 +58,43 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
     cols, rows = min(NR, OC - col), min(block, BT - row)
     width, size = panel_width(cols), 4 // per_word(inp)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
-    product = scratch[worker, PANEL + EDGE :]
+    sums = scratch[worker, PANEL + EDGE :]
     for k in range(0, C, depth(inp)):
         kc = min(depth(inp), C - k)
+        last = k + kc == C
         pack_transposed(panel, weight, col, k, kc, cols)
-        a = address(inp) + size * (row * C + k)
-        multiply_panel(address(product), width, inp, a, size * C, 4, panel, rows, cols, kc, k > 0, edge)
+        for i in range(0, rows, MR):
+            some = min(MR, rows - i)
+            if last:
+                expect_tile(out, row + i, col, some, cols)
+            a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
+            if k == 0 and bias.size > 0:
+                _start_with_bias(tile, bias, col, some, cols)
+            add = k > 0 or bias.size > 0
+            multiply_tile(address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, add, edge)
+            if last:
+                _finish_forward(out, pre_gelu, tile, row + i, col, some, cols)
+
+
+@inline
+def _start_with_bias(tile, bias, col, rows, cols):
+    """Every row of the tile := bias[col : col + cols]."""
+    width, whole = panel_width(cols), cols // LANES * LANES
     for i in range(rows):
-        line, result = product[i * width : i * width + cols], out[row + i, col : col + cols]
-        if bias.size > 0:
-            shift = bias[col : col + cols]
-            for j in range(cols):
-                line[j] += shift[j]
-        if pre_gelu.size > 0:
-            before = pre_gelu[row + i, col : col + cols]
-            for j in range(cols):
-                before[j] = to(before, line[j])
-            for j in range(cols):
-                result[j] = to(result, gelu(f32(before[j])))
-        else:
-            for j in range(cols):
-                result[j] = to(result, line[j])
+        for j in range(0, whole, LANES):
+            read_row(bias, address(tile) + 4 * (i * width + j), address(bias) + 4 * (col + j))
+        for j in range(whole, cols):
+            tile[i * width + j] = bias[col + j]
+
+
+@inline
+def _finish_forward(out, pre_gelu, tile, row, col, rows, cols):
+    """A tile of finished sums to where it belongs, through GELU if asked for."""
+    if pre_gelu.size > 0:
+        write_tile(pre_gelu, row, col, tile, rows, cols)
+        for j in range(MR * NR):  # a constant length: whole vectors, whatever is in the tile's unused part
+            tile[j] = gelu(f32(to(pre_gelu, tile[j])))
+    write_tile(out, row, col, tile, rows, cols)
 
 
 @kernel
@@ -91,21 +123,29 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, scratch):
     cols, rows = min(NR, C - col), min(block, BT - row)
     width, size = panel_width(cols), 4 // per_word(dout)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
-    product = scratch[worker, PANEL + EDGE :]
+    sums = scratch[worker, PANEL + EDGE :]
     for k in range(0, OC, depth(dout)):
         kc = min(depth(dout), OC - k)
+        last = k + kc == OC
         pack_rows(panel, weight, k, col, kc, cols)
-        a = address(dout) + size * (row * OC + k)
-        multiply_panel(address(product), width, dout, a, size * OC, 4, panel, rows, cols, kc, k > 0, edge)
-    for i in range(rows):
-        line, result = product[i * width : i * width + cols], dinp[row + i, col : col + cols]
-        if pre_gelu.size > 0:
-            before = pre_gelu[row + i, col : col + cols]
-            for j in range(cols):
-                result[j] = to(result, line[j] * gelu_gradient(f32(before[j])))
-        else:
-            for j in range(cols):
-                result[j] = to(result, line[j])
+        for i in range(0, rows, MR):
+            some = min(MR, rows - i)
+            if last:
+                expect_tile(dinp, row + i, col, some, cols)
+            a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
+            multiply_tile(address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, k > 0, edge)
+            if last:
+                _finish_dinp(dinp, pre_gelu, tile, edge[:TILE], row + i, col, some, cols)
+
+
+@inline
+def _finish_dinp(dinp, pre_gelu, tile, before, row, col, rows, cols):
+    """A tile of finished sums, times GELU′ where the input was a GELU, to where it belongs."""
+    if pre_gelu.size > 0:
+        read_tile(before, pre_gelu, row, col, rows, cols)
+        for j in range(MR * NR):
+            tile[j] *= gelu_gradient(before[j])
+    write_tile(dinp, row, col, tile, rows, cols)
 
 
 @inline
@@ -185,7 +225,7 @@ def linear_backward(
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
     row_block = _rows_per_item(BT, panels, threads)
-    col_block = min(BLOCK_COLS, max(MR, OC // (4 * threads) // MR * MR))
+    col_block = min(BLOCK_COLS, max(MR, OC // (8 * threads) // MR * MR))
     dinp_items = panels * ((BT + row_block - 1) // row_block)
     dweight_items = (OC + col_block - 1) // col_block
     for k in range(0, BT, depth(dout)):

@@ -1,4 +1,10 @@
-"""What this machine can do at best: fused multiply-adds on registers, nothing else."""
+"""What this machine can do at best: fused multiply-adds on registers alone, and a stream through memory alone.
+
+The stream is McCalpin's triad  a := b + s·c  on arrays well beyond the last-level cache. It moves 16 bytes
+an element: b and c are read, and a line of a is read before it is overwritten (write-allocate), then written
+back. A CPU that recognises whole-line writes (some Arm) saves that read; its bandwidth is then overstated
+by up to a third.
+"""
 
 from __future__ import annotations
 
@@ -75,4 +81,41 @@ def measure(threads: int, like: np.ndarray, sink: np.ndarray, seconds: float = 0
         start = time.perf_counter()
         multiply_adds(threads, like, items, sink, x, y)
         rates.append(flops / (time.perf_counter() - start) / 1e9)
+    return float(np.median(rates))
+
+
+STREAM = 32 << 20  # elements of each array: 3 × 128 MiB, beyond the caches of nearly every machine
+STREAM_BYTES = 16  # moved for each element, write-allocate included
+STREAM_BLOCK = 1 << 15  # elements of one item: 128 KiB of each array
+
+
+@inline
+def _triad_item(worker, item, a, b, c, s):
+    part = slice(item * STREAM_BLOCK, min((item + 1) * STREAM_BLOCK, a.shape[0]))
+    a, b, c = a[part], b[part], c[part]
+    for i in range(a.shape[0]):
+        a[i] = b[i] + s * c[i]
+
+
+@kernel
+def triad(threads, a, b, c, s):
+    """a := b + s·c for float32 (n,) arrays and a float32 s."""
+    fork(_triad_item, threads, (a.shape[0] + STREAM_BLOCK - 1) // STREAM_BLOCK, (a, b, c, s))
+
+
+def measure_bandwidth(threads: int, a: np.ndarray, b: np.ndarray, c: np.ndarray, seconds: float = 0.3) -> float:
+    """GB/s (10⁹ bytes, write-allocate counted) of the triad on `threads` threads: the median pass of `seconds`.
+
+    a, b and c: float32 (STREAM,), of any content; they are overwritten.
+    """
+    for x in (a, b, c):
+        x.fill(1)  # touches every page
+    s = np.float32(0.5)
+    triad(threads, a, b, c, s)  # compiles, or loads what was compiled
+    rates: list[float] = []
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(rates) < 3:
+        start = time.perf_counter()
+        triad(threads, a, b, c, s)
+        rates.append(STREAM_BYTES * a.size / (time.perf_counter() - start) / 1e9)
     return float(np.median(rates))

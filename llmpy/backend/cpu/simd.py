@@ -5,6 +5,7 @@ LLVM turns the loops of the other files into vector code by itself. It needs hel
     microkernel   the inner loop of every product: a register tile of C, vectors of B, scalars of A
     transpose     lanes × lanes words turned in registers, for packing
     copy_row, copy_strip      rows into a packed panel
+    write_row, read_row       a row of a tile to and from memory
     address       where an array begins, as an integer (microkernels work on addresses)
     fma, maximum, float_to_bits, get, put …      one instruction each
 
@@ -167,10 +168,10 @@ def _high_half(bd: ir.IRBuilder, words: ir.Value) -> ir.Value:
     return bd.bitcast(bd.and_(bd.bitcast(words, INTEGERS), mask), VECTOR)
 
 
-def _prefetch(bd: ir.IRBuilder, pointer: ir.Value) -> None:
+def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, write: int = 0) -> None:
     fn = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     call = cgutils.get_or_insert_function(bd.module, fn, "llvm.prefetch.p0")
-    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(0), I32(3), I32(1)])
+    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(write), I32(3), I32(1)])
 
 
 def _tile_loop(
@@ -361,6 +362,17 @@ def bits_to_float(typingctx: Any, x: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def prefetch_to_write(typingctx: Any, where: Any) -> Any:
+    """Ask for the cache line at an address, to be written soon."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _prefetch(bd, _at(bd, args[0], I8), write=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _copier(count: int) -> Any:
     """A function that packs one row of `count` words."""
     floats, integers, halves = (ir.VectorType(kind, count) for kind in (F32, I32, I16))
@@ -392,6 +404,54 @@ def _copier(count: int) -> Any:
 # apart, that follow each other along k.
 copy_row = _copier(LANES)
 copy_strip = _copier(MR)
+
+
+HALVES = ir.VectorType(I16, LANES)
+
+
+def _round_to_halves(bd: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """LANES float32 → bfloat16, rounded to nearest even; NaN stays NaN. As `to`, for whole vectors."""
+
+    def each(value: int) -> ir.Value:
+        return ir.Constant(INTEGERS, [value] * LANES)
+
+    bits = bd.bitcast(x, INTEGERS)
+    odd = bd.and_(bd.lshr(bits, each(16)), each(1))
+    rounded = bd.lshr(bd.add(bits, bd.add(odd, each(0x7FFF))), each(16))
+    quiet = bd.or_(bd.lshr(bits, each(16)), each(0x40))
+    return bd.trunc(bd.select(bd.fcmp_unordered("uno", x, x), quiet, rounded), HALVES)
+
+
+@intrinsic
+def write_row(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
+    """LANES float32 at address src, to address dst as `like` stores them."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        x = _load(bd, _at(bd, args[2]), I64(0))
+        if like.dtype == BF16:
+            bd.store(_round_to_halves(bd, x), _at(bd, args[1], HALVES)).align = 2
+        else:
+            _store(bd, x, _at(bd, args[1]), I64(0))
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64), codegen
+
+
+@intrinsic
+def read_row(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
+    """LANES numbers at address src, as `like` stores them, to float32 at address dst."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        if like.dtype == BF16:
+            halves = bd.load(_at(bd, args[2], HALVES))
+            halves.align = 2
+            x = bd.bitcast(bd.shl(bd.zext(halves, INTEGERS), ir.Constant(INTEGERS, [16] * LANES)), VECTOR)
+        else:
+            x = _load(bd, _at(bd, args[2]), I64(0))
+        _store(bd, x, _at(bd, args[1]), I64(0))
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64), codegen
 
 
 @intrinsic
