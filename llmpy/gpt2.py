@@ -21,6 +21,10 @@ from .backend import Ops
 from .config import ModelConfig
 from .errors import LlmpyError
 
+# Activations that backward computes again instead of keeping, see ACTS. 1 costs half a percent of a step's time
+# (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
+RECOMPUTE = 1
+
 
 def PARAMS(c: ModelConfig) -> list[Tensor]:
     """Every parameter. Matrices come first: weight decay then ends at one boundary (`matrix_elements`)."""
@@ -50,24 +54,30 @@ def PARAMS(c: ModelConfig) -> list[Tensor]:
     ]
 
 
-def ACTS(c: ModelConfig, B: int, T: int, layers: int) -> list[Tensor]:
-    """What forward computes; `layers` is L for training and 1 when nothing is kept for backward."""
-    L, C, NH = layers, c.channels, c.heads
-    BT = B * T
+def ACTS(c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0) -> list[Tensor]:
+    """What forward computes. A first dimension of L keeps a tensor for every layer, for backward; one of 1 keeps
+    the last layer's only: all of them in evaluation, and in training what backward computes once more:
+
+    `recompute` 1: the GELU's output, a quarter of all activations;  2: also the LayerNorms' outputs.
+    """
+    C, NH, BT = c.channels, c.heads, B * T
+    L = c.layers if training else 1
+    gelu, norm = (1 if recompute >= level else L for level in (1, 2))
     return [
-        Tensor("resid", (L + 1, BT, C), wide=True),  # resid[0] is the embedding, resid[l + 1] layer l's output
+        Tensor("resid", (L, BT, C), wide=True),  # what enters each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),
-        Tensor("ln_1", (L, BT, C)),
+        Tensor("resid_out", (BT, C), wide=True),  # what leaves the last layer
+        Tensor("ln_1", (norm, BT, C)),
         Tensor("ln_1_mean", (L, BT), wide=True),
         Tensor("ln_1_rstd", (L, BT), wide=True),
         Tensor("qkv", (L, BT, 3 * C)),
         Tensor("attn_out", (L, BT, C)),
         Tensor("attn_stats", (L, B, NH, T), wide=True),
-        Tensor("ln_2", (L, BT, C)),
+        Tensor("ln_2", (norm, BT, C)),
         Tensor("ln_2_mean", (L, BT), wide=True),
         Tensor("ln_2_rstd", (L, BT), wide=True),
         Tensor("mlp_fc", (L, BT, 4 * C)),
-        Tensor("mlp_gelu", (L, BT, 4 * C)),
+        Tensor("mlp_gelu", (gelu, BT, 4 * C)),
         Tensor("branch", (BT, C)),  # output of the branch that joins the residual stream next
         Tensor("ln_f", (BT, C)),
         Tensor("ln_f_mean", (BT,), wide=True),
@@ -92,9 +102,10 @@ def SCRATCH(c: ModelConfig, B: int, T: int, mixed: bool) -> list[Tensor]:
 class GPT2:
     """A model: its parameters, and loss and gradients over arenas that are made once per (B, T)."""
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE) -> None:
         self.config = config
         self.ops = ops
+        self.recompute = recompute
         self.params = Arena(PARAMS(config), ops.empty, ops.wide)
         self.matrix_elements = sum(t.size for t in self.params.table if t.decay)
         # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
@@ -128,8 +139,8 @@ class GPT2:
         if (B, T, True) in self._acts:
             training = True
         if (B, T, training) not in self._acts:
-            layers = self.config.layers if training else 1
-            self._acts[B, T, training] = Arena(ACTS(self.config, B, T, layers), ops.empty, ops.dtype, ops.wide)
+            table = ACTS(self.config, B, T, training, self.recompute)
+            self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
@@ -168,25 +179,27 @@ class GPT2:
     def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
         """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
         ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
-        kept = a.qkv.shape[0]  # L in training; 1 in evaluation, where a layer overwrites the one before
         ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
         for l in range(L):
-            i = l % kept
-            stats = a.ln_1[i], a.ln_1_mean[i], a.ln_1_rstd[i]
+            resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
+            stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
             if l == 0:
-                ops.layernorm_forward(*stats, a.resid[0], p.ln_1_w[0], p.ln_1_b[0])
+                ops.layernorm_forward(ln_1, *stats, resid, p.ln_1_w[0], p.ln_1_b[0])
             else:
-                before = a.resid_mid[(l - 1) % kept], a.branch
-                ops.residual_layernorm_forward(a.resid[i], *stats, *before, p.ln_1_w[l], p.ln_1_b[l])
-            ops.linear_forward(a.qkv[i], a.ln_1[i], w.attn_qkv_w[l], p.attn_qkv_b[l])
-            ops.attention_forward(a.attn_out[i], a.attn_stats[i], a.qkv[i])
-            ops.linear_forward(a.branch, a.attn_out[i], w.attn_proj_w[l], p.attn_proj_b[l])
-            stats = a.ln_2[i], a.ln_2_mean[i], a.ln_2_rstd[i]
-            ops.residual_layernorm_forward(a.resid_mid[i], *stats, a.resid[i], a.branch, p.ln_2_w[l], p.ln_2_b[l])
-            ops.linear_forward(a.mlp_gelu[i], a.ln_2[i], w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=a.mlp_fc[i])
-            ops.linear_forward(a.branch, a.mlp_gelu[i], w.mlp_proj_w[l], p.mlp_proj_b[l])
-        stats = a.ln_f, a.ln_f_mean, a.ln_f_rstd
-        ops.residual_layernorm_forward(a.resid[-1], *stats, a.resid_mid[-1], a.branch, p.ln_f_w, p.ln_f_b)
+                before = at(a.resid_mid, l - 1), a.branch
+                ops.residual_layernorm_forward(resid, ln_1, *stats, *before, p.ln_1_w[l], p.ln_1_b[l])
+            qkv, attn_out = at(a.qkv, l), at(a.attn_out, l)
+            ops.linear_forward(qkv, ln_1, w.attn_qkv_w[l], p.attn_qkv_b[l])
+            ops.attention_forward(attn_out, at(a.attn_stats, l), qkv)
+            ops.linear_forward(a.branch, attn_out, w.attn_proj_w[l], p.attn_proj_b[l])
+            stats = at(a.ln_2_mean, l), at(a.ln_2_rstd, l)
+            ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, a.branch, p.ln_2_w[l], p.ln_2_b[l])
+            mlp_gelu = at(a.mlp_gelu, l)
+            ops.linear_forward(mlp_gelu, ln_2, w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=at(a.mlp_fc, l))
+            ops.linear_forward(a.branch, mlp_gelu, w.mlp_proj_w[l], p.mlp_proj_b[l])
+        stats = a.ln_f_mean, a.ln_f_rstd
+        before = at(a.resid_mid, L - 1), a.branch
+        ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, *before, p.ln_f_w, p.ln_f_b)
         return a
 
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
@@ -198,22 +211,36 @@ class GPT2:
         dresid = s.dresid_stored if self.mixed else s.dresid  # as an operand of products
         ops.classifier(a.losses, s.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
         ops.zero(s.dresid)
-        stats = a.resid[-1], a.ln_f_mean, a.ln_f_rstd
-        ops.layernorm_backward(s.dresid, g.ln_f_w, g.ln_f_b, s.dln, *stats, p.ln_f_w, acc)
+        final = a.resid_out, a.ln_f_mean, a.ln_f_rstd
+        ops.layernorm_backward(s.dresid, g.ln_f_w, g.ln_f_b, s.dln, *final, p.ln_f_w, acc)
         for l in reversed(range(c.layers)):
+            mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
+            if self.recompute >= 1:
+                ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
             ops.narrow(dresid, s.dresid)
             d = g.mlp_proj_w[l], g.mlp_proj_b[l]
-            ops.linear_backward(s.dmlp_fc, *d, dresid, a.mlp_gelu[l], w.mlp_proj_w[l], a.mlp_fc[l], acc)
+            ops.linear_backward(s.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
+            stats = a.ln_2_mean[l], a.ln_2_rstd[l]
+            if self.recompute >= 2:
+                ops.layernorm_forward(ln_2, *stats, a.resid_mid[l], p.ln_2_w[l], p.ln_2_b[l])
             d = g.mlp_fc_w[l], g.mlp_fc_b[l]
-            ops.linear_backward(s.dln, *d, s.dmlp_fc, a.ln_2[l], w.mlp_fc_w[l], None, acc)
-            stats = a.resid_mid[l], a.ln_2_mean[l], a.ln_2_rstd[l]
-            ops.layernorm_backward(s.dresid, g.ln_2_w[l], g.ln_2_b[l], s.dln, *stats, p.ln_2_w[l], acc)
+            ops.linear_backward(s.dln, *d, s.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
+            d = g.ln_2_w[l], g.ln_2_b[l]
+            ops.layernorm_backward(s.dresid, *d, s.dln, a.resid_mid[l], *stats, p.ln_2_w[l], acc)
             ops.narrow(dresid, s.dresid)
             d = g.attn_proj_w[l], g.attn_proj_b[l]
             ops.linear_backward(s.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
             ops.attention_backward(s.dqkv, s.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
+            stats = a.ln_1_mean[l], a.ln_1_rstd[l]
+            if self.recompute >= 2:
+                ops.layernorm_forward(ln_1, *stats, a.resid[l], p.ln_1_w[l], p.ln_1_b[l])
             d = g.attn_qkv_w[l], g.attn_qkv_b[l]
-            ops.linear_backward(s.dln, *d, s.dqkv, a.ln_1[l], w.attn_qkv_w[l], None, acc)
-            stats = a.resid[l], a.ln_1_mean[l], a.ln_1_rstd[l]
-            ops.layernorm_backward(s.dresid, g.ln_1_w[l], g.ln_1_b[l], s.dln, *stats, p.ln_1_w[l], acc)
+            ops.linear_backward(s.dln, *d, s.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
+            d = g.ln_1_w[l], g.ln_1_b[l]
+            ops.layernorm_backward(s.dresid, *d, s.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
         ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)
+
+
+def at(tensor: Any, l: int) -> Any:
+    """Layer l of an activation that is kept for every layer, or the one place that all layers use in turn."""
+    return tensor[l % tensor.shape[0]]

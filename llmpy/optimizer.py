@@ -10,6 +10,7 @@ Source: Loshchilov and Hutter 2017; betas and epsilon as in GPT-3 and llm.c.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from .errors import LlmpyError
 from .gpt2 import GPT2
@@ -43,7 +44,7 @@ class AdamW:
         self.ops.zero(self.v)
         edge = model.matrix_elements
         flat = param, self.grad, self.m, self.v
-        self._parts = (
+        self._parts: tuple[tuple[Any, float, Any], ...] = (
             (tuple(x[:edge] for x in flat), weight_decay, model.weights.buffer if model.mixed else None),
             (tuple(x[edge:] for x in flat), 0.0, None),
         )
@@ -59,6 +60,6 @@ class AdamW:
         scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
         self.updates += 1
         beta1, beta2 = self.betas
-        for flat, decay, stored in self._parts:
-            self.ops.adamw(*flat, lr, beta1, beta2, EPSILON, decay, scale, self.updates, stored)
+        for (param, grad, m, v), decay, stored in self._parts:
+            self.ops.adamw(param, grad, m, v, lr, beta1, beta2, EPSILON, decay, scale, self.updates, stored)
         return norm

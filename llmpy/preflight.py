@@ -17,7 +17,7 @@ from .arena import Tensor
 from .backend import Ops
 from .config import ModelConfig
 from .errors import LlmpyError
-from .gpt2 import ACTS, PARAMS, SCRATCH
+from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from .options import TrainOptions
 
 PROGRAM_BYTES = 350 << 20  # Python, NumPy, Numba and its compiler after the kernels are made
@@ -135,8 +135,8 @@ def memory_needed(config: ModelConfig, B: int, T: int, machine: Ops) -> int:
 
     parameters = sum(t.size for t in PARAMS(config))
     matrices = sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0
-    training = size(ACTS(config, B, T, config.layers)) + size(SCRATCH(config, B, T, mixed))
-    sampling = size(ACTS(config, 1, T, 1))
+    training = size(ACTS(config, B, T, True, RECOMPUTE)) + size(SCRATCH(config, B, T, mixed))
+    sampling = size(ACTS(config, 1, T, False))
     logits = min(LOGITS_ROWS, B * T) * config.padded_vocab_size
     return wide * 4 * parameters + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
 

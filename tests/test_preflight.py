@@ -9,7 +9,7 @@ from laptop import Laptop
 
 from llmpy.config import ModelConfig
 from llmpy.errors import LlmpyError
-from llmpy.gpt2 import ACTS, PARAMS, SCRATCH
+from llmpy.gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from llmpy.options import TrainOptions
 from llmpy.preflight import PROGRAM_BYTES, Preflight, duration, inspect, memory_needed
 
@@ -23,13 +23,14 @@ def flight(**options: object) -> Preflight:
 
 
 def test_memory_follows_the_tables() -> None:
-    sizes = [sum(t.size for t in table) for table in (PARAMS(GPT2_124M), ACTS(GPT2_124M, 4, 64, 12))]
+    tables = (PARAMS(GPT2_124M), ACTS(GPT2_124M, 4, 64, True, RECOMPUTE), SCRATCH(GPT2_124M, 4, 64, False))
+    sizes = [sum(t.size for t in table) for table in tables]
     assert sizes[0] == 124_475_904
-    least = 4 * (4 * sizes[0] + sizes[1] + sum(t.size for t in SCRATCH(GPT2_124M, 4, 64)))
-    needed = memory_needed(GPT2_124M, 4, 64)
+    least = 4 * (4 * sizes[0] + sizes[1] + sizes[2])
+    needed = memory_needed(GPT2_124M, 4, 64, Laptop())
     assert least + PROGRAM_BYTES < needed < 1.1 * least + PROGRAM_BYTES
-    assert memory_needed(GPT2_124M, 8, 64) > needed
-    assert memory_needed(GPT2_124M, 4, 128) > needed
+    assert memory_needed(GPT2_124M, 8, 64, Laptop()) > needed
+    assert memory_needed(GPT2_124M, 4, 128, Laptop()) > needed
 
 
 def test_the_lines_say_what_will_run() -> None:

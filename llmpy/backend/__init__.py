@@ -10,7 +10,7 @@ C-contiguous; tokens and targets are int32.
 
 Floats are of two types. `wide` holds parameters, their gradients and moments, biases, the residual stream
 (resid, inp1, inp of LayerNorm, dinp of its backward), statistics and losses; `dtype` holds all that products
-read or write (weight, wte, wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv). On the CPU `wide` is
+read or write (weight, wte, wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, GELU's inp). On the CPU `wide` is
 float32 and `dtype` float32 or bfloat16; in the reference both are float64, float32 or complex128.
 
 Operations trust their caller: token ids are checked where data enters (`data.shards`), shapes where
@@ -83,6 +83,9 @@ class Ops(Protocol):
         accumulate: bool,
     ) -> None:
         """dinp (BT, C) += (joins the residual stream);  dweight (C,), dbias (C,) by `accumulate`."""
+
+    def gelu_forward(self, out: Array, inp: Array) -> None:
+        """out (n…) := GELU(inp), the tanh form; bitwise what `linear_forward` makes of the same pre_gelu."""
 
     def linear_forward(
         self, out: Array, inp: Array, weight: Array, bias: Array | None, pre_gelu: Array | None = None

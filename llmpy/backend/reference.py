@@ -156,6 +156,9 @@ class Reference:
 
     # Linear: out = inp·weightᵀ + bias, or GELU of that
 
+    def gelu_forward(self, out: np.ndarray, inp: np.ndarray) -> None:
+        out[...] = gelu(inp)
+
     def linear_forward(
         self,
         out: np.ndarray,

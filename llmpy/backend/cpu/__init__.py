@@ -13,7 +13,7 @@ import psutil
 
 from ...errors import LlmpyError
 from . import adamw as adamw_
-from . import attention, cross_entropy, embedding, global_norm, jit, layernorm, linear, peak, simd
+from . import attention, cross_entropy, embedding, gelu, global_norm, jit, layernorm, linear, peak, simd
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -130,6 +130,9 @@ class CPU:
         partial = self._partials(-(-BT // layernorm.BLOCK) * 2 * C)
         inputs = _rows(dout), inp, mean.reshape(-1), rstd.reshape(-1), weight
         layernorm.layernorm_backward(self.threads, _rows(dinp), dweight, dbias, *inputs, accumulate, partial)
+
+    def gelu_forward(self, out: Any, inp: Any) -> None:
+        gelu.gelu_forward(self.threads, _bits(out).reshape(-1), _bits(inp).reshape(-1))
 
     def linear_forward(self, out: Any, inp: Any, weight: Any, bias: Any, pre_gelu: Any = None) -> None:
         pre_gelu = self._none_2 if pre_gelu is None else _rows(pre_gelu)
@@ -248,6 +251,7 @@ def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
             "linear_backward",
             lambda: ops.linear_backward(a(1, 1), w(1, 1), w(1), a(1, 1), a(1, 1), a(1, 1), None, False),
         ),
+        ("gelu_forward", lambda: ops.gelu_forward(a(1), a(1))),
         ("attention_forward", lambda: ops.attention_forward(a(1, 1), w(1, 1, 1), a(1, 3))),
         ("attention_backward", lambda: ops.attention_backward(a(1, 3), a(1, 1), a(1, 3), a(1, 1), w(1, 1, 1))),
         ("embedding_forward", lambda: ops.embedding_forward(w(1, 1), tokens, a(1, 1), a(1, 1))),

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import exact
-from .simd import bits_to_float, float_to_bits, fma
+from .jit import exact, fork, inline, kernel
+from .simd import bits_to_float, f32, float_to_bits, fma, to
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693359375)  # few bits: n·LN2_HIGH is exact
@@ -24,6 +24,7 @@ LOWEST = np.float32(-87.336544)  # ln of the smallest normal one; below it e^x i
 C2, C3, C4, C5, C6 = (np.float32(c) for c in (0.49999985, 0.16666488, 0.0416699, 0.008371934, 0.0013750102))
 ONE, ZERO, INFINITY = np.float32(1), np.float32(0), np.float32(np.inf)
 
+BLOCK = 1 << 14  # elements of one item
 SQRT_2_OVER_PI = np.float32(0.7978845608028654)
 CUBIC = np.float32(0.044715)
 
@@ -66,3 +67,20 @@ def gelu_gradient(x):
     u = SQRT_2_OVER_PI * fma(CUBIC * square, x, x)
     s = ONE / (ONE + exp(np.float32(-2) * u))
     return s + x * s * (ONE - s) * np.float32(2) * SQRT_2_OVER_PI * fma(np.float32(3) * CUBIC, square, ONE)
+
+
+@inline
+def _block(worker, item, out, inp):
+    part = slice(item * BLOCK, min((item + 1) * BLOCK, inp.shape[0]))
+    out, inp = out[part], inp[part]
+    for i in range(inp.shape[0]):
+        out[i] = to(out, gelu(f32(inp[i])))
+
+
+@kernel
+def gelu_forward(
+    threads,  # int
+    out,      # (n,) :=
+    inp,      # (n,)
+):  # fmt: skip
+    fork(_block, threads, (inp.shape[0] + BLOCK - 1) // BLOCK, (out, inp))
