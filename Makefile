@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test check bench clean
+.PHONY: train test test-isa check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-isa: $(INSTALLED)
+	@$(BIN)/python -m pytest -m isa tests/test_isa.py $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

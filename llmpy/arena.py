@@ -1,8 +1,8 @@
 """A table of tensors → one aligned buffer and a named view for each row.
 
 The table is the only list of a model's tensors: sizes, views, initialisation, weight decay,
-checkpoint names and tests derive from it. Tensors lie one after another with no holes, in the
-order of the table, which is also how a safetensors file lays them out: its header *is* the table.
+checkpoint names and tests derive from it. Tensors of one type lie one after another with no holes, in the
+order of the table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A model on disk: `model.safetensors`, whose header is the table of parameters.
+"""A model on disk: `model.safetensors`, a tensor for each row of the table of parameters, under the same name.
 
-Its metadata carry the model's shape and the sequence length it was trained at, so the file needs no
-companion.
+The library lays them out in an order of its own; they are found by name. The metadata carry the model's shape
+and the sequence length it was trained at, so the file needs no companion.
 """
 
 from __future__ import annotations

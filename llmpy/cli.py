@@ -9,6 +9,7 @@ for the same reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -23,7 +24,8 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import LlmpyError
-from .options import BenchOptions, SampleOptions, TrainOptions, flag
+from .journal import silence
+from .options import BenchOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, flag
 
 EXIT_CODES = "exit codes: 0 done, 1 error, 2 wrong usage, 130 stopped by Ctrl-C (the model is saved)"
 EXAMPLES = """examples:
@@ -31,6 +33,7 @@ EXAMPLES = """examples:
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
   llmpy sample runs/NAME --prompt "The "        continue a text with what was trained
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
+  llmpy bench peers                             the same against PyTorch, if it is installed
 
 """
 
@@ -52,10 +55,27 @@ def sample(options: SampleOptions) -> int:
 
 def bench(options: BenchOptions) -> int:
     """Time whole training steps against the machine's peak."""
-    from .bench import bench_step, table
+    from .bench.step import bench_step, table
 
     numbers = bench_step(options)
     print(json.dumps(numbers) if options.json else table(numbers))
+    return 0
+
+
+def bench_ops(options: OpsOptions) -> int:
+    """Time each operation on GPT-2's sizes against the machine's peaks."""
+    from .bench.ops import bench_ops, table
+
+    numbers = bench_ops(options)
+    print(json.dumps(numbers) if options.json else table(numbers))
+    return 0
+
+
+def bench_peers(options: PeersOptions) -> int:
+    """Time this program and others on the same work, by turns."""
+    from .bench.peers import bench_peers
+
+    bench_peers(options, print)
     return 0
 
 
@@ -66,6 +86,9 @@ def write(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code. Faults of the user and the machine are one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us (`>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a character shows "?" for it
@@ -73,23 +96,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return run(sys.argv[1:] if arguments is None else arguments)
         finally:
-            sys.stdout.flush()  # here, where a broken pipe is expected, and not at the interpreter's end
+            flush()
     except LlmpyError as fault:
         return fail(str(fault))
     except MemoryError as fault:
         return fail(f"out of memory: {fault} — use a smaller -B, -T or --model")
-    except BrokenPipeError:
-        # The reader left (`| head`). Python would complain once more at exit when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left (`| head`)
         return 1
+    except OSError as fault:
+        return fail(f"{fault.strerror or fault}" + (f": {fault.filename}" if fault.filename else ""))
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C")
         return 130
 
 
+def flush() -> None:
+    """Standard output, here where a broken pipe is expected, and not at the interpreter's end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence()
+        raise
+
+
 def fail(message: str) -> int:
-    """One line on stderr; 1, the exit code of an error."""
-    print("llmpy: error:", " ".join(message.split()), file=sys.stderr)
+    """One line on stderr, if that is still there; 1, the exit code of an error."""
+    with contextlib.suppress(OSError):
+        print("llmpy: error:", " ".join(message.split()), file=sys.stderr, flush=True)
     return 1
 
 
@@ -145,7 +178,10 @@ def build_parser() -> Parser:
     for name, function, options in (("train", train, TrainOptions), ("sample", sample, SampleOptions)):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
-    add_verb(benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True), "step", bench, BenchOptions)
+    whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
+    add_verb(whats, "step", bench, BenchOptions)
+    add_verb(whats, "ops", bench_ops, OpsOptions)
+    add_verb(whats, "peers", bench_peers, PeersOptions)
     return parser
 
 

@@ -8,6 +8,7 @@ causal, so what follows a position cannot change it. Beyond the model's reach th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -58,11 +59,13 @@ def choose(logits: np.ndarray, coin: Coin, temperature: float, top_k: int) -> in
         raise LlmpyError("the model's output is not finite", "its training went wrong: train again")
     if temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
+    scaled = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # of a tiny temperature: −∞, which is right for all but the likeliest
+        scaled = (scaled - scaled.max()) / temperature
     if 0 < top_k < len(scaled):
         # A stable order, so that ties at the border fall the same way everywhere.
         scaled[np.argsort(-scaled, kind="stable")[top_k:]] = -np.inf
-    total = np.cumsum(np.exp(scaled - scaled.max()))
+    total = np.cumsum(np.exp(scaled))
     return min(int(np.searchsorted(total, coin.uniform() * total[-1], side="right")), len(scaled) - 1)
 
 
@@ -101,13 +104,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
-    """Continue a prompt with the model of a run; text goes to `write` as it comes.
+    """Continue a prompt with the model of a run; text goes to `write` as it comes, all else to stderr.
 
     Raises LlmpyError for a run that is missing, damaged or of two minds about its vocabulary.
     """
     header, tokenizer = open_run(options.run)
     prompt = encode_prompt(tokenizer, options.prompt)
-    ops = machine or cast(Machine, backend.load("cpu", threads=options.threads))
+    ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
+    ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
     model = GPT2(header.config, ops)
     checkpoint.load_parameters(options.run / MODEL_FILE, model.params)
     model.store_weights()
@@ -123,8 +127,12 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
 
 def open_run(run: Path) -> tuple[checkpoint.Header, Tokenizer]:
     """The model's header and the tokenizer of a run folder, which must agree."""
-    if not run.is_dir():
+    try:
+        there = run.is_dir()
         known = ", ".join(map(str, finished()[:5]))
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check the path") from None
+    if not there:
         raise LlmpyError(f"no run folder {run}", f"there are: {known}" if known else "train one: llmpy train")
     header = checkpoint.read_header(run / MODEL_FILE)
     path = run / "tokenizer.json"

@@ -11,9 +11,13 @@ from .errors import LlmpyError
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
+DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
+
+# What samples of a run on Python's own text continue: after the start of a text come mostly headings.
+BUILTIN_PROMPT = "The "
 
 
 def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
@@ -66,15 +70,15 @@ class TrainOptions:
     clip: float = option(1.0, "largest norm of the gradient, 0: no limit")
     seed: int = option(42, "seed of initialisation and shuffling")
     threads: int | None = option(None, "threads (default: one a core)")
-    dtype: str = option(
-        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)", choices=DTYPES
-    )
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     shuffle: bool = option(True, "visit the samples in random order")
     eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end")
     eval_batches: int = option(20, "batches of an evaluation")
     sample_every: int = option(0, "steps between samples, 0: only at the end")
     sample_tokens: int = option(128, "tokens of a sample")
-    prompt: str = option("", "what samples continue (default: the start of a text)")
+    prompt: str | None = option(
+        None, f"what samples continue (default: the start of a text; {BUILTIN_PROMPT!r} without --data)"
+    )
     vocab_size: int | None = option(None, "tokens of the vocabulary to train (default: by the text's size)")
 
     def __post_init__(self) -> None:
@@ -82,6 +86,9 @@ class TrainOptions:
         positive(self, "sample_tokens", "vocab_size")
         not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every")
         below(self, "seed", 1 << 32)
+        below(self, "minutes", 1 << 30)  # two thousand years, and no arithmetic overflows
+        below(self, "steps", 1 << 62)
+        below(self, "warmup", 1 << 62)
         for name in ("min_lr", "beta1", "beta2"):
             value, top = getattr(self, name), 1.0 if name == "min_lr" else math.nextafter(1.0, 0.0)
             if not 0 <= value <= top:
@@ -97,6 +104,8 @@ class TrainOptions:
     def settled(self, channels: int, tokens: int) -> Self:
         """The same with what was left open decided for a model's width and a text's number of tokens."""
         settled = self
+        if self.prompt is None:
+            settled = replace(settled, prompt=BUILTIN_PROMPT if self.data is None else "")
         if self.lr is None:
             # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
             settled = replace(settled, lr=6e-4 * 768 / channels)
@@ -117,8 +126,10 @@ class SampleOptions:
     top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
     seed: int = option(1337, "seed of the choices")
     threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
 
     def __post_init__(self) -> None:
+        known(self, "dtype", DTYPES)
         positive(self, "tokens", "seed", "threads")  # from seed 0 the generator would only draw zeros
         not_negative(self, "temperature", "top_k")
         below(self, "seed", 1 << 64)
@@ -133,9 +144,7 @@ class BenchOptions:
     sequence_length: int = option(64, "tokens of a row", "-T")
     steps: int = option(10, "steps to time")
     threads: int | None = option(None, "threads (default: one a core)")
-    dtype: str = option(
-        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)", choices=DTYPES
-    )
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     json: bool = option(False, "print one JSON object")
     cold: bool = option(False, "in a fresh process that has to compile every kernel first")
 
@@ -150,9 +159,7 @@ class OpsOptions:
 
     op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME")
     threads: int | None = option(None, "threads (default: one a core)")
-    dtype: str = option(
-        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)", choices=DTYPES
-    )
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     json: bool = option(False, "print one JSON object")
 
     def __post_init__(self) -> None:
@@ -210,9 +217,10 @@ def not_negative(options: Any, *names: str) -> None:
 
 
 def below(options: Any, name: str, limit: int) -> None:
-    """Raise LlmpyError unless the value is below the limit, a power of two."""
-    if getattr(options, name) >= limit:
-        raise _refusal(name, getattr(options, name), f"use a number below 2^{limit.bit_length() - 1}")
+    """Raise LlmpyError unless the value is below the limit, a power of two, or None where it may be left out."""
+    value = getattr(options, name)
+    if value is not None and value >= limit:
+        raise _refusal(name, value, f"use a number below 2^{limit.bit_length() - 1}")
 
 
 def known(options: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,11 @@
 """Before training: what will run, what it needs, how long it will take; and a refusal if it cannot fit.
 
-memory = 4 bytes · (4 · parameters + activations + backward's scratch + sampling's activations)
-         + the chunk of logits + the program itself,  with parameters, gradients, m and v of one size
+memory = wide · 4 · parameters: they, their gradients, m and v
+         + activations of training (without what backward computes again), backward's scratch, and activations
+           of sampling: each tensor wide or stored, as its table says
+         + stored · (the matrices once more, in mixed precision, + the chunk of logits)
+         + the program itself
+         with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
 time   = FLOPs a token · tokens / (0.6 · measured peak)
 """
 
@@ -32,7 +36,7 @@ class Machine(Ops, Protocol):
     isa: str
 
     def measure_peak(self) -> float:
-        """GFLOP/s of fp32 multiply-adds over all threads, measured now (about 0.2 s)."""
+        """GFLOP/s of multiply-adds in its dtype over all threads, measured now (about 0.2 s)."""
 
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compile every kernel that is not cached, telling what is being done and how far it is."""

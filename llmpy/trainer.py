@@ -6,6 +6,7 @@ At steps 0, every `eval_every`, and the last: the validation loss, and with it t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,7 +14,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +44,27 @@ LINE_SECONDS = 2.0
 SMOOTHING = 0.95  # of the displayed tokens per second
 
 
+class Feed:
+    """What a trainer reads: batches to train and to validate on, and the prompt of samples."""
+
+    def __init__(self, data: Dataset, options: TrainOptions) -> None:
+        """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
+        B, T, size = options.batch_size, options.sequence_length, data.vocab_size
+        self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
+        self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
+        self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
+        self.opening = options.prompt or ""
+        if data.tokenizer is not None:
+            self.prompt = encode_prompt(data.tokenizer, self.opening)
+        elif self.opening:
+            raise LlmpyError(
+                "--prompt needs a tokenizer, and the token shards came without one",
+                "put the tokenizer.json that they were made with beside them",
+            )
+        else:
+            self.prompt = [size - 1]  # where GPT-2 has its end-of-text
+
+
 class Trainer:
     """A model, its optimizer and its data, and the loop over them."""
 
@@ -51,7 +72,7 @@ class Trainer:
         self,
         model: GPT2,
         optimizer: AdamW,
-        data: Dataset,
+        feed: Feed,
         options: TrainOptions,
         folder: Path,
         journal: Journal,
@@ -59,13 +80,8 @@ class Trainer:
         step_seconds: float,
     ) -> None:
         """`peak` is the machine's GFLOP/s; `step_seconds` what a step is expected to take."""
-        self.model, self.optimizer, self.options = model, optimizer, options
+        self.model, self.optimizer, self.feed, self.options = model, optimizer, feed, options
         self.folder, self.journal, self.peak = folder, journal, peak
-        self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
-        B, T = options.batch_size, options.sequence_length
-        self.train = Loader(data.train, B, T, options.shuffle, options.seed)
-        self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False)
-        self.prompt = self._encoded(options.prompt)
         self.done = 0
         self.stop_signal = 0
         self._step_seconds = step_seconds
@@ -85,7 +101,7 @@ class Trainer:
             while not self.stop_signal and not self.finished():
                 if o.eval_every and self.done % o.eval_every == 0:
                     self.evaluate()
-                    self.save()
+                    self._save_if_possible()
                 if o.sample_every and self.done % o.sample_every == 0:
                     self.sample()
                 self.step()
@@ -109,13 +125,13 @@ class Trainer:
         """
         lr = self._learning_rate()
         start = time.perf_counter()
-        loss = self.model.loss_and_grads(*self.train.next())
+        loss = self.model.loss_and_grads(*self.feed.train.next())
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         try:
             norm = self.optimizer.step(lr)
         except LlmpyError as fault:
-            raise self._diverged(str(fault)) from fault
+            raise self._diverged(str(fault).partition(" — ")[0]) from fault  # the hint is our own
         seconds = time.perf_counter() - start
         self.done += 1
         self._spent += seconds
@@ -132,32 +148,33 @@ class Trainer:
 
         A stop signal cuts it short: then there is nothing to say.
         """
-        self.val.reset()
-        batches = max(1, min(self.options.eval_batches, self.val.batches_per_epoch))
+        val = self.feed.val
+        val.reset()
+        batches = max(1, min(self.options.eval_batches, val.batches_per_epoch))
         total = 0.0
         for _ in range(batches):
             if self.stop_signal:
                 return
-            total += self.model.loss(*self.val.next())
+            total += self.model.loss(*val.next())
         loss = total / batches
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss}")
         numbers: dict[str, float] = {"step": self.done, "val_loss": loss}
         line = f"step {self.done:>5} | validation loss {loss:.4f}"
-        if self.bytes_per_token:
-            numbers["val_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        if self.feed.bytes_per_token:
+            numbers["val_bits_per_byte"] = loss / math.log(2) / self.feed.bytes_per_token
             line += f" | {numbers['val_bits_per_byte']:.3f} bits a byte"
         self.journal.record(**numbers)
         self.journal.say(line)
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
-        o = self.options
-        stream = TextStream(self.tokenizer.decode if self.tokenizer else token_ids)
+        o, feed = self.options, self.feed
+        stream = TextStream(feed.tokenizer.decode if feed.tokenizer else token_ids)
         coin = Xorshift64Star(SAMPLE_SEED)
         tokens = generate(
             self.model,
-            self.prompt,
+            feed.prompt,
             o.sample_tokens,
             o.sequence_length,
             coin,
@@ -165,7 +182,7 @@ class Trainer:
             SAMPLE_TOP_K,
         )
         going = itertools.takewhile(lambda _: not self.stop_signal, tokens)
-        text = o.prompt + "".join(map(stream.feed, going)) + stream.finish()
+        text = feed.opening + "".join(map(stream.feed, going)) + stream.finish()
         self.journal.say(f"--- sample at step {self.done}")
         self.journal.say(text.strip("\n"))
         self.journal.say("---")
@@ -174,15 +191,12 @@ class Trainer:
         """Write the model, in place of the one saved before."""
         checkpoint.save(self.folder / MODEL_FILE, self.model, self.options.sequence_length)
 
-    def _encoded(self, prompt: str) -> list[int]:
-        if self.tokenizer is not None:
-            return encode_prompt(self.tokenizer, prompt)
-        if prompt:
-            raise LlmpyError(
-                "--prompt needs a tokenizer, and the token shards came without one",
-                "put the tokenizer.json that they were made with beside them",
-            )
-        return [self.model.config.vocab_size - 1]  # where GPT-2 has its end-of-text
+    def _save_if_possible(self) -> None:
+        """`save`, but a disk that is full now may have room again when the run ends."""
+        try:
+            self.save()
+        except LlmpyError as fault:
+            self.journal.say(f"warning: {fault}; the run goes on, and will save again")
 
     def _conclude(self) -> None:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
@@ -192,7 +206,7 @@ class Trainer:
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
-        if self.tokenizer is not None:
+        if self.feed.tokenizer is not None:
             say(f'continue a text with:  llmpy sample {self.folder} --prompt "…"')
 
     def _elapsed(self) -> float:
@@ -228,21 +242,27 @@ class Trainer:
     def _stop(self, number: int) -> None:
         """Ask the loop to end after this step. A signal may come in the middle of a print: write past it."""
         self.stop_signal = number
-        os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
     def _diverged(self, what: str) -> LlmpyError:
         kept = "the model last saved is kept" if (self.folder / MODEL_FILE).exists() else "nothing was saved"
         return LlmpyError(f"step {self.done + 1}: {what}; {kept}", "use a smaller --lr or a longer --warmup")
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """Within: the first SIGINT or SIGTERM calls `stop(number)`, the second ends the process at once."""
-    numbers = signal.SIGINT, signal.SIGTERM
+    """Within: the first SIGINT, SIGTERM or SIGHUP calls `stop(number)`; a further one of the first two ends the
+    process at once. A further SIGHUP does nothing, for a closing terminal may send two; under nohup none does.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
 
     def handle(number: int, _frame: Any) -> None:
         for n in numbers:
-            signal.signal(n, signal.SIG_DFL)
+            signal.signal(n, signal.SIG_IGN if n == hangup else signal.SIG_DFL)
         stop(number)
 
     before = {n: signal.signal(n, handle) for n in numbers}
@@ -281,9 +301,10 @@ def train(options: TrainOptions, machine: Machine | None = None) -> int:
     check_length(options.sequence_length, config.context)
     folder = RunFolder.open(options.out, options.model)
     try:
-        with Journal(folder.path) as journal:
+        with Journal() as journal:
             journal.say(f"llm.py {__version__}, run folder {folder.path}")
             trainer = assemble(options, folder, journal, machine)
+            journal.open(folder.path)
             folder.keep()
             return trainer.run()
     except BaseException:
@@ -303,6 +324,7 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     data = prepare(options.data, folder.path, vocab_size, journal.say)
     config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
     options = options.settled(config.channels, sum(map(len, data.train)))
+    feed = Feed(data, options)
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
     flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
     for line in flight.lines():
@@ -314,7 +336,7 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
-    trainer = Trainer(model, optimizer, data, options, folder.path, journal, flight.peak, flight.step_seconds)
+    trainer = Trainer(model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds)
     if data.tokenizer is not None:
         data.tokenizer.save(folder / "tokenizer.json")
     write_config(folder / "config.json", config, options, ops)
@@ -330,4 +352,5 @@ def write_config(path: Path, config: ModelConfig, options: TrainOptions, machine
         "machine": {"threads": machine.threads, "isa": machine.isa, **machine.version_info()},
     }
     text = json.dumps(record, indent=2, default=str, ensure_ascii=False)
-    write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    # errors: a path may hold bytes that are no text
+    write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="replace"))

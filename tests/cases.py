@@ -5,6 +5,10 @@ vector or tile; sequences on both sides of a block of 64) and one that looks lik
 `prepare(op, case)` draws its inputs and returns a `Call`: the arguments in the seam's order, with every
 output filled by its contract, so that what an operation should have written, or kept, shows:
 `:=` outputs start as NaN, `+=` outputs as ones.
+
+Floats are of two types, as in the seam: those that products read or write are stored in `dtype`; the others
+are wide, float32 where `dtype` is bfloat16 and otherwise the same type. `Draw.normal` and `Out` are stored
+unless `wide` is said. Inputs are drawn as values that their type holds exactly.
 """
 
 from __future__ import annotations
@@ -52,9 +56,11 @@ class Out:
     contract: str
     shape: tuple[int, ...] = ()
     start: np.ndarray | None = None
+    wide: bool = False
 
-    def array(self, dtype: Any) -> np.ndarray:
+    def array(self, draw: Draw) -> np.ndarray:
         """The output before the call."""
+        dtype = draw.wide if self.wide else draw.dtype
         if self.start is not None:
             return self.start.astype(dtype)
         return np.full(self.shape, np.nan if self.contract == ":=" else 1, dtype)
@@ -79,30 +85,40 @@ class Call:
 
     def astype(self, dtype: Any) -> Call:
         """The same call with copies of every array, floats in `dtype`."""
-        return self.map(lambda _, x: x.astype(dtype) if x.dtype.kind in "fc" else x.copy())
+        return self.map(lambda _, x: x.copy() if x.dtype.kind == "i" else x.astype(dtype))
+
+    def copy(self) -> Call:
+        """The same call with copies of every array."""
+        return self.map(lambda _, x: x.copy())
 
 
 class Draw:
-    """Seeded random values in float64 that `dtype` can hold exactly, so that both sides see the same."""
+    """Seeded random values, each in the type that its argument has: `dtype`, or `wide` where that is said."""
 
     def __init__(self, dtype: Any, seed: int) -> None:
-        self.dtype = dtype
+        self.dtype = np.dtype(dtype)
+        self.wide = np.promote_types(self.dtype, np.float32)
         self.rng = np.random.default_rng(seed)
 
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-        return self.stored(self.rng.normal(mean, std, shape))
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, wide: bool = False) -> np.ndarray:
+        return self.round(self.rng.normal(mean, std, shape), wide)
 
     def ints(self, high: int, *shape: int, low: int = 0) -> np.ndarray:
         return self.rng.integers(low, high, shape, dtype=np.int32)
 
-    def stored(self, x: np.ndarray) -> np.ndarray:
-        """x rounded to `dtype`, as a forward pass would have left it for backward."""
-        return x.astype(self.dtype).astype(np.float64)
+    def round(self, x: np.ndarray, wide: bool = False) -> np.ndarray:
+        """x as a forward pass would have left it for backward."""
+        return x.astype(self.wide if wide else self.dtype)
+
+
+def double(x: np.ndarray) -> np.ndarray:
+    """x in float64, to compute another input from it."""
+    return x.astype(np.float64)
 
 
 def embedding_forward(c: Case, d: Draw) -> Args:
     return {
-        "out": Out(":=", (*c.leading, c.C)),
+        "out": Out(":=", (*c.leading, c.C), wide=True),
         "tokens": d.ints(c.V, c.B, c.T),
         "wte": d.normal(c.Vp, c.C),
         "wpe": d.normal(c.T + 2, c.C),  # a context longer than the batch
@@ -111,9 +127,9 @@ def embedding_forward(c: Case, d: Draw) -> Args:
 
 def embedding_backward(c: Case, d: Draw, accumulate: bool) -> Args:
     return {
-        "dwte": Out("+=", (c.Vp, c.C)),
-        "dwpe": Out("+=" if accumulate else ":=", (c.T + 2, c.C)),
-        "dout": d.normal(*c.leading, c.C),
+        "dwte": Out("+=", (c.Vp, c.C), wide=True),
+        "dwpe": Out("+=" if accumulate else ":=", (c.T + 2, c.C), wide=True),
+        "dout": d.normal(*c.leading, c.C, wide=True),
         "tokens": d.ints(c.V, c.B, c.T),
         "accumulate": accumulate,
     }
@@ -122,12 +138,12 @@ def embedding_backward(c: Case, d: Draw, accumulate: bool) -> Args:
 def layernorm_forward(c: Case, d: Draw) -> Args:
     return {
         "out": Out(":=", (*c.leading, c.C)),
-        "mean": Out(":=", c.leading),
-        "rstd": Out(":=", c.leading),
+        "mean": Out(":=", c.leading, wide=True),
+        "rstd": Out(":=", c.leading, wide=True),
         # Far from zero, as residual streams are: Σx² − (Σx)² in one pass would cancel and fail.
-        "inp": d.normal(*c.leading, c.C, mean=5),
-        "weight": d.normal(c.C, mean=1),
-        "bias": d.normal(c.C),
+        "inp": d.normal(*c.leading, c.C, mean=5, wide=True),
+        "weight": d.normal(c.C, mean=1, wide=True),
+        "bias": d.normal(c.C, wide=True),
     }
 
 
@@ -135,25 +151,29 @@ def residual_layernorm_forward(c: Case, d: Draw) -> Args:
     plain = layernorm_forward(c, d)
     inputs = {"inp1": plain.pop("inp"), "inp2": d.normal(*c.leading, c.C)}
     after = {"weight": plain.pop("weight"), "bias": plain.pop("bias")}
-    return {"resid": Out(":=", (*c.leading, c.C)), **plain, **inputs, **after}
+    return {"resid": Out(":=", (*c.leading, c.C), wide=True), **plain, **inputs, **after}
 
 
 def layernorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
     gradient = "+=" if accumulate else ":="
-    inp, weight = d.normal(*c.leading, c.C, mean=5), d.normal(c.C, mean=1)
-    out, mean, rstd = np.empty_like(inp), np.empty(c.leading), np.empty(c.leading)
-    REF.layernorm_forward(out, mean, rstd, inp, weight, np.zeros(c.C))
+    inp, weight = d.normal(*c.leading, c.C, mean=5, wide=True), d.normal(c.C, mean=1, wide=True)
+    out, mean, rstd = np.empty(inp.shape), np.empty(c.leading), np.empty(c.leading)
+    REF.layernorm_forward(out, mean, rstd, double(inp), double(weight), np.zeros(c.C))
     return {
-        "dinp": Out("+=", inp.shape),
-        "dweight": Out(gradient, (c.C,)),
-        "dbias": Out(gradient, (c.C,)),
+        "dinp": Out("+=", inp.shape, wide=True),
+        "dweight": Out(gradient, (c.C,), wide=True),
+        "dbias": Out(gradient, (c.C,), wide=True),
         "dout": d.normal(*inp.shape),
         "inp": inp,
-        "mean": d.stored(mean),
-        "rstd": d.stored(rstd),
+        "mean": d.round(mean, wide=True),
+        "rstd": d.round(rstd, wide=True),
         "weight": weight,
         "accumulate": accumulate,
     }
+
+
+def gelu_forward(c: Case, d: Draw) -> Args:
+    return {"out": Out(":=", (c.n,)), "inp": d.normal(c.n, std=2)}
 
 
 def linear_forward(c: Case, d: Draw) -> Args:
@@ -161,7 +181,7 @@ def linear_forward(c: Case, d: Draw) -> Args:
         "out": Out(":=", (*c.leading, c.OC)),
         "inp": d.normal(*c.leading, c.C),
         "weight": d.normal(c.OC, c.C, std=c.C**-0.5),
-        "bias": d.normal(c.OC) if "bias" in c.variant else None,
+        "bias": d.normal(c.OC, wide=True) if "bias" in c.variant else None,
         "pre_gelu": Out(":=", (*c.leading, c.OC)) if "gelu" in c.variant else None,
     }
 
@@ -170,11 +190,11 @@ def linear_backward(c: Case, d: Draw, accumulate: bool) -> Args:
     gradient = "+=" if accumulate else ":="
     inp = pre_gelu = d.normal(*c.leading, c.C)
     if "gelu" in c.variant:
-        inp = d.stored(gelu(pre_gelu))
+        inp = d.round(gelu(double(pre_gelu)))
     return {
         "dinp": Out(":=", (*c.leading, c.C)),
-        "dweight": Out(gradient, (c.OC, c.C)),
-        "dbias": Out(gradient, (c.OC,)),
+        "dweight": Out(gradient, (c.OC, c.C), wide=True),
+        "dbias": Out(gradient, (c.OC,), wide=True),
         "dout": d.normal(*c.leading, c.OC),
         "inp": inp,
         "weight": d.normal(c.OC, c.C, std=c.C**-0.5),
@@ -186,7 +206,7 @@ def linear_backward(c: Case, d: Draw, accumulate: bool) -> Args:
 def attention_forward(c: Case, d: Draw) -> Args:
     return {
         "out": Out(":=", (*c.leading, c.C)),
-        "stats": Out(":=", (c.B, c.NH, c.T)),
+        "stats": Out(":=", (c.B, c.NH, c.T), wide=True),
         "qkv": d.normal(*c.leading, 3 * c.C, std=1.5),
     }
 
@@ -194,13 +214,13 @@ def attention_forward(c: Case, d: Draw) -> Args:
 def attention_backward(c: Case, d: Draw) -> Args:
     qkv = d.normal(*c.leading, 3 * c.C, std=1.5)
     out, stats = np.empty((*c.leading, c.C)), np.empty((c.B, c.NH, c.T))
-    REF.attention_forward(out, stats, qkv)
+    REF.attention_forward(out, stats, double(qkv))
     return {
         "dqkv": Out(":=", qkv.shape),
         "dout": d.normal(*out.shape),
         "qkv": qkv,
-        "out": d.stored(out),
-        "stats": d.stored(stats),
+        "out": d.round(out),
+        "stats": d.round(stats, wide=True),
     }
 
 
@@ -213,9 +233,9 @@ def classifier(c: Case, d: Draw, accumulate: bool) -> Args:
         targets[:] = -1
     wanted = c.variant != "losses"
     return {
-        "losses": Out(":=", c.leading),
+        "losses": Out(":=", c.leading, wide=True),
         "dinp": Out(":=", (*c.leading, c.C)) if wanted else None,
-        "dwte": Out(gradient, (c.Vp, c.C)) if wanted else None,
+        "dwte": Out(gradient, (c.Vp, c.C), wide=True) if wanted else None,
         "inp": d.normal(*c.leading, c.C),
         "wte": d.normal(c.Vp, c.C, std=2 * c.C**-0.5),
         "targets": targets,
@@ -227,10 +247,10 @@ def classifier(c: Case, d: Draw, accumulate: bool) -> Args:
 
 def adamw(c: Case, d: Draw) -> Args:
     return {
-        "param": Out("in place", start=d.normal(c.n)),
-        "grad": d.normal(c.n),
-        "m": Out("in place", start=d.normal(c.n, std=0.1)),
-        "v": Out("in place", start=np.abs(d.normal(c.n, std=0.01))),
+        "param": Out("in place", start=d.normal(c.n, wide=True), wide=True),
+        "grad": d.normal(c.n, wide=True),
+        "m": Out("in place", start=d.normal(c.n, std=0.1, wide=True), wide=True),
+        "v": Out("in place", start=np.abs(d.normal(c.n, std=0.01, wide=True)), wide=True),
         "lr": 1e-2,
         "beta1": 0.9,
         "beta2": 0.95,
@@ -238,31 +258,35 @@ def adamw(c: Case, d: Draw) -> Args:
         "weight_decay": 0.1 if c.variant == "decay" else 0.0,
         "grad_scale": 0.5,
         "step": 3,
+        "stored": Out(":=", (c.n,)) if d.dtype != d.wide else None,
     }
 
 
 def global_norm(c: Case, d: Draw) -> Args:
-    return {"grad": d.normal(c.n)}
+    return {"grad": d.normal(c.n, wide=True)}
+
+
+def narrow(c: Case, d: Draw) -> Args:
+    return {"out": Out(":=", (c.n,)), "x": d.normal(c.n, wide=True)}
 
 
 BUILD: dict[str, Callable[..., Args]] = {
     f.__name__: f
     for f in (
         embedding_forward, embedding_backward, layernorm_forward, residual_layernorm_forward,
-        layernorm_backward, linear_forward, linear_backward, attention_forward, attention_backward,
-        classifier, adamw, global_norm,
+        layernorm_backward, gelu_forward, linear_forward, linear_backward, attention_forward,
+        attention_backward, classifier, adamw, global_norm, narrow,
     )
 }  # fmt: skip
 ACCUMULATES = ("embedding_backward", "layernorm_backward", "linear_backward", "classifier")
 
 
 def prepare(op: str, case: Case, accumulate: bool = False, dtype: Any = np.float32, seed: int = 1) -> Call:
-    """Draw the arguments of one call, floats in `dtype`; `accumulate` goes to operations that have it."""
+    """Draw the arguments of one call, stored floats in `dtype`; `accumulate` goes to operations that have it."""
     draw = Draw(dtype, seed)
     args = BUILD[op](case, draw, accumulate) if op in ACCUMULATES else BUILD[op](case, draw)
     outputs = tuple(k for k, v in args.items() if isinstance(v, Out))
-    arrays = {k: v.array(dtype) if isinstance(v, Out) else v for k, v in args.items()}
-    return Call(op, arrays, outputs).astype(dtype)
+    return Call(op, {k: v.array(draw) if isinstance(v, Out) else v for k, v in args.items()}, outputs)
 
 
 EMBEDDING = [
@@ -327,6 +351,7 @@ CASES: dict[str, list[Case]] = {
     "layernorm_forward": ROWS,
     "residual_layernorm_forward": ROWS,
     "layernorm_backward": ROWS,
+    "gelu_forward": FLAT,
     "linear_forward": LINEAR,
     "linear_backward": LINEAR,
     "attention_forward": ATTENTION,
@@ -334,4 +359,5 @@ CASES: dict[str, list[Case]] = {
     "classifier": CLASSIFIER,
     "adamw": [*FLAT, *(Case(n=c.n, variant="decay") for c in FLAT)],
     "global_norm": [*FLAT, Case(n=1_000_003)],
+    "narrow": FLAT,
 }

@@ -40,7 +40,7 @@ FORBIDDEN = [
     (CPU, ("llmpy.backend.reference",), "the backend does not lean on its own specification"),
 ]
 # Height inside the CPU backend: a module imports only from below. Everything else is an operation.
-HEIGHT = {"jit": 0, "simd": 1, "gelu": 2, "gemm": 2, "": 9}
+HEIGHT = {"pool": -1, "jit": 0, "simd": 1, "gelu": 2, "gemm": 2, "": 9}
 OPERATION = 3
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 Graph = dict[str, set[str]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from laptop import Laptop
 
 from llmpy import __version__, cli
-from llmpy.bench import bench_step, table
 from llmpy.options import BenchOptions, SampleOptions, TrainOptions
 
 
@@ -171,22 +168,3 @@ def test_a_reader_that_leaves_gets_no_traceback() -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 1
-
-
-def test_bench_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import llmpy.bench
-
-    numbers = bench_step(BenchOptions("d1", 1, 8, steps=4), Laptop())
-    monkeypatch.setattr(llmpy.bench, "bench_step", lambda _: numbers)
-    assert cli.main(["bench", "step", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == {
-        "median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb"
-    }  # fmt: skip
-    assert shown["peak_gflops"] == 10.0
-    assert shown["share_of_peak"] == pytest.approx(shown["gflops"] / 10)
-    assert shown["tokens_per_s"] == pytest.approx(8e3 / shown["median_ms"])
-    assert shown["min_ms"] <= shown["median_ms"]
-    assert shown["peak_rss_mb"] > 30
-    assert cli.main(["bench", "step"]) == 0
-    assert capsys.readouterr().out.rstrip("\n") == table(numbers)

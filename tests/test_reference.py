@@ -165,7 +165,6 @@ def test_every_operation_of_the_seam_has_cases() -> None:
         "name",
         "dtype",
         "empty",
-        "narrow",
         "to_host",
         "zero",
     }

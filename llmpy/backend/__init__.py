@@ -99,7 +99,7 @@ class Ops(Protocol):
         self,
         dinp: Array,
         dweight: Array,
-        dbias: Array,
+        dbias: Array | None,
         dout: Array,
         inp: Array,
         weight: Array,

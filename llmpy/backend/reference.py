@@ -152,7 +152,8 @@ class Reference:
         through_rstd = n * (dn * n).mean(axis=1, keepdims=True)
         rows(dinp)[...] += r * (dn - dn.mean(axis=1, keepdims=True) - through_rstd)
         write(dweight, (dy * n).sum(axis=0), accumulate)
-        write(dbias, dy.sum(axis=0), accumulate)
+        if dbias is not None:
+            write(dbias, dy.sum(axis=0), accumulate)
 
     # Linear: out = inp·weightᵀ + bias, or GELU of that
 
@@ -179,7 +180,7 @@ class Reference:
         self,
         dinp: np.ndarray,
         dweight: np.ndarray,
-        dbias: np.ndarray,
+        dbias: np.ndarray | None,
         dout: np.ndarray,
         inp: np.ndarray,
         weight: np.ndarray,
@@ -192,7 +193,8 @@ class Reference:
             dx = dx * gelu_derivative(rows(pre_gelu))
         rows(dinp)[...] = dx
         write(dweight, dy.T @ rows(inp), accumulate)
-        write(dbias, dy.sum(axis=0), accumulate)
+        if dbias is not None:
+            write(dbias, dy.sum(axis=0), accumulate)
 
     # Attention: s = q·kᵀ/√HS up to the diagonal,  p = exp(s − stats),  out = p·v
 

@@ -41,7 +41,9 @@ class Loader:
         seed: int = 42,
         rank: int = 0,
         ranks: int = 1,
+        vocab_size: int | None = None,
     ) -> None:
+        """With `vocab_size` every batch is checked against it, for files may change after they were opened."""
         if not shards:
             raise LlmpyError("no token shards to read", "give at least one")
         if not 0 <= rank < ranks:
@@ -50,7 +52,7 @@ class Loader:
             raise LlmpyError(f"batches of {B} rows of {T} tokens", "use -B and -T of at least 1")
         self.shards = tuple(shards)
         self.B, self.T, self.rank, self.ranks = B, T, rank, ranks
-        self.shuffle = shuffle
+        self.shuffle, self.vocab_size = shuffle, vocab_size
         for shard in self.shards:
             self._check_length(shard)
         self._rng = MT19937(seed + rank)
@@ -77,7 +79,10 @@ class Loader:
         self._open()
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens and targets, int32 (B, T) each; the same two arrays every time, overwritten."""
+        """The next tokens and targets, int32 (B, T) each; the same two arrays every time, overwritten.
+
+        Raises LlmpyError for a token outside the vocabulary.
+        """
         if self._sample >= self._sample_order.size:
             if self._shard + 1 < len(self.shards):
                 self._shard += 1
@@ -89,6 +94,14 @@ class Loader:
         stretch = self._tokens[start : start + BT + 1]
         self._inputs.reshape(-1)[:] = stretch[:-1]
         self._targets.reshape(-1)[:] = stretch[1:]
+        if self.vocab_size is not None:  # the copies, which nobody changes any more; it takes microseconds
+            largest = max(self._inputs.max(), self._targets.max())
+            if largest >= self.vocab_size:
+                raise LlmpyError(
+                    f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
+                    f"the vocabulary of {self.vocab_size:,} tokens",
+                    "leave the data as they are while they are in use",
+                )
         self._sample += 1
         return self._inputs, self._targets
 
@@ -121,12 +134,16 @@ class Loader:
 
     def _open(self) -> None:
         """Turn to the shard at `_shard`: its first sample, in a new order."""
-        shard = self.shards[int(self._shard_order[self._shard])]
+        shard = self._shard_here
         self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
         self._sample = 0
         self._sample_order = np.arange(self._samples(shard), dtype=np.int32)
         if self.shuffle:
             self._rng.permutation(self._sample_order)
+
+    @property
+    def _shard_here(self) -> Shard:
+        return self.shards[int(self._shard_order[self._shard])]
 
     def _samples(self, shard: Shard) -> int:
         return (len(shard) - 1) // (self.B * self.T * self.ranks)

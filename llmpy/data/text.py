@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import LlmpyError
 from ..tokenizer import EOT
@@ -64,19 +65,27 @@ def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> lis
     found: dict[Path, Found] = {}
     hidden = 0
     for path in paths:
-        for real in _expand(path):
-            if real.is_dir():
-                files, more = _walk(real)
-                hidden += more
-                for file in files:
-                    found.setdefault(file.resolve(), Found(file, named=False))
-            elif real.is_file():
-                found[real.resolve()] = Found(real, named=True)
-            else:
-                raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+        try:
+            for real in _expand(path):
+                hidden += _add(real, found)
+        except OSError as fault:  # a name too long, a folder that may not be entered
+            _unreadable(fault)
     if hidden:
         say(f"skipped {_count(hidden, 'hidden file or folder', 'hidden files or folders')}")
     return list(found.values())
+
+
+def _add(real: Path, found: dict[Path, Found]) -> int:
+    """Note a file, or every file of a folder; how many hidden ones were passed over."""
+    if real.is_file():
+        found[real.resolve()] = Found(real, named=True)
+        return 0
+    if not real.is_dir():
+        raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+    files, hidden = _walk(real)
+    for file in files:
+        found.setdefault(file.resolve(), Found(file, named=False))
+    return hidden
 
 
 def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Document]:
@@ -158,8 +167,8 @@ def _walk(folder: Path) -> tuple[list[Path], int]:
     return files, hidden
 
 
-def _unreadable(fault: OSError) -> None:
-    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check its permissions") from fault
+def _unreadable(fault: OSError) -> NoReturn:
+    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check the path and its permissions") from fault
 
 
 def _read(path: Path) -> bytes:

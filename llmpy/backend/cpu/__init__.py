@@ -24,7 +24,7 @@ FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 def default_threads() -> int:
     """Cores that this process may use: physical ones, within its affinity and its container's share."""
-    cores = psutil.cpu_count(logical=False) or 1
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
     try:
@@ -57,7 +57,7 @@ class CPU:
         if not 1 <= self.threads <= 1024:
             raise LlmpyError(f"{self.threads} threads", "use --threads between 1 and 1024")
         self.isa = simd.HOST.name
-        self.threading_layer = jit.launch_threads(self.threads)
+        jit.hire(self.threads)
         self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))
         self._gemm_scratch = self.empty((self.threads, linear.SCRATCH), FLOAT32)
         self._attention_scratch = self.empty((self.threads, 0), FLOAT32)
@@ -184,8 +184,8 @@ class CPU:
     ) -> None:  # fmt: skip
         f32 = np.float32
         adamw_.adamw(
-            self.threads, param, self._none_1 if stored is None else _bits(stored), grad, m, v, f32(lr), f32(beta1),
-            f32(beta2), f32(eps), f32(weight_decay), f32(grad_scale), f32(1 / (1 - beta1**step)),
+            self.threads, param, self._none_1 if stored is None else _bits(stored), grad, m, v, f32(lr), f32(1 - beta1),
+            f32(1 - beta2), f32(eps), f32(weight_decay), f32(grad_scale), f32(1 / (1 - beta1**step)),
             f32(1 / (1 - beta2**step)),
         )  # fmt: skip
 
@@ -197,6 +197,10 @@ class CPU:
         """GFLOP/s of multiply-adds in this backend's dtype on all its threads, measured now."""
         return peak.measure(self.threads, self._none_1, self._partials(16 * self.threads), seconds)
 
+    def measure_bandwidth(self) -> float:
+        """GB/s of a stream far larger than the caches on all threads of this backend, measured now; see `peak`."""
+        return peak.measure_bandwidth(self.threads, *(self.empty(peak.STREAM, FLOAT32) for _ in range(3)))
+
     def version_info(self) -> dict[str, str]:
         """What a run's record should say about the code that computed it."""
         import llvmlite
@@ -207,7 +211,6 @@ class CPU:
             "dtype": str(self.dtype),
             "isa": self.isa,
             "threads": str(self.threads),
-            "threading_layer": self.threading_layer,
             "numba": numba.__version__,
             "llvmlite": llvmlite.__version__,
             "numpy": np.__version__,
@@ -218,7 +221,8 @@ class CPU:
         calls = _smallest_calls(self)
         missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
         if missing:
-            say(f"compiling {len(missing)} kernels for this machine ({self.isa}, {self.dtype}), once")
+            again = "once" if jit.CACHE_FOLDER else "at every start: there is no folder to keep them (LLMPY_CACHE_DIR)"
+            say(f"compiling {len(missing)} kernels for this machine ({self.isa}, {self.dtype}), {again}")
         for name, call in calls:
             if name in missing:
                 say(f"  {missing.index(name) + 1}/{len(missing)} {name}")

@@ -19,14 +19,13 @@ BLOCK = 1 << 14  # elements of one item: 64 kB of each array
 
 
 @inline
-def _update(worker, item, param, stored, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2):
-    one = np.float32(1)
+def _update(worker, item, param, stored, grad, m, v, lr, rest1, rest2, eps, decay, scale, correct1, correct2):
     part = slice(item * BLOCK, min((item + 1) * BLOCK, param.shape[0]))
     param, grad, m, v = param[part], grad[part], m[part], v[part]
     for i in range(param.shape[0]):
         g = grad[i] * scale
-        mi = m[i] + (one - beta1) * (g - m[i])
-        vi = v[i] + (one - beta2) * (g * g - v[i])
+        mi = m[i] + rest1 * (g - m[i])
+        vi = v[i] + rest2 * (g * g - v[i])
         m[i] = mi
         v[i] = vi
         param[i] -= lr * (mi * correct1 / (np.sqrt(vi * correct2) + eps) + decay * param[i])
@@ -45,8 +44,8 @@ def adamw(
     m,         # (n,) f32 updated
     v,         # (n,) f32 updated
     lr,        # f32, as all that follow
-    beta1,
-    beta2,
+    rest1,     # 1 − β1
+    rest2,     # 1 − β2
     eps,
     decay,
     scale,     # of the gradient: clipping
@@ -56,5 +55,5 @@ def adamw(
     items = (param.shape[0] + BLOCK - 1) // BLOCK
     fork(
         _update, threads, items,
-        (param, stored, grad, m, v, lr, beta1, beta2, eps, decay, scale, correct1, correct2),
+        (param, stored, grad, m, v, lr, rest1, rest2, eps, decay, scale, correct1, correct2),
     )  # fmt: skip

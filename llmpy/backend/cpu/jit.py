@@ -5,10 +5,10 @@
     fork(body, threads, items, (args…))
                inside a kernel: body(worker, item, args…) for every item, on `threads` threads
 
-`fork` hands items out one by one from an atomic counter, so that a core which another process slows
-down takes fewer of them, and uses Numba's own thread pool without `prange`: that costs a second of
-compile time for each loop, and divides the work beforehand. `worker` is in [0, threads) and names
-the scratch memory of whoever runs the item; results must not depend on it.
+`fork` hands items out one by one from an atomic counter, so that a core which another process slows down takes
+fewer of them, to threads of our own (`pool`). Numba's `prange` costs a second of compile time for each loop,
+divides the work beforehand and waits for every thread at its end. `worker` is in [0, threads) and names the
+scratch memory of whoever runs the item; results must not depend on it.
 
 Numba's disk cache watches neither the other files a kernel is made of nor the globals it froze.
 The cache folder is therefore named by a hash of everything: all sources of this package, the
@@ -18,25 +18,23 @@ versions of Numba and llvmlite, and the CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-# libgomp reads these when it is loaded, which `numba` does when the first kernel runs. Its default is
-# to spin at every barrier: with another process on one of two cores that made a step 4 times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, extending
-from numba.np.ufunc import parallel as numba_threads
+from numba.core import cgutils, codegen, extending
+
+from . import pool
 
 # Sums may be taken in vector order (the same one every time) and products fused into them; nothing is
 # assumed about NaN, infinity or signed zeros.
@@ -56,28 +54,37 @@ def _user_cache() -> Path:
     return Path(os.environ.get("LLMPY_CACHE_DIR") or Path(base, "llmpy")).expanduser()
 
 
+def target() -> tuple[str, str]:
+    """Name and features ("+avx2,-avx512f,…") of the CPU that Numba compiles for: the host, or what NUMBA_* say."""
+    features = config.CPU_FEATURES if config.CPU_FEATURES is not None else codegen.get_host_cpu_features()
+    return config.CPU_NAME or llvm.get_host_cpu_name(), features
+
+
 def _fingerprint() -> str:
-    """Hash of all that compiled code depends on."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    """Hash of all that compiled code depends on, and of where this copy lives, as Numba's own index has it."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(str(folder).encode())
+    for source in sorted(folder.glob("*.py")):
         digest.update(source.read_bytes())
-    cpu = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-    features = os.environ.get("NUMBA_CPU_FEATURES") or llvm.get_host_cpu_features().flatten()
-    for fact in (numba.__version__, llvmlite.__version__, sys.version, cpu, features):
+    settings = (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))
+    for fact in (numba.__version__, llvmlite.__version__, sys.version, *target(), *settings):
         digest.update(fact.encode())
     return digest.hexdigest()[:16]
 
 
 def _cache_folder() -> str | None:
-    """A folder that only this user may read: Numba's cache is pickle, which runs what it reads."""
-    folder = _user_cache() / "kernels" / _fingerprint()
+    """A folder that only this user may write: Numba's cache is pickle, which runs what it reads.
+
+    None where there can be no such folder: every start then compiles anew.
+    """
     try:
+        folder = _user_cache() / "kernels" / _fingerprint()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if hasattr(os, "getuid"):
             status = folder.stat()
             if status.st_uid != os.getuid() or status.st_mode & 0o022:
                 return None
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return None
     return str(folder) if os.access(folder, os.W_OK) else None
 
@@ -100,102 +107,191 @@ def kernel(function: Callable) -> Any:
     before = config.CACHE_DIR
     config.CACHE_DIR = CACHE_FOLDER or before
     try:
-        return numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+        compiled = numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(
+            function
+        )
     finally:
         config.CACHE_DIR = before
 
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        pool.wake()
+        return compiled(*args)
 
-def launch_threads(threads: int) -> str:
-    """Start Numba's pool, once per process; returns its name: "omp", "tbb" or "workqueue"."""
-    if threads > config.NUMBA_NUM_THREADS and not numba_threads._is_initialized:
-        config.NUMBA_NUM_THREADS = numba_threads.NUM_THREADS = threads
-    numba_threads._launch_threads()
-    return str(numba.threading_layer())
+    return call
 
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 POINTER = I8.as_pointer()
+JOB_TYPE = ir.FunctionType(ir.VoidType(), [POINTER])
+WAITS_BEFORE_YIELD = 2000  # pauses, some 40 µs: a helper inside is mostly done sooner
+
+llvm.add_symbol("llmpy_board", pool.BOARD)
+llvm.add_symbol("llmpy_yield", pool.yield_address())
 
 
-def _trampoline(context: Any, builder: Any, body: Any, signature: Any, state_type: Any, arg_types: Any) -> Any:
-    """void trampoline(args, dims, steps, state): take items from the counter until none is left."""
+def _board(bd: Any, where: int) -> Any:
+    """Pointer to one number of the board."""
+    name, kind = "llmpy_board", ir.ArrayType(I64, pool.SIZE)
+    board = bd.module.globals.get(name) or ir.GlobalVariable(bd.module, kind, name)
+    return bd.gep(board, [I32(0), I32(where)], inbounds=True)
+
+
+def _read(bd: Any, where: int) -> Any:
+    return bd.load_atomic(_board(bd, where), "seq_cst", 8)
+
+
+def _write(bd: Any, where: int, value: Any) -> None:
+    bd.store_atomic(value, _board(bd, where), "seq_cst", 8)
+
+
+def _pause(bd: Any) -> None:
+    """Tell the core that this is a waiting loop."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        bd.call(
+            cgutils.get_or_insert_function(bd.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), []
+        )
+    elif machine in ("arm64", "aarch64"):
+        hint = ir.FunctionType(ir.VoidType(), [I32])
+        bd.call(cgutils.get_or_insert_function(bd.module, hint, "llvm.aarch64.hint"), [I32(1)])
+
+
+def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any, arg_types: Any) -> Any:
+    """void job(state): take items from the counter until none is left."""
     compiled = body.dispatcher.get_compile_result(signature)
     context.active_code_library.add_linking_library(compiled.library)
     callee = context.declare_function(builder.module, compiled.fndesc)
 
-    fn_type = ir.FunctionType(ir.VoidType(), [POINTER.as_pointer(), I64.as_pointer(), I64.as_pointer(), POINTER])
-    fn = ir.Function(builder.module, fn_type, builder.module.get_unique_name("llmpy_fork"))
+    fn = ir.Function(builder.module, JOB_TYPE, builder.module.get_unique_name("llmpy_job"))
     fn.linkage = "internal"
-    entry, more, work, done = (fn.append_basic_block(n) for n in ("entry", "more", "work", "done"))
+    entry, enough, more, work, done = (fn.append_basic_block(n) for n in ("entry", "enough", "more", "work", "done"))
     bd = ir.IRBuilder(entry)
-    state = bd.bitcast(fn.args[3], state_type.as_pointer())
-    field = [bd.gep(state, [I32(0), I32(i)], inbounds=True) for i in range(5)]
+    state = bd.bitcast(fn.args[0], state_type.as_pointer())
+    counter, workers, limit, items, failed, args = (bd.gep(state, [I32(0), I32(i)], inbounds=True) for i in range(6))
     one = I64(1)
-    worker = bd.atomic_rmw("add", field[1], one, "monotonic")
-    items = bd.load(field[2])
-    args = bd.load(field[4])
+    worker = bd.atomic_rmw("add", workers, one, "monotonic")
+    bd.cbranch(bd.icmp_signed("<", worker, bd.load(limit)), enough, done)
+    bd.position_at_end(enough)
+    count = bd.load(items)
+    packed = bd.load(args)
     bd.branch(more)
     bd.position_at_end(more)
-    item = bd.atomic_rmw("add", field[0], one, "monotonic")
-    bd.cbranch(bd.icmp_signed("<", item, items), work, done)
+    item = bd.atomic_rmw("add", counter, one, "monotonic")
+    bd.cbranch(bd.icmp_signed("<", item, count), work, done)
     bd.position_at_end(work)
-    values = [bd.extract_value(args, i) for i in range(len(arg_types))]
+    values = [bd.extract_value(packed, i) for i in range(len(arg_types))]
     status, _ = context.call_conv.call_function(
         bd, callee, compiled.signature.return_type, signature.args, [worker, item, *values]
     )
     with bd.if_then(status.is_error, likely=False):
-        bd.atomic_rmw("or", field[3], one, "monotonic")
+        bd.atomic_rmw("or", failed, one, "monotonic")
     bd.branch(more)
     bd.position_at_end(done)
     bd.ret_void()
     return fn
 
 
+def _run_with_helpers(bd: Any, fn: Any, state: Any) -> None:
+    """Announce the job, work on it, close it, and wait for the helpers that are inside."""
+    _write(bd, pool.STATE, bd.ptrtoint(state, I64))
+    _write(bd, pool.JOB, bd.ptrtoint(fn, I64))
+    bd.atomic_rmw("add", _board(bd, pool.GENERATION), I64(1), "seq_cst")
+    bd.call(fn, [state])
+    _write(bd, pool.JOB, I64(0))
+    before, wait, slow, end = bd.block, *(bd.append_basic_block(n) for n in ("wait", "slow", "end"))
+    bd.branch(wait)
+    bd.position_at_end(wait)
+    waited = bd.phi(I64)
+    waited.add_incoming(I64(0), before)
+    active = _read(bd, pool.ACTIVE)
+    more = bd.add(waited, I64(1))
+    again = bd.append_basic_block("again")
+    bd.cbranch(bd.icmp_signed("==", active, I64(0)), end, again)
+    bd.position_at_end(again)
+    _pause(bd)
+    waited.add_incoming(more, again)
+    bd.cbranch(bd.icmp_signed("<", more, I64(WAITS_BEFORE_YIELD)), wait, slow)
+    bd.position_at_end(slow)
+    bd.call(cgutils.get_or_insert_function(bd.module, ir.FunctionType(I32, []), "llmpy_yield"), [])
+    waited.add_incoming(more, slow)
+    bd.branch(wait)
+    bd.position_at_end(end)
+    _write(bd, pool.LOCK, I64(0))
+
+
 @intrinsic(prefer_literal=False)
 def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
-    """body(worker, item, *args) for item in range(items), shared by `threads` threads; returns when all are done."""
+    """body(worker, item, *args) for item in range(items), shared by up to `threads` threads."""
     arg_types = tuple(args.types)
     signature = types.void(body, types.intp, types.intp, args)
 
     def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        _, count, n_items, packed = values
+        _, limit, n_items, packed = values
         body_sig = types.void(types.intp, types.intp, *arg_types)
-        # counter, workers, items, failed, args
-        state_type = ir.LiteralStructType([I64, I64, I64, I64, packed.type])
-        fn = _trampoline(context, builder, body, body_sig, state_type, arg_types)
+        # counter of items, counter of workers, their limit, items, failed, arguments
+        state_type = ir.LiteralStructType([I64, I64, I64, I64, I64, packed.type])
+        fn = _job(context, builder, body, body_sig, state_type, arg_types)
         state = cgutils.alloca_once(builder, state_type)
-        for i, value in enumerate((I64(0), I64(0), n_items, I64(0), packed)):
+        for i, value in enumerate((I64(0), I64(0), limit, n_items, I64(0), packed)):
             builder.store(value, builder.gep(state, [I32(0), I32(i)], inbounds=True))
         raw = builder.bitcast(state, POINTER)
-
-        serial = builder.or_(builder.icmp_signed("<=", count, I64(1)), builder.icmp_signed("<=", n_items, I64(1)))
-        null = ir.Constant(POINTER.as_pointer(), None)
-        nulls = ir.Constant(I64.as_pointer(), None)
-        with builder.if_else(serial) as (alone, together):
+        several = builder.and_(builder.icmp_signed(">", limit, I64(1)), builder.icmp_signed(">", n_items, I64(1)))
+        with builder.if_else(several) as (shared, alone):
+            with shared:
+                # Another thread of this program may be running a job: then this one is done without helpers.
+                taken = builder.atomic_rmw("xchg", _board(builder, pool.LOCK), I64(1), "seq_cst")
+                with builder.if_else(builder.icmp_signed("==", taken, I64(0))) as (free, busy):
+                    with free:
+                        _run_with_helpers(builder, fn, raw)
+                    with busy:
+                        builder.call(fn, [raw])
             with alone:
-                builder.call(fn, [null, nulls, nulls, raw])
-            with together:
-                pool_type = ir.FunctionType(
-                    ir.VoidType(),
-                    [POINTER, POINTER.as_pointer(), I64.as_pointer(), I64.as_pointer(), POINTER, I64, I64, I32],
-                )
-                pool = cgutils.get_or_insert_function(builder.module, pool_type, "numba_parallel_for")
-                dims = cgutils.alloca_once_value(builder, count)
-                steps = cgutils.alloca_once_value(builder, I64(0))
-                no_args = cgutils.alloca_once_value(builder, ir.Constant(POINTER, None))
-                builder.call(
-                    pool,
-                    [
-                        builder.bitcast(fn, POINTER), no_args, dims, steps, raw, I64(0), I64(0),
-                        builder.trunc(count, I32),
-                    ],
-                )  # fmt: skip
-        failed = builder.load(builder.gep(state, [I32(0), I32(3)], inbounds=True))
+                builder.call(fn, [raw])
+        failed = builder.load(builder.gep(state, [I32(0), I32(4)], inbounds=True))
         with builder.if_then(builder.icmp_signed("!=", failed, I64(0)), likely=False):
             context.call_conv.return_user_exc(builder, RuntimeError, ("a parallel kernel failed",))
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic
+def _look(typingctx: Any, seen: Any) -> Any:
+    """Join a job that is newer than generation `seen`, if there is one; returns the generation now seen."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        generation = _read(bd, pool.GENERATION)
+        with bd.if_else(bd.icmp_signed("==", generation, args[0])) as (old, new):
+            with old:
+                _pause(bd)
+            with new:
+                # Inside first, then look: whoever closes the job closes it first, then looks who is inside.
+                bd.atomic_rmw("add", _board(bd, pool.ACTIVE), I64(1), "seq_cst")
+                job = _read(bd, pool.JOB)
+                with bd.if_then(bd.icmp_signed("!=", job, I64(0))):
+                    state = bd.inttoptr(_read(bd, pool.STATE), POINTER)
+                    bd.call(bd.inttoptr(job, JOB_TYPE.as_pointer()), [state])
+                bd.atomic_rmw("sub", _board(bd, pool.ACTIVE), I64(1), "seq_cst")
+        return generation
+
+    return types.int64(types.int64), codegen
+
+
+@kernel
+def help_out(spins):
+    """What a helper does: join one job after another, until none has come for `spins` looks."""
+    seen, idle = 0, 0
+    while idle < spins:
+        now = _look(seen)
+        idle = idle + 1 if now == seen else 0
+        seen = now
+
+
+def hire(threads: int) -> None:
+    """Have the helpers that kernels on `threads` threads need."""
+    if threads > 1:
+        pool.hire(threads, help_out)
 
 
 def _mark(name: str, variant: str) -> Path | None:

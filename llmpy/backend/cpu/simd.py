@@ -25,20 +25,18 @@ to Numba; f32(x) and to(array, x) convert, rounding to nearest even.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import overload
 
-from .jit import intrinsic
+from .jit import intrinsic, target
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,12 @@ ISAS = (
 
 
 def host_isa() -> Isa:
-    """The row of the table for this CPU. NUMBA_CPU_FEATURES, if set, speaks for the CPU.
+    """The row of the table for the CPU that Numba compiles for.
 
     Chosen before anything is compiled: LLVM aborts the whole process on a vector instruction that
     the target lacks.
     """
-    described = os.environ.get("NUMBA_CPU_FEATURES")
-    if described is None and os.environ.get("NUMBA_CPU_NAME") == "generic":
-        described = ""
-    if described is not None:
-        has = {f[1:] for f in described.split(",") if f.startswith("+")}
-    else:
-        has = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    has = {feature[1:] for feature in target()[1].split(",") if feature.startswith("+")}
     if platform.machine().lower() in ("arm64", "aarch64"):
         return _named("neon-bf16" if "bf16" in has else "neon")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has:

@@ -1,0 +1,70 @@
+"""The threads that help: they look for a job for a while, then sleep until a kernel is called.
+
+A job is a compiled function that takes items from a counter until none is left (`jit.fork`). The thread that
+calls a kernel opens the job, works on it itself, closes it, and waits only for helpers that are still inside:
+a helper that another program keeps from running is not waited for, and with no helper at all the work is
+done all the same. A barrier would wait for every thread, whenever the scheduler lets it run.
+
+Looking is done in compiled code (`jit.help_out`), without the GIL. After SPINS looks a helper comes back here
+and sleeps on a semaphore; `wake` is called before every kernel and costs one look at a number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+# The board on which jobs are announced: one number to a cache line (8 int64), so that helpers which read one
+# do not slow those that write another. LOCK: a job is being run; GENERATION: counts jobs; JOB: the function,
+# 0 when closed; STATE: its argument; ACTIVE: helpers inside.
+LINE = 8
+LOCK, GENERATION, JOB, STATE, ACTIVE = (LINE * i for i in range(5))
+SIZE = 5 * LINE
+SPINS = 20_000  # looks: a quarter of a millisecond or so, longer than Python takes from one kernel to the next
+
+_memory = np.zeros(SIZE + LINE, np.int64)
+BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line
+
+_helpers: list[threading.Thread] = []
+_bell = threading.Semaphore(0)
+_count = threading.Lock()
+_sleeping = 0
+
+
+def yield_address() -> int:
+    """Address of the C function that lets another thread run on this core."""
+    if sys.platform == "win32":
+        function = ctypes.WinDLL("kernel32").SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def hire(threads: int, help_out: Callable[[int], object]) -> None:
+    """Have at least `threads` − 1 helpers. `help_out(SPINS)` works until it has found nothing for a while."""
+
+    def live() -> None:
+        global _sleeping
+        while True:
+            help_out(SPINS)
+            with _count:
+                _sleeping += 1
+            _bell.acquire()
+
+    while len(_helpers) < threads - 1:
+        helper = threading.Thread(target=live, name=f"llmpy-helper-{len(_helpers) + 1}", daemon=True)
+        _helpers.append(helper)
+        helper.start()
+
+
+def wake() -> None:
+    """Ring for the helpers that sleep, if any."""
+    global _sleeping
+    if _sleeping:
+        with _count:
+            sleeping, _sleeping = _sleeping, 0
+        _bell.release(sleeping)

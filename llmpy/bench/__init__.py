@@ -1,0 +1,52 @@
+"""Benchmarks: what this machine can do at best, and what comes of it. Here is what all of them share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss: macOS counts bytes, others KiB
+
+
+def peak_memory() -> int:
+    """The most memory this process ever held, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    # On Linux getrusage counts what the parent held when it started this process, so it comes second.
+    if known := high_water(os.getpid()):
+        return known
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
+
+
+def high_water(pid: int) -> int:
+    """The most memory a process on Linux ever held, in bytes; 0 where that cannot be read, or it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    if sys.platform == "linux":
+        # psutil adds the hour of the last boot, which Linux gives in whole seconds.
+        started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
+    return time.time() - psutil.Process().create_time()
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )
