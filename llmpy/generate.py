@@ -129,9 +129,9 @@ def open_run(run: Path) -> tuple[checkpoint.Header, Tokenizer]:
     """The model's header and the tokenizer of a run folder, which must agree."""
     try:
         there = run.is_dir()
-        known = ", ".join(map(str, finished()[:5]))
-    except OSError as fault:
-        raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check the path") from None
+        known = "" if there else ", ".join(map(str, finished()[:5]))
+    except OSError as fault:  # a name too long, a folder that may not be entered
+        raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
     if not there:
         raise LlmpyError(f"no run folder {run}", f"there are: {known}" if known else "train one: llmpy train")
     header = checkpoint.read_header(run / MODEL_FILE)

@@ -96,8 +96,11 @@ class Journal:
         try:
             act(*arguments)
         except (OSError, ValueError):  # ValueError: a closed file
-            self._gone, self._bar = True, None
+            self._gone = True
             silence()
+            if self._bar is not None:
+                self._bar.disable = True  # else it would print once more when it is deleted
+                self._bar = None
 
     def _write(self, file: TextIO, text: str) -> None:
         """Into a file. One that cannot be written is warned of once, and tried again at the next line."""

@@ -204,7 +204,7 @@ def positive(options: Any, *names: str) -> None:
     """Raise LlmpyError unless each of these is above 0, or None where it may be left out."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not 0 < value < math.inf:
             raise _refusal(name, value, "use a number above 0")
 
 
@@ -212,7 +212,7 @@ def not_negative(options: Any, *names: str) -> None:
     """Raise LlmpyError unless each of these is 0 or above, or None where it may be left out."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
+        if value is not None and not 0 <= value < math.inf:
             raise _refusal(name, value, "use 0 or a number above")
 
 

@@ -1,11 +1,15 @@
-"""The folder of one run: where it is, that it can be written, and that no earlier model is lost.
+"""The folder of one run: where it is, that it can be written, and that nothing in it is lost.
 
-RUN/model.safetensors   config.json   tokenizer.json   metrics.jsonl   main.log   tokens/
+RUN/model.safetensors   config.json   tokenizer.json   train.bin   val.bin   metrics.jsonl   main.log
+
+A run begins in a folder that is new or empty: then every file of these names is its own, to be removed if the run
+is refused. An exception are temporary files of a save that was cut off; they go when a run really begins.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -14,8 +18,8 @@ from typing import Self
 from .errors import LlmpyError
 
 MODEL_FILE = "model.safetensors"
-# What a run of ours leaves behind even when it ends before its first save.
 OURS = {MODEL_FILE, "config.json", "tokenizer.json", "train.bin", "val.bin", "metrics.jsonl", "main.log"}
+CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 
 class RunFolder:
@@ -30,27 +34,32 @@ class RunFolder:
     def open(cls, out: Path | None, model: str) -> Self:
         """Make the folder `out`, or one named for model, date and time below `runs/`.
 
-        An existing folder is accepted when it is empty or holds only what a run leaves that never
-        came to save its model. Raises LlmpyError for any other, and for one that cannot be written.
+        Raises LlmpyError for an existing folder with anything in it, and for one that cannot be written.
         """
-        path = out or _fresh(model)
-        run = cls(path, made=[p for p in (path, *path.parents) if not p.exists()])
+        run = cls(out or Path("runs"), made=[])
         try:
-            if path.exists():
+            run.path = path = out or _fresh(model)
+            made = [p for p in (path, *path.parents) if not p.exists()]
+            if path not in made:
                 _refuse_loss(path)
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=path not in made)  # two runs at one time: the second fails here
+            run._made = made
             with tempfile.TemporaryFile(dir=path):
                 pass  # the only test of permissions that every system and file system agrees on
         except OSError as fault:
             run._remove()
             raise LlmpyError(
-                f"cannot write to the run folder {path}: {fault.strerror or fault}", "choose another with --out"
+                f"cannot write to the run folder {run.path}: {fault.strerror or fault}", "choose another with --out"
             ) from None
         return run
 
     def keep(self) -> None:
         """The run has begun: its log and metrics are worth keeping whatever comes."""
         self._kept = True
+        with contextlib.suppress(OSError):
+            for name in _entries(self.path):
+                if CUT_OFF.fullmatch(name):
+                    (self.path / name).unlink()
 
     def discard(self) -> None:
         """If the run never began, remove its files and the folders made for it."""
@@ -81,10 +90,14 @@ def _fresh(model: str) -> Path:
 
 
 def _refuse_loss(path: Path) -> None:
-    """Raise LlmpyError if training into `path` would overwrite or bury what is there."""
-    names = {entry.name for entry in path.iterdir()}  # for a file: NotADirectoryError, an OSError
+    """Raise LlmpyError if there is anything in `path` that training into it could overwrite or bury."""
+    names = [name for name in _entries(path) if not CUT_OFF.fullmatch(name)]
     if MODEL_FILE in names:
         raise LlmpyError(f"{path} already holds a trained model", "choose another --out, or remove it")
-    if names and (names - OURS or "metrics.jsonl" not in names):
-        some = ", ".join(sorted(names)[:3])
-        raise LlmpyError(f"{path} holds other files ({some})", "choose an empty or new folder with --out")
+    if names:
+        raise LlmpyError(f"{path} is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out")
+
+
+def _entries(path: Path) -> list[str]:
+    """Names in a folder, sorted; for a file NotADirectoryError, an OSError."""
+    return sorted(entry.name for entry in path.iterdir())

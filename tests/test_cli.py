@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,10 @@ def test_wrong_usage_is_one_line_and_code_2(line: str, said: str, capsys: pytest
         ("train --data none.txt", "none.txt"),
         ("train -T 2000", "use -T 1024 or less"),
         ("sample none", "no run folder none"),
+        (f"sample {'x' * 300}", "xxx"),
+        (f"train --data {'x' * 300}", "xxx"),
+        (f"train --out {'x' * 300}", "xxx"),
+        ("train --minutes 1e307", "--minutes 1e+307"),
         ("bench step --model x", "unknown model"),
     ],
 )
@@ -113,6 +119,8 @@ def test_faults_are_one_line_and_code_1(
     [
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB — use a smaller"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (OSError(28, "No space left on device", "a file"), 1, "error: No space left on device: a file\n"),
+        (OSError("odd"), 1, "error: odd\n"),
     ],
 )
 def test_other_ends(
@@ -168,3 +176,42 @@ def test_a_reader_that_leaves_gets_no_traceback() -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 1
+
+
+TRAINING = """
+import sys
+from laptop import Laptop
+from llmpy import cli, trainer
+cli.run = lambda words: trainer.train(cli.TrainOptions(
+    data=(cli.Path(words[0]),), model="d1", out=cli.Path(words[1]), batch_size=2, sequence_length=16,
+    steps=int(words[2]), eval_batches=2, sample_tokens=5, vocab_size=300), Laptop())
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
+@pytest.mark.parametrize(("steps", "code"), [(20, 0), (100_000, 130)])
+def test_training_outlives_its_readers(tmp_path: Path, steps: int, code: int) -> None:
+    """`llmpy train 2>&1 | head` trains on; Ctrl-C at `llmpy train 2>&1 | tee log` kills tee and still saves."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(tmp_path / "text.txt"), str(tmp_path / "run"), str(steps)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step     2/"):
+            break
+    process.stdout.close()
+    if code:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(60) == code
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert ("stopped after" if code else "trained 20 steps") in (tmp_path / "run" / "main.log").read_text("utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_closed_streams() -> None:
+    command = f"{shlex.quote(sys.executable)} -m llmpy.cli sample none >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 1

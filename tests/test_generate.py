@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from laptop import TINY, Laptop, tiny_model
 
-from llmpy import checkpoint
+from llmpy import backend, checkpoint
 from llmpy.errors import LlmpyError
 from llmpy.generate import TextStream, choose, encode_prompt, generate, open_run, sample
 from llmpy.options import SampleOptions
@@ -56,6 +56,14 @@ def test_top_k_keeps_the_likeliest() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     assert choose(np.array([1e30, -1e30, 1e4], np.float32), Coins(0.5), 1e-3, 0) == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-308, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_tiny_temperature_is_greedy(temperature: float, top_k: int) -> None:
+    assert choose(np.array([3, -9, 7, 6.9], np.float32), Coins(0.999), temperature, top_k) == 2
+    assert choose(np.array([3, 7, 7, -1], np.float32), Coins(0.999), temperature, top_k) == 2
+    assert choose(np.array([3, 7, 7, -1], np.float32), Coins(0.4), temperature, top_k) == 1
 
 
 def test_a_broken_model_is_an_error() -> None:
@@ -129,6 +137,27 @@ def test_sample_continues_the_prompt(run: Path) -> None:
     assert out == again
     assert "".join(out).startswith("The ")
     assert len("".join(out)) > 5
+
+
+def test_sample_announces_its_compiling_apart_from_the_text(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine, asked = Laptop(), []
+    monkeypatch.setattr(backend, "load", lambda name, **how: asked.append((name, how)) or machine)
+    out: list[str] = []
+    sample(SampleOptions(run, tokens=3, threads=2, dtype="bfloat16"), out.append)
+    assert asked == [("cpu", {"threads": 2, "dtype": "bfloat16"})]
+    assert machine.warmed == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "compiling nothing\n")
+    assert SampleOptions(run).dtype == "auto"
+    with pytest.raises(LlmpyError, match="--dtype int8"):
+        SampleOptions(run, dtype="int8")
+
+
+def test_a_name_that_no_disk_takes() -> None:
+    with pytest.raises(LlmpyError, match="xxx.*File name too long — check|no run folder xxx"):
+        open_run(Path("x" * 300))
 
 
 def test_faults_of_a_run_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,3 +165,16 @@ def test_smallest_shard_and_one_less():
 def test_wrong_arguments(shards, options, message):
     with pytest.raises(LlmpyError, match=f"{message}.* — "):
         Loader(shards, **({"B": 2, "T": 8, "shuffle": False} | options))
+
+
+@pytest.mark.parametrize("place", [0, 15, 16])  # the last one is only a target
+def test_tokens_that_change_under_the_loader(place):
+    tokens = np.arange(33).astype(np.uint16)
+    loader = Loader([Shard(Path("one.bin"), tokens)], 2, 8, shuffle=False, vocab_size=33)
+    check_batch(*loader.next())
+    loader.reset()
+    tokens[place] = 33
+    with pytest.raises(LlmpyError) as fault:
+        loader.next()
+    message = "one.bin was changed since it was opened: it holds token 33 now, outside the vocabulary of 33 tokens"
+    assert str(fault.value) == f"{message} — leave the data as they are while they are in use"

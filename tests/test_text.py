@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +181,8 @@ def test_unreadable(tmp_path, said, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
     with pytest.raises(LlmpyError, match=r"cannot read .*a\.txt: Permission denied — check"):
         read(said, path)
+
+
+def test_a_name_that_no_disk_takes(said):
+    with pytest.raises(LlmpyError, match="xxx.*File name too long — check|no file or folder xxx"):
+        find_files([Path("x" * 300)], said.append)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import re
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,11 @@ from laptop import Laptop
 
 from llmpy import checkpoint, preflight, trainer
 from llmpy.data.shards import write_shard
+from llmpy.durable import write_whole
 from llmpy.errors import LlmpyError
 from llmpy.generate import open_run, sample
-from llmpy.options import SampleOptions, TrainOptions
+from llmpy.journal import Journal
+from llmpy.options import BUILTIN_PROMPT, SampleOptions, TrainOptions
 from llmpy.runfolder import RunFolder
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "old", "red", "house", "by", "sea", "."]
@@ -53,6 +59,11 @@ def options(text: Path, tmp_path: Path) -> Options:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,10 +144,28 @@ class Interrupting(Laptop):
             signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+HANGUP = getattr(signal, "SIGHUP", 0)  # not on Windows
+needs_hangup = pytest.mark.skipif(not HANGUP, reason="a signal of POSIX")
+
+
+@pytest.fixture
+def hangup() -> Iterator[Callable[[Any], object]]:
+    """Sets what SIGHUP does, first of all what it does outside nohup; afterwards all is as it was."""
+    before = signal.getsignal(HANGUP) if HANGUP else None
+    yield lambda handler: signal.signal(HANGUP, handler)
+    if HANGUP:
+        signal.signal(HANGUP, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(HANGUP, 129, marks=needs_hangup)],
+)
 def test_ctrl_c_finishes_the_step_and_keeps_the_model(
-    options: Options, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str]
+    options: Options, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str], hangup: Any
 ) -> None:
+    if number == HANGUP:
+        hangup(signal.SIG_DFL)
     before = signal.getsignal(number)
     machine = Interrupting(number)
     assert trainer.train(options(steps=100), machine) == code
@@ -155,6 +184,121 @@ def test_the_second_ctrl_c_is_the_systems_own() -> None:
     assert asked == [signal.SIGINT]
 
 
+@needs_hangup
+def test_a_closing_terminal_may_hang_up_twice_and_nohup_holds(hangup: Callable[[Any], object]) -> None:
+    asked: list[int] = []
+    hangup(signal.SIG_DFL)
+    with trainer.stop_signals(asked.append):
+        signal.raise_signal(HANGUP)
+        signal.raise_signal(HANGUP)
+    assert asked == [HANGUP]
+    hangup(signal.SIG_IGN)
+    with trainer.stop_signals(asked.append):
+        signal.raise_signal(HANGUP)
+    assert asked == [HANGUP]
+
+
+class Leaving(io.TextIOWrapper):
+    """A pipe whose reader leaves after some lines; it may say that it is a terminal."""
+
+    def __init__(self, lines: int, terminal: bool = False) -> None:
+        self.reader: int | None
+        self.reader, writer = os.pipe()
+        super().__init__(open(writer, "wb"), "utf-8")  # noqa: SIM115
+        self.lines, self.terminal = lines, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        if self.lines == 0 and self.reader is not None:
+            os.close(self.reader)
+            self.reader = None
+        self.lines -= self.lines > 0 and "\n" in text
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("lines", [0, 3, 11, 12, 13])  # from the first one on, and around the first step
+def test_a_dead_terminal_ends_no_run(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, lines: int
+) -> None:
+    with Leaving(lines, terminal) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert trainer.train(options(sample_every=2), Laptop()) == 0
+        assert out.reader is None
+    checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    log = (tmp_path / "run" / "main.log").read_text("utf-8")
+    for part in ("run folder", "step     1/4", "step     4/4", "sample at step 4", "trained 4 steps"):
+        assert part in log
+
+
+def test_ctrl_c_when_the_terminal_dies_with_it(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    class Dying(Interrupting):
+        def adamw(self, *arguments: Any) -> None:
+            if self.updates == 2:
+                monkeypatch.setattr(sys, "stdout", out)
+                monkeypatch.setattr(os, "write", gone)
+            super().adamw(*arguments)
+
+    with Leaving(0) as out:
+        assert trainer.train(options(steps=100), Dying(signal.SIGINT)) == 130
+    checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    assert "stopped after 2 steps" in (tmp_path / "run" / "main.log").read_text("utf-8")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_loses_the_log_but_not_the_model(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(journal: Journal, _: Path) -> None:
+        journal._log, journal._metrics = (open("/dev/full", "w", buffering=1) for _ in range(2))  # noqa: SIM115
+
+    monkeypatch.setattr(Journal, "open", full)
+    assert trainer.train(options(), Laptop()) == 0
+    checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    out = capsys.readouterr().out
+    assert out.count("warning: cannot write /dev/full: No space left on device; the run goes on\n") == 1
+    assert "trained 4 steps" in out
+
+
+def test_a_save_that_fails_is_tried_again(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, times = checkpoint.save, []
+
+    def full(*arguments: Any) -> None:
+        times.append(1)
+        if len(times) < 3:
+            raise LlmpyError("cannot write it: No space left on device", "free some space")
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert trainer.train(options(eval_every=2, steps=6), Laptop()) == 0
+    assert len(times) == 3
+    assert capsys.readouterr().out.count("warning: cannot write it: No space left on device") == 2
+    checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+
+
+def test_tokens_that_change_during_training_reach_no_kernel(options: Options, tmp_path: Path) -> None:
+    path = shard_with(tmp_path, np.arange(2000) % 300)
+
+    class Meddling(Laptop):
+        def adamw(self, *arguments: Any) -> None:
+            super().adamw(*arguments)
+            with path.open("r+b") as file:
+                file.seek(1024)
+                file.write(b"\xff" * 4000)
+
+    with pytest.raises(LlmpyError, match=r"tokens\.bin was changed .* 65535 now, outside the vocabulary of 300"):
+        trainer.train(options(data=(path,)), Meddling())
+
+
 class Diverging(Laptop):
     """Its losses become NaN at the fourth batch that is trained on; evaluation stays good."""
 
@@ -171,8 +315,9 @@ class Diverging(Laptop):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_divergence_stops_and_keeps_the_good_model(options: Options, tmp_path: Path, what: str) -> None:
-    with pytest.raises(LlmpyError, match=rf"step 4: the {what} is .* the model last saved is kept — use a"):
+    with pytest.raises(LlmpyError, match=rf"step 4: the {what} is .* the model last saved is kept — use a") as caught:
         trainer.train(options(eval_every=3), Diverging(what))
+    assert str(caught.value).count("use a smaller --lr") == 1
     out: list[str] = []
     sample(SampleOptions(tmp_path / "run", tokens=3), out.append, Laptop())
 
@@ -181,23 +326,84 @@ def test_divergence_before_any_save(options: Options, tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match="nothing was saved"):
         trainer.train(options(), Diverging("loss"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    assert trainer.train(options(), Laptop()) == 0  # and the folder may be used again
+    before = contents(tmp_path / "run")
+    assert {"metrics.jsonl", "main.log", "train.bin"} <= set(before)
+    with pytest.raises(LlmpyError, match=r"is not empty \(config.json, .* — choose an empty or new folder"):
+        trainer.train(options(), Laptop())
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_trained_model_is_not_overwritten(options: Options, tmp_path: Path) -> None:
     trainer.train(options(), Laptop())
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    before = contents(tmp_path / "run")
     with pytest.raises(LlmpyError, match="already holds a trained model"):
         trainer.train(options(seed=3), Laptop())
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_folder_with_other_files_is_left_alone(options: Options, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.bin").write_bytes(b"mine")
-    with pytest.raises(LlmpyError, match=r"holds other files \(train.bin\)"):
+    with pytest.raises(LlmpyError, match=r"is not empty \(train.bin\)"):
         trainer.train(options(), Laptop())
     assert (tmp_path / "run" / "train.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("fault", ["too long a row", "good"])
+def test_input_inside_the_run_folder_survives(options: Options, tmp_path: Path, fault: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("train.bin", "val.bin"):
+        shard_with(tmp_path, np.arange(2000) % 300).rename(run / name)
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "main.log").write_text("precious\n")
+    before = contents(run)
+    with pytest.raises(LlmpyError):
+        trainer.train(options(data=(run,), sequence_length=16 if fault == "good" else 1000), Laptop())
+    assert contents(run) == before
+
+
+def test_what_a_cut_off_save_left_goes_when_a_run_begins(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    # left by our own code, so that the names agree
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(LlmpyError):
+            write_whole(run / "model.safetensors", half_written)
+    assert [p.name for p in run.iterdir()] == [f".model.safetensors.{os.getpid()}.tmp"]
+    before = contents(run)
+    with pytest.raises(LlmpyError):
+        trainer.train(options(data=(tmp_path / "missing.txt",)), Laptop())
+    assert contents(run) == before
+    assert trainer.train(options(), Laptop()) == 0
+    assert not any(p.name.endswith(".tmp") for p in run.iterdir())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".notes.tmp").touch()  # not ours
+    with pytest.raises(LlmpyError, match=r"is not empty \(\.notes\.tmp\)"):
+        trainer.train(options(out=tmp_path / "other"), Laptop())
+
+
+def half_written(path: Path) -> None:
+    """What a process does that is killed while it saves."""
+    path.write_bytes(b"half")
+    raise OSError("killed")
+
+
+def test_two_runs_at_one_time_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()  # by the other, after this one looked
+    (tmp_path / "run" / "train.bin").write_bytes(b"the other's")
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    with pytest.raises(LlmpyError, match="cannot write to the run folder .*run: File exists"):
+        RunFolder.open(tmp_path / "run", "d1")
+    assert contents(tmp_path / "run") == {"train.bin": b"the other's"}
+
+
+def test_a_name_that_no_disk_takes(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(LlmpyError, match="cannot write to the run folder .*File name too long — choose another"):
+        trainer.train(options(out=tmp_path / ("x" * 300)), Laptop())
 
 
 def test_an_empty_folder_is_welcome_and_stays_empty_after_a_refusal(options: Options, tmp_path: Path) -> None:
@@ -279,9 +485,15 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
 @pytest.mark.parametrize("name", bad_inputs())
 def test_bad_input_is_one_error_and_leaves_nothing(options: Options, tmp_path: Path, name: str) -> None:
     make, said = bad_inputs()[name]
-    machine = Laptop()
+
+    class Unmeasured(Laptop):
+        def measure_peak(self) -> float:
+            raise AssertionError("this compiles a kernel")
+
+    machine = Unmeasured()
     with pytest.raises(LlmpyError) as caught:
         trainer.train(options(**make(tmp_path)), machine)
+    assert machine.warmed == 0
     assert said in str(caught.value)
     assert " — " in str(caught.value), "an error names the fix"
     assert not (tmp_path / "run").exists()
@@ -317,6 +529,9 @@ def test_what_is_left_open_is_settled() -> None:
     told = TrainOptions(minutes=3, lr=0.1).settled(384, 10)
     assert (told.lr, told.steps, told.minutes) == (0.1, None, 3)
     assert TrainOptions().settled(768, 10).steps == 10
+    assert TrainOptions().settled(768, 10).prompt == BUILTIN_PROMPT == "The "
+    assert TrainOptions(prompt="").settled(768, 10).prompt == ""
+    assert TrainOptions(data=(Path("a"),)).settled(768, 10).prompt == ""
 
 
 @pytest.mark.parametrize(
@@ -326,6 +541,9 @@ def test_what_is_left_open_is_settled() -> None:
         ({"steps": 0}, "--steps 0"),
         ({"minutes": -1.0}, "--minutes -1"),
         ({"minutes": math.inf}, "--minutes inf"),
+        ({"minutes": 1e307}, "--minutes 1e+307 — use a number below 2^30"),
+        ({"steps": 10**400}, "below 2^62"),
+        ({"warmup": 10**400}, "below 2^62"),
         ({"lr": math.nan}, "--lr nan"),
         ({"beta2": 1.0}, "--beta2 1.0"),
         ({"min_lr": 1.1}, "--min-lr 1.1"),
@@ -337,5 +555,5 @@ def test_what_is_left_open_is_settled() -> None:
     ],
 )
 def test_options_that_make_no_sense(options: Options, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(LlmpyError, match=said.replace("^", r"\^")):
+    with pytest.raises(LlmpyError, match=re.escape(said)):
         options(**changes)

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from ..errors import LlmpyError
 from ..tokenizer import EOT
@@ -69,7 +68,9 @@ def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> lis
             for real in _expand(path):
                 hidden += _add(real, found)
         except OSError as fault:  # a name too long, a folder that may not be entered
-            _unreadable(fault)
+            raise LlmpyError(
+                f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
+            ) from fault
     if hidden:
         say(f"skipped {_count(hidden, 'hidden file or folder', 'hidden files or folders')}")
     return list(found.values())
@@ -167,8 +168,8 @@ def _walk(folder: Path) -> tuple[list[Path], int]:
     return files, hidden
 
 
-def _unreadable(fault: OSError) -> NoReturn:
-    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check the path and its permissions") from fault
+def _unreadable(fault: OSError) -> None:
+    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check its permissions") from fault
 
 
 def _read(path: Path) -> bytes:
