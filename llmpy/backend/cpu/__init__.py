@@ -199,7 +199,8 @@ class CPU:
 
     def measure_bandwidth(self) -> float:
         """GB/s of a stream far larger than the caches on all threads of this backend, measured now; see `peak`."""
-        return peak.measure_bandwidth(self.threads, *(self.empty(peak.STREAM, FLOAT32) for _ in range(3)))
+        a, b, c = (self.empty(peak.STREAM, FLOAT32) for _ in range(3))
+        return peak.measure_bandwidth(self.threads, a, b, c)
 
     def version_info(self) -> dict[str, str]:
         """What a run's record should say about the code that computed it."""
