@@ -31,7 +31,7 @@ EXIT_CODES = "exit codes: 0 done, 1 error, 2 wrong usage, 130 stopped by Ctrl-C 
 EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
-  llmpy sample runs/NAME --prompt "The "        continue a text with what was trained
+  llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
 

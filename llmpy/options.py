@@ -17,7 +17,7 @@ ATTENTIONS = ("sdpa", "plain")
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
 
 # What samples of a run on Python's own text continue: after the start of a text come mostly headings.
-BUILTIN_PROMPT = "The "
+BUILTIN_PROMPT = "The"  # without a blank: words carry theirs in front
 
 
 def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
@@ -122,7 +122,7 @@ class SampleOptions:
     run: Path = option(Path(), "folder of a run", metavar="RUN")
     prompt: str = option("", "text to continue (default: the start of a text)")
     tokens: int = option(200, "tokens to add")
-    temperature: float = option(0.6, "0: always the likeliest token; 1: as the model has it")
+    temperature: float = option(0.5, "0: always the likeliest token; 1: as the model has it")
     top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
     seed: int = option(1337, "seed of the choices")
     threads: int | None = option(None, "threads (default: one a core)")

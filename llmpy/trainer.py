@@ -36,7 +36,7 @@ from .runfolder import MODEL_FILE, RunFolder
 from .schedule import horizon, learning_rate
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
-SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.6, 50  # as `llmpy sample` has them
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.5, 50  # as `llmpy sample` has them
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
 WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at most 50 steps
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in

@@ -321,6 +321,8 @@ LINEAR = [
     Case(T=64, C=192, OC=768, variant="bias gelu"),
     Case(T=64, C=768, OC=192, variant="bias gelu"),
     Case(T=600, C=33, OC=49, variant="bias gelu"),
+    Case(T=9, C=100, OC=6200, variant="gelu"),  # dinp in two segments and more
+    Case(T=801, C=1601, OC=17, variant="bias"),  # BT and C beyond a panel's depth, with odd rests
 ]
 ATTENTION = [
     Case(),

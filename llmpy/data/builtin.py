@@ -1,7 +1,7 @@
 """Text that every Python carries: training starts with no file and no network.
 
 CPython's own reference documentation (`pydoc_data.topics`, which `help("with")` shows) is clean technical
-English, about 370,000 characters in 169 sections (3.11); where a distribution leaves it out, the docstrings
+English, about 270,000 characters of prose in 169 sections (3.11); where a distribution leaves it out, the docstrings
 of the standard library stand in. Both change with the version of Python, hence the sha256 in the description.
 """
 
@@ -21,6 +21,7 @@ from ..errors import LlmpyError
 from .text import Document
 
 HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST
+CODE_SIGNS, PROSE_WORDS = ("::=", ">>>", " = ", "|", "...", "#"), 7
 FULL_LINE = 52  # characters from which on a line may have been wrapped; the documents are wrapped at about 70
 
 
@@ -63,8 +64,23 @@ def _sections(topics: Mapping[str, str]) -> list[Document]:
             body = " ".join(section.split("\n", 2)[2:]).strip()
             if body and body not in seen:
                 seen.add(body)
-                documents.append(Document(name, _unwrapped(section) + "\n"))
+                documents.append(Document(name, _prose(section) + "\n"))
     return documents
+
+
+def _prose(section: str) -> str:
+    """The heading and the sentences of a section, each paragraph a line: no grammar, no code, no underlines.
+
+    What is not English costs a small model the words that it could have learnt. A line of it is short or has
+    a sign that sentences lack.
+    """
+    heading, *lines = _unwrapped(section).split("\n")
+    kept = [heading.strip()]
+    for line in lines:
+        text = line.strip().removeprefix("* ")
+        if len(text.split()) >= PROSE_WORDS and not any(sign in text for sign in CODE_SIGNS):
+            kept.append(text)
+    return "\n\n".join(kept)
 
 
 def _unwrapped(text: str) -> str:

@@ -63,6 +63,7 @@ class CPU:
         self._attention_scratch = self.empty((self.threads, 0), FLOAT32)
         self._partial = self.empty(0, FLOAT32)
         self._packed = self.empty(0, FLOAT32)
+        self._sums = self.empty(0, FLOAT32)
         self._logits = self.empty(0, self.dtype)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -144,8 +145,12 @@ class CPU:
     ) -> None:
         outputs = _rows(dinp), dweight, NO_BIAS if dbias is None else dbias
         inputs = _rows(dout), _rows(inp), _bits(weight), self._none_2 if pre_gelu is None else _rows(pre_gelu)
-        packed = self._packed_inputs(*inputs[1].shape)
-        linear.linear_backward(self.threads, *outputs, *inputs, accumulate, self._gemm_scratch, packed)
+        rows, C = inputs[1].shape
+        sums = linear.shared_sums(rows, weight.shape[0], C)
+        if self._sums.size < sums:
+            self._sums = self.empty(sums, FLOAT32)
+        scratch = self._gemm_scratch, self._packed_inputs(rows, C), self._sums
+        linear.linear_backward(self.threads, *outputs, *inputs, accumulate, *scratch)
 
     def attention_forward(self, out: Any, stats: Any, qkv: Any) -> None:
         out = _rows(out)

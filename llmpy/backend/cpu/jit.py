@@ -291,6 +291,7 @@ def help_out(spins):
 def hire(threads: int) -> None:
     """Have the helpers that kernels on `threads` threads need."""
     if threads > 1:
+        help_out(0)  # compiled here: a helper that compiles would be missing from the first kernels
         pool.hire(threads, help_out)
 
 

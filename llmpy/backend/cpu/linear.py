@@ -39,6 +39,16 @@ BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
 TILE = MR * NR
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
 
+# The head's dinp sums over the whole vocabulary. All its columns take SEGMENT·KC of it before any goes on, so that
+# this part of dout and weight is read from memory once and not once for each panel of columns.
+SEGMENT = 4
+
+
+def shared_sums(BT: int, OC: int, C: int) -> int:
+    """Floats in which `linear_backward` keeps the sums of dinp between segments; 0 if there is only one."""
+    rows, panels = -(-BT // MR) * MR, -(-C // NR)
+    return rows * panels * NR if OC > SEGMENT * KC else 0
+
 
 @inline
 def _rows_per_item(rows, panels, threads):
@@ -115,7 +125,7 @@ def linear_forward(
 
 
 @inline
-def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, scratch):
+def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, shared, scratch):
     BT, OC = dout.shape
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
@@ -124,7 +134,9 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, scratch):
     width, size = panel_width(cols), 4 // per_word(dout)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
     sums = scratch[worker, PANEL + EDGE :]
-    for k in range(0, OC, depth(dout)):
+    if shared.size > 0:
+        sums = shared[(col * ((BT + MR - 1) // MR * MR)) + row * NR :]
+    for k in range(start, stop, depth(dout)):
         kc = min(depth(dout), OC - k)
         last = k + kc == OC
         pack_rows(panel, weight, k, col, kc, cols)
@@ -200,9 +212,9 @@ def _half(like, word, half):
 
 @inline
 def _backward_item(worker, item, split, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block,
-                   col_block, add, scratch):  # fmt: skip
+                   col_block, add, start, stop, shared, scratch):  # fmt: skip
     if item < split:
-        _dinp_item(worker, item, dinp, dout, weight, pre_gelu, row_block, scratch)
+        _dinp_item(worker, item, dinp, dout, weight, pre_gelu, row_block, start, stop, shared, scratch)
     else:
         _dweight_item(worker, item - split, dweight, dbias, dout, packed_inp, k, kc, col_block, add, scratch)
 
@@ -220,6 +232,7 @@ def linear_backward(
     accumulate,  # bool
     scratch,     # (threads, ≥ SCRATCH) f32
     packed_inp,  # (≥ min(BT, KC)·(C + LANES),) f32
+    shared,      # (≥ shared_sums(BT, OC, C),) f32
 ):  # fmt: skip
     BT, OC = dout.shape
     C = weight.shape[1]
@@ -228,6 +241,14 @@ def linear_backward(
     col_block = min(BLOCK_COLS, max(MR, OC // (8 * threads) // MR * MR))
     dinp_items = panels * ((BT + row_block - 1) // row_block)
     dweight_items = (OC + col_block - 1) // col_block
+    segment = SEGMENT * depth(dout)
+    start = 0
+    while start + segment < OC:
+        fork(
+            _dinp_item, threads, dinp_items,
+            (dinp, dout, weight, pre_gelu, row_block, start, start + segment, shared, scratch),
+        )  # fmt: skip
+        start += segment
     for k in range(0, BT, depth(dout)):
         kc = min(depth(dout), BT - k)
         split = dinp_items if k == 0 else 0
@@ -235,5 +256,5 @@ def linear_backward(
         fork(
             _backward_item, threads, split + dweight_items,
             (split, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block, col_block,
-             accumulate or k > 0, scratch),
+             accumulate or k > 0, start, OC, shared[:0] if start == 0 else shared, scratch),
         )  # fmt: skip
