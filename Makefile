@@ -1,5 +1,5 @@
 # Each target works alone from a fresh clone: it makes .venv and installs llm.py into it first.
-# `make train ARGS="--data my.txt --minutes 10"` passes options on. Windows: see README, "Install".
+# `make train ARGS="--data my.txt --minutes 10"` passes options on. Windows: see README, "Train".
 
 PYTHON ?= python3
 BIN := .venv/bin

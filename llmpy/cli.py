@@ -27,7 +27,10 @@ from .errors import LlmpyError
 from .journal import silence
 from .options import BenchOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, flag
 
-EXIT_CODES = "exit codes: 0 done, 1 error, 2 wrong usage, 130 stopped by Ctrl-C (the model is saved)"
+EXIT_CODES = (
+    "exit codes: 0 done; 1 a value, a file or the machine does not serve; 2 no such option or verb, or it lacks a "
+    "value; 130 stopped by Ctrl-C (the model is saved)"
+)
 EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)

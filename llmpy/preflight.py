@@ -24,6 +24,7 @@ from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from .options import TrainOptions
 
+MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
 PROGRAM_BYTES = 350 << 20  # Python, NumPy, Numba and its compiler after the kernels are made
 LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
@@ -83,7 +84,7 @@ class Preflight:
         """What the user reads."""
         c, o, m = self.config, self.options, self.machine
         epochs = self.steps * o.batch_size * o.sequence_length / self.train_tokens
-        return [
+        lines = [
             f"model    {o.model}: {c.layers} layers, {c.heads} heads, {c.channels} channels, "
             f"context {c.context}, vocabulary {c.vocab_size:,}: {self.parameters:,} parameters",
             f"data     {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate; "
@@ -94,6 +95,12 @@ class Preflight:
             f"time     about {duration(self.steps * self.step_seconds)}: {self.steps:,} steps of "
             f"{1e3 * self.step_seconds:,.0f} ms, {epochs:.1f} epochs; {self._ending()}",
         ]
+        if epochs > MANY_EPOCHS:
+            lines.append(
+                f"caution  {epochs:.0f} epochs: the model will learn this text by heart and its validation loss will "
+                "rise; more text, or fewer --steps or --minutes, serve better"
+            )
+        return lines
 
     def _ending(self) -> str:
         o = self.options

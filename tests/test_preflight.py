@@ -44,6 +44,12 @@ def test_the_lines_say_what_will_run() -> None:
     assert "whichever comes first" in "\n".join(flight(steps=3, minutes=1).lines())
 
 
+def test_a_text_that_is_read_too_often_is_told_of() -> None:
+    # 305,260 tokens are 1,192 batches of 256
+    assert "by heart" not in "\n".join(flight(steps=20_000).lines())
+    assert "by heart" in "\n".join(flight(steps=26_000).lines())
+
+
 def test_time_is_estimated_from_the_peak() -> None:
     plan = flight(steps=100)
     assert plan.step_seconds == pytest.approx(GPT2_124M.flops_per_token(64) * 256 / 6e9)
