@@ -17,7 +17,7 @@ ATTENTIONS = ("sdpa", "plain")
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
 
 # What samples of a run on Python's own text continue: after the start of a text come mostly headings.
-BUILTIN_PROMPT = "The"  # without a blank: words carry theirs in front
+BUILTIN_PROMPT = "If the"  # without a blank: words carry theirs in front
 
 
 def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:

@@ -529,7 +529,7 @@ def test_what_is_left_open_is_settled() -> None:
     told = TrainOptions(minutes=3, lr=0.1).settled(384, 10)
     assert (told.lr, told.steps, told.minutes) == (0.1, None, 3)
     assert TrainOptions().settled(768, 10).steps == 10
-    assert TrainOptions().settled(768, 10).prompt == BUILTIN_PROMPT == "The"
+    assert TrainOptions().settled(768, 10).prompt == BUILTIN_PROMPT == "If the"
     assert TrainOptions(prompt="").settled(768, 10).prompt == ""
     assert TrainOptions(data=(Path("a"),)).settled(768, 10).prompt == ""
 

@@ -1,7 +1,7 @@
 """Text that every Python carries: training starts with no file and no network.
 
 CPython's own reference documentation (`pydoc_data.topics`, which `help("with")` shows) is clean technical
-English, about 270,000 characters of prose in 169 sections (3.11); where a distribution leaves it out, the docstrings
+English, about 250,000 characters of prose in 169 sections (3.11); where a distribution leaves it out, the docstrings
 of the standard library stand in. Both change with the version of Python, hence the sha256 in the description.
 """
 
@@ -21,7 +21,7 @@ from ..errors import LlmpyError
 from .text import Document
 
 HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST
-CODE_SIGNS, PROSE_WORDS = ("::=", ">>>", " = ", "|", "...", "#"), 7
+CODE_SIGNS, PROSE_WORDS = ("::=", ">>>", " = ", "|", "...", "#", "<"), 7
 FULL_LINE = 52  # characters from which on a line may have been wrapped; the documents are wrapped at about 70
 
 
@@ -77,7 +77,7 @@ def _prose(section: str) -> str:
     heading, *lines = _unwrapped(section).split("\n")
     kept = [heading.strip()]
     for line in lines:
-        text = line.strip().removeprefix("* ")
+        text = " ".join(line.split()).removeprefix("* ")
         if len(text.split()) >= PROSE_WORDS and not any(sign in text for sign in CODE_SIGNS):
             kept.append(text)
     return "\n\n".join(kept)
