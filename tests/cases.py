@@ -14,34 +14,20 @@ unless `wide` is said. Inputs are drawn as values that their type holds exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmpy.backend.reference import Reference, gelu
+from llmpy.bench.ops import Case as Size
 
 Args = dict[str, Any]
 REF = Reference(np.float64)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A problem size: of the dimensions, an operation reads those that it has. `n` is a flat length."""
-
-    B: int = 1
-    T: int = 1
-    C: int = 1
-    NH: int = 1
-    OC: int = 1
-    V: int = 1
-    Vp: int = 1
-    n: int = 1
-    variant: str = ""
-
-    def __str__(self) -> str:
-        set_here = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
-        return "-".join(v if k == "variant" else f"{k}{v}" for k, v in set_here) or "1"
+class Case(Size):
+    """The benchmark's problem size, with what only tests ask of it."""
 
     @property
     def leading(self) -> tuple[int, ...]:

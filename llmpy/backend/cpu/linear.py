@@ -34,7 +34,7 @@ from .gemm import (
 from .jit import fork, inline, kernel
 from .simd import KC, LANES, MR, NR, address, bits_to_float, f32, float_to_bits, per_word, read_row, to
 
-BLOCK_ROWS = 1024  # rows of A that meet one packed panel; more would not fit in L2 beside it
+BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
 BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
 TILE = MR * NR
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
