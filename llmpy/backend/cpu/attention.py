@@ -23,7 +23,7 @@ import numpy as np
 from .gelu import exp
 from .gemm import multiply_panel, pack_columns, pack_rows, pack_transposed, panel_width, words
 from .jit import fork, inline, kernel
-from .simd import LANES, MR, NR, address, f32, maximum, per_word, to, typed
+from .simd import ADD, LANES, MR, NR, WRITE, address, f32, maximum, per_word, to, typed
 
 TILE_Q = -(-64 // MR) * MR
 TILE_K = -(-96 // NR) * NR
@@ -59,7 +59,7 @@ def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, ed
     a = address(matrix) + size * (row * ld + col)
     for k in range(first_key, last_key, NR):
         c, panel = address(tile) + 4 * (k - first_key), turned[k * words(matrix, HS) :]
-        multiply_panel(c, TILE_K, matrix, a, size * ld, 4, panel, rows, min(NR, T - k), HS, False, edge)
+        multiply_panel(c, TILE_K, matrix, a, size * ld, 4, panel, rows, min(NR, T - k), HS, WRITE, edge)
 
 
 @inline
@@ -68,7 +68,7 @@ def _weighted(sums, like, a, rs_a, cs_a, lying, first, T, rows, HS, depth, edge)
     for col in range(0, HS, NR):
         cols = min(NR, HS - col)
         panel = lying[col * words(like, T) + first // per_word(like) * panel_width(cols) :]
-        multiply_panel(address(sums) + 4 * col, HS, like, a, rs_a, cs_a, panel, rows, cols, depth, True, edge)
+        multiply_panel(address(sums) + 4 * col, HS, like, a, rs_a, cs_a, panel, rows, cols, depth, ADD, edge)
 
 
 @inline

@@ -28,11 +28,13 @@ from numba.extending import overload
 
 from .jit import inline
 from .simd import (
+    ADD,
     BF16,
     KC,
     LANES,
     MR,
     NR,
+    WRITE,
     address,
     bits_to_float,
     copy_row,
@@ -134,13 +136,13 @@ def pack_columns(packed, matrix, row, col, kc, cols):
     """packed (cols/MR, words, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end."""
     per, ld = per_word(matrix), matrix.shape[1]
     size = 4 // per
-    total, whole = words(matrix, kc), kc // per
+    total, whole, strips = words(matrix, kc), kc // per, cols // MR * MR
+    src, dst = address(matrix) + size * (row * ld + col), address(packed)
+    for k in range(whole):  # a row at a time: strips of their own would read every cache line twice
+        for i in range(0, strips, MR):
+            copy_strip(matrix, dst + 4 * (i * total + k * MR), src + size * (k * per * ld + i), size * ld)
     for i in range(0, cols, MR):
-        src, dst = address(matrix) + size * (row * ld + col + i), address(packed) + 4 * i * total
-        done = whole if i + MR <= cols else 0
-        for k in range(done):
-            copy_strip(matrix, dst + 4 * k * MR, src + size * k * per * ld, size * ld)
-        for k in range(done, total):
+        for k in range(whole if i < strips else 0, total):
             for j in range(MR):
                 left = kc - k * per
                 word = word_along(matrix, row + k * per, col + i + j, True, left) if i + j < cols else ZERO
@@ -148,26 +150,28 @@ def pack_columns(packed, matrix, row, col, kc, cols):
 
 
 @inline
-def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, add, edge):
-    """C (rows, cols) float32 := or += (if `add`) A (rows, kc) · packed panel.
+def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, edge):
+    """C (rows, cols) float32 := or += (by `mode`, see `microkernel`) A (rows, kc) · packed panel.
 
     c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a and cs_a (from word to
     word) in bytes.
     """
     for i in range(0, rows, MR):
         some = min(MR, rows - i)
-        multiply_tile(c + 4 * i * rs_c, rs_c, like, a + i * rs_a, rs_a, cs_a, panel, some, cols, kc, add, edge)
+        multiply_tile(
+            c + 4 * i * rs_c, rs_c, like, a + i * rs_a, rs_a, cs_a, panel, some, cols, kc, mode, edge, address(panel), 0, 0, 0
+        )
 
 
 @inline
-def multiply_tile(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, add, edge):
-    """As `multiply_panel`, for at most MR rows."""
+def multiply_tile(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, edge, soon, gap, step, count):
+    """As `multiply_panel`, for at most MR rows; soon, gap, step, count: see `microkernel`."""
     width, total = panel_width(cols), words(like, kc)
     nv, b = width // LANES, address(panel)
     if rows == MR and cols == width and kc % per_word(like) == 0:
-        microkernel(like, nv, a, rs_a, cs_a, b, width, c, rs_c, total, add)
+        microkernel(like, nv, a, rs_a, cs_a, b, width, c, rs_c, total, mode, soon, gap, step, count)
     else:
-        _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, add, edge)
+        _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, edge)
 
 
 @inline
@@ -207,7 +211,7 @@ def read_tile(tile, matrix, row, col, rows, cols):
 
 
 @inline
-def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, add, edge):
+def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, edge):
     """One tile of fewer than MR rows, a broken vector or a half word: computed in `edge`, then copied to C."""
     total, whole = words(like, kc), kc // per_word(like)
     for i in range(MR):
@@ -218,9 +222,9 @@ def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, add, ed
             else:
                 edge[i * total + k] = get(where) if k < whole else get_half(where)
     tile = address(edge) + 4 * MR * total
-    microkernel(like, width // LANES, address(edge), 4 * total, 4, b, width, tile, width, total, False)
+    microkernel(like, width // LANES, address(edge), 4 * total, 4, b, width, tile, width, total, WRITE, b, 0, 0, 0)
     for i in range(rows):
         for j in range(cols):
             where = c + 4 * (i * rs_c + j)
             value = get(tile + 4 * (i * width + j))
-            put(where, get(where) + value if add else value)
+            put(where, get(where) + value if mode == ADD else value)

@@ -32,16 +32,20 @@ from .gemm import (
     write_tile,
 )
 from .jit import fork, inline, kernel
-from .simd import KC, LANES, MR, NR, address, bits_to_float, f32, float_to_bits, per_word, read_row, to
+from .simd import ADD, KC, LANES, MR, NR, STREAM, WRITE, address, bits_to_float, f32, float_to_bits, per_word, read_row, to
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
 BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
 TILE = MR * NR
+SUMS = 8 * MR  # partial sums of a strip's columns: enough that none waits for the one before
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
 
 # The head's dinp sums over the whole vocabulary. All its columns take SEGMENT·KC of it before any goes on, so that
 # this part of dout and weight is read from memory once and not once for each panel of columns.
 SEGMENT = 4
+import os
+NT=int(os.environ.get('NT','0'))
+AHEAD=int(os.environ.get('AHEAD','1'))
 
 
 def shared_sums(BT: int, OC: int, C: int) -> int:
@@ -73,6 +77,7 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
         kc = min(depth(inp), C - k)
         last = k + kc == C
         pack_transposed(panel, weight, col, k, kc, cols)
+        next_col, next_k = ((item + AHEAD) % panels * NR, 0) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             if last:
@@ -80,8 +85,12 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
             a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
             if k == 0 and bias.size > 0:
                 _start_with_bias(tile, bias, col, some, cols)
-            add = k > 0 or bias.size > 0
-            multiply_tile(address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, add, edge)
+            mode = ADD if k > 0 or bias.size > 0 else WRITE
+            soon = address(weight) + size * ((next_col + i) * C + next_k)
+            gap, step, count = size * C, 64, kc * size // 8
+            if i >= cols:
+                soon = a + MR * size * C
+            multiply_tile(address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, mode, edge, soon, gap, step, count)
             if last:
                 _finish_forward(out, pre_gelu, tile, row + i, col, some, cols)
 
@@ -140,12 +149,18 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, s
         kc = min(depth(dout), OC - k)
         last = k + kc == OC
         pack_rows(panel, weight, k, col, kc, cols)
+        next_col, next_k = ((item + AHEAD) % panels * NR, start) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             if last:
                 expect_tile(dinp, row + i, col, some, cols)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
-            multiply_tile(address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, k > 0, edge)
+            turn = i // MR
+            soon = address(weight) + size * ((next_k + turn % per_word(dout)) * C + next_col) + turn // per_word(dout) * 64
+            gap, step, count = size * C * per_word(dout), 8 * size * C * per_word(dout), words(dout, kc)
+            if turn * 64 > size * cols * per_word(dout):
+                soon, gap, step, count = a + MR * size * OC, size * OC, 64, kc * size // 8
+            multiply_tile(address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, ADD if k > 0 else WRITE, edge, soon, gap, step, count)
             if last:
                 _finish_dinp(dinp, pre_gelu, tile, edge[:TILE], row + i, col, some, cols)
 
@@ -175,7 +190,8 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
     edge, packed = scratch[worker, PANEL : PANEL + EDGE], scratch[worker, PANEL + EDGE :]
     pack_columns(packed, dout, k, first, kc, rows)
     if dbias.size > 0:
-        _add_columns(dbias, packed, dout, first, rows, total, add)
+        _add_columns(dbias, packed, dout, first, rows, total, add, edge)
+    mode = ADD if add else STREAM if NT and address(dweight) % (4 * LANES) == 0 and C % LANES == 0 else WRITE
     for col in range(0, C, NR):
         cols, panel = min(NR, C - col), packed_inp[col * total :]
         for i in range(0, rows, MR):
@@ -184,30 +200,40 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
                 address(packed) + 4 * i * total,
                 min(MR, rows - i),
             )
-            multiply_panel(c, C, dout, a, 4, 4 * MR, panel, some, cols, total * per_word(dout), add, edge)
+            soon = c + 4 * MR * C if i + MR < rows else address(dweight) + 4 * (first * C + col + NR)
+            multiply_tile(
+                c, C, dout, a, 4, 4 * MR, panel, some, cols, total * per_word(dout), mode, edge, soon, 4 * C, 64, 24
+            )
 
 
 @inline
-def _add_columns(dbias, packed, like, first, rows, total, add):
-    """dbias[first + i] := or += the sum over k of column i of what `pack_columns` made."""
+def _add_columns(dbias, packed, like, first, rows, total, add, sums):
+    """dbias[first + i] := or += the sum over k of column i of what `pack_columns` made. sums: at least SUMS floats."""
     for i in range(0, rows, MR):
-        strip = packed[i * total : (i + MR) * total].reshape((total, MR))
+        strip = packed[i * total : (i + MR) * total]
+        for j in range(SUMS):
+            sums[j] = 0
+        together = total * MR // SUMS * SUMS
+        for start in range(0, together, SUMS):
+            several = strip[start : start + SUMS]
+            for j in range(SUMS):  # a constant length: whole vectors
+                sums[j] += _word_sum(like, several[j])
+        for j in range(together, total * MR):
+            sums[j % MR] += _word_sum(like, strip[j])
         for j in range(min(MR, rows - i)):
-            s = _half(like, strip[0, j], 0)
-            for k in range(total):
-                for half in range(per_word(like)):
-                    if k + half > 0:
-                        s += _half(like, strip[k, j], half)
+            s = sums[j]
+            for part in range(j + MR, SUMS, MR):
+                s += sums[part]
             dbias[first + i + j] = dbias[first + i + j] + s if add else s
 
 
 @inline
-def _half(like, word, half):
-    """Element `half` of a word."""
+def _word_sum(like, word):
+    """The sum of a word's elements."""
     if per_word(like) == 1:
         return word
     bits = float_to_bits(word)
-    return bits_to_float(bits & -65536 if half else bits << 16)
+    return bits_to_float(bits << 16) + bits_to_float(bits & -65536)
 
 
 @inline

@@ -120,8 +120,13 @@ def _load(bd: ir.IRBuilder, pointer: ir.Value, offset: ir.Value) -> ir.Value:
     return vector
 
 
-def _store(bd: ir.IRBuilder, value: ir.Value, pointer: ir.Value, offset: ir.Value) -> None:
-    bd.store(value, bd.bitcast(bd.gep(pointer, [offset]), VECTOR.as_pointer())).align = 4
+def _store(
+    bd: ir.IRBuilder, value: ir.Value, pointer: ir.Value, offset: ir.Value, stream: bool = False
+) -> None:
+    store = bd.store(value, bd.bitcast(bd.gep(pointer, [offset]), VECTOR.as_pointer()))
+    store.align = 4 * LANES if stream else 4
+    if stream:
+        store.set_metadata("nontemporal", bd.module.add_metadata([I32(1)]))
 
 
 def _splat(bd: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
@@ -160,10 +165,14 @@ def _high_half(bd: ir.IRBuilder, words: ir.Value) -> ir.Value:
     return bd.bitcast(bd.and_(bd.bitcast(words, INTEGERS), mask), VECTOR)
 
 
-def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, write: int = 0) -> None:
+def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, write: int = 0, locality: int = 3) -> None:
     fn = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     call = cgutils.get_or_insert_function(bd.module, fn, "llvm.prefetch.p0")
-    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(write), I32(3), I32(1)])
+    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(write), I32(locality), I32(1)])
+
+
+WRITE, ADD, STREAM = 0, 1, 2  # what the microkernel does to C
+IN_L2 = 2  # the prefetch hint that leaves L1 alone
 
 
 def _tile_loop(
@@ -176,6 +185,10 @@ def _tile_loop(
     b: ir.Value,
     rs_b: ir.Value,
     words: ir.Value,
+    soon: ir.Value,
+    gap: ir.Value,
+    step: ir.Value,
+    count: ir.Value,
 ) -> list[list[ir.Value]]:
     """The loop over k; leaves the builder behind it and returns the MR × nv accumulators."""
     rows = [_at(bd, bd.add(a, bd.mul(rs_a, I64(i))), I8) for i in range(MR)]
@@ -187,6 +200,9 @@ def _tile_loop(
         phi.add_incoming(start, entry)
     tile = [[bd.phi(VECTOR) for _ in range(nv)] for _ in range(MR)]
     vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
+    line = bd.select(bd.icmp_signed("<", k, count), k, I64(0))
+    down, along = bd.mul(bd.and_(line, I64(7)), gap), bd.mul(bd.lshr(line, I64(3)), step)
+    _prefetch(bd, _at(bd, bd.add(soon, bd.add(down, along)), I8), locality=IN_L2)
     sums = []
     for i in range(MR):
         scalar = bd.load(bd.bitcast(bd.gep(rows[i], [offset_a]), F32.as_pointer()))
@@ -219,45 +235,55 @@ def microkernel(
     c: Any,
     rs_c: Any,
     words: Any,
-    add: Any,
+    mode: Any,
+    soon: Any,
+    gap: Any,
+    step: Any,
+    count: Any,
 ) -> Any:
-    """C (MR, nv·LANES) := or += (if `add`) A (MR, words) · B (words, nv·LANES), words ≥ 1.
+    """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1.
+
+    mode WRITE: C :=;  ADD: C +=;  STREAM: C :=, past the caches, for a C on cache lines that is not read soon.
 
     `like` is any array of the operands' type: float32, or uint16 for pairs of bfloat16. a, b and c are
     addresses; rs_a and cs_a strides in bytes, so that A may be rows, columns or packed; rs_b and rs_c in
     words. C is float32.
+
+    Step k < count also asks for the cache line at soon + (k mod 8)·gap + (k div 8)·step, into L2: what is needed
+    next, which would otherwise be waited for. Strides in bytes; (b, 0, 0, 0) asks for nothing.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
-    signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, types.boolean)
+    signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, add = args
+        _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, mode, soon, gap, step, count = args
         b, c = _at(bd, b), _at(bd, c)
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
-        for row in c_rows:  # C is needed after the loop; ask for it now
-            for j in range(NV):
-                _prefetch(bd, bd.gep(row, [I64(LANES * j)]))
+        with bd.if_then(bd.icmp_signed("==", mode, I64(ADD))):
+            for row in c_rows:  # C is needed after the loop; ask for it now
+                for j in range(NV):
+                    _prefetch(bd, bd.gep(row, [I64(LANES * j)]))
         finish = bd.append_basic_block("finish")
         choice = bd.switch(nv, finish)
         for n in range(1, NV + 1):
             block = bd.append_basic_block(f"tile{n}")
             choice.add_case(I64(n), block)
             bd.position_at_end(block)
-            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words)
-            plus, write = bd.append_basic_block("plus"), bd.append_basic_block("write")
-            bd.cbranch(add, plus, write)
-            bd.position_at_end(plus)
-            for i in range(MR):
-                for j in range(n):
-                    old = _load(bd, c_rows[i], I64(LANES * j))
-                    _store(bd, bd.fadd(old, sums[i][j]), c_rows[i], I64(LANES * j))
-            bd.branch(finish)
-            bd.position_at_end(write)
-            for i in range(MR):
-                for j in range(n):
-                    _store(bd, sums[i][j], c_rows[i], I64(LANES * j))
-            bd.branch(finish)
+            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words, soon, gap, step, count)
+            ways = [bd.append_basic_block(way) for way in ("write", "plus", "stream")]
+            how = bd.switch(mode, ways[WRITE])
+            for way in (ADD, STREAM):
+                how.add_case(I64(way), ways[way])
+            for way, block in enumerate(ways):
+                bd.position_at_end(block)
+                for i in range(MR):
+                    for j in range(n):
+                        where, value = I64(LANES * j), sums[i][j]
+                        if way == ADD:
+                            value = bd.fadd(_load(bd, c_rows[i], where), value)
+                        _store(bd, value, c_rows[i], where, stream=way == STREAM)
+                bd.branch(finish)
         bd.position_at_end(finish)
         return context.get_dummy_value()
 
