@@ -158,9 +158,8 @@ def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, ed
     """
     for i in range(0, rows, MR):
         some = min(MR, rows - i)
-        multiply_tile(
-            c + 4 * i * rs_c, rs_c, like, a + i * rs_a, rs_a, cs_a, panel, some, cols, kc, mode, edge, address(panel), 0, 0, 0
-        )
+        tile, strip, nothing = c + 4 * i * rs_c, a + i * rs_a, address(panel)
+        multiply_tile(tile, rs_c, like, strip, rs_a, cs_a, panel, some, cols, kc, mode, edge, nothing, 0, 0, 0)
 
 
 @inline

@@ -9,6 +9,8 @@ backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
 Compute-bound. The weight, or for dweight the input, is the packed operand; the other is read where it
 lies, except doutᵀ, which is packed by strips of MR columns. Sums are float32 in scratch; a finished tile is
 written while it is in L1, with bias, GELU and rounding, to lines that were asked for before its product.
+While a tile is multiplied, the microkernel asks for what comes after it: the weight's next panel (which the
+other threads' items make a guess), the next rows of A, the next tile of dweight.
 The input's panels are packed once and shared. Both products of backward are items of one fork, so that no
 core waits between them.
 """
@@ -21,7 +23,6 @@ from .gemm import (
     PANEL,
     depth,
     expect_tile,
-    multiply_panel,
     multiply_tile,
     pack_columns,
     pack_rows,
@@ -32,7 +33,23 @@ from .gemm import (
     write_tile,
 )
 from .jit import fork, inline, kernel
-from .simd import ADD, KC, LANES, MR, NR, STREAM, WRITE, address, bits_to_float, f32, float_to_bits, per_word, read_row, to
+from .simd import (
+    ADD,
+    CACHE_LINE,
+    KC,
+    LANES,
+    MR,
+    NR,
+    TOGETHER,
+    WRITE,
+    address,
+    bits_to_float,
+    f32,
+    float_to_bits,
+    per_word,
+    read_row,
+    to,
+)
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
 BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
@@ -43,9 +60,6 @@ SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for eac
 # The head's dinp sums over the whole vocabulary. All its columns take SEGMENT·KC of it before any goes on, so that
 # this part of dout and weight is read from memory once and not once for each panel of columns.
 SEGMENT = 4
-import os
-NT=int(os.environ.get('NT','0'))
-AHEAD=int(os.environ.get('AHEAD','1'))
 
 
 def shared_sums(BT: int, OC: int, C: int) -> int:
@@ -64,7 +78,7 @@ def _rows_per_item(rows, panels, threads):
 
 
 @inline
-def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch):
+def _forward_item(worker, item, threads, out, pre_gelu, inp, weight, bias, block, scratch):
     BT, C = inp.shape
     OC = weight.shape[0]
     panels = (OC + NR - 1) // NR
@@ -77,7 +91,7 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
         kc = min(depth(inp), C - k)
         last = k + kc == C
         pack_transposed(panel, weight, col, k, kc, cols)
-        next_col, next_k = ((item + AHEAD) % panels * NR, 0) if last else (col, k + kc)
+        next_col, next_k = ((item + threads) % panels * NR, 0) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             if last:
@@ -86,11 +100,13 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
             if k == 0 and bias.size > 0:
                 _start_with_bias(tile, bias, col, some, cols)
             mode = ADD if k > 0 or bias.size > 0 else WRITE
-            soon = address(weight) + size * ((next_col + i) * C + next_k)
-            gap, step, count = size * C, 64, kc * size // 8
-            if i >= cols:
-                soon = a + MR * size * C
-            multiply_tile(address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, mode, edge, soon, gap, step, count)
+            # The first tiles ask for the rows of the next panel, the others for the rows of A that the next one reads.
+            soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
+            lines = size * kc // CACHE_LINE * TOGETHER
+            multiply_tile(
+                address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, mode, edge,
+                soon, size * C, CACHE_LINE, lines,
+            )  # fmt: skip
             if last:
                 _finish_forward(out, pre_gelu, tile, row + i, col, some, cols)
 
@@ -130,17 +146,17 @@ def linear_forward(
     panels = (OC + NR - 1) // NR
     block = _rows_per_item(BT, panels, threads)
     items = panels * ((BT + block - 1) // block)
-    fork(_forward_item, threads, items, (out, pre_gelu, inp, weight, bias, block, scratch))
+    fork(_forward_item, threads, items, (threads, out, pre_gelu, inp, weight, bias, block, scratch))
 
 
 @inline
-def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, shared, scratch):
+def _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, block, start, stop, shared, scratch):
     BT, OC = dout.shape
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
     col, row = item % panels * NR, item // panels * block
     cols, rows = min(NR, C - col), min(block, BT - row)
-    width, size = panel_width(cols), 4 // per_word(dout)
+    width, per, size = panel_width(cols), per_word(dout), 4 // per_word(dout)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
     sums = scratch[worker, PANEL + EDGE :]
     if shared.size > 0:
@@ -149,18 +165,22 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, s
         kc = min(depth(dout), OC - k)
         last = k + kc == OC
         pack_rows(panel, weight, k, col, kc, cols)
-        next_col, next_k = ((item + AHEAD) % panels * NR, start) if last else (col, k + kc)
+        next_col, next_k = ((item + threads) % panels * NR, start) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             if last:
                 expect_tile(dinp, row + i, col, some, cols)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
-            turn = i // MR
-            soon = address(weight) + size * ((next_k + turn % per_word(dout)) * C + next_col) + turn // per_word(dout) * 64
-            gap, step, count = size * C * per_word(dout), 8 * size * C * per_word(dout), words(dout, kc)
-            if turn * 64 > size * cols * per_word(dout):
-                soon, gap, step, count = a + MR * size * OC, size * OC, 64, kc * size // 8
-            multiply_tile(address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, ADD if k > 0 else WRITE, edge, soon, gap, step, count)
+            # As in forward; of the next panel each tile takes one line of every row, or of every second row of pairs.
+            line, half = i // MR // per, i // MR % per
+            soon = address(weight) + size * ((next_k + half) * C + next_col) + line * CACHE_LINE
+            gap, step, lines = per * size * C, TOGETHER * per * size * C, words(dout, kc)
+            if line * CACHE_LINE > size * cols:
+                soon, gap, step, lines = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE * TOGETHER
+            multiply_tile(
+                address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, ADD if k > 0 else WRITE, edge,
+                soon, gap, step, lines,
+            )  # fmt: skip
             if last:
                 _finish_dinp(dinp, pre_gelu, tile, edge[:TILE], row + i, col, some, cols)
 
@@ -191,19 +211,16 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
     pack_columns(packed, dout, k, first, kc, rows)
     if dbias.size > 0:
         _add_columns(dbias, packed, dout, first, rows, total, add, edge)
-    mode = ADD if add else STREAM if NT and address(dweight) % (4 * LANES) == 0 and C % LANES == 0 else WRITE
     for col in range(0, C, NR):
         cols, panel = min(NR, C - col), packed_inp[col * total :]
         for i in range(0, rows, MR):
-            c, a, some = (
-                address(dweight) + 4 * ((first + i) * C + col),
-                address(packed) + 4 * i * total,
-                min(MR, rows - i),
-            )
+            c, a = address(dweight) + 4 * ((first + i) * C + col), address(packed) + 4 * i * total
+            # The tile that is written next: its lines come from memory.
             soon = c + 4 * MR * C if i + MR < rows else address(dweight) + 4 * (first * C + col + NR)
             multiply_tile(
-                c, C, dout, a, 4, 4 * MR, panel, some, cols, total * per_word(dout), mode, edge, soon, 4 * C, 64, 24
-            )
+                c, C, dout, a, 4, 4 * MR, panel, min(MR, rows - i), cols, total * per_word(dout), ADD if add else WRITE,
+                edge, soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE * TOGETHER,
+            )  # fmt: skip
 
 
 @inline
@@ -237,10 +254,10 @@ def _word_sum(like, word):
 
 
 @inline
-def _backward_item(worker, item, split, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block,
-                   col_block, add, start, stop, shared, scratch):  # fmt: skip
+def _backward_item(worker, item, split, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc,
+                   row_block, col_block, add, start, stop, shared, scratch):  # fmt: skip
     if item < split:
-        _dinp_item(worker, item, dinp, dout, weight, pre_gelu, row_block, start, stop, shared, scratch)
+        _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, row_block, start, stop, shared, scratch)
     else:
         _dweight_item(worker, item - split, dweight, dbias, dout, packed_inp, k, kc, col_block, add, scratch)
 
@@ -264,7 +281,7 @@ def linear_backward(
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
     row_block = _rows_per_item(BT, panels, threads)
-    col_block = min(BLOCK_COLS, max(MR, OC // (8 * threads) // MR * MR))
+    col_block = min(BLOCK_COLS, max(MR, OC // (16 * threads) // MR * MR))
     dinp_items = panels * ((BT + row_block - 1) // row_block)
     dweight_items = (OC + col_block - 1) // col_block
     segment = SEGMENT * depth(dout)
@@ -272,7 +289,7 @@ def linear_backward(
     while start + segment < OC:
         fork(
             _dinp_item, threads, dinp_items,
-            (dinp, dout, weight, pre_gelu, row_block, start, start + segment, shared, scratch),
+            (threads, dinp, dout, weight, pre_gelu, row_block, start, start + segment, shared, scratch),
         )  # fmt: skip
         start += segment
     for k in range(0, BT, depth(dout)):
@@ -281,6 +298,6 @@ def linear_backward(
         fork(_pack_inputs, threads, panels, (packed_inp, inp, k, kc))
         fork(
             _backward_item, threads, split + dweight_items,
-            (split, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block, col_block,
+            (split, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block, col_block,
              accumulate or k > 0, start, OC, shared[:0] if start == 0 else shared, scratch),
         )  # fmt: skip

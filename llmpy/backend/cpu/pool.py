@@ -24,6 +24,7 @@ import numpy as np
 LINE = 8
 LOCK, GENERATION, JOB, STATE, ACTIVE = (LINE * i for i in range(5))
 SIZE = 5 * LINE
+LAST_LOOKS = 1_000
 SPINS = 20_000  # looks: a quarter of a millisecond or so, longer than Python takes from one kernel to the next
 
 _memory = np.zeros(SIZE + LINE, np.int64)
@@ -53,6 +54,7 @@ def hire(threads: int, help_out: Callable[[int], object]) -> None:
             help_out(SPINS)
             with _count:
                 _sleeping += 1
+            help_out(LAST_LOOKS)  # for a job that began while nobody was known to sleep
             _bell.acquire()
 
     while len(_helpers) < threads - 1:

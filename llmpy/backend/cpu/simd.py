@@ -120,13 +120,8 @@ def _load(bd: ir.IRBuilder, pointer: ir.Value, offset: ir.Value) -> ir.Value:
     return vector
 
 
-def _store(
-    bd: ir.IRBuilder, value: ir.Value, pointer: ir.Value, offset: ir.Value, stream: bool = False
-) -> None:
-    store = bd.store(value, bd.bitcast(bd.gep(pointer, [offset]), VECTOR.as_pointer()))
-    store.align = 4 * LANES if stream else 4
-    if stream:
-        store.set_metadata("nontemporal", bd.module.add_metadata([I32(1)]))
+def _store(bd: ir.IRBuilder, value: ir.Value, pointer: ir.Value, offset: ir.Value) -> None:
+    bd.store(value, bd.bitcast(bd.gep(pointer, [offset]), VECTOR.as_pointer())).align = 4
 
 
 def _splat(bd: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
@@ -171,7 +166,9 @@ def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, write: int = 0, locality: int
     bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(write), I32(locality), I32(1)])
 
 
-WRITE, ADD, STREAM = 0, 1, 2  # what the microkernel does to C
+WRITE, ADD = 0, 1  # what the microkernel does to C
+TOGETHER = 8  # rows whose lines it asks for in turn
+CACHE_LINE = 64  # bytes
 IN_L2 = 2  # the prefetch hint that leaves L1 alone
 
 
@@ -201,7 +198,7 @@ def _tile_loop(
     tile = [[bd.phi(VECTOR) for _ in range(nv)] for _ in range(MR)]
     vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
     line = bd.select(bd.icmp_signed("<", k, count), k, I64(0))
-    down, along = bd.mul(bd.and_(line, I64(7)), gap), bd.mul(bd.lshr(line, I64(3)), step)
+    down, along = bd.mul(bd.and_(line, I64(TOGETHER - 1)), gap), bd.mul(bd.udiv(line, I64(TOGETHER)), step)
     _prefetch(bd, _at(bd, bd.add(soon, bd.add(down, along)), I8), locality=IN_L2)
     sums = []
     for i in range(MR):
@@ -243,14 +240,14 @@ def microkernel(
 ) -> Any:
     """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1.
 
-    mode WRITE: C :=;  ADD: C +=;  STREAM: C :=, past the caches, for a C on cache lines that is not read soon.
+    mode WRITE: C :=;  ADD: C +=.
 
     `like` is any array of the operands' type: float32, or uint16 for pairs of bfloat16. a, b and c are
     addresses; rs_a and cs_a strides in bytes, so that A may be rows, columns or packed; rs_b and rs_c in
     words. C is float32.
 
-    Step k < count also asks for the cache line at soon + (k mod 8)·gap + (k div 8)·step, into L2: what is needed
-    next, which would otherwise be waited for. Strides in bytes; (b, 0, 0, 0) asks for nothing.
+    Step k < count also asks for the cache line at soon + (k mod TOGETHER)·gap + (k div TOGETHER)·step, into L2:
+    what is needed next would otherwise be waited for. Strides in bytes; (b, 0, 0, 0) asks for nothing.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
@@ -260,7 +257,8 @@ def microkernel(
         _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, mode, soon, gap, step, count = args
         b, c = _at(bd, b), _at(bd, c)
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
-        with bd.if_then(bd.icmp_signed("==", mode, I64(ADD))):
+        adding = bd.icmp_signed("==", mode, I64(ADD))
+        with bd.if_then(adding):
             for row in c_rows:  # C is needed after the loop; ask for it now
                 for j in range(NV):
                     _prefetch(bd, bd.gep(row, [I64(LANES * j)]))
@@ -271,19 +269,19 @@ def microkernel(
             choice.add_case(I64(n), block)
             bd.position_at_end(block)
             sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words, soon, gap, step, count)
-            ways = [bd.append_basic_block(way) for way in ("write", "plus", "stream")]
-            how = bd.switch(mode, ways[WRITE])
-            for way in (ADD, STREAM):
-                how.add_case(I64(way), ways[way])
-            for way, block in enumerate(ways):
-                bd.position_at_end(block)
-                for i in range(MR):
-                    for j in range(n):
-                        where, value = I64(LANES * j), sums[i][j]
-                        if way == ADD:
-                            value = bd.fadd(_load(bd, c_rows[i], where), value)
-                        _store(bd, value, c_rows[i], where, stream=way == STREAM)
-                bd.branch(finish)
+            plus, write = bd.append_basic_block("plus"), bd.append_basic_block("write")
+            bd.cbranch(adding, plus, write)
+            bd.position_at_end(plus)
+            for i in range(MR):
+                for j in range(n):
+                    old = _load(bd, c_rows[i], I64(LANES * j))
+                    _store(bd, bd.fadd(old, sums[i][j]), c_rows[i], I64(LANES * j))
+            bd.branch(finish)
+            bd.position_at_end(write)
+            for i in range(MR):
+                for j in range(n):
+                    _store(bd, sums[i][j], c_rows[i], I64(LANES * j))
+            bd.branch(finish)
         bd.position_at_end(finish)
         return context.get_dummy_value()
 
