@@ -62,8 +62,8 @@ TARGETS = [
     Target("avx2", "znver3", "+avx,+avx2,+fma", spilled=9),
     Target("neon-bf16", "neoverse-n2", "+neon,+bf16", "aarch64", "fmla", "bfdot"),
     Target("neon-bf16", "apple-m2", "+neon,+bf16", "aarch64", "fmla", "bfdot"),
-    Target("neon", "cortex-a72", "+neon", "aarch64", "fmla", "fmla", spilled=9),
-    Target("neon", "apple-m1", "+neon", "aarch64", "fmla", "fmla", spilled=9),
+    Target("neon", "cortex-a72", "+neon", "aarch64", "fmla", "fmla", spilled=8),
+    Target("neon", "apple-m1", "+neon", "aarch64", "fmla", "fmla", spilled=8),
     Target("generic", "x86-64", "", float32="mulps", bfloat16="mulps"),
 ]
 
@@ -109,11 +109,14 @@ class Context:
 def assembly(simd: Any, target: Target, element: Any) -> str:
     """The microkernel for whole panels (nv = NV), compiled as Numba does."""
     like = types.Array(element, 2, "C")
-    _, codegen = simd.microkernel._defn(None, like, *[types.int64] * 14)
+    _, codegen = simd.microkernel._defn(
+        None, like, *[types.int64] * 10, types.UniTuple(types.UniTuple(types.int64, 4), simd.LISTS)
+    )
     module = ir.Module("microkernel")
     module.triple = target.triple
     integer = ir.IntType(64)
-    fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [integer] * 13), "microkernel")
+    lists = ir.ArrayType(ir.ArrayType(integer, 4), simd.LISTS)
+    fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[integer] * 9, lists]), "microkernel")
     builder = ir.IRBuilder(fn.append_basic_block())
     codegen(Context(), builder, None, [None, integer(simd.NV), *fn.args])  # like, nv, a, rs_a, …
     builder.ret_void()
@@ -172,7 +175,7 @@ def stores(lines: list[str]) -> int:
 def test_the_inner_loop(simd: Any, target: Target, dtype: str) -> None:
     assert target.isa == simd.HOST.name, "the table has another row for this CPU"
     text = assembly(simd, target, types.float32 if dtype == "float32" else types.uint16)
-    (loop,) = (loop for loop in inner_loops(text) if len(loop) > simd.MR * simd.NV)
+    loop = max(inner_loops(text), key=len)  # shorter ones: narrower tiles, and the odd word of a loop that takes two
     has = counts(loop)
     instruction = target.float32 if dtype == "float32" else target.bfloat16
     emulated = dtype == "bfloat16" and not simd.HOST.bf16

@@ -30,10 +30,12 @@ from .jit import inline
 from .simd import (
     ADD,
     BF16,
+    CACHE_LINE,
     KC,
     LANES,
     MR,
     NR,
+    TOGETHER,
     WRITE,
     address,
     bits_to_float,
@@ -44,7 +46,6 @@ from .simd import (
     get_half,
     microkernel,
     per_word,
-    prefetch_to_write,
     put,
     read_row,
     to,
@@ -53,6 +54,8 @@ from .simd import (
 )
 
 ZERO = np.float32(0)
+NONE = (0, 0, 0, 0)  # no cache lines to ask for
+NOTHING = (NONE, NONE, NONE)
 PANEL = KC * NR  # words of a packed panel
 EDGE = MR * KC + MR * NR  # words for a tile at the border: rows of A, then the tile of C
 
@@ -158,29 +161,27 @@ def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, ed
     """
     for i in range(0, rows, MR):
         some = min(MR, rows - i)
-        tile, strip, nothing = c + 4 * i * rs_c, a + i * rs_a, address(panel)
-        multiply_tile(tile, rs_c, like, strip, rs_a, cs_a, panel, some, cols, kc, mode, edge, nothing, 0, 0, 0)
+        tile, strip, ahead = c + 4 * i * rs_c, a + i * rs_a, NOTHING
+        multiply_tile(tile, rs_c, like, strip, rs_a, cs_a, panel, some, cols, kc, mode, edge, ahead)
 
 
 @inline
-def multiply_tile(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, edge, soon, gap, step, count):
-    """As `multiply_panel`, for at most MR rows; soon, gap, step, count: see `microkernel`."""
+def multiply_tile(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, edge, ahead):
+    """As `multiply_panel`, for at most MR rows; ahead: see `microkernel`."""
     width, total = panel_width(cols), words(like, kc)
     nv, b = width // LANES, address(panel)
     if rows == MR and cols == width and kc % per_word(like) == 0:
-        microkernel(like, nv, a, rs_a, cs_a, b, width, c, rs_c, total, mode, soon, gap, step, count)
+        microkernel(like, nv, a, rs_a, cs_a, b, width, c, rs_c, total, mode, ahead)
     else:
         _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, edge)
 
 
 @inline
-def expect_tile(matrix, row, col, rows, cols):
-    """Ask for the cache lines of a tile that will be written when the product is done."""
-    ld, size = matrix.shape[1], 4 // per_word(matrix)
-    for i in range(rows):
-        where = address(matrix) + size * ((row + i) * ld + col)
-        for byte in range(0, size * cols, 64):
-            prefetch_to_write(where + byte)
+def lines_of_tile(matrix, row, col, cols):
+    """The cache lines of MR rows of a tile, for `microkernel` to ask for."""
+    size = 4 // per_word(matrix)
+    where, stride = address(matrix) + size * (row * matrix.shape[1] + col), size * matrix.shape[1]
+    return where, stride, CACHE_LINE, (size * cols + CACHE_LINE - 1) // CACHE_LINE * TOGETHER
 
 
 @inline
@@ -221,7 +222,20 @@ def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, e
             else:
                 edge[i * total + k] = get(where) if k < whole else get_half(where)
     tile = address(edge) + 4 * MR * total
-    microkernel(like, width // LANES, address(edge), 4 * total, 4, b, width, tile, width, total, WRITE, b, 0, 0, 0)
+    microkernel(
+        like,
+        width // LANES,
+        address(edge),
+        4 * total,
+        4,
+        b,
+        width,
+        tile,
+        width,
+        total,
+        WRITE,
+        NOTHING,
+    )
     for i in range(rows):
         for j in range(cols):
             where = c + 4 * (i * rs_c + j)

@@ -8,9 +8,9 @@ backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
 
 Compute-bound. The weight, or for dweight the input, is the packed operand; the other is read where it
 lies, except doutᵀ, which is packed by strips of MR columns. Sums are float32 in scratch; a finished tile is
-written while it is in L1, with bias, GELU and rounding, to lines that were asked for before its product.
-While a tile is multiplied, the microkernel asks for what comes after it: the weight's next panel (which the
-other threads' items make a guess), the next rows of A, the next tile of dweight.
+written while it is in L1, with bias, GELU and rounding.
+While a tile is multiplied, the microkernel asks for what comes after it: the lines that the tile goes to, the
+weight's next panel (which the other threads' items make a guess), the next rows of A, the next tile of dweight.
 The input's panels are packed once and shared. Both products of backward are items of one fork, so that no
 core waits between them.
 """
@@ -20,9 +20,10 @@ from __future__ import annotations
 from .gelu import gelu, gelu_gradient
 from .gemm import (
     EDGE,
+    NONE,
     PANEL,
     depth,
-    expect_tile,
+    lines_of_tile,
     multiply_tile,
     pack_columns,
     pack_rows,
@@ -94,19 +95,17 @@ def _forward_item(worker, item, threads, out, pre_gelu, inp, weight, bias, block
         next_col, next_k = ((item + threads) % panels * NR, 0) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
-            if last:
-                expect_tile(out, row + i, col, some, cols)
             a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
             if k == 0 and bias.size > 0:
                 _start_with_bias(tile, bias, col, some, cols)
             mode = ADD if k > 0 or bias.size > 0 else WRITE
-            # The first tiles ask for the rows of the next panel, the others for the rows of A that the next one reads.
+            # Asked for: the lines that the tile goes to; the first tiles then ask for the rows of the next panel, the
+            # others for the rows of A that the next one reads.
+            goes = lines_of_tile(out, row + i, col, cols) if last else NONE
+            also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
             soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
-            lines = size * kc // CACHE_LINE * TOGETHER
-            multiply_tile(
-                address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, mode, edge,
-                soon, size * C, CACHE_LINE, lines,
-            )  # fmt: skip
+            ahead = goes, also, (soon, size * C, CACHE_LINE, size * kc // CACHE_LINE * TOGETHER)
+            multiply_tile(address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, mode, edge, ahead)
             if last:
                 _finish_forward(out, pre_gelu, tile, row + i, col, some, cols)
 
@@ -168,19 +167,18 @@ def _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, block, start
         next_col, next_k = ((item + threads) % panels * NR, start) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
-            if last:
-                expect_tile(dinp, row + i, col, some, cols)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
             # As in forward; of the next panel each tile takes one line of every row, or of every second row of pairs.
-            line, half = i // MR // per, i // MR % per
-            soon = address(weight) + size * ((next_k + half) * C + next_col) + line * CACHE_LINE
-            gap, step, lines = per * size * C, TOGETHER * per * size * C, words(dout, kc)
-            if line * CACHE_LINE > size * cols:
-                soon, gap, step, lines = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE * TOGETHER
-            multiply_tile(
-                address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, ADD if k > 0 else WRITE, edge,
-                soon, gap, step, lines,
-            )  # fmt: skip
+            goes = lines_of_tile(dinp, row + i, col, cols) if last else NONE
+            also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
+            line, half = i // MR // per * CACHE_LINE, i // MR % per
+            if line <= size * cols:
+                soon = address(weight) + size * ((next_k + half) * C + next_col) + line
+                then = soon, per * size * C, TOGETHER * per * size * C, words(dout, kc)
+            else:
+                then = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE * TOGETHER
+            mode, ahead = ADD if k > 0 else WRITE, (goes, also, then)
+            multiply_tile(address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, mode, edge, ahead)
             if last:
                 _finish_dinp(dinp, pre_gelu, tile, edge[:TILE], row + i, col, some, cols)
 
@@ -217,10 +215,9 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
             c, a = address(dweight) + 4 * ((first + i) * C + col), address(packed) + 4 * i * total
             # The tile that is written next: its lines come from memory.
             soon = c + 4 * MR * C if i + MR < rows else address(dweight) + 4 * (first * C + col + NR)
-            multiply_tile(
-                c, C, dout, a, 4, 4 * MR, panel, min(MR, rows - i), cols, total * per_word(dout), ADD if add else WRITE,
-                edge, soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE * TOGETHER,
-            )  # fmt: skip
+            ahead = (soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE * TOGETHER), NONE, NONE
+            some, k_total, mode = min(MR, rows - i), total * per_word(dout), ADD if add else WRITE
+            multiply_tile(c, C, dout, a, 4, 4 * MR, panel, some, cols, k_total, mode, edge, ahead)
 
 
 @inline

@@ -45,7 +45,8 @@ class Isa:
 
     `rows` (MR) × `vectors` (NV) accumulators, plus NV vectors of B and a broadcast, must fit in the
     registers: 24 + 4 of 32 on AVX-512 and NEON, 12 + 3 of 16 on AVX2. `panel_k` (KC) is the depth at
-    which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache.
+    which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache. `ahead`: the inner
+    loop is long enough to hide the instructions that ask for memory ahead.
     """
 
     name: str
@@ -55,12 +56,13 @@ class Isa:
     fused: bool
     bf16: str = ""
     panel_k: int = 768
+    ahead: bool = False
 
 
 # Measured on Zen 4 (dev/LOG.md): 8 × 48 reaches 95–98 % of the FMA peak. 48 divides GPT-2's widths.
 ISAS = (
-    Isa("avx512-bf16", lanes=16, rows=8, vectors=3, fused=True, bf16="llvm.x86.avx512bf16.dpbf16ps.512"),
-    Isa("avx512", lanes=16, rows=8, vectors=3, fused=True),
+    Isa("avx512-bf16", lanes=16, rows=8, vectors=3, fused=True, bf16="llvm.x86.avx512bf16.dpbf16ps.512", ahead=True),
+    Isa("avx512", lanes=16, rows=8, vectors=3, fused=True, ahead=True),
     Isa("avx2", lanes=8, rows=6, vectors=2, fused=True),
     Isa("neon-bf16", lanes=4, rows=8, vectors=3, fused=True, bf16="llvm.aarch64.neon.bfdot.v4f32.v8bf16"),
     Isa("neon", lanes=4, rows=8, vectors=3, fused=True),
@@ -160,16 +162,39 @@ def _high_half(bd: ir.IRBuilder, words: ir.Value) -> ir.Value:
     return bd.bitcast(bd.and_(bd.bitcast(words, INTEGERS), mask), VECTOR)
 
 
-def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, write: int = 0, locality: int = 3) -> None:
+def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, locality: int = 3) -> None:
     fn = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     call = cgutils.get_or_insert_function(bd.module, fn, "llvm.prefetch.p0")
-    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(write), I32(locality), I32(1)])
+    bd.call(call, [bd.bitcast(pointer, I8.as_pointer()), I32(0), I32(locality), I32(1)])
 
 
 WRITE, ADD = 0, 1  # what the microkernel does to C
+LISTS = 3  # of cache lines that it asks for
 TOGETHER = 8  # rows whose lines it asks for in turn
 CACHE_LINE = 64  # bytes
 IN_L2 = 2  # the prefetch hint that leaves L1 alone
+
+
+def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> Callable[[ir.Value], None]:
+    """What step k of a loop does to ask for the k-th line of several lists, see `microkernel`."""
+    starts, end = [], I64(0)
+    for _, _, _, lines in lists:
+        starts.append(end)
+        end = bd.add(end, lines)
+
+    def ask(k: ir.Value) -> None:
+        base, gap, step, line = nothing, I64(0), I64(0), I64(0)
+        within = bd.icmp_signed("<", k, end)
+        for start, (soon, its_gap, its_step, _) in reversed(list(zip(starts[1:] + [end], lists, strict=True))):
+            here = bd.icmp_signed("<", k, start)
+            base, gap, step = (bd.select(here, x, y) for x, y in ((soon, base), (its_gap, gap), (its_step, step)))
+        for start in starts:
+            line = bd.select(bd.icmp_signed("<", k, start), line, bd.sub(k, start))
+        line = bd.select(within, line, I64(0))
+        down, along = bd.mul(bd.and_(line, I64(TOGETHER - 1)), gap), bd.mul(bd.udiv(line, I64(TOGETHER)), step)
+        _prefetch(bd, _at(bd, bd.add(base, bd.add(down, along)), I8), locality=IN_L2)
+
+    return ask if HOST.ahead else lambda k: None
 
 
 def _tile_loop(
@@ -182,10 +207,7 @@ def _tile_loop(
     b: ir.Value,
     rs_b: ir.Value,
     words: ir.Value,
-    soon: ir.Value,
-    gap: ir.Value,
-    step: ir.Value,
-    count: ir.Value,
+    ahead: Callable[[ir.Value], None],
 ) -> list[list[ir.Value]]:
     """The loop over k; leaves the builder behind it and returns the MR × nv accumulators."""
     rows = [_at(bd, bd.add(a, bd.mul(rs_a, I64(i))), I8) for i in range(MR)]
@@ -197,9 +219,7 @@ def _tile_loop(
         phi.add_incoming(start, entry)
     tile = [[bd.phi(VECTOR) for _ in range(nv)] for _ in range(MR)]
     vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
-    line = bd.select(bd.icmp_signed("<", k, count), k, I64(0))
-    down, along = bd.mul(bd.and_(line, I64(TOGETHER - 1)), gap), bd.mul(bd.udiv(line, I64(TOGETHER)), step)
-    _prefetch(bd, _at(bd, bd.add(soon, bd.add(down, along)), I8), locality=IN_L2)
+    ahead(k)
     sums = []
     for i in range(MR):
         scalar = bd.load(bd.bitcast(bd.gep(rows[i], [offset_a]), F32.as_pointer()))
@@ -233,10 +253,7 @@ def microkernel(
     rs_c: Any,
     words: Any,
     mode: Any,
-    soon: Any,
-    gap: Any,
-    step: Any,
-    count: Any,
+    ahead: Any,
 ) -> Any:
     """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1.
 
@@ -246,15 +263,18 @@ def microkernel(
     addresses; rs_a and cs_a strides in bytes, so that A may be rows, columns or packed; rs_b and rs_c in
     words. C is float32.
 
-    Step k < count also asks for the cache line at soon + (k mod TOGETHER)·gap + (k div TOGETHER)·step, into L2:
-    what is needed next would otherwise be waited for. Strides in bytes; (b, 0, 0, 0) asks for nothing.
+    `ahead` holds lists of cache lines (soon, gap, step, lines): line n is at soon + (n mod TOGETHER)·gap +
+    (n div TOGETHER)·step, in bytes. Every step asks for one of them, into L2: what is needed next would be waited
+    for, and asking for all at once would hold up the loads of B.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
-    signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64)
+    signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, ahead)
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, mode, soon, gap, step, count = args
+        _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, mode, ahead = args
+        lists = [[bd.extract_value(ahead, (i, j)) for j in range(4)] for i in range(LISTS)]
+        ask = _asker(bd, lists, b)
         b, c = _at(bd, b), _at(bd, c)
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
         adding = bd.icmp_signed("==", mode, I64(ADD))
@@ -268,7 +288,7 @@ def microkernel(
             block = bd.append_basic_block(f"tile{n}")
             choice.add_case(I64(n), block)
             bd.position_at_end(block)
-            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words, soon, gap, step, count)
+            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words, ask)
             plus, write = bd.append_basic_block("plus"), bd.append_basic_block("write")
             bd.cbranch(adding, plus, write)
             bd.position_at_end(plus)
@@ -376,17 +396,6 @@ def bits_to_float(typingctx: Any, x: Any) -> Any:
         return bd.bitcast(args[0], F32)
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def prefetch_to_write(typingctx: Any, where: Any) -> Any:
-    """Ask for the cache line at an address, to be written soon."""
-
-    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        _prefetch(bd, _at(bd, args[0], I8), write=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 def _copier(count: int) -> Any:
