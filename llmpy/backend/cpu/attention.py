@@ -81,30 +81,31 @@ def _whole_words(like, count):
 def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale):
     """p := e^(scale·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
 
-    Loops run over whole tiles: a constant length, and what is not yet or never there is selected away.
+    Loops run over whole tiles, a constant length: what is above the diagonal counts as −∞.
     """
     for i in range(rows):
         valid = row + i + 1 - first_key
         line, weight = s[i], p[i]
-        highest = top[i]
-        for j in range(TILE_K):
-            line[j] = line[j] * scale if j < valid else MINUS_INFINITY
-            highest = maximum(highest, line[j])
-        if valid <= 0:
+        if valid < TILE_K:
             for j in range(TILE_K):
-                weight[j] = 0
-            continue
-        shrink = exp(top[i] - highest)
+                line[j] = line[j] if j < valid else MINUS_INFINITY
+        highest = MINUS_INFINITY
+        for j in range(TILE_K):
+            highest = maximum(highest, line[j])
+        highest = maximum(top[i], highest * scale)
         summed = np.float32(0)
         for j in range(TILE_K):
-            e = exp(line[j] - highest)
+            e = exp(line[j] * scale - highest)
             weight[j] = to(weight, e)
             summed += e
-        total[i] = total[i] * shrink + summed
-        top[i] = highest
-        acc = sums[i * HS : (i + 1) * HS]
-        for c in range(HS):
-            acc[c] *= shrink
+        if highest != top[i]:
+            shrink = exp(top[i] - highest)
+            total[i] *= shrink
+            acc = sums[i * HS : (i + 1) * HS]
+            for c in range(HS):
+                acc[c] *= shrink
+            top[i] = highest
+        total[i] += summed
 
 
 @inline

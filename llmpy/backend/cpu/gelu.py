@@ -18,11 +18,11 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693359375)  # few bits: n·LN2_HIGH is exact
 LN2_LOW = np.float32(-2.12194440e-4)
 MAGIC = np.float32(12582912.0)  # 1.5·2²³: adding it rounds to an integer, which its low bits then hold
-HIGHEST = np.float32(88.722839)  # ln of the largest float32
+HIGHEST = np.float32(88.02969)  # ln 2¹²⁷: a power of two whose exponent still fits
 LOWEST = np.float32(-87.336544)  # ln of the smallest normal one; below it e^x is 0 here
 # e^r ≈ 1 + r + Σ c_i·r^i for |r| ≤ ln2/2: weighted least squares, relative error 5e-9 before rounding.
 C2, C3, C4, C5, C6 = (np.float32(c) for c in (0.49999985, 0.16666488, 0.0416699, 0.008371934, 0.0013750102))
-ONE, ZERO, INFINITY = np.float32(1), np.float32(0), np.float32(np.inf)
+ONE, ZERO = np.float32(1), np.float32(0)
 
 BLOCK = 1 << 14  # elements of one item
 SQRT_2_OVER_PI = np.float32(0.7978845608028654)
@@ -31,7 +31,7 @@ CUBIC = np.float32(0.044715)
 
 @exact
 def exp(x):
-    """e^x in float32, within 2 ulp; 0 below the normal range; infinity and NaN as IEEE has them.
+    """e^x in float32 for x ≤ HIGHEST, within 2 ulp; 0 below the normal range; NaN stays NaN.
 
     x = n·ln2 + r;  e^x = 2ⁿ·e^r, and 2ⁿ is made by writing n into the exponent bits.
     """
@@ -44,28 +44,28 @@ def exp(x):
     p = fma(p, r, C2)
     p = fma(p, r, ONE)
     p = fma(p, r, ONE)
-    # 2ⁿ in two factors: n reaches 128, which a single exponent field cannot hold.
-    bits = float_to_bits(t)
-    half = bits >> np.int32(1)
-    e = p * bits_to_float((half << np.int32(23)) + np.int32(0x3F800000))
-    e = e * bits_to_float(((bits - half) << np.int32(23)) + np.int32(0x3F800000))
-    e = ZERO if x < LOWEST else e
-    return INFINITY if x > HIGHEST else e
+    e = p * bits_to_float((float_to_bits(t) << np.int32(23)) + np.int32(0x3F800000))
+    return ZERO if x < LOWEST else e
+
+
+@exact
+def _logistic_divisor(u):
+    """1 + e^(−2u); for u so low that it would overflow, a number beyond any use."""
+    x = np.float32(-2) * u
+    return ONE + exp(HIGHEST if x > HIGHEST else x)
 
 
 @exact
 def gelu(x):
     """GELU(x), float32."""
-    u = SQRT_2_OVER_PI * fma(CUBIC * x * x, x, x)
-    return x / (ONE + exp(np.float32(-2) * u))
+    return x / _logistic_divisor(SQRT_2_OVER_PI * fma(CUBIC * x * x, x, x))
 
 
 @exact
 def gelu_gradient(x):
     """GELU′(x), float32."""
     square = x * x
-    u = SQRT_2_OVER_PI * fma(CUBIC * square, x, x)
-    s = ONE / (ONE + exp(np.float32(-2) * u))
+    s = ONE / _logistic_divisor(SQRT_2_OVER_PI * fma(CUBIC * square, x, x))
     return s + x * s * (ONE - s) * np.float32(2) * SQRT_2_OVER_PI * fma(np.float32(3) * CUBIC, square, ONE)
 
 
