@@ -19,6 +19,12 @@ from . import narrow as narrow_
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 NO_BIAS = np.empty(0, np.float32)  # "no array", for kernels that have one signature
 CLASSIFIER_ROWS = 512  # rows whose logits exist at one time
+# Kernels that decoding needs: some of training's, and its own, which training does not wait for.
+DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode"}
+DECODING = DECODING_ALONE | {
+    "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
+    "narrow",
+}  # fmt: skip
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -232,6 +238,11 @@ class CPU:
         a, b, c = (self.empty(peak.STREAM, FLOAT32) for _ in range(3))
         return peak.measure_bandwidth(self.threads, a, b, c)
 
+    def measure_reading(self) -> float:
+        """GB/s of reading far more than the caches hold on all threads of this backend, measured now."""
+        a = self.empty(peak.STREAM, FLOAT32)
+        return peak.measure_reading(self.threads, self._partials(peak.STREAM // peak.READ_BLOCK), a)
+
     def version_info(self) -> dict[str, str]:
         """What a run's record should say about the code that computed it."""
         import llvmlite
@@ -247,9 +258,13 @@ class CPU:
             "numpy": np.__version__,
         }
 
-    def warm_up(self, say: Callable[[str], None]) -> None:
-        """Compile or load every kernel, by running each on the smallest arrays; says what has to be compiled."""
-        calls = _smallest_calls(self)
+    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
+        """Compile or load the kernels of training, or of `decoding`, by running each on the smallest arrays.
+
+        Says what has to be compiled.
+        """
+        calls = [(name, call) for name, call in _smallest_calls(self) if name in DECODING or not decoding]
+        calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
         missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
         if missing:
             again = "once" if jit.CACHE_FOLDER else "at every start: there is no folder to keep them (LLMPY_CACHE_DIR)"
