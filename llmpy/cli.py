@@ -226,7 +226,7 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
     else:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
     if typing.get_origin(kind) is tuple:
-        several = {"action": "append"} if told["each"] else {"nargs": "+", "action": "extend"}
+        several: dict[str, Any] = {"action": "append"} if told["each"] else {"nargs": "+", "action": "extend"}
         parser.add_argument(flag(field), type=typing.get_args(kind)[0], **several, **settings)
     elif field.name == "run":
         parser.add_argument("run", type=kind, help=settings["help"], metavar=settings["metavar"])

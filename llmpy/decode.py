@@ -9,7 +9,7 @@ by the same sums in the same order: they are equal to the bit to those of `GPT2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,8 @@ class Decoder:
 
     def __init__(self, model: GPT2, B: int, S: int, pack: bool = True) -> None:
         self.model, self.ops, self.length = model, model.ops, S
-        self.matrices, self.multiply = model.weights, model.ops.linear_forward
+        self.matrices = model.weights
+        self.multiply: Callable[..., None] = model.ops.linear_forward
         self.cache = Arena(CACHE(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values
         self.positions = np.zeros(B, np.int32)  # where the next token of each slot goes
         self._to_pack = pack
@@ -64,7 +65,10 @@ class Decoder:
         """Copy the matrices of the model as they are now; from here on products read the copy."""
         ops, w = self.ops, self.model.weights
         self._to_pack = False
-        self.matrices, self.multiply = Arena(PACKED(self.model.config, ops), ops.empty, ops.dtype), ops.packed_linear_forward
+        self.matrices, self.multiply = (
+            Arena(PACKED(self.model.config, ops), ops.empty, ops.dtype),
+            ops.packed_linear_forward,
+        )
         ops.pack(self.matrices.wte, w.wte)
         for name in ("attn_qkv_w", "attn_proj_w", "mlp_fc_w", "mlp_proj_w"):
             for packed, weight in zip(getattr(self.matrices, name), getattr(w, name), strict=True):

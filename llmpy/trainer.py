@@ -173,9 +173,7 @@ class Trainer:
         stream = TextStream(feed.tokenizer.decode if feed.tokenizer else token_ids)
         coin = Xorshift64Star(SAMPLE_SEED)
         # Packed matrices would take memory that training needs; a sample is soon done without.
-        tokens = generate(
-            self.model, feed.prompt, o.sample_tokens, o.sequence_length, coin, SAMPLE_CHOICE, pack=False
-        )
+        tokens = generate(self.model, feed.prompt, o.sample_tokens, o.sequence_length, coin, SAMPLE_CHOICE, pack=False)
         going = itertools.takewhile(lambda _: not self.stop_signal, tokens)
         text = feed.opening + "".join(map(stream.feed, going)) + stream.finish()
         self.journal.say(f"--- sample at step {self.done}")

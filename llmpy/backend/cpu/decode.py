@@ -109,7 +109,9 @@ def multiply_rows(
                 broadcast = _splat(bd, scalar)
                 after += [multiply(bd, broadcast, vectors[j], before[i * n + j]) for j in range(n)]
             next_k, next_b = bd.add(k, I64(1)), bd.gep(row_b, [rs_b])
-            for phi, first, then in zip((k, row_b, *before), (I64(0), b, *start), (next_k, next_b, *after), strict=True):
+            for phi, first, then in zip(
+                (k, row_b, *before), (I64(0), b, *start), (next_k, next_b, *after), strict=True
+            ):
                 phi.add_incoming(first, block)
                 phi.add_incoming(then, loop)
             bd.cbranch(bd.icmp_signed("<", next_k, words), loop, end)
@@ -218,8 +220,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     NH, HS = cache.shape[1], cache.shape[4]
     row, h = item // NH, item % NH
     keys, values, t = cache[slots[row], h, 0], cache[slots[row], h, 1], positions[row]
-    C, col, per = NH * HS, h * HS, per_word(qkv)
-    size, scale = 4 // per, np.float32(1.0 / math.sqrt(HS))
+    C, col, scale = NH * HS, h * HS, np.float32(1.0 / math.sqrt(HS))
     mine = scratch[worker]
     panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
     s, mine = mine[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
@@ -230,7 +231,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
         keys[t, c] = qkv[row, C + col + c]
         values[t, c] = qkv[row, 2 * C + col + c]
         sums[c] = ZERO
-    q = typed(query, qkv)[: words(qkv, HS) * per]  # a copy, so that half a word at its end meets a zero
+    q = typed(query, qkv)[: words(qkv, HS) * per_word(qkv)]  # a copy, so that half a word at its end meets a zero
     q[HS - 1 :] = 0
     for c in range(HS):
         q[c] = qkv[row, col + c]
