@@ -65,10 +65,8 @@ class Decoder:
         """Copy the matrices of the model as they are now; from here on products read the copy."""
         ops, w = self.ops, self.model.weights
         self._to_pack = False
-        self.matrices, self.multiply = (
-            Arena(PACKED(self.model.config, ops), ops.empty, ops.dtype),
-            ops.packed_linear_forward,
-        )
+        self.matrices = Arena(PACKED(self.model.config, ops), ops.empty, ops.dtype)
+        self.multiply = ops.packed_linear_forward
         ops.pack(self.matrices.wte, w.wte)
         for name in ("attn_qkv_w", "attn_proj_w", "mlp_fc_w", "mlp_proj_w"):
             for packed, weight in zip(getattr(self.matrices, name), getattr(w, name), strict=True):

@@ -390,7 +390,13 @@ def test_what_cannot_be_asked(options: dict[str, object], said: str) -> None:
 
 def test_prompts_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[SampleOptions] = []
-    monkeypatch.setattr(cli, "sample", lambda o: asked.append(o) or 0)
+
+    def take(options: SampleOptions) -> int:
+        """Take."""
+        asked.append(options)
+        return 0
+
+    monkeypatch.setattr(cli, "sample", take)
     assert cli.main(["sample", "--prompt", "a", "--prompt", "b", "RUN", "--stop", ".", "--no-cache"]) == 0
     assert asked == [SampleOptions(Path("RUN"), prompt=("a", "b"), stop=(".",), cache=False)]
 
