@@ -58,6 +58,7 @@ class Decoder:
         self.cache = Arena(CACHE(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values
         self.positions = np.zeros(B, np.int32)  # where the next token of each slot goes
         self._to_pack = pack
+        self._layers = self._by_layer()
         self._rooms: dict[Any, Any] = {}
         self._rows: dict[int, Arena] = {}
 
@@ -71,6 +72,18 @@ class Decoder:
         for name in ("attn_qkv_w", "attn_proj_w", "mlp_fc_w", "mlp_proj_w"):
             for packed, weight in zip(getattr(self.matrices, name), getattr(w, name), strict=True):
                 ops.pack(packed, weight)
+        self._layers = self._by_layer()
+
+    def _by_layer(self) -> list[tuple[Any, ...]]:
+        """Of each layer: its cache, and what each of its steps reads. Looked up once: a token has 100 steps."""
+        p, k = self.model.params, self.matrices
+        pairs = (
+            (p.ln_1_w, p.ln_1_b), (k.attn_qkv_w, p.attn_qkv_b), (k.attn_proj_w, p.attn_proj_b),
+            (p.ln_2_w, p.ln_2_b), (k.mlp_fc_w, p.mlp_fc_b), (k.mlp_proj_w, p.mlp_proj_b),
+        )  # fmt: skip
+        return [
+            (self.cache[l], *((weight[l], bias[l]) for weight, bias in pairs)) for l in range(self.model.config.layers)
+        ]
 
     def prefill(self, slot: int, text: Sequence[int]) -> np.ndarray:
         """Begin a slot anew with a text of 1 … S tokens; the logits (V,) of what follows it."""
@@ -97,25 +110,24 @@ class Decoder:
 
     def _forward(self, a: Arena, tokens: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> Arena:
         """As `GPT2.forward`, for a row of each text and with the cache as what came before."""
-        ops, p, w, k, L = self.ops, self.model.params, self.model.weights, self.matrices, self.model.config.layers
-        multiply = self.multiply
+        ops, p, w, multiply = self.ops, self.model.params, self.model.weights, self.multiply
         resid, resid_mid, ln_1, ln_2 = (at(x, 0) for x in (a.resid, a.resid_mid, a.ln_1, a.ln_2))
         qkv, attn_out, mlp_fc, mlp_gelu = (at(x, 0) for x in (a.qkv, a.attn_out, a.mlp_fc, a.mlp_gelu))
-        stats = at(a.ln_1_mean, 0), at(a.ln_1_rstd, 0)
+        stats, branch = (at(a.ln_1_mean, 0), at(a.ln_1_rstd, 0)), a.branch
         for i, t in enumerate(positions):
             ops.embedding_forward(resid[i : i + 1], tokens[i : i + 1], w.wte, w.wpe[t:])
-        for l in range(L):
+        for l, (cache, ln_1_p, qkv_p, proj_p, ln_2_p, fc_p, mlp_proj_p) in enumerate(self._layers):
             if l == 0:
-                ops.layernorm_forward(ln_1, *stats, resid, p.ln_1_w[0], p.ln_1_b[0])
+                ops.layernorm_forward(ln_1, *stats, resid, *ln_1_p)
             else:
-                ops.residual_layernorm_forward(resid, ln_1, *stats, resid_mid, a.branch, p.ln_1_w[l], p.ln_1_b[l])
-            multiply(qkv, ln_1, k.attn_qkv_w[l], p.attn_qkv_b[l])
-            ops.attention_decode(attn_out, self.cache[l], qkv, slots, positions)
-            multiply(a.branch, attn_out, k.attn_proj_w[l], p.attn_proj_b[l])
-            ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, a.branch, p.ln_2_w[l], p.ln_2_b[l])
-            multiply(mlp_gelu, ln_2, k.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=mlp_fc)
-            multiply(a.branch, mlp_gelu, k.mlp_proj_w[l], p.mlp_proj_b[l])
-        ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, resid_mid, a.branch, p.ln_f_w, p.ln_f_b)
+                ops.residual_layernorm_forward(resid, ln_1, *stats, resid_mid, branch, *ln_1_p)
+            multiply(qkv, ln_1, *qkv_p)
+            ops.attention_decode(attn_out, cache, qkv, slots, positions)
+            multiply(branch, attn_out, *proj_p)
+            ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, branch, *ln_2_p)
+            multiply(mlp_gelu, ln_2, *fc_p, pre_gelu=mlp_fc)
+            multiply(branch, mlp_gelu, *mlp_proj_p)
+        ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, resid_mid, branch, p.ln_f_w, p.ln_f_b)
         return a
 
     def _logits(self, rows: Any) -> np.ndarray:

@@ -283,7 +283,7 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 def _rows(x: np.ndarray) -> np.ndarray:
     """(…, C) → (rows, C), as `_bits`."""
-    return _bits(x.reshape(-1, x.shape[-1]))
+    return _bits(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 
 def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
