@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import LlmpyError
 from .journal import silence
-from .options import BenchOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, flag
+from .options import BenchOptions, DecodeOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, flag
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 a value, a file or the machine does not serve; 2 no such option or verb, or it lacks a "
@@ -70,6 +70,15 @@ def bench_ops(options: OpsOptions) -> int:
     from .bench.ops import bench_ops, table
 
     numbers = bench_ops(options)
+    print(json.dumps(numbers) if options.json else table(numbers))
+    return 0
+
+
+def bench_decode(options: DecodeOptions) -> int:
+    """Time generation against what memory and multiply-adds allow."""
+    from .bench.decode import bench_decode, table
+
+    numbers = bench_decode(options)
     print(json.dumps(numbers) if options.json else table(numbers))
     return 0
 
@@ -184,6 +193,7 @@ def build_parser() -> Parser:
     whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
     add_verb(whats, "step", bench, BenchOptions)
     add_verb(whats, "ops", bench_ops, OpsOptions)
+    add_verb(whats, "decode", bench_decode, DecodeOptions)
     add_verb(whats, "peers", bench_peers, PeersOptions)
     return parser
 
@@ -216,7 +226,8 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
     else:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
     if typing.get_origin(kind) is tuple:
-        parser.add_argument(flag(field), nargs="+", action="extend", type=typing.get_args(kind)[0], **settings)
+        several: dict[str, Any] = {"action": "append"} if told["each"] else {"nargs": "+", "action": "extend"}
+        parser.add_argument(flag(field), type=typing.get_args(kind)[0], **several, **settings)
     elif field.name == "run":
         parser.add_argument("run", type=kind, help=settings["help"], metavar=settings["metavar"])
     else:

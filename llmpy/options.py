@@ -20,9 +20,14 @@ DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart fro
 BUILTIN_PROMPT = "If the"  # without a blank: words carry theirs in front
 
 
-def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
-    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings."""
-    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar}
+def option(
+    default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "", each: bool = False
+) -> Any:
+    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings.
+
+    Of a tuple's values a flag takes all that follow it, or with `each` one, and may come again.
+    """
+    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "each": each}
     return field(default=default, metadata=told)
 
 
@@ -120,19 +125,54 @@ class SampleOptions:
     """`llmpy sample RUN`."""
 
     run: Path = option(Path(), "folder of a run", metavar="RUN")
-    prompt: str = option("", "text to continue (default: the start of a text)")
+    prompt: tuple[str, ...] | None = option(
+        None, "text to continue (default: the start of a text); give it again for further texts", each=True
+    )
+    prompts_file: Path | None = option(None, "file of further prompts, one a line", metavar="FILE")
     tokens: int = option(200, "tokens to add")
     temperature: float = option(0.5, "0: always the likeliest token; 1: as the model has it")
     top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
-    seed: int = option(1337, "seed of the choices")
+    top_p: float = option(1.0, "choose among the fewest that together have this probability")
+    min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely")
+    stop: tuple[str, ...] | None = option(
+        None, "end before this text; give it again for further ones (default: at --tokens alone)", each=True
+    )
+    seed: int = option(1337, "seed of the choices; the second text has the next one, and so on")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    cache: bool = option(True, "keep keys and values; without, the same text comes, slower")
+    json: bool = option(False, "print one JSON object, with tokens and their log-probabilities")
 
     def __post_init__(self) -> None:
         known(self, "dtype", DTYPES)
         positive(self, "tokens", "seed", "threads")  # from seed 0 the generator would only draw zeros
-        not_negative(self, "temperature", "top_k")
+        positive(self, "top_p", "repetition_penalty")
+        not_negative(self, "temperature", "top_k", "min_p")
         below(self, "seed", 1 << 64)
+        for name in ("top_p", "min_p"):
+            if getattr(self, name) > 1:
+                raise _refusal(name, getattr(self, name), "use a number from 0 to 1")
+        if "" in (self.stop or ()):
+            raise _refusal("stop", "''", "name a text of at least one character")
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """`llmpy bench decode`."""
+
+    model: str = option("gpt2", "size, as in train")
+    batch_size: int = option(1, "texts side by side", "-B")
+    prompt_tokens: int = option(32, "tokens of each text before decoding begins")
+    tokens: int = option(64, "tokens to decode and time")
+    prefill: int = option(512, "tokens of a prefill to time against the peak of multiply-adds")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "prompt_tokens", "tokens", "prefill", "threads")
+        known(self, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)

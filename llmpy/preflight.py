@@ -2,7 +2,7 @@
 
 memory = wide · 4 · parameters: they, their gradients, m and v
          + activations of training (without what backward computes again), backward's scratch, and activations
-           of sampling: each tensor wide or stored, as its table says
+           and cache of sampling: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
          + the program itself
          with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
@@ -20,6 +20,7 @@ import psutil
 from .arena import Tensor
 from .backend import Ops
 from .config import ModelConfig
+from .decode import CACHE, PREFILL
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from .options import TrainOptions
@@ -39,8 +40,8 @@ class Machine(Ops, Protocol):
     def measure_peak(self) -> float:
         """GFLOP/s of multiply-adds in its dtype over all threads, measured now (about 0.2 s)."""
 
-    def warm_up(self, say: Callable[[str], None]) -> None:
-        """Compile every kernel that is not cached, telling what is being done and how far it is."""
+    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
+        """Compile the kernels of training, or of decoding, that are not cached, telling what is being done."""
 
     def version_info(self) -> dict[str, str]:
         """Versions of what computes, for the run's records."""
@@ -147,7 +148,7 @@ def memory_needed(config: ModelConfig, B: int, T: int, machine: Ops) -> int:
     parameters = sum(t.size for t in PARAMS(config))
     matrices = sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0
     training = size(ACTS(config, B, T, True, RECOMPUTE)) + size(SCRATCH(config, B, T, mixed))
-    sampling = size(ACTS(config, 1, T, False))
+    sampling = size(PREFILL(config, T)) + size(CACHE(config, 1, T))
     logits = min(LOGITS_ROWS, B * T) * config.padded_vocab_size
     return wide * 4 * parameters + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
 

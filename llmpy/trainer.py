@@ -24,7 +24,7 @@ from .data.loader import Loader
 from .data.prepare import Dataset, prepare
 from .durable import write_whole
 from .errors import LlmpyError
-from .generate import TextStream, encode_prompt, generate
+from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
 from .init import initialise
 from .journal import Journal
@@ -36,7 +36,7 @@ from .runfolder import MODEL_FILE, RunFolder
 from .schedule import horizon, learning_rate
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
-SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.5, 50  # as `llmpy sample` has them
+SAMPLE_CHOICE = Choice(temperature=0.5, top_k=50)  # as `llmpy sample` has them
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
 WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at most 50 steps
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in
@@ -172,15 +172,8 @@ class Trainer:
         o, feed = self.options, self.feed
         stream = TextStream(feed.tokenizer.decode if feed.tokenizer else token_ids)
         coin = Xorshift64Star(SAMPLE_SEED)
-        tokens = generate(
-            self.model,
-            feed.prompt,
-            o.sample_tokens,
-            o.sequence_length,
-            coin,
-            SAMPLE_TEMPERATURE,
-            SAMPLE_TOP_K,
-        )
+        # Packed matrices would take memory that training needs; a sample is soon done without.
+        tokens = generate(self.model, feed.prompt, o.sample_tokens, o.sequence_length, coin, SAMPLE_CHOICE, pack=False)
         going = itertools.takewhile(lambda _: not self.stop_signal, tokens)
         text = feed.opening + "".join(map(stream.feed, going)) + stream.finish()
         self.journal.say(f"--- sample at step {self.done}")

@@ -26,7 +26,7 @@ class Laptop(Reference):
     def measure_peak(self) -> float:
         return 10.0
 
-    def warm_up(self, say: Callable[[str], None]) -> None:
+    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
         self.warmed += 1
         say("compiling nothing")
 

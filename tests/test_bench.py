@@ -19,12 +19,16 @@ from laptop import Laptop
 from llmpy import bench, cli
 from llmpy.backend import Ops, load
 from llmpy.backend.cpu import peak
+from llmpy.bench import decode, step
 from llmpy.bench import ops as bench_ops_module
-from llmpy.bench import step
+from llmpy.bench.decode import bench_decode, prefill_flops
 from llmpy.bench.ops import BENCH, BUILD, FLOPS, Case, Draw, bench_ops, moved_bytes
 from llmpy.bench.step import bench_step, table
+from llmpy.config import ModelConfig
 from llmpy.errors import LlmpyError
-from llmpy.options import BenchOptions, OpsOptions, spelled
+from llmpy.gpt2 import GPT2
+from llmpy.init import initialise
+from llmpy.options import BenchOptions, DecodeOptions, OpsOptions, spelled
 
 # What acceptance checks read, and what was added to it.
 CONTRACT = {"median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb"}
@@ -37,6 +41,9 @@ class Meter(Laptop):
 
     def measure_bandwidth(self) -> float:
         return 20.0
+
+    def measure_reading(self) -> float:
+        return 16.0
 
 
 def test_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +132,8 @@ def test_columns() -> None:
 
 def operations() -> set[str]:
     """What the seam does with arrays."""
-    return {n for n, f in vars(Ops).items() if inspect.isfunction(f) and not n.startswith("_")} - {"empty", "to_host"}
+    memory = {"empty", "to_host", "packed_size"}
+    return {n for n, f in vars(Ops).items() if inspect.isfunction(f) and not n.startswith("_")} - memory
 
 
 def test_every_operation_of_the_seam_has_cases() -> None:
@@ -216,3 +224,47 @@ def test_the_stream_is_the_triad(threads: int) -> None:
     peak.triad(threads, a, b, c, np.float32(0.5))
     np.testing.assert_allclose(a, b + np.float32(0.5) * c, rtol=1e-6, atol=1e-6)
     assert peak.measure_bandwidth(threads, a, b, c, seconds=0.0) > 0
+
+
+def test_reading_is_the_sum() -> None:
+    load("cpu", threads=2)
+    a = np.random.default_rng(0).standard_normal(peak.READ_BLOCK + 7, np.float32)
+    sink = np.full(2, np.nan, np.float32)
+    peak.read(2, sink, a)
+    np.testing.assert_allclose(sink, [a[: peak.READ_BLOCK].sum(), a[peak.READ_BLOCK :].sum()], rtol=1e-3, atol=1e-3)
+    assert peak.measure_reading(2, sink, a, seconds=0.0) > 0
+
+
+def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(decode, "time_first_token", lambda *_: 900.0)
+    options = DecodeOptions("d1", batch_size=2, prompt_tokens=3, tokens=3, prefill=5)
+    numbers = bench_decode(options, Meter())
+    config = ModelConfig.from_dial("d1")
+    assert numbers["weights_mb"] * 1e6 == 4 * config.matrix_parameters
+    assert numbers["tokens_per_s"] == pytest.approx(2e3 / numbers["ms_a_token"])
+    assert numbers["weights_gb_s"] == pytest.approx(numbers["weights_mb"] / numbers["ms_a_token"])
+    assert numbers["share_of_bandwidth"] == pytest.approx(numbers["weights_gb_s"] / 16)
+    assert numbers["prefill_share_of_peak"] == pytest.approx(prefill_flops(config, 5) / numbers["prefill_ms"] / 1e7)
+    assert (numbers["triad_gb_s"], numbers["ms_to_first_token"], len(numbers["token_ms"])) == (20.0, 900.0, 3)
+    monkeypatch.setattr(decode, "bench_decode", lambda _: numbers)
+    assert cli.main(["bench", "decode", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == numbers
+    assert cli.main(["bench", "decode"]) == 0
+    assert "share of reading" in capsys.readouterr().out
+    with pytest.raises(LlmpyError, match="--tokens: a text of 1036 tokens is longer than the model's context of 1024"):
+        bench_decode(DecodeOptions("d1", tokens=1000), Meter())
+
+
+def test_the_first_token_comes_from_another_process(tmp_path: Path) -> None:
+    """The age of a process that loads kernels and a model, and speaks."""
+    ops = load("cpu", threads=1)
+    model = GPT2(ModelConfig(1, 1, 16, 128, 300), ops)
+    initialise(model.params, model.config)
+    assert 50 < decode.time_first_token(model, DecodeOptions(prompt_tokens=3), "float32") < 60_000
+    with pytest.raises(LlmpyError, match="failed: llmpy.errors.LlmpyError: unknown dtype 'int8'"):
+        decode.time_first_token(model, DecodeOptions(), "int8")
+
+
+def test_flops_of_a_prefill() -> None:
+    config = ModelConfig(layers=2, heads=1, channels=8, context=16, vocab_size=128)
+    assert prefill_flops(config, 5) == 2 * 5 * 2 * 12 * 64 + 2 * 128 * 8 + 2 * 2 * 2 * 8 * 25 // 2

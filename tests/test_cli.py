@@ -45,7 +45,7 @@ def test_names_that_acceptance_checks_use(told: list[Any]) -> None:
         )
     ]  # fmt: skip
     cli.main(["sample", "RUN", "--prompt", "a b", "--temperature", "0", "--top-k", "3", "--seed", "9"])
-    assert told[1] == SampleOptions(Path("RUN"), prompt="a b", temperature=0.0, top_k=3, seed=9)
+    assert told[1] == SampleOptions(Path("RUN"), prompt=("a b",), temperature=0.0, top_k=3, seed=9)
     cli.main(["bench", "step", "--model", "gpt2", "-B", "4", "-T", "64", "--dtype", "float32", "--json"])
     assert told[2] == BenchOptions("gpt2", 4, 64, dtype="float32", json=True)
 

@@ -101,7 +101,7 @@ def test_it_learns_and_the_result_can_be_sampled(options: Options, tmp_path: Pat
     losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
     assert losses[-1] < 0.6 * losses[0]
     out: list[str] = []
-    sample(SampleOptions(tmp_path / "run", prompt="the cat", tokens=20, top_k=5), out.append, Laptop())
+    sample(SampleOptions(tmp_path / "run", prompt=("the cat",), tokens=20, top_k=5), out.append, Laptop())
     assert set("".join(out)[7:].split()) & set(WORDS)
 
 

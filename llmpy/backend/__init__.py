@@ -121,6 +121,28 @@ class Ops(Protocol):
     def attention_backward(self, dqkv: Array, dout: Array, qkv: Array, out: Array, stats: Array) -> None:
         """dqkv (B, T, 3C) := gradient, recomputing probabilities from stats."""
 
+    def packed_size(self, OC: int, C: int) -> int:
+        """Elements (dtype) of a packed weight (OC, C)."""
+
+    def pack(self, packed: Array, weight: Array) -> None:
+        """packed (packed_size,) dtype := weight (OC, C) in the order in which few rows are fastest multiplied by it."""
+
+    def packed_linear_forward(
+        self, out: Array, inp: Array, packed: Array, bias: Array | None, pre_gelu: Array | None = None
+    ) -> None:
+        """`linear_forward`, to the bit, with the weight as `pack` left it; for few rows, at the speed of memory."""
+
+    def cache_fill(self, cache: Array, qkv: Array) -> None:
+        """cache (B, NH, 2, S, HS), keys and values by head: positions 0 … T−1 := those of qkv (B, T, 3C); T ≤ S."""
+
+    def attention_decode(self, out: Array, cache: Array, qkv: Array, slots: Array, positions: Array) -> None:
+        """out (B, C) := causal self-attention of one query a sequence, as `attention_forward` has it, to the bit.
+
+        qkv (B, 3C) is position t = positions[b] < S of the sequence in cache[slots[b]]; slots and positions (B,) are
+        int32, no slot twice. cache (≥B, NH, 2, S, HS): position t := the key and value of qkv; then the query sees
+        positions 0 … t, which must have been written.
+        """
+
     def classifier(
         self,
         losses: Array,

@@ -218,6 +218,40 @@ class Reference:
         dk[...] = ds.swapaxes(2, 3) @ q
         dv[...] = p.swapaxes(2, 3) @ do
 
+    # Decoding: the same with one position at a time; a packed weight is the weight
+
+    def packed_size(self, OC: int, C: int) -> int:
+        return OC * C
+
+    def pack(self, packed: np.ndarray, weight: np.ndarray) -> None:
+        packed[...] = weight.reshape(-1)
+
+    def packed_linear_forward(
+        self,
+        out: np.ndarray,
+        inp: np.ndarray,
+        packed: np.ndarray,
+        bias: np.ndarray | None,
+        pre_gelu: np.ndarray | None = None,
+    ) -> None:
+        self.linear_forward(out, inp, packed.reshape(out.shape[-1], inp.shape[-1]), bias, pre_gelu)
+
+    def cache_fill(self, cache: np.ndarray, qkv: np.ndarray) -> None:
+        B, NH, _, _, HS = cache.shape
+        qkv = qkv.reshape(B, -1, 3, NH, HS)
+        cache[:, :, :, : qkv.shape[1]] = qkv[:, :, 1:].transpose(0, 3, 2, 1, 4)
+
+    def attention_decode(
+        self, out: np.ndarray, cache: np.ndarray, qkv: np.ndarray, slots: np.ndarray, positions: np.ndarray
+    ) -> None:
+        NH, HS = cache.shape[1], cache.shape[4]
+        for line, row, slot, t in zip(rows(out), rows(qkv), slots, positions, strict=True):
+            q, k, v = row.reshape(3, NH, HS)
+            cache[slot, :, 0, t], cache[slot, :, 1, t] = k, v
+            keys, values = cache[slot, :, 0, : t + 1], cache[slot, :, 1, : t + 1]
+            _, e, total = exponentials((keys @ q[:, :, None])[:, :, 0] / math.sqrt(HS))
+            line[...] = ((e / total)[:, None] @ values).reshape(-1)
+
     # Classifier: logits = inp·wteᵀ,  loss = −log softmax(logits)[target],  dlogits = scale·(p − onehot)
 
     def classifier(

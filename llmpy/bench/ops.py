@@ -95,6 +95,10 @@ BENCH: dict[str, list[Case]] = {
     "global_norm": FLAT,
     "narrow": FLAT,
     "zero": FLAT,
+    "pack": [Case(C=i, OC=o) for i, o in SHAPES],
+    "packed_linear_forward": [Case(B, C=i, OC=o) for B in (1, 8) for i, o in SHAPES],
+    "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
+    "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)],
 }
 # Σ over the products of an operation; causal attention has half of T² scores.
 FLOPS: dict[str, Callable[[Case], int]] = {
@@ -238,6 +242,28 @@ def zero(c: Case, d: Draw) -> Args:
     return {"x": d.wide(c.n)}
 
 
+def pack(c: Case, d: Draw) -> Args:
+    return {"packed": d.stored(d.ops.packed_size(c.OC, c.C)), "weight": d.stored(c.OC, c.C)}
+
+
+def packed_linear_forward(c: Case, d: Draw) -> Args:
+    plain, ready = linear_forward(c, d), pack(c, d)
+    d.ops.pack(*ready.values())
+    given = {"out": plain["out"], "inp": plain["inp"], "packed": ready["packed"]}
+    return {**given, "bias": plain["bias"], "pre_gelu": plain["pre_gelu"]}
+
+
+def cache_fill(c: Case, d: Draw) -> Args:
+    return {"cache": d.stored(c.B, c.NH, 2, c.T, c.C // c.NH), "qkv": d.stored(c.B, c.T, 3 * c.C)}
+
+
+def attention_decode(c: Case, d: Draw) -> Args:
+    """The last of T positions."""
+    cache = d.stored(c.B, c.NH, 2, c.T, c.C // c.NH)
+    where = {"slots": np.arange(c.B, dtype=np.int32), "positions": np.full(c.B, c.T - 1, np.int32)}
+    return {"out": d.stored(c.B, c.C), "cache": cache, "qkv": d.stored(c.B, 3 * c.C), **where}
+
+
 # Of each operation: how to draw its arguments, in the seam's order, and which of them it writes.
 BUILD: dict[str, tuple[Callable[[Case, Draw], Args], str]] = {
     "embedding_forward": (embedding_forward, "out"),
@@ -255,6 +281,10 @@ BUILD: dict[str, tuple[Callable[[Case, Draw], Args], str]] = {
     "global_norm": (global_norm, ""),
     "narrow": (narrow, "out"),
     "zero": (zero, "x"),
+    "pack": (pack, "packed"),
+    "packed_linear_forward": (packed_linear_forward, "out pre_gelu"),
+    "cache_fill": (cache_fill, "cache"),
+    "attention_decode": (attention_decode, "out"),
 }
 
 

@@ -13,12 +13,18 @@ import psutil
 
 from ...errors import LlmpyError
 from . import adamw as adamw_
-from . import attention, cross_entropy, embedding, gelu, global_norm, jit, layernorm, linear, peak, simd
+from . import attention, cross_entropy, decode, embedding, gelu, global_norm, jit, layernorm, linear, peak, simd
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 NO_BIAS = np.empty(0, np.float32)  # "no array", for kernels that have one signature
 CLASSIFIER_ROWS = 512  # rows whose logits exist at one time
+# Kernels that decoding needs: some of training's, and its own, which training does not wait for.
+DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode"}
+DECODING = DECODING_ALONE | {
+    "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
+    "narrow",
+}  # fmt: skip
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -65,6 +71,7 @@ class CPU:
         self._packed = self.empty(0, FLOAT32)
         self._sums = self.empty(0, FLOAT32)
         self._logits = self.empty(0, self.dtype)
+        self._decode_scratch = self.empty((self.threads, decode.LINEAR_SCRATCH), FLOAT32)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """Uninitialised memory that begins on a cache line."""
@@ -162,6 +169,30 @@ class CPU:
         scratch = self._attention(stats.shape[2], out.shape[1] // stats.shape[1])
         attention.attention_backward(self.threads, _rows(dqkv), _rows(dout), _rows(qkv), out, stats, scratch)
 
+    def packed_size(self, OC: int, C: int) -> int:
+        per = 4 // self.dtype.itemsize
+        return decode.packed_words(OC, C, per) * per
+
+    def pack(self, packed: Any, weight: Any) -> None:
+        decode.pack(self.threads, _bits(packed), _bits(weight))
+
+    def packed_linear_forward(self, out: Any, inp: Any, packed: Any, bias: Any, pre_gelu: Any = None) -> None:
+        pre_gelu = self._none_2 if pre_gelu is None else _rows(pre_gelu)
+        inputs = _rows(inp), _bits(packed), NO_BIAS if bias is None else bias
+        decode.packed_linear_forward(self.threads, _rows(out), pre_gelu, *inputs, self._decode_scratch)
+
+    def cache_fill(self, cache: Any, qkv: Any) -> None:
+        B, NH, _, _, HS = cache.shape
+        qkv = _bits(qkv).reshape(B, -1, 3, NH, HS)
+        _bits(cache)[:, :, :, : qkv.shape[1]] = qkv[:, :, 1:].transpose(0, 3, 2, 1, 4)
+
+    def attention_decode(self, out: Any, cache: Any, qkv: Any, slots: Any, positions: Any) -> None:
+        size = decode.attention_scratch(cache.shape[4])
+        if self._decode_scratch.shape[1] < size:
+            self._decode_scratch = self.empty((self.threads, size), FLOAT32)
+        rows = _rows(out), _bits(cache), _rows(qkv), slots, positions
+        decode.attention_decode(self.threads, *rows, self._decode_scratch)
+
     def classifier(
         self, losses: Any, dinp: Any, dwte: Any, inp: Any, wte: Any, targets: Any, vocab_size: int, scale: float,
         accumulate: bool,
@@ -207,6 +238,11 @@ class CPU:
         a, b, c = (self.empty(peak.STREAM, FLOAT32) for _ in range(3))
         return peak.measure_bandwidth(self.threads, a, b, c)
 
+    def measure_reading(self) -> float:
+        """GB/s of reading far more than the caches hold on all threads of this backend, measured now."""
+        a = self.empty(peak.STREAM, FLOAT32)
+        return peak.measure_reading(self.threads, self._partials(peak.STREAM // peak.READ_BLOCK), a)
+
     def version_info(self) -> dict[str, str]:
         """What a run's record should say about the code that computed it."""
         import llvmlite
@@ -222,9 +258,13 @@ class CPU:
             "numpy": np.__version__,
         }
 
-    def warm_up(self, say: Callable[[str], None]) -> None:
-        """Compile or load every kernel, by running each on the smallest arrays; says what has to be compiled."""
-        calls = _smallest_calls(self)
+    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
+        """Compile or load the kernels of training, or of `decoding`, by running each on the smallest arrays.
+
+        Says what has to be compiled.
+        """
+        calls = [(name, call) for name, call in _smallest_calls(self) if name in DECODING or not decoding]
+        calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
         missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
         if missing:
             again = "once" if jit.CACHE_FOLDER else "at every start: there is no folder to keep them (LLMPY_CACHE_DIR)"
@@ -243,7 +283,7 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 def _rows(x: np.ndarray) -> np.ndarray:
     """(…, C) → (rows, C), as `_bits`."""
-    return _bits(x.reshape(-1, x.shape[-1]))
+    return _bits(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 
 def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
@@ -282,6 +322,12 @@ def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
         ("adamw", lambda: ops.adamw(w(1), w(1), w(1), w(1), 0.0, 0.9, 0.99, 1e-8, 0.0, 1.0, 1, a(1))),
         ("global_norm", lambda: ops.global_norm(w(1))),
         ("multiply_adds", lambda: ops.measure_peak(0.0)),
+    ]
+    cache, row = a(1, 1, 2, 1, 1), np.zeros(1, np.int32)
+    calls += [
+        ("pack", lambda: ops.pack(a(ops.packed_size(1, 1)), a(1, 1))),
+        ("packed_linear_forward", lambda: ops.packed_linear_forward(a(1, 1), a(1, 1), a(ops.packed_size(1, 1)), None)),
+        ("attention_decode", lambda: ops.attention_decode(a(1, 1), cache, a(1, 3), row, row)),
     ]
     if ops.dtype != ops.wide:
         calls.append(("narrow", lambda: ops.narrow(a(1), w(1))))

@@ -4,6 +4,8 @@ The stream is McCalpin's triad  a := b + s·c  on arrays well beyond the last-le
 an element: b and c are read, and a line of a is read before it is overwritten (write-allocate), then written
 back. A CPU that recognises whole-line writes (some Arm) saves that read; its bandwidth is then overstated
 by up to a third.
+
+What only reads, as decoding does, is bounded by a stream that only reads:  Σ a.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ def measure(threads: int, like: np.ndarray, sink: np.ndarray, seconds: float = 0
 STREAM = 32 << 20  # elements of each array: 3 × 128 MiB, beyond the caches of nearly every machine
 STREAM_BYTES = 16  # moved for each element, write-allocate included
 STREAM_BLOCK = 1 << 15  # elements of one item: 128 KiB of each array
+READ_BLOCK = 1 << 18  # 1 MiB
 
 
 @inline
@@ -119,4 +122,32 @@ def measure_bandwidth(threads: int, a: np.ndarray, b: np.ndarray, c: np.ndarray,
         start = time.perf_counter()
         triad(threads, a, b, c, s)
         rates.append(STREAM_BYTES * a.size / (time.perf_counter() - start) / 1e9)
+    return float(np.median(rates))
+
+
+@inline
+def _read_item(worker, item, sink, a):
+    part = a[item * READ_BLOCK : min((item + 1) * READ_BLOCK, a.shape[0])]
+    total = np.float32(0)
+    for i in range(part.shape[0]):
+        total += part[i]
+    sink[item] = total
+
+
+@kernel
+def read(threads, sink, a):
+    """sink (≥ ceil(n/READ_BLOCK),) float32 := the sums of the blocks of a float32 (n,)."""
+    fork(_read_item, threads, (a.shape[0] + READ_BLOCK - 1) // READ_BLOCK, (sink, a))
+
+
+def measure_reading(threads: int, sink: np.ndarray, a: np.ndarray, seconds: float = 0.3) -> float:
+    """GB/s (10⁹ bytes) of reading a float32 (STREAM,) on `threads` threads: the median pass of `seconds`."""
+    a.fill(1)  # touches every page
+    read(threads, sink, a)  # compiles, or loads what was compiled
+    rates: list[float] = []
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(rates) < 3:
+        start = time.perf_counter()
+        read(threads, sink, a)
+        rates.append(a.nbytes / (time.perf_counter() - start) / 1e9)
     return float(np.median(rates))

@@ -1,0 +1,271 @@
+"""What decoding adds: products of few rows with packed weights, and attention of one query over a cache.
+
+    packed    weight (OC, C) → panels of NR outputs, a panel (words, width) as `gemm` packs it, one after another
+    linear    out (BT, OC) := inp · weightᵀ + bias, or GELU of that; each panel is streamed once for all rows
+    attention one query a sequence meets keys and values 0 … t of its cache, tile by tile as in training
+
+Memory-bound: a token costs one pass through all weights. Packed they are one stream, which a core follows at full
+bandwidth; as they lie, turning them in registers took as long as reading them (dev/LOG.md).
+
+Every sum is taken in the order of the training kernels: along k, from zero, cut at KC, then added; softmax
+by the same tiles. So a row has the same bits here, in a whole forward pass, and beside any other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .attention import MINUS_INFINITY, TILE_K, _softmax_tile
+from .gelu import gelu
+from .gemm import depth, pack_rows, pack_transposed, panel_width, words, write_tile
+from .jit import fork, inline, intrinsic, kernel
+from .simd import (
+    BF16,
+    F32,
+    I8,
+    I64,
+    LANES,
+    MR,
+    NR,
+    NV,
+    VECTOR,
+    _at,
+    _dot_add,
+    _load,
+    _multiply_add,
+    _splat,
+    _store,
+    address,
+    f32,
+    get_half,
+    per_word,
+    to,
+    typed,
+)
+
+ZERO = np.float32(0)
+TILE = MR * NR
+LINEAR_SCRATCH = 2 * TILE + MR  # floats for each thread
+
+
+def attention_scratch(HS: int) -> int:
+    """Floats that each thread needs for heads of HS."""
+    return NR * max(HS, TILE_K) + 2 * TILE_K + NR + 2 * HS + 3
+
+
+def packed_words(OC: int, C: int, per: int) -> int:
+    """Words of a packed weight (OC, C) with `per` elements in a word: OC rounded up to whole vectors."""
+    return -(-OC // LANES) * LANES * -(-C // per)
+
+
+@intrinsic
+def multiply_rows(
+    typingctx: Any,
+    like: Any,
+    rows: Any,
+    nv: Any,
+    c: Any,
+    rs_c: Any,
+    a: Any,
+    rs_a: Any,
+    b: Any,
+    rs_b: Any,
+    words: Any,
+) -> Any:
+    """C (rows, nv·LANES) += A (rows, words) · B (words, nv·LANES), each sum going on where C stands.
+
+    1 ≤ rows ≤ MR, 1 ≤ nv ≤ NV, words ≥ 1. a, b and c are addresses; rs_a in bytes, rs_b and rs_c in words. C is
+    float32, `like` any array of the operands' type, as in `simd.microkernel`.
+    """
+    i64 = types.int64
+    multiply = _dot_add if like.dtype == BF16 else _multiply_add
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _, rows, nv, c, rs_c, a, rs_a, b, rs_b, words = args
+        a, b, c = _at(bd, a, I8), _at(bd, b), _at(bd, c)
+        finish = bd.append_basic_block("finish")
+        choice = bd.switch(bd.add(bd.mul(rows, I64(NV + 1)), nv), finish)
+        for m, n in ((m, n) for m in range(1, MR + 1) for n in range(1, NV + 1)):
+            block, loop, end = (bd.append_basic_block(f"{name}{m}x{n}") for name in ("tile", "k", "done"))
+            choice.add_case(I64(m * (NV + 1) + n), block)
+            bd.position_at_end(block)
+            rows_a = [bd.bitcast(bd.gep(a, [bd.mul(rs_a, I64(i))]), F32.as_pointer()) for i in range(m)]
+            rows_c = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(m)]
+            start = [_load(bd, rows_c[i], I64(LANES * j)) for i in range(m) for j in range(n)]
+            bd.branch(loop)
+            bd.position_at_end(loop)
+            k, row_b = bd.phi(I64), bd.phi(F32.as_pointer())
+            before = [bd.phi(VECTOR) for _ in start]
+            vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(n)]
+            after = []
+            for i in range(m):
+                scalar = bd.load(bd.gep(rows_a[i], [k]))
+                scalar.align = 2
+                broadcast = _splat(bd, scalar)
+                after += [multiply(bd, broadcast, vectors[j], before[i * n + j]) for j in range(n)]
+            next_k, next_b = bd.add(k, I64(1)), bd.gep(row_b, [rs_b])
+            for phi, first, then in zip(
+                (k, row_b, *before), (I64(0), b, *start), (next_k, next_b, *after), strict=True
+            ):
+                phi.add_incoming(first, block)
+                phi.add_incoming(then, loop)
+            bd.cbranch(bd.icmp_signed("<", next_k, words), loop, end)
+            bd.position_at_end(end)
+            for i in range(m):
+                for j in range(n):
+                    _store(bd, after[i * n + j], rows_c[i], I64(LANES * j))
+            bd.branch(finish)
+        bd.position_at_end(finish)
+        return context.get_dummy_value()
+
+    return types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64), codegen
+
+
+def as_words(array):
+    """A flat array of stored numbers as float32 words: the inverse of `simd.typed`."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(as_words)
+def _as_words(array):
+    if array.dtype == BF16:
+        return lambda array: array.view(np.float32)
+    return lambda array: array
+
+
+@inline
+def _pack_item(worker, item, packed, weight):
+    OC, C = weight.shape
+    col = item * NR
+    pack_transposed(as_words(packed)[col * words(weight, C) :], weight, col, 0, C, min(NR, OC - col))
+
+
+@kernel
+def pack(
+    threads,  # int
+    packed,   # (2·packed_words,) or (packed_words,) :=
+    weight,   # (OC, C)
+):  # fmt: skip
+    fork(_pack_item, threads, (weight.shape[0] + NR - 1) // NR, (packed, weight))
+
+
+@inline
+def _linear_item(worker, item, out, pre_gelu, inp, packed, bias, scratch):
+    BT, C = inp.shape
+    OC = out.shape[1]
+    col = item * NR
+    cols, total, per = min(NR, OC - col), words(inp, C), per_word(inp)
+    width, size = panel_width(cols), 4 // per
+    panel = address(packed) + 4 * col * total
+    sums, part, last = scratch[worker, :TILE], scratch[worker, TILE : 2 * TILE], scratch[worker, 2 * TILE :]
+    for row in range(0, BT, MR):
+        rows = min(MR, BT - row)
+        for i in range(rows):
+            for j in range(NR):
+                sums[i * width + j] = ZERO
+            if bias.size > 0:
+                for j in range(cols):
+                    sums[i * width + j] = bias[col + j]
+        for k in range(0, C, depth(inp)):
+            kc = min(depth(inp), C - k)
+            whole = kc // per
+            a, b = address(inp) + size * (row * C + k), panel + 4 * width * (k // per)
+            part[: rows * NR] = ZERO
+            if whole > 0:
+                multiply_rows(inp, rows, width // LANES, address(part), width, a, size * C, b, width, whole)
+            if whole * per < kc:  # half a word: what follows it in memory belongs to someone else
+                for i in range(rows):
+                    last[i] = get_half(a + i * size * C + 4 * whole)
+                b += 4 * width * whole
+                multiply_rows(inp, rows, width // LANES, address(part), width, address(last), 4, b, width, 1)
+            for i in range(rows * width):
+                sums[i] += part[i]
+        for i in range(rows):
+            tile = sums[i * width : i * width + NR]
+            if pre_gelu.size > 0:
+                write_tile(pre_gelu, row + i, col, tile, 1, cols)
+                for j in range(NR):  # a constant length: whole vectors, whatever follows the row
+                    part[j] = gelu(f32(to(pre_gelu, tile[j])))
+                tile = part
+            write_tile(out, row + i, col, tile, 1, cols)
+
+
+@kernel
+def packed_linear_forward(
+    threads,   # int
+    out,       # (BT, OC) :=
+    pre_gelu,  # (BT, OC) :=, or (0, 0) for none
+    inp,       # (BT, C)
+    packed,    # weight (OC, C), from `pack`
+    bias,      # (OC,) f32, or (0,) for none
+    scratch,   # (threads, ≥ LINEAR_SCRATCH) f32
+):  # fmt: skip
+    fork(_linear_item, threads, (out.shape[1] + NR - 1) // NR, (out, pre_gelu, inp, packed, bias, scratch))
+
+
+@inline
+def _multiply_row(like, c, a, panel, cols, depth):
+    """c (cols) += a (depth) · panel (words, width of cols).  c and a: addresses."""
+    width = panel_width(cols)
+    multiply_rows(like, 1, width // LANES, c, 0, a, 0, address(panel), width, words(like, depth))
+
+
+@inline
+def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
+    NH, HS = cache.shape[1], cache.shape[4]
+    row, h = item // NH, item % NH
+    keys, values, t = cache[slots[row], h, 0], cache[slots[row], h, 1], positions[row]
+    C, col, scale = NH * HS, h * HS, np.float32(1.0 / math.sqrt(HS))
+    mine = scratch[worker]
+    panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
+    s, mine = mine[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
+    p, mine = typed(mine[:TILE_K], qkv)[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
+    top, total, part, mine = mine[:1], mine[1:2], mine[2 : 2 + NR], mine[2 + NR :]
+    sums, query = mine[:HS], mine[HS : 2 * HS + 1]
+    for c in range(HS):
+        keys[t, c] = qkv[row, C + col + c]
+        values[t, c] = qkv[row, 2 * C + col + c]
+        sums[c] = ZERO
+    q = typed(query, qkv)[: words(qkv, HS) * per_word(qkv)]  # a copy, so that half a word at its end meets a zero
+    q[HS - 1 :] = 0
+    for c in range(HS):
+        q[c] = qkv[row, col + c]
+    top[0] = MINUS_INFINITY
+    total[0] = ZERO
+    for k in range(0, t + 1, TILE_K):
+        n = min(TILE_K, t + 1 - k)
+        s[0, :] = ZERO
+        for j in range(0, n, NR):
+            cols = min(NR, keys.shape[0] - k - j)  # later keys too: whole vectors, and softmax leaves them out
+            pack_transposed(panel, keys, k + j, 0, HS, cols)
+            _multiply_row(qkv, address(s) + 4 * j, address(q), panel, cols, HS)
+        _softmax_tile(s, p, sums, top, total, t, k, 1, HS, scale)
+        for c in range(0, HS, NR):
+            cols = min(NR, HS - c)
+            pack_rows(panel, values, k, c, n, cols)
+            part[:] = ZERO
+            _multiply_row(qkv, address(part), address(p), panel, cols, n)
+            for j in range(cols):
+                sums[c + j] += part[j]
+    inverse = np.float32(1) / total[0]
+    line = out[row, col : col + HS]
+    for c in range(HS):
+        line[c] = to(line, sums[c] * inverse)
+
+
+@kernel
+def attention_decode(
+    threads,    # int
+    out,        # (B, C) :=
+    cache,      # (≥B, NH, 2, S, HS) keys and values; position t of each slot :=
+    qkv,        # (B, 3C)
+    slots,      # (B,) i32, the sequence of each row
+    positions,  # (B,) i32, t < S
+    scratch,    # (threads, ≥ attention_scratch) f32
+):  # fmt: skip
+    fork(_attention_item, threads, out.shape[0] * cache.shape[1], (out, cache, qkv, slots, positions, scratch))
