@@ -34,10 +34,11 @@ from llmpy.bench import columns
 SHAPE = (256, 768, 3072)  # BT, C, OC: the first product of the MLP in GPT-2 124M, four rows of 64 tokens
 PYTHON_ROWS = 2  # rows of out that rung 0 computes; all 256 would take minutes
 BUDGET, REPEATS = 0.5, 5  # seconds of repetitions for each rung, and at least so many
-BLOCK_K, BLOCK_COLS = 32, 768  # rung 3: 96 KiB of the weight, in L2; the fastest of 16 … 256 by 48 … 1536
+BLOCK_K, BLOCK_COLS = 32, 768  # rung 3: 96 KiB of the weight, in L2; as fast as any of 16 … 256 by 48 … 1536
 
 
 def loops_in_python(out: list, inp: list, weight: list) -> None:
+    """Lists of lists of floats; every number is an object."""
     for t in range(len(out)):
         for o in range(len(weight)):
             total = 0.0
@@ -48,6 +49,7 @@ def loops_in_python(out: list, inp: list, weight: list) -> None:
 
 @numba.njit
 def loops_compiled(out, inp, weight):
+    """Each sum is one chain of additions, in order: vectors would change the order, so LLVM may not use them."""
     for t in range(out.shape[0]):
         for o in range(out.shape[1]):
             total = np.float32(0)
@@ -58,6 +60,7 @@ def loops_compiled(out, inp, weight):
 
 @numba.njit
 def columns_innermost(out, inp, weight_t):
+    """The same sums in the same order, but side by side: neighbouring columns fill the lanes of a vector."""
     for t in range(out.shape[0]):
         row = out[t]
         row[:] = 0
@@ -69,6 +72,7 @@ def columns_innermost(out, inp, weight_t):
 
 @numba.njit
 def blocked_for_caches(out, inp, weight_t):
+    """A block of the weight meets all rows before the next one is read; sums still travel to L1 and back."""
     out[:] = 0
     for o in range(0, out.shape[1], BLOCK_COLS):
         for k in range(0, inp.shape[1], BLOCK_K):
@@ -82,6 +86,7 @@ def blocked_for_caches(out, inp, weight_t):
 
 @kernel
 def tile_in_registers(out, inp, weight_t):
+    """MR × NR sums stay in registers for the whole of C. The weight is read in pieces of NR, a row apart."""
     BT, C = inp.shape
     OC = out.shape[1]
     for o in range(0, OC, NR):
@@ -94,6 +99,7 @@ def tile_in_registers(out, inp, weight_t):
 
 @kernel
 def packed_panels(out, inp, weight, panel, edge):
+    """The pieces, turned and put one after another, so that they come as one stream from L2."""
     BT, C = inp.shape
     OC = out.shape[1]
     for col in range(0, OC, NR):
@@ -191,7 +197,7 @@ def check(rung: Rung, p: Problem, written: Any) -> float:
 
     A sum of n products in float32, in whatever order, is within (n + 1)·2⁻²⁴·Σ|inp·weight| of the exact one (Higham,
     Accuracy and Stability of Numerical Algorithms, §3.1); a number stored as bfloat16 is within 2⁻⁸ of itself.
-    GELU is x·s(u): the rounding of u and of e^u, weighed by s′·u and s, which stay below 1, costs no more than 2⁻²¹·|x|.
+    GELU is x·s(u): the roundings of u and e^u, weighed by s′·u and s, which stay below 1, cost at most 2⁻²¹·|x|.
     """
     inp, weight, bias = (x.astype(np.float64) for x in (p.inp[: rung.rows], p.weight, p.bias * rung.finished))
     rounding = 2.0**-8 if rung.dtype == "bfloat16" else 2.0**-24
