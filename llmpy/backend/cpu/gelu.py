@@ -22,7 +22,7 @@ HIGHEST = np.float32(88.02969)  # ln 2¹²⁷: a power of two whose exponent sti
 LOWEST = np.float32(-87.336544)  # ln of the smallest normal one; below it e^x is 0 here
 # e^r ≈ 1 + r + Σ c_i·r^i for |r| ≤ ln2/2: weighted least squares, relative error 5e-9 before rounding.
 C2, C3, C4, C5, C6 = (np.float32(c) for c in (0.49999985, 0.16666488, 0.0416699, 0.008371934, 0.0013750102))
-ONE, ZERO = np.float32(1), np.float32(0)
+ONE, ZERO, INFINITY = np.float32(1), np.float32(0), np.float32(np.inf)
 
 BLOCK = 1 << 14  # elements of one item
 SQRT_2_OVER_PI = np.float32(0.7978845608028654)
@@ -50,9 +50,9 @@ def exp(x):
 
 @exact
 def _logistic_divisor(u):
-    """1 + e^(−2u); for u so low that it would overflow, a number beyond any use."""
+    """1 + e^(−2u), infinity where `exp` does not reach."""
     x = np.float32(-2) * u
-    return ONE + exp(HIGHEST if x > HIGHEST else x)
+    return INFINITY if x > HIGHEST else ONE + exp(x)
 
 
 @exact
