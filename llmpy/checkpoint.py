@@ -134,7 +134,7 @@ def load_state(path: Path, table: Sequence[Tensor], m: np.ndarray, v: np.ndarray
             for t in table:
                 flat[offset : offset + t.size] = file.get_tensor(f"{letter}.{t.name}").reshape(-1)
                 offset += t.size
-        others = [name for name in file.keys() if not name.startswith(("m.", "v."))]  # noqa: SIM118: not a dict
+        others = [name for name in file.keys() if not name.startswith(("m.", "v."))]  # noqa: SIM118 (it is no dict)
         return {name: file.get_tensor(name) for name in others}
 
 

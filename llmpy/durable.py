@@ -26,7 +26,7 @@ PAGE = 4096  # what direct input and output wants addresses and lengths to be mu
 
 def write(handle: int, data: np.ndarray) -> None:
     """All of `data`, uint8 (n,), at the file's place."""
-    left = memoryview(data)
+    left = data.data
     while left:
         left = left[os.write(handle, left) :]
 
@@ -121,7 +121,7 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
 
     def put(stretch: np.ndarray) -> None:
         write(handle, stretch)
-        sums.append(zlib.crc32(stretch))
+        sums.append(zlib.crc32(stretch.data))
 
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | direct, 0o666)
     try:
@@ -140,7 +140,7 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
                     put(gathered)
                     held = 0
         if held:
-            sums.append(zlib.crc32(gathered[:held]))
+            sums.append(zlib.crc32(gathered[:held].data))
             write(handle, gathered[: -(-held // PAGE) * PAGE])  # whole pages, cut to the size below
             os.ftruncate(handle, size)
         sync(handle)

@@ -53,7 +53,9 @@ def _by_layer(arena: Arena | None, layers: int, backwards: bool = False) -> Iter
 
 def _activations(arena: Arena, layers: int) -> Iterator[tuple[str, int | None, Any]]:
     """Name, layer and values in the order of forward; of those kept for one layer, with the last."""
-    per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and t.name not in ("resid_out", "branch", "ln_f")]
+    per_layer = [
+        (t.name, x) for t, x in arena.items() if len(t.shape) > 1 and t.name not in ("resid_out", "branch", "ln_f")
+    ]
     order = ("resid", "ln_1", "ln_1_mean", "ln_1_rstd", "qkv", "attn_stats", "attn_out", "resid_mid")
     per_layer.sort(key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     for l in range(layers):
