@@ -41,6 +41,7 @@ class Keeper:
         self.every, self.keep, self.keep_every = every, keep, keep_every
         self.last: int | None = None  # step of the newest checkpoint that is whole
         self._next: int | None = None  # step from which one is due
+        self._tried = 0  # step of the last attempt
         self._thread: threading.Thread | None = None
         self._fault: OSError | None = None
         size = model.params.size
@@ -74,7 +75,7 @@ class Keeper:
         params[...] = host(self.model.params.buffer)
         moments[:size] = host(self.optimizer.m)
         moments[size:] = host(self.optimizer.v)
-        self._next = (step // self.every + 1) * self.every
+        self._tried, self._next = step, (step // self.every + 1) * self.every
         arguments = step, state, self._files(params, [moments], position)
         self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
@@ -121,8 +122,7 @@ class Keeper:
         self._thread = None
         if self._fault is not None:
             fault, self._fault = self._fault, None
-            assert self._next is not None
-            self._next -= self.every - max(1, self.every // RETRIES_AN_INTERVAL)
+            self._next = self._tried + max(1, self.every // RETRIES_AN_INTERVAL)
             kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
             self.journal.say(
                 f"warning: cannot write a checkpoint: {fault.strerror or fault}; {kept}; the run goes on, and will try "
@@ -138,7 +138,8 @@ class Keeper:
 
     def _write(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:
         """The checkpoint, then the model of the run as another name of its file, then older ones go."""
-        self.journal.sync()
+        with contextlib.suppress(OSError):  # a log that is lost, of which the user was warned, must not cost the model
+            self.journal.sync()
         written = checkpoint.write(self.folder, step, state, files)
         self.last = step
         self._publish(written)

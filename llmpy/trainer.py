@@ -136,7 +136,10 @@ class Trainer:
                         self._save()
                 self.journal.end_progress()
                 try:
+                    self._check_finite()
                     self.keeper.finish(self.done, *self._state())
+                except Diverged:
+                    raise
                 except LlmpyError as fault:
                     unsaved = fault
                 self.evaluate()
@@ -276,9 +279,12 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint of now; training waits for a copy only. Raises Diverged if it would not be finite."""
+        self._check_finite()
+        self.keeper.save(self.done, *self._state())
+
+    def _check_finite(self) -> None:
         if not self.keeper.finite():
             raise self._diverged("a parameter or moment is no longer finite")
-        self.keeper.save(self.done, *self._state())
 
     def _state(self) -> tuple[dict[str, Any], Any]:
         """All that a run needs to go on beside parameters and moments: as JSON, and the place in the data."""
@@ -370,6 +376,7 @@ class Trainer:
             os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
     def _diverged(self, what: str) -> Diverged:
+        self.keeper.close()
         last = self.keeper.last
         kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
         again = "" if last is None else f", and go on from it: llmpy train --resume {self.folder} --lr …"

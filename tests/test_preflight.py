@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from laptop import Laptop
 
@@ -11,7 +9,7 @@ from llmpy.config import ModelConfig
 from llmpy.errors import LlmpyError
 from llmpy.gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from llmpy.options import TrainOptions
-from llmpy.preflight import PROGRAM_BYTES, Preflight, duration, inspect, memory_needed
+from llmpy.preflight import PROGRAM_BYTES, Preflight, check_memory, duration, inspect, memory_needed
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
 
@@ -60,9 +58,9 @@ def test_time_is_estimated_from_the_peak() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     plan = flight(steps=1)
-    replace(plan, available=plan.memory).check_memory()
+    check_memory(plan.options, plan.config, plan.machine, plan.memory)
     with pytest.raises(LlmpyError, match=r"needs about .* smaller -B, -T or --model"):
-        replace(plan, available=plan.memory - 1).check_memory()
+        check_memory(plan.options, plan.config, plan.machine, plan.memory - 1)
 
 
 def test_durations() -> None:
