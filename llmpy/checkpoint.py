@@ -146,7 +146,9 @@ def write(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str,
     final = folder / f"step-{step:08}"
     making, former = folder / f".{final.name}.tmp", folder / f".{final.name}.old.tmp"
     try:
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
+            durable.sync_folder(folder.parent)
         durable.remove(making)
         making.mkdir()
         sizes = {name: durable.write_stretches(making / name, pieces) for name, pieces in files.items()}

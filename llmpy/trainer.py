@@ -29,7 +29,7 @@ from .config import ModelConfig
 from .data.loader import Loader
 from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
-from .durable import write_whole
+from .durable import sync_folder, write_whole
 from .errors import Diverged, LlmpyError
 from .generate import TextStream, encode_prompt, generate
 from .gpt2 import GPT2
@@ -509,6 +509,8 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
     folder.keep()
+    sync_folder(folder.path)
+    sync_folder(folder.path.absolute().parent)
     return trainer
 
 
@@ -517,7 +519,7 @@ def saved(
 ) -> tuple[TrainOptions, Path | None, dict[str, Any] | None]:
     """The options of a run that is to go on, and its newest checkpoint, if there is one yet: path and manifest.
 
-    Raises LlmpyError if the run is at its end, or if nothing sound is left of it.
+    Raises LlmpyError if nothing sound is left of it.
     """
     path, manifest = checkpoint.newest(folder / CHECKPOINTS, say) or (None, None)
     if manifest is None:
@@ -527,12 +529,12 @@ def saved(
     before = TrainOptions.from_record(manifest["options"])
     now = options.resumed_from(replace(before, dtype=manifest["dtype"]))
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
-    if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
-        raise LlmpyError(
-            f"{folder.path} is at its end: {step} steps in {duration(elapsed)}",
-            "give more --steps or --minutes than that (both count from the beginning of the run)",
-        )
     say(f"going on after step {step}, from {path}")
+    if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
+        say(
+            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or --minutes "
+            "than that: both count from its beginning"
+        )
     for line in changed(replace(before, dtype=manifest["dtype"]), now):
         say(line)
     return now, path, manifest
