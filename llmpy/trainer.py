@@ -532,8 +532,8 @@ def saved(
     say(f"going on after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
         say(
-            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or --minutes "
-            "than that: both count from its beginning"
+            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or "
+            "--minutes than that: both count from its beginning"
         )
     for line in changed(replace(before, dtype=manifest["dtype"]), now):
         say(line)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import mmap
@@ -36,6 +37,7 @@ from laptop import Laptop
 from llmpy import checkpoint, durable, trainer
 from llmpy.data.shards import write_shard
 from llmpy.options import TrainOptions
+from llmpy.runfolder import LOGS
 
 STEPS, EVERY = 12, 3
 OPERATIONS = ("write", "sync", "sync_folder", "replace", "link", "remove")
@@ -46,14 +48,14 @@ FULL_FOR = 6  # operations in a row that fail, in the second run of "full"
 class Shim:
     """Stands before the disk, and acts at operation number `at`."""
 
-    def __init__(self, mode: str, at: int, after: bool, report: mmap.mmap) -> None:
-        self.mode, self.at, self.after, self.report = mode, at, after, report
+    def __init__(self, run: Path, mode: str, at: int, after: bool, report: mmap.mmap) -> None:
+        self.run, self.mode, self.at, self.after, self.report = run, mode, at, after, report
         self.count = 0
         self.true = {name: getattr(durable, name) for name in OPERATIONS}
         self.unsynced: set[str] = set()  # files whose contents are not on the disk
         self.unnamed: set[str] = set()  # files and folders whose name is not
         self.renamed: list[tuple[str, str, str | None]] = []  # from, to, and what had that name
-        self.sizes: dict[str, int] = {}  # logs: bytes on the disk
+        self.sizes: dict[str, int] = {}  # bytes of a file that are on the disk
         self.spare = itertools.count()
         for name in OPERATIONS:
             setattr(durable, name, self.stand_in(name))
@@ -69,10 +71,9 @@ class Shim:
                 self.die()
             if self.mode == "power":
                 self.remember(name, *arguments)
+            if name == "link":  # what the run now takes its model from must be complete, and stay so
+                self.report[4:8] = int(arguments[0].parent.name[5:]).to_bytes(4, "little")
             result = self.true[name](*arguments)
-            if name == "sync_folder" and arguments[0].name == "checkpoints":
-                step = max((int(p.name[5:]) for p in checkpoint.listed(arguments[0])), default=0)
-                self.report[4:8] = step.to_bytes(4, "little")  # complete, from here on
             if number == self.at and self.mode != "full":
                 self.die()
             return result
@@ -88,8 +89,7 @@ class Shim:
                 self.unnamed.add(path)
             else:
                 self.unsynced.discard(path)
-                if Path(path).suffix in (".jsonl", ".log", ".txt"):
-                    self.sizes[path] = os.path.getsize(path)
+                self.sizes[path] = os.path.getsize(path)
         elif name == "sync_folder":
             folder = str(arguments[0].absolute())
             self.unnamed = {p for p in self.unnamed if os.path.dirname(p) != folder}
@@ -121,9 +121,9 @@ class Shim:
                     os.rename(target, source)
                     if saved is not None:
                         os.rename(saved, target)
-            for path, size in self.sizes.items():
+            for path in (str((self.run / name).absolute()) for name in LOGS):
                 with contextlib.suppress(FileNotFoundError):
-                    os.truncate(path, min(size, os.path.getsize(path)))
+                    os.truncate(path, min(self.sizes.get(path, 0), os.path.getsize(path)))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -163,7 +163,14 @@ class Campaign:
         os.environ["CRASH_SPARE"] = str(folder / "spare")
         self.report = mmap.mmap(-1, 8)
         self.reference = folder / "reference"
-        assert wait(child(self.options(self.reference), self.log, lambda: Shim("count", 0, False, self.report))) == 0
+        assert (
+            wait(
+                child(
+                    self.options(self.reference), self.log, lambda: Shim(self.reference, "count", 0, False, self.report)
+                )
+            )
+            == 0
+        )
         self.operations = int.from_bytes(self.report[:4], "little")
         self.expected = self.outcome(self.reference)
 
@@ -174,7 +181,7 @@ class Campaign:
         data = tuple(sorted(self.folder.glob("*.bin")))
         return TrainOptions(
             data=data, out=run, model="d1", vocab_size=300, batch_size=2, sequence_length=8, total_batch=32,
-            steps=STEPS, eval_every=5, eval_batches=1, sample_tokens=2, checkpoint_every=EVERY, lr=1e-2,
+            steps=STEPS, eval_every=5, eval_batches=1, sample_tokens=2, checkpoint_every=EVERY, lr=1e-2, keep=1,
         )  # fmt: skip
 
     def outcome(self, run: Path) -> dict[str, Any]:
@@ -197,14 +204,13 @@ class Campaign:
         shutil.rmtree(run)
 
     def disturbed(self, mode: str, first: int, stride: int) -> Iterator[str]:
+        run = self.folder / "run"
         for at in range(first, self.operations + 1, stride):
             for after in (False, True):
                 what = f"{mode} {'after' if after else 'before'} operation {at} of {self.operations}"
-                run = self.folder / "run"
                 self.report[:8] = bytes(8)
-                code = wait(
-                    child(self.options(run), self.log, lambda at=at, after=after: Shim(mode, at, after, self.report))
-                )
+                shim = functools.partial(Shim, run, mode, at, after, self.report)
+                code = wait(child(self.options(run), self.log, shim))
                 complete = int.from_bytes(self.report[4:8], "little")
                 if mode == "full":
                     assert code in (0, 1), f"{what}: {code}\n{self.log.read_text()[-2000:]}"
