@@ -25,7 +25,17 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import LlmpyError
 from .journal import silence
-from .options import BenchOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, as_yaml, flag, options_of
+from .options import (
+    MEANINGLESS,
+    BenchOptions,
+    OpsOptions,
+    PeersOptions,
+    SampleOptions,
+    TrainOptions,
+    as_yaml,
+    flag,
+    options_of,
+)
 
 EXIT_CODES = (
     "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
@@ -149,11 +159,24 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         parser.print_help()
         return 2
+    arguments, passed = without_meaningless(arguments)
+    if passed:
+        print(f"llmpy: note: {', '.join(passed)} mean nothing here and are passed over", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         found.parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0], found.parser.flags)}")
     given = {f.name: getattr(found, f.name) for f in options_of(found.options) if f.name in found}
     return int(found.verb(found.make({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})))
+
+
+def without_meaningless(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of `llmpy train` without what only llm.c's own program can do, and which those were."""
+    words, passed = list(arguments), list[str]()
+    for i in range(len(words) - 2, 0, -1):
+        if words[0] == "train" and words[i] in MEANINGLESS and words[i + 1].lstrip("-").isdigit():
+            passed.insert(0, words[i])
+            del words[i : i + 2]
+    return words, passed
 
 
 class Parser(argparse.ArgumentParser):

@@ -154,7 +154,7 @@ def stretches_differ(path: Path, size: int, sums: Sequence[int]) -> str:
     found = path.stat().st_size
     if found != size:
         return f"it has {found:,} bytes instead of {size:,}"
-    buffer = bytearray(STRETCH)
+    buffer = bytearray(min(STRETCH, size))
     with path.open("rb", buffering=0) as file:
         for number, expected in enumerate(sums):
             count = file.readinto(buffer)

@@ -219,6 +219,9 @@ class TrainOptions:
         return max(1, tokens // (self.total_batch or self.batch_size * self.sequence_length))
 
 
+# Letters of llm.c about its GPUs, and HellaSwag; each takes a number.
+MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
+
 # How a run is told, no part of what it is; and what cannot change within one.
 TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
 FIXED = ("model", "vocab_size", "seed", "overfit")

@@ -33,7 +33,7 @@ from .options import TrainOptions
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
-PROGRAM_BYTES = 350 << 20  # Python, NumPy, Numba and its compiler after the kernels are made
+PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache; compiling them takes some 200 MB more
 LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
 

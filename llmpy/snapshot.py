@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Keeper:
         self.last: int | None = None  # step of the newest checkpoint that is whole
         self._next: int | None = None  # step from which one is due
         self._tried = 0  # step of the last attempt
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._fault: OSError | None = None
         size = model.params.size
         self._copy = page_aligned(3 * size) if every else None  # parameters, m, v
@@ -77,7 +77,7 @@ class Keeper:
         moments[size:] = host(self.optimizer.v)
         self._tried, self._next = step, (step // self.every + 1) * self.every
         arguments = step, state, self._files(params, [moments], position)
-        self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
+        self._thread = Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def finish(self, step: int, state: dict[str, Any], position: Position) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from laptop import Laptop
+from laptop import AtOnce, Laptop
 from safetensors.numpy import load_file
 
 from llmpy import checkpoint, preflight, snapshot, trainer
@@ -126,6 +126,77 @@ def test_two_runs_are_the_same(options: Options, tmp_path: Path) -> None:
     assert files[0] == files[1]
     trainer.train(options(out=tmp_path / "c", seed=7), Laptop())
     assert (tmp_path / "c" / "model.safetensors").read_bytes() != files[0]
+
+
+def updates_with(folder: Path, micro_steps: int) -> tuple[np.ndarray, list[float]]:
+    """Gradients of one batch of 48 rows, as it is or in parts; and the losses of three steps of it."""
+    write_shard(folder / "train.bin", np.random.default_rng(0).integers(0, 300, 48 * 16 * 3 + 1))
+    write_shard(folder / "val.bin", np.arange(500) % 300)
+    machine = Laptop()
+    run = RunFolder.open(folder / f"run{micro_steps}", "d1")
+    told = TrainOptions(
+        data=(folder / "train.bin", folder / "val.bin"), model="d1", vocab_size=300, batch_size=48 // micro_steps,
+        sequence_length=16, total_batch=48 * 16, steps=3, shuffle=False, eval_every=0,
+    )  # fmt: skip
+    with Journal() as journal:
+        made = trainer.assemble(told, run, journal, machine)
+        made._gradients()
+        assert made.model.grads is not None
+        gradients = made.model.grads.buffer.copy()
+        made.feed.train.reset()
+        made.run()
+    run.discard()
+    return gradients, [r["loss"] for r in metrics(run.path) if "loss" in r]
+
+
+@pytest.mark.parametrize("micro_steps", [2, 3, 8])
+def test_micro_batches_are_one_batch(tmp_path: Path, micro_steps: int) -> None:
+    whole, losses = updates_with(tmp_path, 1)
+    parts, their_losses = updates_with(tmp_path, micro_steps)
+    assert np.abs(parts - whole).max() < 1e-6
+    assert np.linalg.norm(parts - whole) < 1e-6 * np.linalg.norm(whole)
+    # In three updates Adam divides by √v where v is tiny: rounding grows there, but not in the loss.
+    assert their_losses == pytest.approx(losses, abs=1e-5)
+
+
+def test_overfitting_reads_one_batch(options: Options, tmp_path: Path) -> None:
+    assert trainer.train(options(overfit=True, steps=30, lr=1e-2, schedule="constant"), Laptop()) == 0
+    losses = [r["loss"] for r in metrics(tmp_path / "run") if "loss" in r]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_an_outlier_is_skipped_and_told(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Spiking(Laptop):
+        batches = 0
+
+        def classifier(self, losses: Any, dinp: Any, dwte: Any, *rest: Any) -> None:
+            super().classifier(losses, dinp, dwte, *rest)
+            self.batches += dinp is not None
+            if dinp is not None and self.batches == 140:
+                losses[...] += 100
+
+    assert trainer.train(options(steps=142, lr=1e-9, skip_loss=5.0), Spiking()) == 0
+    rows = {r["step"]: r for r in metrics(tmp_path / "run") if "loss" in r}
+    assert [step for step, r in rows.items() if "skipped" in r] == [140]
+    assert rows[140]["loss_z"] > 5
+    assert "loss_z" not in rows[128]
+    assert "loss_z" in rows[129]
+    assert "skipped, for the loss is 1" in capsys.readouterr().out
+
+
+def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = options(out=tmp_path / "file" / "run", data=(tmp_path / "a", tmp_path / "b"), model="d4x", total_batch=33)
+    with pytest.raises(LlmpyError, match="^5 problems: ") as caught:
+        trainer.train(told, Laptop())
+    for part in ("(1) cannot write to the run folder", "unknown model", "--total-batch 33", "no file or folder", "(5) "):
+        assert part.lower() in str(caught.value).lower()
+
+
+def test_checkpoints_that_the_disk_has_no_room_for(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(LlmpyError, match=r"the checkpoints of this run need up to .* GB on the disk of .*run"):
+        trainer.train(options(model="d48", keep=0, checkpoint_every=1, steps=10**6, sequence_length=16), Laptop())
+    assert not (tmp_path / "run").exists()
 
 
 def test_minutes_bound_a_run_and_its_learning_rate(options: Options, tmp_path: Path) -> None:
@@ -285,22 +356,6 @@ def test_a_full_disk_loses_the_log_but_not_the_model(
     assert "trained 4 steps" in out
 
 
-class AtOnce:
-    """A thread that has done its work when it is started, so that a test knows when that was."""
-
-    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], **_: object) -> None:
-        self.target, self.arguments = target, args
-
-    def start(self) -> None:
-        self.target(*self.arguments)
-
-    def is_alive(self) -> bool:
-        return False
-
-    def join(self) -> None:
-        pass
-
-
 def test_a_checkpoint_that_fails_is_tried_again(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,7 +368,7 @@ def test_a_checkpoint_that_fails_is_tried_again(
         return write(folder, step, *rest)
 
     monkeypatch.setattr(checkpoint, "write", full)
-    monkeypatch.setattr(snapshot.threading, "Thread", AtOnce)
+    monkeypatch.setattr(snapshot, "Thread", AtOnce)
     assert trainer.train(options(checkpoint_every=20, steps=50), Laptop()) == 0
     assert times == [20, 40, 42, 44, 50]
     warning = "warning: cannot write a checkpoint: No space left on device; that of step 20 is kept; the run goes on"
@@ -421,7 +476,7 @@ def test_divergence_before_any_checkpoint(options: Options, tmp_path: Path) -> N
 def test_parameters_that_are_not_finite_are_never_checkpointed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    monkeypatch.setattr(snapshot.threading, "Thread", AtOnce)
+    monkeypatch.setattr(snapshot, "Thread", AtOnce)
 
     class Rotten(Laptop):
         def adamw(self, param: Any, grad: Any, m: Any, v: Any, *rest: Any) -> None:
