@@ -189,7 +189,13 @@ def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None
     told = options(out=tmp_path / "file" / "run", data=(tmp_path / "a", tmp_path / "b"), model="d4x", total_batch=33)
     with pytest.raises(LlmpyError, match="^5 problems: ") as caught:
         trainer.train(told, Laptop())
-    for part in ("(1) cannot write to the run folder", "unknown model", "--total-batch 33", "no file or folder", "(5) "):
+    for part in (
+        "(1) cannot write to the run folder",
+        "unknown model",
+        "--total-batch 33",
+        "no file or folder",
+        "(5) ",
+    ):
         assert part.lower() in str(caught.value).lower()
 
 
