@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-isa check bench clean
+.PHONY: train test test-isa test-long check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
@@ -15,6 +15,9 @@ test: $(INSTALLED)
 
 test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/test_isa.py $(ARGS)
+
+test-long: $(INSTALLED)
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

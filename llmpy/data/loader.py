@@ -132,6 +132,29 @@ class Loader:
         self._tokens = np.asarray(shard.tokens)
         self._sample_order = position.sample_order.astype(np.int32)
 
+    def go_on(self, position: Position, BT: int) -> None:
+        """Continue from where a loader of these shards stood whose samples had BT tokens.
+
+        If they have as many here it is `position = position`. Else the open shard is cut anew: first in the order, and
+        counted as read, come the samples that begin in one that was read, then the others in the order of the old ones.
+        """
+        mine = self.B * self.T * self.ranks
+        if mine == BT:
+            self.position = position
+            return
+        fits = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
+        samples = self._samples(self.shards[int(position.shard_order[position.shard])]) if fits else 0
+        place = np.empty(position.sample_order.size, np.int64)
+        place[position.sample_order] = np.arange(place.size)
+        when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
+        order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
+        self.position = Position(position.shard, read, position.shard_order, order, position.rng)
+
+    @property
+    def batch(self) -> tuple[str, int]:
+        """Which one `next` returned last: the name of its file, and the number of the sample in it."""
+        return self._shard_here.path.name, int(self._sample_order[self._sample - 1])
+
     def _open(self) -> None:
         """Turn to the shard at `_shard`: its first sample, in a new order."""
         shard = self._shard_here

@@ -6,6 +6,7 @@ Everything is checked when a shard is opened, once: compiled kernels trust token
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 TOKENS_AT_MOST = 2**31 - 1  # what the header's int32 can say
+MARKS, MARK_TOKENS = 64, 2048  # stretches that make a fingerprint, and their length
 CHUNK = 1 << 22  # tokens checked or written at a time: 8 MiB
 OTHER_MAGICS = {
     20240326: "an llm.c model checkpoint",
@@ -75,6 +77,16 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
                 file.write(tokens[start : start + CHUNK].astype(TOKEN).tobytes())
 
     write_whole(path, write)
+
+
+def fingerprint(shard: Shard) -> dict[str, object]:
+    """By what a run knows its data again: name, number of tokens, and a hash of stretches spread over them."""
+    tokens, count = shard.tokens, len(shard)
+    starts = range(0, count, max(1, count // MARKS))
+    digest = hashlib.blake2b(digest_size=16)
+    for start in starts:
+        digest.update(tokens[start : start + MARK_TOKENS].tobytes())
+    return {"name": shard.path.name, "tokens": count, "blake2b": digest.hexdigest()}
 
 
 def open_shard(path: Path, vocab_size: int) -> Shard:
