@@ -17,16 +17,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary, os.O_RDWR)  # Windows syncs only what may be written
-        os.replace(temporary, path)
-        if os.name == "posix":  # Windows opens no folder; its rename needs no second sync
-            _sync(path.parent, os.O_RDONLY)
+        put_in_place(temporary, path)
     except OSError as fault:
         raise LlmpyError(
             f"cannot write {path}: {fault.strerror or fault}", "free some space or choose another folder"
         ) from fault
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """fsync, rename, and fsync of the folder. OSError if the disk refuses; what was there stays."""
+    _sync(temporary, os.O_RDWR)  # Windows syncs only what may be written
+    os.replace(temporary, path)
+    if os.name == "posix":  # Windows opens no folder; its rename needs no second sync
+        _sync(path.parent, os.O_RDONLY)
 
 
 def _sync(path: Path, mode: int) -> None:

@@ -18,7 +18,8 @@ from typing import Self
 from .errors import LlmpyError
 
 MODEL_FILE = "model.safetensors"
-OURS = {MODEL_FILE, "config.json", "tokenizer.json", "train.bin", "val.bin", "metrics.jsonl", "main.log"}
+TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
+OURS = {MODEL_FILE, "config.json", "tokenizer.json", *TOKENS, "metrics.jsonl", "main.log"}
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 
