@@ -76,8 +76,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
-            raise LlmpyError(f"{req.full_url} leads to {newurl}, which is not encrypted", ELSEWHERE)
+        secure = req.full_url.startswith("https:")
+        if not newurl.startswith("https:" if secure else ("https:", "http:")):
+            fp.close()
+            raise LlmpyError(f"{req.full_url} leads to {newurl}, which is not {'encrypted' if secure else 'the web'}")
         etag = headers.get("X-Linked-Etag", "").strip('"')
         if re.fullmatch("[0-9a-f]{64}", etag):
             self.sha256 = etag
@@ -97,15 +99,16 @@ class _Download:
 
     def run(self) -> None:
         """Bring the part to its full length, and check it. What is wrong is removed, what is cut stays."""
-        resumed = self._have() > 0
+        furthest = self._have()
+        resumed = furthest > 0
         misses = 0
         try:
             while True:
-                before = self._have()
                 try:
                     self._attempt()
                 except _Cut as cut:
-                    misses = 1 if self._have() > before else misses + 1
+                    misses = 1 if self._have() > furthest else misses + 1
+                    furthest = max(furthest, self._have())
                     if misses >= TRIES:
                         raise LlmpyError(f"{self.url}: {cut}, {TRIES} times in a row", ELSEWHERE) from cut
                     pause = PAUSE * 2 ** (misses - 1)

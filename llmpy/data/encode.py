@@ -70,10 +70,10 @@ def tokenise(tokenizer: Tokenizer, documents: Iterable[Document]) -> Tokens:
     return Tokens(np.concatenate([b.ids for b in blocks]), counted, sum(b.characters for b in blocks))
 
 
-def pieces(text: str, length: int = PIECE) -> Iterator[str]:
-    """`text` in portions of about `length` characters, cut only where a word begins."""
+def pieces(text: str) -> Iterator[str]:
+    """`text` in portions of about PIECE characters, cut only where a word begins."""
     start = 0
-    while len(text) - start > length and (border := BORDER.search(text, start + length)):
+    while len(text) - start > PIECE and (border := BORDER.search(text, start + PIECE)):
         yield text[start : border.start()]
         start = border.start()
     yield text[start:]
