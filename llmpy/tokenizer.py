@@ -253,4 +253,5 @@ def _encodable(text: str) -> str:
 
 
 def _not_a_tokenizer(path: Path, why: str) -> LlmpyError:
-    return LlmpyError(f"{path} is not a usable tokenizer.json: {why}", "restore the file, or train on text again")
+    short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
+    return LlmpyError(f"{path} is not a usable tokenizer.json: {short}", "restore the file, or train on text again")

@@ -150,10 +150,8 @@ def test_completions_alone_are_learnt(tmp_path, said):
     # the same from text, as `llmpy train --data pairs.jsonl` reads it
     direct = prepare([path], tmp_path / "run", vocab_size=300, say=said.append)
     counted = direct.train[0].tokens[direct.train[0].counted == 1]
-    assert (
-        direct.tokenizer.decode(counted).replace(EOT, " ").split()
-        == [str(2 * i) for i in range(len(counted))][: len(direct.tokenizer.decode(counted).replace(EOT, " ").split())]
-    )
+    words = direct.tokenizer.decode(counted).replace(EOT, " ").split()
+    assert words == [str(2 * i) for i in range(len(words))]
     with_stream = make(said, path, out=tmp_path / "stream", format="int32")
     assert any("has no mask" in line for line in said)
     assert open_shard(with_stream / "train.bin", 257).counted is None
