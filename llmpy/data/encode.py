@@ -8,6 +8,7 @@ those that do: no token is of both.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from ..tokenizer import Tokenizer
 from .records import Document
 
 BORDER = re.compile(r"(?<=\S)[ \n]")  # a word of GPT-2's pattern always begins here (not at \x1c!)
-PIECE = 1 << 14  # characters encoded at a time
+PIECE = 1 << 12  # characters encoded at a time
 TOKENIZER_SEES = 50_000_000  # characters to learn merges from: seven seconds of counting (two cores), and plenty
-BATCH = 1 << 21  # characters handed to the library at once: 18.5M at once took it 3.0 GB
+BATCH = 1 << 20  # characters handed to the library at once: 18.5M at once took it 3.0 GB
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
     EOT counts, for it ends the document before it; so does the text of a document that names no part of it.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    waiting: tuple[_Batch, Future[list[list[int]]]] | None = None
-    with ThreadPoolExecutor(1) as pool:  # while the library encodes a batch, the one before becomes an array
+    waiting: deque[Future[Tokens]] = deque()
+    # The library encodes a batch on all cores, but its way in and out takes one: so the next is already begun.
+    with ThreadPoolExecutor(2) as pool:
         for batch in _batches(documents):
-            future = pool.submit(tokenizer.encode_batch, batch.texts)
-            if waiting:
-                yield _tokens(*waiting, tokenizer.eot, dtype)
-            waiting = batch, future
-        if waiting:
-            yield _tokens(*waiting, tokenizer.eot, dtype)
+            waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def tokenise(tokenizer: Tokenizer, documents: Iterable[Document]) -> Tokens:
@@ -112,14 +113,14 @@ def _segments(document: Document) -> Iterator[tuple[str, bool]]:
         yield document.text[at:], False
 
 
-def _tokens(batch: _Batch, future: Future[list[list[int]]], eot: int, dtype: np.dtype) -> Tokens:
-    rows = future.result()
+def _tokens(tokenizer: Tokenizer, batch: _Batch, dtype: np.dtype) -> Tokens:
+    rows = tokenizer.encode_batch(batch.texts)
     ids = np.empty(sum(map(len, rows)) + sum(batch.begins), dtype)
     counted = None if all(batch.counts) else np.ones(len(ids), bool)
     at = 0
     for row, begins, counts in zip(rows, batch.begins, batch.counts, strict=True):
         if begins:
-            ids[at] = eot
+            ids[at] = tokenizer.eot
             at += 1
         ids[at : at + len(row)] = row
         if counted is not None:
