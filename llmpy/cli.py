@@ -28,6 +28,7 @@ from .journal import silence
 from .options import (
     MEANINGLESS,
     BenchOptions,
+    DataOptions,
     OpsOptions,
     PeersOptions,
     SampleOptions,
@@ -46,6 +47,7 @@ EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
   llmpy train --resume runs/NAME                go on with a run that was stopped, killed or is to be longer
+  llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
@@ -77,6 +79,14 @@ def sample(options: SampleOptions) -> int:
     from .generate import sample
 
     sample(options, write)
+    return 0
+
+
+def data(options: DataOptions) -> int:
+    """Make token files of a data set or of your own text."""
+    from .data.pack import data
+
+    data(options)
     return 0
 
 
@@ -215,7 +225,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", dest="VERB", required=True)
-    for name, function, options in (("train", train, TrainOptions), ("sample", sample, SampleOptions)):
+    for name, function, options in (
+        ("train", train, TrainOptions),
+        ("sample", sample, SampleOptions),
+        ("data", data, DataOptions),
+    ):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
     whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
@@ -256,7 +270,9 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
         settings["choices"] = told["choices"]
     else:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
-    if typing.get_origin(kind) is tuple:
+    if field.name == "what":
+        parser.add_argument("what", nargs="+", help=settings["help"], metavar=settings["metavar"])
+    elif typing.get_origin(kind) is tuple:
         parser.add_argument(
             *told["flags"], flag(field), nargs="+", action="extend", type=typing.get_args(kind)[0], **settings
         )

@@ -86,15 +86,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        sync_file(temporary)
-        replace(temporary, path)
-        sync_folder(path.parent)
+        put_in_place(temporary, path)
     except OSError as fault:
         raise LlmpyError(
             f"cannot write {path}: {fault.strerror or fault}", "free some space or choose another folder"
         ) from fault
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Sync, rename, and sync of the folder. OSError if the disk refuses; what was there stays."""
+    sync_file(temporary)
+    replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def write_stretches(path: Path, pieces: Sequence[np.ndarray]) -> tuple[int, list[int]]:

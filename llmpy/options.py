@@ -18,6 +18,8 @@ from .schedule import KINDS
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
+DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
+TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -58,7 +60,7 @@ class TrainOptions:
 
     data: tuple[Path, ...] | None = option(
         None,
-        "text files, folders of text, or .bin shards (default: text that Python carries)",
+        "text files, folders of text, .bin shards, or a name of llmpy data (default: text that Python carries)",
         "-i",
         "-j",
         metavar="PATH",
@@ -226,6 +228,30 @@ MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
 TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
 FIXED = ("model", "vocab_size", "seed", "overfit")
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """`llmpy data WHAT`."""
+
+    what: tuple[str, ...] = option(
+        (), f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet", metavar="WHAT"
+    )
+    tokenizer: str = option(
+        "gpt2", "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file"
+    )
+    source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
+    out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
+    tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)")
+    format: str = option("auto", "int32: the stream without header of llm.rs and llm.mojo", choices=TOKEN_FORMATS)
+
+    def __post_init__(self) -> None:
+        positive(self, "tokens")
+        known(self, "format", TOKEN_FORMATS)
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):
+                raise _refusal("tokenizer", self.tokenizer, "use bpe:N with N from 257 to 65536")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ import psutil
 from .arena import Tensor
 from .backend import Ops
 from .config import GPT2_VOCAB, ModelConfig
+from .data.pack import is_dataset
 from .data.prepare import choose_vocab_size
-from .data.shards import HEADER_BYTES, TOKEN, is_shard
+from .data.shards import count_tokens, is_shard
 from .data.text import Found, find_files
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
@@ -138,7 +139,8 @@ def problems(options: TrainOptions, folder: Path, machine: Ops) -> list[LlmpyErr
         attempt(package, name)
     files: list[Found] = []
     for path in options.data or ():
-        files += attempt(find_files, [path], lambda _: None) or []
+        if not is_dataset(path):
+            files += attempt(find_files, [path], lambda _: None) or []
     for file in files:
         attempt(_check_readable, file.path)
     if found or config is None:
@@ -187,10 +189,12 @@ def _check_readable(path: Path) -> None:
 
 def _seen(files: Sequence[Found], options: TrainOptions) -> tuple[int | None, int]:
     """Tokens of the data if they are shards, and the vocabulary, by the sizes of the files."""
-    size = sum(f.path.stat().st_size for f in files)
-    if any(is_shard(f.path) for f in files):
-        return max(0, size - HEADER_BYTES * len(files)) // TOKEN.itemsize, options.vocab_size or GPT2_VOCAB
-    return None, options.vocab_size or choose_vocab_size(size)
+    shards = [f.path for f in files if is_shard(f.path)]
+    if shards:
+        return sum(map(count_tokens, shards)), options.vocab_size or GPT2_VOCAB
+    if options.data is not None and any(map(is_dataset, options.data)):
+        return None, options.vocab_size or GPT2_VOCAB
+    return None, options.vocab_size or choose_vocab_size(sum(f.path.stat().st_size for f in files))
 
 
 def check_length(T: int, context: int) -> None:

@@ -34,7 +34,8 @@ MODEL_FILE, CONFIG_FILE, CHECKPOINTS, EVENTS, LOCK = (
 )
 LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cut back to a checkpoint by --resume
 CONSOLE = "console.log"
-OURS = {MODEL_FILE, CONFIG_FILE, "tokenizer.json", "train.bin", "val.bin", *LOGS, CONSOLE}
+TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
+OURS = {MODEL_FILE, CONFIG_FILE, "tokenizer.json", *TOKENS, *LOGS, CONSOLE}
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 

@@ -27,6 +27,7 @@ from typing import Any, cast
 from . import __version__, backend, checkpoint
 from .config import ModelConfig
 from .data.loader import Loader
+from .data.pack import is_dataset
 from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
 from .durable import sync_folder, write_whole
@@ -468,7 +469,8 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         if faults := problems(options, folder.path, ops):
             raise together(faults)
         if options.data is not None:  # the run may go on from another folder
-            options = replace(options, data=tuple(path.absolute() for path in options.data))
+            here = (path if is_dataset(path) else path.absolute() for path in options.data)
+            options = replace(options, data=tuple(here))
         write_config(folder.path, options)  # from here on a run that is killed can be resumed
         vocab_size = options.vocab_size or (BUILTIN_VOCAB if options.data is None else None)
         data = prepare(options.data, folder.path, vocab_size, journal.say)

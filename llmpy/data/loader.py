@@ -3,7 +3,8 @@
 With P ranks, sample i of a shard is the stretch of B·T·P tokens at i·B·T·P; rank r takes its r-th part and
 the one token after it. Rows follow each other in the text: row b continues row b − 1. Shuffling permutes the
 shards at each epoch, starting from the last epoch's order, and the samples of a shard when it is opened; each
-rank has a generator of its own, and still an epoch covers every sample once.
+rank has a generator of its own, and still an epoch covers every sample once. Where a shard's mask says that a
+token does not count, the target is −1.
 """
 
 from __future__ import annotations
@@ -96,12 +97,15 @@ class Loader:
         self._targets.reshape(-1)[:] = stretch[1:]
         if self.vocab_size is not None:  # the copies, which nobody changes any more; it takes microseconds
             largest = max(self._inputs.max(), self._targets.max())
-            if largest >= self.vocab_size:
+            least = min(self._inputs.min(), self._targets.min())  # below 0: of a stream of int32
+            if largest >= self.vocab_size or least < 0:
                 raise LlmpyError(
-                    f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
-                    f"the vocabulary of {self.vocab_size:,} tokens",
+                    f"{self._shard_here.path} was changed since it was opened: it holds token "
+                    f"{least if least < 0 else largest} now, outside the vocabulary of {self.vocab_size:,} tokens",
                     "leave the data as they are while they are in use",
                 )
+        if self._counted is not None:
+            self._targets.reshape(-1)[self._counted[start + 1 : start + BT + 1] == 0] = -1
         self._sample += 1
         return self._inputs, self._targets
 
@@ -129,7 +133,7 @@ class Loader:
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order
         self._rng.state = position.rng
-        self._tokens = np.asarray(shard.tokens)
+        self._take(shard)
         self._sample_order = position.sample_order.astype(np.int32)
 
     def go_on(self, position: Position, BT: int) -> None:
@@ -158,11 +162,15 @@ class Loader:
     def _open(self) -> None:
         """Turn to the shard at `_shard`: its first sample, in a new order."""
         shard = self._shard_here
-        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
+        self._take(shard)
         self._sample = 0
         self._sample_order = np.arange(self._samples(shard), dtype=np.int32)
         if self.shuffle:
             self._rng.permutation(self._sample_order)
+
+    def _take(self, shard: Shard) -> None:
+        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
+        self._counted = None if shard.counted is None else np.asarray(shard.counted)
 
     @property
     def _shard_here(self) -> Shard:
