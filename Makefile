@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-isa check bench clean
+.PHONY: train test test-isa fuzz check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
@@ -15,6 +15,9 @@ test: $(INSTALLED)
 
 test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/test_isa.py $(ARGS)
+
+fuzz: $(INSTALLED)
+	@$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

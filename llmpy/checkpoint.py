@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .errors import LlmpyError
 from .gpt2 import GPT2, PARAMS
 
 KEY, FORMAT = "llmpy", 1  # of the metadata
+HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,30 @@ class Header:
 
 def save(path: Path, model: GPT2, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    tensors = {t.name: np.asarray(model.ops.to_host(x)) for t, x in model.params.items()}
+    write(
+        path, model.config, {t.name: np.asarray(model.ops.to_host(x)) for t, x in model.params.items()}, trained_length
+    )
+
+
+def write(path: Path, config: ModelConfig, tensors: dict[str, np.ndarray], trained_length: int) -> None:
+    """Write float32 tensors by the names of the table to `path`, as `save` does."""
     # One entry, because the library writes several in a random order: equal models make equal files.
-    about = {"format": FORMAT, "config": asdict(model.config), "trained_length": trained_length}
+    about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
     metadata = {KEY: json.dumps(about)}
+
+    write_whole(path, saving(lambda temporary: save_file(tensors, temporary, metadata)))
+
+
+def saving(save: Callable[[Path], object]) -> Callable[[Path], None]:
+    """The same function, raising OSError for what the library finds wrong: so it reports a full disk."""
 
     def write(temporary: Path) -> None:
         try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as fault:  # how the library reports a full disk
+            save(temporary)
+        except SafetensorError as fault:
             raise OSError(str(fault)) from fault
 
-    write_whole(path, write)
+    return write
 
 
 def read_header(path: Path) -> Header:
@@ -55,7 +68,7 @@ def read_header(path: Path) -> Header:
 
     Raises LlmpyError for a file that is missing, damaged or not ours.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
             raise LlmpyError(f"{path} is not a model of llmpy", "train one with: llmpy train")
@@ -64,7 +77,7 @@ def read_header(path: Path) -> Header:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, this program reads {FORMAT}")
             header = Header(ModelConfig(**about["config"]), int(about["trained_length"]))
-        except (KeyError, TypeError, ValueError, LlmpyError) as fault:
+        except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as fault:
             raise _damaged(path, f"its header cannot be read: {fault}") from fault
         if not 1 <= header.trained_length <= header.config.context:
             raise _damaged(path, f"trained length {header.trained_length}")
@@ -81,21 +94,30 @@ def read_header(path: Path) -> Header:
 
 def load_parameters(path: Path, params: Arena) -> None:
     """Copy the file's tensors into `params`, one at a time. `read_header` must have accepted the file."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for tensor, view in params.items():
             view[...] = file.get_tensor(tensor.name)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The open file; whatever the library finds wrong becomes a LlmpyError."""
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; whatever the library finds wrong becomes a LlmpyError."""
     try:
+        _check_header(path)
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
         raise LlmpyError(f"no model at {path}", "train one with: llmpy train") from None
     except (OSError, SafetensorError) as fault:
         raise _damaged(path, str(fault)) from fault
+
+
+def _check_header(path: Path) -> None:
+    """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_AT_MOST:
+        raise _damaged(path, f"a header of {length:,} bytes")
 
 
 def _damaged(path: Path, why: str) -> LlmpyError:

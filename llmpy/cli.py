@@ -25,8 +25,18 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import LlmpyError
 from .journal import silence
-from .options import BenchOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, flag
+from .options import (
+    BenchOptions,
+    ConvertOptions,
+    OpsOptions,
+    PeersOptions,
+    SampleOptions,
+    SelftestOptions,
+    TrainOptions,
+    flag,
+)
 
+POSITIONAL = ("run", "source", "target")
 EXIT_CODES = (
     "exit codes: 0 done; 1 a value, a file or the machine does not serve; 2 no such option or verb, or it lacks a "
     "value; 130 stopped by Ctrl-C (the model is saved)"
@@ -35,6 +45,9 @@ EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
+  llmpy train --init gpt2 --data shards/        fine-tune GPT-2 124M
+  llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
+  llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
 
@@ -54,6 +67,21 @@ def sample(options: SampleOptions) -> int:
 
     sample(options, write)
     return 0
+
+
+def convert(options: ConvertOptions) -> int:
+    """Write a model in another format: llm.c's, Hugging Face's, llmpy's, GGUF."""
+    from .formats.convert import convert
+
+    convert(options, print)
+    return 0
+
+
+def selftest(options: SelftestOptions) -> int:
+    """Check what this machine computes, against a reference or llm.c's own files."""
+    from .selftest import selftest
+
+    return selftest(options, print)
 
 
 def bench(options: BenchOptions) -> int:
@@ -178,7 +206,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", dest="VERB", required=True)
-    for name, function, options in (("train", train, TrainOptions), ("sample", sample, SampleOptions)):
+    for name, function, options in (
+        ("train", train, TrainOptions),
+        ("sample", sample, SampleOptions),
+        ("convert", convert, ConvertOptions),
+        ("selftest", selftest, SelftestOptions),
+    ):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
     whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
@@ -200,7 +233,7 @@ def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
-    """The flag of one field; its type says how it is parsed, `RUN` alone is positional."""
+    """The flag of one field; its type says how it is parsed, a few are positional."""
     kind = next((k for k in typing.get_args(kind) if k is not NoneType), kind) if is_optional(kind) else kind
     told = field.metadata
     text = told["help"]
@@ -217,8 +250,8 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
     if typing.get_origin(kind) is tuple:
         parser.add_argument(flag(field), nargs="+", action="extend", type=typing.get_args(kind)[0], **settings)
-    elif field.name == "run":
-        parser.add_argument("run", type=kind, help=settings["help"], metavar=settings["metavar"])
+    elif field.name in POSITIONAL:
+        parser.add_argument(field.name, type=kind, help=settings["help"], metavar=settings["metavar"])
     else:
         parser.add_argument(*told["flags"], flag(field), type=kind, **settings)
 

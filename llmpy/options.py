@@ -13,6 +13,9 @@ from .schedule import KINDS
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
+MODEL_FORMATS = ("llmc", "hf", "native", "gguf")
+FILE_DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_MODEL = "d3"
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
 
@@ -50,7 +53,17 @@ class TrainOptions:
         "text files, folders of text, or .bin shards (default: text that Python carries)",
         metavar="PATH",
     )
-    model: str = option("d3", "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768")
+    model: str = option(
+        "",
+        "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768 "
+        f"(default: {DEFAULT_MODEL}, or what --init is)",
+    )
+    init: str | None = option(
+        None,
+        "start from this model: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a run folder, an "
+        "llm.c .bin or a Hugging Face folder (default: from scratch)",
+        metavar="MODEL",
+    )
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", metavar="RUN")
     batch_size: int = option(4, "rows of a batch", "-B")
     sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T")
@@ -198,6 +211,44 @@ class PeersOptions:
             name, equals, command = text.partition("=")
             if not (equals and name.strip() and command.strip()):
                 raise _refusal("peer", repr(text), "use --peer 'name=command'")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """`llmpy convert IN OUT`."""
+
+    source: Path = option(Path(), "a run folder, an llm.c .bin or a Hugging Face folder", metavar="IN")
+    target: Path = option(Path(), "what to write, which must not exist", metavar="OUT")
+    to: str | None = option(
+        None,
+        "format of OUT: llmc, hf (a folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, "
+        ".safetensors; hf without a suffix)",
+        choices=MODEL_FORMATS,
+    )
+    dtype: str | None = option(
+        None, "type of the numbers in OUT (default: as in IN, if the format has it)", choices=FILE_DTYPES
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("to", MODEL_FORMATS), ("dtype", FILE_DTYPES)):
+            if getattr(self, name) is not None:
+                known(self, name, choices)
+
+
+@dataclass(frozen=True)
+class SelftestOptions:
+    """`llmpy selftest`."""
+
+    model: Path | None = option(
+        None, "check with this model, e.g. llm.c's gpt2_124M.bin (default: one of its own)", metavar="FILE"
+    )
+    debug_state: Path | None = option(
+        None, "what llm.c says of that model: its gpt2_124M_debug_state.bin", metavar="FILE"
+    )
+    threads: int | None = option(None, "threads (default: one a core)")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
 
 
 def positive(options: Any, *names: str) -> None:

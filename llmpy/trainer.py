@@ -14,22 +14,23 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from . import __version__, backend, checkpoint
+from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
 from .data.loader import Loader
 from .data.prepare import Dataset, prepare
 from .durable import write_whole
 from .errors import LlmpyError
+from .formats.source import Source
 from .generate import TextStream, encode_prompt, generate
 from .gpt2 import GPT2
 from .init import initialise
 from .journal import Journal
 from .optimizer import AdamW
-from .options import TrainOptions
+from .options import DEFAULT_MODEL, TrainOptions
 from .preflight import Machine, duration, inspect
 from .rng import Xorshift64Star
 from .runfolder import MODEL_FILE, RunFolder
@@ -82,6 +83,7 @@ class Trainer:
         """`peak` is the machine's GFLOP/s; `step_seconds` what a step is expected to take."""
         self.model, self.optimizer, self.feed, self.options = model, optimizer, feed, options
         self.folder, self.journal, self.peak = folder, journal, peak
+        self.trained_length = options.sequence_length  # beyond it positions are untrained
         self.done = 0
         self.stop_signal = 0
         self._step_seconds = step_seconds
@@ -189,7 +191,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the model, in place of the one saved before."""
-        checkpoint.save(self.folder / MODEL_FILE, self.model, self.options.sequence_length)
+        checkpoint.save(self.folder / MODEL_FILE, self.model, self.trained_length)
 
     def _save_if_possible(self) -> None:
         """`save`, but a disk that is full now may have room again when the run ends."""
@@ -297,13 +299,14 @@ def train(options: TrainOptions, machine: Machine | None = None) -> int:
 
     Whatever can be refused is refused before anything compiles, and then nothing is left behind.
     """
-    config = ModelConfig.from_dial(options.model)
-    check_length(options.sequence_length, config.context)
+    start = None if options.init is None else formats.resolve(options.init, print)
+    options = replace(options, model=dial(options.model, start))
+    check_length(options.sequence_length, (start.config if start else ModelConfig.from_dial(options.model)).context)
     folder = RunFolder.open(options.out, options.model)
     try:
         with Journal() as journal:
             journal.say(f"llm.py {__version__}, run folder {folder.path}")
-            trainer = assemble(options, folder, journal, machine)
+            trainer = assemble(options, folder, journal, machine, start)
             journal.open(folder.path)
             folder.keep()
             return trainer.run()
@@ -318,11 +321,44 @@ def check_length(T: int, context: int) -> None:
         raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
 
 
-def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None) -> Trainer:
+def dial(model: str, start: Source | None) -> str:
+    """What --model is: as it was given, or the default, or the size of what the run starts from.
+
+    Raises LlmpyError if the last two are not the same.
+    """
+    if start is None:
+        return model or DEFAULT_MODEL
+    have = start.config
+    if model:
+        asked = ModelConfig.from_dial(model, have.vocab_size, have.context)
+        if asked != have:
+            raise LlmpyError(
+                f"--model {model} is not what --init is: {start.describe()}", "leave --model out, or let them agree"
+            )
+    return model or f"d{have.layers}"
+
+
+def starting_config(start: Source, data: Dataset) -> ModelConfig:
+    """The shape of what the run starts from. Raises LlmpyError unless the data have the same vocabulary."""
+    if start.config.vocab_size != data.vocab_size:
+        raise LlmpyError(
+            f"the model of --init has {start.config.vocab_size:,} tokens, the data {data.vocab_size:,}",
+            "use data that were made with the model's tokenizer",
+        )
+    return start.config
+
+
+def assemble(
+    options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None, start: Source | None = None
+) -> Trainer:
     """Data, machine, preflight, model, optimizer: everything a trainer needs, checked."""
     vocab_size = options.vocab_size or (BUILTIN_VOCAB if options.data is None else None)
     data = prepare(options.data, folder.path, vocab_size, journal.say)
-    config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
+    if start is None:
+        config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
+    else:
+        config = starting_config(start, data)
+        journal.say(f"init     {start.describe()}")
     options = options.settled(config.channels, sum(map(len, data.train)))
     feed = Feed(data, options)
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
@@ -332,11 +368,15 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     flight.check_memory()
     ops.warm_up(journal.say)
     model = GPT2(config, ops)
-    initialise(model.params, config, options.seed)
+    if start is None:
+        initialise(model.params, config, options.seed)
+    else:
+        start.fill(model.params)
     model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
     trainer = Trainer(model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds)
+    trainer.trained_length = max(options.sequence_length, start.trained_length if start else 0)
     if data.tokenizer is not None:
         data.tokenizer.save(folder / "tokenizer.json")
     write_config(folder / "config.json", config, options, ops)
