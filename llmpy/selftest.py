@@ -102,9 +102,17 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
         yield Check(f"{dtype}: loss", abs(loss - want_loss) / want_loss, LOSS_ERROR[dtype])
         yield from _gradients(dtype, model, want)
         yield from _micro_batches(dtype, model, tokens, targets)
-        yield from _updates(dtype, model, tokens, targets)
+        yield from _guarded(f"{dtype}: AdamW", _updates(dtype, model, tokens, targets))
         yield from _threads(dtype, tokens, targets)
-        yield from _resume(dtype, options)
+        yield from _guarded(f"{dtype}: save, load and go on", _resume(dtype, options))
+
+
+def _guarded(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """The same checks; a refusal of the program's own, of a gradient that is not finite, is a row that fails."""
+    try:
+        yield from checks
+    except LlmpyError as fault:
+        yield Check(f"{name}: {fault}", math.nan, 0)
 
 
 def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:

@@ -178,6 +178,16 @@ def campaign(reader: Reader, folder: Path, cases: int, seed: int) -> int:
     return refused
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the bounds are Linux's")
+def test_the_bounds_bite() -> None:
+    with pytest.raises(MemoryError), bounded(0):
+        np.ones(2 * MEMORY, np.int8)
+    with pytest.raises(TimeoutError), bounded(0):
+        while True:
+            pass
+    assert np.ones(2 * MEMORY, np.int8).all()
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files(tmp_path: Path, name: str) -> None:
     cases = CASES // len(READERS)

@@ -116,7 +116,8 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
     writer.add_token_types([CONTROL if words.get(i) in (None, EOT) else NORMAL for i in range(V)])
-    merges = about["model"]["merges"]
+    # llama.cpp refuses a tokenizer without merges: bytes get one that no text can call for
+    merges = about["model"]["merges"] or [f"{EOT} {EOT}"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id):
         add(ids[EOT])

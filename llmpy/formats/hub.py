@@ -51,8 +51,8 @@ def download(name: str, say: Callable[[str], None]) -> Path:
 
 def linked(url: str) -> tuple[int | None, str | None]:
     """Size and SHA-256 that the hub promises for a large file; None for what it does not say."""
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "llmpy"})
     try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "llmpy"})
         with urllib.request.build_opener(_Stay).open(request, timeout=TIMEOUT) as answer:
             headers = answer.headers
     except urllib.error.HTTPError as fault:
