@@ -17,7 +17,7 @@ test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/test_isa.py $(ARGS)
 
 fuzz: $(INSTALLED)
-	@$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
+	@$(BIN)/python -m pytest -m fuzz $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

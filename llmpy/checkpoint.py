@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,30 +37,24 @@ class Header:
 
 def save(path: Path, model: GPT2, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    write(
-        path, model.config, {t.name: np.asarray(model.ops.to_host(x)) for t, x in model.params.items()}, trained_length
-    )
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
 
 
-def write(path: Path, config: ModelConfig, tensors: dict[str, np.ndarray], trained_length: int) -> None:
-    """Write float32 tensors by the names of the table to `path`, as `save` does."""
+def write_model(path: Path, config: ModelConfig, trained_length: int, params: np.ndarray) -> None:
+    """`save` for parameters that are in no model: flat, in the order of the table."""
+    views = Arena(PARAMS(config), lambda *_: params, params.dtype)
+    tensors = {t.name: np.asarray(x, np.float32) for t, x in views.items()}
     # One entry, because the library writes several in a random order: equal models make equal files.
     about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
     metadata = {KEY: json.dumps(about)}
 
-    write_whole(path, saving(lambda temporary: save_file(tensors, temporary, metadata)))
-
-
-def saving(save: Callable[[Path], object]) -> Callable[[Path], None]:
-    """The same function, raising OSError for what the library finds wrong: so it reports a full disk."""
-
     def write(temporary: Path) -> None:
         try:
-            save(temporary)
-        except SafetensorError as fault:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as fault:  # how the library reports a full disk
             raise OSError(str(fault)) from fault
 
-    return write
+    write_whole(path, write)
 
 
 def read_header(path: Path) -> Header:

@@ -12,7 +12,7 @@ import math
 WINDOW = 128
 
 
-class Outliers:
+class OutlierDetector:
     """The last WINDOW values. `values`, `index`, `count` and both sums are its whole state."""
 
     def __init__(self) -> None:

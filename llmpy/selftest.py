@@ -26,11 +26,12 @@ from .data.loader import Loader
 from .data.shards import Shard
 from .errors import LlmpyError
 from .formats import llmc, llmc_state, native, open_model
+from .formats.source import Source
 from .gpt2 import GPT2, PARAMS
 from .init import initialise
 from .optimizer import EPSILON, AdamW
 from .options import SelftestOptions
-from .outliers import WINDOW, Outliers
+from .outliers import WINDOW, OutlierDetector
 from .rng import MT19937, Xorshift64Star
 from .schedule import learning_rate
 
@@ -46,7 +47,8 @@ LOSS_ERROR = {"float32": 1e-6, "bfloat16": 5e-3}
 GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 4e-2}
 SAME_ERROR = 1e-5  # of the same sums in another order, in float32 whatever the dtype
 FILE_ERROR = 1e-4  # of float32 against float32, over 12 layers; llm.c allows 1e-2 of each logit
-LOSSES_ERROR = 1e-3  # ten steps of rounding apart; llm.c allows 1e-2
+# Ten steps apart. Published losses are PyTorch's, which llm.c and its ports miss by up to 1.8e-3; llm.c allows 1e-2.
+PUBLISHED_ERROR, LOSSES_ERROR = 3e-3, 1e-4
 REFERENCE_AT_MOST = 20_000_000  # parameters that the reference trains in reasonable time
 BETAS, DECAY, LR = (0.9, 0.999), 0.01, 1e-4  # of llm.c's ten steps
 
@@ -235,22 +237,24 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
     for name in llmc.ORDER:
         got = model.ops.to_host(getattr(model.grads, name))
         yield Check(f"gradient of {name}", _error(got, debug.gradient(name)), FILE_ERROR)
-    want = _ten_losses(source.fill, source.config, debug)
-    if want is None:
-        return  # neither published nor small enough for the reference
-    for step, (got, expected) in enumerate(zip(_train(model, debug), want, strict=True)):
-        yield Check(f"loss of step {step}: {got:.6f}, expected {expected:.6f}", abs(got - expected), LOSSES_ERROR)
+    want, bound = _ten_losses(source, debug)
+    for step, (expected, got) in enumerate(zip(want, _train(model, debug), strict=False)):
+        yield Check(f"loss of step {step}: {got:.6f}, expected {expected:.6f}", abs(got - expected), bound)
 
 
-def _ten_losses(fill: Callable[[Arena], None], config: ModelConfig, debug: llmc.DebugState) -> tuple[float, ...] | None:
-    """What ten steps on this batch must give: published for GPT-2 124M, else by the reference if it is small."""
-    if config == ModelConfig.from_dial("gpt2") and abs(debug.loss - golden.LOSSES[0]) < LOSSES_ERROR:
-        return golden.LOSSES
+def _ten_losses(source: Source, debug: llmc.DebugState) -> tuple[tuple[float, ...], float]:
+    """What ten steps on this batch must give, and how closely: published for GPT-2 124M, else by the reference.
+
+    Nothing for a model that is too large for the reference.
+    """
+    config = source.config
+    if config == ModelConfig.from_dial("gpt2") and abs(debug.loss - golden.LOSSES[0]) < PUBLISHED_ERROR:
+        return golden.LOSSES, PUBLISHED_ERROR
     if sum(t.size for t in PARAMS(config)) > REFERENCE_AT_MOST:
-        return None
+        return (), LOSSES_ERROR
     twin = GPT2(config, backend.load("reference"))
-    fill(twin.params)
-    return tuple(_train(twin, debug))
+    source.fill(twin.params)
+    return tuple(_train(twin, debug)), LOSSES_ERROR
 
 
 def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
@@ -288,7 +292,7 @@ def golden_checks() -> Iterator[Check]:
     for kind, rates in golden.RATES.items():
         got = [learning_rate(step, 100, 10, 6e-4, 0.1, kind) for step in golden.RATE_STEPS]
         yield Check(f"schedule: {kind}", _largest(got, rates), 1e-6)  # llm.c computes in float32
-    detector = Outliers()
+    detector = OutlierDetector()
     scores = [detector.update(x) for x in [float(i % 7) for i in range(WINDOW + 2)] + [100.0]]
     early = sum(not math.isnan(z) for z in scores[:WINDOW])
     yield Check("outlier detector: z-scores", early + _largest(scores[WINDOW:], golden.Z_SCORES), 1e-10)

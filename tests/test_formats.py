@@ -98,6 +98,14 @@ def test_names_and_transposes_of_hugging_face(tmp_path: Path) -> None:
     assert (config["n_layer"], config["n_head"], config["n_embd"], config["n_positions"]) == (2, 2, 8, 16)
 
 
+def test_weights_by_another_name(tmp_path: Path) -> None:
+    huggingface.write_model(tmp_path, in_memory(seed=1), "float32")
+    (tmp_path / "model.safetensors").rename(tmp_path / "tuned.safetensors")
+    huggingface.write_model(tmp_path, in_memory(seed=2), "float32")
+    assert same(open_model(tmp_path / "tuned.safetensors"), in_memory(seed=1))
+    assert same(open_model(tmp_path), in_memory(seed=2))
+
+
 def rewrite(folder: Path, change: Any) -> None:
     """The tensors of a folder, changed."""
     tensors = load_file(folder / "model.safetensors")
@@ -210,6 +218,15 @@ def test_headers_that_lie_are_caught_before_anything_is_allocated(
         open_model(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def test_a_safetensors_header_that_is_all_there_is(tmp_path: Path) -> None:
+    """A length that would have the library parse a hundred megabytes is refused at once."""
+    path = tmp_path / "model.safetensors"
+    for length in (1 << 23, 1 << 62):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(LlmpyError, match="a header of"):
+            open_model(path)
 
 
 def test_what_a_path_seems_to_be(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from llmpy.golden import Z_SCORES
-from llmpy.outliers import WINDOW, Outliers
+from llmpy.outliers import WINDOW, OutlierDetector
 
 
 def test_golden() -> None:
-    detector = Outliers()
+    detector = OutlierDetector()
     scores = [detector.update(x) for x in [float(i % 7) for i in range(130)] + [100.0]]
     assert all(math.isnan(z) for z in scores[:128])
     assert scores[128:] == pytest.approx(Z_SCORES, rel=1e-10)
@@ -18,7 +18,7 @@ def test_golden() -> None:
 
 def test_a_window_that_slides() -> None:
     values = np.random.default_rng(0).uniform(size=1000)
-    detector = Outliers()
+    detector = OutlierDetector()
     scores = [detector.update(float(x)) for x in values]
     for i in range(WINDOW, 1000):
         window = values[i + 1 - WINDOW : i + 1]
@@ -28,7 +28,7 @@ def test_a_window_that_slides() -> None:
 
 
 def test_equal_values_and_values_that_are_none() -> None:
-    detector = Outliers()
+    detector = OutlierDetector()
     scores = [detector.update(0.5) for _ in range(WINDOW + 1)]
     assert scores[-1] == 0
     before = list(detector.values)

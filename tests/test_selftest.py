@@ -20,7 +20,7 @@ from llmpy.formats.source import Source
 from llmpy.gpt2 import GPT2
 from llmpy.optimizer import AdamW
 from llmpy.options import SelftestOptions
-from llmpy.outliers import Outliers
+from llmpy.outliers import OutlierDetector
 from llmpy.rng import MT19937, Xorshift64Star
 
 LOAD = backend.load
@@ -209,7 +209,7 @@ def shuffled(a: np.ndarray) -> None:
         (MT19937, "uint32", lambda self, n: np.zeros(n, np.uint32), "MT19937: words"),
         (MT19937, "normal", lambda self, n, mean, std: np.full(n, std, np.float32), "initialisation: d6"),
         (Xorshift64Star, "uniform", lambda self: 0.5, "xorshift64*: coins"),
-        (Outliers, "update", lambda self, x: x, "outlier detector"),
+        (OutlierDetector, "update", lambda self, x: x, "outlier detector"),
         (selftest, "learning_rate", lambda *a: 6e-4, "schedule: cosine"),
         (llmc, "ORDER", llmc.ORDER[::-1], "model .bin version 3"),
     ],

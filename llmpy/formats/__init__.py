@@ -42,7 +42,7 @@ def open_model(path: Path) -> Source:
     if magic == llmc.MODEL:
         return llmc.read_model(path)
     if start[8:] == b"{":  # after the length of its header
-        return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent)
+        return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
     if start[:4] == b"GGUF":
         raise LlmpyError(f"{path} is GGUF, which is written here but not read", "give the model it was made from")
     if start[:4] == b"PK\3\4" or start[:1] == b"\x80":

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .. import __version__
-from ..checkpoint import opened, saving
+from ..checkpoint import opened
 from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
@@ -59,13 +60,13 @@ FIXED = {
 JSON_AT_MOST = 1 << 22  # bytes of config.json and of an index: GPT-2 XL's has 50,000
 
 
-def read_model(folder: Path) -> Source:
-    """Open a GPT-2 folder, checking every tensor's name, shape and type.
+def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
+    """Open a GPT-2 folder, checking every tensor's name, shape and type; `weights` is the file that has them.
 
     Raises LlmpyError for another kind of model, and for files that are missing or damaged.
     """
     config = _read_config(folder / CONFIG_FILE)
-    where = _find_tensors(folder, config)
+    where = _find_tensors(folder, weights, config)
     prefix = PREFIX if PREFIX + NAMES["wte"][0] in where else ""
     expected = dict(_theirs(config, prefix))
     missing = sorted(expected.keys() - where.keys())
@@ -156,8 +157,14 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
             "llmpy_version": __version__,
         },
     )
-    # one entry of metadata, as transformers writes and wants it
-    write_whole(folder / WEIGHTS_FILE, saving(lambda path: save_file(tensors, path, {"format": "pt"})))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, {"format": "pt"})  # as transformers writes and wants it
+        except SafetensorError as fault:  # how the library reports a full disk
+            raise OSError(str(fault)) from fault
+
+    write_whole(folder / WEIGHTS_FILE, write)
 
 
 def copy_tokenizer(source: Path, target: Path) -> int:
@@ -190,11 +197,11 @@ def _read_config(path: Path) -> ModelConfig:
         raise damaged(path, str(fault)) from fault
 
 
-def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     """Name → the file that has it, its shape and type; of all files of the model."""
-    files = [WEIGHTS_FILE]
+    files = [weights]
     weight_map: Any = None
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
+    if not (folder / weights).is_file() and (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE, JSON_AT_MOST).get("weight_map")
         named = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not named or not all(isinstance(f, str) and Path(f).name == f for f in named):

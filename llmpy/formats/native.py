@@ -30,7 +30,7 @@ def read_model(path: Path) -> Source:
 
 def write_model(path: Path, source: Source) -> None:
     """Write `model.safetensors`: `path` itself, or in a folder `path` with its tokenizer, ready for `llmpy sample`."""
-    tensors = {name: cast(source.read(name), "float32", name) for name in shapes(source.config)}
+    params = np.concatenate([cast(source.read(n), "float32", n).reshape(-1) for n in shapes(source.config)])
     if path.suffix != ".safetensors":
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -39,4 +39,4 @@ def write_model(path: Path, source: Source) -> None:
         if source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, path / TOKENIZER_FILE)
         path = path / MODEL_FILE
-    checkpoint.write(path, source.config, tensors, source.trained_length)
+    checkpoint.write_model(path, source.config, source.trained_length, params)
