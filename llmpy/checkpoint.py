@@ -35,6 +35,7 @@ from .gpt2 import GPT2, PARAMS
 
 KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
+HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
 NAME = re.compile(r"step-(\d{8,})")
 DAMAGED = "damaged-"  # what the name of a checkpoint begins with that was found to be so
 TYPES = {"float32": "F32", "int32": "I32", "uint32": "U32"}
@@ -52,7 +53,12 @@ class Header:
 
 def save(path: Path, model: GPT2, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    pieces = model_pieces(model.config, trained_length, model.ops.to_host(model.params.buffer))
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
+
+
+def write_model(path: Path, config: ModelConfig, trained_length: int, params: np.ndarray) -> None:
+    """`save` for parameters that are in no model: float32, flat, in the order of the table."""
+    pieces = model_pieces(config, trained_length, params)
     durable.write_whole(path, lambda temporary: durable.write_stretches(temporary, pieces))
 
 
@@ -88,7 +94,7 @@ def read_header(path: Path) -> Header:
 
     Raises LlmpyError for a file that is missing, damaged or not ours.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
             raise LlmpyError(f"{path} is not a model of llmpy", "train one with: llmpy train")
@@ -97,7 +103,7 @@ def read_header(path: Path) -> Header:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, this program reads {FORMAT}")
             header = Header(ModelConfig(**about["config"]), int(about["trained_length"]))
-        except (KeyError, TypeError, ValueError, LlmpyError) as fault:
+        except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as fault:
             raise _damaged(path, f"its header cannot be read: {fault}") from fault
         if not 1 <= header.trained_length <= header.config.context:
             raise _damaged(path, f"trained length {header.trained_length}")
@@ -118,7 +124,7 @@ def _check_tensors(path: Path, file: Any, expected: Mapping[str, tuple[int, ...]
 
 def load_parameters(path: Path, params: Arena) -> None:
     """Copy the file's tensors into `params`, one at a time. `read_header` must have accepted the file."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for tensor, view in params.items():
             view[...] = file.get_tensor(tensor.name)
 
@@ -128,7 +134,7 @@ def load_state(path: Path, table: Sequence[Tensor], m: np.ndarray, v: np.ndarray
 
     `newest` must have accepted the checkpoint.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         for letter, flat in (("m", m), ("v", v)):
             offset = 0
             for t in table:
@@ -247,15 +253,24 @@ def prune(folder: Path, keep: int, keep_every: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The open file; whatever the library finds wrong becomes a LlmpyError."""
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; whatever the library finds wrong becomes a LlmpyError."""
     try:
+        _check_header(path)
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
         raise LlmpyError(f"no model at {path}", "train one with: llmpy train") from None
     except (OSError, SafetensorError) as fault:
         raise _damaged(path, str(fault)) from fault
+
+
+def _check_header(path: Path) -> None:
+    """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_AT_MOST:
+        raise _damaged(path, f"a header of {length:,} bytes")
 
 
 def _damaged(path: Path, why: str) -> LlmpyError:

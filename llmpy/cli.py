@@ -28,10 +28,12 @@ from .journal import silence
 from .options import (
     MEANINGLESS,
     BenchOptions,
+    ConvertOptions,
     DataOptions,
     OpsOptions,
     PeersOptions,
     SampleOptions,
+    SelftestOptions,
     TrainOptions,
     as_yaml,
     flag,
@@ -49,6 +51,9 @@ EXAMPLES = """examples:
   llmpy train --resume runs/NAME                go on with a run that was stopped, killed or is to be longer
   llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
+  llmpy train --init gpt2 --data shards/        fine-tune GPT-2 124M
+  llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
+  llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
 
@@ -88,6 +93,21 @@ def data(options: DataOptions) -> int:
 
     data(options)
     return 0
+
+
+def convert(options: ConvertOptions) -> int:
+    """Write a model in another format: llm.c's, Hugging Face's, llmpy's, GGUF."""
+    from .formats.convert import convert
+
+    convert(options, print)
+    return 0
+
+
+def selftest(options: SelftestOptions) -> int:
+    """Check what this machine computes, against a reference or llm.c's own files."""
+    from .selftest import selftest
+
+    return selftest(options, print)
 
 
 def bench(options: BenchOptions) -> int:
@@ -229,6 +249,8 @@ def build_parser() -> Parser:
         ("train", train, TrainOptions),
         ("sample", sample, SampleOptions),
         ("data", data, DataOptions),
+        ("convert", convert, ConvertOptions),
+        ("selftest", selftest, SelftestOptions),
     ):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
@@ -252,7 +274,7 @@ def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
-    """The flag of one field; its type says how it is parsed, `RUN` alone is positional."""
+    """The flag of one field; its type says how it is parsed; or a word without flag."""
     kind = next((k for k in typing.get_args(kind) if k is not NoneType), kind) if is_optional(kind) else kind
     told = field.metadata
     text = told["help"]
@@ -270,16 +292,15 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
         settings["choices"] = told["choices"]
     else:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
-    if field.name == "what":
-        parser.add_argument("what", nargs="+", help=settings["help"], metavar=settings["metavar"])
-    elif typing.get_origin(kind) is tuple:
-        parser.add_argument(
-            *told["flags"], flag(field), nargs="+", action="extend", type=typing.get_args(kind)[0], **settings
-        )
-    elif field.name == "run":
-        parser.add_argument("run", type=kind, help=settings["help"], metavar=settings["metavar"])
+    if typing.get_origin(kind) is tuple:
+        settings |= {"type": typing.get_args(kind)[0], "nargs": "+"}
     else:
-        parser.add_argument(*told["flags"], flag(field), type=kind, **settings)
+        settings["type"] = kind
+    if told["word"]:
+        parser.add_argument(settings.pop("dest"), **settings)
+    else:
+        action = "extend" if "nargs" in settings else "store"
+        parser.add_argument(*told["flags"], flag(field), action=action, **settings)
 
 
 def zero_or_one(word: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from .schedule import KINDS
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
+MODEL_FORMATS = ("llmc", "hf", "native", "gguf")
+FILE_DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -28,9 +32,11 @@ DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart fro
 BUILTIN_PROMPT = "If the"  # without a blank: words carry theirs in front
 
 
-def option(default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
-    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings."""
-    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar}
+def option(
+    default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "", word: bool = False
+) -> Any:
+    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings, a `word` goes without."""
+    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "word": word}
     return field(default=default, metadata=told)
 
 
@@ -65,7 +71,18 @@ class TrainOptions:
         "-j",
         metavar="PATH",
     )
-    model: str = option("d3", "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768", "-e")
+    model: str = option(
+        "",
+        "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768 "
+        f"(default: {DEFAULT_MODEL}, or what --init is)",
+        "-e",
+    )
+    init: str | None = option(
+        None,
+        "start from this model: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a run folder, an "
+        "llm.c .bin or a Hugging Face folder (default: from scratch)",
+        metavar="MODEL",
+    )
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
     batch_size: int = option(4, "rows of a batch", "-B", "-b")
     sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T", "-t")
@@ -148,6 +165,8 @@ class TrainOptions:
         Raises LlmpyError for a file that cannot be read or says what no option understands.
         """
         values: dict[str, Any] = dict(given)
+        if names_file(values.get("model", "")):  # llm.c's -e takes both
+            values.setdefault("init", values.pop("model"))
         if path := values.get("config"):
             values = read_yaml(cls, path) | values
         if recipe := values.get("recipe"):
@@ -173,7 +192,7 @@ class TrainOptions:
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        changes = {name: getattr(self, name) for name in self.given if name not in TELLING}
+        changes = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
         for name in FIXED:
             if name in changes and changes[name] != getattr(saved, name):
                 raise LlmpyError(
@@ -183,6 +202,11 @@ class TrainOptions:
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
         return replace(saved, **changes, resume=self.resume, given=self.given)
+
+    @property
+    def called(self) -> str:
+        """What the folder of the run is named for."""
+        return self.model or (Path(self.init).resolve().stem if self.init else DEFAULT_MODEL)
 
     @property
     def micro_steps(self) -> int:
@@ -221,6 +245,11 @@ class TrainOptions:
         return max(1, tokens // (self.total_batch or self.batch_size * self.sequence_length))
 
 
+def names_file(model: str) -> bool:
+    """Whether --model is given the file of a model, or its folder, where it wants a size."""
+    return model.endswith(".bin") or bool({"/", os.sep} & set(model))
+
+
 # Letters of llm.c about its GPUs, and HellaSwag; each takes a number.
 MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
 
@@ -235,7 +264,10 @@ class DataOptions:
     """`llmpy data WHAT`."""
 
     what: tuple[str, ...] = option(
-        (), f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet", metavar="WHAT"
+        (),
+        f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
+        metavar="WHAT",
+        word=True,
     )
     tokenizer: str = option(
         "gpt2", "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file"
@@ -258,7 +290,7 @@ class DataOptions:
 class SampleOptions:
     """`llmpy sample RUN`."""
 
-    run: Path = option(Path(), "folder of a run", metavar="RUN")
+    run: Path = option(Path(), "folder of a run", metavar="RUN", word=True)
     prompt: str = option("", "text to continue (default: the start of a text)")
     tokens: int = option(200, "tokens to add")
     temperature: float = option(0.5, "0: always the likeliest token; 1: as the model has it")
@@ -337,6 +369,44 @@ class PeersOptions:
             name, equals, command = text.partition("=")
             if not (equals and name.strip() and command.strip()):
                 raise _refusal("peer", repr(text), "use --peer 'name=command'")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """`llmpy convert IN OUT`."""
+
+    source: Path = option(Path(), "a run folder, an llm.c .bin or a Hugging Face folder", metavar="IN", word=True)
+    target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
+    to: str | None = option(
+        None,
+        "format of OUT: llmc, hf (a folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, "
+        ".safetensors; hf without a suffix)",
+        choices=MODEL_FORMATS,
+    )
+    dtype: str | None = option(
+        None, "type of the numbers in OUT (default: as in IN, if the format has it)", choices=FILE_DTYPES
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("to", MODEL_FORMATS), ("dtype", FILE_DTYPES)):
+            if getattr(self, name) is not None:
+                known(self, name, choices)
+
+
+@dataclass(frozen=True)
+class SelftestOptions:
+    """`llmpy selftest`."""
+
+    model: Path | None = option(
+        None, "check with this model, e.g. llm.c's gpt2_124M.bin (default: one of its own)", metavar="FILE"
+    )
+    debug_state: Path | None = option(
+        None, "what llm.c says of that model: its gpt2_124M_debug_state.bin", metavar="FILE"
+    )
+    threads: int | None = option(None, "threads (default: one a core)")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
 
 
 def flag_of(name: str) -> str:

@@ -121,8 +121,11 @@ class Preflight:
         return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
 
 
-def problems(options: TrainOptions, folder: Path, machine: Ops) -> list[LlmpyError]:
-    """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled."""
+def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConfig | None = None) -> list[LlmpyError]:
+    """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled.
+
+    `start` is the shape of the model that the run starts from, if it does not start from scratch.
+    """
     found: list[LlmpyError] = []
 
     def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
@@ -131,7 +134,7 @@ def problems(options: TrainOptions, folder: Path, machine: Ops) -> list[LlmpyErr
         except LlmpyError as fault:
             found.append(fault)
 
-    config = attempt(ModelConfig.from_dial, options.model)
+    config = start or attempt(ModelConfig.from_dial, options.model)
     if config is not None:
         attempt(check_length, options.sequence_length, config.context)
     attempt(lambda: options.micro_steps)
@@ -147,7 +150,7 @@ def problems(options: TrainOptions, folder: Path, machine: Ops) -> list[LlmpyErr
         attempt(check_disk, options, config, folder) if config is not None else None
         return found
     tokens, vocab_size = _seen(files, options)
-    config = ModelConfig.from_dial(options.model, vocab_size=vocab_size)
+    config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
     least = options.batch_size * options.sequence_length + 1
     if tokens is not None and tokens < least:
         found.append(

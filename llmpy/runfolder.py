@@ -25,9 +25,10 @@ from typing import Self
 from .errors import LlmpyError
 from .options import TrainOptions
 
-MODEL_FILE, CONFIG_FILE, CHECKPOINTS, EVENTS, LOCK = (
+MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
     "model.safetensors",
     "config.json",
+    "tokenizer.json",
     "checkpoints",
     "events",
     "run.lock",
@@ -35,7 +36,7 @@ MODEL_FILE, CONFIG_FILE, CHECKPOINTS, EVENTS, LOCK = (
 LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cut back to a checkpoint by --resume
 CONSOLE = "console.log"
 TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
-OURS = {MODEL_FILE, CONFIG_FILE, "tokenizer.json", *TOKENS, *LOGS, CONSOLE}
+OURS = {MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 
@@ -125,11 +126,11 @@ class RunFolder:
         run = options.resume
         if run is None and options.auto_resume and options.out is not None and _holds_run(options.out):
             run = options.out
-        return cls.open(options.out, options.model) if run is None else cls.reopen(run)
+        return cls.open(options.out, options.called) if run is None else cls.reopen(run)
 
     @classmethod
-    def open(cls, out: Path | None, model: str) -> Self:
-        """Make the folder `out`, or one named for model, date and time below `runs/`.
+    def open(cls, out: Path | None, called: str) -> Self:
+        """Make the folder `out`, or one named for what is trained, date and time below `runs/`.
 
         Raises LlmpyError for an existing folder with anything in it, for one that another run is writing to, and for
         one that cannot be written.
@@ -137,7 +138,7 @@ class RunFolder:
         run = cls(out or Path("runs"), made=[])
         try:
             while True:
-                path = out or _fresh(model)
+                path = out or _fresh(called)
                 run = cls(path, made=[p for p in (path, *path.parents) if not p.exists()])
                 path.mkdir(parents=True, exist_ok=True)
                 if run._lock.take():
@@ -215,9 +216,9 @@ def finished(below: Path = Path("runs")) -> list[Path]:
     return [m.parent for m in sorted(models, key=lambda m: m.stat().st_mtime, reverse=True)]
 
 
-def _fresh(model: str) -> Path:
+def _fresh(called: str) -> Path:
     """runs/d4-20261122-1503, with -2, -3 … after it where the minute already has one."""
-    stem = f"{model.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M')}"
+    stem = f"{called.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M')}"
     names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 1_000_000))
     return next(path for name in names if not (path := Path("runs", name)).exists())
 

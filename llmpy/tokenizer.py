@@ -194,6 +194,10 @@ class Tokenizer:
                 )
         return self._library.decode(ids, skip_special_tokens=False)
 
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether each id stands for the same text in both."""
+        return self._library.get_vocab() == other._library.get_vocab()
+
     def ranks(self) -> Ranks:
         """The bytes of every token, as llm.c's tokenizer file holds them.
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from . import __version__, backend, checkpoint
+from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
 from .data.loader import Loader
 from .data.pack import is_dataset
@@ -32,17 +32,19 @@ from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
 from .durable import sync_folder, write_whole
 from .errors import Diverged, LlmpyError
+from .formats import hub, native
+from .formats.source import Source
 from .generate import TextStream, encode_prompt, generate
 from .gpt2 import GPT2
 from .init import initialise
 from .journal import Journal
 from .nonfinite import origin
 from .optimizer import AdamW
-from .options import ALL_BATCHES, TrainOptions
+from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
 from .outliers import OutlierDetector
 from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
 from .rng import Xorshift64Star
-from .runfolder import CHECKPOINTS, CONFIG_FILE, RunFolder
+from .runfolder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
 from .snapshot import Keeper, position_of, restore
 from .trackers import Trackers
@@ -95,15 +97,20 @@ class Trainer:
         step_seconds: float,
         trackers: Trackers | None = None,
         data: Mapping[str, Any] | None = None,
+        trained_length: int = 0,
     ) -> None:
-        """`peak` is the machine's GFLOP/s, `step_seconds` what a step may take, `data` the fingerprints of the data."""
+        """`peak` is the machine's GFLOP/s, `step_seconds` what a step may take, `data` the fingerprints of the data.
+
+        `trained_length` is the T that the model was trained at before; beyond the larger positions are untrained.
+        """
         self.model, self.optimizer, self.feed, self.options = model, optimizer, feed, options
         self.folder, self.journal, self.peak = folder, journal, peak
         self.trackers, self.data = trackers, dict(data or {})
         o = options
         self.keeper = Keeper(
-            folder, model, optimizer, o.sequence_length, journal, o.checkpoint_every, o.keep, o.keep_every
-        )
+            folder, model, optimizer, max(o.sequence_length, trained_length), journal, o.checkpoint_every, o.keep,
+            o.keep_every,
+        )  # fmt: skip
         self.micro_steps = o.micro_steps
         self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
@@ -441,7 +448,9 @@ def train(options: TrainOptions, machine: Machine | None = None, folder: RunFold
         try:
             folder = RunFolder.claim(options)
         except LlmpyError as fault:
-            others = [] if options.resume else problems(options, Path(), machine or load(options))
+            others = []
+            if not (options.resume or options.init):
+                others = problems(replace(options, model=dial(options.model, None)), Path(), machine or load(options))
             raise together([fault, *others]) from None
     try:
         with Journal() as journal:
@@ -465,18 +474,19 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     if folder.resumed:
         options, path, manifest = saved(options, folder, journal.say)
     ops = machine or load(options)
-    if manifest is None:
-        if faults := problems(options, folder.path, ops):
-            raise together(faults)
-        if options.data is not None:  # the run may go on from another folder
-            here = (path if is_dataset(path) else path.absolute() for path in options.data)
-            options = replace(options, data=tuple(here))
+    start: Source | None
+    if path is None or manifest is None:
+        options, start = begin(options, folder.path, ops, journal.say)
         write_config(folder.path, options)  # from here on a run that is killed can be resumed
-        vocab_size = options.vocab_size or (BUILTIN_VOCAB if options.data is None else None)
-        data = prepare(options.data, folder.path, vocab_size, journal.say)
+        paths, vocab_size = options.data, options.vocab_size
+        if start is None and paths is None:
+            vocab_size = vocab_size or BUILTIN_VOCAB
     else:
-        data = prepare(*data_of(options, folder.path, manifest), say=journal.say)
-    config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
+        own = folder / TOKENIZER_FILE
+        start = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
+        paths, vocab_size = data_of(options, folder.path), None
+    data = prepare(paths, folder.path, vocab_size, journal.say, start)
+    config = shape(options.model, start, data)
     options = options.settled(config.channels, sum(map(len, data.train)))
     feed: Feed = all_of(
         lambda: Feed(data, options),
@@ -496,24 +506,82 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     ops.warm_up(journal.say)
     model = GPT2(config, ops, options.recompute)
     if manifest is None:
-        initialise(model.params, config, options.seed)
+        if start is None:
+            initialise(model.params, config, options.seed)
+        else:
+            start.fill(model.params)
         model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
     trackers = Trackers(options.track or (), folder.path, options.as_record(), journal.say)
     trainer = Trainer(
-        model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds, trackers, marks
-    )
+        model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds, trackers, marks,
+        start.trained_length if start else 0,
+    )  # fmt: skip
     if path is not None and manifest is not None:
         trainer.resume(path, manifest)
     if data.tokenizer is not None:
-        data.tokenizer.save(folder / "tokenizer.json")
+        data.tokenizer.save(folder / TOKENIZER_FILE)
     write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
     folder.keep()
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
     return trainer
+
+
+def begin(
+    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
+) -> tuple[TrainOptions, Source | None]:
+    """What a new run starts from, if not from scratch; the options with its size, and with paths that hold anywhere.
+
+    Raises LlmpyError for all that can be known to be wrong, if possible before anything is downloaded.
+    """
+
+    def check(model: str, config: ModelConfig | None) -> None:
+        if faults := problems(replace(options, model=model), folder, ops, config):
+            raise together(faults)
+
+    start, init = None, options.init
+    if init in hub.NAMES:
+        check(init, ModelConfig.from_dial(init))
+    if init is not None:
+        start = formats.resolve(init, say)
+        init = init if init in hub.NAMES else str(Path(init).absolute())  # the run may go on from another folder
+        say(f"init     {start.describe()}")
+    model = dial(options.model, start)
+    check(model, start.config if start else None)
+    data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
+    return replace(options, model=model, init=init, data=data), start
+
+
+def dial(model: str, start: Source | None) -> str:
+    """What --model is: as it was given, or the default, or the size of what the run starts from.
+
+    Raises LlmpyError if the last two are not the same.
+    """
+    if start is None:
+        return model or DEFAULT_MODEL
+    have = start.config
+    if model:
+        asked = ModelConfig.from_dial(model, have.vocab_size, have.context)
+        if asked != have:
+            raise LlmpyError(
+                f"--model {model} is not what --init is: {start.describe()}", "leave --model out, or let them agree"
+            )
+    return model or f"d{have.layers}"
+
+
+def shape(model: str, start: Source | None, data: Dataset) -> ModelConfig:
+    """The shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model at the start."""
+    if start is None:
+        return ModelConfig.from_dial(model, vocab_size=data.vocab_size)
+    if start.config.vocab_size != data.vocab_size:
+        raise LlmpyError(
+            f"the model of --init has {start.config.vocab_size:,} tokens, the data {data.vocab_size:,}",
+            "use data that were made with the model's tokenizer",
+        )
+    return start.config
 
 
 def saved(
@@ -562,16 +630,14 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
             yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"
 
 
-def data_of(
-    options: TrainOptions, folder: Path, manifest: Mapping[str, Any]
-) -> tuple[tuple[Path, ...], Path, int | None]:
+def data_of(options: TrainOptions, folder: Path) -> tuple[Path, ...]:
     """What to read for a run that goes on: its own tokens where it made them, else the shards it was given."""
     own = folder / "train.bin", folder / "val.bin"
     if all(path.is_file() for path in own):
-        return own, folder, None
+        return own
     if options.data is None:
         raise LlmpyError(f"{own[0]} or {own[1]} is missing", "restore them, or begin a new run")
-    return options.data, folder, options.vocab_size
+    return options.data
 
 
 def described(machine: Machine) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
 from .encode import TOKENIZER_SEES, encode, pieces
 from .hellaswag import encode_examples, read_examples, write_examples
 from .records import Document
-from .shards import write_shard
+from .shards import form_for, write_shard
 from .text import find_files, stream_files
 
 RECORD = "dataset.json"
@@ -215,7 +215,7 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
     tokenizer = load_tokenizer(options.tokenizer, documents, tell)
     form = options.format
     if form == "auto":
-        form = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        form = form_for(tokenizer.vocab_size)
     spool = _spool(documents(), tokenizer, work, layout.val, options.tokens, say)
     if spool.counted is not None and form == "int32":
         say("note: a stream of int32 has no mask: prompts count in the loss like all else")

@@ -16,12 +16,13 @@ import numpy as np
 
 from ..config import GPT2_VOCAB
 from ..errors import LlmpyError
+from ..formats.source import Source
 from ..tokenizer import Tokenizer
 from . import builtin, shards
 from .encode import TOKENIZER_SEES, pieces, tokenise
 from .pack import RECORD, find_dataset, is_dataset
 from .records import Document
-from .shards import Shard, is_shard, open_shard, write_shard
+from .shards import Shard, form_for, is_shard, open_shard, write_shard
 from .text import Found, find_files, read_files
 
 VALIDATION = 0.1  # share of the text that is held out
@@ -47,12 +48,14 @@ def prepare(
     folder: Path,
     vocab_size: int | None = None,
     say: Callable[[str], None] = print,
+    start: Source | None = None,
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
     The name of a data set of `llmpy data` stands for its tokens, which are made first if that is quick.
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when all else is done.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
+    `start` is the model that training starts from, if there is one: text is encoded with its tokenizer.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     description: list[str] = []
@@ -71,15 +74,15 @@ def prepare(
         # the sections follow the alphabet: every tenth is a fair sample of all, the last tenth is not
         val = documents[5::10]
         train = [d for i, d in enumerate(documents) if i % 10 != 5]
-        return _from_text(train, val, folder, vocab_size, description, tell)
+        return _from_text(train, val, folder, vocab_size, start, description, tell)
     if len(paths) == 1 and is_dataset(paths[0]):
         paths = [find_dataset(str(paths[0]), tell)]
     files = find_files(paths, tell)
     found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
     if found:
         _refuse_mixture(found, [f for f in files if f not in found], tell)
-        return _from_shards([f.path for f in found], vocab_size, description, tell)
-    return _from_text(*split(read_files(files, tell)), folder, vocab_size, description, tell)
+        return _from_shards([f.path for f in found], vocab_size, start, description, tell)
+    return _from_text(*split(read_files(files, tell)), folder, vocab_size, start, description, tell)
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -116,19 +119,21 @@ def _from_text(
     val: Sequence[Document],
     folder: Path,
     vocab_size: int | None,
+    start: Source | None,
     description: list[str],
     tell: Callable[[str], None],
 ) -> Dataset:
     characters = sum(len(d.text) for d in train)
-    every = math.ceil(characters / TOKENIZER_SEES)
-    seen = (piece for d in train for piece in pieces(d.text))
-    tokenizer = Tokenizer.train(itertools.islice(seen, 0, None, every), vocab_size or choose_vocab_size(characters))
+    if start is None:
+        every = math.ceil(characters / TOKENIZER_SEES)
+        seen = (piece for d in train for piece in pieces(d.text))
+        tokenizer = Tokenizer.train(itertools.islice(seen, 0, None, every), vocab_size or choose_vocab_size(characters))
+        whose = "byte-level BPE trained on this text"
+    else:
+        tokenizer, whose = _tokenizer_of(start, tell)
     tokens = {"train": tokenise(tokenizer, train), "val": tokenise(tokenizer, val)}
     ids = tokens["train"].ids
-    tell(
-        f"tokenizer: byte-level BPE trained on this text, {tokenizer.vocab_size:,} tokens, "
-        f"{characters / ids.size:.2f} characters per token"
-    )
+    tell(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {characters / ids.size:.2f} characters per token")
     tell(f"{ids.size:,} training tokens, {tokens['val'].ids.size:,} validation tokens")
     if tokens["train"].counted is not None:
         tell(f"the loss counts {np.count_nonzero(tokens['train'].counted):,} of the training tokens: completions alone")
@@ -141,7 +146,7 @@ def _from_text(
     opened = {}
     for part, values in tokens.items():
         path = folder / f"{part}.bin"
-        write_shard(path, values.ids, counted=values.counted)
+        write_shard(path, values.ids, form_for(tokenizer.vocab_size), values.counted)
         opened[part] = [open_shard(path, tokenizer.vocab_size)]
     return Dataset(
         opened["train"],
@@ -153,11 +158,37 @@ def _from_text(
     )
 
 
+def _tokenizer_of(start: Source, tell: Callable[[str], None]) -> tuple[Tokenizer, str]:
+    """The tokenizer of a model, and what to call it."""
+    if start.tokenizer is not None:
+        return Tokenizer.load(start.tokenizer), f"the model's ({start.tokenizer})"
+    if start.config.vocab_size == GPT2_VOCAB:
+        return Tokenizer.gpt2(tell), "GPT-2's"
+    raise LlmpyError(
+        f"{start.path} came without a tokenizer, which text needs",
+        "put its tokenizer.json beside it, or give tokens that were made with it",
+    )
+
+
 def _from_shards(
-    paths: Sequence[Path], vocab_size: int | None, description: list[str], tell: Callable[[str], None]
+    paths: Sequence[Path],
+    vocab_size: int | None,
+    start: Source | None,
+    description: list[str],
+    tell: Callable[[str], None],
 ) -> Dataset:
     beside = paths[0].parent / "tokenizer.json"
     tokenizer = Tokenizer.load(beside) if beside.exists() else None
+    if start is not None:
+        vocab_size = vocab_size or start.config.vocab_size
+        if start.tokenizer is not None:
+            models = Tokenizer.load(start.tokenizer)
+            if tokenizer and not tokenizer.same_tokens(models):
+                raise LlmpyError(
+                    f"{paths[0].parent} holds tokens of another tokenizer than that of the model, {start.tokenizer}",
+                    "make them again: llmpy data … --tokenizer " + str(start.tokenizer),
+                )
+            tokenizer, beside = models, start.tokenizer
     if tokenizer and vocab_size not in (None, tokenizer.vocab_size):
         raise LlmpyError(
             f"{beside} has {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} that were asked for",

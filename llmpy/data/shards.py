@@ -133,6 +133,11 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
     return Shard(path, tokens, counted, form)
 
 
+def form_for(vocab_size: int) -> str:
+    """The form of llm.c's that holds all tokens of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 def is_shard(path: Path) -> bool:
     """Whether the file starts as a token file does; without a header only a .bin is one. LlmpyError if unreadable."""
     try:
