@@ -13,6 +13,7 @@ train: $(INSTALLED)
 
 setup: $(INSTALLED)
 	@$(BIN)/llmpy data tinyshakespeare
+	@$(BIN)/python -c 'from llmpy.formats import resolve; print(resolve("gpt2", print).describe())'
 
 test: $(PARQUET)
 	@$(BIN)/python -m pytest $(ARGS)

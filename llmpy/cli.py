@@ -278,7 +278,7 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
     kind = next((k for k in typing.get_args(kind) if k is not NoneType), kind) if is_optional(kind) else kind
     told = field.metadata
     text = told["help"]
-    if field.default is not None and field.default not in ("", False, Path()) and "default" not in text:
+    if field.default is not None and field.default not in ("", False, (), Path()) and "default" not in text:
         text += f" (default: {shown(field.default)})"
     # What was not given is absent: a file of options may say it, or the run that goes on.
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from .data.shards import count_tokens, is_shard
 from .data.text import Found, find_files
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
-from .options import TrainOptions
+from .options import DEFAULT_MODEL, TrainOptions
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
@@ -127,6 +127,7 @@ def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConf
     `start` is the shape of the model that the run starts from, if it does not start from scratch.
     """
     found: list[LlmpyError] = []
+    options = replace(options, model=options.model or DEFAULT_MODEL)
 
     def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -24,6 +24,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
 from .data.loader import Loader
@@ -241,18 +243,25 @@ class Trainer:
     def evaluate(self) -> None:
         """Say and record the mean loss of the first `eval_batches` validation batches, always the same ones.
 
+        Batches weigh by their targets that count: without a mask alike, as in llm.c.
         A stop signal cuts it short: then there is nothing to say.
         """
         val = self.feed.val
         val.reset()
         wanted, most = self.options.eval_batches, val.batches_per_epoch
         batches = most if wanted == ALL_BATCHES else max(1, min(wanted, most))
-        total = 0.0
+        total = weight = 0.0
         for _ in range(batches):
             if self.stop_signal:
                 return
-            total += self.model.loss(*val.next())
-        loss = total / batches
+            tokens, targets = val.next()
+            counted = np.count_nonzero(targets >= 0) / targets.size  # all of them, where no mask says otherwise
+            total += counted * self.model.loss(tokens, targets)
+            weight += counted
+        if not weight:
+            self.journal.say(f"step {self.done:>5} | no target of the {batches:,} validation batches counts")
+            return
+        loss = total / weight
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss}")
         numbers: dict[str, float] = {"step": self.done, "val_loss": loss}
@@ -448,9 +457,7 @@ def train(options: TrainOptions, machine: Machine | None = None, folder: RunFold
         try:
             folder = RunFolder.claim(options)
         except LlmpyError as fault:
-            others = []
-            if not (options.resume or options.init):
-                others = problems(replace(options, model=dial(options.model, None)), Path(), machine or load(options))
+            others = [] if options.resume or options.init else problems(options, Path(), machine or load(options))
             raise together([fault, *others]) from None
     try:
         with Journal() as journal:
