@@ -602,7 +602,8 @@ def saved(
     if manifest is None:
         before = TrainOptions.from_record(read_config(folder / CONFIG_FILE))
         say("no checkpoint was complete: the run begins again from its start")
-        return options.resumed_from(before), None, None
+        now = options.resumed_from(before)
+        return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
     before = TrainOptions.from_record(manifest["options"])
     now = options.resumed_from(replace(before, dtype=manifest["dtype"]))
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]

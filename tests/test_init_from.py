@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from laptop import TINY, Laptop
-from samples import WRITERS, in_memory, training_state
+from samples import WRITERS, in_memory, training_state, with_tokenizer
 
 from llmpy import checkpoint, trainer
 from llmpy.backend.reference import Reference
@@ -19,10 +20,12 @@ from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.errors import LlmpyError
-from llmpy.formats import llmc, llmc_state
+from llmpy.formats import huggingface, llmc, llmc_state
 from llmpy.formats.source import Source
+from llmpy.generate import open_run
 from llmpy.gpt2 import GPT2
 from llmpy.options import TrainOptions
+from llmpy.tokenizer import Tokenizer
 
 Options = Callable[..., TrainOptions]
 
@@ -113,6 +116,81 @@ def test_what_does_not_agree_is_refused_and_leaves_nothing(
     with pytest.raises(LlmpyError, match=said):
         trainer.train(options(**{"init": str(tmp_path / "m.bin")} | changes), Laptop())
     assert not (tmp_path / "run").exists()
+
+
+TEXT = "".join(f"Line {i} of a text that a model goes on with.\n" for i in range(60))
+WORDS = replace(TINY, vocab_size=257)  # as many as the byte tokenizer has
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small model in Hugging Face's form, with its tokenizer, and text.txt beside it."""
+    huggingface.write_model(tmp_path / "small", with_tokenizer(in_memory(WORDS), tmp_path / "bytes.json"), "float32")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "small"
+
+
+def on_text(folder: Path, **changes: Any) -> TrainOptions:
+    settings: dict[str, Any] = {
+        "data": (folder.parent / "text.txt",), "init": str(folder), "out": folder.parent / "run", "batch_size": 2,
+        "sequence_length": 8, "steps": 4, "eval_batches": 2, "sample_tokens": 4, "checkpoint_every": 2, "keep": 0,
+    }  # fmt: skip
+    return TrainOptions(**settings | changes)
+
+
+def test_text_is_read_with_the_tokenizer_of_the_model(folder: Path) -> None:
+    assert trainer.train(on_text(folder), Laptop()) == 0
+    run = folder.parent / "run"
+    train = open_shard(run / "train.bin", 257)
+    assert bytes(train.tokens[1:40].tolist()) == TEXT.encode()[:39]  # after end-of-text: a token is a byte
+    header, tokenizer = open_run(run)
+    assert (header.config, header.trained_length) == (WORDS, WORDS.context)
+    assert tokenizer.same_tokens(Tokenizer.bytes())
+
+
+def test_a_run_from_a_model_goes_on_without_it(folder: Path) -> None:
+    assert trainer.train(on_text(folder), Laptop()) == 0
+    run, cut = folder.parent / "run", folder.parent / "cut"
+    shutil.copytree(run, cut, ignore=shutil.ignore_patterns("step-00000004"))
+    shutil.rmtree(folder)
+    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    for name in ("model.safetensors", "main.log"):
+        assert (cut / name).read_bytes() == (run / name).read_bytes()
+    assert losses(cut) == losses(run)
+
+
+def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_from_the_model_again(folder: Path) -> None:
+    assert trainer.train(on_text(folder), Laptop()) == 0
+    run, cut = folder.parent / "run", folder.parent / "cut"
+    cut.mkdir()
+    shutil.copy(run / "config.json", cut)
+    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    assert (cut / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_text_for_a_model_without_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(LlmpyError, match="small came without a tokenizer, which text needs"):
+        trainer.train(on_text(folder), Laptop())
+    assert not (folder.parent / "run").exists()
+
+
+def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
+    tokens = folder.parent / "tokens"
+    tokens.mkdir()
+    write_shard(tokens / "train.bin", np.arange(250))
+    Tokenizer.train([TEXT], 257).save(tokens / "tokenizer.json")  # as many tokens, other ids
+    with pytest.raises(LlmpyError, match="holds tokens of another tokenizer than that of the model"):
+        trainer.train(on_text(folder, data=(tokens,)), Laptop())
+
+
+def test_the_option_e_of_llm_c_takes_a_file_too() -> None:
+    for given in ("gpt2_124M.bin", "runs/NAME"):
+        told = TrainOptions.gather({"model": given})
+        assert (told.model, told.init, told.given) == ("", given, {"init"})
+        assert told.called == Path(given).stem
+    told = TrainOptions.gather({"model": "gpt3:c768"})
+    assert (told.model, told.init) == ("gpt3:c768", None)
 
 
 def test_a_model_that_agrees_may_be_named() -> None:

@@ -58,6 +58,60 @@ def options(text: Path, tmp_path: Path) -> Options:
     return make
 
 
+def test_validation_batches_weigh_by_what_counts_in_them(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, 2 * 16 * 4 + 1)
+    write_shard(tmp_path / "train.bin", tokens)
+
+    def val_loss(name: str, batches: int, counted: np.ndarray) -> float:
+        write_shard(tmp_path / "val.bin", tokens, counted=counted)
+        data = tmp_path / "train.bin", tmp_path / "val.bin"
+        trainer.train(options(data=data, out=tmp_path / name, eval_batches=batches, steps=1), Laptop())
+        return next((r["val_loss"] for r in metrics(tmp_path / name) if "val_loss" in r), math.nan)
+
+    everywhere = np.ones(tokens.size, bool)
+    half, none = everywhere.copy(), np.zeros(tokens.size, bool)
+    half[33:] = False  # the second batch and those after it
+    alone = val_loss("alone", 1, everywhere)
+    assert val_loss("masked", 2, half) == alone
+    row = none.copy()
+    row[33:49] = half[33:49] = True  # of the second batch: half the weight of the first
+    assert val_loss("both", 2, half) == pytest.approx((alone + val_loss("row", 2, row) / 2) / 1.5, rel=1e-12)
+    assert "no target of the 2 validation batches counts" not in capsys.readouterr().out
+    assert math.isnan(val_loss("none", 2, none))
+    assert "no target of the 2 validation batches counts" in capsys.readouterr().out
+
+
+def test_the_name_of_a_data_set_stays_one(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "cache" / "tinyshakespeare" / "bytes"
+    made.mkdir(parents=True)
+    (made / "dataset.json").write_text("{}", "utf-8")
+    for name in ("train.bin", "val.bin"):
+        write_shard(made / name, np.arange(250))
+    assert trainer.train(options(data=(Path("tinyshakespeare"),), checkpoint_every=2), Laptop()) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
+    assert config["options"]["data"] == ["tinyshakespeare"]
+    assert trainer.train(TrainOptions(resume=tmp_path / "run", steps=6, given=frozenset({"steps"})), Laptop()) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_a_run_on_records_goes_on_with_its_masks(options: Options, tmp_path: Path) -> None:
+    rows = [{"prompt": f"How much is {i} and 1?", "completion": f" It is {i + 1}."} for i in range(200)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert trainer.train(options(data=(tmp_path / "sums.jsonl",)), Laptop()) == 0
+    run = tmp_path / "run"
+    assert (run / "train.mask").exists()
+    more = TrainOptions(resume=run, steps=6, given=frozenset({"steps"}))
+    assert trainer.train(more, Laptop()) == 0
+    mask = (run / "train.mask").read_bytes()
+    (run / "train.mask").write_bytes(mask[:1024] + bytes(len(mask) - 1024))
+    with pytest.raises(LlmpyError, match="the data are not those"):
+        trainer.train(more, Laptop())
+
+
 def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
