@@ -51,7 +51,7 @@ EXAMPLES = """examples:
   llmpy train --resume runs/NAME                go on with a run that was stopped, killed or is to be longer
   llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
-  llmpy train --init gpt2 --data shards/        fine-tune GPT-2 124M
+  llmpy train --init gpt2 --data my.txt         fine-tune GPT-2 124M on your own text
   llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
   llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
