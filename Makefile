@@ -4,13 +4,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PARQUET := .venv/.parquet
 
-.PHONY: train test test-isa test-long check bench clean
+.PHONY: train setup test test-isa test-long fuzz check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
 
-test: $(INSTALLED)
+setup: $(INSTALLED)
+	@$(BIN)/llmpy data tinyshakespeare
+	@$(BIN)/python -c 'from llmpy.formats import resolve; print(resolve("gpt2", print).describe())'
+
+test: $(PARQUET)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-isa: $(INSTALLED)
@@ -18,6 +23,9 @@ test-isa: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	@$(BIN)/python -m pytest -m long $(ARGS)
+
+fuzz: $(PARQUET)
+	@$(BIN)/python -m pytest -m fuzz $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .
@@ -39,4 +47,9 @@ $(INSTALLED): pyproject.toml
 	@echo "installing llm.py into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || { echo "the installation failed: see the lines above; make needs the network this once" >&2; exit 1; }
+	@touch $@
+
+# pyarrow is as large as half of all the rest: only who tests or reads parquet needs it.
+$(PARQUET): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parquet]' || { echo "the installation of pyarrow failed: see the lines above; make test needs the network this once" >&2; exit 1; }
 	@touch $@

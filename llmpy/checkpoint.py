@@ -1,29 +1,46 @@
-"""A model on disk: `model.safetensors`, a tensor for each row of the table of parameters, under the same name.
+"""A model on disk, and a checkpoint: all that a run needs to go on to the bit.
 
-The library lays them out in an order of its own; they are found by name. The metadata carry the model's shape
-and the sequence length it was trained at, so the file needs no companion.
+model.safetensors   a tensor for each row of the table of parameters, under the same name; the metadata carry the
+                    model's shape and the sequence length it was trained at, so the file needs no companion
+RUN/checkpoints/step-00000250/
+    model.safetensors   the same
+    state.safetensors   m.NAME and v.NAME of AdamW for each parameter; the orders and generator of the data
+    manifest.json       all else as JSON; size and checksums of the two files; a checksum of itself
+
+A checkpoint is made in a folder of another name, synced, and then renamed: where there is one, it is whole. What a disk
+does to it later the checksums find. They are CRC-32 of each 4 MiB, which no flip of up to 32 neighbouring bits escapes,
+and SHA-256 of the manifest. They guard against accidents, not against malice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from .arena import Arena
+from . import durable
+from .arena import Arena, Tensor
 from .config import ModelConfig
-from .durable import write_whole
 from .errors import LlmpyError
 from .gpt2 import GPT2, PARAMS
 
-KEY, FORMAT = "llmpy", 1  # of the metadata
+KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
+MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
+HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
+NAME = re.compile(r"step-(\d{8,})")
+DAMAGED = "damaged-"  # what the name of a checkpoint begins with that was found to be so
+TYPES = {"float32": "F32", "int32": "I32", "uint32": "U32"}
+Pieces = list[np.ndarray]  # the bytes of a file, one after another
+Entries = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape and NumPy type of each tensor
 
 
 @dataclass(frozen=True)
@@ -36,18 +53,40 @@ class Header:
 
 def save(path: Path, model: GPT2, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    tensors = {t.name: np.asarray(model.ops.to_host(x)) for t, x in model.params.items()}
-    # One entry, because the library writes several in a random order: equal models make equal files.
-    about = {"format": FORMAT, "config": asdict(model.config), "trained_length": trained_length}
-    metadata = {KEY: json.dumps(about)}
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as fault:  # how the library reports a full disk
-            raise OSError(str(fault)) from fault
 
-    write_whole(path, write)
+def write_model(path: Path, config: ModelConfig, trained_length: int, params: np.ndarray) -> None:
+    """`save` for parameters that are in no model: float32, flat, in the order of the table."""
+    pieces = model_pieces(config, trained_length, params)
+    durable.write_whole(path, lambda temporary: durable.write_stretches(temporary, pieces))
+
+
+def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray) -> Pieces:
+    """The model file: its header and the flat buffer of the parameters, which has the order of the table."""
+    # One entry of metadata and a fixed order: equal models make equal files.
+    about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
+    return [_header([(t.name, t.shape, "float32") for t in PARAMS(config)], {KEY: json.dumps(about)}), params]
+
+
+def state_pieces(config: ModelConfig, moments: Pieces, others: Mapping[str, np.ndarray]) -> Pieces:
+    """The state file: m and v, flat in the order of the table (one piece or two), and further arrays."""
+    entries = [(f"{letter}.{t.name}", t.shape, "float32") for letter in "mv" for t in PARAMS(config)]
+    entries += [(name, x.shape, x.dtype.name) for name, x in others.items()]
+    return [_header(entries), *moments, *others.values()]
+
+
+def _header(entries: Entries, metadata: Mapping[str, str] | None = None) -> np.ndarray:
+    """How a safetensors file begins; blanks fill it up to a whole page, so that the tensors begin on one."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, shape, dtype in entries:
+        end = offset + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % durable.PAGE)
+    return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
 
 
 def read_header(path: Path) -> Header:
@@ -55,7 +94,7 @@ def read_header(path: Path) -> Header:
 
     Raises LlmpyError for a file that is missing, damaged or not ours.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
             raise LlmpyError(f"{path} is not a model of llmpy", "train one with: llmpy train")
@@ -64,19 +103,23 @@ def read_header(path: Path) -> Header:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, this program reads {FORMAT}")
             header = Header(ModelConfig(**about["config"]), int(about["trained_length"]))
-        except (KeyError, TypeError, ValueError, LlmpyError) as fault:
+        except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as fault:
             raise _damaged(path, f"its header cannot be read: {fault}") from fault
         if not 1 <= header.trained_length <= header.config.context:
             raise _damaged(path, f"trained length {header.trained_length}")
-        expected = {t.name: t.shape for t in PARAMS(header.config)}
-        if set(file.keys()) != set(expected):
-            raise _damaged(path, f"tensors {sorted(set(file.keys()) ^ set(expected))} are missing or unknown")
-        for name, shape in expected.items():
-            found = file.get_slice(name)
-            if tuple(found.get_shape()) != shape or found.get_dtype() != "F32":
-                is_there = f"{found.get_dtype()} {tuple(found.get_shape())}"
-                raise _damaged(path, f"{name} is {is_there}, expected F32 {shape}")
+        _check_tensors(path, file, {t.name: t.shape for t in PARAMS(header.config)})
         return header
+
+
+def _check_tensors(path: Path, file: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise LlmpyError unless the open file holds exactly these tensors, in float32."""
+    if set(file.keys()) != set(expected):
+        raise _damaged(path, f"tensors {sorted(set(file.keys()) ^ set(expected))} are missing or unknown")
+    for name, shape in expected.items():
+        found = file.get_slice(name)
+        if tuple(found.get_shape()) != shape or found.get_dtype() != "F32":
+            is_there = f"{found.get_dtype()} {tuple(found.get_shape())}"
+            raise _damaged(path, f"{name} is {is_there}, expected F32 {shape}")
 
 
 def load_parameters(path: Path, params: Arena) -> None:
@@ -97,16 +140,148 @@ def load_parameters(path: Path, params: Arena) -> None:
         raise _damaged(path, str(fault)) from fault
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The open file; whatever the library finds wrong becomes a LlmpyError."""
+def load_state(path: Path, table: Sequence[Tensor], m: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
+    """Copy the state file's moments into m and v, flat, := ; returns the further arrays.
+
+    `newest` must have accepted the checkpoint.
+    """
+    with opened(path) as file:
+        for letter, flat in (("m", m), ("v", v)):
+            offset = 0
+            for t in table:
+                flat[offset : offset + t.size] = file.get_tensor(f"{letter}.{t.name}").reshape(-1)
+                offset += t.size
+        others = [name for name in file.keys() if not name.startswith(("m.", "v."))]  # noqa: SIM118 (it is no dict)
+        return {name: file.get_tensor(name) for name in others}
+
+
+def write(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Pieces]) -> Path:
+    """Write a checkpoint below `folder`, or nothing. `state` is JSON, `files` what the two others hold.
+
+    Raises OSError if the disk refuses; then nothing of it stays.
+    """
+    final = folder / f"step-{step:08}"
+    making, former = folder / f".{final.name}.tmp", folder / f".{final.name}.old.tmp"
     try:
+        if not folder.exists():
+            folder.mkdir()
+            durable.sync_folder(folder.parent)
+        durable.remove(making)
+        making.mkdir()
+        sizes = {name: durable.write_stretches(making / name, pieces) for name, pieces in files.items()}
+        written = {name: {"bytes": size, "crc32": sums} for name, (size, sums) in sizes.items()}
+        text = _sealed({"format": FORMAT, "step": step, **state, "files": written})
+        durable.write_stretches(making / MANIFEST, [np.frombuffer(text, np.uint8)])
+        durable.sync_folder(making)
+        if final.exists():  # made by an earlier attempt at these steps
+            durable.replace(final, former)
+        durable.replace(making, final)
+        durable.sync_folder(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            durable.remove(making)
+        raise
+    with contextlib.suppress(OSError):
+        durable.remove(former)
+    return final
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest with its checksum, as the file has it."""
+    text = json.dumps(manifest)
+    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", "manifest": {text}}}\n'.encode()
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint all of whose bytes are those that were written.
+
+    Raises LlmpyError, which says what is not, or that this program is too old for it.
+    """
+    try:
+        text = (checkpoint / MANIFEST).read_bytes()
+        try:
+            manifest = json.loads(text)["manifest"]
+            sound = _sealed(manifest) == text
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise _damaged(checkpoint / MANIFEST, "its checksum differs")
+        if manifest["format"] != FORMAT:
+            raise LlmpyError(
+                f"{checkpoint} has format {manifest['format']}, this program reads {FORMAT}", "use a newer llmpy"
+            )
+        for name in (MODEL, STATE):
+            about = manifest["files"][name]
+            if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):
+                raise _damaged(checkpoint / name, wrong)
+    except OSError as fault:
+        raise _damaged(checkpoint, f"{fault.strerror or fault}") from fault
+    return dict(manifest)
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints below a folder, by their names, newest first."""
+    try:
+        found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    except FileNotFoundError:
+        return []
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest sound checkpoint below `folder` and its manifest; None if there never was one.
+
+    Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged.
+    """
+    damaged = []
+    for path in listed(folder):
+        try:
+            manifest = verify(path)
+        except LlmpyError as fault:
+            say(f"warning: {str(fault).partition(' — ')[0]}")
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            aside = bad.with_name(DAMAGED + bad.name)
+            durable.remove(aside)
+            durable.replace(bad, aside)
+        if damaged:
+            say(f"going back to step {manifest['step']}; what is damaged was renamed to {DAMAGED}…")
+        return path, manifest
+    if damaged:
+        raise LlmpyError(f"every checkpoint in {folder} is damaged", "restore one of them, or train anew")
+    return None
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the `keep` newest checkpoints (0: none) and those of steps that `keep_every` divides."""
+    for path in listed(folder)[keep:] if keep else []:
+        step = int(path.name.removeprefix("step-"))
+        if not (keep_every and step % keep_every == 0):
+            gone = path.with_name(f".{path.name}.tmp")  # renamed first: half of one must not look like one
+            durable.replace(path, gone)
+            durable.remove(gone)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; whatever the library finds wrong becomes a LlmpyError."""
+    try:
+        _check_header(path)
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
         raise LlmpyError(f"no model at {path}", "train one with: llmpy train") from None
     except (OSError, SafetensorError) as fault:
         raise _damaged(path, str(fault)) from fault
+
+
+def _check_header(path: Path) -> None:
+    """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_AT_MOST:
+        raise _damaged(path, f"a header of {length:,} bytes")
 
 
 def _damaged(path: Path, why: str) -> LlmpyError:

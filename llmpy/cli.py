@@ -25,16 +25,36 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import LlmpyError
 from .journal import silence
-from .options import BenchOptions, DecodeOptions, OpsOptions, PeersOptions, SampleOptions, TrainOptions, flag
+from .options import (
+    MEANINGLESS,
+    BenchOptions,
+    ConvertOptions,
+    DataOptions,
+    DecodeOptions,
+    OpsOptions,
+    PeersOptions,
+    SampleOptions,
+    SelftestOptions,
+    TrainOptions,
+    as_yaml,
+    flag,
+    options_of,
+)
 
 EXIT_CODES = (
-    "exit codes: 0 done; 1 a value, a file or the machine does not serve; 2 no such option or verb, or it lacks a "
-    "value; 130 stopped by Ctrl-C (the model is saved)"
+    "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
+    "option or verb, or it lacks a value; 3 training gave NaN or infinity; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 "
+    "by SIGHUP (all is saved: go on with --resume RUN)"
 )
 EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
+  llmpy train --resume runs/NAME                go on with a run that was stopped, killed or is to be longer
+  llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
+  llmpy train --init gpt2 --data my.txt         fine-tune GPT-2 124M on your own text
+  llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
+  llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
 
@@ -43,9 +63,21 @@ EXAMPLES = """examples:
 
 def train(options: TrainOptions) -> int:
     """Train a model."""
+    if options.print_config:
+        write(as_yaml(options))
+        return 0
+    from .runfolder import InUse, RunFolder
+
+    # Before the heavy imports: of many runs that begin in one folder all but one leave at once.
+    try:
+        folder = RunFolder.claim(options)
+    except InUse:
+        raise
+    except LlmpyError:
+        folder = None  # asked again below, where it is told together with whatever else is wrong
     from .trainer import train
 
-    return train(options)
+    return train(options, folder=folder)
 
 
 def sample(options: SampleOptions) -> int:
@@ -54,6 +86,29 @@ def sample(options: SampleOptions) -> int:
 
     sample(options, write)
     return 0
+
+
+def data(options: DataOptions) -> int:
+    """Make token files of a data set or of your own text."""
+    from .data.pack import data
+
+    data(options)
+    return 0
+
+
+def convert(options: ConvertOptions) -> int:
+    """Write a model in another format: llm.c's, Hugging Face's, llmpy's, GGUF."""
+    from .formats.convert import convert
+
+    convert(options, print)
+    return 0
+
+
+def selftest(options: SelftestOptions) -> int:
+    """Check what this machine computes, against a reference or llm.c's own files."""
+    from .selftest import selftest
+
+    return selftest(options, print)
 
 
 def bench(options: BenchOptions) -> int:
@@ -110,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             flush()
     except LlmpyError as fault:
-        return fail(str(fault))
+        return fail(str(fault), fault.code)
     except MemoryError as fault:
         return fail(f"out of memory: {fault} — use a smaller -B, -T or --model")
     except BrokenPipeError:  # the reader left (`| head`)
@@ -131,11 +186,11 @@ def flush() -> None:
         raise
 
 
-def fail(message: str) -> int:
-    """One line on stderr, if that is still there; 1, the exit code of an error."""
+def fail(message: str, code: int = 1) -> int:
+    """One line on stderr, if that is still there; the exit code."""
     with contextlib.suppress(OSError):
         print("llmpy: error:", " ".join(message.split()), file=sys.stderr, flush=True)
-    return 1
+    return code
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -144,11 +199,24 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         parser.print_help()
         return 2
+    arguments, passed = without_meaningless(arguments)
+    if passed:
+        print(f"llmpy: note: {', '.join(passed)} mean nothing here and are passed over", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         found.parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0], found.parser.flags)}")
-    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found.options)}
-    return int(found.verb(found.options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})))
+    given = {f.name: getattr(found, f.name) for f in options_of(found.options) if f.name in found}
+    return int(found.verb(found.make({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})))
+
+
+def without_meaningless(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of `llmpy train` without what only llm.c's own program can do, and which those were."""
+    words, passed = list(arguments), list[str]()
+    for i in range(len(words) - 2, 0, -1):
+        if words[0] == "train" and words[i] in MEANINGLESS and words[i + 1].lstrip("-").isdigit():
+            passed.insert(0, words[i])
+            del words[i : i + 2]
+    return words, passed
 
 
 class Parser(argparse.ArgumentParser):
@@ -187,7 +255,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", dest="VERB", required=True)
-    for name, function, options in (("train", train, TrainOptions), ("sample", sample, SampleOptions)):
+    for name, function, options in (
+        ("train", train, TrainOptions),
+        ("sample", sample, SampleOptions),
+        ("data", data, DataOptions),
+        ("convert", convert, ConvertOptions),
+        ("selftest", selftest, SelftestOptions),
+    ):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
     whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
@@ -202,36 +276,49 @@ def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
     """A verb with one flag for each field of its options."""
     text = function.__doc__
     parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text, epilog=EXIT_CODES)
-    parser.set_defaults(verb=function, options=options, parser=parser)
+    make = getattr(options, "gather", lambda given: options(**given))
+    parser.set_defaults(verb=function, options=options, make=make, parser=parser)
     types = typing.get_type_hints(options)
-    for field in dataclasses.fields(options):
+    for field in options_of(options):
         add_flag(parser, field, types[field.name])
     parser.flags = [s for action in parser._actions for s in action.option_strings]
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
-    """The flag of one field; its type says how it is parsed, `RUN` alone is positional."""
+    """The flag of one field; its type says how it is parsed; or a word without flag."""
     kind = next((k for k in typing.get_args(kind) if k is not NoneType), kind) if is_optional(kind) else kind
     told = field.metadata
     text = told["help"]
-    if field.default is not None and field.default not in ("", False, Path()) and "default" not in text:
+    if field.default is not None and field.default not in ("", False, (), Path()) and "default" not in text:
         text += f" (default: {shown(field.default)})"
-    settings: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text.replace("%", "%%")}
+    # What was not given is absent: a file of options may say it, or the run that goes on.
+    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if kind is bool:
         action = argparse.BooleanOptionalAction if field.default else "store_true"
         parser.add_argument(flag(field), action=action, **settings)
+        for letter in told["flags"]:  # llm.c's take a number
+            parser.add_argument(letter, type=zero_or_one, **settings | {"help": argparse.SUPPRESS})
         return
     if told["choices"]:
         settings["choices"] = told["choices"]
     else:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
     if typing.get_origin(kind) is tuple:
-        several: dict[str, Any] = {"action": "append"} if told["each"] else {"nargs": "+", "action": "extend"}
-        parser.add_argument(flag(field), type=typing.get_args(kind)[0], **several, **settings)
-    elif field.name == "run":
-        parser.add_argument("run", type=kind, help=settings["help"], metavar=settings["metavar"])
+        settings["type"] = typing.get_args(kind)[0]
+        settings |= {"action": "append"} if told["each"] else {"action": "extend", "nargs": "+"}
     else:
-        parser.add_argument(*told["flags"], flag(field), type=kind, **settings)
+        settings["type"] = kind
+    if told["word"]:
+        parser.add_argument(settings.pop("dest"), **settings)
+    else:
+        parser.add_argument(*told["flags"], flag(field), **settings)
+
+
+def zero_or_one(word: str) -> bool:
+    """0 → False, 1 → True."""
+    if word not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"use 0 or 1, not {word!r}")
+    return word == "1"
 
 
 def is_optional(kind: Any) -> bool:

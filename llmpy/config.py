@@ -37,6 +37,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "channels", "context", "vocab_size"):
+            if type(getattr(self, name)) is not int:
+                raise LlmpyError(f"model: {name} is {getattr(self, name)!r}", f"{name} must be a whole number")
             if getattr(self, name) < 1:
                 raise LlmpyError(f"model: {name} is {getattr(self, name)}", f"{name} must be at least 1")
         if self.channels % self.heads:

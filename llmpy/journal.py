@@ -1,4 +1,7 @@
-"""What a run says and records: lines on the terminal and in `main.log`, numbers in `metrics.jsonl`.
+"""What a run says and records.
+
+the terminal and console.log   lines for people                    metrics.jsonl   every number, a JSON object a line
+main.log                       llm.c's lines, for its readers      samples.txt     what the model wrote
 
 On a terminal a progress bar stays below the lines; elsewhere (a log, a pipe) there are only lines. Nothing that
 fails here ends a run: a terminal that is gone (a closed window, a reader that left) is printed to no more, and
@@ -12,20 +15,21 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 from .errors import LlmpyError
+from .runfolder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
 
 class Journal:
-    """The log and the metrics of one run. Until `open` gives them files they are held. A context manager."""
+    """The logs and the metrics of one run. Until `open` gives them files they are held. A context manager."""
 
     def __init__(self) -> None:
         self._held = io.StringIO()
-        self._log: TextIO = self._held
-        self._metrics: TextIO = io.StringIO()
+        self._console: TextIO = self._held
+        self._files: dict[str, TextIO] = {}  # METRICS, MAIN, SAMPLES
         self._bar: Any = None
         self._gone = False  # the terminal
         self._warned = False  # of a file that cannot be written
@@ -35,29 +39,69 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.end_progress()
-        for file in (self._log, self._metrics):
+        for file in (self._console, *self._files.values()):
             with contextlib.suppress(OSError):  # a full disk, of which the user was warned
                 file.close()
 
-    def open(self, folder: Path) -> None:
-        """Start main.log, with all that was said until now, and metrics.jsonl. Neither may exist."""
+    def open(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
+        """Start the files; console.log with all that was said until now.
+
+        None of them may exist; but of a run that goes on, `sizes` tells the bytes of each one that remain, and
+        console.log all of them; of one that is shorter there is a warning. Raises LlmpyError if one cannot be written.
+        """
         try:
-            self._log = open(folder / "main.log", "x", encoding="utf-8", errors="replace", buffering=1)  # noqa: SIM115
-            self._metrics = open(folder / "metrics.jsonl", "x", encoding="utf-8", buffering=1)  # noqa: SIM115
+            new = sizes is None
+            for name in LOGS:
+                path = folder / name
+                if sizes is not None:
+                    self._cut(path, sizes.get(name, 0))
+                self._files[name] = _lines(path, new)
+            self._console = _lines(folder / CONSOLE, new)
         except OSError as fault:
             raise LlmpyError(
                 f"cannot write {fault.filename}: {fault.strerror}", "choose another folder with --out"
             ) from fault
-        self._write(self._log, self._held.getvalue())
+        self._write(self._console, self._held.getvalue())
+
+    def _cut(self, path: Path, size: int) -> None:
+        """Leave the first `size` bytes of a file."""
+        path.touch()
+        found = path.stat().st_size
+        if found < size:
+            self.say(f"warning: {path} has {found:,} of the {size:,} bytes it had at the checkpoint; the rest is lost")
+        os.truncate(path, min(found, size))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of numbers or samples as of now, for `open`."""
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def sync(self) -> None:
+        """Wait until these are on the disk. Raises OSError if that fails; may run beside all else."""
+        from . import durable  # here, because the command line uses this module and must not wait for NumPy
+
+        for file in self._files.values():
+            durable.sync(file.fileno())
 
     def say(self, line: str = "") -> None:
-        """Print a line, above the bar if there is one, and keep it in main.log."""
+        """Print a line, above the bar if there is one, and keep it in console.log."""
         self._print(line)
-        self._write(self._log, line + "\n")
+        self._write(self._console, line + "\n")
 
-    def record(self, **numbers: int | float) -> None:
-        """One JSON object, one line; it is in the file when this returns."""
-        self._write(self._metrics, json.dumps(numbers) + "\n")
+    def record(self, **numbers: Any) -> None:
+        """One JSON object, one line of metrics.jsonl; it is in the file when this returns."""
+        self._keep(METRICS, json.dumps(numbers) + "\n")
+
+    def record_llmc(self, line: str) -> None:
+        """One line of main.log."""
+        self._keep(MAIN, line + "\n")
+
+    def record_sample(self, heading: str, text: str) -> None:
+        """What the model wrote, into samples.txt."""
+        self._keep(SAMPLES, f"{heading}\n{text}\n\n")
+
+    def _keep(self, name: str, text: str) -> None:
+        if name in self._files:
+            self._write(self._files[name], text)
 
     def begin_progress(self) -> None:
         """Show a bar if the output is a terminal."""
@@ -110,6 +154,12 @@ class Journal:
             if not self._warned:
                 self._warned = True
                 self._print(f"warning: cannot write {file.name}: {fault.strerror or fault}; the run goes on")
+
+
+def _lines(path: Path, new: bool) -> TextIO:
+    """A file that every line reaches at once; `new`: that must not exist, else to append to."""
+    file: Any = open(path, "x" if new else "a", encoding="utf-8", errors="replace", newline="\n", buffering=1)  # noqa: SIM115
+    return cast(TextIO, file)
 
 
 def silence() -> None:

@@ -54,12 +54,24 @@ class AdamW:
 
         Raises LlmpyError, with parameters, m and v untouched, if the norm is not finite.
         """
-        norm = float(self.ops.global_norm(self.grad))
+        norm = self.norm()
         if not math.isfinite(norm):
             raise LlmpyError(f"the gradient is no longer finite (norm {norm})", "use a smaller --lr")
+        self.update(lr, norm)
+        return norm
+
+    def norm(self) -> float:
+        """The global norm of the gradients as they are, perhaps not finite."""
+        return float(self.ops.global_norm(self.grad))
+
+    def update(self, lr: float, norm: float) -> None:
+        """Update the parameters from gradients of this norm, which must be finite."""
         scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
         self.updates += 1
         beta1, beta2 = self.betas
         for (param, grad, m, v), decay, stored in self._parts:
             self.ops.adamw(param, grad, m, v, lr, beta1, beta2, EPSILON, decay, scale, self.updates, stored)
-        return norm
+
+    def skip(self) -> None:
+        """Let these gradients go: m and v stay, and the correction of their bias goes on as in llm.c."""
+        self.updates += 1

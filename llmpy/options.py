@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from .errors import LlmpyError
+from .recipes import RECIPES
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
+MODEL_FORMATS = ("llmc", "hf", "native", "gguf")
+FILE_DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_MODEL = "d3"
+DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
+TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
 
@@ -21,25 +33,36 @@ BUILTIN_PROMPT = "If the"  # without a blank: words carry theirs in front
 
 
 def option(
-    default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), metavar: str = "", each: bool = False
+    default: Any,
+    text: str,
+    *flags: str,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    word: bool = False,
+    each: bool = False,
 ) -> Any:
-    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings.
+    """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings, a `word` goes without.
 
     Of a tuple's values a flag takes all that follow it, or with `each` one, and may come again.
     """
-    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "each": each}
+    told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "word": word, "each": each}
     return field(default=default, metadata=told)
 
 
 def flag(of: Field[Any]) -> str:
-    """`batch_size` → `--batch-size`."""
-    return "--" + of.name.replace("_", "-")
+    """The field `batch_size` → `--batch-size`."""
+    return flag_of(of.name)
+
+
+def options_of(kind: Any) -> list[Field[Any]]:
+    """The fields of a dataclass of options that are flags."""
+    return [f for f in fields(kind) if f.metadata]
 
 
 def spelled(options: Any) -> list[str]:
     """The words of the command line that say what differs from the defaults."""
     words: list[str] = []
-    for f in fields(options):
+    for f in options_of(options):
         value = getattr(options, f.name)
         if value != f.default:
             words += [flag(f)] if value is True else [flag(f), str(value)]
@@ -48,58 +71,164 @@ def spelled(options: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """`llmpy train`."""
+    """`llmpy train`. Flags of one or two letters are llm.c's."""
 
     data: tuple[Path, ...] | None = option(
         None,
-        "text files, folders of text, or .bin shards (default: text that Python carries)",
+        "text files, folders of text, .bin shards, or a name of llmpy data (default: text that Python carries)",
+        "-i",
+        "-j",
         metavar="PATH",
     )
-    model: str = option("d3", "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768")
-    out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", metavar="RUN")
-    batch_size: int = option(4, "rows of a batch", "-B")
-    sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T")
+    model: str = option(
+        "",
+        "size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768 "
+        f"(default: {DEFAULT_MODEL}, or what --init is)",
+        "-e",
+    )
+    init: str | None = option(
+        None,
+        "start from this model: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a run folder, an "
+        "llm.c .bin or a Hugging Face folder (default: from scratch)",
+        metavar="MODEL",
+    )
+    out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
+    batch_size: int = option(4, "rows of a batch", "-B", "-b")
+    sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T", "-t")
+    total_batch: int | None = option(
+        None, "tokens of an update, gathered over several batches (default: those of one)", "-d", metavar="TOKENS"
+    )
     steps: int | None = option(
-        None, f"stop after this many steps (default: {DEFAULT_EPOCHS} epochs, none with --minutes)"
+        None, f"stop after this many steps, -1: one epoch (default: {DEFAULT_EPOCHS} epochs, none with --minutes)", "-x"
     )
     minutes: float | None = option(
         None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)"
     )
-    lr: float | None = option(None, "peak learning rate (default: 6e-4 * 768 / channels)")
-    schedule: str = option("cosine", "how the learning rate falls", choices=KINDS)
-    warmup: int | None = option(None, "steps to the peak (default: a tenth of the run, at most 50)")
-    min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak")
-    weight_decay: float = option(0.1, "weight decay of the matrices")
+    lr: float | None = option(None, "peak learning rate (default: 6e-4 * 768 / channels)", "-l")
+    schedule: str = option("cosine", "how the learning rate falls", "-k", choices=KINDS)
+    warmup: int | None = option(None, "steps to the peak (default: a tenth of the run, at most 50)", "-u")
+    min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak", "-q")
+    weight_decay: float = option(0.1, "weight decay of the matrices", "-c")
     beta1: float = option(0.9, "AdamW: decay of the mean")
     beta2: float = option(0.95, "AdamW: decay of the square")
     clip: float = option(1.0, "largest norm of the gradient, 0: no limit")
+    skip_loss: float = option(
+        0.0, "skip the update if the loss is this many deviations above its mean, 0: never", "-sl"
+    )
+    skip_norm: float = option(0.0, "the same for the norm of the gradient", "-sg")
+    give_up_after: int = option(5, "stop after this many steps in a row with NaN or infinity; each is skipped")
+    overfit: bool = option(False, "train on the first batch of the validation text again and again", "-a")
+    recompute: int = option(1, "activations computed again in backward, 0: none; 1: GELU; 2: LayerNorm too", "-r")
     seed: int = option(42, "seed of initialisation and shuffling")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     shuffle: bool = option(True, "visit the samples in random order")
-    eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end")
-    eval_batches: int = option(20, "batches of an evaluation")
-    sample_every: int = option(0, "steps between samples, 0: only at the end")
-    sample_tokens: int = option(128, "tokens of a sample")
+    eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end", "-v")
+    eval_batches: int = option(20, "batches of an evaluation, -1: all", "-m")
+    sample_every: int = option(0, "steps between samples, 0: only at the end", "-s")
+    sample_tokens: int = option(128, "tokens of a sample", "-g")
     prompt: str | None = option(
         None, f"what samples continue (default: the start of a text; {BUILTIN_PROMPT!r} without --data)"
     )
     vocab_size: int | None = option(None, "tokens of the vocabulary to train (default: by the text's size)")
+    checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
+    keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
+    keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
+    resume: Path | None = option(
+        None, "go on with this run; other options are the saved ones unless given again", metavar="RUN"
+    )
+    auto_resume: bool = option(False, "go on with the run in --out if there is one", "-y")
+    track: tuple[str, ...] | None = option(None, "send the numbers also to: " + ", ".join(TRACKERS), choices=TRACKERS)
+    recipe: str | None = option(None, "options of a script of llm.c; others given win", choices=tuple(RECIPES))
+    config: Path | None = option(None, "YAML file of options, names as here; flags win", metavar="FILE.yaml")
+    print_config: bool = option(False, "print the options as such a file, and end")
+    # Names of the options that the user gave himself: on --resume these win over the saved ones.
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        positive(self, "batch_size", "sequence_length", "steps", "minutes", "lr", "threads", "eval_batches")
-        positive(self, "sample_tokens", "vocab_size")
-        not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every")
+        if self.steps != ONE_EPOCH:
+            positive(self, "steps")
+        if self.eval_batches != ALL_BATCHES:
+            positive(self, "eval_batches")
+        positive(self, "batch_size", "sequence_length", "total_batch", "minutes", "lr", "threads")
+        positive(self, "sample_tokens", "vocab_size", "give_up_after")
+        not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every", "skip_loss")
+        not_negative(self, "skip_norm", "checkpoint_every", "keep", "keep_every", "recompute")
         below(self, "seed", 1 << 32)
         below(self, "minutes", 1 << 30)  # two thousand years, and no arithmetic overflows
         below(self, "steps", 1 << 62)
         below(self, "warmup", 1 << 62)
+        if self.recompute > 2:
+            raise _refusal("recompute", self.recompute, "use 0, 1 or 2")
         for name in ("min_lr", "beta1", "beta2"):
             value, top = getattr(self, name), 1.0 if name == "min_lr" else math.nextafter(1.0, 0.0)
             if not 0 <= value <= top:
                 raise _refusal(name, value, "use a number from 0 to 1" + ("" if top == 1 else ", below 1"))
         known(self, "schedule", KINDS)
         known(self, "dtype", DTYPES)
+
+    @classmethod
+    def gather(cls, given: Mapping[str, Any]) -> Self:
+        """The options of a command line: its flags, else the file of --config, else --recipe, else the defaults.
+
+        Raises LlmpyError for a file that cannot be read or says what no option understands.
+        """
+        values: dict[str, Any] = dict(given)
+        if names_file(values.get("model", "")):  # llm.c's -e takes both
+            values.setdefault("init", values.pop("model"))
+        if path := values.get("config"):
+            values = read_yaml(cls, path) | values
+        if recipe := values.get("recipe"):
+            if recipe not in RECIPES:
+                raise _refusal("recipe", recipe, "use one of " + ", ".join(RECIPES))
+            values = RECIPES[recipe] | values
+            if not values.get("data") and not values.get("resume") and not values.get("print_config"):
+                raise LlmpyError(f"--recipe {recipe} needs --data", "give the shards of FineWeb: --data FOLDER")
+        return cls(**values, given=frozenset(values))
+
+    def as_record(self) -> dict[str, Any]:
+        """What describes a run, as JSON: all but how it was told."""
+        told = {f.name: getattr(self, f.name) for f in options_of(self) if f.name not in TELLING}
+        return {name: plain(value) for name, value in told.items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The opposite of `as_record`. Raises LlmpyError for what no option understands."""
+        return cls(**{name: converted(cls, name, value) for name, value in record.items()})
+
+    def resumed_from(self, saved: Self) -> Self:
+        """The saved options with those in their place that the user gave again.
+
+        Raises LlmpyError for an option that cannot change within a run.
+        """
+        changes = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        for name in FIXED:
+            if name in changes and changes[name] != getattr(saved, name):
+                raise LlmpyError(
+                    f"{flag_of(name)} cannot change within a run: it is {getattr(saved, name)}",
+                    "leave it out, or begin another run with --out",
+                )
+        if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
+            changes = {"steps": None, "minutes": None} | changes
+        return replace(saved, **changes, resume=self.resume, given=self.given)
+
+    @property
+    def called(self) -> str:
+        """What the folder of the run is named for."""
+        return self.model or (Path(self.init).resolve().stem if self.init else DEFAULT_MODEL)
+
+    @property
+    def micro_steps(self) -> int:
+        """Batches that make an update. Raises LlmpyError if they do not fill `total_batch` exactly."""
+        tokens = self.batch_size * self.sequence_length
+        total = self.total_batch or tokens
+        if total % tokens:
+            near = max(1, round(total / tokens)) * tokens
+            raise LlmpyError(
+                f"--total-batch {total} is no multiple of -B {self.batch_size} x -T {self.sequence_length} = {tokens}",
+                f"use --total-batch {near}, or another -B",
+            )
+        return total // tokens
 
     @property
     def seconds(self) -> float | None:
@@ -115,16 +244,62 @@ class TrainOptions:
             # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
             settled = replace(settled, lr=6e-4 * 768 / channels)
         if self.steps is None and self.minutes is None:
-            batches = max(1, tokens // (self.batch_size * self.sequence_length))
-            settled = replace(settled, steps=DEFAULT_EPOCHS * batches, minutes=DEFAULT_MINUTES)
+            settled = replace(settled, steps=DEFAULT_EPOCHS * self.epoch(tokens), minutes=DEFAULT_MINUTES)
+        if self.steps == ONE_EPOCH:
+            settled = replace(settled, steps=self.epoch(tokens))
         return settled
+
+    def epoch(self, tokens: int) -> int:
+        """Steps that read a text of so many tokens about once, as llm.c counts them."""
+        return max(1, tokens // (self.total_batch or self.batch_size * self.sequence_length))
+
+
+def names_file(model: str) -> bool:
+    """Whether --model is given the file of a model, or its folder, where it wants a size."""
+    return model.endswith(".bin") or bool({"/", os.sep} & set(model))
+
+
+# Letters of llm.c about its GPUs, and HellaSwag; each takes a number.
+MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
+
+# How a run is told, no part of what it is; and what cannot change within one.
+TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
+FIXED = ("model", "vocab_size", "seed", "overfit")
+ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """`llmpy data WHAT`."""
+
+    what: tuple[str, ...] = option(
+        (),
+        f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
+        metavar="WHAT",
+        word=True,
+    )
+    tokenizer: str = option(
+        "gpt2", "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file"
+    )
+    source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
+    out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
+    tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)")
+    format: str = option("auto", "int32: the stream without header of llm.rs and llm.mojo", choices=TOKEN_FORMATS)
+
+    def __post_init__(self) -> None:
+        positive(self, "tokens")
+        known(self, "format", TOKEN_FORMATS)
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):
+                raise _refusal("tokenizer", self.tokenizer, "use bpe:N with N from 257 to 65536")
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     """`llmpy sample RUN`."""
 
-    run: Path = option(Path(), "folder of a run", metavar="RUN")
+    run: Path = option(Path(), "folder of a run", metavar="RUN", word=True)
     prompt: tuple[str, ...] | None = option(
         None, "text to continue (default: the start of a text); give it again for further texts", each=True
     )
@@ -240,6 +415,106 @@ class PeersOptions:
                 raise _refusal("peer", repr(text), "use --peer 'name=command'")
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """`llmpy convert IN OUT`."""
+
+    source: Path = option(Path(), "a run folder, an llm.c .bin or a Hugging Face folder", metavar="IN", word=True)
+    target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
+    to: str | None = option(
+        None,
+        "format of OUT: llmc, hf (a folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, "
+        ".safetensors; hf without a suffix)",
+        choices=MODEL_FORMATS,
+    )
+    dtype: str | None = option(
+        None, "type of the numbers in OUT (default: as in IN, if the format has it)", choices=FILE_DTYPES
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("to", MODEL_FORMATS), ("dtype", FILE_DTYPES)):
+            if getattr(self, name) is not None:
+                known(self, name, choices)
+
+
+@dataclass(frozen=True)
+class SelftestOptions:
+    """`llmpy selftest`."""
+
+    model: Path | None = option(
+        None, "check with this model, e.g. llm.c's gpt2_124M.bin (default: one of its own)", metavar="FILE"
+    )
+    debug_state: Path | None = option(
+        None, "what llm.c says of that model: its gpt2_124M_debug_state.bin", metavar="FILE"
+    )
+    threads: int | None = option(None, "threads (default: one a core)")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+
+
+def flag_of(name: str) -> str:
+    """`batch_size` → `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and YAML have it."""
+    if isinstance(value, tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def converted(options: type, name: str, value: Any) -> Any:
+    """A value of JSON or YAML as the field wants it. Raises LlmpyError if it is of another kind."""
+    hints = typing.get_type_hints(options)
+    known_names = [f.name for f in options_of(options)]
+    if name not in known_names:
+        close = difflib.get_close_matches(name, known_names, n=1)
+        raise LlmpyError(f"unknown option {name!r}", f"did you mean {close[0]}?" if close else "see llmpy train --help")
+    kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    try:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            return tuple(inner(v) for v in (value if isinstance(value, list) else [value]))
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is int and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise LlmpyError(f"option {name}: {value!r} is no {kind.__name__}", "give it as for the flag") from None
+
+
+def read_yaml(options: type, path: Path) -> dict[str, Any]:
+    """The options that a YAML file names. Raises LlmpyError for a file that is no such thing."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text("utf-8")) or {}
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
+        raise LlmpyError(f"{path} is no YAML: {fault}", "see llmpy train --print-config for one") from None
+    if not isinstance(found, dict):
+        raise LlmpyError(f"{path} holds no options", "write one a line, as llmpy train --print-config does")
+    named = {str(name).replace("-", "_"): value for name, value in found.items()}
+    try:
+        return {name: converted(options, name, value) for name, value in named.items() if name != "config"}
+    except LlmpyError as fault:
+        raise LlmpyError(f"{path}: {fault}") from None
+
+
+def as_yaml(options: TrainOptions) -> str:
+    """The options as a file for --config, one a line, in the order of --help."""
+    import yaml
+
+    return str(yaml.safe_dump(options.as_record(), sort_keys=False, allow_unicode=True))
+
+
 def positive(options: Any, *names: str) -> None:
     """Raise LlmpyError unless each of these is above 0, or None where it may be left out."""
     for name in names:
@@ -270,4 +545,4 @@ def known(options: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _refusal(name: str, value: Any, hint: str) -> LlmpyError:
-    return LlmpyError(f"--{name.replace('_', '-')} {value}", hint)
+    return LlmpyError(f"{flag_of(name)} {value}", hint)

@@ -1,32 +1,41 @@
-"""Before training: what will run, what it needs, how long it will take; and a refusal if it cannot fit.
+"""Before training: what will run, what it needs, how long it will take; and one refusal that names all that is wrong.
 
-memory = wide · 4 · parameters: they, their gradients, m and v
+memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
          + activations of training (without what backward computes again), backward's scratch, and activations
            and cache of sampling: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
          + the program itself
          with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
+disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written
 time   = FLOPs a token · tokens / (0.6 · measured peak)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import psutil
 
 from .arena import Tensor
 from .backend import Ops
-from .config import ModelConfig
+from .config import GPT2_VOCAB, ModelConfig
+from .data.pack import is_dataset
+from .data.prepare import choose_vocab_size
+from .data.shards import count_tokens, is_shard
+from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
-from .options import TrainOptions
+from .options import DEFAULT_MODEL, TrainOptions
+from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
-PROGRAM_BYTES = 350 << 20  # Python, NumPy, Numba and its compiler after the kernels are made
+PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache; compiling them takes some 200 MB more
 LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
 
@@ -69,7 +78,7 @@ class Preflight:
     def step_seconds(self) -> float:
         """Expected time of a step."""
         o = self.options
-        flops = self.config.flops_per_token(o.sequence_length) * o.batch_size * o.sequence_length
+        flops = self.config.flops_per_token(o.sequence_length) * o.batch_size * o.sequence_length * o.micro_steps
         return flops / (SHARE_OF_PEAK * self.peak * 1e9)
 
     @property
@@ -84,12 +93,14 @@ class Preflight:
     def lines(self) -> list[str]:
         """What the user reads."""
         c, o, m = self.config, self.options, self.machine
-        epochs = self.steps * o.batch_size * o.sequence_length / self.train_tokens
+        tokens = o.batch_size * o.sequence_length * o.micro_steps
+        epochs = self.steps * tokens / self.train_tokens
+        gathered = f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
         lines = [
             f"model    {o.model}: {c.layers} layers, {c.heads} heads, {c.channels} channels, "
             f"context {c.context}, vocabulary {c.vocab_size:,}: {self.parameters:,} parameters",
             f"data     {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate; "
-            f"batches of {o.batch_size} x {o.sequence_length}",
+            f"batches of {o.batch_size} x {o.sequence_length}{gathered}",
             f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, {m.dtype}, "
             f"measured peak {self.peak:,.0f} GFLOP/s",
             f"memory   about {_gigabytes(self.memory)} of {_gigabytes(self.available)} available",
@@ -110,21 +121,138 @@ class Preflight:
             bounds.append(f"{o.seconds / 60:g} minutes")
         return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
 
-    def check_memory(self) -> None:
-        """Raise LlmpyError if the run needs more than there is."""
-        if self.memory > self.available:
-            o = self.options
-            raise LlmpyError(
-                f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about "
-                f"{_gigabytes(self.memory)} of memory, and {_gigabytes(self.available)} are available",
-                "use a smaller -B, -T or --model, or close other programs",
+
+def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConfig | None = None) -> list[LlmpyError]:
+    """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled.
+
+    `start` is the shape of the model that the run starts from, if it does not start from scratch.
+    """
+    found: list[LlmpyError] = []
+    options = replace(options, model=options.model or DEFAULT_MODEL)
+
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except LlmpyError as fault:
+            found.append(fault)
+
+    config = start or attempt(ModelConfig.from_dial, options.model)
+    if config is not None:
+        attempt(check_length, options.sequence_length, config.context)
+    attempt(lambda: options.micro_steps)
+    for name in options.track or ():
+        attempt(package, name)
+    files: list[Found] = []
+    for path in options.data or ():
+        if not is_dataset(path):
+            files += attempt(find_files, [path], lambda _: None) or []
+    for file in files:
+        attempt(_check_readable, file.path)
+    if found or config is None:
+        attempt(check_disk, options, config, folder) if config is not None else None
+        return found
+    tokens, vocab_size = _seen(files, options)
+    config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
+    least = options.batch_size * options.sequence_length + 1
+    if tokens is not None and tokens < least:
+        found.append(
+            LlmpyError(
+                f"all data together have {tokens:,} tokens, one batch of -B {options.batch_size} "
+                f"-T {options.sequence_length} needs {least:,}",
+                "use a smaller -B or -T, or more text",
             )
+        )
+    attempt(check_memory, options, config, machine)
+    attempt(check_disk, options, config, folder)
+    return found
+
+
+def together(faults: Sequence[LlmpyError]) -> LlmpyError:
+    """The one fault, or one that tells all of them."""
+    if len(faults) == 1:
+        return faults[0]
+    return LlmpyError(f"{len(faults)} problems: " + "; ".join(f"({n}) {f}" for n, f in enumerate(faults, 1)))
+
+
+def all_of(*checks: Callable[[], Any]) -> list[Any]:
+    """What each returns. Raises LlmpyError, which tells all faults, if any raises one."""
+    results, faults = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except LlmpyError as fault:
+            faults.append(fault)
+    if faults:
+        raise together(faults)
+    return results
+
+
+def _check_readable(path: Path) -> None:
+    if not os.access(path, os.R_OK):
+        raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions")
+
+
+def _seen(files: Sequence[Found], options: TrainOptions) -> tuple[int | None, int]:
+    """Tokens of the data if they are shards, and the vocabulary, by the sizes of the files."""
+    shards = [f.path for f in files if is_shard(f.path)]
+    if shards:
+        return sum(map(count_tokens, shards)), options.vocab_size or GPT2_VOCAB
+    if options.data is not None and any(map(is_dataset, options.data)):
+        return None, options.vocab_size or GPT2_VOCAB
+    return None, options.vocab_size or choose_vocab_size(sum(f.path.stat().st_size for f in files))
+
+
+def check_length(T: int, context: int) -> None:
+    """Raise LlmpyError for a row longer than the model's context."""
+    if context < T:
+        raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
+
+
+def check_memory(options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None) -> None:
+    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free."""
+    o = options
+    needed = memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0)
+    available = psutil.virtual_memory().available if available is None else available
+    if needed > available:
+        copy = "" if o.checkpoint_every == 0 else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
+        raise LlmpyError(
+            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {_gigabytes(needed)} of memory, and "
+            f"{_gigabytes(available)} are available",
+            f"use a smaller -B, -T or --model, or close other programs{copy}",
+        )
+
+
+def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None:
+    """Raise LlmpyError if the checkpoints of the run will not fit beside what is on the disk."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free + sum(f.stat().st_size for f in folder.glob("checkpoints/step-*/*"))
+    needed = disk_needed(options, config)
+    if needed > free:
+        raise LlmpyError(
+            f"the checkpoints of this run need up to {_gigabytes(needed)} on the disk of {folder}, and "
+            f"{_gigabytes(free)} are free",
+            "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every or --keep-every",
+        )
+
+
+def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
+    """Bytes that the checkpoints of a run take at most, with the one that is being written."""
+    o = options
+    steps = o.steps if o.steps is not None and o.steps > 0 else 0
+    if not o.checkpoint_every:
+        count = 1
+    elif o.keep:
+        count = o.keep + 1 + (steps // o.keep_every if o.keep_every else 0)
+    else:
+        count = steps // o.checkpoint_every + 1
+    return count * 12 * sum(t.size for t in PARAMS(config))
 
 
 def inspect(
     config: ModelConfig, options: TrainOptions, machine: Machine, train_tokens: int, val_tokens: int
 ) -> Preflight:
     """Measure the machine and compute the needs."""
+    o = options
     return Preflight(
         config,
         options,
@@ -132,13 +260,18 @@ def inspect(
         train_tokens,
         val_tokens,
         machine.measure_peak(),
-        memory_needed(config, options.batch_size, options.sequence_length, machine),
+        memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0),
         psutil.virtual_memory().available,
     )
 
 
-def memory_needed(config: ModelConfig, B: int, T: int, machine: Ops) -> int:
-    """Bytes that training `config` on batches of (B, T) takes, program included."""
+def memory_needed(
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False
+) -> int:
+    """Bytes that training `config` on batches of (B, T) takes, program included.
+
+    `copied`: with the copy that checkpoints in the background are made from.
+    """
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
     mixed = stored != wide
 
@@ -147,10 +280,11 @@ def memory_needed(config: ModelConfig, B: int, T: int, machine: Ops) -> int:
 
     parameters = sum(t.size for t in PARAMS(config))
     matrices = sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0
-    training = size(ACTS(config, B, T, True, RECOMPUTE)) + size(SCRATCH(config, B, T, mixed))
+    training = size(ACTS(config, B, T, True, recompute)) + size(SCRATCH(config, B, T, mixed))
     sampling = size(PREFILL(config, T)) + size(CACHE(config, 1, T))
     logits = min(LOGITS_ROWS, B * T) * config.padded_vocab_size
-    return wide * 4 * parameters + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
+    flat = wide * (7 if copied else 4) * parameters
+    return flat + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
 
 
 def duration(seconds: float) -> str:

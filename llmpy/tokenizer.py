@@ -1,4 +1,4 @@
-"""Byte-level BPE over the `tokenizers` library: trained on a text, loaded, or plain bytes.
+"""Byte-level BPE over the `tokenizers` library: trained on a text, loaded from any usual file, or plain bytes.
 
 Text becomes UTF-8 bytes, split into words by GPT-2's pattern, and pairs of neighbours are merged in the
 order learnt (Sennrich et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so every text has an
@@ -8,20 +8,27 @@ token too, as in files that separate their documents with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .cache import data_cache
 from .durable import write_whole
 from .errors import LlmpyError
+from .ranks import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
     import tokenizers
 
-EOT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte, and EOT
+LARGEST_ID = 1 << 20  # a file may claim any id, and tables are as long as the largest
+LARGEST_FILE = 64 << 20  # bytes; Llama 3's tokenizer.json has 9 MB
+GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+GPT2_BYTES, GPT2_SHA256 = 835_554, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+# What every text holds somewhere; a tokenizer that changes any of it (lower case, no accents) loses text.
+PROBE = " The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 "
 
 
 class Tokenizer:
@@ -58,21 +65,70 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`. LlmpyError: missing, damaged, or not byte-level BPE with EOT."""
-        import tokenizers
-        from tokenizers import decoders, pre_tokenizers
+        """Read a tokenizer.json, a .tiktoken rank file or llm.c's tokenizer .bin, whichever the content is.
 
+        Raises LlmpyError: missing, damaged, or not byte-level BPE with EOT.
+        """
         try:
-            text = path.read_text("utf-8")
+            if path.stat().st_size > LARGEST_FILE:
+                raise LlmpyError(
+                    f"{path} has {path.stat().st_size / 1e6:,.0f} MB: no tokenizer is so large", "check the path"
+                )
+            data = path.read_bytes()
         except FileNotFoundError:
             raise LlmpyError(f"no tokenizer at {path}", "train on text to make one, or check the path") from None
         except OSError as fault:
             raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
+        for recognised, parse in ((is_llmc, parse_llmc), (is_tiktoken, parse_tiktoken)):
+            if recognised(data[:1024]):
+                try:
+                    return cls.from_ranks(parse(data))
+                except LlmpyError as fault:
+                    raise LlmpyError(f"{path} is not a usable tokenizer: {fault}") from fault
+        return cls._from_json(path, data)
+
+    @classmethod
+    def gpt2(cls, say: Callable[[str], None] = print) -> Tokenizer:
+        """GPT-2's, from its ranks: downloaded once (0.8 MB). Raises LlmpyError if that fails."""
+        from .download import fetch
+
+        path = data_cache() / "gpt2.tiktoken"
+        try:
+            return cls.load(fetch(GPT2_RANKS, path, size=GPT2_BYTES, sha256=GPT2_SHA256, say=say))
+        except LlmpyError as fault:
+            why = str(fault).partition(" — ")[0]
+            raise LlmpyError(
+                f"no GPT-2 tokenizer: {why}",
+                f"put its ranks (gpt2.tiktoken, r50k_base.tiktoken) at {path}, or name another tokenizer",
+            ) from fault
+
+    @classmethod
+    def from_ranks(cls, ranks: Ranks) -> Tokenizer:
+        """The encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
+        from tokenizers import AddedToken, models
+
+        letters = dict(enumerate(_byte_characters()))
+
+        def spelled(token: bytes) -> str:
+            return token.decode("latin-1").translate(letters)
+
+        vocabulary = {EOT if i == ranks.eot else spelled(t): i for i, t in enumerate(ranks.tokens)}
+        library = _byte_level(models.BPE(vocabulary, [(spelled(a), spelled(b)) for a, b in ranks.merges()]))
+        library.add_special_tokens([AddedToken(EOT, special=True)])
+        return cls(library)
+
+    @classmethod
+    def _from_json(cls, path: Path, data: bytes) -> Tokenizer:
+        import tokenizers
+        from tokenizers import decoders, pre_tokenizers
+
+        try:
+            library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except UnicodeDecodeError as fault:
             raise _not_a_tokenizer(path, "it is binary") from fault
-        try:
-            library = tokenizers.Tokenizer.from_str(text)
-        except Exception as fault:  # the library raises nothing more special for any damage
+        except BaseException as fault:  # the library raises nothing more special for any damage, and may panic
+            if isinstance(fault, KeyboardInterrupt | SystemExit):
+                raise
             raise _not_a_tokenizer(path, str(fault)) from fault
         vocabulary = library.get_vocab()
         missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
@@ -82,9 +138,24 @@ class Tokenizer:
             raise _not_a_tokenizer(path, f"not a byte-level one ({why})")
         if EOT not in vocabulary:
             raise _not_a_tokenizer(path, f"it has no {EOT} token")
+        if max(vocabulary.values()) >= LARGEST_ID:
+            raise _not_a_tokenizer(path, f"it has a token {max(vocabulary.values()):,}")
         library.no_truncation()
         library.no_padding()
-        return cls(library)
+        tokenizer = cls(library)
+        tokenizer._probe(path)
+        return tokenizer
+
+    def _probe(self, path: Path) -> None:
+        """Raise LlmpyError for rules (a normalizer, a prefix) that change text, or that fail on it."""
+        try:
+            again = self.decode(self.encode(PROBE))
+        except BaseException as fault:
+            if isinstance(fault, KeyboardInterrupt | SystemExit):
+                raise
+            raise _not_a_tokenizer(path, f"it fails on text ({fault})") from fault
+        if again != PROBE:
+            raise _not_a_tokenizer(path, f"it changes text: {PROBE!r} becomes {again!r}")
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -122,6 +193,28 @@ class Tokenizer:
                     "use the tokenizer that made these tokens",
                 )
         return self._library.decode(ids, skip_special_tokens=False)
+
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether each id stands for the same text in both."""
+        return self._library.get_vocab() == other._library.get_vocab()
+
+    def ranks(self) -> Ranks:
+        """The bytes of every token, as llm.c's tokenizer file holds them.
+
+        Raises LlmpyError where the ids leave a gap, or are not in the order of merges.
+        """
+        spelled = {i: token for token, i in self._library.get_vocab().items()}
+        gap = next((i for i in range(self.vocab_size) if i not in spelled), None)
+        if gap is not None:
+            raise LlmpyError(f"the tokenizer has no token {gap}", "use one whose ids have no gaps")
+        value = {ord(c): byte for byte, c in enumerate(_byte_characters())}
+        tokens = [
+            EOT.encode() if i == self.eot else spelled[i].translate(value).encode("latin-1", "replace")
+            for i in range(self.vocab_size)
+        ]
+        ranks = Ranks(tuple(tokens), self.eot)
+        ranks.merges()
+        return ranks
 
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each token stands for, int32 (vocab_size,); 0 for EOT and unused ids."""
@@ -164,4 +257,5 @@ def _encodable(text: str) -> str:
 
 
 def _not_a_tokenizer(path: Path, why: str) -> LlmpyError:
-    return LlmpyError(f"{path} is not a usable tokenizer.json: {why}", "restore the file, or train on text again")
+    short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
+    return LlmpyError(f"{path} is not a usable tokenizer.json: {short}", "restore the file, or train on text again")

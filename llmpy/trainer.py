@@ -1,7 +1,11 @@
-"""Training: step, evaluate, sample, log, save; bounded by steps, by time, and by Ctrl-C.
+"""Training: step, evaluate, sample, log, checkpoint; bounded by steps, by time, and by Ctrl-C; and resumed to the bit.
 
-A step     loss and gradients of a batch → norm → AdamW at the schedule's rate
-At steps 0, every `eval_every`, and the last: the validation loss, and with it the model on disk
+A step     loss and gradients of one or more batches → norm → AdamW at the schedule's rate, unless it is skipped
+At steps 0, every `eval_every`, and the last: the validation loss
+After a step, every `checkpoint_every`, and at the end: all that the run needs to go on
+
+A checkpoint holds the run as it is after its step and before what else is due there, so that a run that goes on does
+and records what one does that was never stopped.
 """
 
 from __future__ import annotations
@@ -11,29 +15,41 @@ import itertools
 import json
 import math
 import os
+import platform
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from . import __version__, backend, checkpoint
+import numpy as np
+
+from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
 from .data.loader import Loader
+from .data.pack import is_dataset
 from .data.prepare import Dataset, prepare
-from .durable import write_whole
-from .errors import LlmpyError
+from .data.shards import fingerprint
+from .durable import sync_folder, write_whole
+from .errors import Diverged, LlmpyError
+from .formats import hub, native
+from .formats.source import Source
 from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
 from .init import initialise
 from .journal import Journal
+from .nonfinite import origin
 from .optimizer import AdamW
-from .options import TrainOptions
-from .preflight import Machine, duration, inspect
+from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
+from .outliers import OutlierDetector
+from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
 from .rng import Xorshift64Star
-from .runfolder import MODEL_FILE, RunFolder
+from .runfolder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
+from .snapshot import Keeper, position_of, restore
+from .trackers import Trackers
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
 SAMPLE_CHOICE = Choice(temperature=0.5, top_k=50)  # as `llmpy sample` has them
@@ -50,7 +66,10 @@ class Feed:
     def __init__(self, data: Dataset, options: TrainOptions) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
-        self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
+        if options.overfit:
+            self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size)
+        else:
+            self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
         self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
         self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
         self.opening = options.prompt or ""
@@ -78,37 +97,70 @@ class Trainer:
         journal: Journal,
         peak: float,
         step_seconds: float,
+        trackers: Trackers | None = None,
+        data: Mapping[str, Any] | None = None,
+        trained_length: int = 0,
     ) -> None:
-        """`peak` is the machine's GFLOP/s; `step_seconds` what a step is expected to take."""
+        """`peak` is the machine's GFLOP/s, `step_seconds` what a step may take, `data` the fingerprints of the data.
+
+        `trained_length` is the T that the model was trained at before; beyond the larger positions are untrained.
+        """
         self.model, self.optimizer, self.feed, self.options = model, optimizer, feed, options
         self.folder, self.journal, self.peak = folder, journal, peak
+        self.trackers, self.data = trackers, dict(data or {})
+        o = options
+        self.keeper = Keeper(
+            folder, model, optimizer, max(o.sequence_length, trained_length), journal, o.checkpoint_every, o.keep,
+            o.keep_every,
+        )  # fmt: skip
+        self.micro_steps = o.micro_steps
+        self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
         self.stop_signal = 0
+        self._resumed = False
+        self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
         self._rate = 0.0
         self._spent = 0.0  # seconds in steps, for their mean
         self._line_at = 0.0
+        self._before = 0.0  # seconds of training of earlier processes
         self._started = 0.0
 
     def run(self) -> int:
-        """Train to the end, or to Ctrl-C. Returns the exit code: 0, or 128 + signal (130 for Ctrl-C)."""
-        o = self.options
-        with stop_signals(self._stop):
-            self.evaluate()
-            self.journal.begin_progress()
-            self._started = time.perf_counter()
-            self.step()
-            while not self.stop_signal and not self.finished():
-                if o.eval_every and self.done % o.eval_every == 0:
+        """Train to the end, or to Ctrl-C. Returns the exit code: 0, or 128 + signal (130 for Ctrl-C).
+
+        Raises LlmpyError if the last checkpoint cannot be written, Diverged if too many steps are not finite.
+        """
+        unsaved: LlmpyError | None = None
+        try:
+            with stop_signals(self._stop):
+                self.keeper.begin(self.done)
+                if not self._resumed:
                     self.evaluate()
-                    self._save_if_possible()
-                if o.sample_every and self.done % o.sample_every == 0:
-                    self.sample()
-                self.step()
-            self.journal.end_progress()
-            self.evaluate()
-            self.save()
-        self._conclude()
+                self.journal.begin_progress()
+                self._started = time.perf_counter()
+                while not self.stop_signal and not self.finished():
+                    self._between_steps()
+                    self.step()
+                    if self.keeper.due(self.done) and not self._bad:
+                        self._save()
+                self.journal.end_progress()
+                try:
+                    self._check_finite()
+                    self.keeper.finish(self.done, *self._state())
+                except Diverged:
+                    raise
+                except LlmpyError as fault:
+                    unsaved = fault
+                self.evaluate()
+            if unsaved is None:
+                self._conclude()
+        finally:
+            self.keeper.close()
+            if self.trackers is not None:
+                self.trackers.close()
+        if unsaved is not None:
+            raise unsaved
         return 128 + self.stop_signal if self.stop_signal else 0
 
     def finished(self) -> bool:
@@ -118,45 +170,98 @@ class Trainer:
             return True
         return o.seconds is not None and self.done > 0 and self._elapsed() >= o.seconds
 
-    def step(self) -> None:
-        """One batch, one update, one line of metrics.
+    def _between_steps(self) -> None:
+        """What is due before the next step."""
+        o = self.options
+        if self.done and o.eval_every and self.done % o.eval_every == 0:
+            self.evaluate()
+        if self.done and o.sample_every and self.done % o.sample_every == 0:
+            self.sample()
 
-        Raises LlmpyError for a loss or gradient that is not finite, before it reaches the parameters.
+    def step(self) -> None:
+        """One update, or one that is skipped; one line of metrics.
+
+        A loss or norm that is not finite never reaches the parameters; after `give_up_after` of them in a row this
+        raises Diverged.
         """
         lr = self._learning_rate()
         start = time.perf_counter()
-        loss = self.model.loss_and_grads(*self.feed.train.next())
-        if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}")
-        try:
-            norm = self.optimizer.step(lr)
-        except LlmpyError as fault:
-            raise self._diverged(str(fault).partition(" — ")[0]) from fault  # the hint is our own
+        loss, batches = self._gradients()
+        norm = self.optimizer.norm()
+        z = {"loss": math.nan, "norm": math.nan}
+        why = ""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._bad += 1
+            why = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+        else:
+            self._bad = 0
+            z = {"loss": self.detectors["loss"].update(loss), "norm": self.detectors["norm"].update(norm)}
+            why = self._outlier(z)
+        if why:
+            self.optimizer.skip()
+        else:
+            self.optimizer.update(lr, norm)
         seconds = time.perf_counter() - start
         self.done += 1
         self._spent += seconds
         self._step_seconds = self._spent / self.done
-        tokens = self.options.batch_size * self.options.sequence_length
+        tokens = self.options.batch_size * self.options.sequence_length * self.micro_steps
         self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if self.done > 2 else 1.0)
-        self.journal.record(
-            step=self.done, loss=loss, lr=lr, grad_norm=norm, ms=1e3 * seconds, tokens_per_s=tokens / seconds
-        )
-        self._tell(loss, lr, norm, seconds)
+        numbers: dict[str, Any] = {"step": self.done, "loss": loss, "lr": lr, "grad_norm": norm}
+        numbers |= {f"{name}_z": value for name, value in z.items()}
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        if why:
+            numbers |= {"skipped": why, "batches": batches}
+            told = ", ".join(f"{file} {sample}" for file, sample in batches)
+            self.journal.say(f"step {self.done}: skipped, for {why}; batches {told}")
+        self._record(**numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds)
+        if self._bad:
+            if self._bad >= self.options.give_up_after:
+                where = origin(self.model, self.options.batch_size, self.options.sequence_length)
+                raise self._diverged(f"{why}, as in {self._bad} steps in a row; it first arose in {where}")
+            return
+        self.journal.record_llmc(f"s:{self.done - 1} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
+        self._tell(loss, lr, norm, z, seconds)
+
+    def _gradients(self) -> tuple[float, list[tuple[str, int]]]:
+        """Mean loss of the batches of one update, their gradients into `model.grads`; which batches they were."""
+        train, total, batches = self.feed.train, 0.0, []
+        if self.options.overfit:
+            train.reset()
+        for i in range(self.micro_steps):
+            total += self.model.loss_and_grads(*train.next(), accumulate=i > 0, micro_steps=self.micro_steps)
+            batches.append(train.batch)
+        return total / self.micro_steps, batches
+
+    def _outlier(self, z: Mapping[str, float]) -> str:
+        """Why this update is to be skipped, or ""."""
+        for name, most in (("loss", self.options.skip_loss), ("norm", self.options.skip_norm)):
+            if most and z[name] > most:
+                return f"the {name} is {z[name]:.1f} deviations above its mean"
+        return ""
 
     def evaluate(self) -> None:
         """Say and record the mean loss of the first `eval_batches` validation batches, always the same ones.
 
+        Batches weigh by their targets that count: without a mask alike, as in llm.c.
         A stop signal cuts it short: then there is nothing to say.
         """
         val = self.feed.val
         val.reset()
-        batches = max(1, min(self.options.eval_batches, val.batches_per_epoch))
-        total = 0.0
+        wanted, most = self.options.eval_batches, val.batches_per_epoch
+        batches = most if wanted == ALL_BATCHES else max(1, min(wanted, most))
+        total = weight = 0.0
         for _ in range(batches):
             if self.stop_signal:
                 return
-            total += self.model.loss(*val.next())
-        loss = total / batches
+            tokens, targets = val.next()
+            counted = np.count_nonzero(targets >= 0) / targets.size  # all of them, where no mask says otherwise
+            total += counted * self.model.loss(tokens, targets)
+            weight += counted
+        if not weight:
+            self.journal.say(f"step {self.done:>5} | no target of the {batches:,} validation batches counts")
+            return
+        loss = total / weight
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss}")
         numbers: dict[str, float] = {"step": self.done, "val_loss": loss}
@@ -164,7 +269,8 @@ class Trainer:
         if self.feed.bytes_per_token:
             numbers["val_bits_per_byte"] = loss / math.log(2) / self.feed.bytes_per_token
             line += f" | {numbers['val_bits_per_byte']:.3f} bits a byte"
-        self.journal.record(**numbers)
+        self._record(**numbers)
+        self.journal.record_llmc(f"s:{self.done} tel:{loss:.4f}")
         self.journal.say(line)
 
     def sample(self) -> None:
@@ -179,23 +285,57 @@ class Trainer:
         self.journal.say(f"--- sample at step {self.done}")
         self.journal.say(text.strip("\n"))
         self.journal.say("---")
+        self.journal.record_sample(f"--- step {self.done}", text.strip("\n"))
 
-    def save(self) -> None:
-        """Write the model, in place of the one saved before."""
-        checkpoint.save(self.folder / MODEL_FILE, self.model, self.options.sequence_length)
+    def _save(self) -> None:
+        """A checkpoint of now; training waits for a copy only. Raises Diverged if it would not be finite."""
+        self._check_finite()
+        self.keeper.save(self.done, *self._state())
 
-    def _save_if_possible(self) -> None:
-        """`save`, but a disk that is full now may have room again when the run ends."""
-        try:
-            self.save()
-        except LlmpyError as fault:
-            self.journal.say(f"warning: {fault}; the run goes on, and will save again")
+    def _check_finite(self) -> None:
+        if not self.keeper.finite():
+            raise self._diverged("a parameter or moment is no longer finite")
+
+    def _state(self) -> tuple[dict[str, Any], Any]:
+        """All that a run needs to go on beside parameters and moments: as JSON, and the place in the data."""
+        position, o = self.feed.train.position, self.options
+        data = {
+            **self.data, "shard": position.shard, "sample": position.sample, "generator_used": position.rng.pos,
+            "sample_tokens": o.batch_size * o.sequence_length,
+        }  # fmt: skip
+        state = {
+            "llmpy": __version__,
+            "options": o.as_record(),
+            "dtype": str(self.model.ops.dtype),
+            "data": data,
+            "updates": self.optimizer.updates,
+            "detectors": {name: detector.state for name, detector in self.detectors.items()},
+            "bad_steps": self._bad,
+            "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent},
+            "tokens_per_s": self._rate,
+            "logs": self.journal.sizes(),
+        }
+        return state, position
+
+    def resume(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Go on from a checkpoint that `checkpoint.newest` accepted."""
+        others = restore(path, self.model, self.optimizer)
+        self.feed.train.go_on(position_of(manifest, others), manifest["data"]["sample_tokens"])
+        self.optimizer.updates = manifest["updates"]
+        for name, detector in self.detectors.items():
+            detector.state = manifest["detectors"][name]
+        self.done, self._bad, self._resumed = manifest["step"], manifest["bad_steps"], True
+        self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
+        self._rate = manifest["tokens_per_s"]
+        if self.done:
+            self._step_seconds = self._spent / self.done
+        self.keeper.adopt(path, self.done)
 
     def _conclude(self) -> None:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
         if self.stop_signal:
-            say(f"stopped after {self.done} steps; the model as it is now is in {self.folder}")
+            say(f"stopped after {self.done} steps; go on with:  llmpy train --resume {self.folder}")
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
@@ -203,8 +343,8 @@ class Trainer:
             say(f'continue a text with:  llmpy sample {self.folder} --prompt "…"')
 
     def _elapsed(self) -> float:
-        """Seconds since the first step began, evaluations and samples included."""
-        return time.perf_counter() - self._started
+        """Seconds since the first step began, evaluations and samples included, pauses of the run not."""
+        return self._before + (time.perf_counter() - self._started if self._started else 0.0)
 
     def _total(self) -> int:
         o = self.options
@@ -216,13 +356,20 @@ class Trainer:
         assert o.lr is not None  # `settled` has seen to it
         return learning_rate(self.done, total, warmup, o.lr, o.min_lr, o.schedule)
 
-    def _tell(self, loss: float, lr: float, norm: float, seconds: float) -> None:
+    def _record(self, **numbers: Any) -> None:
+        """Into metrics.jsonl, and to whoever else follows the run."""
+        self.journal.record(**numbers)
+        if self.trackers is not None:
+            self.trackers.log(numbers["step"], numbers)
+
+    def _tell(self, loss: float, lr: float, norm: float, z: Mapping[str, float], seconds: float) -> None:
         """The step line, and the bar below it."""
         total = self._total() if not self.finished() else self.done
         left = (total - self.done) * self._step_seconds
         flops = self.model.config.flops_per_token(self.options.sequence_length) * self._rate
         line = (
-            f"step {self.done:>5}/{total} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
+            f"step {self.done:>5}/{total} | loss {loss:.4f}{signed(z['loss'])} | lr {lr:.2e} | "
+            f"norm {norm:.3f}{signed(z['norm'])} | "
             f"{1e3 * seconds:.0f} ms | {self._rate:,.0f} tok/s | {flops / self.peak / 1e7:.0f}% of peak | "
             f"{duration(left)} left"
         )
@@ -238,9 +385,17 @@ class Trainer:
         with contextlib.suppress(OSError):  # a terminal that is gone
             os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
-    def _diverged(self, what: str) -> LlmpyError:
-        kept = "the model last saved is kept" if (self.folder / MODEL_FILE).exists() else "nothing was saved"
-        return LlmpyError(f"step {self.done + 1}: {what}; {kept}", "use a smaller --lr or a longer --warmup")
+    def _diverged(self, what: str) -> Diverged:
+        self.keeper.close()
+        last = self.keeper.last
+        kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
+        again = "" if last is None else f", and go on from it: llmpy train --resume {self.folder} --lr …"
+        return Diverged(f"step {self.done}: {what}; {kept}", f"use a smaller --lr or a longer --warmup{again}")
+
+
+def signed(z: float) -> str:
+    """A deviation from the mean as the step line has it, once there is one."""
+    return "" if math.isnan(z) else f" ({z:+.2f}z)"
 
 
 @contextlib.contextmanager
@@ -285,65 +440,228 @@ def evaluation_rows(data: Dataset, B: int, T: int) -> int:
     return min(B, (least - 1) // T)
 
 
-def train(options: TrainOptions, machine: Machine | None = None) -> int:
+def train(options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None) -> int:
     """From options to a finished run folder; returns the exit code. `machine` None: the CPU.
 
-    Whatever can be refused is refused before anything compiles, and then nothing is left behind.
+    Whatever can be refused is refused before anything compiles, all of it at once, and then nothing is left behind.
+    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already.
     """
-    config = ModelConfig.from_dial(options.model)
-    check_length(options.sequence_length, config.context)
-    folder = RunFolder.open(options.out, options.model)
+    if folder is None:
+        try:
+            folder = RunFolder.claim(options)
+        except LlmpyError as fault:
+            others = [] if options.resume or options.init else problems(options, Path(), machine or load(options))
+            raise together([fault, *others]) from None
     try:
         with Journal() as journal:
             journal.say(f"llm.py {__version__}, run folder {folder.path}")
-            trainer = assemble(options, folder, journal, machine)
-            journal.open(folder.path)
-            folder.keep()
-            return trainer.run()
-    except BaseException:
+            return assemble(options, folder, journal, machine).run()
+    finally:
         folder.discard()
-        raise
 
 
-def check_length(T: int, context: int) -> None:
-    """Raise LlmpyError for a row longer than the model's context."""
-    if context < T:
-        raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
+def load(options: TrainOptions) -> Machine:
+    """The CPU as the options want it."""
+    return cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
 
 
 def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None) -> Trainer:
-    """Data, machine, preflight, model, optimizer: everything a trainer needs, checked."""
-    vocab_size = options.vocab_size or (BUILTIN_VOCAB if options.data is None else None)
-    data = prepare(options.data, folder.path, vocab_size, journal.say)
-    config = ModelConfig.from_dial(options.model, vocab_size=data.vocab_size)
+    """Data, machine, preflight, model, optimizer: all that a trainer needs, checked; of a run that goes on, as it was.
+
+    When this returns the run has begun, and its folder is kept.
+    """
+    path = manifest = None
+    if folder.resumed:
+        options, path, manifest = saved(options, folder, journal.say)
+    ops = machine or load(options)
+    start: Source | None
+    if path is None or manifest is None:
+        options, start = begin(options, folder.path, ops, journal.say)
+        write_config(folder.path, options)  # from here on a run that is killed can be resumed
+        paths, vocab_size = options.data, options.vocab_size
+        if start is None and paths is None:
+            vocab_size = vocab_size or BUILTIN_VOCAB
+    else:
+        own = folder / TOKENIZER_FILE
+        start = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
+        paths, vocab_size = data_of(options, folder.path), None
+    data = prepare(paths, folder.path, vocab_size, journal.say, start)
+    config = shape(options.model, start, data)
     options = options.settled(config.channels, sum(map(len, data.train)))
-    feed = Feed(data, options)
-    ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
+    feed: Feed = all_of(
+        lambda: Feed(data, options),
+        lambda: check_length(options.sequence_length, config.context),
+        lambda: options.micro_steps,
+        lambda: check_memory(options, config, ops),
+        lambda: check_disk(options, config, folder.path),
+    )[0]
+    marks = {"train": [*map(fingerprint, data.train)], "val": [*map(fingerprint, data.val)]}
+    if manifest is not None and any(manifest["data"][part] != marks[part] for part in marks):
+        raise LlmpyError(
+            f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
+        )
     flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
     for line in flight.lines():
         journal.say(line)
-    flight.check_memory()
     ops.warm_up(journal.say)
-    model = GPT2(config, ops)
-    initialise(model.params, config, options.seed)
-    model.store_weights()
+    model = GPT2(config, ops, options.recompute)
+    if manifest is None:
+        if start is None:
+            initialise(model.params, config, options.seed)
+        else:
+            start.fill(model.params)
+        model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
-    trainer = Trainer(model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds)
+    trackers = Trackers(options.track or (), folder.path, options.as_record(), journal.say)
+    trainer = Trainer(
+        model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds, trackers, marks,
+        start.trained_length if start else 0,
+    )  # fmt: skip
+    if path is not None and manifest is not None:
+        trainer.resume(path, manifest)
     if data.tokenizer is not None:
-        data.tokenizer.save(folder / "tokenizer.json")
-    write_config(folder / "config.json", config, options, ops)
+        data.tokenizer.save(folder / TOKENIZER_FILE)
+    write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
+    journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
+    folder.keep()
+    sync_folder(folder.path)
+    sync_folder(folder.path.absolute().parent)
     return trainer
 
 
-def write_config(path: Path, config: ModelConfig, options: TrainOptions, machine: Machine) -> None:
+def begin(
+    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
+) -> tuple[TrainOptions, Source | None]:
+    """What a new run starts from, if not from scratch; the options with its size, and with paths that hold anywhere.
+
+    Raises LlmpyError for all that can be known to be wrong, if possible before anything is downloaded.
+    """
+
+    def check(model: str, config: ModelConfig | None) -> None:
+        if faults := problems(replace(options, model=model), folder, ops, config):
+            raise together(faults)
+
+    start, init = None, options.init
+    if init in hub.NAMES:
+        check(init, ModelConfig.from_dial(init))
+    if init is not None:
+        start = formats.resolve(init, say)
+        init = init if init in hub.NAMES else str(Path(init).absolute())  # the run may go on from another folder
+        say(f"init     {start.describe()}")
+    model = dial(options.model, start)
+    check(model, start.config if start else None)
+    data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
+    return replace(options, model=model, init=init, data=data), start
+
+
+def dial(model: str, start: Source | None) -> str:
+    """What --model is: as it was given, or the default, or the size of what the run starts from.
+
+    Raises LlmpyError if the last two are not the same.
+    """
+    if start is None:
+        return model or DEFAULT_MODEL
+    have = start.config
+    if model:
+        asked = ModelConfig.from_dial(model, have.vocab_size, have.context)
+        if asked != have:
+            raise LlmpyError(
+                f"--model {model} is not what --init is: {start.describe()}", "leave --model out, or let them agree"
+            )
+    return model or f"d{have.layers}"
+
+
+def shape(model: str, start: Source | None, data: Dataset) -> ModelConfig:
+    """The shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model at the start."""
+    if start is None:
+        return ModelConfig.from_dial(model, vocab_size=data.vocab_size)
+    if start.config.vocab_size != data.vocab_size:
+        raise LlmpyError(
+            f"the model of --init has {start.config.vocab_size:,} tokens, the data {data.vocab_size:,}",
+            "use data that were made with the model's tokenizer",
+        )
+    return start.config
+
+
+def saved(
+    options: TrainOptions, folder: RunFolder, say: Callable[[str], None]
+) -> tuple[TrainOptions, Path | None, dict[str, Any] | None]:
+    """The options of a run that is to go on, and its newest checkpoint, if there is one yet: path and manifest.
+
+    Raises LlmpyError if nothing sound is left of it.
+    """
+    path, manifest = checkpoint.newest(folder / CHECKPOINTS, say) or (None, None)
+    if manifest is None:
+        before = TrainOptions.from_record(read_config(folder / CONFIG_FILE))
+        say("no checkpoint was complete: the run begins again from its start")
+        now = options.resumed_from(before)
+        return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
+    before = TrainOptions.from_record(manifest["options"])
+    now = options.resumed_from(replace(before, dtype=manifest["dtype"]))
+    step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
+    say(f"going on after step {step}, from {path}")
+    if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
+        say(
+            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or "
+            "--minutes than that: both count from its beginning"
+        )
+    for line in changed(replace(before, dtype=manifest["dtype"]), now):
+        say(line)
+    return now, path, manifest
+
+
+def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
+    """What options that changed on resume do to the sequence of batches and to the numbers."""
+    B, T, b, t = now.batch_size, now.sequence_length, before.batch_size, before.sequence_length
+    if (b, t) != (B, T):
+        yield (
+            f"batches of {B} x {T} instead of {b} x {t}: the rest of the data comes in the old order, cut anew; from "
+            "here on the run differs from one that kept them"
+        )
+    if now.micro_steps != before.micro_steps:
+        yield (
+            f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
+            f"{now.micro_steps * B * T:,} tokens instead of {before.micro_steps * b * t:,}"
+        )
+    if now.threads != before.threads:
+        yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
+    for name in ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle", "recompute"):
+        if getattr(now, name) != getattr(before, name):
+            yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"
+
+
+def data_of(options: TrainOptions, folder: Path) -> tuple[Path, ...]:
+    """What to read for a run that goes on: its own tokens where it made them, else the shards it was given."""
+    own = folder / "train.bin", folder / "val.bin"
+    if all(path.is_file() for path in own):
+        return own
+    if options.data is None:
+        raise LlmpyError(f"{own[0]} or {own[1]} is missing", "restore them, or begin a new run")
+    return options.data
+
+
+def described(machine: Machine) -> dict[str, Any]:
+    """The machine and what runs on it, for the run's records."""
+    return {
+        "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
+        "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
+    }  # fmt: skip
+
+
+def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
     """What was trained, how and on what, for people and later tools; loading a model does not read it."""
-    record = {
-        "llmpy": __version__,
-        "model": asdict(config),
-        "options": asdict(options),
-        "machine": {"threads": machine.threads, "isa": machine.isa, **machine.version_info()},
-    }
-    text = json.dumps(record, indent=2, default=str, ensure_ascii=False)
+    text = json.dumps({"llmpy": __version__, "options": options.as_record(), **more}, indent=2, ensure_ascii=False)
     # errors: a path may hold bytes that are no text
-    write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="replace"))
+    write_whole(
+        folder / CONFIG_FILE,
+        lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="surrogateescape"),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a config.json. Raises LlmpyError if there are none."""
+    try:
+        return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise LlmpyError(f"{path} cannot be read: {fault}", "begin a new run") from None

@@ -34,6 +34,22 @@ class Laptop(Reference):
         return {"numpy": np.__version__}
 
 
+class AtOnce:
+    """A thread that has done its work when it is started, so that a test knows when that was."""
+
+    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], **_: object) -> None:
+        self.target, self.arguments = target, args
+
+    def start(self) -> None:
+        self.target(*self.arguments)
+
+    def is_alive(self) -> bool:
+        return False
+
+    def join(self) -> None:
+        pass
+
+
 TINY = ModelConfig(layers=2, heads=2, channels=8, context=16, vocab_size=300)
 
 

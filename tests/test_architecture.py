@@ -31,6 +31,7 @@ FORBIDDEN = [
     ("llmpy.arena", ("llmpy.",), "an arena knows its table alone"),
     ("llmpy.errors", ("llmpy.",), "everything may raise it"),
     ("llmpy.config", ("llmpy.gpt2", "llmpy.backend", "llmpy.trainer", "llmpy.cli", "llmpy.data"), "leaf"),
+    ("llmpy.formats", ("llmpy.trainer", "llmpy.cli", "llmpy.backend"), "a file knows no machine"),
     ("llmpy.data", ("llmpy.gpt2", "llmpy.backend", "llmpy.trainer", "llmpy.cli"), "data knows no model"),
     (
         "llmpy.backend",
@@ -149,6 +150,7 @@ def test_nothing_unpickles() -> None:
         ("llmpy.backend.cpu.linear", "llmpy.backend.cpu.attention"),
         ("llmpy.backend.cpu.linear", "llmpy.backend.cpu"),
         ("llmpy.formats.native", "pickle"),
+        ("llmpy.formats.llmc", "llmpy.trainer"),
     ],
 )
 def test_the_rules_bite(module: str, target: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmpy import __version__, cli
-from llmpy.options import BenchOptions, SampleOptions, TrainOptions
+from llmpy.options import BenchOptions, SampleOptions, TrainOptions, options_of
 
 
 @pytest.fixture
@@ -139,7 +138,7 @@ def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
         cli.main(["train", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for field in dataclasses.fields(TrainOptions):
+    for field in options_of(TrainOptions):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "130" in text
     assert cli.main([]) == 2
@@ -208,7 +207,7 @@ def test_training_outlives_its_readers(tmp_path: Path, steps: int, code: int) ->
         process.send_signal(signal.SIGINT)
     assert process.wait(60) == code
     assert (tmp_path / "run" / "model.safetensors").exists()
-    assert ("stopped after" if code else "trained 20 steps") in (tmp_path / "run" / "main.log").read_text("utf-8")
+    assert ("stopped after" if code else "trained 20 steps") in (tmp_path / "run" / "console.log").read_text("utf-8")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")

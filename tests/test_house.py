@@ -43,6 +43,7 @@ def test_the_tree_is_the_package() -> None:
 
 def test_each_file_has_its_test() -> None:
     tested_elsewhere = {"journal", "runfolder", "options", "durable", "bench", "config", "arena", "errors", "builtin"}
+    tested_elsewhere |= {"cache", "golden"}
     names = {p.stem for p in (ROOT / "llmpy").glob("*.py")} | {p.stem for p in (ROOT / "llmpy/data").glob("*.py")}
     for name in names - tested_elsewhere - {"__init__"}:
         assert (ROOT / "tests" / f"test_{name}.py").exists(), name
@@ -51,7 +52,7 @@ def test_each_file_has_its_test() -> None:
 def test_commands_of_the_readme_exist() -> None:
     for target in re.findall(r"\bmake (\w+)", README):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
-    for words in re.findall(r"llmpy ((?:train|sample|bench)[^\n`|]*)", README):
+    for words in re.findall(r"llmpy ((?:train|sample|convert|selftest|bench|data)[^\n`|]*)", README):
         parser = build_parser()
         line = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', words)]
         if "--help" not in line:

@@ -3,32 +3,12 @@
 import numpy as np
 import pytest
 
+from llmpy import golden
 from llmpy.arena import Arena, Tensor
 from llmpy.config import ModelConfig
 from llmpy.gpt2 import PARAMS
 from llmpy.init import initialise
 from llmpy.rng import MT19937
-
-# tensor → first three values, sum, sum of squares
-GOLDEN = {
-    "d6": {
-        "wte": (0.0385383, 0.029745683, 0.018014343, 45.142163, 7718.1071),
-        "wpe": (-0.0059967316, 0.045509558, 0.051718287, 5.7895149, 157.70504),
-        "attn_qkv_w": (-0.023607381, 0.0080907373, -0.015926151, 27.014192, 1059.9966),
-        "attn_proj_w": (0.0069261342, -0.0047026346, 0.004652665, -2.5905966, 29.532021),
-        "mlp_fc_w": (0.058095071, 0.0012485948, -0.011783406, -41.62536, 1414.4809),
-        "mlp_proj_w": (0.0084930444, 0.0085263615, -0.0054055885, 5.7948061, 118.00116),
-    },
-    "d12": {
-        "wte": (0.0385383, 0.029745683, 0.018014343, 95.622708, 15435.853),
-        "wpe": (-0.0091623552, -0.018614769, -0.029470228, -20.805332, 314.72929),
-        "attn_qkv_w": (-0.0045566773, 0.0072399951, 0.016300162, 90.095785, 8494.2016),
-        "attn_proj_w": (0.0011327435, 0.0054263962, 0.00018079413, 13.798906, 118.00211),
-        "mlp_fc_w": (-0.011178779, 0.020036602, 0.038230538, 8.6274533, 11326.896),
-        "mlp_proj_w": (0.0043775216, -0.0071738567, -0.0058180345, -24.04428, 471.86915),
-    },
-}
-WORDS_DRAWN = {"d6": 1836928635, "d12": 361737367}  # the word that comes after the last value
 
 
 def arena(config, dtype=np.float32):
@@ -49,13 +29,13 @@ def test_golden(dial, monkeypatch):
     config = ModelConfig.from_dial(dial)
     params = arena(config)
     initialise(params, config)
-    for name, (a, b, c, total, squares) in GOLDEN[dial].items():
+    for name, (a, b, c, total, squares) in golden.INIT[dial].items():
         flat = getattr(params, name).reshape(-1)
         np.testing.assert_allclose(flat[:3], [a, b, c], rtol=3e-7, err_msg=name)
         # a sum cancels: allow each value its last bit, which is little beside the root of the squares
         assert flat.sum(dtype=np.float64) == pytest.approx(total, abs=1e-5 * squares**0.5), name
         assert float(np.square(flat, dtype=np.float64).sum()) == pytest.approx(squares, rel=1e-6), name
-    assert [g.uint32(1)[0] for g in generators] == [WORDS_DRAWN[dial]]
+    assert [g.uint32(1)[0] for g in generators] == [golden.INIT_WORDS[dial]]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])

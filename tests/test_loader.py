@@ -8,14 +8,7 @@ import pytest
 from llmpy.data.loader import Loader
 from llmpy.data.shards import Shard
 from llmpy.errors import LlmpyError
-
-# llm.c's test_dataloader.c: 4 shards of 140 tokens, token = shard·140 + i, B=2 T=8
-FIRST_TOKENS = {
-    (0, 1): """188 172 156 252 140 220 204 236 0 96 16 48 64 112 80 32 468 516 436 420 500 484 452 532
-        312 280 296 392 344 376 360 328 344 312 328 376 296 392""",
-    (0, 2): "236 172 140 204 32 96 64 0 484 420 516 452 376 312 280 344 280 344 312 376 96 64",
-    (1, 2): "360 296 392 328 220 188 252 156 500 436 468 532 16 112 48 80 112 48 16 80 156 252",
-}
+from llmpy.golden import FIRST_TOKENS, LAST_SAMPLE, SAMPLES
 
 
 def shard(size, first=0, name="shard.bin"):
@@ -38,29 +31,23 @@ def check_batch(tokens, targets):
 
 @pytest.mark.parametrize(("rank", "ranks"), FIRST_TOKENS)
 def test_four_shards_golden(rank, ranks):
-    golden = [int(t) for t in FIRST_TOKENS[rank, ranks].split()]
+    golden = FIRST_TOKENS[rank, ranks]
     loader = four(shuffle=True, rank=rank, ranks=ranks)
-    assert [check_batch(*loader.next()) for _ in golden] == golden
+    assert tuple(check_batch(*loader.next()) for _ in golden) == golden
 
 
-@pytest.mark.parametrize(
-    ("seed", "rank", "epoch", "golden"),
-    [
-        (42, 0, 0, [408, 791, 914, 1057, 81, 450, 299, 907, 582, 321]),
-        (42, 0, 1, [820, 64, 871, 704, 140]),
-        (43, 0, 0, [688, 340, 306, 518, 397]),
-    ],
-)
-def test_tinyshakespeare_golden(seed, rank, epoch, golden):
+@pytest.mark.parametrize(("seed", "rank", "epoch"), SAMPLES)
+def test_tinyshakespeare_golden(seed, rank, epoch):
+    golden = SAMPLES[seed, rank, epoch]
     places = np.zeros(305260, np.uint16)
     places[::256] = np.arange(places[::256].size)  # each sample's first token is its number
     loader = Loader([Shard(Path("t.bin"), places)], 4, 64, shuffle=True, seed=seed, rank=rank)
     assert loader.batches_per_epoch == 1192
     order = [int(loader.next()[0][0, 0]) for _ in range(2 * 1192)]
-    assert order[epoch * 1192 :][: len(golden)] == golden
+    assert order[epoch * 1192 :][: len(golden)] == list(golden)
     assert sorted(order[:1192]) == sorted(order[1192:]) == list(range(1192))
     if seed == 42:
-        assert order[1191] == 166
+        assert order[1191] == LAST_SAMPLE
 
 
 def test_rank_seeds_are_seed_plus_rank():
@@ -111,8 +98,8 @@ def test_reset():
     for _ in range(16):
         loader.next()
     loader.reset()
-    golden = [int(t) for t in FIRST_TOKENS[0, 2].split()][16:]
-    assert [check_batch(*loader.next()) for _ in golden] == golden
+    golden = FIRST_TOKENS[0, 2][16:]
+    assert tuple(check_batch(*loader.next()) for _ in golden) == golden
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpy.data import builtin
+from llmpy.data import builtin, encode
 from llmpy.data import prepare as prepare_module
-from llmpy.data.prepare import choose_vocab_size, prepare, split, tokenise
+from llmpy.data.prepare import choose_vocab_size, prepare, split
+from llmpy.data.records import Document
 from llmpy.data.shards import open_shard, write_shard
-from llmpy.data.text import Document
 from llmpy.errors import LlmpyError
 from llmpy.tokenizer import EOT, Tokenizer
 
@@ -164,22 +164,6 @@ def test_split_loses_nothing(texts):
     assert val
 
 
-@pytest.fixture(scope="module")
-def blanks():
-    """A tokenizer that has merged blanks, so that a cut in a wrong place shows."""
-    return Tokenizer.train([" a  b\n\n a's \n b   !!  ab!\x1c ab\n" * 50], 300)
-
-
-@settings(max_examples=500, deadline=None)
-@example("ab!!!\x1c!!!")  # white space to Python, not to the tokenizer
-@given(text=st.text(max_size=100) | st.text(" \n\t ab'st日!\x1c\x85\u3000", max_size=60))
-def test_pieces_encode_as_the_whole(blanks, text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "PIECE", 3)
-        assert "".join(prepare_module._pieces(text)) == text
-        assert tokenise(blanks, [Document("", text)])[1:].tolist() == blanks.encode(text)
-
-
 @pytest.mark.parametrize(
     ("characters", "size"),
     [(0, 512), (1000, 512), (335_000, 1024), (1_003_854, 2048), (2_600_000, 8192), (10**9, 8192)],
@@ -190,7 +174,7 @@ def test_choose_vocab_size(characters, size):
 
 def test_a_large_text_trains_the_tokenizer_on_a_part(text, folder, said, monkeypatch):
     monkeypatch.setattr(prepare_module, "TOKENIZER_SEES", 1000)
-    monkeypatch.setattr(prepare_module, "PIECE", 100)
+    monkeypatch.setattr(encode, "PIECE", 100)
     seen = []
     train = Tokenizer.train
 

@@ -6,23 +6,15 @@ import math
 
 import pytest
 
+from llmpy.golden import RATE_STEPS, RATES
 from llmpy.schedule import KINDS, horizon, learning_rate
-
-STEPS = (0, 1, 9, 10, 50, 79, 80, 90, 99)
-WARM = (6.0000002e-05, 1.2e-04, 6e-04)
-GOLDEN = {
-    "cosine": (*WARM, 6e-04, 3.76885029e-04, 1.29350912e-04, 1.23168007e-04, 7.6282995e-05, 6.01644751e-05),
-    "linear": (*WARM, 6e-04, 3.60000005e-04, 1.86000019e-04, 1.80000003e-04, 1.19999982e-04, 6.59999787e-05),
-    "wsd": (*WARM, 6e-04, 6e-04, 6e-04, 6e-04, 2.18162357e-04, 7.36731236e-05),
-    "constant": (6e-04,) * 9,
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_golden_values_of_llm_c(kind: str) -> None:
-    rates = [learning_rate(s, 100, 10, 6e-4, 0.1, kind) for s in STEPS]
+    rates = [learning_rate(s, 100, 10, 6e-4, 0.1, kind) for s in RATE_STEPS]
     # 1 − √r near r = 1 loses digits in llm.c's float32, hence not 1e-7.
-    assert rates == pytest.approx(GOLDEN[kind], rel=1e-6)
+    assert rates == pytest.approx(RATES[kind], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpy.data import shards
-from llmpy.data.shards import is_shard, open_shard, write_shard
+from llmpy.data.shards import FORMS, is_shard, open_shard, write_shard
 from llmpy.errors import LlmpyError
 
 V = 50257
@@ -130,6 +130,56 @@ def test_missing_and_folder(tmp_path):
         is_shard(tmp_path / "no.bin")
 
 
+@pytest.mark.parametrize(("form", "start"), [("uint32", header(20240801, 7, 3)), ("int32", b"")])
+def test_the_other_forms(path, form, start):
+    tokens = np.array([128000, 7, 128255]) if form == "uint32" else np.array([50256, 7, 50256])
+    write_shard(path, tokens, form)
+    assert path.read_bytes() == start + tokens.astype("<i4").tobytes()
+    shard = open_shard(path, 128256)
+    assert shard.form is FORMS[form]
+    assert shard.tokens.tolist() == tokens.tolist()
+    with pytest.raises(LlmpyError, match="outside the vocabulary of 500 tokens"):
+        open_shard(path, 500)
+    with pytest.raises(LlmpyError, match=r"do not fit 32 bits"):
+        write_shard(path, np.array([2**32]), form)
+
+
+def test_a_late_negative_token_of_a_stream(path):
+    path.write_bytes(np.array([50256] * 300 + [-1], "<i4").tobytes())
+    with pytest.raises(LlmpyError, match="token -1 at position 300 is outside"):
+        open_shard(path, V)
+
+
+def test_mask(path):
+    counted = np.array([1, 0, 0, 1, 1], bool)
+    write_shard(path, np.arange(5), counted=counted)
+    assert path.with_suffix(".mask").read_bytes() == header(20261122, 1, 5) + bytes([1, 0, 0, 1, 1])
+    shard = open_shard(path, V)
+    assert shard.counted.tolist() == [1, 0, 0, 1, 1]
+    assert shard.part(2, 5).counted.tolist() == [0, 1, 1]
+    write_shard(path, np.arange(6))  # and then the old mask does not stay
+    assert open_shard(path, V).counted is None
+    with pytest.raises(LlmpyError, match="can have no mask"):
+        write_shard(path, np.arange(5), "int32", counted)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (header(20261122, 1, 4) + bytes(4), r"is for 4 tokens, .*train\.bin has 5 — write both"),
+        (header(20261122, 1, 5) + bytes([1, 2, 0, 0, 0]), "other bytes than 0 and 1"),
+        (header(20240520, 1, 5) + bytes(10), r"train\.mask is no token mask"),
+        (header(20261122, 1, 5) + bytes(4), "is cut off"),
+        (b"", "cut off in its header"),
+    ],
+)
+def test_damaged_masks(path, mask, message):
+    write_shard(path, np.arange(5))
+    path.with_suffix(".mask").write_bytes(mask)
+    with pytest.raises(LlmpyError, match=message):
+        open_shard(path, V)
+
+
 WRONG = {
     "empty": (b"", "is empty — download"),
     "html": (b"  <!DOCTYPE html><html><body>Not found" + b" " * 2000, "web page"),
@@ -139,9 +189,11 @@ WRONG = {
     ),
     "text": (b"To be, or not to be, that is the question.\n" * 50, "plain text"),
     "text cut in a character": ("é".encode() * 2 + b"a" + "é".encode() * 1000, "plain text"),
-    "int32": (np.arange(3, 3000, dtype="<i4").tobytes(), "int32 tokens without header"),
     "uint16": (np.arange(1, 20000, 3, dtype="<u2").tobytes(), "uint16 tokens without header (nanoGPT)"),
-    "llama": (header(20240801, 7, 2) + bytes(8), "LLaMA-3 token shard (uint32), not a GPT-2"),
+    "llama cut": (header(20240801, 7, 2) + bytes(7), "2 tokens make 1,032 bytes, it has 1,031"),
+    "llama of another version": (header(20240801, 1, 2) + bytes(8), "Llama-3 token shard of version 1, not 7"),
+    "a small magic": (header(1234, 1, 2) + bytes(8), "is not a token shard: it starts with d2 04 00 00"),
+    "a mask": (header(20261122, 1, 2) + bytes(2), "is the mask of a token shard"),
     "checkpoint": (header(20240326, 3), "llm.c model checkpoint"),
     "other": (b"\x1f\x8b\x08\x00\xff\xff\xff\xff\xff", "starts with 1f 8b 08 00"),
     "version": (header(version=2, count=1) + b"\0\0", "version 2, not 1"),
@@ -167,6 +219,9 @@ def test_is_shard_goes_by_the_magic(tmp_path):
         ("b", header(20240801), True),
         ("c.bin", header(20240326), False),
         ("d.bin", b"", False),
+        ("stream.bin", np.arange(3, 3000, dtype="<i4").tobytes(), True),
+        ("stream.dat", np.arange(3, 3000, dtype="<i4").tobytes(), False),
+        ("small.bin", header(1234, 1, 5) + bytes(20), False),
     ]:
         (tmp_path / name).write_bytes(content)
         assert is_shard(tmp_path / name) is expected

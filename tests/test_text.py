@@ -1,5 +1,6 @@
 """Reading a person's text: right, or refused with file, place and fix."""
 
+import gzip
 import os
 import unicodedata
 from pathlib import Path
@@ -107,8 +108,24 @@ def test_end_of_text_separates_documents(tmp_path, said):
 
 
 def test_markup_is_said(tmp_path, said):
-    read(said, write(tmp_path, "a.jsonl", '{"text": "hello"}\n' * 100))
-    assert said[0] == "note: 1 .jsonl file read as plain text, markup included"
+    read(said, write(tmp_path, "a.json", '{"text": "hello"}\n' * 100))
+    assert said[0] == "note: 1 .json file read as plain text, markup included"
+
+
+def test_records_are_recognised(tmp_path, said):
+    write(tmp_path, "a.jsonl", '{"text": "one"}\n{"text": "two\\n"}\n')
+    write(tmp_path, "b.jsonl.gz", gzip.compress(b'{"prompt": "2+2=", "completion": "4"}\n' * 2))
+    write(tmp_path, "log.jsonl", '{"step": 1}\n')  # meant for something else
+    write(tmp_path, "z.txt")
+    documents = read(said, tmp_path)
+    assert [d.text for d in documents] == ["one", "two\n", "2+2=4", "2+2=4", LONG]
+    assert documents[2].counted == ((4, 5),)
+    assert said == [
+        "skipped 1 file that is not text: log.jsonl",
+        "3 files, 1,337 characters, UTF-8, jsonl, jsonl.gz, 5 documents",
+    ]
+    with pytest.raises(LlmpyError, match=r"log\.jsonl: record 1 has the fields step — give text, prompt"):
+        read(said, tmp_path / "log.jsonl")
 
 
 @pytest.mark.parametrize("through_folder", [False, True])

@@ -3,7 +3,8 @@
 With P ranks, sample i of a shard is the stretch of B·T·P tokens at i·B·T·P; rank r takes its r-th part and
 the one token after it. Rows follow each other in the text: row b continues row b − 1. Shuffling permutes the
 shards at each epoch, starting from the last epoch's order, and the samples of a shard when it is opened; each
-rank has a generator of its own, and still an epoch covers every sample once.
+rank has a generator of its own, and still an epoch covers every sample once. Where a shard's mask says that a
+token does not count, the target is −1.
 """
 
 from __future__ import annotations
@@ -96,12 +97,15 @@ class Loader:
         self._targets.reshape(-1)[:] = stretch[1:]
         if self.vocab_size is not None:  # the copies, which nobody changes any more; it takes microseconds
             largest = max(self._inputs.max(), self._targets.max())
-            if largest >= self.vocab_size:
+            least = min(self._inputs.min(), self._targets.min())  # below 0: of a stream of int32
+            if largest >= self.vocab_size or least < 0:
                 raise LlmpyError(
-                    f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
-                    f"the vocabulary of {self.vocab_size:,} tokens",
+                    f"{self._shard_here.path} was changed since it was opened: it holds token "
+                    f"{least if least < 0 else largest} now, outside the vocabulary of {self.vocab_size:,} tokens",
                     "leave the data as they are while they are in use",
                 )
+        if self._counted is not None:
+            self._targets.reshape(-1)[self._counted[start + 1 : start + BT + 1] == 0] = -1
         self._sample += 1
         return self._inputs, self._targets
 
@@ -129,17 +133,44 @@ class Loader:
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order
         self._rng.state = position.rng
-        self._tokens = np.asarray(shard.tokens)
+        self._take(shard)
         self._sample_order = position.sample_order.astype(np.int32)
+
+    def go_on(self, position: Position, BT: int) -> None:
+        """Continue from where a loader of these shards stood whose samples had BT tokens.
+
+        If they have as many here it is `position = position`. Else the open shard is cut anew: first in the order, and
+        counted as read, come the samples that begin in one that was read, then the others in the order of the old ones.
+        """
+        mine = self.B * self.T * self.ranks
+        if mine == BT:
+            self.position = position
+            return
+        fits = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
+        samples = self._samples(self.shards[int(position.shard_order[position.shard])]) if fits else 0
+        place = np.empty(position.sample_order.size, np.int64)
+        place[position.sample_order] = np.arange(place.size)
+        when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
+        order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
+        self.position = Position(position.shard, read, position.shard_order, order, position.rng)
+
+    @property
+    def batch(self) -> tuple[str, int]:
+        """Which one `next` returned last: the name of its file, and the number of the sample in it."""
+        return self._shard_here.path.name, int(self._sample_order[self._sample - 1])
 
     def _open(self) -> None:
         """Turn to the shard at `_shard`: its first sample, in a new order."""
         shard = self._shard_here
-        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
+        self._take(shard)
         self._sample = 0
         self._sample_order = np.arange(self._samples(shard), dtype=np.int32)
         if self.shuffle:
             self._rng.permutation(self._sample_order)
+
+    def _take(self, shard: Shard) -> None:
+        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
+        self._counted = None if shard.counted is None else np.asarray(shard.counted)
 
     @property
     def _shard_here(self) -> Shard:

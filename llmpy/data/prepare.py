@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +16,18 @@ import numpy as np
 
 from ..config import GPT2_VOCAB
 from ..errors import LlmpyError
-from ..tokenizer import EOT, Tokenizer
+from ..formats.source import Source
+from ..tokenizer import Tokenizer
 from . import builtin, shards
-from .shards import Shard, is_shard, open_shard, write_shard
-from .text import Document, Found, find_files, read_files
+from .encode import TOKENIZER_SEES, pieces, tokenise
+from .pack import RECORD, find_dataset, is_dataset
+from .records import Document
+from .shards import Shard, form_for, is_shard, open_shard, write_shard
+from .text import Found, find_files, read_files
 
 VALIDATION = 0.1  # share of the text that is held out
 CHARACTERS_PER_TOKEN = 300  # of training text for each token of the vocabulary: each is then seen ~100 times
 VOCAB_AT_LEAST, VOCAB_AT_MOST = 512, 8192
-TOKENIZER_SEES = 50_000_000  # characters, spread over the text: seven seconds of counting (two cores), and plenty
-PIECE = 1 << 16  # characters encoded at a time: whole, 18.5M took the library 3.0 GB, in pieces 0.4
-BORDER = re.compile(r"(?<=\S)[ \n]")  # a word of GPT-2's pattern always begins here (not at \x1c!)
 SAMPLE_TOKENS = 24
 
 
@@ -48,11 +48,14 @@ def prepare(
     folder: Path,
     vocab_size: int | None = None,
     say: Callable[[str], None] = print,
+    start: Source | None = None,
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
+    The name of a data set of `llmpy data` stands for its tokens, which are made first if that is quick.
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when all else is done.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
+    `start` is the model that training starts from, if there is one: text is encoded with its tokenizer.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     description: list[str] = []
@@ -71,13 +74,15 @@ def prepare(
         # the sections follow the alphabet: every tenth is a fair sample of all, the last tenth is not
         val = documents[5::10]
         train = [d for i, d in enumerate(documents) if i % 10 != 5]
-        return _from_text(train, val, folder, vocab_size, description, tell)
+        return _from_text(train, val, folder, vocab_size, start, description, tell)
+    if len(paths) == 1 and is_dataset(paths[0]):
+        paths = [find_dataset(str(paths[0]), tell)]
     files = find_files(paths, tell)
     found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
     if found:
         _refuse_mixture(found, [f for f in files if f not in found], tell)
-        return _from_shards([f.path for f in found], vocab_size, description, tell)
-    return _from_text(*split(read_files(files, tell)), folder, vocab_size, description, tell)
+        return _from_shards([f.path for f in found], vocab_size, start, description, tell)
+    return _from_text(*split(read_files(files, tell)), folder, vocab_size, start, description, tell)
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -99,7 +104,7 @@ def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]
     line = document.text.rfind("\n", 0, at) + 1
     if line > 0 and at - line <= slack:
         at = line
-    head, tail = Document(document.source, document.text[:at]), Document(document.source, document.text[at:])
+    head, tail = document.part(0, at), document.part(at, len(document.text))
     return [*documents[:i], head], [tail, *documents[i + 1 :]]
 
 
@@ -109,43 +114,30 @@ def choose_vocab_size(characters: int) -> int:
     return min(max(fits, VOCAB_AT_LEAST), VOCAB_AT_MOST)
 
 
-def tokenise(tokenizer: Tokenizer, documents: Sequence[Document]) -> np.ndarray:
-    """EOT and then the text, for each document: uint16 (n,)."""
-    pieces = (piece for d in documents for piece in _pieces(EOT + d.text))
-    rows = []
-    while batch := list(itertools.islice(pieces, 64)):
-        rows += [np.array(ids, np.uint16) for ids in tokenizer.encode_batch(batch)]
-    return np.concatenate(rows)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in portions of about PIECE characters, cut only where a word begins."""
-    start = 0
-    while len(text) - start > PIECE and (border := BORDER.search(text, start + PIECE)):
-        yield text[start : border.start()]
-        start = border.start()
-    yield text[start:]
-
-
 def _from_text(
     train: Sequence[Document],
     val: Sequence[Document],
     folder: Path,
     vocab_size: int | None,
+    start: Source | None,
     description: list[str],
     tell: Callable[[str], None],
 ) -> Dataset:
     characters = sum(len(d.text) for d in train)
-    every = math.ceil(characters / TOKENIZER_SEES)
-    pieces = (piece for d in train for piece in _pieces(d.text))
-    tokenizer = Tokenizer.train(itertools.islice(pieces, 0, None, every), vocab_size or choose_vocab_size(characters))
+    if start is None:
+        every = math.ceil(characters / TOKENIZER_SEES)
+        seen = (piece for d in train for piece in pieces(d.text))
+        tokenizer = Tokenizer.train(itertools.islice(seen, 0, None, every), vocab_size or choose_vocab_size(characters))
+        whose = "byte-level BPE trained on this text"
+    else:
+        tokenizer, whose = _tokenizer_of(start, tell)
     tokens = {"train": tokenise(tokenizer, train), "val": tokenise(tokenizer, val)}
-    tell(
-        f"tokenizer: byte-level BPE trained on this text, {tokenizer.vocab_size:,} tokens, "
-        f"{characters / tokens['train'].size:.2f} characters per token"
-    )
-    tell(f"{tokens['train'].size:,} training tokens, {tokens['val'].size:,} validation tokens")
-    tell(_sample(tokenizer, tokens["train"]))
+    ids = tokens["train"].ids
+    tell(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {characters / ids.size:.2f} characters per token")
+    tell(f"{ids.size:,} training tokens, {tokens['val'].ids.size:,} validation tokens")
+    if tokens["train"].counted is not None:
+        tell(f"the loss counts {np.count_nonzero(tokens['train'].counted):,} of the training tokens: completions alone")
+    tell(_sample(tokenizer, ids))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -154,7 +146,7 @@ def _from_text(
     opened = {}
     for part, values in tokens.items():
         path = folder / f"{part}.bin"
-        write_shard(path, values)
+        write_shard(path, values.ids, form_for(tokenizer.vocab_size), values.counted)
         opened[part] = [open_shard(path, tokenizer.vocab_size)]
     return Dataset(
         opened["train"],
@@ -166,11 +158,37 @@ def _from_text(
     )
 
 
+def _tokenizer_of(start: Source, tell: Callable[[str], None]) -> tuple[Tokenizer, str]:
+    """The tokenizer of a model, and what to call it."""
+    if start.tokenizer is not None:
+        return Tokenizer.load(start.tokenizer), f"the model's ({start.tokenizer})"
+    if start.config.vocab_size == GPT2_VOCAB:
+        return Tokenizer.gpt2(tell), "GPT-2's"
+    raise LlmpyError(
+        f"{start.path} came without a tokenizer, which text needs",
+        "put its tokenizer.json beside it, or give tokens that were made with it",
+    )
+
+
 def _from_shards(
-    paths: Sequence[Path], vocab_size: int | None, description: list[str], tell: Callable[[str], None]
+    paths: Sequence[Path],
+    vocab_size: int | None,
+    start: Source | None,
+    description: list[str],
+    tell: Callable[[str], None],
 ) -> Dataset:
     beside = paths[0].parent / "tokenizer.json"
     tokenizer = Tokenizer.load(beside) if beside.exists() else None
+    if start is not None:
+        vocab_size = vocab_size or start.config.vocab_size
+        if start.tokenizer is not None:
+            models = Tokenizer.load(start.tokenizer)
+            if tokenizer and not tokenizer.same_tokens(models):
+                raise LlmpyError(
+                    f"{paths[0].parent} holds tokens of another tokenizer than that of the model, {start.tokenizer}",
+                    "make them again: llmpy data … --tokenizer " + str(start.tokenizer),
+                )
+            tokenizer, beside = models, start.tokenizer
     if tokenizer and vocab_size not in (None, tokenizer.vocab_size):
         raise LlmpyError(
             f"{beside} has {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} that were asked for",
@@ -180,7 +198,10 @@ def _from_shards(
     opened = [open_shard(path, size) for path in paths]
     val = [s for s in opened if "val" in s.path.name.lower()]
     train = [s for s in opened if "val" not in s.path.name.lower()] or val
-    tell(f"{len(opened)} llm.c token shard{'s' * (len(opened) > 1)}, {sum(map(len, opened)):,} tokens")
+    what = opened[0].form.what
+    if any(shard.form != opened[0].form for shard in opened):
+        raise LlmpyError(f"token files of several forms beside each other: {what} …", "give one kind at a time")
+    tell(f"{len(opened)} {what}{'s' * (len(opened) > 1)}, {sum(map(len, opened)):,} tokens")
     if train is val or not val:
         *whole, last = train
         cut = len(last) - int(VALIDATION * len(last))
@@ -204,6 +225,7 @@ def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], tell: Calla
         raise LlmpyError(
             f"both token shards ({found[0].path}) and text ({text.path}) were given", "give one kind at a time"
         )
+    others = [f for f in others if f.path.name not in ("tokenizer.json", RECORD) and f.path.suffix != ".mask"]
     if others:
         tell(f"skipped {len(others)} file{'s' * (len(others) > 1)} beside the shards: {others[0].path.name} …")
 
@@ -215,9 +237,14 @@ def _sample(tokenizer: Tokenizer | None, tokens: np.ndarray) -> str:
 
 
 def _bytes_per_token(tokenizer: Tokenizer, parts: Sequence[Shard]) -> float:
+    """Of the tokens that count."""
     lengths = tokenizer.byte_lengths()
-    total = 0
+    total = tokens = 0
     for shard in parts:
         for start in range(0, len(shard), shards.CHUNK):
-            total += int(lengths[shard.tokens[start : start + shards.CHUNK]].sum(dtype=np.int64))
-    return total / sum(map(len, parts))
+            ids = shard.tokens[start : start + shards.CHUNK]
+            if shard.counted is not None:
+                ids = ids[shard.counted[start : start + shards.CHUNK] != 0]
+            total += int(lengths[ids].sum(dtype=np.int64))
+            tokens += len(ids)
+    return total / max(1, tokens)

@@ -1,11 +1,18 @@
-"""Token shards in llm.c's format: 256 int32 of header, then uint16 tokens, little-endian.
+"""Token files of llm.c: 256 int32 of header, then tokens, little-endian; and the stream it began with.
 
-header[0] = 20240520, header[1] = 1, header[2] = number of tokens; the file ends with the last token.
-Everything is checked when a shard is opened, once: compiled kernels trust token ids.
+    uint16    20240520, 1, number of tokens   GPT-2, and any vocabulary up to 65,536
+    uint32    20240801, 7, number of tokens   Llama 3, and larger vocabularies
+    int32     no header, tokens alone         llm.c before May 2024, llm.rs, llm.mojo
+
+The file ends with the last token. Beside NAME.bin there may be NAME.mask of the same layout (20261122, 1, number of
+tokens, then a byte for each): 1 where the token counts as a target in the loss, 0 where it does not.
+Everything is checked when a file is opened, once: compiled kernels trust token ids.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +22,9 @@ from ..config import GPT2_VOCAB
 from ..durable import write_whole
 from ..errors import LlmpyError
 
-MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
-TOKEN = np.dtype("<u2")
 TOKENS_AT_MOST = 2**31 - 1  # what the header's int32 can say
+MARKS, MARK_TOKENS = 64, 2048  # stretches that make a fingerprint, and their length
 CHUNK = 1 << 22  # tokens checked or written at a time: 8 MiB
 OTHER_MAGICS = {
     20240326: "an llm.c model checkpoint",
@@ -26,17 +32,41 @@ OTHER_MAGICS = {
     20240328: "an llm.c tokenizer",
     20240522: "an llm.c multiple-choice evaluation file",
     20240527: "an llm.c optimizer state",
-    20240801: "a LLaMA-3 token shard (uint32)",
     20240803: "a LLaMA-3 model of llm.c",
+    20261122: "the mask of a token shard",
 }
 
 
 @dataclass(frozen=True)
+class Form:
+    """One layout of a token file; `magic` 0: without header."""
+
+    magic: int
+    version: int
+    dtype: np.dtype
+    what: str
+
+    @property
+    def header_bytes(self) -> int:
+        return HEADER_BYTES if self.magic else 0
+
+
+FORMS = {
+    "uint16": Form(20240520, 1, np.dtype("<u2"), "llm.c token shard"),
+    "uint32": Form(20240801, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
+    "int32": Form(0, 0, np.dtype("<i4"), "int32 token stream without header"),
+}
+MASK = Form(20261122, 1, np.dtype("u1"), "token mask")
+
+
+@dataclass(frozen=True)
 class Shard:
-    """Tokens of a file, or of a part of it: uint16 (n,), memory-mapped, read-only."""
+    """Tokens of a file, or of a part of it: (n,) of the form's integers, memory-mapped, read-only."""
 
     path: Path
     tokens: np.ndarray
+    counted: np.ndarray | None = None  # uint8 (n,), 1 where the token counts as a target; None: everywhere
+    form: Form = FORMS["uint16"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,11 +78,15 @@ class Shard:
                 f"{self.path} has {len(self):,} tokens: no part from {start:,} to {stop:,}",
                 "choose a part inside the shard",
             )
-        return Shard(self.path, self.tokens[start:stop])
+        counted = None if self.counted is None else self.counted[start:stop]
+        return Shard(self.path, self.tokens[start:stop], counted, self.form)
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write tokens, integers (n,) in 0 … 65535, whole or not at all. Raises LlmpyError if they do not fit."""
+def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: np.ndarray | None = None) -> None:
+    """Write tokens, integers (n,), whole or not at all; and, if `counted` (bool (n,)) is given, the mask beside.
+
+    Raises LlmpyError if the tokens do not fit the form, and if the disk refuses.
+    """
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise LlmpyError(f"{path}: tokens of shape {tokens.shape} and type {tokens.dtype}", "give one row of integers")
     if not 0 < tokens.size <= TOKENS_AT_MOST:
@@ -60,78 +94,149 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
             f"{path}: {tokens.size:,} tokens do not make a shard",
             f"write 1 to {TOKENS_AT_MOST:,} tokens to a file",
         )
-    if tokens.min() < 0 or tokens.max() > 65535:
+    most = int(np.iinfo(FORMS[form].dtype).max)
+    if tokens.min() < 0 or tokens.max() > most:
+        bits = 8 * FORMS[form].dtype.itemsize
         raise LlmpyError(
-            f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit 16 bits",
-            "use a vocabulary of less than 65,536 tokens",
+            f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {bits} bits",
+            f"use a vocabulary of at most {most + 1:,} tokens, or a wider form",
         )
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
+    if counted is not None and not FORMS[form].magic:
+        raise LlmpyError(f"{path}: a stream of int32 tokens can have no mask", "write uint16 or uint32 shards")
+    if FORMS[form].magic:
+        mask_path(path).unlink(missing_ok=True)  # of what was here before
+    _write(path, tokens, FORMS[form])
+    if counted is not None:
+        _write(mask_path(path), counted, MASK)
+
+
+def open_shard(path: Path, vocab_size: int) -> Shard:
+    """Map a token file into memory and check all of it: header, length, every token < vocab_size, its mask.
+
+    Raises LlmpyError, which says what the file seems to be if it holds no tokens.
+    """
+    try:
+        form = _form(path)
+        tokens = _map(path, form)
+        counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
+    _check_tokens(path, tokens, vocab_size)
+    if counted is not None:
+        if len(counted) != len(tokens):
+            raise LlmpyError(
+                f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
+                "write both again, or remove the mask",
+            )
+        if any(counted[start : start + CHUNK].max() > 1 for start in range(0, len(counted), CHUNK)):
+            raise LlmpyError(f"{mask_path(path)} holds other bytes than 0 and 1", "write it again")
+    return Shard(path, tokens, counted, form)
+
+
+def form_for(vocab_size: int) -> str:
+    """The form of llm.c's that holds all tokens of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def is_shard(path: Path) -> bool:
+    """Whether the file starts as a token file does; without a header only a .bin is one. LlmpyError if unreadable."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(HEADER_BYTES)
+        size = path.stat().st_size
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
+    if int.from_bytes(start[:4], "little") in (FORMS["uint16"].magic, FORMS["uint32"].magic):
+        return True
+    return path.suffix == ".bin" and _is_stream(start, size)
+
+
+def count_tokens(path: Path) -> int:
+    """How many tokens a file can hold by its size. Raises LlmpyError for one that `is_shard` would not take."""
+    form = _form(path)
+    return max(0, path.stat().st_size - form.header_bytes) // form.dtype.itemsize
+
+
+def mask_path(path: Path) -> Path:
+    """Where the mask of a token file lies."""
+    return path.with_suffix(".mask")
+
+
+def fingerprint(shard: Shard) -> dict[str, object]:
+    """By what a run knows its data again: name, number of tokens, and a hash of stretches of them and of the mask."""
+    count = len(shard)
+    digest = hashlib.blake2b(digest_size=16)
+    for values in (shard.tokens,) if shard.counted is None else (shard.tokens, shard.counted):
+        for start in range(0, count, max(1, count // MARKS)):
+            digest.update(values[start : start + MARK_TOKENS].tobytes())
+    return {"name": shard.path.name, "tokens": count, "blake2b": digest.hexdigest()}
+
+
+def _write(path: Path, values: np.ndarray, form: Form) -> None:
+    header = np.zeros(form.header_bytes // 4, "<i4")
+    if form.magic:
+        header[:3] = form.magic, form.version, values.size
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             file.write(header.tobytes())
-            for start in range(0, tokens.size, CHUNK):
-                file.write(tokens[start : start + CHUNK].astype(TOKEN).tobytes())
+            for start in range(0, values.size, CHUNK):
+                file.write(values[start : start + CHUNK].astype(form.dtype).tobytes())
 
     write_whole(path, write)
 
 
-def open_shard(path: Path, vocab_size: int) -> Shard:
-    """Map a shard into memory and check all of it: magic, version, length, every token < vocab_size.
-
-    Raises LlmpyError, which says what the file seems to be if it is no shard.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(HEADER_BYTES)
-        header = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
-        if header.size == 0 or header[0] != MAGIC:
-            raise _not_a_shard(path, start, size)
-        count = int(header[2]) if header.size > 2 else 0
-        if header.size < HEADER_BYTES // 4:
-            raise LlmpyError(
-                f"{path} is cut off in its header: {size:,} bytes of at least {HEADER_BYTES:,}",
-                "download it again",
-            )
-        if header[1] != VERSION:
-            raise LlmpyError(
-                f"{path} is a token shard of version {header[1]}, not {VERSION}",
-                "write it again with a current llm.c or with llmpy",
-            )
-        if size != HEADER_BYTES + TOKEN.itemsize * count:
-            promised = HEADER_BYTES + TOKEN.itemsize * count
-            what = "is cut off" if size < promised else "is longer than it says"
-            raise LlmpyError(
-                f"{path} {what}: {count:,} tokens make {promised:,} bytes, it has {size:,}",
-                "download or write it again",
-            )
-        if count == 0:
-            raise LlmpyError(f"{path} holds 0 tokens", "leave it out, or write it again")
-        tokens = np.memmap(path, TOKEN, "r", offset=HEADER_BYTES, shape=(count,))
-    except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
-    _check_tokens(path, tokens, vocab_size)
-    return Shard(path, tokens)
+def _form(path: Path) -> Form:
+    """The form of a token file, by how it begins. Raises LlmpyError for anything else."""
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES)
+        size = file.seek(0, io.SEEK_END)
+    magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
+    form = next((f for f in FORMS.values() if f.magic and f.magic == magic), None)
+    if form is None and _is_stream(start, size):
+        form = FORMS["int32"]
+    if form is None:
+        raise _not_a_shard(path, start, size)
+    return form
 
 
-def is_shard(path: Path) -> bool:
-    """Whether the file starts as a token shard does (also LLaMA-3's). Raises LlmpyError if unreadable."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
-    return int.from_bytes(start, "little") in (MAGIC, 20240801)
+def _map(path: Path, form: Form) -> np.ndarray:
+    """The values of a file, memory-mapped, once its header is known to tell the truth about its length."""
+    size = path.stat().st_size
+    if not form.magic:
+        return np.memmap(path, form.dtype, "r")
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")
+    if size < HEADER_BYTES:
+        raise LlmpyError(
+            f"{path} is cut off in its header: {size:,} bytes of at least {HEADER_BYTES:,}", "download it again"
+        )
+    magic, version, count = (int(word) for word in header)
+    if magic != form.magic:
+        raise LlmpyError(f"{path} is no {form.what}", "write it again, or remove it")
+    if version != form.version:
+        raise LlmpyError(
+            f"{path} is a {form.what.partition(' (')[0]} of version {version}, not {form.version}",
+            "write it again with a current llm.c or with llmpy",
+        )
+    promised = HEADER_BYTES + form.dtype.itemsize * count
+    if size != promised:
+        raise LlmpyError(
+            f"{path} {'is cut off' if size < promised else 'is longer than it says'}: {count:,} tokens make "
+            f"{promised:,} bytes, it has {size:,}",
+            "download or write it again",
+        )
+    if count == 0:
+        raise LlmpyError(f"{path} holds 0 tokens", "leave it out, or write it again")
+    return np.memmap(path, form.dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
 
 def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Every token < vocab_size, at the speed of a vector maximum; only a bad chunk is searched."""
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
-        if chunk.max() >= vocab_size:
-            position = start + int(np.argmax(chunk >= vocab_size))
+        if chunk.max() >= vocab_size or chunk.min() < 0:
+            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
             raise LlmpyError(
                 f"{path}: token {tokens[position]} at position {position:,} is outside the vocabulary of "
                 f"{vocab_size:,} tokens",
@@ -139,15 +244,26 @@ def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
             )
 
 
+def _is_stream(start: bytes, size: int) -> bool:
+    """Whether a file may be a stream of int32 tokens, by its first KiB."""
+    return size % 4 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 4 * 4], "<i4"))
+
+
+def _like_tokens(values: np.ndarray) -> bool:
+    """Numbers of GPT-2's vocabulary, most of them not 0; foreign headers are small numbers and then zeros."""
+    if not values.size or values.min() < 0 or values.max() >= GPT2_VOCAB:
+        return False
+    return 2 * int(np.count_nonzero(values)) > values.size
+
+
 def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
     """What a file without the magic number seems to be, and what to do about it."""
-    words = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
-    halves = np.frombuffer(start[: len(start) // 2 * 2], TOKEN)
+    magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
     text = start.lstrip()[:64].lower()
     if size == 0:
         what, fix = "is empty", "download or write it again"
-    elif words.size and int(words[0]) in OTHER_MAGICS:
-        what, fix = f"is {OTHER_MAGICS[int(words[0])]}, not a GPT-2 token shard", "give GPT-2 shards (uint16)"
+    elif magic in OTHER_MAGICS:
+        what, fix = f"is {OTHER_MAGICS[magic]}, not a token shard", "give token shards, or text"
     elif text.startswith(b"version https://git-lfs"):
         what, fix = "is a git-lfs pointer, not the data", "fetch the data: git lfs pull"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -157,10 +273,7 @@ def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
             "is plain text, not a token shard",
             "give it a name that ends in .txt to train on its text",
         )
-    elif size % 4 == 0 and words.any() and words.min() >= 0 and words.max() < GPT2_VOCAB:
-        what = "is a stream of int32 tokens without header (llm.c before May 2024, llm.rs, llm.mojo)"
-        fix = "write it again with a current llm.c, or with llmpy.data.shards.write_shard"
-    elif size % 2 == 0 and halves.any() and halves.max() < GPT2_VOCAB:
+    elif size % 2 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 2 * 2], "<u2")):
         what = "seems to be a stream of uint16 tokens without header (nanoGPT)"
         fix = "write it again with llmpy.data.shards.write_shard"
     else:

@@ -1,5 +1,6 @@
 """The user's text: files, folders and patterns → documents, saying aloud what was understood.
 
+Records (jsonl, jsonl.gz, parquet) are a document each (records.py). All else is plain text.
 UTF-8 is read, with or without a byte-order mark; UTF-16 and UTF-32 if they begin with one. Nothing else is
 guessed: a wrong guess would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or
 several where `<|endoftext|>` separates them.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import glob
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LlmpyError
-from ..tokenizer import EOT
+from ..ranks import EOT
+from .records import Document, NoRecords, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
 TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
-MARKUP_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".xml"}
+MARKUP_SUFFIXES = {".json", ".csv", ".tsv", ".html", ".htm", ".xml"}
 MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32-LE",
     codecs.BOM_UTF32_BE: "UTF-32-BE",
@@ -36,16 +39,7 @@ ARCHIVES = {
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"%PDF": "PDF",
-    b"PAR1": "parquet",
 }
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, and the name of what it came from."""
-
-    source: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -100,39 +94,67 @@ def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) ->
 
 def read_files(files: Sequence[Found], say: Callable[[str], None] = print) -> list[Document]:
     """`read_documents` of files that are already found."""
-    documents: list[Document] = []
-    encodings: Counter[str] = Counter()
+    return list(stream_files(files, say))
+
+
+def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> Iterator[Document]:
+    """`read_files`, a file of text or a record at a time. What was understood is said at the end."""
+    kinds: Counter[str] = Counter()
     skipped: list[Path] = []
     markup: Counter[str] = Counter()
+    characters = documents = 0
     for found in files:
-        data = _read(found.path)
         try:
-            text, encoding = _decode(found.path, data)
-        except LlmpyError:
-            if found.named or found.path.suffix.lower() in TEXT_SUFFIXES:
+            kind, parts = _open(found.path)
+            first = next(parts, None)
+        except LlmpyError as fault:
+            text = found.path.suffix.lower() in TEXT_SUFFIXES
+            if found.named or text or not isinstance(fault, NotText | NoRecords):
                 raise
             skipped.append(found.path)
             continue
-        encodings[encoding] += 1
+        kinds[kind] += 1
         if found.path.suffix.lower() in MARKUP_SUFFIXES:
             markup[found.path.suffix.lower()] += 1
-        parts = (part for part in text.split(EOT) if part.strip())
-        documents += [Document(str(found.path), part) for part in parts]
+        for document in itertools.chain([first] if first else [], parts):
+            characters += len(document.text)
+            documents += 1
+            yield document
     if skipped:
         say(f"skipped {_count(len(skipped), 'file')} that {_are(len(skipped))} not text: {_some(skipped)}")
     for suffix, count in sorted(markup.items()):
         say(f"note: {_count(count, f'{suffix} file')} read as plain text, markup included")
-    characters = sum(len(d.text) for d in documents)
-    read = sum(encodings.values())
+    read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
             f"{_count(read, 'file')} with {_count(characters, 'character')} of text; training needs at least "
             f"{LEAST_CHARACTERS:,}",
             "give more text, or no path at all to train on the text that Python carries",
         )
-    line = f"{_count(read, 'file')}, {characters:,} characters, {', '.join(sorted(encodings))}"
-    say(line + (f", {len(documents):,} documents" if len(documents) != read else ""))
-    return documents
+    line = f"{_count(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
+    say(line + (f", {documents:,} documents" if documents != read else ""))
+
+
+def read_text(path: Path) -> str:
+    """The text of one file. Raises LlmpyError if it is none."""
+    return _decode(path, _read(path))[0]
+
+
+class NotText(LlmpyError):
+    """A file that is something else."""
+
+
+def _open(path: Path) -> tuple[str, Iterator[Document]]:
+    """How a file is to be read, in a word, and its documents."""
+    try:
+        with path.open("rb") as file:
+            kind = kind_of(path, file.read(16))
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
+    if kind:
+        return kind, read_records(path, kind)
+    text, encoding = _decode(path, _read(path))
+    return encoding, (Document(str(path), part) for part in text.split(EOT) if part.strip())
 
 
 def _expand(path: Path) -> list[Path]:
@@ -180,17 +202,17 @@ def _read(path: Path) -> bytes:
 
 
 def _decode(path: Path, data: bytes) -> tuple[str, str]:
-    """The text of a file and its encoding. Raises LlmpyError, naming file and byte, if it is no text."""
+    """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
     mark = next((m for m in MARKS if data.startswith(m)), b"")
     encoding = MARKS.get(mark, "UTF-8")
     for magic, name in ARCHIVES.items():
         if data.startswith(magic):
-            raise LlmpyError(f"{path} is {name}, not text", "unpack it or save it as plain text first")
+            raise NotText(f"{path} is {name}, not text", "unpack it or save it as plain text first")
     if data.startswith(b"version https://git-lfs"):
-        raise LlmpyError(f"{path} is a git-lfs pointer, not the text", "fetch the text: git lfs pull")
+        raise NotText(f"{path} is a git-lfs pointer, not the text", "fetch the text: git lfs pull")
     if encoding == "UTF-8" and b"\0" in data:
         offset = data.index(b"\0")
-        raise LlmpyError(
+        raise NotText(
             f"{path} is binary, not text: byte 0x00 at offset {offset:,}",
             "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
         )
@@ -198,7 +220,7 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as fault:
         offset = len(mark) + fault.start
-        raise LlmpyError(
+        raise NotText(
             f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({fault.reason})",
             f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
         ) from fault

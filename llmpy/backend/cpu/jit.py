@@ -34,6 +34,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, codegen, extending
 
+from ...cache import user_cache
 from . import pool
 
 # Sums may be taken in vector order (the same one every time) and products fused into them; nothing is
@@ -42,16 +43,6 @@ FASTMATH = {"reassoc", "contract"}
 
 intrinsic: Any = extending.intrinsic
 config: Any = numba.config
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("LLMPY_CACHE_DIR") or Path(base, "llmpy")).expanduser()
 
 
 def target() -> tuple[str, str]:
@@ -78,7 +69,7 @@ def _cache_folder() -> str | None:
     None where there can be no such folder: every start then compiles anew.
     """
     try:
-        folder = _user_cache() / "kernels" / _fingerprint()
+        folder = user_cache() / "kernels" / _fingerprint()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if hasattr(os, "getuid"):
             status = folder.stat()

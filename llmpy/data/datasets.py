@@ -1,0 +1,175 @@
+"""Data sets that are known by name: where they are, what their documents are, how llm.c names and divides them.
+
+tinyshakespeare   a document for each speech; the first 32,768 tokens are held out
+tinystories       a document for each story, shuffled within each of 50 files; the first file is held out
+fineweb           10 billion tokens of the web, in shards of 10⁸; the first is held out
+fineweb-edu       the same, of pages that teach
+hellaswag         10,042 contexts with four endings each, to evaluate on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cache import data_cache
+from ..download import fetch
+from ..errors import LlmpyError
+from .records import Document
+from .text import find_files, read_text, stream_files
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_BYTES = 1_115_394
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+STORIES = "datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
+STORIES_FILE = re.compile(r"data(\d+)\.json")
+STORIES_AT_MOST = 1 << 30  # bytes of one of its files, which have 130 MB
+SHARD_TOKENS = 100_000_000
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is held out, and how the token files are called."""
+
+    val: int | str | None  # the first so many tokens, the documents of this file, or (None) the last tenth
+    val_name: str = "val.bin"
+    train_name: str = "train.bin"  # with {} for the number of a shard, from 1 on
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named data set: `documents(raw, say)` are those of the file or folder `raw`, None: of the network."""
+
+    layout: Layout
+    documents: Callable[[Path | None, Say], Iterator[Document]]
+    small: bool = False  # to be fetched without being asked for
+
+
+def hub() -> str:
+    """The address of the model hub; $HF_ENDPOINT names a mirror."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hellaswag_lines(raw: Path | None, say: Say) -> Path:
+    """HellaSwag's jsonl, downloaded if `raw` is None."""
+    return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", say=say)
+
+
+def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
+    path = raw or fetch(
+        SHAKESPEARE,
+        data_cache() / "raw" / "tinyshakespeare.txt",
+        size=SHAKESPEARE_BYTES,
+        sha256=SHAKESPEARE_SHA256,
+        say=say,
+    )
+    if path.stat().st_size != SHAKESPEARE_BYTES:
+        say(f"note: {path} is not the file that llm.c uses: it has {path.stat().st_size:,} bytes")
+    *speeches, last = read_text(path).split("\n\n")
+    yield from (Document("tinyshakespeare", speech + "\n\n") for speech in speeches)
+    yield Document("tinyshakespeare", last)
+
+
+def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
+    path = raw or fetch(f"{hub()}/{STORIES}", data_cache() / "raw" / "TinyStories_all_data.tar.gz", say=say)
+    found = False
+    for name, content in _story_files(path):
+        number = STORIES_FILE.fullmatch(name)
+        if not number:
+            continue
+        try:
+            stories = [story["story"].strip() for story in json.loads(content)]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+            raise LlmpyError(f"{name} in {path} holds no list of stories", "download it again") from fault
+        random.Random(1337 + int(number[1])).shuffle(stories)  # as llm.c does
+        found = True
+        yield from (Document(name, story) for story in stories)
+    if not found:
+        raise LlmpyError(
+            f"{path} holds no data00.json, data01.json …", "give TinyStories_all_data.tar.gz, or its folder"
+        )
+
+
+def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the files of an archive or folder, in its order; nothing is unpacked to the disk."""
+    try:
+        if path.is_dir() or path.suffix == ".json":
+            files = sorted(path.glob("data*.json")) if path.is_dir() else [path]
+            yield from ((file.name, file.read_bytes()) for file in files)
+            return
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isfile():
+                    if member.size > STORIES_AT_MOST:
+                        raise LlmpyError(f"{path}: {member.name} has {member.size:,} bytes", "download it again")
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a file
+                    yield Path(member.name).name, content.read()
+    except (tarfile.TarError, EOFError, zlib.error) as fault:
+        raise LlmpyError(f"{path} is no whole tar archive: {fault}", "download it again") from fault
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
+
+
+def _web(repository: str) -> Callable[[Path | None, Say], Iterator[Document]]:
+    """The documents of a data set's sample of 10 billion tokens, file by file as they are needed."""
+
+    def documents(raw: Path | None, say: Say) -> Iterator[Document]:
+        if raw is not None:
+            yield from stream_files(find_files([raw], say), say)
+            return
+        for entry in _listing(repository, "sample/10BT", say):
+            name = Path(entry["path"]).name
+            path = data_cache() / "raw" / repository.replace("/", "--") / name
+            fetch(
+                f"{hub()}/datasets/{repository}/resolve/main/{entry['path']}",
+                path,
+                size=entry["size"],
+                sha256=entry["lfs"]["oid"],
+                say=say,
+            )
+            yield from stream_files(find_files([path], say), say)
+
+    return documents
+
+
+def _listing(repository: str, folder: str, say: Say) -> list[dict[str, Any]]:
+    """The parquet files of a folder, with `path`, `size` and sha256 (`lfs`, `oid`), in order."""
+    path = data_cache() / "raw" / repository.replace("/", "--") / "listing.json"
+    fetch(f"{hub()}/api/datasets/{repository}/tree/main/{folder}", path, say=say)
+    try:
+        entries = [e for e in json.loads(path.read_bytes()) if e["path"].endswith(".parquet")]
+        for entry in entries:
+            int(entry["size"]), str(entry["lfs"]["oid"])
+    except (ValueError, TypeError, KeyError) as fault:
+        path.unlink()
+        raise LlmpyError(f"the hub's list of {repository} is not understood", "try again later") from fault
+    if not entries:
+        path.unlink()
+        raise LlmpyError(f"the hub lists no parquet files in {repository}/{folder}", "download them yourself: --source")
+    return sorted(entries, key=lambda entry: str(entry["path"]))
+
+
+SOURCES = {
+    "tinyshakespeare": Source(
+        Layout(32_768, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"), _shakespeare, small=True
+    ),
+    "tinystories": Source(Layout("data00.json", "TinyStories_val.bin", "TinyStories_train.bin"), _stories),
+    "fineweb": Source(
+        Layout(SHARD_TOKENS, "fineweb_val_000000.bin", "fineweb_train_{:06d}.bin"), _web("HuggingFaceFW/fineweb")
+    ),
+    "fineweb-edu": Source(
+        Layout(SHARD_TOKENS, "edu_fineweb_val_000000.bin", "edu_fineweb_train_{:06d}.bin"),
+        _web("HuggingFaceFW/fineweb-edu"),
+    ),
+}

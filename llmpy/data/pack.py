@@ -1,0 +1,340 @@
+"""`llmpy data`: documents → token files in a folder of their own, with the tokenizer that reads them.
+
+FOLDER/train.bin   val.bin   tokenizer.json   dataset.json
+
+The tokens go to one long temporary file first: only when their number is known can a part be held out. The folder
+appears under its name when everything in it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache import data_cache
+from ..errors import LlmpyError
+from ..options import DATA_NAMES, DataOptions
+from ..ranks import write_llmc
+from ..tokenizer import Tokenizer
+from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
+from .encode import TOKENIZER_SEES, encode, pieces
+from .hellaswag import encode_examples, read_examples, write_examples
+from .records import Document
+from .shards import form_for, write_shard
+from .text import find_files, stream_files
+
+RECORD = "dataset.json"
+HELD_OUT = 0.1  # of a user's own text
+SAMPLES, SAMPLE_TOKENS = 3, 32
+
+
+def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
+    """Make the token files of a data set or of the user's text; returns their folder.
+
+    Raises LlmpyError for whatever cannot be read, downloaded or written, and for a folder with anything in it.
+    """
+    names = [*filter(is_dataset, options.what)]
+    if names and len(options.what) > 1:
+        raise LlmpyError(f"{names[0]} is a data set of its own", "prepare one at a time")
+    if options.source and not names:
+        raise LlmpyError("--source goes with the name of a data set", f"name one of {', '.join(DATA_NAMES)}")
+    if options.source and not options.source.exists():
+        raise LlmpyError(f"no file or folder {options.source}", "check --source")
+    request = _request(options)
+    folder = options.out or _folder(names[0] if names else None, options)
+    if _is_there(folder, request, bool(names)):
+        say(f"{options.what[0]} is already in {folder}")
+        return folder
+    with _Workplace(folder) as work:
+        record = _hellaswag(options, work, say) if names == ["hellaswag"] else _tokens(options, names, work, say)
+        (work / RECORD).write_text(json.dumps(request | record, indent=2) + "\n", "utf-8")
+    say(f"ready in {folder}; train on it:  llmpy train --data {names[0] if names and not options.out else folder}")
+    return folder
+
+
+def is_dataset(what: str | Path) -> bool:
+    """Whether it is the name of a data set, and of no file or folder here."""
+    return str(what) in DATA_NAMES and not Path(what).exists()
+
+
+def find_dataset(name: str, say: Callable[[str], None]) -> Path:
+    """The folder of a named data set's tokens, made now if that is quick.
+
+    Raises LlmpyError, with the command to give, for what is not there and large, and for one not to train on.
+    """
+    if name not in SOURCES:
+        raise LlmpyError(
+            f"{name} is there to evaluate on", f"train on one of {', '.join(SOURCES)}, or on your own text"
+        )
+    there = sorted(record.parent for record in (data_cache() / name).glob(f"*/{RECORD}"))
+    plain = data_cache() / name / "gpt2"
+    if plain in there or (not there and SOURCES[name].small):
+        return data(DataOptions(what=(name,)), say)
+    if len(there) == 1:
+        return there[0]
+    if there:
+        raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
+    raise LlmpyError(
+        f"{name} is not there yet, and large",
+        f"prepare it first: llmpy data {name} --tokens 100000000 (or without --tokens for all of it)",
+    )
+
+
+def load_tokenizer(name: str, documents: Callable[[], Iterable[Document]], say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer of `--tokenizer`: gpt2, bytes, bpe:N (trained on the documents), or a file."""
+    if name == "gpt2":
+        return Tokenizer.gpt2(say)
+    if name == "bytes":
+        return Tokenizer.bytes()
+    if name.startswith("bpe:"):
+        return Tokenizer.train(_first(documents(), TOKENIZER_SEES), int(name.removeprefix("bpe:")))
+    return Tokenizer.load(Path(name))
+
+
+def _first(documents: Iterable[Document], characters: int) -> Iterator[str]:
+    """Pieces of the documents, until there are so many characters."""
+    for document in documents:
+        for piece in pieces(document.text):
+            if characters <= 0:
+                return
+            characters -= len(piece)
+            yield piece
+
+
+def _request(options: DataOptions) -> dict[str, Any]:
+    """What was asked for, as dataset.json has it; a file of ranks by its content."""
+    tokenizer = options.tokenizer
+    if tokenizer not in ("gpt2", "bytes") and not tokenizer.startswith("bpe:"):
+        try:
+            tokenizer = "sha256:" + hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()[:12]
+        except OSError as fault:
+            raise LlmpyError(f"cannot read the tokenizer {tokenizer}: {fault.strerror}", "check --tokenizer") from fault
+    return {
+        "data": list(map(str, options.what)),
+        "tokenizer": tokenizer,
+        "format": options.format,
+        "tokens_at_most": options.tokens,
+    }
+
+
+def _folder(name: str | None, options: DataOptions) -> Path:
+    """Where the tokens go without --out: the cache for a named data set, below data/ for the user's own text."""
+    if name is None:
+        return Path("data", Path(options.what[0]).resolve().name.partition(".")[0] or "text")
+    tokenizer = _request(options)["tokenizer"].replace(":", "-")
+    parts = [tokenizer, *([options.format] if options.format != "auto" else [])]
+    return data_cache() / name / "-".join([*parts, *([str(options.tokens)] if options.tokens else [])])
+
+
+def _is_there(folder: Path, request: dict[str, Any], named: bool) -> bool:
+    """Whether the folder already holds what is asked for. Raises LlmpyError if it holds anything else."""
+    try:
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return False
+        there = json.loads((folder / RECORD).read_bytes())
+        if named and all(there[key] == value for key, value in request.items()):
+            return True
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")
+
+
+class _Workplace:
+    """A temporary folder beside `folder`, which takes its place if all goes well. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as fault:
+            raise self._refused(fault) from fault
+        return self.work
+
+    def __exit__(self, _kind: object, fault: BaseException | None, _trace: object) -> None:
+        try:
+            if isinstance(fault, OSError):
+                raise fault
+            if fault is None:
+                if self.folder.exists():
+                    self.folder.rmdir()
+                self.work.rename(self.folder)
+        except OSError as why:
+            raise self._refused(why) from why
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _refused(self, fault: OSError) -> LlmpyError:
+        return LlmpyError(f"cannot make {self.folder}: {fault.strerror or fault}", "choose another folder (--out)")
+
+
+def _hellaswag(options: DataOptions, work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    raw = hellaswag_lines(options.source, say)
+    tokenizer = load_tokenizer(options.tokenizer, _no_documents, say)
+    examples = list(itertools.islice(encode_examples(raw, tokenizer, say), options.tokens))
+    path = work / "hellaswag_val.bin"
+    write_examples(path, examples)
+    read_examples(path, tokenizer.vocab_size)
+    tokenizer.save(work / "tokenizer.json")
+    say(f"HellaSwag: {len(examples):,} contexts with four endings, in llm.c's format")
+    for example in examples[:: max(1, len(examples) // SAMPLES)][:SAMPLES]:
+        say(f"sample: {tokenizer.decode(example.context)!r} → {tokenizer.decode(example.endings[example.label])!r}")
+    return {"files": {path.name: len(examples)}}
+
+
+def _no_documents() -> Iterable[Document]:
+    raise LlmpyError("HellaSwag is no text to train a tokenizer on", "use --tokenizer gpt2 or a file")
+
+
+def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    said: set[str] = set()
+
+    def tell(line: str) -> None:  # once, though the documents may be read twice: to train a tokenizer, to encode
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    layout = SOURCES[names[0]].layout if names else Layout(None)
+    files = [] if names else find_files([Path(what) for what in options.what], tell)
+
+    def documents() -> Iterable[Document]:
+        return SOURCES[names[0]].documents(options.source, tell) if names else stream_files(files, tell)
+
+    tokenizer = load_tokenizer(options.tokenizer, documents, tell)
+    form = options.format
+    if form == "auto":
+        form = form_for(tokenizer.vocab_size)
+    spool = _spool(documents(), tokenizer, work, layout.val, options.tokens, say)
+    if spool.counted is not None and form == "int32":
+        say("note: a stream of int32 has no mask: prompts count in the loss like all else")
+    files_of = {}
+    for name, start, stop in _cuts(spool, layout, tokenizer.eot):
+        counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
+        write_shard(work / name, spool.ids[start:stop], form, counted)
+        files_of[name] = stop - start
+    tokenizer.save(work / "tokenizer.json")
+    if form == "int32":  # the programs that need this form read a tokenizer of this form too
+        write_llmc(work / "gpt2_tokenizer.bin", tokenizer.ranks())
+    say("  ".join(f"{name}: {count:,} tokens" for name, count in _shown(files_of)))
+    if spool.counted is not None:
+        share = np.count_nonzero(spool.counted)
+        say(f"the loss counts {share:,} of {len(spool.ids):,} tokens: completions and what the assistant says")
+    for text in _samples(spool.ids, tokenizer):
+        say(f"sample: {text!r}")
+    del spool  # Windows removes no file that is mapped
+    for temporary in work.glob("*.tmp"):
+        temporary.unlink()
+    return {"vocab_size": tokenizer.vocab_size, "files": files_of}
+
+
+@dataclass(frozen=True)
+class _Spool:
+    """All tokens in one temporary file, memory-mapped; `held` of them come from the documents held out."""
+
+    ids: np.ndarray
+    counted: np.ndarray | None
+    held: int
+
+
+def _spool(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    work: Path,
+    val: int | str | None,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> _Spool:
+    """Encode all documents, or as many as give `limit` tokens."""
+    from tqdm import tqdm
+
+    total = held = characters = 0
+    dtype, masked = np.dtype(np.uint16), False
+    start = time.perf_counter()
+    ids_path, mask_path = work / "ids.tmp", work / "mask.tmp"
+    bar = tqdm(unit="char", unit_scale=True, leave=False, disable=None)
+    with ids_path.open("wb") as ids, mask_path.open("wb") as mask, bar:
+        for is_held, group in itertools.groupby(documents, lambda document: document.source == val):
+            for block in encode(tokenizer, group):
+                n = len(block.ids) if limit is None else min(len(block.ids), limit - total)
+                dtype = block.ids.dtype
+                ids.write(block.ids[:n].tobytes())
+                if block.counted is not None and not masked:
+                    masked = True
+                    mask.writelines(b"\1" * min(1 << 20, total - at) for at in range(0, total, 1 << 20))
+                if masked:
+                    mask.write(b"\1" * n if block.counted is None else block.counted[:n].tobytes())
+                total += n
+                held += n * is_held
+                characters += block.characters
+                bar.update(block.characters)
+                if total == limit:
+                    break
+            if total == limit:
+                break
+    seconds = time.perf_counter() - start
+    if total < 2:
+        raise LlmpyError("there is no text in it", "give other data")
+    say(
+        f"{total:,} tokens of {tokenizer.vocab_size:,} from {characters:,} characters in {seconds:.1f} s: "
+        f"{characters / 1e6 / seconds:.1f} MB/s"
+    )
+    counted = np.memmap(mask_path, np.bool_, "r") if masked else None
+    return _Spool(np.memmap(ids_path, dtype, "r"), counted, held)
+
+
+def _cuts(spool: _Spool, layout: Layout, eot: int) -> Iterator[tuple[str, int, int]]:
+    """Name, start and end of each token file."""
+    n = len(spool.ids)
+    if layout.val is None:
+        cut = _border(spool.ids, n - min(int(HELD_OUT * n) or 1, SHARD_TOKENS), eot)
+        yield layout.val_name, cut, n
+        start, stop = 0, cut
+    else:
+        # of a part (--tokens) a tenth, so that something is left to train on
+        held = spool.held if isinstance(layout.val, str) else min(layout.val, int(HELD_OUT * n))
+        held = layout.val if isinstance(layout.val, int) and layout.val * 2 < n else held
+        if not 0 < held < n:
+            raise LlmpyError(f"of {n:,} tokens {held:,} would be held out", "give more data, or a larger --tokens")
+        yield layout.val_name, 0, held
+        start, stop = held, n
+    starts = range(start, stop, SHARD_TOKENS)
+    name = layout.train_name
+    if len(starts) > 1 and "{" not in name:
+        name = name.replace(".bin", "_{:06d}.bin")
+    for number, at in enumerate(starts, 1):
+        yield name.format(number), at, min(at + SHARD_TOKENS, stop)
+
+
+def _border(ids: np.ndarray, cut: int, eot: int) -> int:
+    """The beginning of a document nearest to `cut`, if it is near; else `cut`."""
+    reach = (len(ids) - cut) // 2
+    first = max(1, cut - reach)
+    borders = np.flatnonzero(ids[first : cut + reach] == eot) + first
+    return int(borders[np.argmin(np.abs(borders - cut))]) if borders.size else cut
+
+
+def _shown(files: dict[str, int]) -> Iterable[tuple[str, int]]:
+    """The first few files, then the last."""
+    listed = list(files.items())
+    return listed if len(listed) <= 4 else [*listed[:3], listed[-1]]
+
+
+def _samples(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
+    """How documents begin, at three places of the data; in the middle of one where it is long."""
+    for i in range(SAMPLES):
+        start = i * len(ids) // SAMPLES
+        near = np.flatnonzero(ids[start : start + (1 << 16)] == tokenizer.eot)
+        start += int(near[0]) + 1 if near.size and start + near[0] + 1 < len(ids) else 0
+        yield tokenizer.decode(ids[start : start + SAMPLE_TOKENS])

@@ -1,0 +1,186 @@
+"""Records of jsonl, jsonl.gz and parquet → documents, a record each.
+
+    {"text": …}                                   all of it counts in the loss
+    {"prompt": …, "completion": …}                one text; the completion counts
+    {"messages": [{"role": …, "content": …}, …]}  "role: content" and a blank line for each; what the assistant
+                                                  says counts, with the blank line that ends it
+
+Records are read one after another: a file that unpacks to a thousand times its size needs no more memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LlmpyError
+
+LINE_AT_MOST = 8 << 20  # bytes of a record
+SIGNS_FREELY = (
+    1 << 20
+)  # bytes of a record from which on it may not consist of commas: [],[],[], takes 20 times its size
+SUFFIXES = {".jsonl", ".ndjson"}
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+ROWS = 64  # of a parquet file at a time
+KINDS = "text, prompt and completion, or messages"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, the name of what it came from, and which characters count in the loss (None: all)."""
+
+    source: str
+    text: str
+    counted: tuple[tuple[int, int], ...] | None = None  # [start, stop), ascending
+
+    def part(self, start: int, stop: int) -> Document:
+        """Characters [start, stop)."""
+        spans = self.counted
+        if spans is not None:
+            cut = ((max(a, start) - start, min(b, stop) - start) for a, b in spans)
+            spans = tuple((a, b) for a, b in cut if a < b)
+        return Document(self.source, self.text[start:stop], spans)
+
+
+class NoRecords(LlmpyError):
+    """The first record has none of the known fields: perhaps the file is meant for something else."""
+
+
+def kind_of(path: Path, start: bytes) -> str | None:
+    """ "jsonl", "jsonl.gz" or "parquet" by how a file begins and is named; None: none of them."""
+    if start.startswith(PARQUET):
+        return "parquet"
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if start.startswith(GZIP):
+        return "jsonl.gz" if len(suffixes) == 2 and suffixes[0] in SUFFIXES and suffixes[1] == ".gz" else None
+    return "jsonl" if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def read_records(path: Path, kind: str) -> Iterator[Document]:
+    """The documents of a file of `kind_of`, in order; empty texts are left out.
+
+    Raises LlmpyError, naming file and record, for damage and for records without known fields (NoRecords if
+    it is the first).
+    """
+    rows = _parquet_rows(path) if kind == "parquet" else _json_rows(path, packed=kind == "jsonl.gz")
+    for number, row in enumerate(rows, 1):
+        document = _document(path, number, row)
+        if document.text.strip():
+            yield document
+
+
+def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
+    """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            number = 0
+            while line := file.readline(LINE_AT_MOST + 1):
+                number += 1
+                if len(line) > LINE_AT_MOST:
+                    raise LlmpyError(
+                        f"{path}: line {number:,} is longer than {LINE_AT_MOST >> 20} MiB",
+                        "give one JSON object a line, long texts in several",
+                    )
+                if line.strip():
+                    yield number, _value(path, number, line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
+        raise LlmpyError(f"{path} is cut off or damaged: {fault}", "download or pack it again") from fault
+    except OSError as fault:
+        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check its permissions") from fault
+
+
+def _json_rows(path: Path, packed: bool) -> Iterator[Any]:
+    return (value for _, value in json_lines(path, packed))
+
+
+def _value(path: Path, number: int, line: bytes) -> Any:
+    if len(line) > SIGNS_FREELY and line.count(b",") > len(line) // 8:
+        raise LlmpyError(f"{path}: line {number:,} is a list and no text", "give one JSON object a line")
+    try:
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    except UnicodeDecodeError as fault:
+        raise LlmpyError(f"{path}: line {number:,} is not UTF-8 ({fault.reason})", "convert it to UTF-8") from fault
+    except (ValueError, RecursionError) as fault:
+        where = f" (character {fault.pos + 1:,}: {fault.msg})" if isinstance(fault, json.JSONDecodeError) else ""
+        raise LlmpyError(f"{path}: line {number:,} is not JSON{where}", "give one JSON object a line") from fault
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise LlmpyError(
+            f"{path} is parquet, which needs the pyarrow library", "install it: pip install 'llmpy[parquet]'"
+        ) from None
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            names = set(file.schema_arrow.names)
+            wanted = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
+            if wanted is None:
+                raise NoRecords(f"{path} has the columns {_some(names)}", f"give columns named {KINDS}")
+            for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as fault:
+        raise LlmpyError(f"{path} is no readable parquet file: {fault}", "download it again") from fault
+
+
+def _document(path: Path, number: int, row: Any) -> Document:
+    """What a record says, by its fields."""
+    fields = row if isinstance(row, dict) else {}
+    source = f"{path}:{number}"
+    try:
+        if "text" in fields:
+            return Document(source, _string(fields["text"]))
+        if "prompt" in fields and "completion" in fields:
+            prompt, completion = _string(fields["prompt"]), _string(fields["completion"])
+            return Document(source, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
+        if "messages" in fields:
+            return _conversation(source, fields["messages"])
+    except (TypeError, KeyError, UnicodeEncodeError) as fault:
+        raise LlmpyError(f"{path}: record {number:,}: {_reason(fault)}", f"give {KINDS}") from fault
+    what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
+    raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
+
+
+def _conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
+    """`role: content` and a blank line for each message; the assistant's words count."""
+    if not isinstance(messages, list):
+        raise TypeError("messages that are no list")
+    text, counted = "", []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise TypeError("a message that is no object")
+        role, content = _string(message["role"]), message["content"]
+        if isinstance(content, list):  # parts, of which the textual ones are taken
+            content = "".join(_string(part["text"]) for part in content if part["type"] == "text")
+        head = f"{role}: "
+        body = _string(content) + "\n\n"
+        if role == "assistant":
+            counted.append((len(text) + len(head), len(text) + len(head) + len(body)))
+        text += head + body
+    return Document(source, text, tuple(counted))
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} instead of a text")
+    value.encode("utf-8")  # JSON can spell half a character: \ud800
+    return value
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, KeyError):
+        return f"no {fault.args[0]} in a message"
+    return "half a character (a lone surrogate)" if isinstance(fault, UnicodeEncodeError) else str(fault)
+
+
+def _some(names: Any) -> str:
+    """The first names, shortened: they are whatever the file says."""
+    listed = sorted(map(str, names))
+    return ", ".join(name[:30] for name in listed[:6]) + (", …" if len(listed) > 6 else "")

@@ -1,0 +1,71 @@
+"""Which file is which, by what is in it and not by its name: `open_model(path)`.
+
+model.safetensors, or a run folder      native.py, over checkpoint.py
+llm.c's model .bin, version 1 … 5       llmc.py; a folder with DONE_… is a checkpoint: llmc_state.py
+a folder with config.json               huggingface.py
+GGUF                                    gguf.py: written, not read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import checkpoint
+from ..data.shards import OTHER_MAGICS
+from ..errors import LlmpyError
+from ..runfolder import MODEL_FILE
+from . import hub, huggingface, llmc, llmc_state, native
+from .source import Source, unreadable
+
+
+def resolve(text: str, say: Callable[[str], None]) -> Source:
+    """What --init names: a model of the hub, downloaded if need be, or a path. Raises LlmpyError for anything else."""
+    if text in hub.NAMES:
+        return open_model(hub.download(text, say))
+    path = Path(text)
+    if not path.exists():
+        raise LlmpyError(f"no model {text}", f"use {', '.join(hub.NAMES)}, or the path of a file or folder")
+    return open_model(path)
+
+
+def open_model(path: Path) -> Source:
+    """A model of any format we read. Raises LlmpyError, which says what else the path seems to be."""
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as fault:
+        raise unreadable(path, fault) from fault
+    magic = int.from_bytes(start[:4], "little")
+    if magic == llmc.MODEL:
+        return llmc.read_model(path)
+    if start[8:] == b"{":  # after the length of its header
+        return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
+    if start[:4] == b"GGUF":
+        raise LlmpyError(f"{path} is GGUF, which is written here but not read", "give the model it was made from")
+    if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
+        raise LlmpyError(f"{path} is a pickle of PyTorch, which can run code when it is read", "save it as safetensors")
+    if start[:4] == b"vers":
+        raise LlmpyError(f"{path} is a git-lfs pointer, not the model", "fetch it: git lfs pull")
+    what = OTHER_MAGICS.get(magic, f"no model: it begins with {start[:8].hex(' ') or 'nothing'}")
+    raise LlmpyError(f"{path} is {what}", "give a model of llm.c, Hugging Face or llmpy")
+
+
+def _open_folder(path: Path) -> Source:
+    if (path / MODEL_FILE).is_file() and _is_ours(path / MODEL_FILE):
+        return native.read_model(path)
+    if (path / huggingface.CONFIG_FILE).is_file():
+        return huggingface.read_model(path)
+    if llmc_state.latest(path) is not None:
+        return llmc_state.read_checkpoint(path)[0]
+    raise LlmpyError(
+        f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a safetensors file has our metadata."""
+    with checkpoint.opened(path) as file:
+        return checkpoint.KEY in (file.metadata() or {})

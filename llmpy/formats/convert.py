@@ -1,0 +1,65 @@
+"""A model from any format to any other that we write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import LlmpyError
+from ..options import MODEL_FORMATS, ConvertOptions
+from . import gguf, huggingface, llmc, native, open_model
+from .source import Source
+
+# What each format can hold; the first is taken where the source's own is not among them.
+DTYPES = {
+    "llmc": ("float32", "bfloat16"),
+    "hf": ("float32", "bfloat16"),
+    "native": ("float32",),
+    "gguf": ("float32", "bfloat16", "float16"),
+}
+BY_SUFFIX = {".bin": "llmc", ".gguf": "gguf", ".safetensors": "native", "": "hf"}
+
+
+def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
+    """Read `options.source`, write `options.target`, and tell what was read and written.
+
+    Raises LlmpyError for a model that cannot be read, for a target that exists, and for a type that it cannot hold.
+    """
+    target = options.target
+    to = options.to or BY_SUFFIX.get(target.suffix)
+    if to is None:
+        raise LlmpyError(f"{target} does not say its format", f"use --to {', '.join(MODEL_FORMATS)}")
+    _refuse_loss(target)
+    source = open_model(options.source)
+    say(f"read  {source.describe()}")
+    dtype = options.dtype or (source.dtype if source.dtype in DTYPES[to] else DTYPES[to][0])
+    if dtype not in DTYPES[to]:
+        raise LlmpyError(f"--dtype {dtype} with --to {to}", f"use {' or '.join(DTYPES[to])}")
+    _write(source, target, to, dtype)
+    files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
+    size = sum(p.stat().st_size for p in files)
+    names = "" if target.is_file() else f" ({', '.join(p.name for p in files)})"
+    say(f"wrote {target}{names}: {to}, {dtype}, {size:,} bytes")
+    if source.tokenizer is None and to != "llmc":
+        say("no tokenizer came with the model: put its tokenizer.json beside it")
+
+
+def _write(source: Source, target: Path, to: str, dtype: str) -> None:
+    if to == "llmc":
+        llmc.write_model(target, source, dtype)
+    elif to == "gguf":
+        gguf.write_model(target, source, dtype)
+    elif to == "hf":
+        huggingface.write_model(target, source, dtype)
+    else:
+        native.write_model(target, source)
+
+
+def _refuse_loss(target: Path) -> None:
+    """Raise LlmpyError if anything is there already."""
+    try:
+        taken = any(target.iterdir()) if target.is_dir() else target.exists()
+    except OSError as fault:
+        raise LlmpyError(f"cannot write {target}: {fault.strerror}", "choose another place") from fault
+    if taken:
+        raise LlmpyError(f"{target} exists", "choose a new name, or remove it")

@@ -1,0 +1,124 @@
+"""GGUF, the files of llama.cpp: written by the `gguf` library, never read.
+
+Matrices in the type asked for; vectors and wpe stay float32, as llama.cpp's own conversion has them. The head is
+tied: llama.cpp takes token_embd where there is no output.weight. Tensor names are those of its architecture "gpt2".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..durable import write_whole
+from ..errors import LlmpyError
+from ..tokenizer import EOT, Tokenizer
+from .source import DTYPES, Source, cast, shapes
+
+# ours → llama.cpp's; {} is the layer
+NAMES = {
+    "wte": "token_embd.weight",
+    "wpe": "position_embd.weight",
+    "attn_qkv_w": "blk.{}.attn_qkv.weight",
+    "attn_proj_w": "blk.{}.attn_output.weight",
+    "mlp_fc_w": "blk.{}.ffn_up.weight",
+    "mlp_proj_w": "blk.{}.ffn_down.weight",
+    "ln_1_w": "blk.{}.attn_norm.weight",
+    "ln_1_b": "blk.{}.attn_norm.bias",
+    "attn_qkv_b": "blk.{}.attn_qkv.bias",
+    "attn_proj_b": "blk.{}.attn_output.bias",
+    "ln_2_w": "blk.{}.ffn_norm.weight",
+    "ln_2_b": "blk.{}.ffn_norm.bias",
+    "mlp_fc_b": "blk.{}.ffn_up.bias",
+    "mlp_proj_b": "blk.{}.ffn_down.bias",
+    "ln_f_w": "output_norm.weight",
+    "ln_f_b": "output_norm.bias",
+}
+FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NORMAL, CONTROL = 1, 3  # llama.cpp's token types
+
+
+def write_model(path: Path, source: Source, dtype: str) -> None:
+    """Write a GGUF file, whole or not at all. Raises LlmpyError without the library, or if the disk refuses."""
+    try:
+        import gguf
+    except ImportError:
+        raise LlmpyError("writing GGUF needs the gguf library", "pip install 'llmpy[gguf]'") from None
+    c = source.config
+    kinds = {name: dtype if t.decay and name != "wpe" else "float32" for name, t in _table(source).items()}
+
+    def write(temporary: Path) -> None:
+        writer = gguf.GGUFWriter(temporary, "gpt2")
+        writer.add_block_count(c.layers)
+        writer.add_context_length(c.context)
+        writer.add_embedding_length(c.channels)
+        writer.add_feed_forward_length(4 * c.channels)
+        writer.add_head_count(c.heads)
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+        _add_tokenizer(writer, source)
+        for name, shape in shapes(c).items():
+            kind = kinds[name]
+            size = DTYPES[kind].itemsize
+            for theirs, one in _theirs(name, shape, c.vocab_size):
+                # the library has no bfloat16: it takes bytes, and their count in place of the last dimension
+                raw = gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
+                stored = (*one[:-1], size * one[-1]) if kind == "bfloat16" else one
+                seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
+                writer.add_tensor_info(theirs, stored, seen, size * int(np.prod(one)), raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, shape in shapes(c).items():
+            x = cast(source.read(name), kinds[name], name)
+            stacked = x if "{}" in NAMES[name] else [x[: c.vocab_size] if name == "wte" else x]
+            for _, one in zip(_theirs(name, shape, c.vocab_size), stacked, strict=True):
+                writer.write_tensor_data(one.view(np.uint8) if kinds[name] == "bfloat16" else one)
+        writer.close()
+
+    write_whole(path, write)
+
+
+def _table(source: Source) -> dict[str, Any]:
+    from ..gpt2 import PARAMS
+
+    return {t.name: t for t in PARAMS(source.config)}
+
+
+def _theirs(name: str, shape: tuple[int, ...], V: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """llama.cpp's names of a tensor, one for each layer, with the shape of each."""
+    if "{}" in NAMES[name]:
+        yield from ((NAMES[name].format(l), shape[1:]) for l in range(shape[0]))
+    else:
+        yield NAMES[name], (V, *shape[1:]) if name == "wte" else shape
+
+
+def _add_tokenizer(writer: Any, source: Source) -> None:
+    """The vocabulary and merges, or a note that there are none: then llama.cpp takes and gives token ids."""
+    V = source.config.vocab_size
+    if source.tokenizer is None:
+        writer.add_tokenizer_model("none")
+        writer.add_vocab_size(V)
+        return
+    Tokenizer.load(source.tokenizer)  # raises LlmpyError for one that is not byte-level BPE
+    about = json.loads(source.tokenizer.read_bytes())
+    ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
+    if max(ids.values()) >= V:
+        raise LlmpyError(
+            f"{source.tokenizer} has {max(ids.values()) + 1:,} tokens, the model {V:,}", "give its own tokenizer"
+        )
+    words = {i: word for word, i in ids.items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
+    writer.add_token_types([CONTROL if words.get(i) in (None, EOT) else NORMAL for i in range(V)])
+    # llama.cpp refuses a tokenizer without merges: bytes get one that no text can call for
+    merges = about["model"]["merges"] or [f"{EOT} {EOT}"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id):
+        add(ids[EOT])
+    writer.add_add_bos_token(False)

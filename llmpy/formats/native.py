@@ -1,0 +1,42 @@
+"""Our own model file, and the run folder around it, as a source of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .. import checkpoint
+from ..errors import LlmpyError
+from ..runfolder import MODEL_FILE
+from .huggingface import TOKENIZER_FILE, copy_tokenizer
+from .source import Source, cast, shapes
+
+
+def read_model(path: Path) -> Source:
+    """Open `model.safetensors`, or the run folder that holds it. Raises LlmpyError if it is damaged or not ours."""
+    path = path / MODEL_FILE if path.is_dir() else path
+    header = checkpoint.read_header(path)
+
+    def read(name: str) -> np.ndarray:
+        with checkpoint.opened(path) as file:
+            found: np.ndarray = file.get_tensor(name)
+        return found
+
+    beside = path.with_name(TOKENIZER_FILE)
+    tokenizer = beside if beside.is_file() else None
+    return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer)
+
+
+def write_model(path: Path, source: Source) -> None:
+    """Write `model.safetensors`: `path` itself, or in a folder `path` with its tokenizer, ready for `llmpy sample`."""
+    params = np.concatenate([cast(source.read(n), "float32", n).reshape(-1) for n in shapes(source.config)])
+    if path.suffix != ".safetensors":
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise LlmpyError(f"cannot make {path}: {fault.strerror}", "choose another folder") from fault
+        if source.tokenizer is not None:
+            copy_tokenizer(source.tokenizer, path / TOKENIZER_FILE)
+        path = path / MODEL_FILE
+    checkpoint.write_model(path, source.config, source.trained_length, params)

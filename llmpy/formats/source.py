@@ -1,0 +1,108 @@
+"""A model in a file of any format: its shape at once, its tensors when asked for.
+
+Readers check everything a header says against the file's size before they allocate anything, and hand tensors
+out one at a time under the names of our table, in the type they are stored in. Writers take them the same way,
+so that a conversion never holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..arena import Arena
+from ..config import ModelConfig
+from ..errors import LlmpyError
+from ..gpt2 import PARAMS
+
+DTYPES = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype("<f2"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was opened and checked.
+
+    `read(name)` gives a tensor of our table in the table's shape, padding rows 0, in the type that the file has
+    it in; it raises LlmpyError if the file was changed since.
+    """
+
+    path: Path
+    what: str  # what it was recognised as
+    config: ModelConfig
+    dtype: str  # of its matrices: a key of DTYPES
+    trained_length: int  # the T beyond which positions are untrained
+    read: Callable[[str], np.ndarray]
+    tokenizer: Path | None = None  # a tokenizer.json that belongs to it
+
+    def fill(self, params: Arena) -> None:
+        """params := the tensors. Raises LlmpyError for numbers that are not finite: they would train to nothing."""
+        for tensor, view in params.items():
+            view[...] = self.read(tensor.name)
+            if not np.isfinite(view).all():
+                raise LlmpyError(
+                    f"{self.path}: {tensor.name} holds numbers that are not finite",
+                    "the model was damaged or its training went wrong: use another file",
+                )
+
+    def describe(self) -> str:
+        """One line for the user."""
+        c = self.config
+        return (
+            f"{self.path}: {self.what}, {self.dtype}, {c.layers} layers, {c.heads} heads, {c.channels} channels, "
+            f"context {c.context}, vocabulary {c.vocab_size:,}"
+        )
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of our table."""
+    return {t.name: t.shape for t in PARAMS(config)}
+
+
+def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """x in another type, rounded to nearest even; the same array if it has that type.
+
+    Raises LlmpyError where a finite number becomes infinite: float16 ends at 65504.
+    """
+    if x.dtype == DTYPES[dtype]:
+        return x
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = x.astype(DTYPES[dtype])
+    if DTYPES[dtype].itemsize < x.dtype.itemsize and not np.array_equal(np.isfinite(out), np.isfinite(x)):
+        raise LlmpyError(f"{name} holds numbers too large for {dtype}", "use --dtype float32 or bfloat16")
+    return out
+
+
+def read_json(path: Path, at_most: int) -> Any:
+    """The object of a JSON file. Raises LlmpyError if it is missing, larger than `at_most` bytes, or no JSON."""
+    try:
+        size = path.stat().st_size
+        if size > at_most:
+            raise LlmpyError(f"{path} has {size:,} bytes, and such a file has at most {at_most:,}", "restore the file")
+        found = json.loads(path.read_bytes())
+    except OSError as fault:
+        raise unreadable(path, fault) from fault
+    except (ValueError, RecursionError) as fault:  # ValueError: also bytes that are no UTF-8, and endless digits
+        raise damaged(path, f"it is no JSON ({str(fault)[:80]})") from fault
+    if not isinstance(found, dict):
+        raise damaged(path, "it holds no JSON object")
+    return found
+
+
+def unreadable(path: Path, fault: OSError) -> LlmpyError:
+    """What to raise for a file that the system does not give us."""
+    return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")
+
+
+def damaged(path: Path, why: str) -> LlmpyError:
+    """What to raise for a file that is not what it claims to be."""
+    return LlmpyError(f"{path} is damaged: {why}", "download or write it again")

@@ -1,0 +1,162 @@
+"""Named data sets, from files and from a hub that this machine plays: the documents that llm.c makes."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import random
+import tarfile
+import threading
+
+import pytest
+
+from llmpy.data import datasets
+from llmpy.data.datasets import SOURCES
+from llmpy.data.records import Document
+from llmpy.errors import LlmpyError
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A dict of path → content that is served as the hub."""
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = files.get(self.path)
+            self.send_response(200 if content is not None else 404)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("no_proxy", "*")
+    yield files
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def documents(name, raw, said):
+    return list(SOURCES[name].documents(raw, said.append))
+
+
+def test_shakespeares_speeches(tmp_path, said):
+    raw = tmp_path / "input.txt"
+    raw.write_text("A:\nhello\n\nB:\nbye\n\n\n\nC:\nend\n")
+    texts = [d.text for d in documents("tinyshakespeare", raw, said)]
+    assert texts == ["A:\nhello\n\n", "B:\nbye\n\n", "\n\n", "C:\nend\n"]
+    assert "is not the file that llm.c uses" in said[0]
+
+
+def stories(i):
+    return [{"story": f"  story {i}.{j}\n", "summary": "x"} for j in range(9)]
+
+
+def archive(members, mode="w:gz"):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def expected_stories(i):
+    shuffled = [f"story {i}.{j}" for j in range(9)]
+    random.Random(1337 + i).shuffle(shuffled)
+    return [Document(f"data{i:02}.json", text) for text in shuffled]
+
+
+@pytest.mark.parametrize("how", ["tar.gz", "tar", "folder", "hub"])
+def test_stories(tmp_path, said, hub, how):
+    members = {f"./data{i:02}.json": json.dumps(stories(i)).encode() for i in (0, 11)} | {"./notes.txt": b"no"}
+    raw = tmp_path / "raw"
+    if how == "folder":
+        raw.mkdir()
+        for name, content in members.items():
+            (raw / name).write_bytes(content)
+    elif how == "hub":
+        hub["/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"] = archive(members)
+        raw = None
+    else:
+        raw.write_bytes(archive(members, "w:gz" if how == "tar.gz" else "w"))
+    assert documents("tinystories", raw, said) == expected_stories(0) + expected_stories(11)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no whole tar archive"),
+        (b"hello" * 1000, "no whole tar archive"),
+        (archive({"data00.json": json.dumps(stories(0)).encode() * 99})[:200], "no whole tar archive"),
+        (gzip.compress(b"hello" * 1000), "no whole tar archive"),
+        (archive({"readme": b"x"}), "holds no data00.json"),
+        (archive({"data00.json": b"{}x"}), "data00.json in .* holds no list of stories"),
+        (archive({"data00.json": b'[{"tale": "x"}]'}), "holds no list of stories"),
+        (archive({"data00.json": b'[{"story": 7}]'}), "holds no list of stories"),
+    ],
+)
+def test_damaged_stories(tmp_path, said, content, message):
+    raw = tmp_path / "x.tar.gz"
+    raw.write_bytes(content)
+    with pytest.raises(LlmpyError, match=message):
+        documents("tinystories", raw, said)
+
+
+def test_an_archive_with_a_huge_file(tmp_path, said, monkeypatch):
+    monkeypatch.setattr(datasets, "STORIES_AT_MOST", 100)
+    raw = tmp_path / "x.tar.gz"
+    raw.write_bytes(archive({"data00.json": b" " * 101}))
+    with pytest.raises(LlmpyError, match="data00.json has 101 bytes"):
+        documents("tinystories", raw, said)
+
+
+@pytest.mark.parametrize("name", ["fineweb", "fineweb-edu"])
+def test_the_web_from_the_hub(tmp_path, said, hub, cache, name):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    listing = [{"path": "sample/10BT/README.md", "size": 1}]
+    for i in (1, 0):  # the order of the names counts
+        parquet.write_table(arrow.table({"text": [f"page {i}.{j} " * 99 for j in range(3)]}), tmp_path / "x")
+        content = (tmp_path / "x").read_bytes()
+        path = f"sample/10BT/00{i}_00000.parquet"
+        hub[f"/datasets/HuggingFaceFW/{name}/resolve/main/{path}"] = content
+        listing.append({"path": path, "size": len(content), "lfs": {"oid": hashlib.sha256(content).hexdigest()}})
+    hub[f"/api/datasets/HuggingFaceFW/{name}/tree/main/sample/10BT"] = json.dumps(listing).encode()
+    stream = SOURCES[name].documents(None, said.append)
+    assert next(stream).text.startswith("page 0.0")
+    raw = cache / "raw" / f"HuggingFaceFW--{name}"
+    assert sorted(p.name for p in raw.iterdir()) == ["000_00000.parquet", "listing.json"]  # the rest when needed
+    assert [d.text[:8] for d in stream] == ["page 0.1", "page 0.2", "page 1.0", "page 1.1", "page 1.2"]
+    hub[f"/datasets/HuggingFaceFW/{name}/resolve/main/sample/10BT/000_00000.parquet"] = b"PAR1"
+    (raw / "000_00000.parquet").unlink()
+    with pytest.raises(LlmpyError, match="is not the file expected"):
+        documents(name, None, said)
+
+
+@pytest.mark.parametrize("listing", [b"[]", b"nonsense", b'[{"path": "a.parquet"}]', b"{}", b"5"])
+def test_a_hub_that_changed(hub, said, listing):
+    hub["/api/datasets/HuggingFaceFW/fineweb/tree/main/sample/10BT"] = listing
+    with pytest.raises(LlmpyError, match="the hub"):
+        documents("fineweb", None, said)

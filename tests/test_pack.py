@@ -1,0 +1,226 @@
+"""`llmpy data`: folders of tokens that are whole, that train, and that are llm.c's to the byte where it repeats."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmpy import cli
+from llmpy.data import pack
+from llmpy.data.hellaswag import read_examples
+from llmpy.data.loader import Loader
+from llmpy.data.pack import data, find_dataset
+from llmpy.data.prepare import prepare
+from llmpy.data.shards import open_shard
+from llmpy.errors import LlmpyError
+from llmpy.options import DataOptions
+from llmpy.ranks import parse_llmc
+from llmpy.tokenizer import EOT, Tokenizer
+
+DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
+SPEECHES = [f"Speaker {i}:\nLine {i * i} of the play, and another.\n\n" for i in range(300)]
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def raw(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("".join(SPEECHES) + "The end.\n")
+    return path
+
+
+def make(said, *what, **options):
+    return data(DataOptions(what=tuple(map(str, what)), **({"tokenizer": "bytes"} | options)), said.append)
+
+
+def tokens(folder, name):
+    return open_shard(folder / name, 50257).tokens
+
+
+def text(folder, *names):
+    ids = np.concatenate([tokens(folder, name) for name in names])
+    return Tokenizer.load(folder / "tokenizer.json").decode(ids)
+
+
+@pytest.mark.skipif(not (DATA / "gpt2.tiktoken").exists(), reason="tinyshakespeare is not here")
+@pytest.mark.parametrize("form", ["auto", "int32"])
+def test_tinyshakespeare_as_llmc_has_it(tmp_path, said, form):
+    options = {"source": DATA / "tinyshakespeare.txt", "tokenizer": str(DATA / "gpt2.tiktoken"), "format": form}
+    folder = make(said, "tinyshakespeare", out=tmp_path / "out", **options)
+    train, val = tokens(folder, "tiny_shakespeare_train.bin"), tokens(folder, "tiny_shakespeare_val.bin")
+    assert (len(train), len(val)) == (305_260, 32_768)
+    gpt2 = Tokenizer.load(DATA / "gpt2.tiktoken")
+    original = (DATA / "tinyshakespeare.txt").read_text("utf-8")
+    marked = EOT + original.replace("\n\n", "\n\n" + EOT)  # as llm.c prepares it
+    assert np.array_equal(np.concatenate([val, train]), gpt2.encode(marked))
+    size = (folder / "tiny_shakespeare_train.bin").stat().st_size
+    assert size == (611_544 if form == "auto" else 4 * 305_260)
+    if form == "int32":
+        assert parse_llmc((folder / "gpt2_tokenizer.bin").read_bytes()) == gpt2.ranks()
+
+
+def test_what_is_there_and_said(raw, tmp_path, said):
+    folder = make(said, "tinyshakespeare", source=raw, tokens=9000)
+    assert folder == tmp_path / "cache" / "tinyshakespeare" / "bytes-9000"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "dataset.json", "tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin", "tokenizer.json",
+    ]  # fmt: skip
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    whole = text(folder, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin")
+    assert whole == (EOT + EOT.join(SPEECHES))[: len(whole)]
+    record = json.loads((folder / "dataset.json").read_text())
+    assert record["files"] == {"tiny_shakespeare_val.bin": 900, "tiny_shakespeare_train.bin": 8100}
+    assert sum(line.startswith("sample: 'Speaker") for line in said) == 3
+    assert said[-1] == "ready in " + str(folder) + "; train on it:  llmpy train --data tinyshakespeare"
+    said.clear()
+    assert make(said, "tinyshakespeare", source=raw, tokens=9000) == folder
+    assert said == [f"tinyshakespeare is already in {folder}"]
+
+
+def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
+    folder = make(said, raw, tokenizer="bpe:300", out=tmp_path / "out")
+    assert said[0] == f"1 file, {len(raw.read_text()):,} characters, UTF-8"
+    assert sum("characters, UTF-8" in line for line in said) == 1  # though it was read twice
+    assert text(folder, "train.bin", "val.bin") == EOT + raw.read_text()
+    share = len(tokens(folder, "val.bin")) / len(tokens(folder, "train.bin"))
+    assert 0.08 < share < 0.14
+    monkeypatch.chdir(tmp_path)
+    assert make(said, raw) == Path("data/input")
+    with pytest.raises(LlmpyError, match="data/input is not empty — choose another folder with --out"):
+        make(said, raw)
+
+
+def test_many_documents_are_cut_between_two(tmp_path, said):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": s}) for s in SPEECHES).encode()))
+    folder = make(said, path, out=tmp_path / "out")
+    assert text(folder, "train.bin", "val.bin") == EOT + EOT.join(SPEECHES)
+    assert tokens(folder, "val.bin")[0] == 256
+    assert said[0].endswith("jsonl.gz, 300 documents")
+
+
+def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
+    monkeypatch.setattr(pack, "SHARD_TOKENS", 5000)
+    folder = make(said, raw, out=tmp_path / "out")
+    names = sorted(p.name for p in folder.glob("train_*.bin"))
+    assert names == ["train_000001.bin", "train_000002.bin", "train_000003.bin"]
+    assert text(folder, *names, "val.bin") == EOT + raw.read_text()
+    dataset = prepare([folder], tmp_path / "run", say=said.append)
+    assert (len(dataset.train), len(dataset.val), dataset.vocab_size) == (3, 1, 257)
+
+
+def test_stories_hold_the_first_file_out(tmp_path, said):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(3):
+        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
+    folder = make(said, "tinystories", source=raw, out=tmp_path / "out")
+    assert text(folder, "TinyStories_val.bin").count("Story 0.") == 50
+    assert "Story 0." not in text(folder, "TinyStories_train.bin")
+    assert text(folder, "TinyStories_train.bin").count(EOT + "Story") == 100
+
+
+def test_completions_alone_are_learnt(tmp_path, said):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "completion": f"{2 * i}"}) + "\n" for i in range(400)))
+    folder = make(said, path, out=tmp_path / "out")
+    shard = open_shard(folder / "train.bin", 257)
+    plain = Tokenizer.bytes()
+    assert any(line.startswith("the loss counts") for line in said)
+    inputs, targets = Loader([shard], 2, 64, shuffle=True, vocab_size=257).next()
+    assert (targets == -1).any()
+    for row, wanted in zip(inputs, targets, strict=True):
+        learnt = wanted[wanted >= 0]
+        assert "+" not in plain.decode(learnt)
+        assert "=" not in plain.decode(learnt)
+        assert np.array_equal(wanted[:-1][wanted[:-1] >= 0], row[1:][wanted[:-1] >= 0])
+    # the same from text, as `llmpy train --data pairs.jsonl` reads it
+    direct = prepare([path], tmp_path / "run", vocab_size=300, say=said.append)
+    counted = direct.train[0].tokens[direct.train[0].counted == 1]
+    words = direct.tokenizer.decode(counted).replace(EOT, " ").split()
+    assert words == [str(2 * i) for i in range(len(words))]
+    with_stream = make(said, path, out=tmp_path / "stream", format="int32")
+    assert any("has no mask" in line for line in said)
+    assert open_shard(with_stream / "train.bin", 257).counted is None
+
+
+def test_hellaswag(tmp_path, said):
+    raw = tmp_path / "val.jsonl"
+    rows = [{"ctx": f"Man {i}", "endings": ["runs", "sits", "eats", "is"], "label": i % 4} for i in range(20)]
+    raw.write_text("\n".join(map(json.dumps, rows)))
+    folder = make(said, "hellaswag", source=raw, out=tmp_path / "out")
+    examples = read_examples(folder / "hellaswag_val.bin", 257)
+    assert [examples[i].label for i in range(20)] == [i % 4 for i in range(20)]
+    assert "sample: 'Man 0' → ' runs'" in said
+    with pytest.raises(LlmpyError, match="no text to train a tokenizer on"):
+        make(said, "hellaswag", source=raw, out=tmp_path / "b", tokenizer="bpe:300")
+
+
+def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
+    monkeypatch.chdir(tmp_path)
+    dataset = prepare([Path("tinyshakespeare")], tmp_path / "run", say=said.append)
+    assert dataset.train[0].path == cache / "tinyshakespeare" / "gpt2" / "tiny_shakespeare_train.bin"
+    assert dataset.vocab_size == 257
+    assert prepare([Path("tinyshakespeare")], tmp_path / "run", say=said.append).train[0].path.exists()
+    with pytest.raises(LlmpyError, match="tinystories is not there yet, and large — prepare it first: llmpy data tiny"):
+        find_dataset("tinystories", said.append)
+    with pytest.raises(LlmpyError, match="hellaswag is there to evaluate on — train on one of tinyshakespeare"):
+        find_dataset("hellaswag", said.append)
+    raw.with_name("tinystories").mkdir()  # a folder of that name is meant by it
+    with pytest.raises(LlmpyError, match="0 files"):
+        prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tinyshakespeare", "fineweb"], "tinyshakespeare is a data set of its own"),
+        (["{raw}", "--source", "{raw}"], "--source goes with the name of a data set"),
+        (["tinyshakespeare", "--source", "nowhere"], "no file or folder nowhere"),
+        (["{raw}", "--tokenizer", "nowhere.json"], "cannot read the tokenizer nowhere.json"),
+        (["{raw}", "--tokenizer", "bpe:5"], "--tokenizer bpe:5 — use bpe:N with N from 257"),
+        (["{raw}", "--tokenizer", "{raw}"], "is not a usable tokenizer.json"),
+        (["{raw}", "--tokens", "0"], "--tokens 0"),
+        (["{raw}", "--tokenizer", "bytes", "--out", "{raw}"], "is not empty"),
+        (["tiny"], "no file or folder tiny"),
+    ],
+)
+def test_refusals_leave_nothing(raw, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", *(word.format(raw=raw) for word in words)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["input.txt"]
+
+
+def test_a_full_disk(raw, tmp_path, said, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "_spool", full)
+    with pytest.raises(LlmpyError, match=r"cannot make .*out: No space left on device"):
+        make(said, raw, out=tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]
+
+
+def test_the_help_names_the_verb(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["data", "--help"])
+    out = capsys.readouterr().out
+    assert "--tokenizer" in out
+    assert "tinyshakespeare" in out

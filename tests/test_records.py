@@ -1,0 +1,152 @@
+"""Records become documents with what counts marked; damage names file and line; bombs need no memory."""
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from llmpy.data import records
+from llmpy.data.records import Document, NoRecords, kind_of, read_records
+from llmpy.errors import LlmpyError
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Two"}, {"type": "image"}, {"type": "text", "text": "?"}]},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Bye"},
+]
+
+
+def write(tmp_path, *lines, name="a.jsonl"):
+    path = tmp_path / name
+    content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+def counted(document):
+    return [document.text[a:b] for a, b in document.counted]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_the_three_kinds(tmp_path, name):
+    path = write(
+        tmp_path, {"text": "é\n"}, "", {"prompt": "2+2=", "completion": "4", "id": 1}, {"messages": CHAT}, name=name
+    )
+    plain, pair, chat = read_records(path, kind_of(path, path.read_bytes()[:16]))
+    assert plain == Document(f"{path}:1", "é\n")
+    assert (pair.text, counted(pair)) == ("2+2=4", ["4"])
+    assert chat.text == "system: Be brief.\n\nuser: Two?\n\nassistant: 2\n\nuser: Thanks\n\nassistant: Bye\n\n"
+    assert counted(chat) == ["2\n\n", "Bye\n\n"]
+
+
+def test_a_byte_order_mark_and_empty_texts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": " "}\n\n{"text": "b"}')
+    assert [d.text for d in read_records(path, "jsonl")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2 is not JSON \(character 2: "),
+        ('"text"', "record 2 has str, no object"),
+        ("[1]", "record 2 has list, no object"),
+        ({"a": 1, "b": 2}, "record 2 has the fields a, b — give text, prompt"),
+        ({"text": 5}, "record 2: int instead of a text"),
+        ('{"text": "\\ud800"}', "record 2: half a character"),
+        ({"prompt": "a", "completion": None}, "record 2: NoneType instead of a text"),
+        ({"messages": "hi"}, "record 2: messages that are no list"),
+        ({"messages": ["hi"]}, "record 2: a message that is no object"),
+        ({"messages": [{"role": "user"}]}, "record 2: no content in a message"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "record 2: no text in a message"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ("1" * 5000, "line 2 is not JSON"),
+        ("\ud800", "line 2 is not"),
+    ],
+)
+def test_damage(tmp_path, line, message):
+    text = line if isinstance(line, str) else json.dumps(line)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + text.encode("utf-8", "surrogatepass"))
+    documents = read_records(path, "jsonl")
+    assert next(documents).text == "fine"
+    with pytest.raises(LlmpyError, match=rf"a\.jsonl: {message}") as fault:
+        next(documents)
+    assert not isinstance(fault.value, NoRecords)
+
+
+def test_unknown_fields_at_once(tmp_path):
+    with pytest.raises(NoRecords, match="record 1 has the fields loss, step"):
+        list(read_records(write(tmp_path, {"step": 1, "loss": 2}), "jsonl"))
+
+
+def test_long_lines_and_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LINE_AT_MOST", 1 << 20)
+    monkeypatch.setattr(records, "SIGNS_FREELY", 1 << 10)
+    with pytest.raises(LlmpyError, match="line 1 is longer than 1 MiB"):
+        list(read_records(write(tmp_path, {"text": "a" * (1 << 20)}), "jsonl"))
+    with pytest.raises(LlmpyError, match="line 1 is a list and no text"):
+        list(read_records(write(tmp_path, {"text": [[]] * 10_000}), "jsonl"))
+
+
+def test_damaged_gzip(tmp_path):
+    path = write(tmp_path, *[{"text": f"line {i * i}"} for i in range(1000)], name="a.jsonl.gz")
+    whole = path.read_bytes()
+    assert len(list(read_records(path, "jsonl.gz"))) == 1000
+    for damaged in (whole[:-1], whole[:2000], whole[:2000] + b"\0\0\0" + whole[2003:]):
+        path.write_bytes(damaged)
+        with pytest.raises(LlmpyError, match=r"a\.jsonl\.gz is cut off or damaged|is not JSON|is not UTF-8"):
+            list(read_records(path, "jsonl.gz"))
+
+
+def test_kinds_by_content_and_name(tmp_path):
+    for name, start, expected in [
+        ("a.jsonl", b"{", "jsonl"),
+        ("a.NDJSON", b"{", "jsonl"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "jsonl.gz"),
+        ("a.txt.gz", b"\x1f\x8b\x08", None),
+        ("a.gz", b"\x1f\x8b\x08", None),
+        ("a.jsonl", b"\x1f\x8b\x08", None),
+        ("any", b"PAR1", "parquet"),
+        ("a.parquet", b"x", None),
+        ("a.txt", b"{", None),
+    ]:
+        assert kind_of(tmp_path / name, start) == expected
+
+
+def test_a_part_of_a_document():
+    document = Document("x", "abcdefgh", ((1, 3), (5, 8)))
+    assert document.part(2, 6) == Document("x", "cdef", ((0, 1), (3, 4)))
+    assert document.part(3, 5) == Document("x", "de", ())
+    assert Document("x", "abc").part(1, 2) == Document("x", "b")
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"id": [1, 2, 3], "text": ["a", "", "é"]}), path)
+    assert [d.text for d in read_records(path, "parquet")] == ["a", "é"]
+    parquet.write_table(arrow.table({"prompt": ["p"], "completion": ["c"]}), path)
+    assert [counted(d) for d in read_records(path, "parquet")] == [["c"]]
+    parquet.write_table(arrow.table({"messages": [CHAT[2:]]}), path)
+    assert [counted(d) for d in read_records(path, "parquet")] == [["2\n\n", "Bye\n\n"]]
+    parquet.write_table(arrow.table({"step": [1]}), path)
+    with pytest.raises(NoRecords, match="has the columns step"):
+        list(read_records(path, "parquet"))
+    parquet.write_table(arrow.table({"text": [1]}), path)
+    with pytest.raises(LlmpyError, match="record 1: int instead of a text"):
+        list(read_records(path, "parquet"))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(LlmpyError, match="is no readable parquet file"):
+        list(read_records(path, "parquet"))
+
+
+def test_parquet_without_the_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(LlmpyError, match=r"needs the pyarrow library — install it: pip install 'llmpy\[parquet\]'"):
+        list(read_records(tmp_path / "a.parquet", "parquet"))
