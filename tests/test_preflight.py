@@ -79,10 +79,11 @@ def test_durations() -> None:
 
 
 MEASURE = """
-import contextlib, io, resource, sys
+import contextlib, io, sys
 from pathlib import Path
 import numpy as np
 from llmpy import preflight, trainer
+from llmpy.bench import peak_memory
 from llmpy.data.shards import write_shard
 from llmpy.options import TrainOptions
 
@@ -96,7 +97,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     trainer.train(TrainOptions(
         data=(folder / "train.bin", folder / "val.bin"), out=folder / "run", model=model, dtype=dtype,
         sequence_length=T, steps=3, checkpoint_every=every, eval_batches=1, sample_tokens=4))
-print(needed[-1], 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(needed[-1], peak_memory())
 """
 
 
