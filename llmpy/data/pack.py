@@ -54,6 +54,8 @@ def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
         raise LlmpyError(f"no file or folder {options.source}", "check --source")
     request = _request(options)
     folder = options.out or _folder(names[0] if names else None, options)
+    if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
+        raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
     if _is_there(folder, request, bool(names)):
         say(f"{options.what[0]} is already in {folder}")
         return folder
@@ -167,7 +169,7 @@ class _Workplace:
     """A temporary folder beside `folder`, which takes its place if all goes well. A context manager."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()  # "." has no name
+        self.folder = folder.absolute()
         self.work = self.folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
