@@ -233,15 +233,22 @@ def test_a_missing_model_and_missing_data_are_told_together(folder: Path) -> Non
         trainer.train(wrong, Laptop())
 
 
-@pytest.mark.parametrize("form", ["llmc", "hf", "hf sharded", "native"])
-def test_sample_takes_every_format(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same text from each; a .bin, which carries no tokenizer, is GPT-2's by its vocabulary."""
+@pytest.mark.parametrize(
+    ("form", "beside"), [("llmc", False), ("llmc", True), ("hf", True), ("hf sharded", True), ("native", True)]
+)
+def test_sample_takes_every_format(form: str, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text from each; a .bin without a tokenizer beside it is GPT-2's by its vocabulary."""
     model = with_tokenizer(in_memory(WORDS), tmp_path / "bytes.json")
     path = tmp_path / ("m.bin" if form == "llmc" else "m")
     WRITERS[form](path, model)
     if form == "llmc":
-        monkeypatch.setattr(formats, "GPT2_VOCAB", WORDS.vocab_size)
-        monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+        with pytest.raises(LlmpyError, match=r"m\.bin came without a tokenizer"):
+            open_run(path)
+        if beside:
+            Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+        else:
+            monkeypatch.setattr(formats, "GPT2_VOCAB", WORDS.vocab_size)
+            monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
     native.write_model(tmp_path / "run", model)
     told: dict[Path, list[str]] = {tmp_path / "run": [], path: []}
     for run, pieces in told.items():
