@@ -233,6 +233,12 @@ def test_a_missing_model_and_missing_data_are_told_together(folder: Path) -> Non
         trainer.train(wrong, Laptop())
 
 
+def test_a_folder_without_safetensors_is_told_so(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(LlmpyError, match=r"small has no model\.safetensors — save the model as safetensors"):
+        resolve(str(folder), print)
+
+
 @pytest.mark.parametrize(
     ("form", "beside"), [("llmc", False), ("llmc", True), ("hf", True), ("hf sharded", True), ("native", True)]
 )
