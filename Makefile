@@ -13,7 +13,7 @@ train: $(INSTALLED)
 
 setup: $(INSTALLED)
 	@$(BIN)/llmpy data tinyshakespeare
-	@$(BIN)/python -c 'from llmpy.formats import resolve; print(resolve("gpt2", print).describe())'
+	@$(BIN)/llmpy sample gpt2 --prompt "The weights are here, and" --tokens 16
 
 test: $(PARQUET)
 	@$(BIN)/python -m pytest $(ARGS)

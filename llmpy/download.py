@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import re
 import shutil
 import socket
@@ -33,6 +34,11 @@ PAUSE = 1.0  # seconds before the second try; then twice as long each time
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 WEB_PAGE = re.compile(rb"\s*(<!doctype|<html|<\?xml)", re.IGNORECASE)
 ELSEWHERE = "download it in another way and name the file, or try again later"
+
+
+def hub() -> str:
+    """The address of the Hugging Face hub; $HF_ENDPOINT names a mirror."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def fetch(

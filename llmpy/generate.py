@@ -21,15 +21,17 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import psutil
 
-from . import backend, checkpoint
+from . import backend
 from .config import ModelConfig
 from .decode import CACHE, PACKED, PREFILL, Decoder
 from .errors import LlmpyError
+from .formats import hub, resolve, tokenizer_of
+from .formats.source import Source
 from .gpt2 import GPT2, PARAMS
 from .options import SampleOptions
 from .preflight import Machine
 from .rng import Xorshift64Star
-from .runfolder import MODEL_FILE, finished
+from .runfolder import finished
 from .tokenizer import Tokenizer
 
 SLIDE = 4  # the window slides by reach / SLIDE
@@ -240,21 +242,21 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
-    """Continue prompts with the model of a run; text goes to `write`, all else to stderr.
+    """Continue prompts with a model; text goes to `write`, all else to stderr.
 
     The text of a single prompt comes token by token; of several, as each ends, in their order. With `options.json`
     one JSON object comes at the end.
-    Raises LlmpyError for a run that is missing, damaged or of two minds about its vocabulary.
+    Raises LlmpyError for a model that is missing, damaged or of two minds about its vocabulary.
     """
-    header, tokenizer = open_run(options.run)
+    source, tokenizer = open_run(options.run)
     openings = read_prompts(options)
     prompts = [encode_prompt(tokenizer, opening) for opening in openings]
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
-    reach = header.trained_length
-    check_memory(header.config, ops, len(prompts), min(reach, max(map(len, prompts)) + options.tokens))
-    ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True), decoding=True)
-    model = GPT2(header.config, ops)
-    checkpoint.load_parameters(options.run / MODEL_FILE, model.params)
+    reach = source.trained_length
+    check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + options.tokens))
+    ops.warm_up(_aside, decoding=True)
+    model = GPT2(source.config, ops)
+    source.fill(model.params)
     model.store_weights()
     # Each text has a generator of its own; the first has that of a text alone.
     coins = [Xorshift64Star((options.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
@@ -336,23 +338,20 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int) -> None:
         )
 
 
-def open_run(run: Path) -> tuple[checkpoint.Header, Tokenizer]:
-    """The model's header and the tokenizer of a run folder, which must agree."""
-    try:
-        there = run.is_dir()
-        known = "" if there else ", ".join(map(str, finished()[:5]))
-    except OSError as fault:  # a name too long, a folder that may not be entered
-        raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
-    if not there:
-        raise LlmpyError(f"no run folder {run}", f"there are: {known}" if known else "train one: llmpy train")
-    header = checkpoint.read_header(run / MODEL_FILE)
-    path = run / "tokenizer.json"
-    if not path.is_file():
-        raise LlmpyError(f"{path} is missing", "the run was trained on token ids: there is no text to continue")
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != header.config.vocab_size:
-        raise LlmpyError(
-            f"{path} has {tokenizer.vocab_size} tokens but the model {header.config.vocab_size}",
-            "restore the tokenizer.json that the model was trained with",
-        )
-    return header, tokenizer
+def open_run(run: Path) -> tuple[Source, Tokenizer]:
+    """A model and its tokenizer: of a run folder, of a file or folder of another format, or of the hub."""
+    if str(run) not in hub.NAMES:
+        try:
+            there = run.exists()
+            known = "" if there else ", ".join(map(str, finished()[:5]))
+        except OSError as fault:  # a name too long, a folder that may not be entered
+            raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
+        if not there:
+            raise LlmpyError(f"no run folder {run}", f"there are: {known}" if known else "train one: llmpy train")
+    source = resolve(str(run), _aside)
+    return source, tokenizer_of(source, _aside)[0]
+
+
+def _aside(line: str) -> None:
+    """What is no part of the text."""
+    print(line, file=sys.stderr, flush=True)

@@ -299,7 +299,7 @@ class DataOptions:
 class SampleOptions:
     """`llmpy sample RUN`."""
 
-    run: Path = option(Path(), "folder of a run", metavar="RUN", word=True)
+    run: Path = option(Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True)
     prompt: tuple[str, ...] | None = option(
         None, "text to continue (default: the start of a text); give it again for further texts", each=True
     )

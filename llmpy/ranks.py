@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from .config import GPT2_VOCAB
+from .data.shards import HEADER_BYTES
 from .durable import write_whole
 from .errors import LlmpyError
 
-MAGIC, HEADER_BYTES = 20240328, 1024
+MAGIC = 20240328
 EOT = "<|endoftext|>"
 TOKENS_AT_MOST = 1 << 16  # what a uint16 shard can hold; it also bounds the memory that a damaged file can ask for
 LONGEST = 255  # bytes of a token

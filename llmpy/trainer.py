@@ -546,7 +546,11 @@ def begin(
     if init in hub.NAMES:
         check(init, ModelConfig.from_dial(init))
     if init is not None:
-        start = formats.resolve(init, say)
+        try:
+            start = formats.resolve(init, say)
+        except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
+            least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
+            raise together([fault, *problems(least, folder, ops)]) from fault
         init = init if init in hub.NAMES else str(Path(init).absolute())  # the run may go on from another folder
         say(f"init     {start.describe()}")
     model = dial(options.model, start)

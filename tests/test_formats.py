@@ -344,7 +344,9 @@ def test_convert_keeps_the_type_that_it_can(tmp_path: Path) -> None:
         ("run out.bin --dtype float16", "use float32 or bfloat16"),
         ("run out --to native --dtype bfloat16", "use float32"),
         ("nowhere out", "cannot read"),
-        ("run nowhere/out.bin", "cannot write"),
+        ("run nowhere/out.bin", "nowhere is no folder — make it first"),
+        ("run run/model.safetensors/x.bin", "model.safetensors is no folder — make it first"),
+        ("run run --to llmc", "run exists — choose a new name"),
     ],
 )
 def test_convert_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:

@@ -47,7 +47,7 @@ def test_from_jsonl(tmp_path, path):
     row = {"ctx": "A cat", "endings": ["sat", "ran", "is", "é"], "label": 2, "ind": 5}
     raw.write_text("\n".join([json.dumps(row)] * 3), "utf-8")
     plain = Tokenizer.bytes()
-    examples = list(encode_examples(raw, plain, print))
+    examples = list(encode_examples(raw, plain))
     write_examples(path, examples)
     read = read_examples(path, 257)
     assert len(read) == 3
@@ -64,7 +64,7 @@ def test_lines_that_are_no_examples(tmp_path, row):
     raw = tmp_path / "val.jsonl"
     raw.write_text(json.dumps(row))
     with pytest.raises(LlmpyError, match="line 1 is no example of HellaSwag"):
-        list(encode_examples(raw, Tokenizer.bytes(), print))
+        list(encode_examples(raw, Tokenizer.bytes()))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from llmpy import download, formats
 from llmpy.cache import user_cache
 from llmpy.errors import LlmpyError
 from llmpy.formats import hub, huggingface, open_model
+
+WORDS = replace(TINY, vocab_size=257)  # as many as its tokenizer has
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -53,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    huggingface.write_model(tmp_path / "served", with_tokenizer(in_memory(), tmp_path / "t.json"), "float32")
+    huggingface.write_model(tmp_path / "served", with_tokenizer(in_memory(WORDS), tmp_path / "t.json"), "float32")
     handler = type("Handler", (Hub,), {"folder": tmp_path / "served", "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -66,7 +69,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub
 
 def test_a_model_of_the_hub(server: type[Hub]) -> None:
     source = formats.resolve("gpt2", print)
-    assert same(source, in_memory())
+    assert same(source, in_memory(WORDS))
     assert source.tokenizer is not None
     assert user_cache() / "models" / "gpt2" == source.path
     asked = len(server.asked)
@@ -102,7 +105,7 @@ def test_faults_of_the_network(
 ) -> None:
     if endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(LlmpyError, match=f"no gpt2-xl: .*{said}.*give its path to --init"):
+    with pytest.raises(LlmpyError, match=f"no gpt2-xl: .*{said}.*give its path"):
         hub.download("gpt2-xl", print)
 
 

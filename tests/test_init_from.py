@@ -14,17 +14,17 @@ import pytest
 from laptop import TINY, Laptop
 from samples import WRITERS, in_memory, training_state, with_tokenizer
 
-from llmpy import checkpoint, trainer
+from llmpy import checkpoint, formats, trainer
 from llmpy.backend.reference import Reference
 from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.errors import LlmpyError
-from llmpy.formats import huggingface, llmc, llmc_state
+from llmpy.formats import huggingface, llmc, llmc_state, native, resolve
 from llmpy.formats.source import Source
-from llmpy.generate import open_run
+from llmpy.generate import open_run, sample
 from llmpy.gpt2 import GPT2
-from llmpy.options import TrainOptions
+from llmpy.options import SampleOptions, TrainOptions
 from llmpy.tokenizer import Tokenizer
 
 Options = Callable[..., TrainOptions]
@@ -200,3 +200,64 @@ def test_a_model_that_agrees_may_be_named() -> None:
         assert trainer.dial(dial, start) == (dial or "d12")
     assert trainer.dial("", None) == "d3"
     assert trainer.dial("d6", None) == "d6"
+
+
+def test_a_vocabulary_that_is_padded_is_cut_to_that_of_the_tokenizer(
+    tmp_path: Path,
+) -> None:
+    wide = replace(WORDS, vocab_size=384)
+    whole = with_tokenizer(in_memory(wide), tmp_path / "bytes.json")
+    huggingface.write_model(tmp_path / "wide", whole, "float32")
+    said: list[str] = []
+    source = resolve(str(tmp_path / "wide"), said.append)
+    assert (source.config, len(said)) == (WORDS, 1)
+    assert "384" in said[0]
+    assert "257" in said[0]
+    wte = source.read("wte")
+    assert wte.shape == (WORDS.padded_vocab_size, WORDS.channels)
+    np.testing.assert_array_equal(wte[:257], whole.read("wte")[:257])
+    assert not wte[257:].any()
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert trainer.train(on_text(tmp_path / "wide"), Laptop()) == 0
+    assert open_run(tmp_path / "run")[0].config == WORDS
+    Tokenizer.bytes().save(tmp_path / "wide" / "tokenizer.json")
+    narrow = with_tokenizer(in_memory(replace(WORDS, vocab_size=200)), tmp_path / "bytes.json")
+    native.write_model(tmp_path / "narrow", narrow)
+    with pytest.raises(LlmpyError, match=r"257 tokens but the model 200 — put the model's own tokenizer\.json there"):
+        resolve(str(tmp_path / "narrow"), said.append)
+
+
+def test_a_missing_model_and_missing_data_are_told_together(folder: Path) -> None:
+    wrong = on_text(folder, init="none.bin", data=(folder / "none.txt",))
+    with pytest.raises(LlmpyError, match=r"2 problems: \(1\) no model none\.bin.*\(2\) no file or folder .*none\.txt"):
+        trainer.train(wrong, Laptop())
+
+
+def test_a_folder_without_safetensors_is_told_so(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(LlmpyError, match=r"small has no model\.safetensors — save the model as safetensors"):
+        resolve(str(folder), print)
+
+
+@pytest.mark.parametrize(
+    ("form", "beside"), [("llmc", False), ("llmc", True), ("hf", True), ("hf sharded", True), ("native", True)]
+)
+def test_sample_takes_every_format(form: str, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text from each; a .bin without a tokenizer beside it is GPT-2's by its vocabulary."""
+    model = with_tokenizer(in_memory(WORDS), tmp_path / "bytes.json")
+    path = tmp_path / ("m.bin" if form == "llmc" else "m")
+    WRITERS[form](path, model)
+    if form == "llmc":
+        with pytest.raises(LlmpyError, match=r"m\.bin came without a tokenizer"):
+            open_run(path)
+        if beside:
+            Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+        else:
+            monkeypatch.setattr(formats, "GPT2_VOCAB", WORDS.vocab_size)
+            monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    native.write_model(tmp_path / "run", model)
+    told: dict[Path, list[str]] = {tmp_path / "run": [], path: []}
+    for run, pieces in told.items():
+        sample(SampleOptions(run, prompt=("ab",), tokens=12), pieces.append, Laptop())
+    assert "".join(told[path]) == "".join(told[tmp_path / "run"])
+    assert len("".join(told[path])) > 2

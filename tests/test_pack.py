@@ -83,7 +83,7 @@ def test_what_is_there_and_said(raw, tmp_path, said):
     record = json.loads((folder / "dataset.json").read_text())
     assert record["files"] == {"tiny_shakespeare_val.bin": 900, "tiny_shakespeare_train.bin": 8100}
     assert sum(line.startswith("sample: 'Speaker") for line in said) == 3
-    assert said[-1] == "ready in " + str(folder) + "; train on it:  llmpy train --data tinyshakespeare"
+    assert said[-1] == "ready in " + str(folder) + f"; train on it:  llmpy train --data {folder}"
     said.clear()
     assert make(said, "tinyshakespeare", source=raw, tokens=9000) == folder
     assert said == [f"tinyshakespeare is already in {folder}"]
@@ -98,6 +98,9 @@ def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     assert 0.08 < share < 0.14
     monkeypatch.chdir(tmp_path)
     assert make(said, raw) == Path("data/input")
+    assert make(said, "in*.tx?") == Path("data/in")
+    assert make(said, raw, out=tmp_path / "a name") == tmp_path / "a name"
+    assert said[-1].endswith(f"--data '{tmp_path / 'a name'}'")
     with pytest.raises(LlmpyError, match="data/input is not empty — choose another folder with --out"):
         make(said, raw)
 
@@ -164,6 +167,7 @@ def test_hellaswag(tmp_path, said):
     examples = read_examples(folder / "hellaswag_val.bin", 257)
     assert [examples[i].label for i in range(20)] == [i % 4 for i in range(20)]
     assert "sample: 'Man 0' → ' runs'" in said
+    assert said[-1] == f"ready in {folder}"  # not to train on
     with pytest.raises(LlmpyError, match="no text to train a tokenizer on"):
         make(said, "hellaswag", source=raw, out=tmp_path / "b", tokenizer="bpe:300")
 
@@ -192,6 +196,8 @@ def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
         (["{raw}", "--source", "{raw}"], "--source goes with the name of a data set"),
         (["tinyshakespeare", "--source", "nowhere"], "no file or folder nowhere"),
         (["{raw}", "--tokenizer", "nowhere.json"], "cannot read the tokenizer nowhere.json"),
+        (["{raw}", "--tokenizer", "gpt3"], "use gpt2, bytes, bpe:N, or a file"),
+        (["{raw}", "--tokenizer", "bytes", "--out", "."], "--out . is a folder that is in use"),
         (["{raw}", "--tokenizer", "bpe:5"], "--tokenizer bpe:5 — use bpe:N with N from 257"),
         (["{raw}", "--tokenizer", "{raw}"], "is not a usable tokenizer.json"),
         (["{raw}", "--tokens", "0"], "--tokens 0"),

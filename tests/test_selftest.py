@@ -208,6 +208,7 @@ def shuffled(a: np.ndarray) -> None:
         (MT19937, "permutation", lambda self, a: shuffled(a), "loader: samples"),
         (MT19937, "uint32", lambda self, n: np.zeros(n, np.uint32), "MT19937: words"),
         (MT19937, "normal", lambda self, n, mean, std: np.full(n, std, np.float32), "initialisation: d6"),
+        (MT19937, "normal", lambda self, n, mean, std: np.full(n, np.nan, np.float32), "initialisation: d6"),
         (Xorshift64Star, "uniform", lambda self: 0.5, "xorshift64*: coins"),
         (OutlierDetector, "update", lambda self, x: x, "outlier detector"),
         (selftest, "learning_rate", lambda *a: 6e-4, "schedule: cosine"),

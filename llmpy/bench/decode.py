@@ -25,6 +25,7 @@ from .. import backend, checkpoint
 from ..config import ModelConfig
 from ..decode import Decoder
 from ..errors import LlmpyError
+from ..formats import native
 from ..generate import Choice, check_memory, choose, generate
 from ..gpt2 import GPT2
 from ..init import initialise
@@ -153,13 +154,13 @@ def first_token(path: Path, dtype: str, threads: int, prompt_tokens: int) -> flo
     """In the new process: as `llmpy sample`, load and say a token; the ms that this process lives."""
     import tokenizers  # noqa: F401 - what `llmpy sample` loads too
 
-    header = checkpoint.read_header(path)
+    source = native.read_model(path)
     ops = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
-    model = GPT2(header.config, ops)
-    checkpoint.load_parameters(path, model.params)
+    model = GPT2(source.config, ops)
+    source.fill(model.params)
     model.store_weights()
-    next(generate(model, [0] * prompt_tokens, 64, header.trained_length, Xorshift64Star(1), GREEDY))
+    next(generate(model, [0] * prompt_tokens, 64, source.trained_length, Xorshift64Star(1), GREEDY))
     return 1e3 * process_age()
 
 

@@ -10,7 +10,6 @@ hellaswag         10,042 contexts with four endings each, to evaluate on
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import tarfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import data_cache
-from ..download import fetch
+from ..download import fetch, hub
 from ..errors import LlmpyError
 from .records import Document
 from .text import find_files, read_text, stream_files
@@ -53,11 +52,6 @@ class Source:
     layout: Layout
     documents: Callable[[Path | None, Say], Iterator[Document]]
     small: bool = False  # to be fetched without being asked for
-
-
-def hub() -> str:
-    """The address of the model hub; $HF_ENDPOINT names a mirror."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def hellaswag_lines(raw: Path | None, say: Say) -> Path:

@@ -8,7 +8,7 @@ The context is encoded as it is, every ending with a blank in front.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from ..durable import write_whole
 from ..errors import LlmpyError
 from ..tokenizer import Tokenizer
 from .records import json_lines
+from .shards import HEADER_BYTES
 
-MAGIC, VERSION, HEADER_BYTES = 20240522, 1, 1024
+MAGIC, VERSION = 20240522, 1
 DELIMITER, ENDINGS = 65535, 4
 EXAMPLES_AT_MOST = 65535
 WORD = np.dtype("<u2")
@@ -55,7 +56,7 @@ class Examples:
         return Example(parts[0], tuple(parts[1:]), label)
 
 
-def encode_examples(path: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> Iterator[Example]:
+def encode_examples(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
     """The examples of HellaSwag's jsonl. Raises LlmpyError, naming the line, for anything else."""
     lines = json_lines(path)
     while rows := list(itertools.islice(lines, 1024)):

@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,13 +54,16 @@ def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
         raise LlmpyError(f"no file or folder {options.source}", "check --source")
     request = _request(options)
     folder = options.out or _folder(names[0] if names else None, options)
+    if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
+        raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
     if _is_there(folder, request, bool(names)):
         say(f"{options.what[0]} is already in {folder}")
         return folder
     with _Workplace(folder) as work:
         record = _hellaswag(options, work, say) if names == ["hellaswag"] else _tokens(options, names, work, say)
         (work / RECORD).write_text(json.dumps(request | record, indent=2) + "\n", "utf-8")
-    say(f"ready in {folder}; train on it:  llmpy train --data {names[0] if names and not options.out else folder}")
+    word = names[0] if names and folder == _plain(names[0]) else shlex.quote(str(folder))
+    say(f"ready in {folder}" + ("" if names == ["hellaswag"] else f"; train on it:  llmpy train --data {word}"))
     return folder
 
 
@@ -77,7 +82,7 @@ def find_dataset(name: str, say: Callable[[str], None]) -> Path:
             f"{name} is there to evaluate on", f"train on one of {', '.join(SOURCES)}, or on your own text"
         )
     there = sorted(record.parent for record in (data_cache() / name).glob(f"*/{RECORD}"))
-    plain = data_cache() / name / "gpt2"
+    plain = _plain(name)
     if plain in there or (not there and SOURCES[name].small):
         return data(DataOptions(what=(name,)), say)
     if len(there) == 1:
@@ -88,6 +93,11 @@ def find_dataset(name: str, say: Callable[[str], None]) -> Path:
         f"{name} is not there yet, and large",
         f"prepare it first: llmpy data {name} --tokens 100000000 (or without --tokens for all of it)",
     )
+
+
+def _plain(name: str) -> Path:
+    """Where all of a named data set is, by GPT-2's tokenizer: what its name alone stands for."""
+    return data_cache() / name / "gpt2"
 
 
 def load_tokenizer(name: str, documents: Callable[[], Iterable[Document]], say: Callable[[str], None]) -> Tokenizer:
@@ -116,9 +126,14 @@ def _request(options: DataOptions) -> dict[str, Any]:
     tokenizer = options.tokenizer
     if tokenizer not in ("gpt2", "bytes") and not tokenizer.startswith("bpe:"):
         try:
-            tokenizer = "sha256:" + hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()[:12]
+            with Path(tokenizer).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as fault:
-            raise LlmpyError(f"cannot read the tokenizer {tokenizer}: {fault.strerror}", "check --tokenizer") from fault
+            raise LlmpyError(
+                f"cannot read the tokenizer {tokenizer}: {fault.strerror}",
+                "use gpt2, bytes, bpe:N, or a file",
+            ) from fault
+        tokenizer = "sha256:" + digest[:12]
     return {
         "data": list(map(str, options.what)),
         "tokenizer": tokenizer,
@@ -130,7 +145,8 @@ def _request(options: DataOptions) -> dict[str, Any]:
 def _folder(name: str | None, options: DataOptions) -> Path:
     """Where the tokens go without --out: the cache for a named data set, below data/ for the user's own text."""
     if name is None:
-        return Path("data", Path(options.what[0]).resolve().name.partition(".")[0] or "text")
+        called = Path(os.path.abspath(options.what[0])).name.partition(".")[0]
+        return Path("data", re.sub(r"[*?\[\]]", "", called) or "text")
     tokenizer = _request(options)["tokenizer"].replace(":", "-")
     parts = [tokenizer, *([options.format] if options.format != "auto" else [])]
     return data_cache() / name / "-".join([*parts, *([str(options.tokens)] if options.tokens else [])])
@@ -153,8 +169,8 @@ class _Workplace:
     """A temporary folder beside `folder`, which takes its place if all goes well. A context manager."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        self.folder = folder.absolute()
+        self.work = self.folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
         try:
@@ -183,7 +199,7 @@ class _Workplace:
 def _hellaswag(options: DataOptions, work: Path, say: Callable[[str], None]) -> dict[str, Any]:
     raw = hellaswag_lines(options.source, say)
     tokenizer = load_tokenizer(options.tokenizer, _no_documents, say)
-    examples = list(itertools.islice(encode_examples(raw, tokenizer, say), options.tokens))
+    examples = list(itertools.islice(encode_examples(raw, tokenizer), options.tokens))
     path = work / "hellaswag_val.bin"
     write_examples(path, examples)
     read_examples(path, tokenizer.vocab_size)

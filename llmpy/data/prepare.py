@@ -16,6 +16,7 @@ import numpy as np
 
 from ..config import GPT2_VOCAB
 from ..errors import LlmpyError
+from ..formats import tokenizer_of
 from ..formats.source import Source
 from ..tokenizer import Tokenizer
 from . import builtin, shards
@@ -130,7 +131,7 @@ def _from_text(
         tokenizer = Tokenizer.train(itertools.islice(seen, 0, None, every), vocab_size or choose_vocab_size(characters))
         whose = "byte-level BPE trained on this text"
     else:
-        tokenizer, whose = _tokenizer_of(start, tell)
+        tokenizer, whose = tokenizer_of(start, tell)
     tokens = {"train": tokenise(tokenizer, train), "val": tokenise(tokenizer, val)}
     ids = tokens["train"].ids
     tell(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {characters / ids.size:.2f} characters per token")
@@ -155,18 +156,6 @@ def _from_text(
         tokenizer.vocab_size,
         description,
         _bytes_per_token(tokenizer, opened["val"]),
-    )
-
-
-def _tokenizer_of(start: Source, tell: Callable[[str], None]) -> tuple[Tokenizer, str]:
-    """The tokenizer of a model, and what to call it."""
-    if start.tokenizer is not None:
-        return Tokenizer.load(start.tokenizer), f"the model's ({start.tokenizer})"
-    if start.config.vocab_size == GPT2_VOCAB:
-        return Tokenizer.gpt2(tell), "GPT-2's"
-    raise LlmpyError(
-        f"{start.path} came without a tokenizer, which text needs",
-        "put its tokenizer.json beside it, or give tokens that were made with it",
     )
 
 

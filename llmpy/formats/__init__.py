@@ -9,24 +9,68 @@ GGUF                                    gguf.py: written, not read
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from .. import checkpoint
+from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
 from ..errors import LlmpyError
 from ..runfolder import MODEL_FILE
+from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, unreadable
 
 
 def resolve(text: str, say: Callable[[str], None]) -> Source:
-    """What --init names: a model of the hub, downloaded if need be, or a path. Raises LlmpyError for anything else."""
+    """A model to use: one of the hub, downloaded if need be, or at a path; its vocabulary is that of its tokenizer.
+
+    Raises LlmpyError for anything else.
+    """
     if text in hub.NAMES:
-        return open_model(hub.download(text, say))
+        return _fitted(open_model(hub.download(text, say)), say)
     path = Path(text)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as fault:  # a name too long, a folder that may not be entered
+        raise unreadable(path, fault) from fault
+    if not there:
         raise LlmpyError(f"no model {text}", f"use {', '.join(hub.NAMES)}, or the path of a file or folder")
-    return open_model(path)
+    return _fitted(open_model(path), say)
+
+
+def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
+    """The tokenizer of a model, and what to call it. Raises LlmpyError if it came without, and is not GPT-2's."""
+    if source.tokenizer is not None:
+        return Tokenizer.load(source.tokenizer), f"the model's ({source.tokenizer})"
+    if source.config.vocab_size == GPT2_VOCAB:
+        return Tokenizer.gpt2(say), "GPT-2's"
+    raise LlmpyError(
+        f"{source.path} came without a tokenizer, which text needs", "put its tokenizer.json beside the model"
+    )
+
+
+def _fitted(source: Source, say: Callable[[str], None]) -> Source:
+    """The model without the rows of wte that no token has: some pad their vocabulary to a round number."""
+    if source.tokenizer is None:
+        return source
+    V, have = source.config.vocab_size, Tokenizer.load(source.tokenizer).vocab_size
+    if have == V:
+        return source
+    if have > V:
+        raise LlmpyError(
+            f"{source.tokenizer} has {have:,} tokens but the model {V:,}", "put the model's own tokenizer.json there"
+        )
+    say(f"note: of the {V:,} tokens of {source.path} its tokenizer has {have:,}: the others are left out")
+    config = replace(source.config, vocab_size=have)
+
+    def read(name: str) -> np.ndarray:
+        x = source.read(name)
+        return llmc.padded(x[: config.padded_vocab_size], config) if name == "wte" else x
+
+    return replace(source, config=config, read=read, load=None)
 
 
 def open_model(path: Path) -> Source:

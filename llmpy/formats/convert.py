@@ -29,7 +29,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
     to = options.to or BY_SUFFIX.get(target.suffix)
     if to is None:
         raise LlmpyError(f"{target} does not say its format", f"use --to {', '.join(MODEL_FORMATS)}")
-    _refuse_loss(target)
+    _refuse_loss(target, folder=to == "hf" or (to == "native" and target.suffix != ".safetensors"))
     source = open_model(options.source)
     say(f"read  {source.describe()}")
     dtype = options.dtype or (source.dtype if source.dtype in DTYPES[to] else DTYPES[to][0])
@@ -55,11 +55,14 @@ def _write(source: Source, target: Path, to: str, dtype: str) -> None:
         native.write_model(target, source)
 
 
-def _refuse_loss(target: Path) -> None:
-    """Raise LlmpyError if anything is there already."""
+def _refuse_loss(target: Path, folder: bool) -> None:
+    """Raise LlmpyError if anything is there already, or if a file has no folder to lie in."""
     try:
-        taken = any(target.iterdir()) if target.is_dir() else target.exists()
+        taken = any(target.iterdir()) if folder and target.is_dir() else target.exists()
+        homeless = not folder and not target.parent.is_dir()
     except OSError as fault:
         raise LlmpyError(f"cannot write {target}: {fault.strerror}", "choose another place") from fault
     if taken:
         raise LlmpyError(f"{target} exists", "choose a new name, or remove it")
+    if homeless:
+        raise LlmpyError(f"cannot write {target}: {target.parent} is no folder", "make it first, or choose another")

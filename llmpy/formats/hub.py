@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from ..cache import user_cache
-from ..download import fetch
+from ..download import fetch, hub
 from ..errors import LlmpyError
 from .huggingface import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = (CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE)
-ENDPOINT = "https://huggingface.co"
 
 
 def download(name: str, say: Callable[[str], None]) -> Path:
@@ -22,14 +20,13 @@ def download(name: str, say: Callable[[str], None]) -> Path:
     Raises LlmpyError if the network or the disk fails; what has arrived is kept, and continued from next time.
     """
     folder = user_cache() / "models" / name
-    endpoint = os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
     try:
         for file in FILES:
             if not (folder / file).is_file():
-                fetch(f"{endpoint}/openai-community/{name}/resolve/main/{file}", folder / file, say=say)
+                fetch(f"{hub()}/openai-community/{name}/resolve/main/{file}", folder / file, say=say)
     except LlmpyError as fault:
         why = str(fault).partition(" — ")[0]
         raise LlmpyError(
-            f"no {name}: {why}", "check the network, or download the folder elsewhere and give its path to --init"
+            f"no {name}: {why}", "check the network, or download the folder elsewhere and give its path"
         ) from fault
     return folder

@@ -207,6 +207,8 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
         if not named or not all(isinstance(f, str) and Path(f).name == f for f in named):
             raise damaged(folder / INDEX_FILE, "its weight_map does not name files beside it")
         files = sorted(set(named))
+    elif not (folder / weights).is_file():
+        raise LlmpyError(f"{folder} has no {weights}", "save the model as safetensors (save_pretrained does)")
     where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for path in (folder / name for name in files):
         with opened(path) as file:

@@ -21,6 +21,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..runfolder import TOKENIZER_FILE
 from .source import DTYPES, Source, cast, damaged, shapes, unreadable
 
 MODEL, DEBUG = 20240326, 20240327  # magic numbers
@@ -72,7 +73,9 @@ def read_model(path: Path) -> Source:
         x = read_at(path, places[name])
         return padded(x, config) if name == "wte" else x
 
-    return Source(path, f"model of llm.c, version {version}", config, NARROW[version], context, read)
+    beside = path.with_name(TOKENIZER_FILE)
+    tokenizer = beside if beside.is_file() else None
+    return Source(path, f"model of llm.c, version {version}", config, NARROW[version], context, read, tokenizer)
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint
+from ..arena import Arena
 from ..errors import LlmpyError
 from ..runfolder import MODEL_FILE
 from .huggingface import TOKENIZER_FILE, copy_tokenizer
@@ -25,7 +26,12 @@ def read_model(path: Path) -> Source:
 
     beside = path.with_name(TOKENIZER_FILE)
     tokenizer = beside if beside.is_file() else None
-    return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer)
+
+    def load(params: Arena) -> None:
+        checkpoint.load_parameters(path, params)
+
+    what, length = "model of llmpy", header.trained_length
+    return Source(path, what, header.config, "float32", length, read, tokenizer, load)
 
 
 def write_model(path: Path, source: Source) -> None:

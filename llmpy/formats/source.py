@@ -43,11 +43,15 @@ class Source:
     trained_length: int  # the T beyond which positions are untrained
     read: Callable[[str], np.ndarray]
     tokenizer: Path | None = None  # a tokenizer.json that belongs to it
+    load: Callable[[Arena], None] | None = None  # all tensors at once, where that is faster
 
     def fill(self, params: Arena) -> None:
-        """params := the tensors. Raises LlmpyError for numbers that are not finite: they would train to nothing."""
+        """params := the tensors. Raises LlmpyError for numbers that are not finite: nothing comes of them."""
+        if self.load is not None:
+            self.load(params)
         for tensor, view in params.items():
-            view[...] = self.read(tensor.name)
+            if self.load is None:
+                view[...] = self.read(tensor.name)
             if not np.isfinite(view).all():
                 raise LlmpyError(
                     f"{self.path}: {tensor.name} holds numbers that are not finite",
