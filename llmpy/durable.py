@@ -92,7 +92,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write {path}: {fault.strerror or fault}", "free some space or choose another folder"
         ) from fault
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink(missing_ok=True)
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

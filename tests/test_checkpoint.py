@@ -114,3 +114,9 @@ def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.M
 def test_saving_into_nowhere(tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match="cannot write"):
         checkpoint.save(tmp_path / "none" / "model.safetensors", tiny_model(), 8)
+
+
+def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("not a folder")
+    with pytest.raises(LlmpyError, match=r"cannot write .*taken.*model"):
+        durable.write_whole(tmp_path / "taken" / "model", lambda path: path.write_text("x"))
