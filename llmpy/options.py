@@ -201,7 +201,9 @@ class TrainOptions:
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        changes = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        # A file of --config may leave open what the run has settled.
+        changes = {name: value for name, value in told.items() if (name, value) not in LEFT_OPEN and value is not None}
         for name in FIXED:
             if name in changes and changes[name] != getattr(saved, name):
                 raise LlmpyError(
@@ -264,6 +266,7 @@ MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
 
 # How a run is told, no part of what it is; and what cannot change within one.
 TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
+LEFT_OPEN = (("model", ""), ("dtype", "auto"))
 FIXED = ("model", "vocab_size", "seed", "overfit")
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
 

@@ -117,7 +117,7 @@ class Trainer:
         self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
         self.stop_signal = 0
-        self._resumed = False
+        self._logs: dict[str, int] = {}  # bytes of the logs after the last step: what came since comes again on resume
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
         self._rate = 0.0
@@ -135,13 +135,17 @@ class Trainer:
         try:
             with stop_signals(self._stop):
                 self.keeper.begin(self.done)
-                if not self._resumed:
+                self._logs = self.journal.sizes()
+                if not self.done:
                     self.evaluate()
                 self.journal.begin_progress()
                 self._started = time.perf_counter()
                 while not self.stop_signal and not self.finished():
                     self._between_steps()
+                    if self.stop_signal:
+                        break
                     self.step()
+                    self._logs = self.journal.sizes()
                     if self.keeper.due(self.done) and not self._bad:
                         self._save()
                 self.journal.end_progress()
@@ -224,14 +228,22 @@ class Trainer:
         self._tell(loss, lr, norm, z, seconds)
 
     def _gradients(self) -> tuple[float, list[tuple[str, int]]]:
-        """Mean loss of the batches of one update, their gradients into `model.grads`; which batches they were."""
-        train, total, batches = self.feed.train, 0.0, []
+        """Mean loss of the batches of one update, their gradients into `model.grads`; which batches they were.
+
+        Batches weigh by their targets that count, so that several are as one that holds all their rows.
+        """
+        train, read, batches = self.feed.train, [], []
         if self.options.overfit:
             train.reset()
-        for i in range(self.micro_steps):
-            total += self.model.loss_and_grads(*train.next(), accumulate=i > 0, micro_steps=self.micro_steps)
+        for _ in range(self.micro_steps):
+            tokens, targets = train.next()
+            read.append((tokens.copy(), targets.copy(), int(np.count_nonzero(targets >= 0))))
             batches.append(train.batch)
-        return total / self.micro_steps, batches
+        total, counted = 0.0, max(1, sum(n for _, _, n in read))
+        for i, (tokens, targets, n) in enumerate(read):
+            share = counted / max(1, n)  # without masks `micro_steps`
+            total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
+        return total / counted, batches
 
     def _outlier(self, z: Mapping[str, float]) -> str:
         """Why this update is to be skipped, or ""."""
@@ -313,7 +325,7 @@ class Trainer:
             "bad_steps": self._bad,
             "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent},
             "tokens_per_s": self._rate,
-            "logs": self.journal.sizes(),
+            "logs": self._logs,
         }
         return state, position
 
@@ -324,7 +336,7 @@ class Trainer:
         self.optimizer.updates = manifest["updates"]
         for name, detector in self.detectors.items():
             detector.state = manifest["detectors"][name]
-        self.done, self._bad, self._resumed = manifest["step"], manifest["bad_steps"], True
+        self.done, self._bad = manifest["step"], manifest["bad_steps"]
         self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
         self._rate = manifest["tokens_per_s"]
         if self.done:
@@ -496,7 +508,7 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         lambda: check_disk(options, config, folder.path),
     )[0]
     marks = {"train": [*map(fingerprint, data.train)], "val": [*map(fingerprint, data.val)]}
-    if manifest is not None and any(manifest["data"][part] != marks[part] for part in marks):
+    if manifest is not None and any(contents(manifest["data"][part]) != contents(marks[part]) for part in marks):
         raise LlmpyError(
             f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
         )
@@ -530,6 +542,11 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     return trainer
 
 
+def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fingerprints without the names of the files, which may have been moved."""
+    return [{name: value for name, value in mark.items() if name != "name"} for mark in marks]
+
+
 def begin(
     options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
 ) -> tuple[TrainOptions, Source | None]:
@@ -547,12 +564,17 @@ def begin(
         check(init, ModelConfig.from_dial(init))
     if init is not None:
         start = formats.resolve(init, say)
-        init = init if init in hub.NAMES else str(Path(init).absolute())  # the run may go on from another folder
         say(f"init     {start.describe()}")
     model = dial(options.model, start)
     check(model, start.config if start else None)
+    return replace(anywhere(options), model=model), start
+
+
+def anywhere(options: TrainOptions) -> TrainOptions:
+    """The same with paths that hold in any folder, for the run may go on from another."""
     data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
-    return replace(options, model=model, init=init, data=data), start
+    init = options.init
+    return replace(options, data=data, init=init if init is None or init in hub.NAMES else str(Path(init).absolute()))
 
 
 def dial(model: str, start: Source | None) -> str:
@@ -598,7 +620,16 @@ def saved(
         now = options.resumed_from(before)
         return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
     before = TrainOptions.from_record(manifest["options"])
-    now = options.resumed_from(replace(before, dtype=manifest["dtype"]))
+    now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
+    if "init" in options.given and anywhere(options).init not in (None, before.init):
+        raise LlmpyError(
+            f"--init cannot change within a run: it is {before.init}", "leave it out, or use another --out"
+        )
+    if now.data != before.data and own_tokens(folder.path):
+        raise LlmpyError(
+            f"--data cannot change within a run: {folder.path} goes on with the tokens it made of its text",
+            "leave it out, or begin another run with --out",
+        )
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
     say(f"going on after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
@@ -633,12 +664,17 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
 
 def data_of(options: TrainOptions, folder: Path) -> tuple[Path, ...]:
     """What to read for a run that goes on: its own tokens where it made them, else the shards it was given."""
-    own = folder / "train.bin", folder / "val.bin"
-    if all(path.is_file() for path in own):
+    if own := own_tokens(folder):
         return own
     if options.data is None:
-        raise LlmpyError(f"{own[0]} or {own[1]} is missing", "restore them, or begin a new run")
+        raise LlmpyError(f"train.bin or val.bin in {folder} is missing", "restore them, or begin a new run")
     return options.data
+
+
+def own_tokens(folder: Path) -> tuple[Path, ...]:
+    """The tokens that a run made of text, if it did."""
+    own = folder / "train.bin", folder / "val.bin"
+    return own if all(path.is_file() for path in own) else ()
 
 
 def described(machine: Machine) -> dict[str, Any]:
