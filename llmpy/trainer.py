@@ -28,6 +28,7 @@ import numpy as np
 
 from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
+from .data.hellaswag import read_examples
 from .data.loader import Loader
 from .data.pack import is_dataset
 from .data.prepare import Dataset, prepare
@@ -40,6 +41,7 @@ from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
 from .init import initialise
 from .journal import Journal
+from .multiple_choice import MultipleChoice
 from .nonfinite import origin
 from .optimizer import AdamW
 from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
@@ -63,7 +65,7 @@ SMOOTHING = 0.95  # of the displayed tokens per second
 class Feed:
     """What a trainer reads: batches to train and to validate on, and the prompt of samples."""
 
-    def __init__(self, data: Dataset, options: TrainOptions) -> None:
+    def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
         if options.overfit:
@@ -71,6 +73,9 @@ class Feed:
         else:
             self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
         self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
+        self.choices: MultipleChoice | None = None
+        if options.hellaswag is not None:
+            self.choices = MultipleChoice(read_examples(options.hellaswag, size), config)
         self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
         self.opening = options.prompt or ""
         if data.tokenizer is not None:
@@ -253,10 +258,26 @@ class Trainer:
         return ""
 
     def evaluate(self) -> None:
+        """Say and record how good the model is, unless a stop signal comes: then there is nothing to say."""
+        self._validate()
+        if self.feed.choices is not None:
+            self._choose(self.feed.choices)
+
+    def _choose(self, choices: MultipleChoice) -> None:
+        """Say and record HellaSwag's accuracy."""
+        count = right = 0
+        for count in range(1, len(choices.examples) + 1):
+            if self.stop_signal:
+                return
+            right += choices.right(self.model, count - 1)
+        self._record(step=self.done, hellaswag=right / count)
+        self.journal.record_llmc(f"s:{self.done} eval:{right / count:.4f}")
+        self.journal.say(f"step {self.done:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")
+
+    def _validate(self) -> None:
         """Say and record the mean loss of the first `eval_batches` validation batches, always the same ones.
 
         Batches weigh by their targets that count: without a mask alike, as in llm.c.
-        A stop signal cuts it short: then there is nothing to say.
         """
         val = self.feed.val
         val.reset()
@@ -501,7 +522,7 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     config = shape(options.model, start, data)
     options = options.settled(config.channels, sum(map(len, data.train)))
     feed: Feed = all_of(
-        lambda: Feed(data, options),
+        lambda: Feed(data, options, config),
         lambda: check_length(options.sequence_length, config.context),
         lambda: options.micro_steps,
         lambda: check_memory(options, config, ops),
@@ -574,7 +595,9 @@ def anywhere(options: TrainOptions) -> TrainOptions:
     """The same with paths that hold in any folder, for the run may go on from another."""
     data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
     init = options.init
-    return replace(options, data=data, init=init if init is None or init in hub.NAMES else str(Path(init).absolute()))
+    if init is not None and init not in hub.NAMES:
+        init = str(Path(init).absolute())
+    return replace(options, data=data, init=init, hellaswag=options.hellaswag and options.hellaswag.absolute())
 
 
 def dial(model: str, start: Source | None) -> str:
