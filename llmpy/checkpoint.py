@@ -43,6 +43,10 @@ Pieces = list[np.ndarray]  # the bytes of a file, one after another
 Entries = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape and NumPy type of each tensor
 
 
+class Newer(LlmpyError):
+    """A checkpoint that is whole, but not for this program."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What a model file says of itself. `trained_length` is the T beyond which positions are untrained."""
@@ -158,10 +162,14 @@ def load_state(path: Path, table: Sequence[Tensor], m: np.ndarray, v: np.ndarray
 def write(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Pieces]) -> Path:
     """Write a checkpoint below `folder`, or nothing. `state` is JSON, `files` what the two others hold.
 
-    Raises OSError if the disk refuses; then nothing of it stays.
+    Raises OSError if the disk refuses; then nothing of it stays, but for one that is whole and whose name may not have
+    reached the disk. Another attempt at the same step finds that one, and never takes a whole one away.
     """
     final = folder / f"step-{step:08}"
-    making, former = folder / f".{final.name}.tmp", folder / f".{final.name}.old.tmp"
+    making = folder / f".{final.name}.tmp"
+    if final.exists():
+        durable.sync_folder(folder)
+        return final
     try:
         if not folder.exists():
             folder.mkdir()
@@ -173,16 +181,12 @@ def write(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str,
         text = _sealed({"format": FORMAT, "step": step, **state, "files": written})
         durable.write_stretches(making / MANIFEST, [np.frombuffer(text, np.uint8)])
         durable.sync_folder(making)
-        if final.exists():  # made by an earlier attempt at these steps
-            durable.replace(final, former)
         durable.replace(making, final)
         durable.sync_folder(folder)
     except OSError:
         with contextlib.suppress(OSError):
             durable.remove(making)
         raise
-    with contextlib.suppress(OSError):
-        durable.remove(former)
     return final
 
 
@@ -207,7 +211,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         if not sound:
             raise _damaged(checkpoint / MANIFEST, "its checksum differs")
         if manifest["format"] != FORMAT:
-            raise LlmpyError(
+            raise Newer(
                 f"{checkpoint} has format {manifest['format']}, this program reads {FORMAT}", "use a newer llmpy"
             )
         for name in (MODEL, STATE):
@@ -231,12 +235,15 @@ def listed(folder: Path) -> list[Path]:
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest sound checkpoint below `folder` and its manifest; None if there never was one.
 
-    Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged.
+    Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged, or
+    if the newest is of a newer program.
     """
     damaged = []
     for path in listed(folder):
         try:
             manifest = verify(path)
+        except Newer:
+            raise
         except LlmpyError as fault:
             say(f"warning: {str(fault).partition(' — ')[0]}")
             damaged.append(path)

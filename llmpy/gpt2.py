@@ -160,7 +160,7 @@ class GPT2:
         return self._mean(a.losses, targets)
 
     def loss_and_grads(
-        self, tokens: np.ndarray, targets: np.ndarray, accumulate: bool = False, micro_steps: int = 1
+        self, tokens: np.ndarray, targets: np.ndarray, accumulate: bool = False, micro_steps: float = 1
     ) -> float:
         """Mean loss of one micro-batch; gradients of (loss / micro_steps) into `self.grads`.
 

@@ -125,6 +125,9 @@ class TrainOptions:
     shuffle: bool = option(True, "visit the samples in random order")
     eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end", "-v")
     eval_batches: int = option(20, "batches of an evaluation, -1: all", "-m")
+    hellaswag: Path | None = option(
+        None, "tell the accuracy on this file of HellaSwag too, made by: llmpy data hellaswag", metavar="FILE"
+    )
     sample_every: int = option(0, "steps between samples, 0: only at the end", "-s")
     sample_tokens: int = option(128, "tokens of a sample", "-g")
     prompt: str | None = option(
@@ -201,7 +204,9 @@ class TrainOptions:
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        changes = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        # A file of --config may leave open what the run has settled.
+        changes = {name: value for name, value in told.items() if (name, value) not in LEFT_OPEN and value is not None}
         for name in FIXED:
             if name in changes and changes[name] != getattr(saved, name):
                 raise LlmpyError(
@@ -259,11 +264,12 @@ def names_file(model: str) -> bool:
     return model.endswith(".bin") or bool({"/", os.sep} & set(model))
 
 
-# Letters of llm.c about its GPUs, and HellaSwag; each takes a number.
+# Letters of llm.c about its GPUs, and HellaSwag, whose file is named here; each takes a number.
 MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
 
 # How a run is told, no part of what it is; and what cannot change within one.
 TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
+LEFT_OPEN = (("model", ""), ("dtype", "auto"))
 FIXED = ("model", "vocab_size", "seed", "overfit")
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
 

@@ -24,6 +24,7 @@ import psutil
 from .arena import Tensor
 from .backend import Ops
 from .config import GPT2_VOCAB, ModelConfig
+from .data.hellaswag import read_examples
 from .data.pack import is_dataset
 from .data.prepare import choose_vocab_size
 from .data.shards import count_tokens, is_shard
@@ -142,6 +143,8 @@ def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConf
     attempt(lambda: options.micro_steps)
     for name in options.track or ():
         attempt(package, name)
+    if options.hellaswag is not None:
+        attempt(read_examples, options.hellaswag, 1 << 16)
     files: list[Found] = []
     for path in options.data or ():
         if not is_dataset(path):

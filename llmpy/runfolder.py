@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Self
@@ -52,10 +50,15 @@ class Lock:
         self._file: int | None = None
 
     def take(self) -> bool:
-        """Whether this process has it now. Raises OSError if the file cannot be made."""
+        """Whether this process has it now. Raises OSError if the file cannot be made or locked."""
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _hold(file):
+            try:
+                held = _hold(file)
+            except OSError:
+                os.close(file)
+                raise
+            if not held:
                 os.close(file)
                 return False
             if _is(file, self.path):
@@ -82,7 +85,7 @@ class Lock:
 
 
 def _hold(file: int) -> bool:
-    """Take the system's lock on an open file if nobody has it."""
+    """Take the system's lock on an open file if nobody has it. Raises OSError where the file system has no locks."""
     try:
         if os.name == "posix":
             import fcntl
@@ -94,7 +97,7 @@ def _hold(file: int) -> bool:
             os.lseek(file, 1 << 30, os.SEEK_SET)  # a byte beyond the text, which others may read
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
             os.lseek(file, 0, os.SEEK_SET)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # the latter: Windows
         return False
     return True
 
@@ -145,6 +148,8 @@ class RunFolder:
                     break
                 if out is not None:
                     raise _taken(path, run._lock)
+            import tempfile  # not before: of many runs at once all but one leave above, and soon
+
             try:
                 _refuse_loss(path)
                 with tempfile.TemporaryFile(dir=path):
@@ -178,6 +183,8 @@ class RunFolder:
 
     def keep(self) -> None:
         """The run has begun: its log and metrics are worth keeping whatever comes."""
+        import shutil
+
         self._kept = True
         with contextlib.suppress(OSError):
             for name in _entries(self.path):

@@ -132,9 +132,9 @@ class Keeper:
     def _in_background(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:
         try:
             self._write(step, state, files)
-        except OSError as fault:
-            self._fault = fault
-            self._make_room(fault)
+        except (OSError, MemoryError) as fault:
+            self._fault = fault if isinstance(fault, OSError) else OSError(errno.ENOMEM, "out of memory")
+            self._make_room(self._fault)
 
     def _write(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:
         """The checkpoint, then the model of the run as another name of its file, then older ones go."""

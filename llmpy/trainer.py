@@ -28,6 +28,7 @@ import numpy as np
 
 from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
+from .data.hellaswag import read_examples
 from .data.loader import Loader
 from .data.pack import is_dataset
 from .data.prepare import Dataset, prepare
@@ -40,6 +41,7 @@ from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
 from .init import initialise
 from .journal import Journal
+from .multiple_choice import MultipleChoice
 from .nonfinite import origin
 from .optimizer import AdamW
 from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
@@ -63,7 +65,7 @@ SMOOTHING = 0.95  # of the displayed tokens per second
 class Feed:
     """What a trainer reads: batches to train and to validate on, and the prompt of samples."""
 
-    def __init__(self, data: Dataset, options: TrainOptions) -> None:
+    def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
         if options.overfit:
@@ -71,6 +73,9 @@ class Feed:
         else:
             self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
         self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
+        self.choices: MultipleChoice | None = None
+        if options.hellaswag is not None:
+            self.choices = MultipleChoice(read_examples(options.hellaswag, size), config)
         self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
         self.opening = options.prompt or ""
         if data.tokenizer is not None:
@@ -117,7 +122,7 @@ class Trainer:
         self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
         self.stop_signal = 0
-        self._resumed = False
+        self._logs: dict[str, int] = {}  # bytes of the logs after the last step: what came since comes again on resume
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
         self._rate = 0.0
@@ -135,13 +140,17 @@ class Trainer:
         try:
             with stop_signals(self._stop):
                 self.keeper.begin(self.done)
-                if not self._resumed:
+                self._logs = self.journal.sizes()
+                if not self.done:
                     self.evaluate()
                 self.journal.begin_progress()
                 self._started = time.perf_counter()
                 while not self.stop_signal and not self.finished():
                     self._between_steps()
+                    if self.stop_signal:
+                        break
                     self.step()
+                    self._logs = self.journal.sizes()
                     if self.keeper.due(self.done) and not self._bad:
                         self._save()
                 self.journal.end_progress()
@@ -224,14 +233,22 @@ class Trainer:
         self._tell(loss, lr, norm, z, seconds)
 
     def _gradients(self) -> tuple[float, list[tuple[str, int]]]:
-        """Mean loss of the batches of one update, their gradients into `model.grads`; which batches they were."""
-        train, total, batches = self.feed.train, 0.0, []
+        """Mean loss of the batches of one update, their gradients into `model.grads`; which batches they were.
+
+        Batches weigh by their targets that count, so that several are as one that holds all their rows.
+        """
+        train, read, batches = self.feed.train, [], []
         if self.options.overfit:
             train.reset()
-        for i in range(self.micro_steps):
-            total += self.model.loss_and_grads(*train.next(), accumulate=i > 0, micro_steps=self.micro_steps)
+        for _ in range(self.micro_steps):
+            tokens, targets = train.next()
+            read.append((tokens.copy(), targets.copy(), int(np.count_nonzero(targets >= 0))))
             batches.append(train.batch)
-        return total / self.micro_steps, batches
+        total, counted = 0.0, max(1, sum(n for _, _, n in read))
+        for i, (tokens, targets, n) in enumerate(read):
+            share = counted / max(1, n)  # without masks `micro_steps`
+            total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
+        return total / counted, batches
 
     def _outlier(self, z: Mapping[str, float]) -> str:
         """Why this update is to be skipped, or ""."""
@@ -241,10 +258,26 @@ class Trainer:
         return ""
 
     def evaluate(self) -> None:
+        """Say and record how good the model is, unless a stop signal comes: then there is nothing to say."""
+        self._validate()
+        if self.feed.choices is not None:
+            self._choose(self.feed.choices)
+
+    def _choose(self, choices: MultipleChoice) -> None:
+        """Say and record HellaSwag's accuracy."""
+        count = right = 0
+        for count in range(1, len(choices.examples) + 1):
+            if self.stop_signal:
+                return
+            right += choices.right(self.model, count - 1)
+        self._record(step=self.done, hellaswag=right / count)
+        self.journal.record_llmc(f"s:{self.done} eval:{right / count:.4f}")
+        self.journal.say(f"step {self.done:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")
+
+    def _validate(self) -> None:
         """Say and record the mean loss of the first `eval_batches` validation batches, always the same ones.
 
         Batches weigh by their targets that count: without a mask alike, as in llm.c.
-        A stop signal cuts it short: then there is nothing to say.
         """
         val = self.feed.val
         val.reset()
@@ -313,7 +346,7 @@ class Trainer:
             "bad_steps": self._bad,
             "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent},
             "tokens_per_s": self._rate,
-            "logs": self.journal.sizes(),
+            "logs": self._logs,
         }
         return state, position
 
@@ -324,7 +357,7 @@ class Trainer:
         self.optimizer.updates = manifest["updates"]
         for name, detector in self.detectors.items():
             detector.state = manifest["detectors"][name]
-        self.done, self._bad, self._resumed = manifest["step"], manifest["bad_steps"], True
+        self.done, self._bad = manifest["step"], manifest["bad_steps"]
         self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
         self._rate = manifest["tokens_per_s"]
         if self.done:
@@ -489,14 +522,14 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     config = shape(options.model, start, data)
     options = options.settled(config.channels, sum(map(len, data.train)))
     feed: Feed = all_of(
-        lambda: Feed(data, options),
+        lambda: Feed(data, options, config),
         lambda: check_length(options.sequence_length, config.context),
         lambda: options.micro_steps,
         lambda: check_memory(options, config, ops),
         lambda: check_disk(options, config, folder.path),
     )[0]
     marks = {"train": [*map(fingerprint, data.train)], "val": [*map(fingerprint, data.val)]}
-    if manifest is not None and any(manifest["data"][part] != marks[part] for part in marks):
+    if manifest is not None and any(contents(manifest["data"][part]) != contents(marks[part]) for part in marks):
         raise LlmpyError(
             f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
         )
@@ -530,6 +563,11 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     return trainer
 
 
+def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fingerprints without the names of the files, which may have been moved."""
+    return [{name: value for name, value in mark.items() if name != "name"} for mark in marks]
+
+
 def begin(
     options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
 ) -> tuple[TrainOptions, Source | None]:
@@ -551,12 +589,19 @@ def begin(
         except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
             least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
             raise together([fault, *problems(least, folder, ops)]) from fault
-        init = init if init in hub.NAMES else str(Path(init).absolute())  # the run may go on from another folder
         say(f"init     {start.describe()}")
     model = dial(options.model, start)
     check(model, start.config if start else None)
+    return replace(anywhere(options), model=model), start
+
+
+def anywhere(options: TrainOptions) -> TrainOptions:
+    """The same with paths that hold in any folder, for the run may go on from another."""
     data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
-    return replace(options, model=model, init=init, data=data), start
+    init = options.init
+    if init is not None and init not in hub.NAMES:
+        init = str(Path(init).absolute())
+    return replace(options, data=data, init=init, hellaswag=options.hellaswag and options.hellaswag.absolute())
 
 
 def dial(model: str, start: Source | None) -> str:
@@ -602,7 +647,16 @@ def saved(
         now = options.resumed_from(before)
         return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
     before = TrainOptions.from_record(manifest["options"])
-    now = options.resumed_from(replace(before, dtype=manifest["dtype"]))
+    now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
+    if "init" in options.given and anywhere(options).init not in (None, before.init):
+        raise LlmpyError(
+            f"--init cannot change within a run: it is {before.init}", "leave it out, or use another --out"
+        )
+    if now.data != before.data and own_tokens(folder.path):
+        raise LlmpyError(
+            f"--data cannot change within a run: {folder.path} goes on with the tokens it made of its text",
+            "leave it out, or begin another run with --out",
+        )
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
     say(f"going on after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
@@ -637,12 +691,17 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
 
 def data_of(options: TrainOptions, folder: Path) -> tuple[Path, ...]:
     """What to read for a run that goes on: its own tokens where it made them, else the shards it was given."""
-    own = folder / "train.bin", folder / "val.bin"
-    if all(path.is_file() for path in own):
+    if own := own_tokens(folder):
         return own
     if options.data is None:
-        raise LlmpyError(f"{own[0]} or {own[1]} is missing", "restore them, or begin a new run")
+        raise LlmpyError(f"train.bin or val.bin in {folder} is missing", "restore them, or begin a new run")
     return options.data
+
+
+def own_tokens(folder: Path) -> tuple[Path, ...]:
+    """The tokens that a run made of text, if it did."""
+    own = folder / "train.bin", folder / "val.bin"
+    return own if all(path.is_file() for path in own) else ()
 
 
 def described(machine: Machine) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -217,6 +218,93 @@ def test_a_stop_and_the_clock_leave_a_run_that_goes_on(tmp_path: Path) -> None:
     assert len(steps_of(tmp_path / "timed")) == made + 5
 
 
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("what", ["evaluation", "sample"])
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_stop_between_steps_leaves_no_gap_and_no_double(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, what: str, every: int
+) -> None:
+    """What is due between two steps and was begun, or done but for the step after it, is done once in the end."""
+    told = {"steps": 8, "eval_every": 2, "sample_every": 2, "sample_tokens": 6}
+    assert trainer.train(options(tmp_path, out=tmp_path / "whole", **told), Laptop()) == 0
+    if what == "evaluation":
+        true_loss = trainer.GPT2.loss
+
+        def loss(model: Any, *arguments: Any) -> float:
+            signal.raise_signal(signal.SIGTERM)
+            return true_loss(model, *arguments)
+
+        def chosen(model: Any, *arguments: Any) -> float:
+            return (loss if here() else true_loss)(model, *arguments)
+
+        monkeypatch.setattr(trainer.GPT2, "loss", chosen)
+    else:
+        true_generate = trainer.generate
+
+        def generate(*arguments: Any, **more: Any) -> Any:
+            for i, token in enumerate(true_generate(*arguments, **more)):
+                if i == 2 and here():
+                    signal.raise_signal(signal.SIGTERM)
+                yield token
+
+        monkeypatch.setattr(trainer, "generate", generate)
+    made: list[trainer.Trainer] = []
+    true_run = trainer.Trainer.run
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: (made.append(self), true_run(self))[1])
+
+    def here() -> bool:
+        return len(made) == 1 and made[0].done == step and not made[0].stop_signal
+
+    stopped = trainer.train(options(tmp_path, checkpoint_every=every, **told), Laptop())
+    run = tmp_path / "run"
+    if what == "sample" and step == 0:
+        assert stopped == 0  # no sample is due before the first step
+    else:
+        assert stopped == 143
+        assert [p.name for p in checkpoint.listed(run / "checkpoints")][0] == f"step-{step:08}"
+    assert trainer.train(resumed(run, checkpoint_every=1), Laptop()) == 0
+    assert outcome(run, 8) == outcome(tmp_path / "whole", 8)
+
+
+def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it leaves open stays as the run has it."""
+    from llmpy.options import as_yaml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    data(tmp_path / "shards")
+    told = options(tmp_path, steps=3, lr=None, data=(Path("shards"),), model="")
+    (tmp_path / "run.yaml").write_text(as_yaml(told), "utf-8")
+    assert trainer.train(TrainOptions.gather({"config": tmp_path / "run.yaml", "out": tmp_path / "run"}), Laptop()) == 0
+    again = TrainOptions.gather({"config": tmp_path / "run.yaml", "resume": tmp_path / "run", "steps": 5})
+    assert trainer.train(again, Laptop()) == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))["options"]["data"] == [
+        str(tmp_path / "shards")
+    ]
+
+
+def test_data_that_were_moved_and_data_that_cannot_be_read_again(tmp_path: Path) -> None:
+    assert trainer.train(options(tmp_path, steps=2), Laptop()) == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in tmp_path.glob("*.bin"):
+        path.rename(moved / f"my_{path.name}")
+    with pytest.raises(LlmpyError):
+        trainer.train(resumed(tmp_path / "run", steps=4), Laptop())
+    assert trainer.train(resumed(tmp_path / "run", steps=4, data=(moved,)), Laptop()) == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(400)), "utf-8")
+    of_text = tmp_path / "of text"
+    assert trainer.train(options(tmp_path, data=(text,), steps=2, out=of_text), Laptop()) == 0
+    assert trainer.train(resumed(of_text, data=(text,), steps=3), Laptop()) == 0
+    (tmp_path / "other.txt").write_text("another text\n" * 1000, "utf-8")
+    for changes, said in (({"data": (tmp_path / "other.txt",)}, "--data"), ({"init": str(tmp_path / "run")}, "--init")):
+        with pytest.raises(LlmpyError, match=f"{said} cannot change within a run"):
+            trainer.train(resumed(of_text, steps=4, **changes), Laptop())
+
+
 crash = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks, and reads Linux's list of open files")
 
 
@@ -281,6 +369,20 @@ def test_a_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_text("4194999\n")
     assert trainer.train(told, Laptop()) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fcntl")
+def test_a_file_system_without_locks_is_not_a_run_that_is_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(LlmpyError, match=r"cannot write to the run folder .*run: No locks available"):
+        trainer.train(options(tmp_path), Laptop())
 
 
 @pytest.mark.parametrize("B", [1, 4, 6])

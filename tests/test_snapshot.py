@@ -169,6 +169,60 @@ def test_a_full_disk_frees_the_older_ones(tmp_path: Path, monkeypatch: pytest.Mo
     assert [int(p.name[5:]) for p in checkpoint.listed(tmp_path / "checkpoints")] == [7, 6]
 
 
+def test_another_attempt_at_a_step_never_takes_its_checkpoint_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is whole when the link of its model fails, and must be at every moment from then on."""
+    run = Run(tmp_path, keep=1)
+    run.save(2)
+    true_link, true_replace, failures = durable.link, durable.replace, [True]
+
+    def link(*arguments: Path) -> None:
+        if failures and failures.pop():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true_link(*arguments)
+
+    def replace(source: Path, target: Path) -> None:
+        true_replace(source, target)
+        assert checkpoint.newest(tmp_path / "checkpoints", lambda _: None) is not None
+
+    monkeypatch.setattr(durable, "link", link)
+    monkeypatch.setattr(durable, "replace", replace)
+    run.keeper.finish(3, run.state(), run.loader.position)
+    found = checkpoint.newest(tmp_path / "checkpoints", lambda _: None)
+    assert found is not None
+    assert found[1]["step"] == run.keeper.last == 3
+    assert os.path.samefile(found[0] / MODEL, tmp_path / MODEL)
+
+
+def test_a_thread_that_runs_out_of_memory_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, every=20)
+
+    def none(*_: Any) -> Path:
+        raise MemoryError
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "write", none)
+        run.keeper.save(20, run.state(), run.loader.position)
+        run.keeper.close()
+    assert "warning: cannot write a checkpoint: out of memory; none exists yet" in capsys.readouterr().out
+    assert not run.keeper.due(21)
+    assert run.keeper.due(22), "tried again before the next multiple"
+
+
+def test_a_checkpoint_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(2)
+    newer = run.save(4)
+    manifest = json.loads((newer / MANIFEST).read_bytes())["manifest"] | {"format": 2}
+    (newer / MANIFEST).write_bytes(checkpoint._sealed(manifest))
+    with pytest.raises(LlmpyError, match="has format 2, this program reads 1 — use a newer llmpy"):
+        checkpoint.newest(tmp_path / "checkpoints", lambda _: None)
+    assert newer.exists()
+
+
 @pytest.mark.parametrize("sizes", [(4096, 10), (4096, 3 * durable.STRETCH + 5, 7), (1,), (0,), (durable.STRETCH,)])
 @pytest.mark.parametrize("direct", [True, False])
 def test_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], direct: bool) -> None:
