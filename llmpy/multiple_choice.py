@@ -2,8 +2,8 @@
 
 choice = argmin over the endings of the mean cross-entropy of their tokens, given context and ending so far
 
-The first of equals, as in llm.c (`llmc/dataloader.h`, EvalLoader); elsewhere this is called acc_norm. A row is as long as
-the longest example needs, whatever the batches of training are.
+The first of equals, as in llm.c (`llmc/dataloader.h`, EvalLoader); elsewhere this is called acc_norm. A row is as long
+as the longest example needs, whatever the batches of training are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class MultipleChoice:
     def __init__(self, examples: Examples, config: ModelConfig) -> None:
         """Raises LlmpyError if an example is longer than the model's context."""
         self.examples = examples
-        T = max(e.context.size + max(ending.size for ending in e.endings) for e in examples) - 1
+        every = map(examples.__getitem__, range(len(examples)))
+        T = max(e.context.size + max(ending.size for ending in e.endings) for e in every) - 1
         if config.context < T:
             raise LlmpyError(
                 f"the longest example of --hellaswag has {T + 1:,} tokens, the model's context {config.context:,}",
@@ -35,7 +36,7 @@ class MultipleChoice:
         """Whether the model chooses the right ending of example i."""
         tokens, targets = self._rows(self.examples[i])
         model.loss(tokens, targets)
-        acts = model.reserve(*tokens.shape, training=False)
+        acts = model.reserve(ENDINGS, tokens.shape[1], training=False)
         losses = model.ops.to_host(acts.losses).reshape(tokens.shape)  # 0 where there is no target
         means = losses.sum(axis=1, dtype=np.float64) / np.count_nonzero(targets >= 0, axis=1)
         return int(np.argmin(means)) == self.examples[i].label

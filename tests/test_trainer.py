@@ -636,7 +636,7 @@ def test_a_folder_that_cannot_be_written(options: Options, tmp_path: Path, monke
     def read_only(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("llmpy.runfolder.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(LlmpyError, match="Permission denied — choose another with --out"):
         trainer.train(options(), Laptop())
     assert not (tmp_path / "run").exists()
