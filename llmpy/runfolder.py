@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Self
@@ -244,10 +245,11 @@ def _refuse_loss(path: Path) -> None:
     names = [name for name in _entries(path) if name != LOCK and not CUT_OFF.fullmatch(name)]
     if MODEL_FILE in names:
         raise LlmpyError(
-            f"{path} already holds a trained model", f"choose another --out, or go on with it: --resume {path}"
+            f"{path} already holds a trained model",
+            f"choose another --out, or go on with it: --resume {shlex.quote(str(path))}",
         )
     if _holds_run(path):
-        raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {path}")
+        raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {shlex.quote(str(path))}")
     if names:
         raise LlmpyError(f"{path} is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out")
 

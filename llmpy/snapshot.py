@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -105,7 +106,7 @@ class Keeper:
                 kept += f"; the model of step {step} was saved without what --resume needs"
             raise LlmpyError(
                 f"the checkpoint of step {step} could not be written: {fault.strerror or fault}; {kept}",
-                f"make room, then go on with: llmpy train --resume {self.run}",
+                f"make room, then go on with: llmpy train --resume {shlex.quote(str(self.run))}",
             ) from fault
 
     def close(self) -> None:
