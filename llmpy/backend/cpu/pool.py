@@ -24,8 +24,8 @@ import numpy as np
 LINE = 8
 LOCK, GENERATION, JOB, STATE, ACTIVE = (LINE * i for i in range(5))
 SIZE = 5 * LINE
-LAST_LOOKS = 1_000
 SPINS = 20_000  # looks: a quarter of a millisecond or so, longer than Python takes from one kernel to the next
+LAST_LOOKS = 1_000  # longer than from `wake` to the announcement of the job
 
 _memory = np.zeros(SIZE + LINE, np.int64)
 BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line

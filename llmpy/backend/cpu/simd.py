@@ -177,20 +177,16 @@ IN_L2 = 2  # the prefetch hint that leaves L1 alone
 
 def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> Callable[[ir.Value], None]:
     """What step k of a loop does to ask for the k-th line of several lists, see `microkernel`."""
-    starts, end = [], I64(0)
-    for _, _, _, lines in lists:
-        starts.append(end)
-        end = bd.add(end, lines)
+    ends = [lists[0][3]]
+    for _, _, _, lines in lists[1:]:
+        ends.append(bd.add(ends[-1], lines))
+    starts = [I64(0), *ends[:-1]]
 
     def ask(k: ir.Value) -> None:
-        base, gap, step, line = nothing, I64(0), I64(0), I64(0)
-        within = bd.icmp_signed("<", k, end)
-        for start, (soon, its_gap, its_step, _) in reversed(list(zip(starts[1:] + [end], lists, strict=True))):
-            here = bd.icmp_signed("<", k, start)
-            base, gap, step = (bd.select(here, x, y) for x, y in ((soon, base), (its_gap, gap), (its_step, step)))
-        for start in starts:
-            line = bd.select(bd.icmp_signed("<", k, start), line, bd.sub(k, start))
-        line = bd.select(within, line, I64(0))
+        base, gap, step, line = nothing, I64(0), I64(0), I64(0)  # behind the last list
+        for start, end, (soon, its_gap, its_step, _) in reversed(list(zip(starts, ends, lists, strict=True))):
+            here, its = bd.icmp_signed("<", k, end), (soon, its_gap, its_step, bd.sub(k, start))
+            base, gap, step, line = (bd.select(here, x, y) for x, y in zip(its, (base, gap, step, line), strict=True))
         down, along = bd.mul(bd.and_(line, I64(TOGETHER - 1)), gap), bd.mul(bd.udiv(line, I64(TOGETHER)), step)
         _prefetch(bd, _at(bd, bd.add(base, bd.add(down, along)), I8), locality=IN_L2)
 
