@@ -25,7 +25,7 @@ import numba
 import numpy as np
 
 from llmpy import backend
-from llmpy.backend.cpu.gemm import EDGE, NOTHING, PANEL, multiply_panel, pack_transposed
+from llmpy.backend.cpu.gemm import EDGE, PANEL, multiply_panel, pack_transposed
 from llmpy.backend.cpu.jit import kernel
 from llmpy.backend.cpu.simd import ADD, KC, LANES, MR, NR, NV, WRITE, address, microkernel
 from llmpy.backend.reference import gelu
@@ -94,7 +94,7 @@ def tile_in_registers(out, inp, weight_t):
         for t in range(0, BT, MR):
             row = min(t, BT - MR)
             a, b, c = address(inp) + 4 * row * C, address(weight_t) + 4 * col, address(out) + 4 * (row * OC + col)
-            microkernel(inp, NV, a, 4 * C, 4, b, OC, c, OC, C, WRITE, NOTHING)
+            microkernel(inp, NV, a, 4 * C, 4, b, OC, c, OC, C, WRITE, None)
 
 
 @kernel

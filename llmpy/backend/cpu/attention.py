@@ -23,11 +23,11 @@ import numpy as np
 from .gelu import exp
 from .gemm import multiply_panel, pack_columns, pack_rows, pack_transposed, panel_width, words
 from .jit import fork, inline, kernel
-from .simd import ADD, LANES, MR, NR, WRITE, address, f32, maximum, per_word, to, typed
+from .simd import ADD, LANES, MR, NR, WRITE, address, f32, from_rank, larger, per_word, to, to_rank, typed
 
-TILE_Q = -(-64 // MR) * MR
+TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
-MINUS_INFINITY, ZERO = np.float32(-np.inf), np.float32(0)
+MINUS_INFINITY = np.float32(-np.inf)
 
 
 def scratch_size(T: int, HS: int) -> int:
@@ -39,17 +39,26 @@ def scratch_size(T: int, HS: int) -> int:
 
 
 @inline
+def _cut(cols):
+    """The width of as few panels as hold `cols` columns, about equal: a narrow one is slower than its share."""
+    panels = (cols + NR - 1) // NR
+    return (cols + panels * LANES - 1) // (panels * LANES) * LANES
+
+
+@inline
 def _pack_turned(packed, matrix, first, T, col, HS):
-    """T rows of one head, transposed: the panel of rows k … k + NR starts at packed[k·words(HS)]."""
-    for k in range(0, T, NR):
-        pack_transposed(packed[k * words(matrix, HS) :], matrix, first + k, col, HS, min(NR, T - k))
+    """T rows of one head, transposed: the panel that begins with row k starts at packed[k·words(HS)]."""
+    width = _cut(min(T, TILE_K))
+    for k in range(0, T, width):
+        pack_transposed(packed[k * words(matrix, HS) :], matrix, first + k, col, HS, min(width, T - k))
 
 
 @inline
 def _pack_lying(packed, matrix, first, T, col, HS):
-    """T rows of one head as they lie: the panel of columns c … c + NR starts at packed[c·words(T)]."""
-    for c in range(0, HS, NR):
-        pack_rows(packed[c * words(matrix, T) :], matrix, first, col + c, T, min(NR, HS - c))
+    """T rows of one head as they lie: the panel that begins with column c starts at packed[c·words(T)]."""
+    width = _cut(HS)
+    for c in range(0, HS, width):
+        pack_rows(packed[c * words(matrix, T) :], matrix, first, col + c, T, min(width, HS - c))
 
 
 @inline
@@ -57,16 +66,18 @@ def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, ed
     """tile (rows, TILE_K) := rows of one head · turned rowsᵗ, for the panels that begin before last_key."""
     ld, size = matrix.shape[1], 4 // per_word(matrix)
     a = address(matrix) + size * (row * ld + col)
-    for k in range(first_key, last_key, NR):
+    width = _cut(min(T, TILE_K))
+    for k in range(first_key, last_key, width):
         c, panel = address(tile) + 4 * (k - first_key), turned[k * words(matrix, HS) :]
-        multiply_panel(c, TILE_K, matrix, a, size * ld, 4, panel, rows, min(NR, T - k), HS, WRITE, edge)
+        multiply_panel(c, TILE_K, matrix, a, size * ld, 4, panel, rows, min(width, T - k), HS, WRITE, edge)
 
 
 @inline
 def _weighted(sums, like, a, rs_a, cs_a, lying, first, T, rows, HS, depth, edge):
     """sums (rows, HS) += A (rows, depth) · lying rows first … first + depth.  a: address, strides in bytes."""
-    for col in range(0, HS, NR):
-        cols = min(NR, HS - col)
+    width = _cut(HS)
+    for col in range(0, HS, width):
+        cols = min(width, HS - col)
         panel = lying[col * words(like, T) + first // per_word(like) * panel_width(cols) :]
         multiply_panel(address(sums) + 4 * col, HS, like, a, rs_a, cs_a, panel, rows, cols, depth, ADD, edge)
 
@@ -89,10 +100,12 @@ def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale):
         if valid < TILE_K:
             for j in range(TILE_K):
                 line[j] = line[j] if j < valid else MINUS_INFINITY
-        highest = MINUS_INFINITY
+        rank = to_rank(MINUS_INFINITY)
         for j in range(TILE_K):
-            highest = maximum(highest, line[j])
-        highest = maximum(top[i], highest * scale)
+            rank = larger(rank, to_rank(line[j]))
+        highest = from_rank(rank) * scale
+        if highest < top[i]:
+            highest = top[i]
         summed = np.float32(0)
         for j in range(TILE_K):
             e = exp(line[j] * scale - highest)
@@ -162,10 +175,14 @@ def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, scale):
     for i in range(rows):
         valid = row + i + 1 - first_key
         line, dline, weight, dweight, shift, mean = s[i], ds[i], p[i], dp[i], lse[i], d[i]
+        if valid < TILE_K:
+            for j in range(TILE_K):
+                line[j] = line[j] if j < valid else MINUS_INFINITY
+                dline[j] = dline[j] if j < valid else mean
         for j in range(TILE_K):
             e = exp(line[j] * scale - shift)
-            weight[j] = to(weight, e if j < valid else ZERO)
-            dweight[j] = to(dweight, e * (dline[j] - mean) * scale if j < valid else ZERO)
+            weight[j] = to(weight, e)
+            dweight[j] = to(dweight, e * (dline[j] - mean) * scale)
 
 
 @inline

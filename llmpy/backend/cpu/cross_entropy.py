@@ -16,7 +16,7 @@ import numpy as np
 
 from .gelu import exp
 from .jit import fork, inline, kernel
-from .simd import f32, maximum, to
+from .simd import f32, from_rank, larger, to, to_rank
 
 
 @inline
@@ -28,9 +28,10 @@ def _row(worker, row, losses, logits, targets, vocab_size, scale, gradient):
             for c in range(logits.shape[1]):
                 logits[row, c] = 0
         return
-    top = f32(logits[row, 0])
+    rank = to_rank(f32(logits[row, 0]))
     for c in range(vocab_size):
-        top = maximum(top, f32(logits[row, c]))
+        rank = larger(rank, to_rank(f32(logits[row, c])))
+    top = from_rank(rank)
     hit = f32(logits[row, target])
     total = np.float32(0)
     for c in range(vocab_size):

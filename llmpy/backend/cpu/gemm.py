@@ -55,7 +55,6 @@ from .simd import (
 
 ZERO = np.float32(0)
 NONE = (0, 0, 0, 0)  # no cache lines to ask for
-NOTHING = (NONE, NONE, NONE)
 PANEL = KC * NR  # words of a packed panel
 EDGE = MR * KC + MR * NR  # words for a tile at the border: rows of A, then the tile of C
 
@@ -161,8 +160,8 @@ def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, ed
     """
     for i in range(0, rows, MR):
         some = min(MR, rows - i)
-        tile, strip, ahead = c + 4 * i * rs_c, a + i * rs_a, NOTHING
-        multiply_tile(tile, rs_c, like, strip, rs_a, cs_a, panel, some, cols, kc, mode, edge, ahead)
+        tile, strip = c + 4 * i * rs_c, a + i * rs_a
+        multiply_tile(tile, rs_c, like, strip, rs_a, cs_a, panel, some, cols, kc, mode, edge, None)
 
 
 @inline
@@ -222,20 +221,7 @@ def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, e
             else:
                 edge[i * total + k] = get(where) if k < whole else get_half(where)
     tile = address(edge) + 4 * MR * total
-    microkernel(
-        like,
-        width // LANES,
-        address(edge),
-        4 * total,
-        4,
-        b,
-        width,
-        tile,
-        width,
-        total,
-        WRITE,
-        NOTHING,
-    )
+    microkernel(like, width // LANES, address(edge), 4 * total, 4, b, width, tile, width, total, WRITE, None)
     for i in range(rows):
         for j in range(cols):
             where = c + 4 * (i * rs_c + j)

@@ -7,7 +7,7 @@ LLVM turns the loops of the other files into vector code by itself. It needs hel
     copy_row, copy_strip      rows into a packed panel
     write_row, read_row       a row of a tile to and from memory
     address       where an array begins, as an integer (microkernels work on addresses)
-    fma, maximum, float_to_bits, get, put …      one instruction each
+    fma, larger, float_to_bits, get, put …       one instruction each
 
     microkernel:  C[MR, n] (+)= Σ_k A[:, k] ⊗ B[k, n]           n = 1 … NV vectors of LANES columns
 
@@ -190,7 +190,7 @@ def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> 
         down, along = bd.mul(bd.and_(line, I64(TOGETHER - 1)), gap), bd.mul(bd.udiv(line, I64(TOGETHER)), step)
         _prefetch(bd, _at(bd, bd.add(base, bd.add(down, along)), I8), locality=IN_L2)
 
-    return ask if HOST.ahead else lambda k: None
+    return ask
 
 
 def _tile_loop(
@@ -203,7 +203,7 @@ def _tile_loop(
     b: ir.Value,
     rs_b: ir.Value,
     words: ir.Value,
-    ahead: Callable[[ir.Value], None],
+    ask: Callable[[ir.Value], None] | None,
 ) -> list[list[ir.Value]]:
     """The loop over k; leaves the builder behind it and returns the MR × nv accumulators."""
     rows = [_at(bd, bd.add(a, bd.mul(rs_a, I64(i))), I8) for i in range(MR)]
@@ -215,7 +215,8 @@ def _tile_loop(
         phi.add_incoming(start, entry)
     tile = [[bd.phi(VECTOR) for _ in range(nv)] for _ in range(MR)]
     vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
-    ahead(k)
+    if ask:
+        ask(k)
     sums = []
     for i in range(MR):
         scalar = bd.load(bd.bitcast(bd.gep(rows[i], [offset_a]), F32.as_pointer()))
@@ -259,18 +260,20 @@ def microkernel(
     addresses; rs_a and cs_a strides in bytes, so that A may be rows, columns or packed; rs_b and rs_c in
     words. C is float32.
 
-    `ahead` holds lists of cache lines (soon, gap, step, lines): line n is at soon + (n mod TOGETHER)·gap +
+    `ahead`, None or lists of cache lines (soon, gap, step, lines): line n is at soon + (n mod TOGETHER)·gap +
     (n div TOGETHER)·step, in bytes. Every step asks for one of them, into L2: what is needed next would be waited
-    for, and asking for all at once would hold up the loads of B.
+    for, and asking for all at once would hold up the loads of B. Steps of fewer than NV vectors are too short to
+    hide this and do not ask.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
+    asks = HOST.ahead and ahead != types.none
     signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, ahead)
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, mode, ahead = args
-        lists = [[bd.extract_value(ahead, (i, j)) for j in range(4)] for i in range(LISTS)]
-        ask = _asker(bd, lists, b)
+        lists = [[bd.extract_value(ahead, (i, j)) for j in range(4)] for i in range(LISTS)] if asks else []
+        ask = _asker(bd, lists, b) if asks else None
         b, c = _at(bd, b), _at(bd, c)
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
         adding = bd.icmp_signed("==", mode, I64(ADD))
@@ -284,7 +287,7 @@ def microkernel(
             block = bd.append_basic_block(f"tile{n}")
             choice.add_case(I64(n), block)
             bd.position_at_end(block)
-            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words, ask)
+            sums = _tile_loop(bd, multiply, n, a, rs_a, cs_a, b, rs_b, words, ask if n == NV else None)
             plus, write = bd.append_basic_block("plus"), bd.append_basic_block("write")
             bd.cbranch(adding, plus, write)
             bd.position_at_end(plus)
@@ -352,15 +355,42 @@ def address(typingctx: Any, array: Any) -> Any:
     return types.int64(array), codegen
 
 
+def _mirrored(bd: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """The bits of a negative float32 turned over but for the sign, and back again."""
+    return bd.xor(bits, bd.and_(bd.ashr(bits, I32(31)), I32(0x7FFFFFFF)))
+
+
 @intrinsic
-def maximum(typingctx: Any, x: Any, y: Any) -> Any:
-    """The larger of two float32; NaN if either is (so that a NaN score is not lost in a maximum)."""
+def to_rank(typingctx: Any, x: Any) -> Any:
+    """An int32 that orders as the float32 does; a NaN lies beyond all numbers, on the side of its sign.
+
+    A maximum of floats must not lose a NaN by definition, which costs six instructions; one of integers costs one.
+    """
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        fn = ir.FunctionType(F32, [F32, F32])
-        return bd.call(cgutils.get_or_insert_function(bd.module, fn, "llvm.maximum.f32"), args)
+        return _mirrored(bd, bd.bitcast(args[0], I32))
 
-    return types.float32(types.float32, types.float32), codegen
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def from_rank(typingctx: Any, x: Any) -> Any:
+    """The float32 of an int32 that `to_rank` made."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.bitcast(_mirrored(bd, args[0]), F32)
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def larger(typingctx: Any, x: Any, y: Any) -> Any:
+    """The larger of two int32."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.select(bd.icmp_signed(">", *args), *args)
+
+    return types.int32(types.int32, types.int32), codegen
 
 
 @intrinsic
