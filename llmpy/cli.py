@@ -33,6 +33,7 @@ from .options import (
     DecodeOptions,
     OpsOptions,
     PeersOptions,
+    PlanOptions,
     SampleOptions,
     SelftestOptions,
     TrainOptions,
@@ -101,6 +102,15 @@ def convert(options: ConvertOptions) -> int:
     from .formats.convert import convert
 
     convert(options, print)
+    return 0
+
+
+def plan(options: PlanOptions) -> int:
+    """Tell what a run will need: memory, time, tokens, disk; on this machine or several."""
+    from .plan import plan, table
+
+    numbers = plan(options)
+    print(json.dumps(numbers) if options.json else table(numbers))
     return 0
 
 
@@ -260,6 +270,7 @@ def build_parser() -> Parser:
         ("sample", sample, SampleOptions),
         ("data", data, DataOptions),
         ("convert", convert, ConvertOptions),
+        ("plan", plan, PlanOptions),
         ("selftest", selftest, SelftestOptions),
     ):
         add_verb(verbs, name, function, options)

@@ -339,6 +339,55 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """`llmpy plan`."""
+
+    model: str = option("gpt2", "size, as in train", "-e")
+    batch_size: int = option(4, "rows of a batch of one machine", "-B", "-b")
+    sequence_length: int = option(1024, "tokens of a row", "-T", "-t")
+    total_batch: int | None = option(
+        None, "tokens of an update, gathered over batches and machines (default: a batch of each)", "-d",
+        metavar="TOKENS",
+    )  # fmt: skip
+    tokens: int | None = option(None, "tokens to train on, beside what others recommend", metavar="TOKENS")
+    vocab_size: int | None = option(None, "tokens of the vocabulary (default: GPT-2's)")
+    recompute: int = option(1, "activations computed again in backward, as in train", "-r")
+    checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
+    keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
+    keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
+    nodes: int = option(1, "machines like this one: data parallel, moments divided among them (ZeRO-1)")
+    bandwidth: float | None = option(None, "of the network: Gbit/s of each machine, in and out at once")
+    latency: float = option(50.0, "of the network: microseconds of a message")
+    price_per_hour: float | None = option(None, "of one machine, in any currency")
+    peak: float | None = option(None, "of a machine other than this one: GFLOP/s of multiply-adds")
+    memory_bandwidth: float | None = option(None, "of that machine: GB/s of a stream")
+    memory: float | None = option(None, "of that machine: GB (default: what is free here)")
+    recipe: str | None = option(None, "options of a script of llm.c; others given win", choices=tuple(RECIPES))
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "total_batch", "tokens", "vocab_size", "nodes", "bandwidth")
+        positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory", "threads")
+        not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute")
+        below(self, "nodes", 1 << 20)
+        below(self, "tokens", 1 << 62)
+        if self.recompute > 2:
+            raise _refusal("recompute", self.recompute, "use 0, 1 or 2")
+        if self.nodes > 1 and self.bandwidth is None:
+            raise _refusal("nodes", self.nodes, "tell the network too: --bandwidth GBIT")
+        known(self, "dtype", DTYPES)
+
+    @classmethod
+    def gather(cls, given: Mapping[str, Any]) -> Self:
+        """The options of a command line, and what it leaves open from --recipe."""
+        names = {f.name for f in options_of(cls)}
+        recipe = RECIPES.get(given.get("recipe", ""), {})
+        return cls(**{name: value for name, value in recipe.items() if name in names} | dict(given))
+
+
+@dataclass(frozen=True)
 class DecodeOptions:
     """`llmpy bench decode`."""
 

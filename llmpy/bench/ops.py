@@ -301,14 +301,25 @@ def moved_bytes(op: str, c: Case, args: Args) -> int:
     return total
 
 
-def time_case(ops: Any, op: str, case: Case) -> dict[str, Any]:
-    """Median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else."""
+def time_case(
+    ops: Any,
+    op: str,
+    case: Case,
+    budget: float = BUDGET,
+    repeats: int = REPEATS,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else.
+
+    It is called for `budget` seconds, but at least `repeats` times; `before` each of them, untimed, something else.
+    """
     args = BUILD[op][0](case, Draw(ops))
     call, values = getattr(ops, op), tuple(args.values())
     call(*values)
     times: list[float] = []
-    stop = time.perf_counter() + BUDGET
-    while time.perf_counter() < stop or len(times) < REPEATS:
+    stop = time.perf_counter() + budget
+    while time.perf_counter() < stop or len(times) < repeats:
+        before()
         start = time.perf_counter()
         call(*values)
         times.append(time.perf_counter() - start)
