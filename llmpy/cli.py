@@ -31,6 +31,7 @@ from .options import (
     ConvertOptions,
     DataOptions,
     DecodeOptions,
+    DoctorOptions,
     OpsOptions,
     PeersOptions,
     PlanOptions,
@@ -112,6 +113,15 @@ def plan(options: PlanOptions) -> int:
     numbers = plan(options)
     print(json.dumps(numbers) if options.json else table(numbers))
     return 0
+
+
+def doctor(options: DoctorOptions) -> int:
+    """Look at this machine: CPU, threads, memory, caches, packages, network; a fix for each problem."""
+    from .doctor import can_train, doctor, record, table
+
+    checks = doctor(options)
+    print(json.dumps(record(checks)) if options.json else table(checks, sys.stdout))
+    return 0 if can_train(checks) else 1
 
 
 def selftest(options: SelftestOptions) -> int:
@@ -271,6 +281,7 @@ def build_parser() -> Parser:
         ("data", data, DataOptions),
         ("convert", convert, ConvertOptions),
         ("plan", plan, PlanOptions),
+        ("doctor", doctor, DoctorOptions),
         ("selftest", selftest, SelftestOptions),
     ):
         add_verb(verbs, name, function, options)

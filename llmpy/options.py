@@ -493,6 +493,20 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class DoctorOptions:
+    """`llmpy doctor`."""
+
+    network: bool = option(True, "ask the hub whether it answers")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+        known(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
 class SelftestOptions:
     """`llmpy selftest`."""
 
