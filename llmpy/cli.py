@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import os
@@ -23,11 +22,12 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import LlmpyError
+from .errors import LlmpyError, did_you_mean
 from .journal import silence
 from .options import (
     MEANINGLESS,
     BenchOptions,
+    ChatOptions,
     ConvertOptions,
     DataOptions,
     DecodeOptions,
@@ -87,6 +87,14 @@ def sample(options: SampleOptions) -> int:
     from .generate import sample
 
     sample(options, write)
+    return 0
+
+
+def chat(options: ChatOptions) -> int:
+    """Talk with a model that was tuned on messages."""
+    from .chat import chat
+
+    chat(options)
     return 0
 
 
@@ -260,8 +268,8 @@ class Parser(argparse.ArgumentParser):
 
 def suggest(word: str, known: Sequence[str]) -> str:
     """` — did you mean …?` with the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f" — did you mean {close[0]}?" if close else ""
+    close = did_you_mean(word.split("=")[0], known)
+    return f" — {close}" if close else ""
 
 
 def build_parser() -> Parser:
@@ -278,6 +286,7 @@ def build_parser() -> Parser:
     for name, function, options in (
         ("train", train, TrainOptions),
         ("sample", sample, SampleOptions),
+        ("chat", chat, ChatOptions),
         ("data", data, DataOptions),
         ("convert", convert, ConvertOptions),
         ("plan", plan, PlanOptions),

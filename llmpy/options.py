@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import types
@@ -12,7 +11,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from .errors import LlmpyError
+from .errors import LlmpyError, did_you_mean
 from .recipes import RECIPES
 from .schedule import KINDS
 
@@ -339,6 +338,26 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """`llmpy chat RUN`."""
+
+    run: Path = option(Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True)
+    system: str | None = option(None, "what the model is told before the talk begins")
+    tokens: int = option(256, "tokens of an answer at most")
+    temperature: float = option(0.7, "0: always the likeliest token; 1: as the model has it")
+    top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
+    top_p: float = option(1.0, "choose among the fewest that together have this probability")
+    min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: make tokens of the talk so far less likely")
+    seed: int = option(1337, "seed of the choices; the second answer has the next one, and so on")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        SampleOptions(**{f.name: getattr(self, f.name) for f in options_of(self) if f.name != "system"})
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """`llmpy plan`."""
 
@@ -539,8 +558,7 @@ def converted(options: type, name: str, value: Any) -> Any:
     hints = typing.get_type_hints(options)
     known_names = [f.name for f in options_of(options)]
     if name not in known_names:
-        close = difflib.get_close_matches(name, known_names, n=1)
-        raise LlmpyError(f"unknown option {name!r}", f"did you mean {close[0]}?" if close else "see llmpy train --help")
+        raise LlmpyError(f"unknown option {name!r}", did_you_mean(name, known_names) or "see llmpy train --help")
     kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
     if value is None and type(None) in kinds:
         return None
