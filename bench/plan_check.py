@@ -41,7 +41,7 @@ for name in ("train.bin", "val.bin"):
     write_shard(folder / name, np.random.default_rng(0).integers(0, 50_257, 20_000).astype(np.uint16))
 train(TrainOptions(
     data=(folder / "train.bin", folder / "val.bin"), out=folder / "run", model=model, batch_size=int(B),
-    sequence_length=int(T), dtype=dtype, steps=int(steps), checkpoint_every=0, eval_batches=1, sample_tokens=4))
+    sequence_length=int(T), dtype=dtype, steps=int(steps), checkpoint_every=0, eval_batches=1))
 print(peak_memory())
 """
 

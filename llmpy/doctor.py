@@ -35,7 +35,7 @@ from .config import ModelConfig
 from .download import hub
 from .errors import LlmpyError
 from .options import DEFAULT_MODEL, DoctorOptions, TrainOptions
-from .preflight import PROGRAM_BYTES, disk_needed, gigabytes, memory_needed
+from .preflight import PROGRAM_BYTES, disk_needed, gigabytes, memory_of
 from .terminal import paint
 from .trackers import PACKAGES
 
@@ -211,10 +211,7 @@ def peaks(machine: Meter, load: Load) -> Iterator[Check]:
 
 def memory(machine: Meter) -> Iterator[Check]:
     """Whether the default training fits into what is free, and into the container."""
-    o = TrainOptions()
-    needed = memory_needed(
-        ModelConfig.from_dial(DEFAULT_MODEL), o.batch_size, o.sequence_length, machine, copied=o.checkpoint_every > 0
-    )
+    needed = memory_of(TrainOptions(), ModelConfig.from_dial(DEFAULT_MODEL), machine)
     told = psutil.virtual_memory()
     limit = cgroup_memory()
     free = told.available

@@ -23,6 +23,7 @@ FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
+SHELLS = ("bash", "zsh", "fish")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -523,6 +524,16 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         positive(self, "threads")
         known(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """`llmpy completion SHELL`."""
+
+    shell: str = option("", ", ".join(SHELLS), choices=SHELLS, word=True)
+
+    def __post_init__(self) -> None:
+        known(self, "shell", SHELLS)
 
 
 @dataclass(frozen=True)

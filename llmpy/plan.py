@@ -45,6 +45,7 @@ PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an o
 BUDGET, REPEATS = 0.15, 3  # seconds and calls of each operation
 CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
 WIDE = 4  # bytes of a gradient
+SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
 SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
 
 
@@ -266,7 +267,7 @@ def memory_of(config: ModelConfig, options: PlanOptions, ops: Meter) -> dict[str
     available = psutil.virtual_memory().available if o.memory is None else int(o.memory * 1e9)
 
     def parts(B: int) -> dict[str, int]:
-        found = memory_parts(config, B, o.sequence_length, ops, o.recompute, o.checkpoint_every > 0)
+        found = memory_parts(config, B, o.sequence_length, ops, o.recompute, o.checkpoint_every > 0, SAMPLED)
         found["moments"] //= o.nodes
         return found
 

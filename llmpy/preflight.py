@@ -32,7 +32,7 @@ from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
-from .options import DEFAULT_MODEL, TrainOptions
+from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
@@ -214,7 +214,7 @@ def check_length(T: int, context: int) -> None:
 def check_memory(options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None) -> None:
     """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free."""
     o = options
-    needed = memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0)
+    needed = memory_of(options, config, machine)
     available = psutil.virtual_memory().available if available is None else available
     if needed > available:
         copy = "" if o.checkpoint_every == 0 else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
@@ -255,7 +255,6 @@ def inspect(
     config: ModelConfig, options: TrainOptions, machine: Machine, train_tokens: int, val_tokens: int
 ) -> Preflight:
     """Measure the machine and compute the needs."""
-    o = options
     return Preflight(
         config,
         options,
@@ -263,25 +262,37 @@ def inspect(
         train_tokens,
         val_tokens,
         machine.measure_peak(),
-        memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0),
+        memory_of(options, config, machine),
         psutil.virtual_memory().available,
     )
 
 
+def memory_of(options: TrainOptions, config: ModelConfig, machine: Ops) -> int:
+    """`memory_needed` of a run with these options."""
+    o = options
+    prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
+    sampled = prompt + o.sample_tokens
+    return memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0, sampled)
+
+
 def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False
-) -> int:
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
+    sampled: int | None = None,
+) -> int:  # fmt: skip
     """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
-    return sum(memory_parts(config, B, T, machine, recompute, copied).values())
+    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled).values())
 
 
 def memory_parts(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False
-) -> dict[str, int]:
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
+    sampled: int | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
-    `copied`: with the copy that checkpoints in the background are made from.
+    `copied`: with the copy that checkpoints in the background are made from. `sampled`: tokens of a sample and its
+    prompt, by default as many as samples can reach, T.
     """
+    S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
     mixed = stored != wide
 
@@ -298,7 +309,7 @@ def memory_parts(
         "activations": size(ACTS(config, B, T, True, recompute)),
         "backward's scratch": size(SCRATCH(config, B, T, mixed)),
         "logits chunk": stored * min(LOGITS_ROWS, B * T) * config.padded_vocab_size,
-        "samples": size(PREFILL(config, T)) + size(CACHE(config, 1, T)),
+        "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
         "program": PROGRAM_BYTES,
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llmpy import __version__, cli
+from llmpy.completion import verbs
 from llmpy.options import BenchOptions, SampleOptions, TrainOptions, options_of
 
 
@@ -143,6 +144,32 @@ def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert "130" in text
     assert cli.main([]) == 2
     assert "examples:" in capsys.readouterr().out
+
+
+def does_nothing(_: object) -> int:
+    """A verb."""
+    return 0
+
+
+@pytest.mark.parametrize("verb", sorted(cli.EXAMPLES_OF))
+def test_examples_are_commands(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    told = capsys.readouterr().out
+    for line, what in cli.EXAMPLES_OF[verb]:
+        assert line in told
+        assert what in told
+        words = shlex.split(line.removeprefix('eval "$(').removesuffix(')"').split(" > ")[0])
+        assert words.pop(0) == "llmpy"
+        assert " ".join(words).startswith(verb)
+        monkeypatch.setattr(cli, verb.replace(" ", "_").removesuffix("_step"), does_nothing)
+        assert cli.main(words) == 0  # parsed, and its values checked
+
+
+def test_every_verb_has_examples() -> None:
+    known = list(verbs(cli.build_parser()))
+    groups = {verb.words[:-1] for verb in known}
+    assert {verb.name for verb in known if verb.words not in groups} - {""} == set(cli.EXAMPLES_OF)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
