@@ -44,6 +44,7 @@ from .options import (
     flag,
     options_of,
 )
+from .terminal import paint
 
 EXIT_CODES = textwrap.fill(
     "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
@@ -287,7 +288,7 @@ def flush() -> None:
 def fail(message: str, code: int = 1) -> int:
     """One line on stderr, if that is still there; the exit code."""
     with contextlib.suppress(OSError):
-        print("llmpy: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+        print(paint("llmpy: error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
     return code
 
 

@@ -638,8 +638,9 @@ def below(options: Any, name: str, limit: int) -> None:
 
 def known(options: Any, name: str, choices: tuple[str, ...]) -> None:
     """Raise LlmpyError unless the value is one of the choices."""
-    if getattr(options, name) not in choices:
-        raise _refusal(name, getattr(options, name), "use one of " + ", ".join(choices))
+    value = getattr(options, name)
+    if value not in choices:
+        raise _refusal(name, value, f"{did_you_mean(str(value), choices)} use one of {', '.join(choices)}".lstrip())
 
 
 def _refusal(name: str, value: Any, hint: str) -> LlmpyError:

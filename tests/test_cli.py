@@ -241,3 +241,35 @@ def test_training_outlives_its_readers(tmp_path: Path, steps: int, code: int) ->
 def test_closed_streams() -> None:
     command = f"{shlex.quote(sys.executable)} -m llmpy.cli sample none >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --init gpt2-mediun", "did you mean gpt2-medium?"),
+        ("chat runs/on", "did you mean runs/one?"),
+        ("bench ops --op linear_foward", "did you mean linear_forward?"),
+        ("train --model gpt-2", "did you mean gpt2?"),
+    ],
+)
+def test_values_too_have_neighbours(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "model.safetensors").touch()
+    assert cli.main(line.split()) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_errors_are_red_where_a_person_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["train", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("\x1b[31mllmpy: error:\x1b[0m --lr -1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["train", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("llmpy: error: --lr -1")

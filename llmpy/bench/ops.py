@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import backend
-from ..errors import LlmpyError
+from ..errors import LlmpyError, did_you_mean
 from ..options import OpsOptions
 from ..preflight import Machine
 from . import columns
@@ -341,7 +341,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all.
     """
     if options.op is not None and options.op not in BENCH:
-        raise LlmpyError(f"--op {options.op}", "use one of " + ", ".join(BENCH))
+        raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
     ops: Meter = load("cpu", threads=options.threads, dtype=options.dtype)
     single: Meter = load("cpu", threads=1, dtype=options.dtype)
     peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}
