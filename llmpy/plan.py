@@ -13,12 +13,14 @@ N machines: data parallel, each with 1/N of the moments (ZeRO-1; Rajbhandari et 
     reduce-scatter   (N−1)·(latency + bytes/N/bandwidth) for the float32 gradients of each layer, as soon as its
                      backward is done, beside what is left of backward; the embedding's come last
     update           the norm, two messages up and down a tree; AdamW on 1/N of the parameters
-    all-gather       (N−1)·(latency + bytes/N/bandwidth) for the weights that products read; not hidden
+    all-gather       the same for the weights that products read, the embedding's first; the next forward waits for
+                     those of a layer when it comes to it
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import shutil
 import sys
@@ -153,8 +155,8 @@ class Network:
         return 2 * math.ceil(math.log2(self.nodes)) * self.latency
 
 
-def hidden(ready: Sequence[float], takes: Sequence[float]) -> float:
-    """When transfers are done of which each may begin at `ready` and after the one before; seconds."""
+def finish(ready: Sequence[float], takes: Sequence[float]) -> float:
+    """When a chain of jobs is done, of which each may begin at `ready` and after the one before; seconds."""
     done = 0.0
     for at, seconds in zip(ready, takes, strict=True):
         done = max(done, at) + seconds
@@ -171,15 +173,19 @@ def distributed(config: ModelConfig, stages: dict[str, float], gathered: int, st
     compute = stages["forward"] + stages["loss"] + stages["backward"]
     layers = (t.size // L for t in PARAMS(config) if len(t.shape) > 1 and t.name not in ("wte", "wpe"))
     layer, total = sum(layers), sum(t.size for t in PARAMS(config))
-    a_layer = stages["backward"] / L
+    rest = total - L * layer
+
+    def takes(sizes: Sequence[int], width: int) -> list[float]:
+        return [network.ring(width * elements) for elements in sizes]
+
     # Backward begins at 0 with the last layer; what is left of it when a layer is done hides that layer's transfer.
-    ready = [a_layer * (l + 1) for l in range(L)] + [stages["backward"]]
-    sizes = [WIDE * layer] * L + [WIDE * (total - L * layer)]
-    done = hidden(ready, [network.ring(size) for size in sizes])
+    ready = [stages["backward"] / L * (l + 1) for l in range(L)] + [stages["backward"]]
+    summed = finish(ready, takes([layer] * L + [rest], WIDE))
+    arrived = list(itertools.accumulate(takes([rest] + [layer] * L, stored)))
     waits = {
-        "waiting for gradients": done - stages["backward"],
+        "waiting for gradients": summed - stages["backward"],
         "waiting for the norm": network.norm(),
-        "waiting for weights": network.ring(stored * total),
+        "waiting for weights": finish(arrived, [0.0] + [stages["forward"] / L] * L) - stages["forward"],
     }
     seconds = gathered * compute + stages["update"] / N + sum(waits.values())
     alone = gathered * compute + stages["update"]

@@ -18,7 +18,7 @@ from llmpy.errors import LlmpyError
 from llmpy.gpt2 import GPT2, PARAMS
 from llmpy.init import initialise
 from llmpy.options import PlanOptions
-from llmpy.plan import Network, distributed, hidden, smaller, step_parts, table
+from llmpy.plan import Network, distributed, finish, smaller, step_parts, table
 from llmpy.preflight import memory_needed
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
@@ -149,10 +149,10 @@ def test_a_ring_passes_every_share_to_all() -> None:
     assert Network(8, 1e9, 0.01).norm() == pytest.approx(0.06)
 
 
-def test_what_backward_hides() -> None:
-    assert hidden([1, 2, 3], [0.5, 0.5, 0.5]) == 3.5  # each is done before the next begins
-    assert hidden([1, 2, 3], [2, 2, 2]) == 7  # the network is never idle
-    assert hidden([1, 2, 3], [0, 0, 0]) == 3
+def test_a_chain_of_jobs() -> None:
+    assert finish([1, 2, 3], [0.5, 0.5, 0.5]) == 3.5  # each is done before the next may begin
+    assert finish([1, 2, 3], [2, 2, 2]) == 7  # never idle after the first
+    assert finish([1, 2, 3], [0, 0, 0]) == 3
 
 
 def test_several_machines() -> None:
@@ -161,9 +161,19 @@ def test_several_machines() -> None:
     assert free["efficiency"] == pytest.approx(18.8 / 18.2)  # each updates a quarter
     total = sum(t.size for t in PARAMS(GPT2_124M))
     slow = distributed(GPT2_124M, STAGES, 2, 2, Network(4, 1e6, 0))
-    # so slow a network is busy from the first layer on: 6 bytes a parameter, less what one layer's backward hides
-    assert slow["seconds"] == pytest.approx(free["seconds"] + 0.75 * 6 * total / 1e6 - 6 * 11 / 12, rel=1e-9)
+    # so slow a network is busy all the time: 6 bytes a parameter, less what it moves beside eleven layers of twelve
+    # backward, and while all but the last layer of forward are computed it still brings that one
+    assert slow["seconds"] == pytest.approx(free["seconds"] + 0.75 * 6 * total / 1e6 - 11 / 12 * (6 + 2), rel=1e-9)
     assert slow["sent_mb"] == pytest.approx(0.75 * 6 * total / 1e6)
+    assert slow["waits_ms"]["waiting for weights"] == pytest.approx(1e3 * (0.75 * 2 * total / 1e6 - 11 / 12 * 2))
+
+
+def test_a_fast_network_hides_all_but_the_first_layer_and_the_embedding() -> None:
+    total, layer = sum(t.size for t in PARAMS(GPT2_124M)), 12 * 768 * 768 + 13 * 768
+    embedding = total - 12 * layer
+    fast = distributed(GPT2_124M, STAGES, 1, 2, Network(2, 1e9, 0))["waits_ms"]
+    assert fast["waiting for gradients"] == pytest.approx(1e3 * 4 * (embedding + layer) / 2 / 1e9)
+    assert fast["waiting for weights"] == pytest.approx(1e3 * 2 * (embedding + layer) / 2 / 1e9)
 
 
 def test_moments_are_divided(small: None) -> None:
