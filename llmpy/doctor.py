@@ -191,7 +191,12 @@ def threads(machine: Meter) -> Iterator[Check]:
 def peaks(machine: Meter, load: Load) -> Iterator[Check]:
     """What the machine reaches now, and whether all threads of the pool take part."""
     lines: list[str] = []
-    machine.warm_up(lines.append)
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, file=sys.stderr, flush=True)
+
+    machine.warm_up(say)
     single = cast(Meter, load("cpu", threads=1, dtype=str(machine.dtype)))
     one, all_, stream = single.measure_peak(), machine.measure_peak(), machine.measure_bandwidth()
     times = all_ / one

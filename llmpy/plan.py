@@ -44,6 +44,7 @@ from .recipes import RECIPES
 CHINCHILLA = 20  # tokens a parameter
 FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": FineWeb's sample of 10B
 PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
+MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
 BUDGET, REPEATS = 0.15, 3  # seconds and calls of each operation
 CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
 WIDE = 4  # bytes of a gradient
@@ -111,7 +112,15 @@ def smaller(part: Part) -> tuple[Case, float]:
         return replace(case, B=B), case.B / B
     most = LOGITS_ROWS if part.kind == "head" else PRODUCT_ROWS if part.kind == "products" else OTHER_ROWS
     rows = min(case.rows, most)
-    return replace(case, B=1, T=rows), case.rows / rows
+    small, times = replace(case, B=1, T=rows), case.rows / rows
+    if small.Vp * small.C > MATRIX:
+        Vp = max(1, MATRIX // small.C)
+        small = replace(small, V=min(small.V, Vp), Vp=Vp)
+        times *= case.Vp / Vp if part.kind == "head" else 1  # of the embedding only rows are touched
+    if small.OC * small.C > MATRIX:
+        OC = MATRIX // small.C
+        small, times = replace(small, OC=OC), times * case.OC / OC
+    return small, times
 
 
 @dataclass(frozen=True)

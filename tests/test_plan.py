@@ -82,9 +82,12 @@ def test_the_parts_hold_all_flops(B: int, T: int) -> None:
     assert found == GPT2_124M.flops_per_token(T) * B * T
 
 
-def test_what_is_measured_is_as_much_work_as_it_stands_for() -> None:
-    for part in step_parts(GPT2_124M, 48, 512, 1, True):
+@pytest.mark.parametrize("model", ["gpt2", "gpt2-xl", "gpt3:c12288"])
+def test_what_is_measured_is_as_much_work_as_it_stands_for(model: str) -> None:
+    for part in step_parts(ModelConfig.from_dial(model), 48, 512, 1, True):
         case, times = smaller(part)
+        assert case.OC * case.C <= plan.MATRIX
+        assert case.Vp * case.C <= plan.MATRIX
         if part.op in FLOPS:
             assert times * FLOPS[part.op](case) == pytest.approx(FLOPS[part.op](part.case))
             assert case.rows <= plan.PRODUCT_ROWS
