@@ -46,6 +46,7 @@ FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": Fine
 PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
 MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
 BUDGET, REPEATS = 0.15, 3  # seconds and calls of each operation
+UNSTEADY = 1.15  # the peak at the end by that at the start, or the other way: other programs came or went
 CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
 WIDE = 4  # bytes of a gradient
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
@@ -125,10 +126,11 @@ def smaller(part: Part) -> tuple[Case, float]:
 
 @dataclass(frozen=True)
 class Rates:
-    """What bounds a machine: multiply-adds and memory. GFLOP/s, GB/s."""
+    """What bounds a machine, GFLOP/s and GB/s; not `steady`: it changed while it was measured."""
 
     peak: float
     bandwidth: float
+    steady: bool = True
 
 
 def measure(machine: Meter, parts: Sequence[Part]) -> tuple[list[float], Rates]:
@@ -142,7 +144,7 @@ def measure(machine: Meter, parts: Sequence[Part]) -> tuple[list[float], Rates]:
         seconds.append(part.calls * times * median / 1e3)
     peaks.append(machine.measure_peak())
     streams.append(machine.measure_bandwidth())
-    return seconds, Rates(sum(peaks) / 2, sum(streams) / 2)
+    return seconds, Rates(sum(peaks) / 2, sum(streams) / 2, max(peaks) < UNSTEADY * min(peaks))
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
         "machine": {
             "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": there.peak,
             "bandwidth_gb_s": there.bandwidth, "measured_here": o.peak is None and o.memory_bandwidth is None,
+            "steady": here.steady,
         },
         "batch": {
             "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
@@ -338,6 +341,7 @@ def table(n: dict[str, Any]) -> str:
         f"machine  {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['isa']}, {machine['dtype']}; "
         f"{whose}: {machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
         f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
+        *([] if machine["steady"] else ["caution  other programs ran meanwhile: plan again without them"]),
         "",
         columns([("memory", "MB"), *((k, f"{v / 1e6:,.0f}") for k, v in
                  [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])] if v)]),

@@ -145,6 +145,18 @@ def test_another_machine_has_the_shares_of_this_one(small: None, monkeypatch: py
         assert ms[1] == pytest.approx(times * ms[0])
 
 
+def test_a_machine_that_others_use(small: None) -> None:
+    class Shared(Meter):
+        peaks = [10.0, 5.0]
+
+        def measure_peak(self) -> float:
+            return self.peaks.pop()
+
+    options = PlanOptions("d1", 1, 8, vocab_size=300)
+    assert "other programs ran" in table(plan.plan(options, Shared()))
+    assert "other programs ran" not in table(plan.plan(options, Meter()))
+
+
 def test_a_ring_passes_every_share_to_all() -> None:
     ring = Network(4, 1e9, 1e-5).ring
     assert ring(8e9) == pytest.approx(3 * (1e-5 + 2))
