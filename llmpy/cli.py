@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import os
 import sys
+import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +23,20 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import LlmpyError
+from .errors import LlmpyError, did_you_mean
 from .journal import silence
 from .options import (
     MEANINGLESS,
     BenchOptions,
+    ChatOptions,
+    CompletionOptions,
     ConvertOptions,
     DataOptions,
     DecodeOptions,
+    DoctorOptions,
     OpsOptions,
     PeersOptions,
+    PlanOptions,
     SampleOptions,
     SelftestOptions,
     TrainOptions,
@@ -40,8 +44,9 @@ from .options import (
     flag,
     options_of,
 )
+from .terminal import paint
 
-EXIT_CODES = (
+EXIT_CODES = textwrap.fill(
     "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
     "option or verb, or it lacks a value; 3 training gave NaN or infinity; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 "
     "by SIGHUP (all is saved: go on with --resume RUN)"
@@ -54,11 +59,71 @@ EXAMPLES = """examples:
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
   llmpy train --init gpt2 --data my.txt         fine-tune GPT-2 124M on your own text
   llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
+  llmpy plan --model gpt2 -B 4 -T 1024          memory, time and tokens of a run, before it starts
+  llmpy doctor                                  is this machine ready? what could be better?
   llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
 
 """
+
+# Of each verb: what to type, and what that does.
+EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
+    "train": (
+        ("llmpy train", "on text that Python carries"),
+        ("llmpy train --data my.txt notes/ --minutes 10", "on your own"),
+        ("llmpy train --init gpt2 --data my.txt --lr 3e-5 --steps 200", "fine-tune GPT-2"),
+        ("llmpy train --data tokens/ --model gpt2 -B 4 -T 1024 --total-batch 524288", "from scratch, as llm.c does"),
+        ("llmpy train --resume runs/NAME --minutes 30", "go on with a run, to 30 minutes in all"),
+    ),
+    "sample": (
+        ('llmpy sample runs/NAME --prompt "Once upon a time"', "continue a text"),
+        ('llmpy sample gpt2 --prompt "The capital of France is" --temperature 0 --tokens 10', "the likeliest tokens"),
+        ("llmpy sample runs/NAME --prompts-file prompts.txt --json", "many texts, with log-probabilities"),
+    ),
+    "chat": (
+        ("llmpy chat runs/NAME", "talk; Ctrl-C ends an answer, /quit the talk"),
+        ('llmpy chat runs/NAME --system "Answer in one sentence." --temperature 0.3', "with a word beforehand"),
+    ),
+    "data": (
+        ("llmpy data tinyshakespeare", "download a data set and make its tokens"),
+        (
+            "llmpy data my.jsonl.gz notes/ --tokenizer bpe:4096 --out tokens",
+            "of your own files, with their own tokenizer",
+        ),
+    ),
+    "convert": (
+        ("llmpy convert runs/NAME my-gpt2", "a folder for Hugging Face"),
+        ("llmpy convert runs/NAME model.gguf --dtype bfloat16", "for llama.cpp"),
+        ("llmpy convert gpt2_124M.bin my-run --to native", "from llm.c, ready for sample and --init"),
+    ),
+    "plan": (
+        ("llmpy plan --model gpt2 -B 4 -T 1024", "on this machine"),
+        ("llmpy plan --recipe gpt2_124M --nodes 8 --bandwidth 10 --price-per-hour 0.40", "llm.c's run on eight"),
+        ("llmpy plan --model d24 --peak 4000 --memory-bandwidth 400 --memory 256", "on a larger machine"),
+    ),
+    "doctor": (
+        ("llmpy doctor", "everything"),
+        ("llmpy doctor --no-network --json", "for a report of a fault"),
+    ),
+    "selftest": (
+        ("llmpy selftest", "against a reference in float64"),
+        ("llmpy selftest --model gpt2_124M.bin --debug-state gpt2_124M_debug_state.bin", "against llm.c's own files"),
+    ),
+    "completion": (
+        ('eval "$(llmpy completion bash)"', "in ~/.bashrc; zsh: in ~/.zshrc, after compinit"),
+        ("llmpy completion fish > ~/.config/fish/completions/llmpy.fish", "once"),
+    ),
+    "bench step": (
+        ("llmpy bench step --model gpt2 -B 4 -T 64 --dtype float32", "GPT-2 124M"),
+        ("llmpy bench step --model d4 --cold", "with what compiling takes"),
+    ),
+    "bench ops": (("llmpy bench ops --op linear_forward --dtype bfloat16", "one operation"),),
+    "bench decode": (("llmpy bench decode --model gpt2 --dtype float32 --json", "generation, batch 1"),),
+    "bench peers": (
+        ("llmpy bench peers --rounds 2 --steps 6 --plot peers.png", "against what is installed, with a picture"),
+    ),
+}
 
 
 def train(options: TrainOptions) -> int:
@@ -88,6 +153,14 @@ def sample(options: SampleOptions) -> int:
     return 0
 
 
+def chat(options: ChatOptions) -> int:
+    """Talk with a model that was tuned on messages."""
+    from .chat import chat
+
+    chat(options)
+    return 0
+
+
 def data(options: DataOptions) -> int:
     """Make token files of a data set or of your own text."""
     from .data.pack import data
@@ -101,6 +174,32 @@ def convert(options: ConvertOptions) -> int:
     from .formats.convert import convert
 
     convert(options, print)
+    return 0
+
+
+def plan(options: PlanOptions) -> int:
+    """Tell what a run will need: memory, time, tokens, disk; on this machine or several."""
+    from .plan import plan, table
+
+    numbers = plan(options)
+    print(json.dumps(numbers) if options.json else table(numbers))
+    return 0
+
+
+def doctor(options: DoctorOptions) -> int:
+    """Look at this machine: CPU, threads, memory, caches, packages, network; a fix for each problem."""
+    from .doctor import can_train, doctor, record, table
+
+    checks = doctor(options)
+    print(json.dumps(record(checks)) if options.json else table(checks, sys.stdout))
+    return 0 if can_train(checks) else 1
+
+
+def completion(options: CompletionOptions) -> int:
+    """Print what a shell needs to complete verbs, options and their values."""
+    from .completion import script
+
+    write(script(options.shell, build_parser()))
     return 0
 
 
@@ -189,7 +288,7 @@ def flush() -> None:
 def fail(message: str, code: int = 1) -> int:
     """One line on stderr, if that is still there; the exit code."""
     with contextlib.suppress(OSError):
-        print("llmpy: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+        print(paint("llmpy: error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
     return code
 
 
@@ -240,8 +339,8 @@ class Parser(argparse.ArgumentParser):
 
 def suggest(word: str, known: Sequence[str]) -> str:
     """` — did you mean …?` with the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f" — did you mean {close[0]}?" if close else ""
+    close = did_you_mean(word.split("=")[0], known)
+    return f" — {close}" if close else ""
 
 
 def build_parser() -> Parser:
@@ -258,9 +357,13 @@ def build_parser() -> Parser:
     for name, function, options in (
         ("train", train, TrainOptions),
         ("sample", sample, SampleOptions),
+        ("chat", chat, ChatOptions),
         ("data", data, DataOptions),
         ("convert", convert, ConvertOptions),
+        ("plan", plan, PlanOptions),
+        ("doctor", doctor, DoctorOptions),
         ("selftest", selftest, SelftestOptions),
+        ("completion", completion, CompletionOptions),
     ):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
@@ -275,13 +378,21 @@ def build_parser() -> Parser:
 def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
     """A verb with one flag for each field of its options."""
     text = function.__doc__
-    parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text, epilog=EXIT_CODES)
+    parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text)
+    parser.epilog = examples(parser.prog.partition(" ")[2]) + EXIT_CODES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     make = getattr(options, "gather", lambda given: options(**given))
     parser.set_defaults(verb=function, options=options, make=make, parser=parser)
     types = typing.get_type_hints(options)
     for field in options_of(options):
         add_flag(parser, field, types[field.name])
     parser.flags = [s for action in parser._actions for s in action.option_strings]
+
+
+def examples(verb: str) -> str:
+    """What --help shows of a verb, a command a line and below it what it does."""
+    lines = "".join(f"  {line}\n      {what}\n" for line, what in EXAMPLES_OF[verb])
+    return f"examples:\n{lines}\n"
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:

@@ -28,7 +28,7 @@ from .errors import LlmpyError
 from .formats import hub, resolve, tokenizer_of
 from .formats.source import Source
 from .gpt2 import GPT2, PARAMS
-from .options import SampleOptions
+from .options import ChatOptions, SampleOptions
 from .preflight import Machine
 from .rng import Xorshift64Star
 from .runfolder import finished
@@ -289,7 +289,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
         write("\n---\n".join("".join(pieces) for pieces in told) + "\n")
 
 
-def choice_of(options: SampleOptions) -> Choice:
+def choice_of(options: SampleOptions | ChatOptions) -> Choice:
     """What the command line says of choosing."""
     return Choice(**{f.name: getattr(options, f.name) for f in fields(Choice)})
 

@@ -143,6 +143,11 @@ class GPT2:
             self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
+    def release(self) -> None:
+        """Let go the arenas that `reserve` made, all but the gradients'."""
+        self._acts.clear()
+        self._scratch.clear()
+
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
         """Logits (B, V) of one position of tokens (B, T), as a new host array."""
         B, T = tokens.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import types
@@ -12,7 +11,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from .errors import LlmpyError
+from .errors import LlmpyError, did_you_mean
 from .recipes import RECIPES
 from .schedule import KINDS
 
@@ -24,6 +23,7 @@ FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
+SHELLS = ("bash", "zsh", "fish")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -339,6 +339,75 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """`llmpy chat RUN`."""
+
+    run: Path = option(Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True)
+    system: str | None = option(None, "what the model is told before the talk begins")
+    tokens: int = option(256, "tokens of an answer at most")
+    temperature: float = option(0.7, "0: always the likeliest token; 1: as the model has it")
+    top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
+    top_p: float = option(1.0, "choose among the fewest that together have this probability")
+    min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: make tokens of the talk so far less likely")
+    seed: int = option(1337, "seed of the choices; the second answer has the next one, and so on")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        SampleOptions(**{f.name: getattr(self, f.name) for f in options_of(self) if f.name != "system"})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """`llmpy plan`."""
+
+    model: str = option("gpt2", "size, as in train", "-e")
+    batch_size: int = option(4, "rows of a batch of one machine", "-B", "-b")
+    sequence_length: int = option(1024, "tokens of a row", "-T", "-t")
+    total_batch: int | None = option(
+        None, "tokens of an update, gathered over batches and machines (default: a batch of each)", "-d",
+        metavar="TOKENS",
+    )  # fmt: skip
+    tokens: int | None = option(None, "tokens to train on, beside what others recommend", metavar="TOKENS")
+    vocab_size: int | None = option(None, "tokens of the vocabulary (default: GPT-2's)")
+    recompute: int = option(1, "activations computed again in backward, as in train", "-r")
+    checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
+    keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
+    keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
+    nodes: int = option(1, "machines like this one: data parallel, moments divided among them (ZeRO-1)")
+    bandwidth: float | None = option(None, "of the network: Gbit/s of each machine, in and out at once")
+    latency: float = option(50.0, "of the network: microseconds of a message")
+    price_per_hour: float | None = option(None, "of one machine, in any currency")
+    peak: float | None = option(None, "of a machine other than this one: GFLOP/s of multiply-adds")
+    memory_bandwidth: float | None = option(None, "of that machine: GB/s of a stream")
+    memory: float | None = option(None, "of that machine: GB (default: what is free here)")
+    recipe: str | None = option(None, "options of a script of llm.c; others given win", choices=tuple(RECIPES))
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "total_batch", "tokens", "vocab_size", "nodes", "bandwidth")
+        positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory", "threads")
+        not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute")
+        below(self, "nodes", 1 << 20)
+        below(self, "tokens", 1 << 62)
+        if self.recompute > 2:
+            raise _refusal("recompute", self.recompute, "use 0, 1 or 2")
+        if self.nodes > 1 and self.bandwidth is None:
+            raise _refusal("nodes", self.nodes, "tell the network too: --bandwidth GBIT")
+        known(self, "dtype", DTYPES)
+
+    @classmethod
+    def gather(cls, given: Mapping[str, Any]) -> Self:
+        """The options of a command line, and what it leaves open from --recipe."""
+        names = {f.name for f in options_of(cls)}
+        recipe = RECIPES.get(given.get("recipe", ""), {})
+        return cls(**{name: value for name, value in recipe.items() if name in names} | dict(given))
+
+
+@dataclass(frozen=True)
 class DecodeOptions:
     """`llmpy bench decode`."""
 
@@ -444,6 +513,30 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class DoctorOptions:
+    """`llmpy doctor`."""
+
+    network: bool = option(True, "ask the hub whether it answers")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+        known(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """`llmpy completion SHELL`."""
+
+    shell: str = option("", ", ".join(SHELLS), choices=SHELLS, word=True)
+
+    def __post_init__(self) -> None:
+        known(self, "shell", SHELLS)
+
+
+@dataclass(frozen=True)
 class SelftestOptions:
     """`llmpy selftest`."""
 
@@ -476,8 +569,7 @@ def converted(options: type, name: str, value: Any) -> Any:
     hints = typing.get_type_hints(options)
     known_names = [f.name for f in options_of(options)]
     if name not in known_names:
-        close = difflib.get_close_matches(name, known_names, n=1)
-        raise LlmpyError(f"unknown option {name!r}", f"did you mean {close[0]}?" if close else "see llmpy train --help")
+        raise LlmpyError(f"unknown option {name!r}", did_you_mean(name, known_names) or "see llmpy train --help")
     kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
     if value is None and type(None) in kinds:
         return None
@@ -546,8 +638,9 @@ def below(options: Any, name: str, limit: int) -> None:
 
 def known(options: Any, name: str, choices: tuple[str, ...]) -> None:
     """Raise LlmpyError unless the value is one of the choices."""
-    if getattr(options, name) not in choices:
-        raise _refusal(name, getattr(options, name), "use one of " + ", ".join(choices))
+    value = getattr(options, name)
+    if value not in choices:
+        raise _refusal(name, value, f"{did_you_mean(str(value), choices)} use one of {', '.join(choices)}".lstrip())
 
 
 def _refusal(name: str, value: Any, hint: str) -> LlmpyError:

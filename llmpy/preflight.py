@@ -32,7 +32,7 @@ from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
-from .options import DEFAULT_MODEL, TrainOptions
+from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
@@ -104,7 +104,7 @@ class Preflight:
             f"batches of {o.batch_size} x {o.sequence_length}{gathered}",
             f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, {m.dtype}, "
             f"measured peak {self.peak:,.0f} GFLOP/s",
-            f"memory   about {_gigabytes(self.memory)} of {_gigabytes(self.available)} available",
+            f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available",
             f"time     about {duration(self.steps * self.step_seconds)}: {self.steps:,} steps of "
             f"{1e3 * self.step_seconds:,.0f} ms, {epochs:.1f} epochs; {self._ending()}",
         ]
@@ -214,13 +214,13 @@ def check_length(T: int, context: int) -> None:
 def check_memory(options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None) -> None:
     """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free."""
     o = options
-    needed = memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0)
+    needed = memory_of(options, config, machine)
     available = psutil.virtual_memory().available if available is None else available
     if needed > available:
         copy = "" if o.checkpoint_every == 0 else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
         raise LlmpyError(
-            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {_gigabytes(needed)} of memory, and "
-            f"{_gigabytes(available)} are available",
+            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
+            f"{gigabytes(available)} are available",
             f"use a smaller -B, -T or --model, or close other programs{copy}",
         )
 
@@ -232,8 +232,8 @@ def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None
     needed = disk_needed(options, config)
     if needed > free:
         raise LlmpyError(
-            f"the checkpoints of this run need up to {_gigabytes(needed)} on the disk of {folder}, and "
-            f"{_gigabytes(free)} are free",
+            f"the checkpoints of this run need up to {gigabytes(needed)} on the disk of {folder}, and "
+            f"{gigabytes(free)} are free",
             "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every or --keep-every",
         )
 
@@ -255,7 +255,6 @@ def inspect(
     config: ModelConfig, options: TrainOptions, machine: Machine, train_tokens: int, val_tokens: int
 ) -> Preflight:
     """Measure the machine and compute the needs."""
-    o = options
     return Preflight(
         config,
         options,
@@ -263,42 +262,69 @@ def inspect(
         train_tokens,
         val_tokens,
         machine.measure_peak(),
-        memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0),
+        memory_of(options, config, machine),
         psutil.virtual_memory().available,
     )
 
 
-def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False
-) -> int:
-    """Bytes that training `config` on batches of (B, T) takes, program included.
+def memory_of(options: TrainOptions, config: ModelConfig, machine: Ops) -> int:
+    """`memory_needed` of a run with these options."""
+    o = options
+    prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
+    sampled = prompt + o.sample_tokens
+    return memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0, sampled)
 
-    `copied`: with the copy that checkpoints in the background are made from.
+
+def memory_needed(
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
+    sampled: int | None = None,
+) -> int:  # fmt: skip
+    """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
+    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled).values())
+
+
+def memory_parts(
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
+    sampled: int | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
+
+    `copied`: with the copy that checkpoints in the background are made from. `sampled`: tokens of a sample and its
+    prompt, by default as many as samples can reach, T.
     """
+    S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
     mixed = stored != wide
 
     def size(table: list[Tensor]) -> int:
         return sum(t.size * (wide if t.wide else stored) for t in table)
 
-    parameters = sum(t.size for t in PARAMS(config))
-    matrices = sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0
-    training = size(ACTS(config, B, T, True, recompute)) + size(SCRATCH(config, B, T, mixed))
-    sampling = size(PREFILL(config, T)) + size(CACHE(config, 1, T))
-    logits = min(LOGITS_ROWS, B * T) * config.padded_vocab_size
-    flat = wide * (7 if copied else 4) * parameters
-    return flat + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
+    parameters = wide * sum(t.size for t in PARAMS(config))
+    return {
+        "weights": parameters,
+        "weights for products": stored * sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0,
+        "gradients": parameters,
+        "moments": 2 * parameters,
+        "copy for checkpoints": 3 * parameters if copied else 0,
+        "activations": size(ACTS(config, B, T, True, recompute)),
+        "backward's scratch": size(SCRATCH(config, B, T, mixed)),
+        "logits chunk": stored * min(LOGITS_ROWS, B * T) * config.padded_vocab_size,
+        "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
+        "program": PROGRAM_BYTES,
+    }
 
 
 def duration(seconds: float) -> str:
-    """45 s, 2 min 30 s, 3 h 20 min."""
+    """45 s, 2 min 30 s, 3 h 20 min, 12 d 4 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400:,} d {whole % 86400 // 3600} h"
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"

@@ -52,7 +52,7 @@ def test_each_file_has_its_test() -> None:
 def test_commands_of_the_readme_exist() -> None:
     for target in re.findall(r"\bmake (\w+)", README):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
-    for words in re.findall(r"llmpy ((?:train|sample|convert|selftest|bench|data)[^\n`|]*)", README):
+    for words in re.findall(r"llmpy ((?:train|sample|chat|convert|plan|doctor|selftest|bench|data)[^\n`|]*)", README):
         parser = build_parser()
         line = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', words)]
         if "--help" not in line:

@@ -35,6 +35,13 @@ def test_memory_follows_the_tables() -> None:
     assert memory_needed(GPT2_124M, 4, 128, Laptop()) > needed
 
 
+def test_samples_take_what_they_reach() -> None:
+    whole = memory_needed(GPT2_124M, 1, 1024, Laptop())
+    short = memory_needed(GPT2_124M, 1, 1024, Laptop(), sampled=128)
+    assert whole - short > 50e6
+    assert memory_needed(GPT2_124M, 1, 64, Laptop(), sampled=128) == memory_needed(GPT2_124M, 1, 64, Laptop())
+
+
 def test_the_lines_say_what_will_run() -> None:
     text = "\n".join(flight(steps=100).lines())
     for part in ("gpt2", "124,475,904 parameters", "305,260 tokens", "4 x 64", "1 thread, numpy, float32"):

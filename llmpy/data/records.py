@@ -141,15 +141,18 @@ def _document(path: Path, number: int, row: Any) -> Document:
             prompt, completion = _string(fields["prompt"]), _string(fields["completion"])
             return Document(source, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
         if "messages" in fields:
-            return _conversation(source, fields["messages"])
+            return conversation(source, fields["messages"])
     except (TypeError, KeyError, UnicodeEncodeError) as fault:
         raise LlmpyError(f"{path}: record {number:,}: {_reason(fault)}", f"give {KINDS}") from fault
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
     raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
 
 
-def _conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
-    """`role: content` and a blank line for each message; the assistant's words count."""
+def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
+    """`role: content` and a blank line for each message; the assistant's words count.
+
+    Raises TypeError and KeyError for what is no list of messages.
+    """
     if not isinstance(messages, list):
         raise TypeError("messages that are no list")
     text, counted = "", []

@@ -17,8 +17,8 @@ import numpy as np
 from .. import checkpoint
 from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
-from ..errors import LlmpyError
-from ..runfolder import MODEL_FILE
+from ..errors import LlmpyError, did_you_mean
+from ..runfolder import MODEL_FILE, finished
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, unreadable
@@ -37,7 +37,9 @@ def resolve(text: str, say: Callable[[str], None]) -> Source:
     except OSError as fault:  # a name too long, a folder that may not be entered
         raise unreadable(path, fault) from fault
     if not there:
-        raise LlmpyError(f"no model {text}", f"use {', '.join(hub.NAMES)}, or the path of a file or folder")
+        near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
+        hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
+        raise LlmpyError(f"no model {text}", hint)
     return _fitted(open_model(path), say)
 
 
