@@ -33,9 +33,11 @@ from .options import (
     DecodeOptions,
     OpsOptions,
     PeersOptions,
+    PlotOptions,
     SampleOptions,
     SelftestOptions,
     TrainOptions,
+    WatchOptions,
     as_yaml,
     flag,
     options_of,
@@ -53,6 +55,8 @@ EXAMPLES = """examples:
   llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
   llmpy train --init gpt2 --data my.txt         fine-tune GPT-2 124M on your own text
+  llmpy watch                                   show the runs below runs/ as they train, in the browser
+  llmpy plot runs/NAME -o loss.png              draw the loss; without -o in the terminal
   llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
   llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
@@ -101,6 +105,22 @@ def convert(options: ConvertOptions) -> int:
     from .formats.convert import convert
 
     convert(options, print)
+    return 0
+
+
+def watch(options: WatchOptions) -> int:
+    """Show runs as they train, on a page of this machine."""
+    from .watch.server import watch
+
+    watch(options, lambda line: print(line, flush=True))
+    return 0
+
+
+def plot(options: PlotOptions) -> int:
+    """Draw the curves of runs, into a file or the terminal."""
+    from .watch.plot import plot
+
+    plot(options, print)
     return 0
 
 
@@ -260,6 +280,8 @@ def build_parser() -> Parser:
         ("sample", sample, SampleOptions),
         ("data", data, DataOptions),
         ("convert", convert, ConvertOptions),
+        ("watch", watch, WatchOptions),
+        ("plot", plot, PlotOptions),
         ("selftest", selftest, SelftestOptions),
     ):
         add_verb(verbs, name, function, options)
@@ -309,6 +331,8 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
     else:
         settings["type"] = kind
     if told["word"]:
+        if typing.get_origin(kind) is tuple:
+            settings["nargs"] = "*"
         parser.add_argument(settings.pop("dest"), **settings)
     else:
         parser.add_argument(*told["flags"], flag(field), **settings)
