@@ -7,7 +7,7 @@ takes the place of what was there.
 thinned    more points than fit become buckets of 2^k steps that begin at multiples of it, each with its mean, least and
            largest value: a picture that does not flicker as a run grows, and in which no spike is lost. The buckets
            that are full are kept, so that a line more costs the last bucket and not the million lines before it.
-smoothed   Σ exp(−(s − sᵢ)/τ)·yᵢ / Σ exp(−(s − sᵢ)/τ)  over the points until s: no bias at the start, gaps count
+smoothed   Σ exp(−|s − sᵢ|/τ)·yᵢ / Σ exp(−|s − sᵢ|/τ)  over all points: it does not lag behind a fall, and gaps count
 """
 
 from __future__ import annotations
@@ -103,13 +103,20 @@ def buckets(steps: np.ndarray, values: np.ndarray, shift: int) -> tuple[np.ndarr
 
 def smoothed(points: np.ndarray, over: float) -> np.ndarray:
     """The values of (2 or 4, n) points, smoothed over that many steps (τ above); float64 (n,)."""
-    total = weight = 0.0
-    result = np.empty(points.shape[1])
     fading = np.exp(-np.diff(points[0], prepend=points[0, :1]) / over)
-    for i, (fade, value) in enumerate(zip(fading, points[1], strict=True)):
+    before = _faded(fading, points[1])
+    after = _faded(np.append(fading[1:], 0.0)[::-1], points[1, ::-1])[:, ::-1]
+    return (before[0] + after[0] - points[1]) / (before[1] + after[1] - 1)
+
+
+def _faded(fading: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums of the values until each one, and of their weights, float64 (2, n); at each one those before fade."""
+    total = weight = 0.0
+    sums = np.empty((2, len(values)))
+    for i, (fade, value) in enumerate(zip(fading.tolist(), values.tolist(), strict=True)):
         total, weight = fade * total + value, fade * weight + 1
-        result[i] = total / weight
-    return result
+        sums[:, i] = total, weight
+    return sums
 
 
 def width_of(steps: float) -> int:

@@ -16,7 +16,7 @@ from ..durable import write_whole
 from ..errors import LlmpyError
 from ..options import PlotOptions
 from .runs import Run, Runs, board
-from .terminal import LETTERS, Line, chart, painted
+from .terminal import Line, chart, legend
 
 PAGE_POINTS = 4000  # of a curve on a page that cannot ask for more
 TITLES = {
@@ -85,7 +85,7 @@ def draw(runs: dict[str, Run], wanted: Sequence[str], options: PlotOptions, path
     from matplotlib.figure import Figure
 
     drawn = pictures(runs, options, 2000)
-    with matplotlib.rc_context({"svg.hashsalt": "llmpy", "pdf.compression": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "llmpy", "path.simplify": False}):
         figure = Figure(figsize=(7, 3.2 * len(wanted) + 0.8), layout="constrained")
         panels = figure.subplots(len(wanted), 1, squeeze=False)[:, 0]
         for axes, name in zip(panels, wanted, strict=True):
@@ -133,20 +133,16 @@ def text(runs: dict[str, Run], wanted: Sequence[str], options: PlotOptions) -> l
     for name in wanted:
         scale = 100 if name in PERCENT else 1
         lines: list[Line] = []
-        legend = []
+        named = []
         for run, curves in drawn.items():
             for key in (name, "val_loss") if name == "loss" else (name,):
                 if key in curves:
                     curve = curves[key]
                     values = curve["smooth" if "smooth" in curve else "mean"]
-                    n = len(lines)
                     lines.append((np.array(curve["step"], float), scale * np.array(values)))
-                    mark = "──" if colour else LETTERS[n % len(LETTERS)] * 2
-                    last = f"{scale * curve['mean'][-1]:.4g}"
-                    legend.append(
-                        f"{painted(mark, n, colour)} {run}{', validation' if key == 'val_loss' else ''}: {last}"
-                    )
+                    which = ", validation" if key == "val_loss" else ""
+                    named.append(f"{run}{which}: {scale * curve['mean'][-1]:.4g}")
         if lines:
             shown = chart(lines, width, lambda value: f"{value:.4g}", colour, braille, options.log)
-            rows += [TITLES[name], *shown, *legend, ""]
+            rows += [TITLES[name], *shown, *legend(named, colour, braille), ""]
     return rows[:-1]

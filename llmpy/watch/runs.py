@@ -103,14 +103,15 @@ class Run:
         width = width_of(max(0.0, end - begin)) if over is None else over
         drawn = {}
         for name, curve in curves.curves.items():
-            # Smoothing takes a run-up, so that a part of a curve is smoothed as the whole is.
-            lead = 3 * width if name in SMOOTHED and first > -math.inf else 0
-            found = curve.thinned(first - lead, last, points)
-            if found.shape[1]:
+            # Smoothing looks beyond both ends, so that a part of a curve is smoothed as the whole is.
+            lead = 4 * width if name in SMOOTHED else 0
+            found = curve.thinned(first - lead, last + lead, points)
+            inside = (found[0] >= first) & (found[0] <= last)
+            if inside.any():
                 rows = dict(zip(("step", "mean", "least", "largest"), found, strict=False))
                 if name in SMOOTHED and width:
                     rows["smooth"] = smoothed(found, width)
-                drawn[name] = {k: rounded(v[found[0] >= first]) for k, v in rows.items()}
+                drawn[name] = {k: rounded(v[inside]) for k, v in rows.items()}
         outliers = [o for o in curves.outliers if first <= o[0] <= last]
         largest = sorted(sorted(outliers, key=lambda o: -o[2])[:KEPT])
         return {

@@ -18,7 +18,7 @@ import numpy as np
 BITS = np.array([[0, 3], [1, 4], [2, 5], [6, 7]])  # (row, column) of a letter → its bit
 COLOURS = (34, 33, 32, 35, 36, 31)  # of ANSI: blue, yellow, green, magenta, cyan, red
 LETTERS = "*+xo#@"  # for curve after curve where dots do not do
-LEAST_WIDTH, HEIGHT = 20, 16  # columns, and rows of letters
+LEAST_WIDTH, HEIGHT = 20, 16  # columns and rows of letters, without what is written beside them
 
 Line = tuple[np.ndarray, np.ndarray]  # steps and values
 
@@ -26,17 +26,20 @@ Line = tuple[np.ndarray, np.ndarray]  # steps and values
 def chart(
     lines: Sequence[Line], width: int, tell: Callable[[float], str], colour: bool, braille: bool, log: bool = False
 ) -> list[str]:
-    """Rows of text no wider than `width`, with both axes; `tell` writes a value. At least one line has a point."""
+    """Rows of text, as wide as `width` if that leaves room to draw, with both axes; `tell` writes a value.
+
+    Every line has a point.
+    """
     steps = np.concatenate([line[0] for line in lines])
     levels = [np.log10(np.maximum(values, 1e-30)) if log else values for _, values in lines]
     first, last = float(steps.min()), float(steps.max())
-    low, high = float(min(v.min() for v in levels if v.size)), float(max(v.max() for v in levels if v.size))
+    low, high = float(min(v.min() for v in levels)), float(max(v.max() for v in levels))
     if low == high:
         low, high = low - 0.5, high + 0.5
     named = {row: tell(level(low, high, row, log)) for row in range(0, HEIGHT, 5)}
     margin = max(map(len, named.values()))
-    columns = max(LEAST_WIDTH, width) - margin - 2
-    dots = braille and (colour or len(lines) == 1)
+    columns = max(LEAST_WIDTH, width - margin - 2)
+    dots = by_dots(lines, colour, braille)
     across, down = (2, 4) if dots else (1, 1)
     owner = np.full((HEIGHT, columns), -1)  # which curve a letter shows: the last one drawn there
     bits = np.zeros((HEIGHT, columns), int)
@@ -58,6 +61,18 @@ def chart(
     ends = f"{first:,.0f}", f"{last:,.0f}"
     middle = "step".center(columns - len(ends[0]) - len(ends[1]))
     return [*rows, " " * (margin + 2) + ends[0] + middle + ends[1]]
+
+
+def legend(names: Sequence[str], colour: bool, braille: bool) -> list[str]:
+    """A row for each curve of a `chart`, with how it is drawn."""
+    dots = by_dots(names, colour, braille)
+    marks = ["──" if dots else 2 * LETTERS[n % len(LETTERS)] for n in range(len(names))]
+    return [f"{painted(mark, n, colour)} {name}" for n, (mark, name) in enumerate(zip(marks, names, strict=True))]
+
+
+def by_dots(curves: Sequence[object], colour: bool, braille: bool) -> bool:
+    """Whether dots tell these curves apart."""
+    return braille and (colour or len(curves) == 1)
 
 
 def level(low: float, high: float, row: int, log: bool) -> float:
