@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,6 +18,14 @@ PROGRAM = next(
     filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None
 )
 WAIT_SECONDS = 30.0
+# The browser reads from 3 and writes to 4: a process puts the pipes there and becomes the browser.
+PIPES = """
+import os, sys
+ends = [os.dup(int(word)) for word in sys.argv[1:3] for _ in range(5)][4::5]  # beyond 4, whatever was open
+for place, end in zip((3, 4), ends):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -28,14 +37,13 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self._out = os.pipe()
         self._in, answers = os.pipe()
-        # The browser reads from 3 and writes to 4; a shell puts the pipes there.
         command = [
             PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
             "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}",
             "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{theirs} 4>&{answers}', "sh", *command], pass_fds=(theirs, answers),
+            [sys.executable, "-c", PIPES, str(theirs), str(answers), *command], pass_fds=(theirs, answers),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(theirs)

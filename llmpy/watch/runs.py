@@ -75,7 +75,9 @@ class Run:
             "dtype": "",
             "threads": "threads ",
         }
-        return " · ".join(f"{word}{told[name]}"[:60] for name, word in words.items() if told.get(name))
+        return " · ".join(
+            f"{word}{told[name]}"[:60] for name, word in words.items() if isinstance(told.get(name), str | int | float)
+        )
 
     def samples(self) -> list[dict[str, Any]]:
         """What the model wrote, newest first: the step and the text."""
