@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import threading
 import urllib.parse
 import webbrowser
 from collections.abc import Callable
@@ -172,7 +173,8 @@ def watch(options: WatchOptions, say: Callable[[str], None]) -> None:
     with Server(runs, options.port) as server:
         say(f"{server.address}  (Ctrl-C ends it; the runs go on)")
         if options.open:
-            webbrowser.open(server.address)
+            # One that runs in this terminal returns only at its end, and needs answers until then.
+            threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:
