@@ -248,8 +248,7 @@ class Metrics:
         self._size = found.st_size
         if self._place == 0 and self._size >= SURVEY_FROM:
             self._rough = Curves()
-            for line in survey(file, self._size):
-                self._rough.take(rows_of(line))
+            self._rough.take(rows_of(b"\n".join(survey(file, self._size))))
         file.seek(self._place)
 
 
@@ -266,7 +265,7 @@ def rows_of(text: bytes) -> list[dict[str, Any]]:
     """The objects among lines of JSON. One that cannot be read is passed over."""
     lines = text.decode("utf-8", "replace").strip()
     try:
-        rows = json.loads(f"[{lines.replace(chr(10), ',')}]")  # as one list: a third of the time
+        rows = json.loads(f"[{lines.replace(chr(10), ',')}]")  # as one list: two thirds of the time
     except (ValueError, RecursionError):
         rows = [row for line in lines.split("\n") for row in one_row(line)]
     return [row for row in rows if isinstance(row, dict)]
