@@ -37,9 +37,11 @@ from .options import (
     OpsOptions,
     PeersOptions,
     PlanOptions,
+    PlotOptions,
     SampleOptions,
     SelftestOptions,
     TrainOptions,
+    WatchOptions,
     as_yaml,
     flag,
     options_of,
@@ -58,6 +60,8 @@ EXAMPLES = """examples:
   llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
   llmpy train --init gpt2 --data my.txt         fine-tune GPT-2 124M on your own text
+  llmpy watch                                   show the runs below runs/ as they train, in the browser
+  llmpy plot runs/NAME -o loss.png              draw the loss; without -o in the terminal
   llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
   llmpy plan --model gpt2 -B 4 -T 1024          memory, time and tokens of a run, before it starts
   llmpy doctor                                  is this machine ready? what could be better?
@@ -105,6 +109,14 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     "doctor": (
         ("llmpy doctor", "everything"),
         ("llmpy doctor --no-network --json", "for a report of a fault"),
+    ),
+    "watch": (
+        ("llmpy watch", "every run below runs/"),
+        ("llmpy watch runs/NAME runs/OTHER --open", "two runs, one above the other, in the browser"),
+    ),
+    "plot": (
+        ("llmpy plot runs/NAME runs/OTHER -o loss.svg", "for a paper"),
+        ("llmpy plot runs/NAME --terminal --curves loss lr", "here and now"),
     ),
     "selftest": (
         ("llmpy selftest", "against a reference in float64"),
@@ -200,6 +212,22 @@ def completion(options: CompletionOptions) -> int:
     from .completion import script
 
     write(script(options.shell, build_parser()))
+    return 0
+
+
+def watch(options: WatchOptions) -> int:
+    """Show runs as they train, on a page of this machine."""
+    from .watch.server import watch
+
+    watch(options, lambda line: print(line, flush=True))
+    return 0
+
+
+def plot(options: PlotOptions) -> int:
+    """Draw the curves of runs, into a file or the terminal."""
+    from .watch.plot import plot
+
+    plot(options, print)
     return 0
 
 
@@ -362,6 +390,8 @@ def build_parser() -> Parser:
         ("convert", convert, ConvertOptions),
         ("plan", plan, PlanOptions),
         ("doctor", doctor, DoctorOptions),
+        ("watch", watch, WatchOptions),
+        ("plot", plot, PlotOptions),
         ("selftest", selftest, SelftestOptions),
         ("completion", completion, CompletionOptions),
     ):
@@ -420,6 +450,8 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
     else:
         settings["type"] = kind
     if told["word"]:
+        if typing.get_origin(kind) is tuple:
+            settings["nargs"] = "*"
         parser.add_argument(settings.pop("dest"), **settings)
     else:
         parser.add_argument(*told["flags"], flag(field), **settings)

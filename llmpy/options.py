@@ -24,6 +24,8 @@ DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 SHELLS = ("bash", "zsh", "fish")
+CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
+PICTURES = (".png", ".svg", ".pdf", ".html")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -550,6 +552,49 @@ class SelftestOptions:
 
     def __post_init__(self) -> None:
         positive(self, "threads")
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """`llmpy watch [RUN …]`."""
+
+    runs: tuple[Path, ...] | None = option(
+        None, "run folders, or folders of them, where new runs appear by themselves (default: runs)", metavar="RUN",
+        word=True,
+    )  # fmt: skip
+    port: int = option(8642, "where the page is, or the next free one")
+    open: bool = option(False, "show it in the browser")
+
+    def __post_init__(self) -> None:
+        positive(self, "port")
+        below(self, "port", 1 << 16)
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """`llmpy plot [RUN …]`."""
+
+    runs: tuple[Path, ...] | None = option(
+        None, "run folders (default: the newest below runs)", metavar="RUN", word=True
+    )
+    out: Path | None = option(
+        None, "draw into this file: .png, .svg, .pdf, or .html, which is the page of llmpy watch", "-o", metavar="FILE"
+    )
+    terminal: bool = option(False, "draw with letters, as it does without -o")
+    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=CURVES)
+    smooth: int | None = option(
+        None, "steps to smooth over, 0: not (default: about a hundredth of the run)", metavar="STEPS"
+    )
+    log: bool = option(False, "a logarithmic axis")
+
+    def __post_init__(self) -> None:
+        not_negative(self, "smooth")
+        below(self, "smooth", 1 << 53)
+        for curve in self.curves or ():
+            if curve not in CURVES:
+                raise _refusal("curves", curve, "use some of " + ", ".join(CURVES))
+        if self.out is not None and self.out.suffix.lower() not in PICTURES:
+            raise _refusal("out", self.out, "use a name that ends in " + ", ".join(PICTURES))
 
 
 def flag_of(name: str) -> str:

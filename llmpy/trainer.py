@@ -120,6 +120,7 @@ class Trainer:
             o.keep_every,
         )  # fmt: skip
         self.micro_steps = o.micro_steps
+        self._flops_per_token = model.config.flops_per_token(o.sequence_length)
         self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
         self.stop_signal = 0
@@ -224,7 +225,9 @@ class Trainer:
             numbers |= {"skipped": why, "batches": batches}
             told = ", ".join(f"{file} {sample}" for file, sample in batches)
             self.journal.say(f"step {self.done}: skipped, for {why}; batches {told}")
-        self._record(**numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds)
+        share = self._flops_per_token / 1e9 * tokens / seconds / self.peak
+        left = self._left()[1]
+        self._record(**numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds, share_of_peak=share, eta_s=left)
         if self._bad:
             if self._bad >= self.options.give_up_after:
                 where = origin(self.model, self.options.batch_size, self.options.sequence_length)
@@ -384,6 +387,11 @@ class Trainer:
         o = self.options
         return horizon(self.done, self._elapsed(), self._step_seconds, o.steps, o.seconds)
 
+    def _left(self) -> tuple[int, float]:
+        """The last step as things are, and the seconds of training until then."""
+        total = self._total() if not self.finished() else self.done
+        return total, (total - self.done) * self._step_seconds
+
     def _learning_rate(self) -> float:
         o, total = self.options, self._total()
         warmup = min(total // WARMUP_SHARE, WARMUP_MOST) if o.warmup is None else o.warmup
@@ -398,9 +406,8 @@ class Trainer:
 
     def _tell(self, loss: float, lr: float, norm: float, z: Mapping[str, float], seconds: float) -> None:
         """The step line, and the bar below it."""
-        total = self._total() if not self.finished() else self.done
-        left = (total - self.done) * self._step_seconds
-        flops = self.model.config.flops_per_token(self.options.sequence_length) * self._rate
+        total, left = self._left()
+        flops = self._flops_per_token * self._rate
         line = (
             f"step {self.done:>5}/{total} | loss {loss:.4f}{signed(z['loss'])} | lr {lr:.2e} | "
             f"norm {norm:.3f}{signed(z['norm'])} | "

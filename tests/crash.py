@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from laptop import Laptop
+from laptop import CLOCKED, Laptop
 
 from llmpy import checkpoint, durable, trainer
 from llmpy.data.shards import write_shard
@@ -190,7 +190,7 @@ class Campaign:
         found: dict[str, Any] = {name: (last / name).read_bytes() for name in COMPARED}
         found["model"] = (run / "model.safetensors").read_bytes()
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-        found["metrics"] = [{k: v for k, v in r.items() if k not in ("ms", "tokens_per_s")} for r in rows]
+        found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
         found["main.log"] = (run / "main.log").read_text("utf-8")
         return found
 
