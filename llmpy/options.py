@@ -19,7 +19,7 @@ from .schedule import KINDS
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
-MODEL_FORMATS = ("llmc", "hf", "native", "gguf")
+MODEL_FORMATS = ("llmc", "llmc-run", "hf", "native", "gguf")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
@@ -92,6 +92,9 @@ class TrainOptions:
         "llm.c .bin or a Hugging Face folder (default: from scratch)",
         metavar="MODEL",
     )
+    init_state: bool = option(
+        False, "with --init CHECKPOINT of llm.c: its moments and place in the data too, as --resume CHECKPOINT does"
+    )
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
     batch_size: int = option(4, "rows of a batch", "-B", "-b")
     sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T", "-t")
@@ -138,7 +141,10 @@ class TrainOptions:
     keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
     keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
     resume: Path | None = option(
-        None, "go on with this run; other options are the saved ones unless given again", metavar="RUN"
+        None,
+        "go on with this run; other options are the saved ones unless given again. Or, in a new folder, with that of "
+        "llm.c in this folder, which has saved none: give them all",
+        metavar="RUN",
     )
     auto_resume: bool = option(False, "go on with the run in --out if there is one", "-y")
     track: tuple[str, ...] | None = option(None, "send the numbers also to: " + ", ".join(TRACKERS), choices=TRACKERS)
@@ -204,7 +210,7 @@ class TrainOptions:
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init", "init_state"}}
         # A file of --config may leave open what the run has settled.
         changes = {name: value for name, value in told.items() if (name, value) not in LEFT_OPEN and value is not None}
         for name in FIXED:
@@ -216,6 +222,16 @@ class TrainOptions:
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
         return replace(saved, **changes, resume=self.resume, given=self.given)
+
+    def taking_over(self) -> Self:
+        """For a run of llm.c that --resume names: it starts from the checkpoint there, in a folder of its own.
+
+        Raises LlmpyError if it is to start from something else, too.
+        """
+        assert self.resume is not None
+        if self.init is not None:
+            raise LlmpyError(f"both --resume {self.resume} and --init {self.init}", "give one of them")
+        return replace(self, init=str(self.resume.absolute()), init_state=True, resume=None)
 
     @property
     def called(self) -> str:
@@ -429,8 +445,8 @@ class ConvertOptions:
     target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
     to: str | None = option(
         None,
-        "format of OUT: llmc, hf (a folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, "
-        ".safetensors; hf without a suffix)",
+        "format of OUT: llmc, llmc-run (a folder that llm.c goes on from: moments and place in the data too), hf (a "
+        "folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, .safetensors; hf without a suffix)",
         choices=MODEL_FORMATS,
     )
     dtype: str | None = option(

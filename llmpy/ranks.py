@@ -24,6 +24,7 @@ from .durable import write_whole
 from .errors import LlmpyError
 
 MAGIC = 20240328
+LLMC_FILE = "gpt2_tokenizer.bin"  # what llm.c calls its own
 EOT = "<|endoftext|>"
 TOKENS_AT_MOST = 1 << 16  # what a uint16 shard can hold; it also bounds the memory that a damaged file can ask for
 LONGEST = 255  # bytes of a token

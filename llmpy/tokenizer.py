@@ -168,8 +168,12 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`, whole or not at all. Raises LlmpyError if the disk refuses."""
-        content = self._library.to_str(pretty=True)
+        content = self.to_json()
         write_whole(path, lambda temporary: temporary.write_text(content, "utf-8", newline="\n"))
+
+    def to_json(self) -> str:
+        """What a tokenizer.json holds."""
+        return self._library.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""

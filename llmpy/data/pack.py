@@ -26,7 +26,7 @@ import numpy as np
 from ..cache import data_cache
 from ..errors import LlmpyError
 from ..options import DATA_NAMES, DataOptions
-from ..ranks import write_llmc
+from ..ranks import LLMC_FILE, write_llmc
 from ..tokenizer import Tokenizer
 from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
 from .encode import TOKENIZER_SEES, encode, pieces
@@ -242,7 +242,7 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
         files_of[name] = stop - start
     tokenizer.save(work / "tokenizer.json")
     if form == "int32":  # the programs that need this form read a tokenizer of this form too
-        write_llmc(work / "gpt2_tokenizer.bin", tokenizer.ranks())
+        write_llmc(work / LLMC_FILE, tokenizer.ranks())
     say("  ".join(f"{name}: {count:,} tokens" for name, count in _shown(files_of)))
     if spool.counted is not None:
         share = np.count_nonzero(spool.counted)

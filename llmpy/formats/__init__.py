@@ -102,7 +102,7 @@ def _open_folder(path: Path) -> Source:
         return native.read_model(path)
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.read_model(path)
-    if llmc_state.latest(path) is not None:
+    if llmc_state.is_checkpoint(path):
         return llmc_state.read_checkpoint(path)[0]
     raise LlmpyError(
         f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"

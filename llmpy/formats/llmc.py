@@ -21,6 +21,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..ranks import LLMC_FILE
 from ..runfolder import TOKENIZER_FILE
 from .source import DTYPES, Source, cast, damaged, shapes, unreadable
 
@@ -73,9 +74,20 @@ def read_model(path: Path) -> Source:
         x = read_at(path, places[name])
         return padded(x, config) if name == "wte" else x
 
-    beside = path.with_name(TOKENIZER_FILE)
-    tokenizer = beside if beside.is_file() else None
-    return Source(path, f"model of llm.c, version {version}", config, NARROW[version], context, read, tokenizer)
+    return Source(
+        path, f"model of llm.c, version {version}", config, NARROW[version], context, read, _tokenizer(path, V)
+    )
+
+
+def _tokenizer(path: Path, V: int) -> Path | None:
+    """The tokenizer beside a model: a tokenizer.json, else llm.c's if it has as many tokens as the model."""
+    named, table = path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    if named.is_file():
+        return named
+    try:
+        return table if table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V else None
+    except (OSError, IndexError):
+        return None
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:
