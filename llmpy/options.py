@@ -12,7 +12,9 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from .command import command
 from .errors import LlmpyError
+from .inputs import regular
 from .recipes import RECIPES
 from .schedule import KINDS
 
@@ -333,8 +335,9 @@ class SampleOptions:
     min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
     repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely")
     stop: tuple[str, ...] | None = option(
-        None, "end before this text; give it again for further ones (default: at --tokens alone)", each=True
+        None, "end before this text; give it again for further ones (default: at <|endoftext|> alone)", each=True
     )
+    ignore_eot: bool = option(False, "go on after <|endoftext|>, with another text")
     seed: int = option(1337, "seed of the choices; the second text has the next one, and so on")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
@@ -493,7 +496,9 @@ def converted(options: type, name: str, value: Any) -> Any:
     known_names = [f.name for f in options_of(options)]
     if name not in known_names:
         close = difflib.get_close_matches(name, known_names, n=1)
-        raise LlmpyError(f"unknown option {name!r}", f"did you mean {close[0]}?" if close else "see llmpy train --help")
+        raise LlmpyError(
+            f"unknown option {name!r}", f"did you mean {close[0]}?" if close else f"see {command('train', '--help')}"
+        )
     kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
     if value is None and type(None) in kinds:
         return None
@@ -516,13 +521,13 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text("utf-8")) or {}
+        found = yaml.safe_load(regular(path).read_text("utf-8")) or {}
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
-        raise LlmpyError(f"{path} is no YAML: {fault}", "see llmpy train --print-config for one") from None
+        raise LlmpyError(f"{path} is no YAML: {fault}", f"see {command('train', '--print-config')} for one") from None
     if not isinstance(found, dict):
-        raise LlmpyError(f"{path} holds no options", "write one a line, as llmpy train --print-config does")
+        raise LlmpyError(f"{path} holds no options", f"write one a line, as {command('train', '--print-config')} does")
     named = {str(name).replace("-", "_"): value for name, value in found.items()}
     try:
         return {name: converted(options, name, value) for name, value in named.items() if name != "config"}

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import __version__, backend, checkpoint, formats
+from .command import command
 from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
@@ -377,12 +377,12 @@ class Trainer:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
         if self.stop_signal:
-            say(f"stopped after {self.done} steps; go on with:  llmpy train --resume {shlex.quote(str(self.folder))}")
+            say(f"stopped after {self.done} steps; go on with:  {command('train', '--resume', self.folder)}")
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
         if self.feed.tokenizer is not None:
-            say(f'continue a text with:  llmpy sample {shlex.quote(str(self.folder))} --prompt "…"')
+            say(f'continue a text with:  {command("sample", self.folder)} --prompt "…"')
 
     def _elapsed(self) -> float:
         """Seconds since the first step began, evaluations and samples included, pauses of the run not."""
@@ -431,9 +431,7 @@ class Trainer:
         self.keeper.close()
         last = self.keeper.last
         kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
-        again = (
-            "" if last is None else f", and go on from it: llmpy train --resume {shlex.quote(str(self.folder))} --lr …"
-        )
+        again = "" if last is None else f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
         return Diverged(f"step {self.done}: {what}; {kept}", f"use a smaller --lr or a longer --warmup{again}")
 
 

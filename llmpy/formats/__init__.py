@@ -18,6 +18,7 @@ from .. import checkpoint
 from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
 from ..errors import LlmpyError
+from ..inputs import regular
 from ..runfolder import MODEL_FILE
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
@@ -78,7 +79,7 @@ def open_model(path: Path) -> Source:
     try:
         if path.is_dir():
             return _open_folder(path)
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             start = file.read(9)
     except OSError as fault:
         raise unreadable(path, fault) from fault

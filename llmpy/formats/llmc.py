@@ -21,6 +21,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..inputs import regular
 from ..ranks import LLMC_FILE
 from ..runfolder import TOKENIZER_FILE
 from .source import DTYPES, Source, cast, damaged, shapes, unreadable
@@ -163,7 +164,7 @@ def write_debug(path: Path, config: ModelConfig, state: DebugState) -> None:
 def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
     """The 256 int32 of a file that must begin with `magic`, and the file's size in bytes."""
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             start = file.read(HEADER.itemsize)
             size = file.seek(0, 2)
     except OSError as fault:
