@@ -246,8 +246,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
     """Continue prompts with a model; text goes to `write`, all else to stderr.
 
-    A text ends before <|endoftext|>, unless `options.ignore_eot`, at `options.stop`, or after `options.tokens`. That of a
-    single prompt comes token by token; those of several as each ends, in their order. With `options.json` one JSON
+    A text ends before <|endoftext|>, unless `options.ignore_eot`, at `options.stop`, or after `options.tokens`. That of
+    a single prompt comes token by token; those of several as each ends, in their order. With `options.json` one JSON
     object comes at the end.
     Raises LlmpyError for a model that is missing, damaged or of two minds about its vocabulary.
     """
