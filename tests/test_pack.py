@@ -242,7 +242,7 @@ def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
     make(said, raw, out=tmp_path / "out")
     assert [work.is_dir() for work in works] == [True, False]
     living.communicate("")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt", "other", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt", "other", "out"]  # and no locks
 
 
 def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ from .records import Document
 from .shards import form_for, write_shard
 from .text import find_files, stream_files
 
-RECORD, LOCK = "dataset.json", "making.lock"
+RECORD, MAKING = "dataset.json", ".making"
 HELD_OUT = 0.1  # of a user's own text
 SAMPLES, SAMPLE_TOKENS = 3, 32
 
@@ -107,6 +107,8 @@ def load_tokenizer(name: str, documents: Callable[[], Iterable[Document]], say: 
         try:
             return Tokenizer.gpt2(say)
         except LlmpyError as fault:
+            if documents is _no_documents:
+                raise
             raise LlmpyError(f"{fault}: --tokenizer bpe:4096 learns one from the text, without the network") from fault
     if name == "bytes":
         return Tokenizer.bytes()
@@ -170,18 +172,17 @@ def _is_there(folder: Path, request: dict[str, Any], named: bool) -> bool:
 def _workplace(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its place if all goes well.
 
-    What processes that were killed left beside it is removed: their locks are free.
+    A lock beside it tells that its process lives; what killed ones left, whose locks are free, is removed.
     """
     folder = folder.absolute()
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    lock = Lock(work / LOCK)
+    lock = Lock(work.with_suffix(MAKING))
     with made(folder.parent):
         try:
             _remove_abandoned(folder.parent)
-            work.mkdir()
             lock.take()
+            work.mkdir()
             yield work
-            lock.drop()
             if folder.exists():
                 folder.rmdir()
             work.rename(folder)
@@ -190,16 +191,17 @@ def _workplace(folder: Path) -> Iterator[Path]:
                 f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)"
             ) from fault
         finally:
-            lock.drop()
             shutil.rmtree(work, ignore_errors=True)
+            lock.drop()
 
 
 def _remove_abandoned(parent: Path) -> None:
-    for path in parent.glob(f".*.tmp/{LOCK}"):
+    for path in parent.glob(f".*{MAKING}"):
         lock = Lock(path)
-        if lock.take():
-            shutil.rmtree(path.parent, ignore_errors=True)
-            lock.drop()
+        with contextlib.suppress(OSError):  # somebody else's
+            if lock.take():
+                shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+                lock.drop()
 
 
 def _hellaswag(options: DataOptions, work: Path, say: Callable[[str], None]) -> dict[str, Any]:
