@@ -81,7 +81,7 @@ def _tokenizer(source: Source, target: Path, to: str, say: Callable[[str], None]
         if not to.startswith("llmc"):
             say("no tokenizer came with the model: put its tokenizer.json beside it")
         return
-    if not (to.startswith("llmc") or target.suffix == ".safetensors"):
+    if not (to.startswith("llmc") or (to == "native" and target.suffix == ".safetensors")):
         return  # it is in it
     beside = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
     if to == "native":
