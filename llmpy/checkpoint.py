@@ -29,9 +29,11 @@ from safetensors import SafetensorError, safe_open
 
 from . import durable
 from .arena import Arena, Tensor
+from .command import command
 from .config import ModelConfig
 from .errors import LlmpyError
 from .gpt2 import GPT2, PARAMS
+from .inputs import regular
 
 KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
@@ -101,7 +103,7 @@ def read_header(path: Path) -> Header:
     with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
-            raise LlmpyError(f"{path} is not a model of llmpy", "train one with: llmpy train")
+            raise LlmpyError(f"{path} is not a model of llmpy", f"train one with: {command('train')}")
         try:
             about = json.loads(metadata[KEY])
             if about["format"] != FORMAT:
@@ -278,14 +280,14 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
-        raise LlmpyError(f"no model at {path}", "train one with: llmpy train") from None
+        raise LlmpyError(f"no model at {path}", f"train one with: {command('train')}") from None
     except (OSError, SafetensorError) as fault:
         raise _damaged(path, str(fault)) from fault
 
 
 def _check_header(path: Path) -> None:
     """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > HEADER_AT_MOST:
         raise _damaged(path, f"a header of {length:,} bytes")

@@ -23,6 +23,7 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from . import __version__
+from .command import called
 from .errors import LlmpyError, did_you_mean
 from .journal import silence
 from .options import (
@@ -377,7 +378,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmpy",
         description="GPT-2 training in Python alone.",
-        epilog=EXAMPLES + EXIT_CODES,
+        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + EXIT_CODES,
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")

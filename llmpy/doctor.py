@@ -31,6 +31,7 @@ from . import __version__, backend
 from .bench.ops import Meter
 from .bench.peers import cpu_name
 from .cache import data_cache, user_cache
+from .command import command
 from .config import ModelConfig
 from .download import hub
 from .errors import LlmpyError
@@ -389,5 +390,5 @@ def table(checks: list[Check], stream: TextIO) -> str:
     lines.append("")
     lines.append(f"faults that prevent training: {faults}" if faults else "this machine can train")
     if not faults:
-        lines.append("whether it computes what it should is tested by:  llmpy selftest")
+        lines.append(f"whether it computes what it should is tested by:  {command('selftest')}")
     return "\n".join(lines)

@@ -11,14 +11,16 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from .command import command
 from .errors import LlmpyError, did_you_mean
+from .inputs import regular
 from .recipes import RECIPES
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
-MODEL_FORMATS = ("llmc", "hf", "native", "gguf")
+MODEL_FORMATS = ("llmc", "llmc-run", "hf", "native", "gguf")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
@@ -94,6 +96,9 @@ class TrainOptions:
         "llm.c .bin or a Hugging Face folder (default: from scratch)",
         metavar="MODEL",
     )
+    init_state: bool = option(
+        False, "with --init CHECKPOINT of llm.c: its moments and place in the data too, as --resume CHECKPOINT does"
+    )
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
     batch_size: int = option(4, "rows of a batch", "-B", "-b")
     sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T", "-t")
@@ -140,7 +145,10 @@ class TrainOptions:
     keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
     keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
     resume: Path | None = option(
-        None, "go on with this run; other options are the saved ones unless given again", metavar="RUN"
+        None,
+        "go on with this run; other options are the saved ones unless given again. Or, in a new folder, with that of "
+        "llm.c in this folder, which has saved none: give them all",
+        metavar="RUN",
     )
     auto_resume: bool = option(False, "go on with the run in --out if there is one", "-y")
     track: tuple[str, ...] | None = option(None, "send the numbers also to: " + ", ".join(TRACKERS), choices=TRACKERS)
@@ -206,7 +214,7 @@ class TrainOptions:
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init", "init_state"}}
         # A file of --config may leave open what the run has settled.
         changes = {name: value for name, value in told.items() if (name, value) not in LEFT_OPEN and value is not None}
         for name in FIXED:
@@ -218,6 +226,16 @@ class TrainOptions:
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
         return replace(saved, **changes, resume=self.resume, given=self.given)
+
+    def taking_over(self) -> Self:
+        """For a run of llm.c that --resume names: it starts from the checkpoint there, in a folder of its own.
+
+        Raises LlmpyError if it is to start from something else, too.
+        """
+        assert self.resume is not None
+        if self.init is not None:
+            raise LlmpyError(f"both --resume {self.resume} and --init {self.init}", "give one of them")
+        return replace(self, init=str(self.resume.absolute()), init_state=True, resume=None)
 
     @property
     def called(self) -> str:
@@ -319,8 +337,9 @@ class SampleOptions:
     min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
     repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely")
     stop: tuple[str, ...] | None = option(
-        None, "end before this text; give it again for further ones (default: at --tokens alone)", each=True
+        None, "end before this text; give it again for further ones (default: at <|endoftext|> alone)", each=True
     )
+    ignore_eot: bool = option(False, "go on after <|endoftext|>, with another text")
     seed: int = option(1337, "seed of the choices; the second text has the next one, and so on")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
@@ -500,8 +519,8 @@ class ConvertOptions:
     target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
     to: str | None = option(
         None,
-        "format of OUT: llmc, hf (a folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, "
-        ".safetensors; hf without a suffix)",
+        "format of OUT: llmc, llmc-run (a folder that llm.c goes on from: moments and place in the data too), hf (a "
+        "folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, .safetensors; hf without a suffix)",
         choices=MODEL_FORMATS,
     )
     dtype: str | None = option(
@@ -614,7 +633,8 @@ def converted(options: type, name: str, value: Any) -> Any:
     hints = typing.get_type_hints(options)
     known_names = [f.name for f in options_of(options)]
     if name not in known_names:
-        raise LlmpyError(f"unknown option {name!r}", did_you_mean(name, known_names) or "see llmpy train --help")
+        close = did_you_mean(name, known_names)
+        raise LlmpyError(f"unknown option {name!r}", close or f"see {command('train', '--help')}")
     kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
     if value is None and type(None) in kinds:
         return None
@@ -637,13 +657,13 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text("utf-8")) or {}
+        found = yaml.safe_load(regular(path).read_text("utf-8")) or {}
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
-        raise LlmpyError(f"{path} is no YAML: {fault}", "see llmpy train --print-config for one") from None
+        raise LlmpyError(f"{path} is no YAML: {fault}", f"see {command('train', '--print-config')} for one") from None
     if not isinstance(found, dict):
-        raise LlmpyError(f"{path} holds no options", "write one a line, as llmpy train --print-config does")
+        raise LlmpyError(f"{path} holds no options", f"write one a line, as {command('train', '--print-config')} does")
     named = {str(name).replace("-", "_"): value for name, value in found.items()}
     try:
         return {name: converted(options, name, value) for name, value in named.items() if name != "config"}

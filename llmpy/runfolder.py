@@ -36,6 +36,7 @@ LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cu
 CONSOLE = "console.log"
 TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
 OURS = {MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
+LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 
@@ -123,13 +124,15 @@ class RunFolder:
 
     @classmethod
     def claim(cls, options: TrainOptions) -> Self:
-        """The folder that the options speak of: of a run to go on with, else a new one.
+        """The folder that the options speak of: of a run to go on with, else a new one, also for a run of llm.c.
 
         Raises LlmpyError if it cannot be had.
         """
         run = options.resume
         if run is None and options.auto_resume and options.out is not None and _holds_run(options.out):
             run = options.out
+        if run is not None and _holds_llmc(run) and not _holds_run(run):
+            return cls.open(options.out, options.taking_over().called)
         return cls.open(options.out, options.called) if run is None else cls.reopen(run)
 
     @classmethod
@@ -236,6 +239,14 @@ def _holds_run(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() or (path / CHECKPOINTS).is_dir()
 
 
+def _holds_llmc(path: Path) -> bool:
+    """Whether llm.c left a checkpoint here: then it is gone on with elsewhere, and nothing of it is touched."""
+    try:
+        return any(LLMC_DONE.fullmatch(name) for name in _entries(path))
+    except OSError:
+        return False
+
+
 def _taken(path: Path, lock: Lock) -> InUse:
     return InUse(f"{path} is in use: {lock.holder()} is training in it", "wait for its end, or choose another --out")
 
@@ -250,6 +261,11 @@ def _refuse_loss(path: Path) -> None:
         )
     if _holds_run(path):
         raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {shlex.quote(str(path))}")
+    if _holds_llmc(path):
+        raise LlmpyError(
+            f"{path} holds a run of llm.c",
+            f"go on with it in another folder: --resume {shlex.quote(str(path))} --out …",
+        )
     if names:
         raise LlmpyError(f"{path} is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shlex
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from . import checkpoint, durable
 from .checkpoint import MODEL, STATE
+from .command import command
 from .data.loader import Position
 from .errors import LlmpyError
 from .gpt2 import GPT2
@@ -106,7 +106,7 @@ class Keeper:
                 kept += f"; the model of step {step} was saved without what --resume needs"
             raise LlmpyError(
                 f"the checkpoint of step {step} could not be written: {fault.strerror or fault}; {kept}",
-                f"make room, then go on with: llmpy train --resume {shlex.quote(str(self.run))}",
+                f"make room, then go on with: {command('train', '--resume', self.run)}",
             ) from fault
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import __version__, backend, checkpoint, formats
+from .command import command
 from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
@@ -36,7 +36,7 @@ from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
 from .durable import sync_folder, write_whole
 from .errors import Diverged, LlmpyError
-from .formats import hub, native
+from .formats import hub, llmc_state, native
 from .formats.source import Source
 from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
@@ -129,6 +129,7 @@ class Trainer:
         self._step_seconds = step_seconds
         self._rate = 0.0
         self._spent = 0.0  # seconds in steps, for their mean
+        self._untimed = 0  # of the steps done: those of llm.c, before this run
         self._line_at = 0.0
         self._before = 0.0  # seconds of training of earlier processes
         self._started = 0.0
@@ -215,9 +216,10 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.done += 1
         self._spent += seconds
-        self._step_seconds = self._spent / self.done
+        timed = self.done - self._untimed
+        self._step_seconds = self._spent / timed
         tokens = self.options.batch_size * self.options.sequence_length * self.micro_steps
-        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if self.done > 2 else 1.0)
+        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if timed > 2 else 1.0)
         numbers: dict[str, Any] = {"step": self.done, "loss": loss, "lr": lr, "grad_norm": norm}
         numbers |= {f"{name}_z": value for name, value in z.items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -348,7 +350,7 @@ class Trainer:
             "updates": self.optimizer.updates,
             "detectors": {name: detector.state for name, detector in self.detectors.items()},
             "bad_steps": self._bad,
-            "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent},
+            "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent, "untimed": self._untimed},
             "tokens_per_s": self._rate,
             "logs": self._logs,
         }
@@ -364,20 +366,26 @@ class Trainer:
         self.done, self._bad = manifest["step"], manifest["bad_steps"]
         self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
         self._rate = manifest["tokens_per_s"]
-        if self.done:
-            self._step_seconds = self._spent / self.done
+        self._untimed = manifest["seconds"].get("untimed", 0)
+        if self.done > self._untimed:
+            self._step_seconds = self._spent / (self.done - self._untimed)
         self.keeper.adopt(path, self.done)
+
+    def take_over(self, state: llmc_state.TrainingState) -> None:
+        """Go on from a state of llm.c, whose weights the model has. What it does not hold begins anew: detectors."""
+        llmc_state.restore(state, self.optimizer, self.feed.train)
+        self.done = self._untimed = state.step
 
     def _conclude(self) -> None:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
         if self.stop_signal:
-            say(f"stopped after {self.done} steps; go on with:  llmpy train --resume {shlex.quote(str(self.folder))}")
+            say(f"stopped after {self.done} steps; go on with:  {command('train', '--resume', self.folder)}")
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
         if self.feed.tokenizer is not None:
-            say(f'continue a text with:  llmpy sample {shlex.quote(str(self.folder))} --prompt "…"')
+            say(f'continue a text with:  {command("sample", self.folder)} --prompt "…"')
 
     def _elapsed(self) -> float:
         """Seconds since the first step began, evaluations and samples included, pauses of the run not."""
@@ -430,9 +438,7 @@ class Trainer:
         self.keeper.close()
         last = self.keeper.last
         kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
-        again = (
-            "" if last is None else f", and go on from it: llmpy train --resume {shlex.quote(str(self.folder))} --lr …"
-        )
+        again = "" if last is None else f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
         return Diverged(f"step {self.done}: {what}; {kept}", f"use a smaller --lr or a longer --warmup{again}")
 
 
@@ -516,10 +522,13 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     path = manifest = None
     if folder.resumed:
         options, path, manifest = saved(options, folder, journal.say)
+    elif options.resume is not None:
+        options = options.taking_over()
     ops = machine or load(options)
     start: Source | None
+    state: llmc_state.TrainingState | None = None
     if path is None or manifest is None:
-        options, start = begin(options, folder.path, ops, journal.say)
+        options, start, state = begin(options, folder.path, ops, journal.say)
         write_config(folder.path, options)  # from here on a run that is killed can be resumed
         paths, vocab_size = options.data, options.vocab_size
         if start is None and paths is None:
@@ -538,6 +547,8 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         lambda: check_memory(options, config, ops),
         lambda: check_disk(options, config, folder.path),
     )[0]
+    if state is not None:
+        llmc_state.restore_place(state, feed.train)  # before anything compiles
     marks = {"train": [*map(fingerprint, data.train)], "val": [*map(fingerprint, data.val)]}
     if manifest is not None and any(contents(manifest["data"][part]) != contents(marks[part]) for part in marks):
         raise LlmpyError(
@@ -563,6 +574,8 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     )  # fmt: skip
     if path is not None and manifest is not None:
         trainer.resume(path, manifest)
+    if state is not None:
+        trainer.take_over(state)
     if data.tokenizer is not None:
         data.tokenizer.save(folder / TOKENIZER_FILE)
     write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
@@ -580,8 +593,9 @@ def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def begin(
     options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
-) -> tuple[TrainOptions, Source | None]:
-    """What a new run starts from, if not from scratch; the options with its size, and with paths that hold anywhere.
+) -> tuple[TrainOptions, Source | None, llmc_state.TrainingState | None]:
+    """The options with the model's size and with paths that hold anywhere; what a new run starts from, if not from
+    scratch; and the state of llm.c that it goes on from, if it does.
 
     Raises LlmpyError for all that can be known to be wrong, if possible before anything is downloaded.
     """
@@ -590,19 +604,28 @@ def begin(
         if faults := problems(replace(options, model=model), folder, ops, config):
             raise together(faults)
 
-    start, init = None, options.init
-    if init in hub.NAMES:
+    start, state, init = None, None, options.init
+    if options.init_state and init is None:
+        raise LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
+    if init in hub.NAMES and not options.init_state:
         check(init, ModelConfig.from_dial(init))
     if init is not None:
         try:
-            start = formats.resolve(init, say)
+            if options.init_state:
+                start, state = llmc_state.read_checkpoint(Path(init))
+            else:
+                start = formats.resolve(init, say)
         except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
             least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
             raise together([fault, *problems(least, folder, ops)]) from fault
         say(f"init     {start.describe()}")
     model = dial(options.model, start)
     check(model, start.config if start else None)
-    return replace(anywhere(options), model=model), start
+    if state is not None:
+        say(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")
+        if "shuffle" not in options.given:
+            options = replace(options, shuffle=state.shuffle)
+    return replace(anywhere(options), model=model), start, state
 
 
 def anywhere(options: TrainOptions) -> TrainOptions:

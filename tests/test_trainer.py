@@ -84,7 +84,6 @@ def test_validation_batches_weigh_by_what_counts_in_them(
 
 
 def test_the_name_of_a_data_set_stays_one(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     made = tmp_path / "cache" / "tinyshakespeare" / "bytes"
     made.mkdir(parents=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlmpyError
+from ..inputs import regular
 
 LINE_AT_MOST = 8 << 20  # bytes of a record
 SIGNS_FREELY = (
@@ -77,7 +78,7 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        with gzip.open(regular(path), "rb") if packed else regular(path).open("rb") as file:
             number = 0
             while line := file.readline(LINE_AT_MOST + 1):
                 number += 1

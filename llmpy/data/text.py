@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LlmpyError
+from ..inputs import regular
 from ..ranks import EOT
 from .records import Document, NoRecords, kind_of, read_records
 
@@ -75,8 +76,8 @@ def _add(real: Path, found: dict[Path, Found]) -> int:
     if real.is_file():
         found[real.resolve()] = Found(real, named=True)
         return 0
-    if not real.is_dir():
-        raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+    if not regular(real).is_dir():
+        raise LlmpyError(f"{real} is gone", "check the path")
     files, hidden = _walk(real)
     for file in files:
         found.setdefault(file.resolve(), Found(file, named=False))
@@ -196,7 +197,7 @@ def _unreadable(fault: OSError) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
 

@@ -18,6 +18,7 @@ from .. import checkpoint
 from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
 from ..errors import LlmpyError, did_you_mean
+from ..inputs import regular
 from ..runfolder import MODEL_FILE, finished
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
@@ -80,7 +81,7 @@ def open_model(path: Path) -> Source:
     try:
         if path.is_dir():
             return _open_folder(path)
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             start = file.read(9)
     except OSError as fault:
         raise unreadable(path, fault) from fault
@@ -104,7 +105,7 @@ def _open_folder(path: Path) -> Source:
         return native.read_model(path)
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.read_model(path)
-    if llmc_state.latest(path) is not None:
+    if llmc_state.is_checkpoint(path):
         return llmc_state.read_checkpoint(path)[0]
     raise LlmpyError(
         f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ..command import command
 from ..errors import LlmpyError
 from ..runfolder import CONFIG_FILE, LOCK, METRICS, SAMPLES
 from .curves import KEPT, POINTS, Metrics, finite, open_regular, smoothed, width_of
@@ -170,7 +171,7 @@ class Runs:
         for path in self._given:
             if not is_run(path) and not children(path):
                 where = f"no run folder {path}" if given else "no run here"
-                raise LlmpyError(where, "name the folder of a run, or begin one: llmpy train")
+                raise LlmpyError(where, f"name the folder of a run, or begin one: {command('train')}")
         self.named = {path for path in given if is_run(path)}
 
     def all(self) -> dict[str, Run]:
