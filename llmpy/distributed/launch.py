@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where th
 TASKS = (
     "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
 )  # fmt: skip
+LOOK = 0.2  # seconds
 EXTRA = "pip install 'llmpy[mpi]'"
 
 
@@ -89,16 +91,54 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which hands it on.
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         with _handing_on(folder, process):
-            code = process.wait()
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            code = int((folder / "code").read_text())
-        fault = folder / "fault"
-        if fault.exists() or (code and not (folder / "code").exists()):
-            text = fault.read_text("utf-8") if fault.exists() else f"mpiexec ended with code {code} before the run did"
-            error = LlmpyError(text)
-            error.code = code or 1
+            dead = _first_death(folder, process, ranks)
+        code, fault = _word(folder, "code"), _word(folder, "fault")
+        if dead is not None:
+            fault = f"rank {dead[0]} (process {dead[1]}) has died" + _word(folder, "hint")
+        elif not fault and not code:
+            fault = f"mpiexec ended with code {process.returncode} before the run did"
+        if fault:
+            error = LlmpyError(fault)
+            error.code = int(code) if code and dead is None else 1
             raise error
-        return code
+        return int(code)
+
+
+def _word(folder: Path, name: str) -> str:
+    """What a rank left here under this name, or ""."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / name).read_text("utf-8")
+    return ""
+
+
+def _first_death(folder: Path, process: subprocess.Popen[bytes], ranks: int) -> tuple[int, int] | None:
+    """Wait for the launcher; rank and PID of the process that ended first, if it ended before its time.
+
+    MPICH's launcher kills the others within a millisecond of a death and tells a PID alone; where the system can wait
+    for a process that is no child, this one sees who was first.
+    """
+    seen: dict[int, tuple[int, int]] = {}
+    dead: tuple[int, int] | None = None
+    poll = select.poll() if hasattr(os, "pidfd_open") else None
+    while process.poll() is None:
+        if poll is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK)
+            continue
+        for rank in range(ranks if len(seen) < ranks else 0):
+            pid = _word(folder, f"rank-{rank}")
+            if pid and rank not in {r for r, _ in seen.values()}:
+                with contextlib.suppress(ProcessLookupError):
+                    handle = os.pidfd_open(int(pid))
+                    seen[handle] = rank, int(pid)
+                    poll.register(handle, select.POLLIN)
+        for handle, _ in poll.poll(1e3 * LOOK):
+            poll.unregister(handle)
+            if dead is None and not _word(folder, "code"):
+                dead = seen[handle]
+    for handle in seen:
+        os.close(handle)
+    return dead
 
 
 @contextlib.contextmanager
@@ -107,7 +147,7 @@ def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
 
     def hand_on(number: int, _frame: Any) -> None:
         try:
-            os.kill(int((folder / "first").read_text()), number)
+            os.kill(int((folder / "rank-0").read_text()), number)
         except (OSError, ValueError):
             process.send_signal(number)
 
@@ -126,43 +166,41 @@ def _parent() -> tuple[int, Path] | None:
     return (int(pid), Path(folder)) if colon else None
 
 
-def arrive() -> None:
-    """The first rank is there: signals may go to it."""
-    if parent := _parent():
-        (parent[1] / "first").write_text(str(os.getpid()))
+def leave_word(name: str, text: str) -> bool:
+    """Something for who started the ranks to read; False where they were started by hand."""
+    parent = _parent()
+    if parent is None:
+        return False
+    temporary = parent[1] / f".{name}-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        temporary.write_text(text, "utf-8")
+        temporary.replace(parent[1] / name)
+    return True
 
 
 def end_with_parent() -> None:
     """Where who started the ranks was killed: end as if by SIGTERM, with a checkpoint."""
     parent = _parent()
-    if parent is not None and os.name == "posix" and (parent[1] / "first").is_file():
+    if parent is not None and os.name == "posix" and parent[1].is_dir():
         try:
             os.kill(parent[0], 0)
         except ProcessLookupError:
+            shutil.rmtree(parent[1], ignore_errors=True)  # it cannot any more; and once is enough
             os.kill(os.getpid(), signal.SIGTERM)
-            (parent[1] / "first").unlink(missing_ok=True)  # once is enough
 
 
 def report(message: str) -> None:
     """The fault that ends all ranks, in one line: to who started them, or on stderr."""
     line = " ".join(message.split())
-    if parent := _parent():
-        with contextlib.suppress(OSError):
-            temporary = parent[1] / f".fault-{os.getpid()}"
-            temporary.write_text(line, "utf-8")
-            temporary.replace(parent[1] / "fault")
-            return
+    if leave_word("fault", line):
+        return
     with contextlib.suppress(OSError):
         os.write(2, f"llmpy: error: {line}\n".encode())
 
 
 def conclude(code: int) -> int:
     """The exit code of a rank of a run that ended well: who started the ranks is told, and then 0 serves them."""
-    if parent := _parent():
-        with contextlib.suppress(OSError):
-            (parent[1] / "code").write_text(str(code))
-        return 0
-    return code
+    return 0 if leave_word("code", str(code)) else code
 
 
 def leave(code: int) -> NoReturn:

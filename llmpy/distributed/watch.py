@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, NoReturn
 
 import psutil
@@ -45,6 +45,7 @@ class Fault:
     rank: int
     text: str
     code: int = 1
+    lost: bool = False  # nobody's fault that can be told: who does the same again may succeed
 
 
 @dataclass
@@ -62,12 +63,13 @@ class Peer:
 class Watch:
     """The connections of one rank and the thread that looks after them."""
 
-    def __init__(self, rank: int, size: int, patience: float, tell: Callable[[Any], list[Any]], hint: str = "") -> None:
+    def __init__(self, rank: int, size: int, patience: float, tell: Callable[[Any], list[Any]]) -> None:
         """`tell` gives a value to all ranks and returns theirs. Raises LlmpyError if the first rank cannot be reached.
 
         `patience` 0: nobody is watched, a fault of this rank alone is known.
         """
-        self.rank, self.patience, self.hint = rank, patience, hint
+        self.rank, self.patience = rank, patience
+        self.hint = ""  # how to go on, when there is something to go on with
         self.fault: Fault | None = None
         self.ending = threading.Event()  # the main thread saw to the fault
         self._peers: list[Peer] = []
@@ -111,7 +113,7 @@ class Watch:
         with self._lock:
             if self.fault is None:
                 self.fault = fault
-        self._send_all({"fault": [self.fault.rank, self.fault.text, self.fault.code]})
+        self._send_all({"fault": astuple(self.fault)})
 
     def close(self) -> None:
         """The end of a run that went well: nobody is missed from now on."""
@@ -145,7 +147,9 @@ class Watch:
                     peer.heard = time.monotonic() if late else peer.heard
                     silent = time.monotonic() - peer.heard
                     if not peer.left and silent > self.patience:
-                        self.say(Fault(peer.rank, f"{peer.name} has given no sign of life for {silent:.0f} s"))
+                        self.say(
+                            Fault(peer.rank, f"{peer.name} has given no sign of life for {silent:.0f} s", lost=True)
+                        )
             else:
                 began = began or time.monotonic()
                 if time.monotonic() - began > GRACE and not self.ending.is_set():
@@ -159,7 +163,7 @@ class Watch:
         if not data:
             peer.left = True
             if not self._closed and self.fault is None:
-                self.say(Fault(peer.rank, f"{peer.name} has died"))
+                self.say(Fault(peer.rank, f"{peer.name} has died", lost=True))
             return
         peer.heard = time.monotonic()
         *lines, peer.unread = (peer.unread + data[-LONGEST:]).split(b"\n")
@@ -168,8 +172,7 @@ class Watch:
             if "farewell" in message:
                 peer.left = True
             if "fault" in message and self.fault is None:
-                rank, what, code = message["fault"]
-                self.say(Fault(rank, what, code))
+                self.say(Fault(*message["fault"]))
 
 
 def end(watch: Watch, fault: Fault) -> NoReturn:
@@ -177,7 +180,7 @@ def end(watch: Watch, fault: Fault) -> NoReturn:
     watch.ending.set()
     # The first rank speaks for all; if it is the one that is gone, everyone for himself.
     if watch.rank == 0 or fault.rank == 0 or not watch.patience:
-        launch.report(fault.text + watch.hint)
+        launch.report(fault.text + (watch.hint if fault.lost else ""))
     time.sleep(FAREWELL)
     launch.leave(fault.code)
 

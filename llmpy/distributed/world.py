@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import threading
 import time
@@ -60,8 +61,7 @@ class World(Alone):
         local = [q for q, about in enumerate(self._ranks) if about["host"] == self._ranks[self.rank]["host"]]
         self.local_rank, self.local_size = local.index(self.rank), len(local)
         self._watch = Watch(self.rank, self.size, patience, self.tell)
-        if self.rank == 0:
-            launch.arrive()
+        launch.leave_word(f"rank-{self.rank}", str(os.getpid()))
 
     def __enter__(self) -> Self:
         return self
@@ -249,6 +249,10 @@ class World(Alone):
     def keeper(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
     ) -> ShardedKeeper:
+        assert self._watch is not None
+        self._watch.hint = f" — go on, on fewer ranks too, with: llmpy train --resume {shlex.quote(str(run))}"
+        if self.rank == 0:
+            launch.leave_word("hint", self._watch.hint)
         return ShardedKeeper(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
 
 
