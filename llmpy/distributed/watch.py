@@ -78,7 +78,8 @@ class Watch:
         if patience:
             self._connect(size, tell)
             self._told_at = 0.0
-            threading.Thread(target=self._look, name="watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+            self._thread.start()
 
     def _connect(self, size: int, tell: Callable[[Any], list[Any]]) -> None:
         name = f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()})"
@@ -119,6 +120,8 @@ class Watch:
         """The end of a run that went well: nobody is missed from now on."""
         self._closed = True
         self._send_all({"farewell": True})
+        if self.patience:
+            self._thread.join()
 
     def _send_all(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
@@ -154,6 +157,8 @@ class Watch:
                 began = began or time.monotonic()
                 if time.monotonic() - began > GRACE and not self.ending.is_set():
                     end(self, self.fault)
+        for peer in self._peers:
+            peer.line.close()
 
     def _read(self, peer: Peer) -> None:
         try:
