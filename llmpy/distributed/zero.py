@@ -14,7 +14,10 @@ Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -138,6 +141,15 @@ def length(ranges: Sequence[Range]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
+def release(x: np.ndarray) -> None:
+    """Give the memory of x back to the system, where there is such a thing; it then holds zeros, and may be written."""
+    if sys.platform == "linux":
+        start = -(-x.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (x.ctypes.data + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
 class Zero(AdamW):
     """AdamW whose state is divided among the ranks. The buffers are flat, part after part, buckets in order."""
 
@@ -200,6 +212,8 @@ class Zero(AdamW):
         """The master weights := the model's parameters, which were written by anyone else."""
         for ranges, at in self.kept_ranges():
             pack(self.master[at], self.params, ranges)
+        if self.model.mixed:  # products read the bfloat16 copy, the optimizer its parts: nobody reads these any more
+            release(self.params[: self.edge])
 
     def expect(self) -> None:
         """The backward that comes now is the step's last: send each bucket when its gradients are done."""
