@@ -8,7 +8,7 @@ seconds  bytes that leave the host / (EFFICIENCY·W), and for each bucket a late
 exposed  the embeddings' share of both: their gradients are done last, their weights needed first; of the other
          gradients what backward is too short for, of the other weights what forward is too short for
 
-EFFICIENCY and OVERHEAD are measured, see docs/distributed.md.
+EFFICIENCY was measured (docs/distributed.md), OVERHEAD is an assumption that counts from some hundred ranks on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Communication:
 def communication(
     config: ModelConfig, ranks: int, line: Line, compute: float, mixed: bool = True, per_host: int = 1
 ) -> Communication:
-    """The costs of a step whose last micro-batch's forward and backward take `compute` seconds: what can hide something.
+    """The costs of a step whose last forward and backward, beside which messages travel, take `compute` seconds.
 
     `mixed`: weights travel as bfloat16. `per_host`: ranks that share a line; among themselves they need none.
     """
