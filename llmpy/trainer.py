@@ -695,7 +695,7 @@ def saved(
         say("no checkpoint was complete: the run begins again from its start")
         now = options.resumed_from(before)
         return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
-    before = TrainOptions.from_record(manifest["options"])
+    before = replace(TrainOptions.from_record(manifest["options"]), ranks=manifest.get("ranks", 1))
     now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
     if "init" in options.given and anywhere(options).init not in (None, before.init):
         raise LlmpyError(
@@ -726,10 +726,16 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
             f"batches of {B} x {T} instead of {b} x {t}: the rest of the data comes in the old order, cut anew; from "
             "here on the run differs from one that kept them"
         )
-    if now.micro_steps != before.micro_steps:
+    tokens, count = now.micro_steps * now.batch_tokens, before.micro_steps * before.batch_tokens
+    if now.ranks != before.ranks:
+        yield (
+            f"{now.ranks} rank{'s' * (now.ranks > 1)} instead of {before.ranks}: the rest of the epoch comes in the "
+            f"order of the first one, divided anew; each step reads {tokens:,} tokens, before {count:,}"
+        )
+    elif now.micro_steps != before.micro_steps:
         yield (
             f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
-            f"{now.micro_steps * B * T:,} tokens instead of {before.micro_steps * b * t:,}"
+            f"{tokens:,} tokens instead of {count:,}"
         )
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"

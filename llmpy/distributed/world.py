@@ -227,7 +227,7 @@ class World(Alone):
         hosts = Counter(about["host"] for about in self._ranks)
         where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
         overlap = "" if self._threaded else "; it allows one thread alone: communication overlaps with nothing"
-        library = self._mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ").replace("\t", " ")
+        library = " ".join(self._mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0").split())
         return f"ranks    {self.size}: {where}; {library}{overlap}"
 
     def journal(self) -> Journal:
