@@ -316,9 +316,9 @@ def told(text: Path, out: Path) -> list[str]:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 9000)
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 20_000)
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 9000, 12)), encoding="utf-8")
+    path.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 20_000, 12)), encoding="utf-8")
     return path
 
 
