@@ -412,7 +412,7 @@ def lose(text: Path, folder: Path, ranks: int, number: int, whom: int, patience:
     assert not any(p.is_running() for p in victims.values())
     newest = checkpoint.newest(run / "checkpoints", print)
     assert newest is not None
-    go("--resume", str(run), "--steps", str(newest[1]["step"] + 2), "--ranks", str(ranks - 1))
+    go("--resume", str(run), "--steps", str(newest[1]["step"] + 2), "--ranks", str(ranks // 2))
     return seconds
 
 
