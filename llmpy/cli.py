@@ -144,6 +144,13 @@ def train(options: TrainOptions) -> int:
     if options.print_config:
         write(as_yaml(options))
         return 0
+    from .distributed import launch
+
+    what = launch.needed(options.ranks, "ranks" in options.given)
+    if what == "launch":
+        return launch.run(options.ranks, sys.argv[1:])
+    if what == "join":
+        return train_together(options)
     from .runfolder import InUse, RunFolder
 
     # Before the heavy imports: of many runs that begin in one folder all but one leave at once.
@@ -156,6 +163,17 @@ def train(options: TrainOptions) -> int:
     from .trainer import train
 
     return train(options, folder=folder)
+
+
+def train_together(options: TrainOptions) -> int:
+    """Train a model as one of several ranks."""
+    from .distributed import launch
+    from .distributed.world import join
+    from .trainer import train
+
+    with join(options) as world:
+        code = train(options, folder=world.claim(options), world=world)
+    return launch.conclude(code)
 
 
 def sample(options: SampleOptions) -> int:

@@ -12,6 +12,7 @@ Source: Radford et al. 2019; the numbers are those of llm.c and nanoGPT.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,10 @@ class GPT2:
         matrices = [t for t in self.params.table if t.decay]
         self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
         self.grads: Arena | None = None
+        # Of several ranks, whose weights and gradients travel meanwhile: `needs(l)` before forward reads weights of
+        # layer l, `done(l)` when backward has its gradients; −1 stands for the embeddings.
+        self.needs: Callable[[int], None] | None = None
+        self.done: Callable[[int], None] | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
         self._scratch: dict[tuple[int, int], Arena] = {}
 
@@ -184,8 +189,12 @@ class GPT2:
     def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
         """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
         ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
+        if self.needs is not None:
+            self.needs(-1)
         ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
         for l in range(L):
+            if self.needs is not None:
+                self.needs(l)
             resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
             stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
             if l == 0:
@@ -243,7 +252,11 @@ class GPT2:
             ops.linear_backward(s.dln, *d, s.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
             d = g.ln_1_w[l], g.ln_1_b[l]
             ops.layernorm_backward(s.dresid, *d, s.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
+            if self.done is not None:
+                self.done(l)
         ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)
+        if self.done is not None:
+            self.done(-1)
 
 
 def at(tensor: Any, l: int) -> Any:

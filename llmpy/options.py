@@ -128,6 +128,9 @@ class TrainOptions:
     recompute: int = option(1, "activations computed again in backward, 0: none; 1: GELU; 2: LayerNorm too", "-r")
     seed: int = option(42, "seed of initialisation and shuffling")
     threads: int | None = option(None, "threads (default: one a core)")
+    ranks: int = option(1, "processes that train together, over MPI; each has batches of -B rows")
+    zero: bool = option(True, "of several ranks, each keeps its part of the optimizer's state; without, all of it")
+    rank_timeout: float = option(15.0, "seconds without a sign of life after which a rank is given up, 0: never")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     shuffle: bool = option(True, "visit the samples in random order")
     eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end", "-v")
@@ -163,10 +166,10 @@ class TrainOptions:
             positive(self, "steps")
         if self.eval_batches != ALL_BATCHES:
             positive(self, "eval_batches")
-        positive(self, "batch_size", "sequence_length", "total_batch", "minutes", "lr", "threads")
+        positive(self, "batch_size", "sequence_length", "total_batch", "minutes", "lr", "threads", "ranks")
         positive(self, "sample_tokens", "vocab_size", "give_up_after")
         not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every", "skip_loss")
-        not_negative(self, "skip_norm", "checkpoint_every", "keep", "keep_every", "recompute")
+        not_negative(self, "skip_norm", "checkpoint_every", "keep", "keep_every", "recompute", "rank_timeout")
         below(self, "seed", 1 << 32)
         below(self, "minutes", 1 << 30)  # two thousand years, and no arithmetic overflows
         below(self, "steps", 1 << 62)
@@ -225,7 +228,8 @@ class TrainOptions:
                 )
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
-        return replace(saved, **changes, resume=self.resume, given=self.given)
+        launched = {name: getattr(self, name) for name in LAUNCHING}
+        return replace(saved, **changes, **launched, resume=self.resume, given=self.given)
 
     def taking_over(self) -> Self:
         """For a run of llm.c that --resume names: it starts from the checkpoint there, in a folder of its own.
@@ -243,14 +247,21 @@ class TrainOptions:
         return self.model or (Path(self.init).resolve().stem if self.init else DEFAULT_MODEL)
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of one batch of every rank."""
+        return self.batch_size * self.sequence_length * self.ranks
+
+    @property
     def micro_steps(self) -> int:
-        """Batches that make an update. Raises LlmpyError if they do not fill `total_batch` exactly."""
-        tokens = self.batch_size * self.sequence_length
+        """Batches of each rank that make an update. Raises LlmpyError if they do not fill `total_batch` exactly."""
+        tokens = self.batch_tokens
         total = self.total_batch or tokens
         if total % tokens:
             near = max(1, round(total / tokens)) * tokens
+            ranks = f" x {self.ranks} ranks" if self.ranks > 1 else ""
             raise LlmpyError(
-                f"--total-batch {total} is no multiple of -B {self.batch_size} x -T {self.sequence_length} = {tokens}",
+                f"--total-batch {total} is no multiple of -B {self.batch_size} x -T {self.sequence_length}{ranks} = "
+                f"{tokens}",
                 f"use --total-batch {near}, or another -B",
             )
         return total // tokens
@@ -276,7 +287,7 @@ class TrainOptions:
 
     def epoch(self, tokens: int) -> int:
         """Steps that read a text of so many tokens about once, as llm.c counts them."""
-        return max(1, tokens // (self.total_batch or self.batch_size * self.sequence_length))
+        return max(1, tokens // (self.total_batch or self.batch_tokens))
 
 
 def names_file(model: str) -> bool:
@@ -288,7 +299,8 @@ def names_file(model: str) -> bool:
 MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
 
 # How a run is told, no part of what it is; and what cannot change within one.
-TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
+LAUNCHING = ("ranks", "zero", "rank_timeout")
+TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config", *LAUNCHING}
 LEFT_OPEN = (("model", ""), ("dtype", "auto"))
 FIXED = ("model", "vocab_size", "seed", "overfit")
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c

@@ -94,9 +94,10 @@ class Preflight:
     def lines(self) -> list[str]:
         """What the user reads."""
         c, o, m = self.config, self.options, self.machine
-        tokens = o.batch_size * o.sequence_length * o.micro_steps
+        tokens = o.batch_tokens * o.micro_steps
         epochs = self.steps * tokens / self.train_tokens
-        gathered = f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
+        gathered = f" on each of {o.ranks} ranks" if o.ranks > 1 else ""
+        gathered += f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
         lines = [
             f"model    {o.model}: {c.layers} layers, {c.heads} heads, {c.channels} channels, "
             f"context {c.context}, vocabulary {c.vocab_size:,}: {self.parameters:,} parameters",
@@ -156,7 +157,7 @@ def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConf
         return found
     tokens, vocab_size = _seen(files, options)
     config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
-    least = options.batch_size * options.sequence_length + 1
+    least = options.batch_tokens + 1
     if tokens is not None and tokens < least:
         found.append(
             LlmpyError(
@@ -211,11 +212,16 @@ def check_length(T: int, context: int) -> None:
         raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
 
 
-def check_memory(options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None) -> None:
-    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free."""
+def check_memory(
+    options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None, beside: int = 1
+) -> None:
+    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free.
+
+    `beside`: ranks on this machine. Each needs less than a run of one: it has a part of the moments.
+    """
     o = options
     needed = memory_of(options, config, machine)
-    available = psutil.virtual_memory().available if available is None else available
+    available = psutil.virtual_memory().available // beside if available is None else available
     if needed > available:
         copy = "" if o.checkpoint_every == 0 else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
         raise LlmpyError(

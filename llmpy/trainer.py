@@ -34,6 +34,7 @@ from .data.loader import Loader
 from .data.pack import is_dataset
 from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
+from .distributed.alone import Alone
 from .durable import sync_folder, write_whole
 from .errors import Diverged, LlmpyError
 from .formats import hub, llmc_state, native
@@ -51,7 +52,6 @@ from .preflight import Machine, all_of, check_disk, check_length, check_memory, 
 from .rng import Xorshift64Star
 from .runfolder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
-from .snapshot import Keeper, position_of, restore
 from .trackers import Trackers
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
@@ -61,18 +61,20 @@ WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at m
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in
 LINE_SECONDS = 2.0
 SMOOTHING = 0.95  # of the displayed tokens per second
+ALONE = Alone()
 
 
 class Feed:
     """What a trainer reads: batches to train and to validate on, and the prompt of samples."""
 
-    def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig) -> None:
+    def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig, world: Alone = ALONE) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
+        slices: dict[str, Any] = {"rank": world.rank, "ranks": world.size}
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
         if options.overfit:
-            self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size)
+            self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size, **slices)
         else:
-            self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
+            self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size, **slices)
         self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
         self.choices: MultipleChoice | None = None
         if options.hellaswag is not None:
@@ -106,24 +108,26 @@ class Trainer:
         trackers: Trackers | None = None,
         data: Mapping[str, Any] | None = None,
         trained_length: int = 0,
+        world: Alone = ALONE,
     ) -> None:
         """`peak` is the machine's GFLOP/s, `step_seconds` what a step may take, `data` the fingerprints of the data.
 
         `trained_length` is the T that the model was trained at before; beyond the larger positions are untrained.
+        `world`: the ranks that train together. All of them run what is here, and agree where it matters.
         """
+        self.world = world
         self.model, self.optimizer, self.feed, self.options = model, optimizer, feed, options
         self.folder, self.journal, self.peak = folder, journal, peak
         self.trackers, self.data = trackers, dict(data or {})
         o = options
-        self.keeper = Keeper(
-            folder, model, optimizer, max(o.sequence_length, trained_length), journal, o.checkpoint_every, o.keep,
-            o.keep_every,
-        )  # fmt: skip
+        length = max(o.sequence_length, trained_length)
+        self.keeper = world.keeper(folder, model, optimizer, length, journal, o)
         self.micro_steps = o.micro_steps
         self._flops_per_token = model.config.flops_per_token(o.sequence_length)
         self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
-        self.stop_signal = 0
+        self.stop_signal = 0  # of any rank; all know it since the same moment
+        self._asked = 0  # the signal to this one
         self._logs: dict[str, int] = {}  # bytes of the logs after the last step: what came since comes again on resume
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
@@ -148,7 +152,7 @@ class Trainer:
                     self.evaluate()
                 self.journal.begin_progress()
                 self._started = time.perf_counter()
-                while not self.stop_signal and not self.finished():
+                while not self._stopped() and not self._over():
                     self._between_steps()
                     if self.stop_signal:
                         break
@@ -173,7 +177,16 @@ class Trainer:
                 self.trackers.close()
         if unsaved is not None:
             raise unsaved
-        return 128 + self.stop_signal if self.stop_signal else 0
+        return 128 + self.stop_signal if self._stopped() else 0
+
+    def _stopped(self) -> bool:
+        """Whether a signal came, to any rank."""
+        self.stop_signal = int(max(asked for (asked,) in self.world.gather(self._asked)))
+        return self.stop_signal != 0
+
+    def _over(self) -> bool:
+        """Whether the first rank is `finished`: its clock counts."""
+        return bool(self.world.gather(self.finished())[0][0])
 
     def finished(self) -> bool:
         """Whether the steps or the time are used up. Every run makes a step."""
@@ -196,7 +209,7 @@ class Trainer:
         A loss or norm that is not finite never reaches the parameters; after `give_up_after` of them in a row this
         raises Diverged.
         """
-        lr = self._learning_rate()
+        lr = self.world.gather(self._learning_rate())[0][0]  # of a run by the clock, the first rank's
         start = time.perf_counter()
         loss, batches = self._gradients()
         norm = self.optimizer.norm()
@@ -218,7 +231,7 @@ class Trainer:
         self._spent += seconds
         timed = self.done - self._untimed
         self._step_seconds = self._spent / timed
-        tokens = self.options.batch_size * self.options.sequence_length * self.micro_steps
+        tokens = self.options.batch_tokens * self.micro_steps
         self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if timed > 2 else 1.0)
         numbers: dict[str, Any] = {"step": self.done, "loss": loss, "lr": lr, "grad_norm": norm}
         numbers |= {f"{name}_z": value for name, value in z.items()}
@@ -227,9 +240,12 @@ class Trainer:
             numbers |= {"skipped": why, "batches": batches}
             told = ", ".join(f"{file} {sample}" for file, sample in batches)
             self.journal.say(f"step {self.done}: skipped, for {why}; batches {told}")
-        share = self._flops_per_token / 1e9 * tokens / seconds / self.peak
+        share = self._flops_per_token / 1e9 * tokens / seconds / (self.peak * self.world.size)
         left = self._left()[1]
-        self._record(**numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds, share_of_peak=share, eta_s=left)
+        self._record(
+            **numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds, share_of_peak=share, eta_s=left,
+            **self.world.times(),
+        )  # fmt: skip
         if self._bad:
             if self._bad >= self.options.give_up_after:
                 where = origin(self.model, self.options.batch_size, self.options.sequence_length)
@@ -250,11 +266,14 @@ class Trainer:
             tokens, targets = train.next()
             read.append((tokens.copy(), targets.copy(), int(np.count_nonzero(targets >= 0))))
             batches.append(train.batch)
-        total, counted = 0.0, max(1, sum(n for _, _, n in read))
+        world, total = self.world, 0.0
+        counted = max(1, int(sum(n for (n,) in world.gather(sum(n for _, _, n in read)))))
         for i, (tokens, targets, n) in enumerate(read):
-            share = counted / max(1, n)  # without masks `micro_steps`
+            share = counted / max(1, n)  # without masks `micro_steps`, of all ranks
+            if i + 1 == len(read):
+                self.optimizer.expect()
             total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
-        return total / counted, batches
+        return sum(part for (part,) in world.gather(total)) / counted, batches
 
     def _outlier(self, z: Mapping[str, float]) -> str:
         """Why this update is to be skipped, or ""."""
@@ -271,11 +290,12 @@ class Trainer:
 
     def _choose(self, choices: MultipleChoice) -> None:
         """Say and record HellaSwag's accuracy."""
-        count = right = 0
-        for count in range(1, len(choices.examples) + 1):
-            if self.stop_signal:
+        world, count, right = self.world, len(choices.examples), 0
+        for first in range(0, count, world.size):
+            if self._stopped():
                 return
-            right += choices.right(self.model, count - 1)
+            mine = first + world.rank
+            right += int(sum(r for (r,) in world.gather(mine < count and choices.right(self.model, mine))))
         self._record(step=self.done, hellaswag=right / count)
         self.journal.record_llmc(f"s:{self.done} eval:{right / count:.4f}")
         self.journal.say(f"step {self.done:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")
@@ -289,14 +309,20 @@ class Trainer:
         val.reset()
         wanted, most = self.options.eval_batches, val.batches_per_epoch
         batches = most if wanted == ALL_BATCHES else max(1, min(wanted, most))
+        world = self.world
         total = weight = 0.0
-        for _ in range(batches):
-            if self.stop_signal:
+        for first in range(0, batches, world.size):  # a batch for each rank: the same sum for any number of them
+            if self._stopped():
                 return
-            tokens, targets = val.next()
-            counted = np.count_nonzero(targets >= 0) / targets.size  # all of them, where no mask says otherwise
-            total += counted * self.model.loss(tokens, targets)
-            weight += counted
+            mine = 0.0, 0.0
+            for i in range(first, min(first + world.size, batches)):
+                tokens, targets = val.next()
+                if i - first == world.rank:
+                    share = np.count_nonzero(targets >= 0) / targets.size  # all, where no mask says otherwise
+                    mine = share * self.model.loss(tokens, targets), share
+            for part, counted in world.gather(*mine):
+                total += part
+                weight += counted
         if not weight:
             self.journal.say(f"step {self.done:>5} | no target of the {batches:,} validation batches counts")
             return
@@ -314,12 +340,16 @@ class Trainer:
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
+        self.world.while_others_wait(self._sample)
+        self._stopped()
+
+    def _sample(self) -> None:
         o, feed = self.options, self.feed
         stream = TextStream(feed.tokenizer.decode if feed.tokenizer else token_ids)
         coin = Xorshift64Star(SAMPLE_SEED)
         # Packed matrices would take memory that training needs; a sample is soon done without.
         tokens = generate(self.model, feed.prompt, o.sample_tokens, o.sequence_length, coin, SAMPLE_CHOICE, pack=False)
-        going = itertools.takewhile(lambda _: not self.stop_signal, tokens)
+        going = itertools.takewhile(lambda _: not self._asked, tokens)
         text = feed.opening + "".join(map(stream.feed, going)) + stream.finish()
         self.journal.say(f"--- sample at step {self.done}")
         self.journal.say(text.strip("\n"))
@@ -340,7 +370,7 @@ class Trainer:
         position, o = self.feed.train.position, self.options
         data = {
             **self.data, "shard": position.shard, "sample": position.sample, "generator_used": position.rng.pos,
-            "sample_tokens": o.batch_size * o.sequence_length,
+            "sample_tokens": o.batch_tokens,
         }  # fmt: skip
         state = {
             "llmpy": __version__,
@@ -358,8 +388,8 @@ class Trainer:
 
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:
         """Go on from a checkpoint that `checkpoint.newest` accepted."""
-        others = restore(path, self.model, self.optimizer)
-        self.feed.train.go_on(position_of(manifest, others), manifest["data"]["sample_tokens"])
+        position = self.keeper.restore(path, manifest, self.options.seed)
+        self.feed.train.go_on(position, manifest["data"]["sample_tokens"])
         self.optimizer.updates = manifest["updates"]
         for name, detector in self.detectors.items():
             detector.state = manifest["detectors"][name]
@@ -379,7 +409,7 @@ class Trainer:
     def _conclude(self) -> None:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
-        if self.stop_signal:
+        if self._stopped():
             say(f"stopped after {self.done} steps; go on with:  {command('train', '--resume', self.folder)}")
         else:
             self.sample()
@@ -430,7 +460,9 @@ class Trainer:
 
     def _stop(self, number: int) -> None:
         """Ask the loop to end after this step. A signal may come in the middle of a print: write past it."""
-        self.stop_signal = number
+        self._asked = number
+        if self.world.rank:
+            return
         with contextlib.suppress(OSError):  # a terminal that is gone
             os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
@@ -489,12 +521,16 @@ def evaluation_rows(data: Dataset, B: int, T: int) -> int:
     return min(B, (least - 1) // T)
 
 
-def train(options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None) -> int:
+def train(
+    options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None, world: Alone = ALONE
+) -> int:
     """From options to a finished run folder; returns the exit code. `machine` None: the CPU.
 
     Whatever can be refused is refused before anything compiles, all of it at once, and then nothing is left behind.
-    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already.
+    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already. `world`: the ranks that train
+    together, each of which calls this.
     """
+    options = replace(options, ranks=world.size)
     if folder is None:
         try:
             folder = RunFolder.claim(options)
@@ -502,34 +538,37 @@ def train(options: TrainOptions, machine: Machine | None = None, folder: RunFold
             others = [] if options.resume or options.init else problems(options, Path(), machine or load(options))
             raise together([fault, *others]) from None
     try:
-        with Journal() as journal:
+        with world.journal() as journal:
             journal.say(f"llm.py {__version__}, run folder {folder.path}")
-            return assemble(options, folder, journal, machine).run()
+            return assemble(options, folder, journal, machine, world).run()
     finally:
         folder.discard()
 
 
-def load(options: TrainOptions) -> Machine:
+def load(options: TrainOptions, world: Alone = ALONE) -> Machine:
     """The CPU as the options want it."""
-    return cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
+    return cast(Machine, backend.load("cpu", threads=world.threads(options), dtype=options.dtype))
 
 
-def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None) -> Trainer:
+def assemble(
+    options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None, world: Alone = ALONE
+) -> Trainer:
     """Data, machine, preflight, model, optimizer: all that a trainer needs, checked; of a run that goes on, as it was.
 
     When this returns the run has begun, and its folder is kept.
     """
     path = manifest = None
     if folder.resumed:
-        options, path, manifest = saved(options, folder, journal.say)
+        options, path, manifest = world.in_turn(lambda: saved(options, folder, journal.say))
     elif options.resume is not None:
         options = options.taking_over()
-    ops = machine or load(options)
+    ops = machine or load(options, world)
     start: Source | None
     state: llmc_state.TrainingState | None = None
     if path is None or manifest is None:
-        options, start, state = begin(options, folder.path, ops, journal.say)
-        write_config(folder.path, options)  # from here on a run that is killed can be resumed
+        options, start, state = world.in_turn(lambda: begin(options, folder.path, ops, journal.say))
+        if world.rank == 0:
+            write_config(folder.path, options)  # from here on a run that is killed can be resumed
         paths, vocab_size = options.data, options.vocab_size
         if start is None and paths is None:
             vocab_size = vocab_size or BUILTIN_VOCAB
@@ -537,14 +576,19 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         own = folder / TOKENIZER_FILE
         start = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
         paths, vocab_size = data_of(options, folder.path), None
-    data = prepare(paths, folder.path, vocab_size, journal.say, start)
+
+    def made() -> Dataset:  # what the first rank has made of text, or the shards
+        own = own_tokens(folder.path)
+        return prepare(own or paths, folder.path, None if own else vocab_size, journal.say, start)
+
+    data = world.in_turn(lambda: prepare(paths, folder.path, vocab_size, journal.say, start), made)
     config = shape(options.model, start, data)
     options = options.settled(config.channels, sum(map(len, data.train)))
     feed: Feed = all_of(
-        lambda: Feed(data, options, config),
+        lambda: Feed(data, options, config, world),
         lambda: check_length(options.sequence_length, config.context),
         lambda: options.micro_steps,
-        lambda: check_memory(options, config, ops),
+        lambda: check_memory(options, config, ops, beside=world.local_size),
         lambda: check_disk(options, config, folder.path),
     )[0]
     if state is not None:
@@ -557,7 +601,9 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
     flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
     for line in flight.lines():
         journal.say(line)
-    ops.warm_up(journal.say)
+    for line in world.lines(ops.threads):
+        journal.say(line)
+    world.on_each_host(lambda: ops.warm_up(journal.say))
     model = GPT2(config, ops, options.recompute)
     if manifest is None:
         if start is None:
@@ -566,19 +612,22 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
             start.fill(model.params)
         model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
-    optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
-    trackers = Trackers(options.track or (), folder.path, options.as_record(), journal.say)
+    optimizer = world.optimizer(model, options)
+    tracked = (options.track or ()) if world.rank == 0 else ()
+    trackers = Trackers(tracked, folder.path, options.as_record(), journal.say)
+    peak = sum(part for (part,) in world.gather(flight.peak))
     trainer = Trainer(
-        model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds, trackers, marks,
-        start.trained_length if start else 0,
+        model, optimizer, feed, options, folder.path, journal, peak, flight.step_seconds, trackers, marks,
+        start.trained_length if start else 0, world,
     )  # fmt: skip
     if path is not None and manifest is not None:
         trainer.resume(path, manifest)
     if state is not None:
         trainer.take_over(state)
-    if data.tokenizer is not None:
-        data.tokenizer.save(folder / TOKENIZER_FILE)
-    write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
+    if world.rank == 0:
+        if data.tokenizer is not None:
+            data.tokenizer.save(folder / TOKENIZER_FILE)
+        write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
     folder.keep()
     sync_folder(folder.path)
@@ -679,7 +728,7 @@ def saved(
         say("no checkpoint was complete: the run begins again from its start")
         now = options.resumed_from(before)
         return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
-    before = TrainOptions.from_record(manifest["options"])
+    before = replace(TrainOptions.from_record(manifest["options"]), ranks=manifest.get("ranks", 1))
     now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
     if "init" in options.given and anywhere(options).init not in (None, before.init):
         raise LlmpyError(
@@ -710,10 +759,16 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
             f"batches of {B} x {T} instead of {b} x {t}: the rest of the data comes in the old order, cut anew; from "
             "here on the run differs from one that kept them"
         )
-    if now.micro_steps != before.micro_steps:
+    tokens, count = now.micro_steps * now.batch_tokens, before.micro_steps * before.batch_tokens
+    if now.ranks != before.ranks:
+        yield (
+            f"{now.ranks} rank{'s' * (now.ranks > 1)} instead of {before.ranks}: the rest of the epoch comes in the "
+            f"order of the first one, divided anew; each step reads {tokens:,} tokens, before {count:,}"
+        )
+    elif now.micro_steps != before.micro_steps:
         yield (
             f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
-            f"{now.micro_steps * B * T:,} tokens instead of {before.micro_steps * b * t:,}"
+            f"{tokens:,} tokens instead of {count:,}"
         )
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
