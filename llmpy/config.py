@@ -116,7 +116,8 @@ def _rung(depth: int) -> tuple[int, int]:
 
 def _unknown(dial: str) -> LlmpyError:
     known = [*NAMES, *(f"d{d}" for d in LADDER), *(f"gpt3:c{c}" for c in GPT3)]
-    close = difflib.get_close_matches(dial, known, n=1)
+    small = dial.strip().lower().replace("_", "-") in ("gpt2-small", "gpt2-base", "gpt-2", "gpt2-124m")
+    close = ["gpt2"] if small else difflib.get_close_matches(dial, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return LlmpyError(
         f"unknown model {dial!r}",

@@ -24,7 +24,7 @@ from .journal import Journal
 from .nonfinite import all_finite
 from .optimizer import AdamW
 from .rng import MTState
-from .runfolder import CHECKPOINTS, MODEL_FILE
+from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE
 
 RETRIES_AN_INTERVAL = 10  # attempts after a failure until the next checkpoint would have been due
 
@@ -49,6 +49,26 @@ class Keeper:
         self._copy = page_aligned(3 * size) if every else None  # parameters, m, v
         if self._copy is not None:
             self._copy.fill(0)  # its pages are there before the first checkpoint has to wait for them
+
+    def best(self) -> checkpoint.Score | None:
+        """Of the model that `keep_best` kept last, in this process or an earlier one."""
+        try:
+            return checkpoint.read_score(self.run / BEST_FILE)
+        except LlmpyError:  # there is none; or none that could be used
+            return None
+
+    def keep_best(self, step: int, val_loss: float) -> None:
+        """Keep the model beside the run's if no earlier one had a smaller loss. The file is its own record: what it
+        says of itself is true even where the run went on from before it, or differently.
+        """
+        before = self.best()
+        if before is not None and before.val_loss <= val_loss:
+            return
+        try:
+            score = checkpoint.Score(step, val_loss)
+            checkpoint.save(self.run / BEST_FILE, self.model, self.trained_length, score)
+        except LlmpyError as fault:
+            self.journal.say(f"warning: the best model so far is not kept: {str(fault).partition(' — ')[0]}")
 
     def begin(self, step: int) -> None:
         """The run starts, or goes on, after `step`; checkpoints are due at multiples of `every`."""

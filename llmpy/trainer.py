@@ -49,7 +49,7 @@ from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
 from .outliers import OutlierDetector
 from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
 from .rng import Xorshift64Star
-from .runfolder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
+from .runfolder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
 from .snapshot import Keeper, position_of, restore
 from .trackers import Trackers
@@ -129,6 +129,7 @@ class Trainer:
         self._rate = 0.0
         self._spent = 0.0  # seconds in steps, for their mean
         self._line_at = 0.0
+        self._val_loss = math.nan  # the last one
         self._before = 0.0  # seconds of training of earlier processes
         self._started = 0.0
 
@@ -306,6 +307,9 @@ class Trainer:
         self._record(**numbers)
         self.journal.record_llmc(f"s:{self.done} tel:{loss:.4f}")
         self.journal.say(line)
+        self._val_loss = loss
+        if self.done:
+            self.keeper.keep_best(self.done, loss)
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
@@ -373,6 +377,12 @@ class Trainer:
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
+            best = self.keeper.best()
+            if best is not None and best.val_loss < self._val_loss:
+                say(
+                    f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
+                    f"{shlex.quote(str(self.folder / BEST_FILE))}"
+                )
         if self.feed.tokenizer is not None:
             say(f'continue a text with:  llmpy sample {shlex.quote(str(self.folder))} --prompt "…"')
 
@@ -536,7 +546,8 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         raise LlmpyError(
             f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
         )
-    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
+    before = (manifest["step"], manifest["seconds"]["elapsed"]) if manifest else ()
+    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)), *before)
     for line in flight.lines():
         journal.say(line)
     ops.warm_up(journal.say)
@@ -549,7 +560,8 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
-    trackers = Trackers(options.track or (), folder.path, options.as_record(), journal.say)
+    since = (manifest["step"] if manifest else 0) if folder.resumed else None
+    trackers = Trackers(options.track or (), folder.path, options.as_record(), journal.say, since)
     trainer = Trainer(
         model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds, trackers, marks,
         start.trained_length if start else 0,
@@ -560,6 +572,9 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         data.tokenizer.save(folder / TOKENIZER_FILE)
     write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
+    if options.track and since:  # they forget this step with what came after it
+        for row in journal.recorded(since):
+            trackers.log(since, row)
     folder.keep()
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
