@@ -14,6 +14,11 @@ import sys
 from .errors import LlmpyError
 from .runfolder import HELD, InUse, RunFolder
 
+TYPE_CHECKING = False  # `typing` takes as long to import as all else here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")  # then one process claims for all
 
 
@@ -22,10 +27,12 @@ def main() -> int:
     words = sys.argv[1:]
     try:
         if words[:1] == ["train"]:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background
-                    signal.signal(number, leave)
+            come: list[int] = []
+            heed(lambda number, _: come.append(number))  # one amid the claim waits for its end
             enter(words)
+            heed(leave)
+            for number in come:
+                leave(number, None)
         from .cli import main as run
 
         return run(words)
@@ -38,6 +45,13 @@ def main() -> int:
     finally:
         for folder in [*HELD]:
             folder.discard()
+
+
+def heed(handler: Callable[[int, Any], object]) -> None:
+    """Have signals that end a program handled so, but for those that are ignored, as of a job in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def enter(words: list[str]) -> None:
@@ -63,8 +77,9 @@ def enter(words: list[str]) -> None:
         pass
 
 
-def leave(number: int, _frame: object) -> None:
+def leave(number: int, _frame: Any) -> None:
     """End a run that has not begun. No exception, for libraries catch them, and LLVM's callbacks lose them."""
+    heed(lambda *_: None)
     for folder in [*HELD]:
         folder.discard()
     what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

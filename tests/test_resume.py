@@ -444,8 +444,10 @@ def test_the_way_in_is_for_one_process(tmp_path: Path) -> None:
         assert "in use" in err or "no run in" in err
         assert process.returncode == 1
     lock.drop()
-    assert begun(run, "--out", str(run), "--steps", "2", PMI_RANK="0").wait() == 0
-    assert begun(run, "--resume", str(run), "--steps", "3").wait() == 0
+    for word, launched in (("--out", {"PMI_RANK": "0"}), ("--resume", {})):
+        process = begun(run, word, str(run), "--steps", "2" if launched else "3", **launched)
+        process.communicate()
+        assert process.returncode == 0
     assert steps_of(run) == [1, 2, 3]
 
 

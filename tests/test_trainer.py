@@ -813,11 +813,13 @@ def test_a_best_model_that_cannot_be_written_ends_no_run(
     assert "warning: the best model so far is not kept: cannot write best.safetensors" in capsys.readouterr().out
 
 
-def test_runs_within_the_data_are_no_data(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_within_the_data_are_no_data(
+    options: Options, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not the run's own folder, on its start and when it goes on, nor those of earlier runs."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    (tmp_path / "text.txt").rename(texts / "text.txt")
+    shutil.copy(text, texts)
     for name in ("one", "two"):
         assert trainer.train(options(data=(texts,), out=texts / "runs" / name, steps=2), Laptop()) == 0
         assert "1 file, 17," in capsys.readouterr().out
