@@ -724,9 +724,11 @@ def own_tokens(folder: Path) -> tuple[Path, ...]:
 
 def described(machine: Machine) -> dict[str, Any]:
     """The machine and what runs on it, for the run's records."""
+    # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
+    system = "-".join((platform.system(), platform.release(), platform.machine()))
     return {
         "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
-        "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
+        "python": platform.python_version(), "platform": system, "command": sys.argv,
     }  # fmt: skip
 
 
