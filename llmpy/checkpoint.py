@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -46,8 +47,16 @@ Pieces = list[np.ndarray]  # the bytes of a file, one after another
 Entries = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape and NumPy type of each tensor
 
 
+# Of reading: what says that a file or its disk is not sound. Others (permission, a stale handle) may pass.
+BROKEN = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+
+
 class Newer(LlmpyError):
     """A checkpoint that is whole, but not for this program."""
+
+
+class Unreadable(LlmpyError):
+    """A checkpoint that the system does not give us now; nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +67,43 @@ class Header:
     trained_length: int
 
 
-def save(path: Path, model: GPT2, trained_length: int) -> None:
+@dataclass(frozen=True)
+class Score:
+    """How good the model after a step was on the validation text: the mean loss in nats."""
+
+    step: int
+    val_loss: float
+
+
+def save(path: Path, model: GPT2, trained_length: int, score: Score | None = None) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer), score)
 
 
-def write_model(path: Path, config: ModelConfig, trained_length: int, params: np.ndarray) -> None:
+def write_model(
+    path: Path, config: ModelConfig, trained_length: int, params: np.ndarray, score: Score | None = None
+) -> None:
     """`save` for parameters that are in no model: float32, flat, in the order of the table."""
-    pieces = model_pieces(config, trained_length, params)
+    pieces = model_pieces(config, trained_length, params, score)
     durable.write_whole(path, lambda temporary: durable.write_stretches(temporary, pieces))
 
 
-def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray) -> Pieces:
+def read_score(path: Path) -> Score | None:
+    """What a model file says of how good its model is. Raises LlmpyError for a file that is missing or damaged."""
+    read_header(path)
+    with opened(path) as file:
+        about = json.loads(file.metadata()[KEY])
+    try:
+        return Score(int(about["step"]), float(about["val_loss"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, score: Score | None = None) -> Pieces:
     """The model file: its header and the flat buffer of the parameters, which has the order of the table."""
     # One entry of metadata and a fixed order: equal models make equal files.
     about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
+    about |= asdict(score) if score else {}
     return [_header([(t.name, t.shape, "float32") for t in PARAMS(config)], {KEY: json.dumps(about)}), params]
 
 
@@ -287,7 +318,7 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint all of whose bytes are those that were written.
 
-    Raises LlmpyError, which says what is not, or that this program is too old for it.
+    Raises LlmpyError, which says what is not; Newer, if this program is too old for it; Unreadable.
     """
     try:
         text = (checkpoint / MANIFEST).read_bytes()
@@ -307,6 +338,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):
                 raise _damaged(checkpoint / name, wrong)
     except OSError as fault:
+        if fault.errno not in BROKEN:
+            raise Unreadable(
+                f"cannot read {fault.filename or checkpoint}: {fault.strerror or fault}",
+                "mend that and try again; nothing was changed",
+            ) from fault
         raise _damaged(checkpoint, f"{fault.strerror or fault}") from fault
     return dict(manifest)
 
@@ -324,13 +360,13 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     """The newest sound checkpoint below `folder` and its manifest; None if there never was one.
 
     Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged, or
-    if the newest is of a newer program.
+    if the newest is of a newer program or cannot be read, which is no damage.
     """
     damaged = []
     for path in listed(folder):
         try:
             manifest = verify(path)
-        except Newer:
+        except (Newer, Unreadable):
             raise
         except LlmpyError as fault:
             say(f"warning: {str(fault).partition(' — ')[0]}")
@@ -367,6 +403,8 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise LlmpyError(f"no model at {path}", f"train one with: {command('train')}") from None
+    except PermissionError:
+        raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions") from None
     except (OSError, SafetensorError) as fault:
         raise _damaged(path, str(fault)) from fault
 

@@ -47,6 +47,7 @@ from .options import (
     flag,
     options_of,
 )
+from .runfolder import HELD, InUse, RunFolder
 from .terminal import paint
 
 EXIT_CODES = textwrap.fill(
@@ -71,6 +72,16 @@ EXAMPLES = """examples:
   llmpy bench peers                             the same against PyTorch, if it is installed
 
 """
+# What other programs call options of `train`.
+ELSEWHERE = {
+    "--epochs": "--steps N, -1 for one epoch, or --minutes",
+    "--learning-rate": "--lr", "--max-steps": "--steps", "--max-iters": "--steps", "--iterations": "--steps",
+    "--block-size": "--sequence-length", "--context": "--sequence-length", "--seq-len": "--sequence-length",
+    "--batch": "--batch-size", "--grad-clip": "--clip", "--eval-interval": "--eval-every", "--output": "--out",
+    "--gradient-accumulation-steps": "--total-batch TOKENS", "--precision": "--dtype", "--size": "--model",
+    "--eval-iters": "--eval-batches", "--warmup-iters": "--warmup", "--warmup-steps": "--warmup",
+    "--checkpoint": "--init or --resume", "--device": "--threads and --dtype; it trains on the CPU",
+}  # fmt: skip
 
 # Of each verb: what to type, and what that does.
 EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
@@ -148,10 +159,11 @@ def train(options: TrainOptions) -> int:
 
     what = launch.needed(options.ranks, "ranks" in options.given)
     if what == "launch":
+        for claimed in [*HELD]:  # the ranks claim it for themselves
+            claimed.discard()
         return launch.run(options.ranks, sys.argv[1:])
     if what == "join":
         return train_together(options)
-    from .runfolder import InUse, RunFolder
 
     # Before the heavy imports: of many runs that begin in one folder all but one leave at once.
     try:
@@ -350,7 +362,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"llmpy: note: {', '.join(passed)} mean nothing here and are passed over", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        found.parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0], found.parser.flags)}")
+        found.parser.error(f"unknown argument {unknown[0]}{meant(found.VERB, unknown[0], found.parser.flags)}")
     given = {f.name: getattr(found, f.name) for f in options_of(found.options) if f.name in found}
     return int(found.verb(found.make({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})))
 
@@ -382,6 +394,16 @@ class Parser(argparse.ArgumentParser):
             what = "/".join(action.option_strings) or action.dest
             hint = suggest(str(value), words) or f" — use {', '.join(words)}"
             self.error(f"{what} {value!r} is unknown{hint}")
+
+
+def meant(verb: str, word: str, flags: Sequence[str]) -> str:
+    """What to write for an argument that the verb does not know."""
+    if verb == "train" and not word.startswith("-"):
+        return f" — did you mean --data {word}?" if os.path.exists(word) else " — text is given with --data PATH"
+    name = word.partition("=")[0].replace("_", "-")
+    if verb == "train" and name in ELSEWHERE:
+        return f" — use {ELSEWHERE[name]}"
+    return suggest(word, flags)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

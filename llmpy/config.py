@@ -114,7 +114,9 @@ def _rung(depth: int) -> tuple[int, int]:
 
 
 def _unknown(dial: str) -> LlmpyError:
-    close = did_you_mean(dial, [*NAMES, *(f"d{d}" for d in LADDER), *(f"gpt3:c{c}" for c in GPT3)])
+    known = [*NAMES, *(f"d{d}" for d in LADDER), *(f"gpt3:c{c}" for c in GPT3)]
+    small = dial.strip().lower().replace("_", "-") in ("gpt2-small", "gpt2-base", "gpt-2", "gpt2-124m")
+    close = "did you mean gpt2?" if small else did_you_mean(dial, known)
     return LlmpyError(
         f"unknown model {dial!r}",
         f"{close} use d1 … d{max(LADDER)}, {', '.join(NAMES)}, or gpt3:c768 (c384 … c12288)".lstrip(),

@@ -157,9 +157,12 @@ class GPT2:
         """Logits (B, V) of one position of tokens (B, T), as a new host array."""
         B, T = tokens.shape
         a = self.forward(tokens, self.reserve(B, T, training=False))
-        rows = np.ascontiguousarray(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
-        out = self.ops.empty((B, self.config.padded_vocab_size), self.ops.dtype)
-        self.ops.linear_forward(out, rows, self.weights.wte, None)
+        return self.head(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
+
+    def head(self, rows: np.ndarray) -> np.ndarray:
+        """Logits (n, V) of rows (n, C) that the final LayerNorm gave, as a new host array."""
+        out = self.ops.empty((len(rows), self.config.padded_vocab_size), self.ops.dtype)
+        self.ops.linear_forward(out, np.ascontiguousarray(rows), self.weights.wte, None)
         return self.ops.to_host(out)[:, : self.config.vocab_size].astype(self.ops.wide)
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:

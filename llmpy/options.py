@@ -15,6 +15,7 @@ from .command import command
 from .errors import LlmpyError, did_you_mean
 from .inputs import regular
 from .recipes import RECIPES
+from .runfolder import holds_llmc
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -93,7 +94,8 @@ class TrainOptions:
     init: str | None = option(
         None,
         "start from this model: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a run folder, an "
-        "llm.c .bin or a Hugging Face folder (default: from scratch)",
+        "llm.c .bin or a Hugging Face folder (default: from scratch); then the defaults are llm.c's for fine-tuning: "
+        "--schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
         metavar="MODEL",
     )
     init_state: bool = option(
@@ -111,7 +113,9 @@ class TrainOptions:
     minutes: float | None = option(
         None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)"
     )
-    lr: float | None = option(None, "peak learning rate (default: 6e-4 * 768 / channels)", "-l")
+    lr: float | None = option(
+        None, "peak learning rate (default: 6e-4 * 768 / channels; with --init a sixth of that)", "-l"
+    )
     schedule: str = option("cosine", "how the learning rate falls", "-k", choices=KINDS)
     warmup: int | None = option(None, "steps to the peak (default: a tenth of the run, at most 50)", "-u")
     min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak", "-q")
@@ -182,6 +186,16 @@ class TrainOptions:
                 raise _refusal(name, value, "use a number from 0 to 1" + ("" if top == 1 else ", below 1"))
         known(self, "schedule", KINDS)
         known(self, "dtype", DTYPES)
+        if (
+            self.resume is not None
+            and self.out is not None
+            and os.path.realpath(self.resume) != os.path.realpath(self.out)
+            and not holds_llmc(self.resume)
+        ):
+            raise LlmpyError(
+                f"--resume {self.resume} goes on in that folder, not in --out {self.out}",
+                f"leave one of them out, or begin a new run from its model: --init {self.resume} --out {self.out}",
+            )
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:
@@ -200,7 +214,7 @@ class TrainOptions:
             values = RECIPES[recipe] | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):
                 raise LlmpyError(f"--recipe {recipe} needs --data", "give the shards of FineWeb: --data FOLDER")
-        return cls(**values, given=frozenset(values))
+        return cls(**(FINE_TUNING if values.get("init") else {}) | values, given=frozenset(values))
 
     def as_record(self) -> dict[str, Any]:
         """What describes a run, as JSON: all but how it was told."""
@@ -278,7 +292,8 @@ class TrainOptions:
             settled = replace(settled, prompt=BUILTIN_PROMPT if self.data is None else "")
         if self.lr is None:
             # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
-            settled = replace(settled, lr=6e-4 * 768 / channels)
+            # 1e-4 is that of llm.c's program that fine-tunes.
+            settled = replace(settled, lr=(6e-4 if self.init is None else 1e-4) * 768 / channels)
         if self.steps is None and self.minutes is None:
             settled = replace(settled, steps=DEFAULT_EPOCHS * self.epoch(tokens), minutes=DEFAULT_MINUTES)
         if self.steps == ONE_EPOCH:
@@ -297,6 +312,9 @@ def names_file(model: str) -> bool:
 
 # Letters of llm.c about its GPUs, and HellaSwag, whose file is named here; each takes a number.
 MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
+
+# Of a run with --init what llm.c's CPU program, which fine-tunes GPT-2, has instead of the defaults; lr: `settled`.
+FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "beta2": 0.999, "clip": 0.0}
 
 # How a run is told, no part of what it is; and what cannot change within one.
 LAUNCHING = ("ranks", "zero", "rank_timeout")

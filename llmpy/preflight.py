@@ -1,17 +1,19 @@
 """Before training: what will run, what it needs, how long it will take; and one refusal that names all that is wrong.
 
 memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
-         + activations of training (without what backward computes again), backward's scratch, and activations
-           and cache of sampling: each tensor wide or stored, as its table says
+         + activations of training (without what backward computes again), backward's scratch, activations and
+           cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
-         + the program itself
+         + the program itself, and what the compiler leaves where kernels have to be compiled first
          with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
-disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written
+disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written;
+         wide · 2 · parameters for the best model
 time   = FLOPs a token · tokens / (0.6 · measured peak)
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ import psutil
 from .arena import Tensor
 from .backend import Ops
 from .config import GPT2_VOCAB, ModelConfig
-from .data.hellaswag import read_examples
+from .data.hellaswag import ENDINGS, read_examples
 from .data.pack import is_dataset
 from .data.prepare import choose_vocab_size
 from .data.shards import count_tokens, is_shard
@@ -32,11 +34,13 @@ from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
+from .multiple_choice import row_length
 from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
-PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache; compiling them takes some 200 MB more
+PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache
+COMPILER_BYTES = 240 << 20  # what compiling all of them adds, and keeps (dev/LOG.md)
 LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
 
@@ -46,6 +50,9 @@ class Machine(Ops, Protocol):
 
     threads: int
     isa: str
+
+    def compiled(self) -> bool:
+        """Whether the kernels of training are in the cache."""
 
     def measure_peak(self) -> float:
         """GFLOP/s of multiply-adds in its dtype over all threads, measured now (about 0.2 s)."""
@@ -69,6 +76,8 @@ class Preflight:
     peak: float
     memory: int
     available: int
+    done: int = 0  # steps of a run that goes on, and the seconds they and all else took
+    elapsed: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -84,18 +93,20 @@ class Preflight:
 
     @property
     def steps(self) -> int:
-        """Expected number of steps: by --steps, or by how many fit into the time, whichever is less."""
+        """Expected number of steps still to make: by --steps, or by how many fit into the time, whichever is less."""
         o = self.options
-        bounds = [] if o.steps is None else [o.steps]
+        bounds = [] if o.steps is None else [o.steps - self.done]
         if o.seconds is not None:
-            bounds.append(int(o.seconds / self.step_seconds))
-        return max(1, min(bounds))
+            bounds.append(int((o.seconds - self.elapsed) / self.step_seconds))
+        return max(0 if self.done else 1, min(bounds))
 
     def lines(self) -> list[str]:
         """What the user reads."""
         c, o, m = self.config, self.options, self.machine
         tokens = o.batch_tokens * o.micro_steps
-        epochs = self.steps * tokens / self.train_tokens
+        epochs = (self.done + self.steps) * tokens / self.train_tokens
+        after = f" after the {self.done:,} that are made" if self.done else ""
+        compiling = "" if m.compiled() else ", with what compiling the kernels takes"
         gathered = f" on each of {o.ranks} ranks" if o.ranks > 1 else ""
         gathered += f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
         lines = [
@@ -105,10 +116,15 @@ class Preflight:
             f"batches of {o.batch_size} x {o.sequence_length}{gathered}",
             f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, {m.dtype}, "
             f"measured peak {self.peak:,.0f} GFLOP/s",
-            f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available",
+            f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available{compiling}",
             f"time     about {duration(self.steps * self.step_seconds)}: {self.steps:,} steps of "
-            f"{1e3 * self.step_seconds:,.0f} ms, {epochs:.1f} epochs; {self._ending()}",
+            f"{1e3 * self.step_seconds:,.0f} ms{after}, {epochs:.1f} epochs; {self._ending()}",
         ]
+        if tokens > self.train_tokens:
+            lines.append(
+                f"caution  a step reads {tokens:,} tokens, more than there are: {tokens / self.train_tokens:,.1f} "
+                "epochs; a smaller --total-batch, or more text, serves better"
+            )
         if epochs > MANY_EPOCHS:
             lines.append(
                 f"caution  {epochs:.0f} epochs: the model will learn this text by heart and its validation loss will "
@@ -124,7 +140,9 @@ class Preflight:
         return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
 
 
-def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConfig | None = None) -> list[LlmpyError]:
+def problems(
+    options: TrainOptions, folder: Path, machine: Machine, start: ModelConfig | None = None
+) -> list[LlmpyError]:
     """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled.
 
     `start` is the shape of the model that the run starts from, if it does not start from scratch.
@@ -213,7 +231,7 @@ def check_length(T: int, context: int) -> None:
 
 
 def check_memory(
-    options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None, beside: int = 1
+    options: TrainOptions, config: ModelConfig, machine: Machine, available: int | None = None, beside: int = 1
 ) -> None:
     """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free.
 
@@ -254,13 +272,19 @@ def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
         count = o.keep + 1 + (steps // o.keep_every if o.keep_every else 0)
     else:
         count = steps // o.checkpoint_every + 1
-    return count * 12 * sum(t.size for t in PARAMS(config))
+    return (count * 12 + 8) * sum(t.size for t in PARAMS(config))
 
 
 def inspect(
-    config: ModelConfig, options: TrainOptions, machine: Machine, train_tokens: int, val_tokens: int
+    config: ModelConfig,
+    options: TrainOptions,
+    machine: Machine,
+    train_tokens: int,
+    val_tokens: int,
+    done: int = 0,
+    elapsed: float = 0.0,
 ) -> Preflight:
-    """Measure the machine and compute the needs."""
+    """Measure the machine and compute the needs of a run, or of one that goes on after `done` steps."""
     return Preflight(
         config,
         options,
@@ -270,33 +294,47 @@ def inspect(
         machine.measure_peak(),
         memory_of(options, config, machine),
         psutil.virtual_memory().available,
+        done,
+        elapsed,
     )
 
 
-def memory_of(options: TrainOptions, config: ModelConfig, machine: Ops) -> int:
-    """`memory_needed` of a run with these options."""
+def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> int:
+    """Bytes that a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
     o = options
     prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
     sampled = prompt + o.sample_tokens
-    return memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0, sampled)
+    apart = []
+    if o.hellaswag is not None:
+        rows = ENDINGS, min(_row_length(o.hellaswag), config.context)
+        apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
+    shape = o.batch_size, o.sequence_length
+    needed = memory_needed(config, *shape, machine, o.recompute, o.checkpoint_every > 0, sampled, apart)
+    return needed + (0 if machine.compiled() else COMPILER_BYTES)
+
+
+@functools.cache
+def _row_length(path: Path) -> int:
+    """Of a file of HellaSwag; its ten thousand examples take a third of a second, and memory is asked for thrice."""
+    return row_length(read_examples(path, 1 << 16))
 
 
 def memory_needed(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
-    sampled: int | None = None,
+    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (),
 ) -> int:  # fmt: skip
     """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
-    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled).values())
+    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart).values())
 
 
 def memory_parts(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
-    sampled: int | None = None,
+    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (),
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
     `copied`: with the copy that checkpoints in the background are made from. `sampled`: tokens of a sample and its
-    prompt, by default as many as samples can reach, T.
+    prompt, by default as many as samples can reach, T. `apart`: other shapes that are evaluated.
     """
     S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
@@ -306,6 +344,7 @@ def memory_parts(
         return sum(t.size * (wide if t.wide else stored) for t in table)
 
     parameters = wide * sum(t.size for t in PARAMS(config))
+    rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
     return {
         "weights": parameters,
         "weights for products": stored * sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0,
@@ -314,8 +353,9 @@ def memory_parts(
         "copy for checkpoints": 3 * parameters if copied else 0,
         "activations": size(ACTS(config, B, T, True, recompute)),
         "backward's scratch": size(SCRATCH(config, B, T, mixed)),
-        "logits chunk": stored * min(LOGITS_ROWS, B * T) * config.padded_vocab_size,
+        "logits chunk": stored * rows * config.padded_vocab_size,
         "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
+        "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),
         "program": PROGRAM_BYTES,
     }
 

@@ -25,7 +25,7 @@ from .journal import Journal
 from .nonfinite import all_finite
 from .optimizer import AdamW
 from .rng import MT19937, MTState
-from .runfolder import CHECKPOINTS, MODEL_FILE
+from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE
 
 RETRIES_AN_INTERVAL = 10  # attempts after a failure until the next checkpoint would have been due
 
@@ -61,6 +61,30 @@ class Keeper:
         whole = [(0, self.model.params.size)]
         checkpoint.load_moments(path, manifest, [(whole, self.optimizer.m, self.optimizer.v)])
         return place_of(path, manifest, 0, 1, seed)
+
+    def best(self) -> checkpoint.Score | None:
+        """Of the model that `keep_best` kept last, in this process or an earlier one."""
+        try:
+            return checkpoint.read_score(self.run / BEST_FILE)
+        except LlmpyError:  # there is none; or none that could be used
+            return None
+
+    def keep_best(self, step: int, val_loss: float) -> None:
+        """Keep the model beside the run's if no earlier one had a smaller loss. The file is its own record: what it
+        says of itself is true even where the run went on from before it, or differently.
+        """
+        if self._improves(val_loss):
+            self._keep(checkpoint.Score(step, val_loss), self.model.ops.to_host(self.model.params.buffer))
+
+    def _improves(self, val_loss: float) -> bool:
+        before = self.best()
+        return before is None or val_loss < before.val_loss
+
+    def _keep(self, score: checkpoint.Score, params: np.ndarray) -> None:
+        try:
+            checkpoint.write_model(self.run / BEST_FILE, self.model.config, self.trained_length, params, score)
+        except LlmpyError as fault:
+            self.journal.say(f"warning: the best model so far is not kept: {str(fault).partition(' — ')[0]}")
 
     def begin(self, step: int) -> None:
         """The run starts, or goes on, after `step`; checkpoints are due at multiples of `every`."""

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -50,7 +51,7 @@ from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
 from .outliers import OutlierDetector
 from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
 from .rng import Xorshift64Star
-from .runfolder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
+from .runfolder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
 from .trackers import Trackers
 
@@ -135,6 +136,7 @@ class Trainer:
         self._spent = 0.0  # seconds in steps, for their mean
         self._untimed = 0  # of the steps done: those of llm.c, before this run
         self._line_at = 0.0
+        self._val_loss = math.nan  # the last one
         self._before = 0.0  # seconds of training of earlier processes
         self._started = 0.0
 
@@ -240,7 +242,7 @@ class Trainer:
             numbers |= {"skipped": why, "batches": batches}
             told = ", ".join(f"{file} {sample}" for file, sample in batches)
             self.journal.say(f"step {self.done}: skipped, for {why}; batches {told}")
-        share = self._flops_per_token / 1e9 * tokens / seconds / (self.peak * self.world.size)
+        share = self._flops_per_token / 1e9 * tokens / seconds / self.peak
         left = self._left()[1]
         self._record(
             **numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds, share_of_peak=share, eta_s=left,
@@ -337,6 +339,9 @@ class Trainer:
         self._record(**numbers)
         self.journal.record_llmc(f"s:{self.done} tel:{loss:.4f}")
         self.journal.say(line)
+        self._val_loss = loss
+        if self.done:
+            self.keeper.keep_best(self.done, loss)
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
@@ -414,6 +419,12 @@ class Trainer:
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
+            best = self.keeper.best()
+            if best is not None and best.val_loss < self._val_loss:
+                say(
+                    f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
+                    f"{shlex.quote(str(self.folder / BEST_FILE))}"
+                )
         if self.feed.tokenizer is not None:
             say(f'continue a text with:  {command("sample", self.folder)} --prompt "…"')
 
@@ -598,7 +609,8 @@ def assemble(
         raise LlmpyError(
             f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
         )
-    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
+    before = (manifest["step"], manifest["seconds"]["elapsed"]) if manifest else ()
+    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)), *before)
     for line in flight.lines():
         journal.say(line)
     for line in world.lines(ops.threads):
@@ -613,8 +625,9 @@ def assemble(
         model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)
+    since = (manifest["step"] if manifest else 0) if folder.resumed else None
     tracked = (options.track or ()) if world.rank == 0 else ()
-    trackers = Trackers(tracked, folder.path, options.as_record(), journal.say)
+    trackers = Trackers(tracked, folder.path, options.as_record(), journal.say, since)
     peak = sum(part for (part,) in world.gather(flight.peak))
     trainer = Trainer(
         model, optimizer, feed, options, folder.path, journal, peak, flight.step_seconds, trackers, marks,
@@ -629,6 +642,9 @@ def assemble(
             data.tokenizer.save(folder / TOKENIZER_FILE)
         write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
+    if options.track and since:  # they forget this step with what came after it
+        for row in journal.recorded(since):
+            trackers.log(since, row)
     folder.keep()
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
@@ -794,9 +810,11 @@ def own_tokens(folder: Path) -> tuple[Path, ...]:
 
 def described(machine: Machine) -> dict[str, Any]:
     """The machine and what runs on it, for the run's records."""
+    # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
+    system = "-".join((platform.system(), platform.release(), platform.machine()))
     return {
         "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
-        "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
+        "python": platform.python_version(), "platform": system, "command": sys.argv,
     }  # fmt: skip
 
 

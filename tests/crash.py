@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,16 @@ class Shim:
         self.renamed: list[tuple[str, str, str | None]] = []  # from, to, and what had that name
         self.sizes: dict[str, int] = {}  # bytes of a file that are on the disk
         self.spare = itertools.count()
+        self.one_at_a_time = Lock()  # the checkpoint's thread writes while training keeps the best model
         for name in OPERATIONS:
             setattr(durable, name, self.stand_in(name))
 
     def stand_in(self, name: str) -> Callable[..., Any]:
         def operation(*arguments: Any) -> Any:
+            with self.one_at_a_time:
+                return one(*arguments)
+
+        def one(*arguments: Any) -> Any:
             self.count += 1
             number = self.count
             self.report[:4] = number.to_bytes(4, "little")

@@ -21,6 +21,7 @@ from pathlib import Path
 from ..errors import LlmpyError
 from ..inputs import regular
 from ..ranks import EOT
+from ..runfolder import CONFIG_FILE, LOCK, METRICS
 from .records import Document, NoRecords, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
@@ -176,12 +177,18 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> tuple[list[Path], int]:
-    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over."""
+    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over.
+
+    Run folders below it are no text: what they say and sample would be trained on, and change from start to start.
+    """
     hidden = 0
 
     def entries() -> Iterator[Path]:
         nonlocal hidden
         for where, folders, names in os.walk(folder, onerror=_unreadable):
+            if Path(where) != folder and (LOCK in names or {CONFIG_FILE, METRICS} <= {*names}):
+                folders.clear()
+                continue
             visible = [n for n in folders if not n.startswith(".")]
             hidden += len(folders) - len(visible) + sum(n.startswith(".") for n in names)
             folders[:] = visible

@@ -21,8 +21,8 @@ import numpy as np
 
 from .. import checkpoint, durable
 from ..checkpoint import MODEL
-from ..data.loader import Position
 from ..command import command
+from ..data.loader import Position
 from ..errors import LlmpyError
 from ..gpt2 import GPT2
 from ..journal import Journal
@@ -94,6 +94,14 @@ class ShardedKeeper(Keeper):
                 f"the checkpoint of step {step} could not be written: {fault}; {kept}",
                 f"make room, then go on with: {command('train', '--resume', self.run)}",
             )
+
+    def keep_best(self, step: int, val_loss: float) -> None:
+        if not self.world.tell(self._improves(val_loss))[0]:  # the first rank's word: it wrote the file
+            return
+        self._settle(wait=True)  # the thread reads what is collected
+        self.optimizer.collect(self._params)
+        if self.world.rank == 0:
+            self._keep(checkpoint.Score(step, val_loss), self._params)
 
     def close(self) -> None:
         """Wait for the own thread. What it wrote counts if all ranks come to `due` or `finish` afterwards."""
