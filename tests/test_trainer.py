@@ -807,7 +807,7 @@ def test_a_best_model_that_cannot_be_written_ends_no_run(
     def full(*_: object) -> None:
         raise LlmpyError("cannot write best.safetensors: No space left on device", "free some space")
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "write_model", full)
     assert trainer.train(options(steps=2), Laptop()) == 0
     assert "warning: the best model so far is not kept: cannot write best.safetensors" in capsys.readouterr().out
 
