@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PARQUET := .venv/.parquet
 
-.PHONY: train setup test test-isa test-long fuzz check bench clean
+.PHONY: train setup test test-isa test-mpi test-long fuzz check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
@@ -20,6 +20,9 @@ test: $(PARQUET)
 
 test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/test_isa.py $(ARGS)
+
+test-mpi: $(PARQUET)
+	@$(BIN)/python -m pytest -m mpi $(ARGS)
 
 test-long: $(INSTALLED)
 	@$(BIN)/python -m pytest -m long $(ARGS)
@@ -49,7 +52,7 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || { echo "the installation failed: see the lines above; make needs the network this once" >&2; exit 1; }
 	@touch $@
 
-# pyarrow is as large as half of all the rest: only who tests or reads parquet needs it.
+# pyarrow and MPI are as large as half of all the rest: only who tests or uses them needs them.
 $(PARQUET): $(INSTALLED)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parquet]' || { echo "the installation of pyarrow failed: see the lines above; make test needs the network this once" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parquet,mpi]' || { echo "the installation of pyarrow and MPI failed: see the lines above; make test needs the network this once" >&2; exit 1; }
 	@touch $@

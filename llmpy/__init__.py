@@ -1,3 +1,34 @@
-"""GPT-2 training in Python alone: every pass written by hand, compiled by Numba."""
+"""GPT-2 training in Python alone: every pass written by hand, compiled by Numba.
+
+    model = llmpy.GPT2.load("gpt2")               or a run folder, a file of llm.c's, a folder of Hugging Face
+    model.generate("Once upon a time", 100)
+    loss, grads = model.loss_and_grads(tokens)
+    run = llmpy.Trainer("d4", data="my.txt", minutes=5).run()
+
+NumPy and Numba are imported when one of these names is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import GPT2, Trainer
+    from .config import ModelConfig
+    from .errors import LlmpyError
+    from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
+__all__ = ["GPT2", "LlmpyError", "ModelConfig", "Tokenizer", "Trainer", "__version__"]
+_WHERE = {"GPT2": "api", "Trainer": "api", "ModelConfig": "config", "LlmpyError": "errors", "Tokenizer": "tokenizer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'llmpy' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,9 @@ and SHA-256 of the manifest. They guard against accidents, not against malice.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -29,22 +31,32 @@ from safetensors import SafetensorError, safe_open
 
 from . import durable
 from .arena import Arena, Tensor
+from .command import command
 from .config import ModelConfig
 from .errors import LlmpyError
 from .gpt2 import GPT2, PARAMS
+from .inputs import regular
 
 KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
 HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
 NAME = re.compile(r"step-(\d{8,})")
 DAMAGED = "damaged-"  # what the name of a checkpoint begins with that was found to be so
-TYPES = {"float32": "F32", "int32": "I32", "uint32": "U32"}
+TYPES = {"float32": "F32", "int32": "I32", "uint32": "U32", "int64": "I64"}
 Pieces = list[np.ndarray]  # the bytes of a file, one after another
 Entries = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape and NumPy type of each tensor
 
 
+# Of reading: what says that a file or its disk is not sound. Others (permission, a stale handle) may pass.
+BROKEN = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+
+
 class Newer(LlmpyError):
     """A checkpoint that is whole, but not for this program."""
+
+
+class Unreadable(LlmpyError):
+    """A checkpoint that the system does not give us now; nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +67,43 @@ class Header:
     trained_length: int
 
 
-def save(path: Path, model: GPT2, trained_length: int) -> None:
+@dataclass(frozen=True)
+class Score:
+    """How good the model after a step was on the validation text: the mean loss in nats."""
+
+    step: int
+    val_loss: float
+
+
+def save(path: Path, model: GPT2, trained_length: int, score: Score | None = None) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer), score)
 
 
-def write_model(path: Path, config: ModelConfig, trained_length: int, params: np.ndarray) -> None:
+def write_model(
+    path: Path, config: ModelConfig, trained_length: int, params: np.ndarray, score: Score | None = None
+) -> None:
     """`save` for parameters that are in no model: float32, flat, in the order of the table."""
-    pieces = model_pieces(config, trained_length, params)
+    pieces = model_pieces(config, trained_length, params, score)
     durable.write_whole(path, lambda temporary: durable.write_stretches(temporary, pieces))
 
 
-def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray) -> Pieces:
+def read_score(path: Path) -> Score | None:
+    """What a model file says of how good its model is. Raises LlmpyError for a file that is missing or damaged."""
+    read_header(path)
+    with opened(path) as file:
+        about = json.loads(file.metadata()[KEY])
+    try:
+        return Score(int(about["step"]), float(about["val_loss"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, score: Score | None = None) -> Pieces:
     """The model file: its header and the flat buffer of the parameters, which has the order of the table."""
     # One entry of metadata and a fixed order: equal models make equal files.
     about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
+    about |= asdict(score) if score else {}
     return [_header([(t.name, t.shape, "float32") for t in PARAMS(config)], {KEY: json.dumps(about)}), params]
 
 
@@ -101,7 +135,7 @@ def read_header(path: Path) -> Header:
     with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
-            raise LlmpyError(f"{path} is not a model of llmpy", "train one with: llmpy train")
+            raise LlmpyError(f"{path} is not a model of llmpy", f"train one with: {command('train')}")
         try:
             about = json.loads(metadata[KEY])
             if about["format"] != FORMAT:
@@ -159,34 +193,119 @@ def load_state(path: Path, table: Sequence[Tensor], m: np.ndarray, v: np.ndarray
         return {name: file.get_tensor(name) for name in others}
 
 
+def shard_name(rank: int, ranks: int) -> str:
+    """The file of one of several ranks; see `distributed.shards`."""
+    return f"state-{rank:05}-of-{ranks:05}.safetensors"
+
+
+def shard_pieces(moments: Pieces, others: Mapping[str, np.ndarray]) -> Pieces:
+    """Such a file: m and v of some ranges of the flat arenas, and further arrays."""
+    arrays = {"m": moments[0], "v": moments[1], **others}
+    return [_header([(name, x.shape, x.dtype.name) for name, x in arrays.items()]), *arrays.values()]
+
+
+def load_arrays(path: Path, moments: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of a rank's file, or of one process's, without the moments or these alone, mapped."""
+    with opened(path) as file:
+        names = list(file.keys())  # safetensors has no iterator
+        if not moments:
+            return {n: file.get_tensor(n) for n in names if n not in ("m", "v") and not n.startswith(("m.", "v."))}
+    with path.open("rb") as head:
+        start = int.from_bytes(head.read(8), "little")
+        about = json.loads(head.read(start))
+    size = sum(math.prod(entry["shape"]) for name, entry in about.items() if name == "m" or name.startswith("m."))
+    flat = np.memmap(path, np.float32, "r", offset=8 + start, shape=(2 * size,))
+    return {"m": flat[:size], "v": flat[size:]}
+
+
+def load_moments(
+    path: Path, manifest: Mapping[str, Any], parts: Sequence[tuple[Sequence[tuple[int, int]], np.ndarray, np.ndarray]]
+) -> None:
+    """m and v of each part := those of its ranges of the flat arenas, from a checkpoint of any number of ranks.
+
+    `newest` must have accepted the checkpoint.
+    """
+    ranks = manifest.get("ranks", 1)
+    pieces: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # start, end, m, v
+    for name in [STATE] if ranks == 1 else [shard_name(rank, ranks) for rank in range(ranks)]:
+        moments = load_arrays(path / name, moments=True)
+        ranges = [(0, moments["m"].size)] if ranks == 1 else load_arrays(path / name)["ranges"].tolist()
+        at = 0
+        for start, stop in ranges:
+            here = slice(at, at + stop - start)
+            pieces.append((start, stop, moments["m"][here], moments["v"][here]))
+            at = here.stop
+    pieces.sort(key=lambda piece: piece[:2])
+    starts = [piece[0] for piece in pieces]
+    for ranges, *mine in parts:
+        at = 0
+        for start, stop in ranges:
+            place = start
+            while place < stop:
+                first, end, *theirs = pieces[bisect.bisect_right(starts, place) - 1]
+                count = min(stop, end) - place
+                if count <= 0:
+                    raise _damaged(path, f"no rank's file has element {place} of the moments")
+                for own, other in zip(mine, theirs, strict=True):
+                    own[at : at + count] = other[place - first : place - first + count]
+                at, place = at + count, place + count
+
+
 def write(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Pieces]) -> Path:
     """Write a checkpoint below `folder`, or nothing. `state` is JSON, `files` what the two others hold.
 
     Raises OSError if the disk refuses; then nothing of it stays, but for one that is whole and whose name may not have
     reached the disk. Another attempt at the same step finds that one, and never takes a whole one away.
     """
-    final = folder / f"step-{step:08}"
-    making = folder / f".{final.name}.tmp"
+    final, making = named(folder, step), being_made(folder, step)
     if final.exists():
         durable.sync_folder(folder)
         return final
     try:
-        if not folder.exists():
-            folder.mkdir()
-            durable.sync_folder(folder.parent)
-        durable.remove(making)
-        making.mkdir()
-        sizes = {name: durable.write_stretches(making / name, pieces) for name, pieces in files.items()}
-        written = {name: {"bytes": size, "crc32": sums} for name, (size, sums) in sizes.items()}
-        text = _sealed({"format": FORMAT, "step": step, **state, "files": written})
-        durable.write_stretches(making / MANIFEST, [np.frombuffer(text, np.uint8)])
-        durable.sync_folder(making)
-        durable.replace(making, final)
-        durable.sync_folder(folder)
+        make_room_for(folder, step)
+        return commit(folder, step, state, write_files(making, files))
     except OSError:
         with contextlib.suppress(OSError):
             durable.remove(making)
         raise
+
+
+def named(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step-{step:08}"
+
+
+def being_made(folder: Path, step: int) -> Path:
+    """The same until it is whole."""
+    return folder / f".step-{step:08}.tmp"
+
+
+def make_room_for(folder: Path, step: int) -> None:
+    """An empty folder to write the files of a checkpoint into."""
+    if not folder.exists():
+        folder.mkdir()
+        durable.sync_folder(folder.parent)
+    durable.remove(being_made(folder, step))
+    being_made(folder, step).mkdir()
+
+
+def write_files(making: Path, files: Mapping[str, Pieces]) -> dict[str, dict[str, Any]]:
+    """Write them; what the manifest says of each."""
+    sizes = {name: durable.write_stretches(making / name, pieces) for name, pieces in files.items()}
+    return {name: {"bytes": size, "crc32": sums} for name, (size, sums) in sizes.items()}
+
+
+def commit(folder: Path, step: int, state: Mapping[str, Any], written: Mapping[str, Any]) -> Path:
+    """All files are written: the manifest, and the name that says so."""
+    final, making = named(folder, step), being_made(folder, step)
+    text = _sealed({"format": FORMAT, "step": step, **state, "files": written})
+    durable.write_stretches(making / MANIFEST, [np.frombuffer(text, np.uint8)])
+    durable.sync_folder(making)
+    if final.exists():  # of an earlier life of the run, and equal in all that counts
+        durable.remove(making)
+    else:
+        durable.replace(making, final)
+    durable.sync_folder(folder)
     return final
 
 
@@ -199,7 +318,7 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint all of whose bytes are those that were written.
 
-    Raises LlmpyError, which says what is not, or that this program is too old for it.
+    Raises LlmpyError, which says what is not; Newer, if this program is too old for it; Unreadable.
     """
     try:
         text = (checkpoint / MANIFEST).read_bytes()
@@ -214,11 +333,16 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise Newer(
                 f"{checkpoint} has format {manifest['format']}, this program reads {FORMAT}", "use a newer llmpy"
             )
-        for name in (MODEL, STATE):
+        for name in sorted({MODEL, *manifest["files"]}):
             about = manifest["files"][name]
             if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):
                 raise _damaged(checkpoint / name, wrong)
     except OSError as fault:
+        if fault.errno not in BROKEN:
+            raise Unreadable(
+                f"cannot read {fault.filename or checkpoint}: {fault.strerror or fault}",
+                "mend that and try again; nothing was changed",
+            ) from fault
         raise _damaged(checkpoint, f"{fault.strerror or fault}") from fault
     return dict(manifest)
 
@@ -236,13 +360,13 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     """The newest sound checkpoint below `folder` and its manifest; None if there never was one.
 
     Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged, or
-    if the newest is of a newer program.
+    if the newest is of a newer program or cannot be read, which is no damage.
     """
     damaged = []
     for path in listed(folder):
         try:
             manifest = verify(path)
-        except Newer:
+        except (Newer, Unreadable):
             raise
         except LlmpyError as fault:
             say(f"warning: {str(fault).partition(' — ')[0]}")
@@ -278,14 +402,16 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
-        raise LlmpyError(f"no model at {path}", "train one with: llmpy train") from None
+        raise LlmpyError(f"no model at {path}", f"train one with: {command('train')}") from None
+    except PermissionError:
+        raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions") from None
     except (OSError, SafetensorError) as fault:
         raise _damaged(path, str(fault)) from fault
 
 
 def _check_header(path: Path) -> None:
     """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > HEADER_AT_MOST:
         raise _damaged(path, f"a header of {length:,} bytes")

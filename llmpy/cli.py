@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import os
 import sys
+import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,25 +23,34 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import LlmpyError
+from .command import called
+from .errors import LlmpyError, did_you_mean
 from .journal import silence
 from .options import (
     MEANINGLESS,
     BenchOptions,
+    ChatOptions,
+    CompletionOptions,
     ConvertOptions,
     DataOptions,
     DecodeOptions,
+    DoctorOptions,
     OpsOptions,
     PeersOptions,
+    PlanOptions,
+    PlotOptions,
     SampleOptions,
     SelftestOptions,
     TrainOptions,
+    WatchOptions,
     as_yaml,
     flag,
     options_of,
 )
+from .runfolder import HELD, InUse, RunFolder
+from .terminal import paint
 
-EXIT_CODES = (
+EXIT_CODES = textwrap.fill(
     "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
     "option or verb, or it lacks a value; 3 training gave NaN or infinity; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 "
     "by SIGHUP (all is saved: go on with --resume RUN)"
@@ -53,12 +62,92 @@ EXAMPLES = """examples:
   llmpy data tinyshakespeare                    download a data set and make its tokens, with GPT-2's tokenizer
   llmpy sample runs/NAME --prompt "The"         continue a text with what was trained
   llmpy train --init gpt2 --data my.txt         fine-tune GPT-2 124M on your own text
+  llmpy watch                                   show the runs below runs/ as they train, in the browser
+  llmpy plot runs/NAME -o loss.png              draw the loss; without -o in the terminal
   llmpy convert runs/NAME my-gpt2               a folder for Hugging Face, from what was trained
+  llmpy plan --model gpt2 -B 4 -T 1024          memory, time and tokens of a run, before it starts
+  llmpy doctor                                  is this machine ready? what could be better?
   llmpy selftest                                is what this machine computes right?
   llmpy bench step                              a step of GPT-2 124M against this machine's peak
   llmpy bench peers                             the same against PyTorch, if it is installed
 
 """
+# What other programs call options of `train`.
+ELSEWHERE = {
+    "--epochs": "--steps N, -1 for one epoch, or --minutes",
+    "--learning-rate": "--lr", "--max-steps": "--steps", "--max-iters": "--steps", "--iterations": "--steps",
+    "--block-size": "--sequence-length", "--context": "--sequence-length", "--seq-len": "--sequence-length",
+    "--batch": "--batch-size", "--grad-clip": "--clip", "--eval-interval": "--eval-every", "--output": "--out",
+    "--gradient-accumulation-steps": "--total-batch TOKENS", "--precision": "--dtype", "--size": "--model",
+    "--eval-iters": "--eval-batches", "--warmup-iters": "--warmup", "--warmup-steps": "--warmup",
+    "--checkpoint": "--init or --resume", "--device": "--threads and --dtype; it trains on the CPU",
+}  # fmt: skip
+
+# Of each verb: what to type, and what that does.
+EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
+    "train": (
+        ("llmpy train", "on text that Python carries"),
+        ("llmpy train --data my.txt notes/ --minutes 10", "on your own"),
+        ("llmpy train --init gpt2 --data my.txt --lr 3e-5 --steps 200", "fine-tune GPT-2"),
+        ("llmpy train --data tokens/ --model gpt2 -B 4 -T 1024 --total-batch 524288", "from scratch, as llm.c does"),
+        ("llmpy train --resume runs/NAME --minutes 30", "go on with a run, to 30 minutes in all"),
+    ),
+    "sample": (
+        ('llmpy sample runs/NAME --prompt "Once upon a time"', "continue a text"),
+        ('llmpy sample gpt2 --prompt "The capital of France is" --temperature 0 --tokens 10', "the likeliest tokens"),
+        ("llmpy sample runs/NAME --prompts-file prompts.txt --json", "many texts, with log-probabilities"),
+    ),
+    "chat": (
+        ("llmpy chat runs/NAME", "talk; Ctrl-C ends an answer, /quit the talk"),
+        ('llmpy chat runs/NAME --system "Answer in one sentence." --temperature 0.3', "with a word beforehand"),
+    ),
+    "data": (
+        ("llmpy data tinyshakespeare", "download a data set and make its tokens"),
+        (
+            "llmpy data my.jsonl.gz notes/ --tokenizer bpe:4096 --out tokens",
+            "of your own files, with their own tokenizer",
+        ),
+    ),
+    "convert": (
+        ("llmpy convert runs/NAME my-gpt2", "a folder for Hugging Face"),
+        ("llmpy convert runs/NAME model.gguf --dtype bfloat16", "for llama.cpp"),
+        ("llmpy convert gpt2_124M.bin my-run --to native", "from llm.c, ready for sample and --init"),
+    ),
+    "plan": (
+        ("llmpy plan --model gpt2 -B 4 -T 1024", "on this machine"),
+        ("llmpy plan --recipe gpt2_124M --nodes 8 --bandwidth 10 --price-per-hour 0.40", "llm.c's run on eight"),
+        ("llmpy plan --model d24 --peak 4000 --memory-bandwidth 400 --memory 256", "on a larger machine"),
+    ),
+    "doctor": (
+        ("llmpy doctor", "everything"),
+        ("llmpy doctor --no-network --json", "for a report of a fault"),
+    ),
+    "watch": (
+        ("llmpy watch", "every run below runs/"),
+        ("llmpy watch runs/NAME runs/OTHER --open", "two runs, one above the other, in the browser"),
+    ),
+    "plot": (
+        ("llmpy plot runs/NAME runs/OTHER -o loss.svg", "for a paper"),
+        ("llmpy plot runs/NAME --terminal --curves loss lr", "here and now"),
+    ),
+    "selftest": (
+        ("llmpy selftest", "against a reference in float64"),
+        ("llmpy selftest --model gpt2_124M.bin --debug-state gpt2_124M_debug_state.bin", "against llm.c's own files"),
+    ),
+    "completion": (
+        ('eval "$(llmpy completion bash)"', "in ~/.bashrc; zsh: in ~/.zshrc, after compinit"),
+        ("llmpy completion fish > ~/.config/fish/completions/llmpy.fish", "once"),
+    ),
+    "bench step": (
+        ("llmpy bench step --model gpt2 -B 4 -T 64 --dtype float32", "GPT-2 124M"),
+        ("llmpy bench step --model d4 --cold", "with what compiling takes"),
+    ),
+    "bench ops": (("llmpy bench ops --op linear_forward --dtype bfloat16", "one operation"),),
+    "bench decode": (("llmpy bench decode --model gpt2 --dtype float32 --json", "generation, batch 1"),),
+    "bench peers": (
+        ("llmpy bench peers --rounds 2 --steps 6 --plot peers.png", "against what is installed, with a picture"),
+    ),
+}
 
 
 def train(options: TrainOptions) -> int:
@@ -66,7 +155,15 @@ def train(options: TrainOptions) -> int:
     if options.print_config:
         write(as_yaml(options))
         return 0
-    from .runfolder import InUse, RunFolder
+    from .distributed import launch
+
+    what = launch.needed(options.ranks, "ranks" in options.given)
+    if what == "launch":
+        for claimed in [*HELD]:  # the ranks claim it for themselves
+            claimed.discard()
+        return launch.run(options.ranks, sys.argv[1:])
+    if what == "join":
+        return train_together(options)
 
     # Before the heavy imports: of many runs that begin in one folder all but one leave at once.
     try:
@@ -80,11 +177,30 @@ def train(options: TrainOptions) -> int:
     return train(options, folder=folder)
 
 
+def train_together(options: TrainOptions) -> int:
+    """Train a model as one of several ranks."""
+    from .distributed import launch
+    from .distributed.world import join
+    from .trainer import train
+
+    with join(options) as world:
+        code = train(options, folder=world.claim(options), world=world)
+    return launch.conclude(code)
+
+
 def sample(options: SampleOptions) -> int:
     """Continue a text with a trained model."""
     from .generate import sample
 
     sample(options, write)
+    return 0
+
+
+def chat(options: ChatOptions) -> int:
+    """Talk with a model that was tuned on messages."""
+    from .chat import chat
+
+    chat(options)
     return 0
 
 
@@ -101,6 +217,48 @@ def convert(options: ConvertOptions) -> int:
     from .formats.convert import convert
 
     convert(options, print)
+    return 0
+
+
+def plan(options: PlanOptions) -> int:
+    """Tell what a run will need: memory, time, tokens, disk; on this machine or several."""
+    from .plan import plan, table
+
+    numbers = plan(options)
+    print(json.dumps(numbers) if options.json else table(numbers))
+    return 0
+
+
+def doctor(options: DoctorOptions) -> int:
+    """Look at this machine: CPU, threads, memory, caches, packages, network; a fix for each problem."""
+    from .doctor import can_train, doctor, record, table
+
+    checks = doctor(options)
+    print(json.dumps(record(checks)) if options.json else table(checks, sys.stdout))
+    return 0 if can_train(checks) else 1
+
+
+def completion(options: CompletionOptions) -> int:
+    """Print what a shell needs to complete verbs, options and their values."""
+    from .completion import script
+
+    write(script(options.shell, build_parser()))
+    return 0
+
+
+def watch(options: WatchOptions) -> int:
+    """Show runs as they train, on a page of this machine."""
+    from .watch.server import watch
+
+    watch(options, lambda line: print(line, flush=True))
+    return 0
+
+
+def plot(options: PlotOptions) -> int:
+    """Draw the curves of runs, into a file or the terminal."""
+    from .watch.plot import plot
+
+    plot(options, print)
     return 0
 
 
@@ -189,7 +347,7 @@ def flush() -> None:
 def fail(message: str, code: int = 1) -> int:
     """One line on stderr, if that is still there; the exit code."""
     with contextlib.suppress(OSError):
-        print("llmpy: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+        print(paint("llmpy: error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
     return code
 
 
@@ -204,7 +362,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"llmpy: note: {', '.join(passed)} mean nothing here and are passed over", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        found.parser.error(f"unknown argument {unknown[0]}{suggest(unknown[0], found.parser.flags)}")
+        found.parser.error(f"unknown argument {unknown[0]}{meant(found.VERB, unknown[0], found.parser.flags)}")
     given = {f.name: getattr(found, f.name) for f in options_of(found.options) if f.name in found}
     return int(found.verb(found.make({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})))
 
@@ -238,10 +396,20 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{what} {value!r} is unknown{hint}")
 
 
+def meant(verb: str, word: str, flags: Sequence[str]) -> str:
+    """What to write for an argument that the verb does not know."""
+    if verb == "train" and not word.startswith("-"):
+        return f" — did you mean --data {word}?" if os.path.exists(word) else " — text is given with --data PATH"
+    name = word.partition("=")[0].replace("_", "-")
+    if verb == "train" and name in ELSEWHERE:
+        return f" — use {ELSEWHERE[name]}"
+    return suggest(word, flags)
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
     """` — did you mean …?` with the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f" — did you mean {close[0]}?" if close else ""
+    close = did_you_mean(word.split("=")[0], known)
+    return f" — {close}" if close else ""
 
 
 def build_parser() -> Parser:
@@ -250,7 +418,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmpy",
         description="GPT-2 training in Python alone.",
-        epilog=EXAMPLES + EXIT_CODES,
+        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + EXIT_CODES,
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
@@ -258,9 +426,15 @@ def build_parser() -> Parser:
     for name, function, options in (
         ("train", train, TrainOptions),
         ("sample", sample, SampleOptions),
+        ("chat", chat, ChatOptions),
         ("data", data, DataOptions),
         ("convert", convert, ConvertOptions),
+        ("plan", plan, PlanOptions),
+        ("doctor", doctor, DoctorOptions),
+        ("watch", watch, WatchOptions),
+        ("plot", plot, PlotOptions),
         ("selftest", selftest, SelftestOptions),
+        ("completion", completion, CompletionOptions),
     ):
         add_verb(verbs, name, function, options)
     benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
@@ -275,13 +449,21 @@ def build_parser() -> Parser:
 def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
     """A verb with one flag for each field of its options."""
     text = function.__doc__
-    parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text, epilog=EXIT_CODES)
+    parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text)
+    parser.epilog = examples(parser.prog.partition(" ")[2]) + EXIT_CODES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     make = getattr(options, "gather", lambda given: options(**given))
     parser.set_defaults(verb=function, options=options, make=make, parser=parser)
     types = typing.get_type_hints(options)
     for field in options_of(options):
         add_flag(parser, field, types[field.name])
     parser.flags = [s for action in parser._actions for s in action.option_strings]
+
+
+def examples(verb: str) -> str:
+    """What --help shows of a verb, a command a line and below it what it does."""
+    lines = "".join(f"  {line}\n      {what}\n" for line, what in EXAMPLES_OF[verb])
+    return f"examples:\n{lines}\n"
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
@@ -309,6 +491,8 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
     else:
         settings["type"] = kind
     if told["word"]:
+        if typing.get_origin(kind) is tuple:
+            settings["nargs"] = "*"
         parser.add_argument(settings.pop("dest"), **settings)
     else:
         parser.add_argument(*told["flags"], flag(field), **settings)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass, replace
 
-from .errors import LlmpyError
+from .errors import LlmpyError, did_you_mean
 
 GPT2_VOCAB = 50257
 
@@ -116,9 +115,9 @@ def _rung(depth: int) -> tuple[int, int]:
 
 def _unknown(dial: str) -> LlmpyError:
     known = [*NAMES, *(f"d{d}" for d in LADDER), *(f"gpt3:c{c}" for c in GPT3)]
-    close = difflib.get_close_matches(dial, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    small = dial.strip().lower().replace("_", "-") in ("gpt2-small", "gpt2-base", "gpt-2", "gpt2-124m")
+    close = "did you mean gpt2?" if small else did_you_mean(dial, known)
     return LlmpyError(
         f"unknown model {dial!r}",
-        hint + f"use d1 … d{max(LADDER)}, {', '.join(NAMES)}, or gpt3:c768 (c384 … c12288)",
+        f"{close} use d1 … d{max(LADDER)}, {', '.join(NAMES)}, or gpt3:c768 (c384 … c12288)".lstrip(),
     )

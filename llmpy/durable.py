@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,26 @@ def sync_file(path: Path) -> None:
         sync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Within, the folder is there. If that fails, or what is done within, those that were made for it go again.
+
+    Raises LlmpyError if it cannot be made.
+    """
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise LlmpyError(f"cannot make {folder}: {fault.strerror}", "choose another folder") from fault
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):  # not empty: let it be
+                path.rmdir()
+        raise
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class LlmpyError(Exception):
     """A fault of the input or the machine, not of the program; the command line prints it as one line.
@@ -19,3 +22,9 @@ class Diverged(LlmpyError):
     """Training produced numbers that are not finite."""
 
     code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean …?` with the nearest of the known words, or ""."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else ""

@@ -22,13 +22,15 @@ import numpy as np
 import psutil
 
 from . import backend
+from .command import command
 from .config import ModelConfig
 from .decode import CACHE, PACKED, PREFILL, Decoder
 from .errors import LlmpyError
 from .formats import hub, resolve, tokenizer_of
 from .formats.source import Source
 from .gpt2 import GPT2, PARAMS
-from .options import SampleOptions
+from .inputs import regular
+from .options import ChatOptions, SampleOptions
 from .preflight import Machine
 from .rng import Xorshift64Star
 from .runfolder import finished
@@ -244,8 +246,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
     """Continue prompts with a model; text goes to `write`, all else to stderr.
 
-    The text of a single prompt comes token by token; of several, as each ends, in their order. With `options.json`
-    one JSON object comes at the end.
+    A text ends before <|endoftext|>, unless `options.ignore_eot`, at `options.stop`, or after `options.tokens`. That of
+    a single prompt comes token by token; those of several as each ends, in their order. With `options.json` one JSON
+    object comes at the end.
     Raises LlmpyError for a model that is missing, damaged or of two minds about its vocabulary.
     """
     source, tokenizer = open_run(options.run)
@@ -264,6 +267,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
         model, prompts, options.tokens, reach, coins, choice_of(options), options.cache, logprobs=options.json
     )
     streams = [TextStream(tokenizer.decode, options.stop or ()) for _ in prompts]
+    eot = None if options.ignore_eot else tokenizer.eot
     told: list[list[str]] = [[opening] for opening in openings]
     added: list[list[Token]] = [[] for _ in prompts]
     aloud = len(prompts) == 1 and not options.json
@@ -273,36 +277,39 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     for _ in range(options.tokens):
         for row, token in zip(live, generation.step(live), strict=True):
             added[row].append(token)
-            told[row].append(streams[row].feed(token.id))
+            told[row].append(streams[row].feed(token.id) if token.id != eot else "")
             if aloud:
                 write(told[row][-1])
-        live = [row for row in live if not streams[row].stopped]
+        live = [row for row in live if not streams[row].stopped and added[row][-1].id != eot]
         if not live:
             break
     for row, stream in enumerate(streams):
         told[row].append(stream.finish())
     if options.json:
-        write(json.dumps({"texts": [record(*r) for r in zip(prompts, told, added, streams, strict=True)]}) + "\n")
+        write(json.dumps({"texts": [record(*r, eot) for r in zip(prompts, told, added, streams, strict=True)]}) + "\n")
     elif aloud:
         write(told[0][-1] + "\n")
     else:
         write("\n---\n".join("".join(pieces) for pieces in told) + "\n")
 
 
-def choice_of(options: SampleOptions) -> Choice:
+def choice_of(options: SampleOptions | ChatOptions) -> Choice:
     """What the command line says of choosing."""
     return Choice(**{f.name: getattr(options, f.name) for f in fields(Choice)})
 
 
-def record(prompt: list[int], told: list[str], added: list[Token], stream: TextStream) -> dict[str, Any]:
+def record(
+    prompt: list[int], told: list[str], added: list[Token], stream: TextStream, eot: int | None
+) -> dict[str, Any]:
     """What --json tells of a text: ids, texts, log-probabilities (nats) and why it ended."""
+    ended = "stop" if stream.stopped else "eot" if added[-1].id == eot else "length"
     return {
         "prompt": told[0],
         "prompt_tokens": prompt,
         "text": "".join(told[1:]),
         "tokens": [token.id for token in added],
         "logprobs": [token.logprob for token in added],
-        "ended": "stop" if stream.stopped else "length",
+        "ended": ended,
     }
 
 
@@ -311,7 +318,7 @@ def read_prompts(options: SampleOptions) -> list[str]:
     prompts = list(options.prompt or ())
     if options.prompts_file is not None:
         try:
-            lines = options.prompts_file.read_text("utf-8").splitlines()
+            lines = regular(options.prompts_file).read_text("utf-8").splitlines()
         except OSError as fault:
             raise LlmpyError(f"cannot read {options.prompts_file}: {fault.strerror}", "check the path") from None
         except UnicodeDecodeError:
@@ -347,7 +354,9 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
         except OSError as fault:  # a name too long, a folder that may not be entered
             raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
         if not there:
-            raise LlmpyError(f"no run folder {run}", f"there are: {known}" if known else "train one: llmpy train")
+            raise LlmpyError(
+                f"no run folder {run}", f"there are: {known}" if known else f"train one: {command('train')}"
+            )
     source = resolve(str(run), _aside)
     return source, tokenizer_of(source, _aside)[0]
 

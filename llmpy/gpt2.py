@@ -12,6 +12,7 @@ Source: Radford et al. 2019; the numbers are those of llm.c and nanoGPT.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,10 @@ class GPT2:
         matrices = [t for t in self.params.table if t.decay]
         self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
         self.grads: Arena | None = None
+        # Of several ranks, whose weights and gradients travel meanwhile: `needs(l)` before forward reads weights of
+        # layer l, `done(l)` when backward has its gradients; −1 stands for the embeddings.
+        self.needs: Callable[[int], None] | None = None
+        self.done: Callable[[int], None] | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
         self._scratch: dict[tuple[int, int], Arena] = {}
 
@@ -143,13 +148,21 @@ class GPT2:
             self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
+    def release(self) -> None:
+        """Let go the arenas that `reserve` made, all but the gradients'."""
+        self._acts.clear()
+        self._scratch.clear()
+
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
         """Logits (B, V) of one position of tokens (B, T), as a new host array."""
         B, T = tokens.shape
         a = self.forward(tokens, self.reserve(B, T, training=False))
-        rows = np.ascontiguousarray(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
-        out = self.ops.empty((B, self.config.padded_vocab_size), self.ops.dtype)
-        self.ops.linear_forward(out, rows, self.weights.wte, None)
+        return self.head(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
+
+    def head(self, rows: np.ndarray) -> np.ndarray:
+        """Logits (n, V) of rows (n, C) that the final LayerNorm gave, as a new host array."""
+        out = self.ops.empty((len(rows), self.config.padded_vocab_size), self.ops.dtype)
+        self.ops.linear_forward(out, np.ascontiguousarray(rows), self.weights.wte, None)
         return self.ops.to_host(out)[:, : self.config.vocab_size].astype(self.ops.wide)
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
@@ -179,8 +192,12 @@ class GPT2:
     def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
         """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
         ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
+        if self.needs is not None:
+            self.needs(-1)
         ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
         for l in range(L):
+            if self.needs is not None:
+                self.needs(l)
             resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
             stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
             if l == 0:
@@ -238,7 +255,11 @@ class GPT2:
             ops.linear_backward(s.dln, *d, s.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
             d = g.ln_1_w[l], g.ln_1_b[l]
             ops.layernorm_backward(s.dresid, *d, s.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
+            if self.done is not None:
+                self.done(l)
         ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)
+        if self.done is not None:
+            self.done(-1)
 
 
 def at(tensor: Any, l: int) -> Any:

@@ -22,6 +22,8 @@ from typing import Any, Self, TextIO, cast
 from .errors import LlmpyError
 from .runfolder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
+TAIL = 1 << 16  # bytes of metrics.jsonl that hold a step's lines for certain
+
 
 class Journal:
     """The logs and the metrics of one run. Until `open` gives them files they are held. A context manager."""
@@ -70,6 +72,17 @@ class Journal:
         if found < size:
             self.say(f"warning: {path} has {found:,} of the {size:,} bytes it had at the checkpoint; the rest is lost")
         os.truncate(path, min(found, size))
+
+    def recorded(self, step: int) -> list[dict[str, Any]]:
+        """What the last lines of metrics.jsonl hold of a step."""
+        with open(self._files[METRICS].name, "rb") as file:
+            file.seek(-min(TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the first of them may be cut
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and row.get("step") == step]
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of numbers or samples as of now, for `open`."""

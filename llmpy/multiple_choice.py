@@ -16,14 +16,19 @@ from .errors import LlmpyError
 from .gpt2 import GPT2
 
 
+def row_length(examples: Examples) -> int:
+    """Tokens of a row that holds any example."""
+    every = map(examples.__getitem__, range(len(examples)))
+    return max(e.context.size + max(ending.size for ending in e.endings) for e in every) - 1
+
+
 class MultipleChoice:
     """The examples, and the two arrays that each in turn is written to."""
 
     def __init__(self, examples: Examples, config: ModelConfig) -> None:
         """Raises LlmpyError if an example is longer than the model's context."""
         self.examples = examples
-        every = map(examples.__getitem__, range(len(examples)))
-        T = max(e.context.size + max(ending.size for ending in e.endings) for e in every) - 1
+        T = row_length(examples)
         if config.context < T:
             raise LlmpyError(
                 f"the longest example of --hellaswag has {T + 1:,} tokens, the model's context {config.context:,}",

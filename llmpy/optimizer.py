@@ -60,6 +60,9 @@ class AdamW:
         self.update(lr, norm)
         return norm
 
+    def expect(self) -> None:
+        """The backward that comes now is the step's last; see `distributed.zero`."""
+
     def norm(self) -> float:
         """The global norm of the gradients as they are, perhaps not finite."""
         return float(self.ops.global_norm(self.grad))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import types
@@ -12,18 +11,24 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from .errors import LlmpyError
+from .command import command
+from .errors import LlmpyError, did_you_mean
+from .inputs import regular
 from .recipes import RECIPES
+from .runfolder import holds_llmc
 from .schedule import KINDS
 
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
 ATTENTIONS = ("sdpa", "plain")
-MODEL_FORMATS = ("llmc", "hf", "native", "gguf")
+MODEL_FORMATS = ("llmc", "llmc-run", "hf", "native", "gguf")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
 DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
+SHELLS = ("bash", "zsh", "fish")
+CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
+PICTURES = (".png", ".svg", ".pdf", ".html")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -89,8 +94,12 @@ class TrainOptions:
     init: str | None = option(
         None,
         "start from this model: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a run folder, an "
-        "llm.c .bin or a Hugging Face folder (default: from scratch)",
+        "llm.c .bin or a Hugging Face folder (default: from scratch); then the defaults are llm.c's for fine-tuning: "
+        "--schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
         metavar="MODEL",
+    )
+    init_state: bool = option(
+        False, "with --init CHECKPOINT of llm.c: its moments and place in the data too, as --resume CHECKPOINT does"
     )
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
     batch_size: int = option(4, "rows of a batch", "-B", "-b")
@@ -104,7 +113,9 @@ class TrainOptions:
     minutes: float | None = option(
         None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)"
     )
-    lr: float | None = option(None, "peak learning rate (default: 6e-4 * 768 / channels)", "-l")
+    lr: float | None = option(
+        None, "peak learning rate (default: 6e-4 * 768 / channels; with --init a sixth of that)", "-l"
+    )
     schedule: str = option("cosine", "how the learning rate falls", "-k", choices=KINDS)
     warmup: int | None = option(None, "steps to the peak (default: a tenth of the run, at most 50)", "-u")
     min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak", "-q")
@@ -121,6 +132,9 @@ class TrainOptions:
     recompute: int = option(1, "activations computed again in backward, 0: none; 1: GELU; 2: LayerNorm too", "-r")
     seed: int = option(42, "seed of initialisation and shuffling")
     threads: int | None = option(None, "threads (default: one a core)")
+    ranks: int = option(1, "processes that train together, over MPI; each has batches of -B rows")
+    zero: bool = option(True, "of several ranks, each keeps its part of the optimizer's state; without, all of it")
+    rank_timeout: float = option(15.0, "seconds without a sign of life after which a rank is given up, 0: never")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     shuffle: bool = option(True, "visit the samples in random order")
     eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end", "-v")
@@ -138,7 +152,10 @@ class TrainOptions:
     keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
     keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
     resume: Path | None = option(
-        None, "go on with this run; other options are the saved ones unless given again", metavar="RUN"
+        None,
+        "go on with this run; other options are the saved ones unless given again. Or, in a new folder, with that of "
+        "llm.c in this folder, which has saved none: give them all",
+        metavar="RUN",
     )
     auto_resume: bool = option(False, "go on with the run in --out if there is one", "-y")
     track: tuple[str, ...] | None = option(None, "send the numbers also to: " + ", ".join(TRACKERS), choices=TRACKERS)
@@ -153,10 +170,10 @@ class TrainOptions:
             positive(self, "steps")
         if self.eval_batches != ALL_BATCHES:
             positive(self, "eval_batches")
-        positive(self, "batch_size", "sequence_length", "total_batch", "minutes", "lr", "threads")
+        positive(self, "batch_size", "sequence_length", "total_batch", "minutes", "lr", "threads", "ranks")
         positive(self, "sample_tokens", "vocab_size", "give_up_after")
         not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every", "skip_loss")
-        not_negative(self, "skip_norm", "checkpoint_every", "keep", "keep_every", "recompute")
+        not_negative(self, "skip_norm", "checkpoint_every", "keep", "keep_every", "recompute", "rank_timeout")
         below(self, "seed", 1 << 32)
         below(self, "minutes", 1 << 30)  # two thousand years, and no arithmetic overflows
         below(self, "steps", 1 << 62)
@@ -169,6 +186,16 @@ class TrainOptions:
                 raise _refusal(name, value, "use a number from 0 to 1" + ("" if top == 1 else ", below 1"))
         known(self, "schedule", KINDS)
         known(self, "dtype", DTYPES)
+        if (
+            self.resume is not None
+            and self.out is not None
+            and os.path.realpath(self.resume) != os.path.realpath(self.out)
+            and not holds_llmc(self.resume)
+        ):
+            raise LlmpyError(
+                f"--resume {self.resume} goes on in that folder, not in --out {self.out}",
+                f"leave one of them out, or begin a new run from its model: --init {self.resume} --out {self.out}",
+            )
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:
@@ -187,7 +214,7 @@ class TrainOptions:
             values = RECIPES[recipe] | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):
                 raise LlmpyError(f"--recipe {recipe} needs --data", "give the shards of FineWeb: --data FOLDER")
-        return cls(**values, given=frozenset(values))
+        return cls(**(FINE_TUNING if values.get("init") else {}) | values, given=frozenset(values))
 
     def as_record(self) -> dict[str, Any]:
         """What describes a run, as JSON: all but how it was told."""
@@ -204,7 +231,7 @@ class TrainOptions:
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init"}}
+        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init", "init_state"}}
         # A file of --config may leave open what the run has settled.
         changes = {name: value for name, value in told.items() if (name, value) not in LEFT_OPEN and value is not None}
         for name in FIXED:
@@ -215,7 +242,18 @@ class TrainOptions:
                 )
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
-        return replace(saved, **changes, resume=self.resume, given=self.given)
+        launched = {name: getattr(self, name) for name in LAUNCHING}
+        return replace(saved, **changes, **launched, resume=self.resume, given=self.given)
+
+    def taking_over(self) -> Self:
+        """For a run of llm.c that --resume names: it starts from the checkpoint there, in a folder of its own.
+
+        Raises LlmpyError if it is to start from something else, too.
+        """
+        assert self.resume is not None
+        if self.init is not None:
+            raise LlmpyError(f"both --resume {self.resume} and --init {self.init}", "give one of them")
+        return replace(self, init=str(self.resume.absolute()), init_state=True, resume=None)
 
     @property
     def called(self) -> str:
@@ -223,14 +261,21 @@ class TrainOptions:
         return self.model or (Path(self.init).resolve().stem if self.init else DEFAULT_MODEL)
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of one batch of every rank."""
+        return self.batch_size * self.sequence_length * self.ranks
+
+    @property
     def micro_steps(self) -> int:
-        """Batches that make an update. Raises LlmpyError if they do not fill `total_batch` exactly."""
-        tokens = self.batch_size * self.sequence_length
+        """Batches of each rank that make an update. Raises LlmpyError if they do not fill `total_batch` exactly."""
+        tokens = self.batch_tokens
         total = self.total_batch or tokens
         if total % tokens:
             near = max(1, round(total / tokens)) * tokens
+            ranks = f" x {self.ranks} ranks" if self.ranks > 1 else ""
             raise LlmpyError(
-                f"--total-batch {total} is no multiple of -B {self.batch_size} x -T {self.sequence_length} = {tokens}",
+                f"--total-batch {total} is no multiple of -B {self.batch_size} x -T {self.sequence_length}{ranks} = "
+                f"{tokens}",
                 f"use --total-batch {near}, or another -B",
             )
         return total // tokens
@@ -247,7 +292,8 @@ class TrainOptions:
             settled = replace(settled, prompt=BUILTIN_PROMPT if self.data is None else "")
         if self.lr is None:
             # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
-            settled = replace(settled, lr=6e-4 * 768 / channels)
+            # 1e-4 is that of llm.c's program that fine-tunes.
+            settled = replace(settled, lr=(6e-4 if self.init is None else 1e-4) * 768 / channels)
         if self.steps is None and self.minutes is None:
             settled = replace(settled, steps=DEFAULT_EPOCHS * self.epoch(tokens), minutes=DEFAULT_MINUTES)
         if self.steps == ONE_EPOCH:
@@ -256,7 +302,7 @@ class TrainOptions:
 
     def epoch(self, tokens: int) -> int:
         """Steps that read a text of so many tokens about once, as llm.c counts them."""
-        return max(1, tokens // (self.total_batch or self.batch_size * self.sequence_length))
+        return max(1, tokens // (self.total_batch or self.batch_tokens))
 
 
 def names_file(model: str) -> bool:
@@ -267,8 +313,12 @@ def names_file(model: str) -> bool:
 # Letters of llm.c about its GPUs, and HellaSwag, whose file is named here; each takes a number.
 MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
 
+# Of a run with --init what llm.c's CPU program, which fine-tunes GPT-2, has instead of the defaults; lr: `settled`.
+FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "beta2": 0.999, "clip": 0.0}
+
 # How a run is told, no part of what it is; and what cannot change within one.
-TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config"}
+LAUNCHING = ("ranks", "zero", "rank_timeout")
+TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config", *LAUNCHING}
 LEFT_OPEN = (("model", ""), ("dtype", "auto"))
 FIXED = ("model", "vocab_size", "seed", "overfit")
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
@@ -317,8 +367,9 @@ class SampleOptions:
     min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
     repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely")
     stop: tuple[str, ...] | None = option(
-        None, "end before this text; give it again for further ones (default: at --tokens alone)", each=True
+        None, "end before this text; give it again for further ones (default: at <|endoftext|> alone)", each=True
     )
+    ignore_eot: bool = option(False, "go on after <|endoftext|>, with another text")
     seed: int = option(1337, "seed of the choices; the second text has the next one, and so on")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
@@ -336,6 +387,75 @@ class SampleOptions:
                 raise _refusal(name, getattr(self, name), "use a number from 0 to 1")
         if "" in (self.stop or ()):
             raise _refusal("stop", "''", "name a text of at least one character")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """`llmpy chat RUN`."""
+
+    run: Path = option(Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True)
+    system: str | None = option(None, "what the model is told before the talk begins")
+    tokens: int = option(256, "tokens of an answer at most")
+    temperature: float = option(0.7, "0: always the likeliest token; 1: as the model has it")
+    top_k: int = option(50, "choose among this many likeliest tokens, 0: among all")
+    top_p: float = option(1.0, "choose among the fewest that together have this probability")
+    min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: make tokens of the talk so far less likely")
+    seed: int = option(1337, "seed of the choices; the second answer has the next one, and so on")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        SampleOptions(**{f.name: getattr(self, f.name) for f in options_of(self) if f.name != "system"})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """`llmpy plan`."""
+
+    model: str = option("gpt2", "size, as in train", "-e")
+    batch_size: int = option(4, "rows of a batch of one machine", "-B", "-b")
+    sequence_length: int = option(1024, "tokens of a row", "-T", "-t")
+    total_batch: int | None = option(
+        None, "tokens of an update, gathered over batches and machines (default: a batch of each)", "-d",
+        metavar="TOKENS",
+    )  # fmt: skip
+    tokens: int | None = option(None, "tokens to train on, beside what others recommend", metavar="TOKENS")
+    vocab_size: int | None = option(None, "tokens of the vocabulary (default: GPT-2's)")
+    recompute: int = option(1, "activations computed again in backward, as in train", "-r")
+    checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
+    keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
+    keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
+    nodes: int = option(1, "machines like this one: data parallel, moments divided among them (ZeRO-1)")
+    bandwidth: float | None = option(None, "of the network: Gbit/s of each machine, in and out at once")
+    latency: float = option(50.0, "of the network: microseconds of a message")
+    price_per_hour: float | None = option(None, "of one machine, in any currency")
+    peak: float | None = option(None, "of a machine other than this one: GFLOP/s of multiply-adds")
+    memory_bandwidth: float | None = option(None, "of that machine: GB/s of a stream")
+    memory: float | None = option(None, "of that machine: GB (default: what is free here)")
+    recipe: str | None = option(None, "options of a script of llm.c; others given win", choices=tuple(RECIPES))
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "total_batch", "tokens", "vocab_size", "nodes", "bandwidth")
+        positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory", "threads")
+        not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute")
+        below(self, "nodes", 1 << 20)
+        below(self, "tokens", 1 << 62)
+        if self.recompute > 2:
+            raise _refusal("recompute", self.recompute, "use 0, 1 or 2")
+        if self.nodes > 1 and self.bandwidth is None:
+            raise _refusal("nodes", self.nodes, "tell the network too: --bandwidth GBIT")
+        known(self, "dtype", DTYPES)
+
+    @classmethod
+    def gather(cls, given: Mapping[str, Any]) -> Self:
+        """The options of a command line, and what it leaves open from --recipe."""
+        names = {f.name for f in options_of(cls)}
+        recipe = RECIPES.get(given.get("recipe", ""), {})
+        return cls(**{name: value for name, value in recipe.items() if name in names} | dict(given))
 
 
 @dataclass(frozen=True)
@@ -429,8 +549,8 @@ class ConvertOptions:
     target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
     to: str | None = option(
         None,
-        "format of OUT: llmc, hf (a folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, "
-        ".safetensors; hf without a suffix)",
+        "format of OUT: llmc, llmc-run (a folder that llm.c goes on from: moments and place in the data too), hf (a "
+        "folder), native (a run folder) or gguf (default: by its name: .bin, .gguf, .safetensors; hf without a suffix)",
         choices=MODEL_FORMATS,
     )
     dtype: str | None = option(
@@ -441,6 +561,30 @@ class ConvertOptions:
         for name, choices in (("to", MODEL_FORMATS), ("dtype", FILE_DTYPES)):
             if getattr(self, name) is not None:
                 known(self, name, choices)
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """`llmpy doctor`."""
+
+    network: bool = option(True, "ask the hub whether it answers")
+    threads: int | None = option(None, "threads (default: one a core)")
+    dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
+    json: bool = option(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+        known(self, "dtype", DTYPES)
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """`llmpy completion SHELL`."""
+
+    shell: str = option("", ", ".join(SHELLS), choices=SHELLS, word=True)
+
+    def __post_init__(self) -> None:
+        known(self, "shell", SHELLS)
 
 
 @dataclass(frozen=True)
@@ -457,6 +601,49 @@ class SelftestOptions:
 
     def __post_init__(self) -> None:
         positive(self, "threads")
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """`llmpy watch [RUN …]`."""
+
+    runs: tuple[Path, ...] | None = option(
+        None, "run folders, or folders of them, where new runs appear by themselves (default: runs)", metavar="RUN",
+        word=True,
+    )  # fmt: skip
+    port: int = option(8642, "where the page is, or the next free one")
+    open: bool = option(False, "show it in the browser")
+
+    def __post_init__(self) -> None:
+        positive(self, "port")
+        below(self, "port", 1 << 16)
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """`llmpy plot [RUN …]`."""
+
+    runs: tuple[Path, ...] | None = option(
+        None, "run folders (default: the newest below runs)", metavar="RUN", word=True
+    )
+    out: Path | None = option(
+        None, "draw into this file: .png, .svg, .pdf, or .html, which is the page of llmpy watch", "-o", metavar="FILE"
+    )
+    terminal: bool = option(False, "draw with letters, as it does without -o")
+    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=CURVES)
+    smooth: int | None = option(
+        None, "steps to smooth over, 0: not (default: about a hundredth of the run)", metavar="STEPS"
+    )
+    log: bool = option(False, "a logarithmic axis")
+
+    def __post_init__(self) -> None:
+        not_negative(self, "smooth")
+        below(self, "smooth", 1 << 53)
+        for curve in self.curves or ():
+            if curve not in CURVES:
+                raise _refusal("curves", curve, "use some of " + ", ".join(CURVES))
+        if self.out is not None and self.out.suffix.lower() not in PICTURES:
+            raise _refusal("out", self.out, "use a name that ends in " + ", ".join(PICTURES))
 
 
 def flag_of(name: str) -> str:
@@ -476,8 +663,8 @@ def converted(options: type, name: str, value: Any) -> Any:
     hints = typing.get_type_hints(options)
     known_names = [f.name for f in options_of(options)]
     if name not in known_names:
-        close = difflib.get_close_matches(name, known_names, n=1)
-        raise LlmpyError(f"unknown option {name!r}", f"did you mean {close[0]}?" if close else "see llmpy train --help")
+        close = did_you_mean(name, known_names)
+        raise LlmpyError(f"unknown option {name!r}", close or f"see {command('train', '--help')}")
     kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
     if value is None and type(None) in kinds:
         return None
@@ -500,13 +687,13 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text("utf-8")) or {}
+        found = yaml.safe_load(regular(path).read_text("utf-8")) or {}
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
-        raise LlmpyError(f"{path} is no YAML: {fault}", "see llmpy train --print-config for one") from None
+        raise LlmpyError(f"{path} is no YAML: {fault}", f"see {command('train', '--print-config')} for one") from None
     if not isinstance(found, dict):
-        raise LlmpyError(f"{path} holds no options", "write one a line, as llmpy train --print-config does")
+        raise LlmpyError(f"{path} holds no options", f"write one a line, as {command('train', '--print-config')} does")
     named = {str(name).replace("-", "_"): value for name, value in found.items()}
     try:
         return {name: converted(options, name, value) for name, value in named.items() if name != "config"}
@@ -546,8 +733,9 @@ def below(options: Any, name: str, limit: int) -> None:
 
 def known(options: Any, name: str, choices: tuple[str, ...]) -> None:
     """Raise LlmpyError unless the value is one of the choices."""
-    if getattr(options, name) not in choices:
-        raise _refusal(name, getattr(options, name), "use one of " + ", ".join(choices))
+    value = getattr(options, name)
+    if value not in choices:
+        raise _refusal(name, value, f"{did_you_mean(str(value), choices)} use one of {', '.join(choices)}".lstrip())
 
 
 def _refusal(name: str, value: Any, hint: str) -> LlmpyError:

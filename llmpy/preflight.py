@@ -1,17 +1,19 @@
 """Before training: what will run, what it needs, how long it will take; and one refusal that names all that is wrong.
 
 memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
-         + activations of training (without what backward computes again), backward's scratch, and activations
-           and cache of sampling: each tensor wide or stored, as its table says
+         + activations of training (without what backward computes again), backward's scratch, activations and
+           cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
-         + the program itself
+         + the program itself, and what the compiler leaves where kernels have to be compiled first
          with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
-disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written
+disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written;
+         wide · 2 · parameters for the best model
 time   = FLOPs a token · tokens / (0.6 · measured peak)
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ import psutil
 from .arena import Tensor
 from .backend import Ops
 from .config import GPT2_VOCAB, ModelConfig
-from .data.hellaswag import read_examples
+from .data.hellaswag import ENDINGS, read_examples
 from .data.pack import is_dataset
 from .data.prepare import choose_vocab_size
 from .data.shards import count_tokens, is_shard
@@ -32,11 +34,13 @@ from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
-from .options import DEFAULT_MODEL, TrainOptions
+from .multiple_choice import row_length
+from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
-PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache; compiling them takes some 200 MB more
+PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache
+COMPILER_BYTES = 240 << 20  # what compiling all of them adds, and keeps (dev/LOG.md)
 LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
 
@@ -46,6 +50,9 @@ class Machine(Ops, Protocol):
 
     threads: int
     isa: str
+
+    def compiled(self) -> bool:
+        """Whether the kernels of training are in the cache."""
 
     def measure_peak(self) -> float:
         """GFLOP/s of multiply-adds in its dtype over all threads, measured now (about 0.2 s)."""
@@ -69,6 +76,8 @@ class Preflight:
     peak: float
     memory: int
     available: int
+    done: int = 0  # steps of a run that goes on, and the seconds they and all else took
+    elapsed: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -84,19 +93,22 @@ class Preflight:
 
     @property
     def steps(self) -> int:
-        """Expected number of steps: by --steps, or by how many fit into the time, whichever is less."""
+        """Expected number of steps still to make: by --steps, or by how many fit into the time, whichever is less."""
         o = self.options
-        bounds = [] if o.steps is None else [o.steps]
+        bounds = [] if o.steps is None else [o.steps - self.done]
         if o.seconds is not None:
-            bounds.append(int(o.seconds / self.step_seconds))
-        return max(1, min(bounds))
+            bounds.append(int((o.seconds - self.elapsed) / self.step_seconds))
+        return max(0 if self.done else 1, min(bounds))
 
     def lines(self) -> list[str]:
         """What the user reads."""
         c, o, m = self.config, self.options, self.machine
-        tokens = o.batch_size * o.sequence_length * o.micro_steps
-        epochs = self.steps * tokens / self.train_tokens
-        gathered = f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
+        tokens = o.batch_tokens * o.micro_steps
+        epochs = (self.done + self.steps) * tokens / self.train_tokens
+        after = f" after the {self.done:,} that are made" if self.done else ""
+        compiling = "" if m.compiled() else ", with what compiling the kernels takes"
+        gathered = f" on each of {o.ranks} ranks" if o.ranks > 1 else ""
+        gathered += f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
         lines = [
             f"model    {o.model}: {c.layers} layers, {c.heads} heads, {c.channels} channels, "
             f"context {c.context}, vocabulary {c.vocab_size:,}: {self.parameters:,} parameters",
@@ -104,10 +116,15 @@ class Preflight:
             f"batches of {o.batch_size} x {o.sequence_length}{gathered}",
             f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, {m.dtype}, "
             f"measured peak {self.peak:,.0f} GFLOP/s",
-            f"memory   about {_gigabytes(self.memory)} of {_gigabytes(self.available)} available",
+            f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available{compiling}",
             f"time     about {duration(self.steps * self.step_seconds)}: {self.steps:,} steps of "
-            f"{1e3 * self.step_seconds:,.0f} ms, {epochs:.1f} epochs; {self._ending()}",
+            f"{1e3 * self.step_seconds:,.0f} ms{after}, {epochs:.1f} epochs; {self._ending()}",
         ]
+        if tokens > self.train_tokens:
+            lines.append(
+                f"caution  a step reads {tokens:,} tokens, more than there are: {tokens / self.train_tokens:,.1f} "
+                "epochs; a smaller --total-batch, or more text, serves better"
+            )
         if epochs > MANY_EPOCHS:
             lines.append(
                 f"caution  {epochs:.0f} epochs: the model will learn this text by heart and its validation loss will "
@@ -123,7 +140,9 @@ class Preflight:
         return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
 
 
-def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConfig | None = None) -> list[LlmpyError]:
+def problems(
+    options: TrainOptions, folder: Path, machine: Machine, start: ModelConfig | None = None
+) -> list[LlmpyError]:
     """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled.
 
     `start` is the shape of the model that the run starts from, if it does not start from scratch.
@@ -156,7 +175,7 @@ def problems(options: TrainOptions, folder: Path, machine: Ops, start: ModelConf
         return found
     tokens, vocab_size = _seen(files, options)
     config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
-    least = options.batch_size * options.sequence_length + 1
+    least = options.batch_tokens + 1
     if tokens is not None and tokens < least:
         found.append(
             LlmpyError(
@@ -211,16 +230,21 @@ def check_length(T: int, context: int) -> None:
         raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
 
 
-def check_memory(options: TrainOptions, config: ModelConfig, machine: Ops, available: int | None = None) -> None:
-    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free."""
+def check_memory(
+    options: TrainOptions, config: ModelConfig, machine: Machine, available: int | None = None, beside: int = 1
+) -> None:
+    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free.
+
+    `beside`: ranks on this machine. Each needs less than a run of one: it has a part of the moments.
+    """
     o = options
-    needed = memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0)
-    available = psutil.virtual_memory().available if available is None else available
+    needed = memory_of(options, config, machine)
+    available = psutil.virtual_memory().available // beside if available is None else available
     if needed > available:
         copy = "" if o.checkpoint_every == 0 else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
         raise LlmpyError(
-            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {_gigabytes(needed)} of memory, and "
-            f"{_gigabytes(available)} are available",
+            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
+            f"{gigabytes(available)} are available",
             f"use a smaller -B, -T or --model, or close other programs{copy}",
         )
 
@@ -232,8 +256,8 @@ def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None
     needed = disk_needed(options, config)
     if needed > free:
         raise LlmpyError(
-            f"the checkpoints of this run need up to {_gigabytes(needed)} on the disk of {folder}, and "
-            f"{_gigabytes(free)} are free",
+            f"the checkpoints of this run need up to {gigabytes(needed)} on the disk of {folder}, and "
+            f"{gigabytes(free)} are free",
             "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every or --keep-every",
         )
 
@@ -248,14 +272,19 @@ def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
         count = o.keep + 1 + (steps // o.keep_every if o.keep_every else 0)
     else:
         count = steps // o.checkpoint_every + 1
-    return count * 12 * sum(t.size for t in PARAMS(config))
+    return (count * 12 + 8) * sum(t.size for t in PARAMS(config))
 
 
 def inspect(
-    config: ModelConfig, options: TrainOptions, machine: Machine, train_tokens: int, val_tokens: int
+    config: ModelConfig,
+    options: TrainOptions,
+    machine: Machine,
+    train_tokens: int,
+    val_tokens: int,
+    done: int = 0,
+    elapsed: float = 0.0,
 ) -> Preflight:
-    """Measure the machine and compute the needs."""
-    o = options
+    """Measure the machine and compute the needs of a run, or of one that goes on after `done` steps."""
     return Preflight(
         config,
         options,
@@ -263,42 +292,85 @@ def inspect(
         train_tokens,
         val_tokens,
         machine.measure_peak(),
-        memory_needed(config, o.batch_size, o.sequence_length, machine, o.recompute, o.checkpoint_every > 0),
+        memory_of(options, config, machine),
         psutil.virtual_memory().available,
+        done,
+        elapsed,
     )
 
 
-def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False
-) -> int:
-    """Bytes that training `config` on batches of (B, T) takes, program included.
+def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> int:
+    """Bytes that a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
+    o = options
+    prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
+    sampled = prompt + o.sample_tokens
+    apart = []
+    if o.hellaswag is not None:
+        rows = ENDINGS, min(_row_length(o.hellaswag), config.context)
+        apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
+    shape = o.batch_size, o.sequence_length
+    needed = memory_needed(config, *shape, machine, o.recompute, o.checkpoint_every > 0, sampled, apart)
+    return needed + (0 if machine.compiled() else COMPILER_BYTES)
 
-    `copied`: with the copy that checkpoints in the background are made from.
+
+@functools.cache
+def _row_length(path: Path) -> int:
+    """Of a file of HellaSwag; its ten thousand examples take a third of a second, and memory is asked for thrice."""
+    return row_length(read_examples(path, 1 << 16))
+
+
+def memory_needed(
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
+    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (),
+) -> int:  # fmt: skip
+    """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
+    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart).values())
+
+
+def memory_parts(
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
+    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (),
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
+
+    `copied`: with the copy that checkpoints in the background are made from. `sampled`: tokens of a sample and its
+    prompt, by default as many as samples can reach, T. `apart`: other shapes that are evaluated.
     """
+    S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
     mixed = stored != wide
 
     def size(table: list[Tensor]) -> int:
         return sum(t.size * (wide if t.wide else stored) for t in table)
 
-    parameters = sum(t.size for t in PARAMS(config))
-    matrices = sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0
-    training = size(ACTS(config, B, T, True, recompute)) + size(SCRATCH(config, B, T, mixed))
-    sampling = size(PREFILL(config, T)) + size(CACHE(config, 1, T))
-    logits = min(LOGITS_ROWS, B * T) * config.padded_vocab_size
-    flat = wide * (7 if copied else 4) * parameters
-    return flat + stored * (matrices + logits) + training + sampling + PROGRAM_BYTES
+    parameters = wide * sum(t.size for t in PARAMS(config))
+    rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
+    return {
+        "weights": parameters,
+        "weights for products": stored * sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0,
+        "gradients": parameters,
+        "moments": 2 * parameters,
+        "copy for checkpoints": 3 * parameters if copied else 0,
+        "activations": size(ACTS(config, B, T, True, recompute)),
+        "backward's scratch": size(SCRATCH(config, B, T, mixed)),
+        "logits chunk": stored * rows * config.padded_vocab_size,
+        "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
+        "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),
+        "program": PROGRAM_BYTES,
+    }
 
 
 def duration(seconds: float) -> str:
-    """45 s, 2 min 30 s, 3 h 20 min."""
+    """45 s, 2 min 30 s, 3 h 20 min, 12 d 4 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400:,} d {whole % 86400 // 3600} h"
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"

@@ -5,7 +5,10 @@
                        length (uint8, 1 … 255) and as many bytes. Version 1 is GPT-2's: n 50257, EOT 50256
 
 Neither holds merges, but a token's rank is its merge's: the pair that made it is what the merges of lower rank
-leave of its bytes. So they give an encoder too, with GPT-2's pattern for words.
+leave of its bytes. Nor do they hold the pattern for words, which is GPT-2's but for the tables of KNOWN, recognised by
+their number of ranks. So they give an encoder too.
+
+Source of the patterns: OpenAI's tiktoken, `openai_public.py`; Meta's llama3, `tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,30 +28,65 @@ from .durable import write_whole
 from .errors import LlmpyError
 
 MAGIC = 20240328
+LLMC_FILE = "gpt2_tokenizer.bin"  # what llm.c calls its own
 EOT = "<|endoftext|>"
 TOKENS_AT_MOST = 1 << 16  # what a uint16 shard can hold; it also bounds the memory that a damaged file can ask for
 LONGEST = 255  # bytes of a token
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]{2,}={0,2} \d{1,7}\r?\n")
-OTHER_PATTERNS = {100256: "cl100k_base", 128000: "Llama 3", 199998: "o200k_base"}  # by their number of ranks
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_NUMBERS_ON = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
+_BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORDS = rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{_NUMBERS_ON}[\r\n]*"
+CL100K, LLAMA3 = rf"{_WORDS}|\s+\z|{_BLANKS}", f"{_WORDS}|{_BLANKS}"
+O200K = "|".join(
+    [rf"[^\r\n\p{{L}}\p{{N}}]?{letters}{_SUFFIX}?" for letters in (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")]
+    + [rf"{_NUMBERS_ON}[\r\n/]*", _BLANKS]
+)
+
+
+class Known(NamedTuple):
+    """A table by its number of ranks: where EOT is among them or after, and the pattern for words ("": GPT-2's)."""
+
+    name: str
+    eot: int
+    pattern: str
+
+
+KNOWN = {
+    50_280: Known("p50k_base", 50_256, ""),
+    100_256: Known("cl100k_base", 100_257, CL100K),
+    128_000: Known("Llama 3", 128_000, LLAMA3),  # <|begin_of_text|>, which llm.c has before each document
+    199_998: Known("o200k_base", 199_999, O200K),
+}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The bytes of each token by id, and which id is EOT (whose bytes are its name)."""
+    """The bytes of each token by id (none: there is no such token), and which id is EOT (whose bytes are its name).
+
+    `pattern` splits text into words, "" as GPT-2 does. `whole`: a word that is a token is never taken apart; then not
+    every token needs to be a merge of others, as in tables that were extended after they were learnt.
+    """
 
     tokens: tuple[bytes, ...]
     eot: int
+    pattern: str = ""
+    whole: bool = False
 
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pair that makes each token of more than one byte, in order of rank.
 
-        Raises LlmpyError if one cannot be made of tokens before it.
+        Raises LlmpyError if one cannot be made of tokens before it; but if tokens may be `whole`, these are all pairs
+        that make any token.
         """
-        rank = {token: i for i, token in enumerate(self.tokens) if i != self.eot}
+        rank = {token: i for i, token in enumerate(self.tokens) if token and i != self.eot}
         merges = []
-        for i, token in enumerate(self.tokens):
-            if len(token) > 1 and i != self.eot:
+        for token, i in rank.items():
+            if len(token) > 1:
                 parts = _parts(token, i, rank)
+                if len(parts) != 2 and self.whole:
+                    return [pair for token in rank for pair in _pairs(token, rank)]
                 if len(parts) != 2:
                     raise LlmpyError(
                         f"token {i} ({token!r}) is not made of two tokens before it", "its order is no order of merges"
@@ -67,6 +106,12 @@ def _parts(token: bytes, limit: int, rank: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
+def _pairs(token: bytes, rank: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every two tokens that make one."""
+    cuts = ((token[:j], token[j:]) for j in range(1, len(token)))
+    return [(a, b) for a, b in cuts if a in rank and b in rank]
+
+
 def is_tiktoken(start: bytes) -> bool:
     """Whether a file that begins so is a .tiktoken table."""
     return TIKTOKEN_LINE.match(start) is not None
@@ -78,15 +123,19 @@ def is_llmc(start: bytes) -> bool:
 
 
 def parse_tiktoken(data: bytes) -> Ranks:
-    """A .tiktoken file. Raises LlmpyError (without its name) for damage, and for patterns other than GPT-2's."""
+    """A .tiktoken file. Raises LlmpyError (without its name) for damage, and for a large table that is not KNOWN."""
     count = data.count(b"\n")
-    if count in OTHER_PATTERNS:
+    known = KNOWN.get(count)
+    if count >= TOKENS_AT_MOST and known is None:
+        names = ", ".join(f"{k.name} ({n:,})" for n, k in KNOWN.items())
         raise LlmpyError(
-            f"these are the ranks of {OTHER_PATTERNS[count]}, which splits words unlike GPT-2",
-            "give its tokenizer.json instead",
+            f"{count:,} ranks are none of the tables whose words are known: GPT-2 (50,256), {names}, or up to "
+            f"{TOKENS_AT_MOST - 1:,} with GPT-2's",
+            "give its tokenizer.json, which says how it splits words",
         )
-    if not 256 <= count < TOKENS_AT_MOST:
-        raise LlmpyError(f"{count:,} ranks, where 256 to {TOKENS_AT_MOST - 1:,} can be", "download it again")
+    if count < 256:
+        raise LlmpyError(f"{count:,} ranks, where 256 must be", "download it again")
+    eot, pattern = (known.eot, known.pattern) if known else (count, "")
     tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines(keepends=True)):
         if not TIKTOKEN_LINE.fullmatch(line):
@@ -96,9 +145,12 @@ def parse_tiktoken(data: bytes) -> Ranks:
             tokens.append(base64.b64decode(text, validate=True))
         except ValueError as fault:
             raise LlmpyError(f"line {number + 1} is not base64: {text[:40]!r}", "download it again") from fault
-        if int(rank) != number:
-            raise LlmpyError(f"line {number + 1} has rank {int(rank)}, not {number}", "download it again")
-    return _checked([*tokens, EOT.encode()], len(tokens))
+        expected = number + (number >= eot)
+        if int(rank) != expected:
+            raise LlmpyError(f"line {number + 1} has rank {int(rank)}, not {expected}", "download it again")
+    unused = [b""] * (eot - count)
+    ranks = _checked([*tokens[:eot], *unused, EOT.encode(), *tokens[eot:]], eot, len(unused))
+    return replace(ranks, pattern=pattern, whole=known is not None)
 
 
 def parse_llmc(data: bytes) -> Ranks:
@@ -146,15 +198,15 @@ def write_llmc(path: Path, ranks: Ranks) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
-def _checked(tokens: Sequence[bytes], eot: int) -> Ranks:
-    """Every byte a token, no token twice or too long."""
+def _checked(tokens: Sequence[bytes], eot: int, unused: int = 0) -> Ranks:
+    """Every byte a token, no token twice or too long; `unused` ids are none."""
     ranks = Ranks(tuple(tokens), eot)
-    others = set(tokens[:eot]) | set(tokens[eot + 1 :])
+    others = (set(tokens[:eot]) | set(tokens[eot + 1 :])) - ({b""} if unused else set())
     missing = sum(bytes([byte]) not in others for byte in range(256))
     if missing:
         raise LlmpyError(f"{missing} of the 256 bytes are no tokens", "download it again")
-    if len(others) != len(tokens) - 1:
-        raise LlmpyError(f"{len(tokens) - 1 - len(others)} tokens stand in it twice", "download it again")
+    if len(others) != len(tokens) - 1 - unused:
+        raise LlmpyError(f"{len(tokens) - 1 - unused - len(others)} tokens stand in it twice", "download it again")
     longest = max(map(len, others))
     if longest > LONGEST:
         raise LlmpyError(f"a token of {longest:,} bytes, where {LONGEST} can be", "download it again")

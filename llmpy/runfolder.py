@@ -1,6 +1,7 @@
 """The folder of one run: where it is, that it can be written, that one process has it, and that nothing in it is lost.
 
 RUN/model.safetensors   the model as of the last checkpoint       config.json     options, machine, data
+    best.safetensors    the one of the best validation loss
     tokenizer.json   train.bin   val.bin                          console.log     what was said
     metrics.jsonl    numbers of every step                        main.log        some of them, as llm.c has it
     samples.txt      what the model wrote                         checkpoints/    see checkpoint.py
@@ -19,13 +20,18 @@ import re
 import shlex
 import time
 from pathlib import Path
-from typing import Self
 
 from .errors import LlmpyError
-from .options import TrainOptions
 
-MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
+TYPE_CHECKING = False  # `typing` and `options` take as long to import as all else here: see __main__.py
+if TYPE_CHECKING:
+    from typing import Self
+
+    from .options import TrainOptions
+
+MODEL_FILE, BEST_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
     "model.safetensors",
+    "best.safetensors",
     "config.json",
     "tokenizer.json",
     "checkpoints",
@@ -35,7 +41,8 @@ MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
 LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cut back to a checkpoint by --resume
 CONSOLE = "console.log"
 TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
-OURS = {MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
+OURS = {MODEL_FILE, BEST_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
+LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 
@@ -111,26 +118,43 @@ def _is(file: int, path: Path) -> bool:
         return False
 
 
+HELD: list[RunFolder] = []  # by this process: to be discarded by who ends it in the middle
+
+
 class RunFolder:
     """A folder that this process alone writes to, until `discard`, which before `keep` also undoes its making."""
 
     def __init__(self, path: Path, made: list[Path]) -> None:
         self.path = path
         self.resumed = False  # whether a run is there to go on with
+        self._early = False  # whether `early` has it, for `claim` to give out
         self._made = made
         self._kept = False
         self._lock = Lock(path / LOCK)
 
     @classmethod
     def claim(cls, options: TrainOptions) -> Self:
-        """The folder that the options speak of: of a run to go on with, else a new one.
+        """The folder that the options speak of: of a run to go on with, else a new one, also for a run of llm.c.
 
         Raises LlmpyError if it cannot be had.
         """
-        run = options.resume
-        if run is None and options.auto_resume and options.out is not None and _holds_run(options.out):
-            run = options.out
-        return cls.open(options.out, options.called) if run is None else cls.reopen(run)
+        run, out, called = options.resume, options.out, options.called
+        if run is None and options.auto_resume and out is not None and _holds_run(out):
+            run = out
+        if run is not None and holds_llmc(run) and not _holds_run(run):
+            run, called = None, options.taking_over().called
+        for folder in [folder for folder in HELD if folder._early and isinstance(folder, cls)]:
+            folder._early = False
+            if folder.path == (run or out) and folder.resumed == (run is not None):
+                return folder
+            folder.discard()
+        return cls.open(out, called) if run is None else cls.reopen(run)
+
+    @classmethod
+    def early(cls, out: str | None, resume: str | None) -> None:
+        """Claim what the one of these that is given names, for `claim`. Raises LlmpyError if it cannot be had."""
+        folder = cls.reopen(Path(resume)) if resume else cls.open(Path(out or ""), "")
+        folder._early = True
 
     @classmethod
     def open(cls, out: Path | None, called: str) -> Self:
@@ -145,7 +169,7 @@ class RunFolder:
                 path = out or _fresh(called)
                 run = cls(path, made=[p for p in (path, *path.parents) if not p.exists()])
                 path.mkdir(parents=True, exist_ok=True)
-                if run._lock.take():
+                if run._take():
                     break
                 if out is not None:
                     raise _taken(path, run._lock)
@@ -172,7 +196,7 @@ class RunFolder:
             if not _holds_run(path):
                 raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
             run = cls(path, made=[])
-            if not run._lock.take():
+            if not run._take():
                 raise _taken(path, run._lock)
         except OSError as fault:
             raise LlmpyError(
@@ -204,7 +228,15 @@ class RunFolder:
                     (self.path / name).unlink()
         self._let_go()
 
+    def _take(self) -> bool:
+        held = self._lock.take()
+        if held:
+            HELD.append(self)
+        return held
+
     def _let_go(self) -> None:
+        if self in HELD:
+            HELD.remove(self)
         self._lock.drop()
         if not self._kept:
             self._unmake()
@@ -236,6 +268,14 @@ def _holds_run(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() or (path / CHECKPOINTS).is_dir()
 
 
+def holds_llmc(path: Path) -> bool:
+    """Whether llm.c left a checkpoint here: then it is gone on with elsewhere, and nothing of it is touched."""
+    try:
+        return any(LLMC_DONE.fullmatch(name) for name in _entries(path))
+    except OSError:
+        return False
+
+
 def _taken(path: Path, lock: Lock) -> InUse:
     return InUse(f"{path} is in use: {lock.holder()} is training in it", "wait for its end, or choose another --out")
 
@@ -250,6 +290,11 @@ def _refuse_loss(path: Path) -> None:
         )
     if _holds_run(path):
         raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {shlex.quote(str(path))}")
+    if holds_llmc(path):
+        raise LlmpyError(
+            f"{path} holds a run of llm.c",
+            f"go on with it in another folder: --resume {shlex.quote(str(path))} --out …",
+        )
     if names:
         raise LlmpyError(f"{path} is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out")
 

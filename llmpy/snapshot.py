@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,14 +17,15 @@ import numpy as np
 
 from . import checkpoint, durable
 from .checkpoint import MODEL, STATE
+from .command import command
 from .data.loader import Position
 from .errors import LlmpyError
 from .gpt2 import GPT2
 from .journal import Journal
 from .nonfinite import all_finite
 from .optimizer import AdamW
-from .rng import MTState
-from .runfolder import CHECKPOINTS, MODEL_FILE
+from .rng import MT19937, MTState
+from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE
 
 RETRIES_AN_INTERVAL = 10  # attempts after a failure until the next checkpoint would have been due
 
@@ -49,6 +50,41 @@ class Keeper:
         self._copy = page_aligned(3 * size) if every else None  # parameters, m, v
         if self._copy is not None:
             self._copy.fill(0)  # its pages are there before the first checkpoint has to wait for them
+
+    def restore(self, path: Path, manifest: dict[str, Any], seed: int) -> Position:
+        """Parameters and moments := a checkpoint's; returns the place in the data. `seed` is that of the shuffling."""
+        if manifest.get("ranks", 1) == 1:
+            return position_of(manifest, restore(path, self.model, self.optimizer))
+        check_shape(path, self.model)
+        checkpoint.load_parameters(path / MODEL, self.model.params)
+        self.model.store_weights()
+        whole = [(0, self.model.params.size)]
+        checkpoint.load_moments(path, manifest, [(whole, self.optimizer.m, self.optimizer.v)])
+        return place_of(path, manifest, 0, 1, seed)
+
+    def best(self) -> checkpoint.Score | None:
+        """Of the model that `keep_best` kept last, in this process or an earlier one."""
+        try:
+            return checkpoint.read_score(self.run / BEST_FILE)
+        except LlmpyError:  # there is none; or none that could be used
+            return None
+
+    def keep_best(self, step: int, val_loss: float) -> None:
+        """Keep the model beside the run's if no earlier one had a smaller loss. The file is its own record: what it
+        says of itself is true even where the run went on from before it, or differently.
+        """
+        if self._improves(val_loss):
+            self._keep(checkpoint.Score(step, val_loss), self.model.ops.to_host(self.model.params.buffer))
+
+    def _improves(self, val_loss: float) -> bool:
+        before = self.best()
+        return before is None or val_loss < before.val_loss
+
+    def _keep(self, score: checkpoint.Score, params: np.ndarray) -> None:
+        try:
+            checkpoint.write_model(self.run / BEST_FILE, self.model.config, self.trained_length, params, score)
+        except LlmpyError as fault:
+            self.journal.say(f"warning: the best model so far is not kept: {str(fault).partition(' — ')[0]}")
 
     def begin(self, step: int) -> None:
         """The run starts, or goes on, after `step`; checkpoints are due at multiples of `every`."""
@@ -106,7 +142,7 @@ class Keeper:
                 kept += f"; the model of step {step} was saved without what --resume needs"
             raise LlmpyError(
                 f"the checkpoint of step {step} could not be written: {fault.strerror or fault}; {kept}",
-                f"make room, then go on with: llmpy train --resume {shlex.quote(str(self.run))}",
+                f"make room, then go on with: {command('train', '--resume', self.run)}",
             ) from fault
 
     def close(self) -> None:
@@ -182,11 +218,16 @@ class Keeper:
 
 def restore(path: Path, model: GPT2, optimizer: AdamW) -> dict[str, np.ndarray]:
     """Parameters and moments := a checkpoint's; returns its further arrays."""
-    if checkpoint.read_header(path / MODEL).config != model.config:
-        raise LlmpyError(f"{path} holds another model than this run's", "restore the run folder")
+    check_shape(path, model)
     checkpoint.load_parameters(path / MODEL, model.params)
     model.store_weights()
     return checkpoint.load_state(path / STATE, model.params.table, optimizer.m, optimizer.v)
+
+
+def check_shape(path: Path, model: GPT2) -> None:
+    """Raise LlmpyError if the checkpoint holds another model."""
+    if checkpoint.read_header(path / MODEL).config != model.config:
+        raise LlmpyError(f"{path} holds another model than this run's", "restore the run folder")
 
 
 def arrays(position: Position) -> dict[str, np.ndarray]:
@@ -203,6 +244,32 @@ def position_of(manifest: dict[str, Any], others: dict[str, np.ndarray]) -> Posi
     place = manifest["data"]
     rng = MTState(others["generator"], place["generator_used"])
     return Position(place["shard"], place["sample"], others["shard_order"], others["sample_order"], rng)
+
+
+def places(position: Position) -> dict[str, np.ndarray]:
+    """A place in the data as arrays alone, for the file of one of several ranks."""
+    return {"place": np.asarray([position.shard, position.sample, position.rng.pos], np.int64), **arrays(position)}
+
+
+def place_of(path: Path, manifest: dict[str, Any], rank: int, ranks: int, seed: int) -> Position:
+    """The place in the data at which one of `ranks` goes on from a checkpoint of any number of them.
+
+    Of as many it is its own. Else all take the first one's place and order, for their own belong to another division of
+    the text, and keep their own generators; further ranks get the generator that they would have begun with.
+    """
+    before = manifest.get("ranks", 1)
+
+    def of(q: int) -> Position:
+        if before == 1:
+            return position_of(manifest, checkpoint.load_arrays(path / STATE))
+        found = checkpoint.load_arrays(path / checkpoint.shard_name(q, before))
+        shard, sample, used = found["place"].tolist()
+        return Position(shard, sample, found["shard_order"], found["sample_order"], MTState(found["generator"], used))
+
+    if before == ranks:
+        return of(rank)
+    rng = of(rank).rng if rank < before else MT19937(seed + rank).state
+    return replace(of(0), rng=rng)
 
 
 def page_aligned(count: int) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 from .cache import data_cache
 from .durable import write_whole
 from .errors import LlmpyError
+from .inputs import regular
 from .ranks import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
@@ -70,7 +71,7 @@ class Tokenizer:
         Raises LlmpyError: missing, damaged, or not byte-level BPE with EOT.
         """
         try:
-            if path.stat().st_size > LARGEST_FILE:
+            if regular(path).stat().st_size > LARGEST_FILE:
                 raise LlmpyError(
                     f"{path} has {path.stat().st_size / 1e6:,.0f} MB: no tokenizer is so large", "check the path"
                 )
@@ -105,15 +106,20 @@ class Tokenizer:
     @classmethod
     def from_ranks(cls, ranks: Ranks) -> Tokenizer:
         """The encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
-        from tokenizers import AddedToken, models
+        from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
         letters = dict(enumerate(_byte_characters()))
 
         def spelled(token: bytes) -> str:
             return token.decode("latin-1").translate(letters)
 
-        vocabulary = {EOT if i == ranks.eot else spelled(t): i for i, t in enumerate(ranks.tokens)}
-        library = _byte_level(models.BPE(vocabulary, [(spelled(a), spelled(b)) for a, b in ranks.merges()]))
+        vocabulary = {EOT if i == ranks.eot else spelled(t): i for i, t in enumerate(ranks.tokens) if t}
+        merges = [(spelled(a), spelled(b)) for a, b in ranks.merges()]
+        library = _byte_level(models.BPE(vocabulary, merges, ignore_merges=ranks.whole))
+        if ranks.pattern:
+            words = pre_tokenizers.Split(Regex(ranks.pattern), "isolated")
+            spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            library.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
         library.add_special_tokens([AddedToken(EOT, special=True)])
         return cls(library)
 
@@ -168,8 +174,12 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`, whole or not at all. Raises LlmpyError if the disk refuses."""
-        content = self._library.to_str(pretty=True)
+        content = self.to_json()
         write_whole(path, lambda temporary: temporary.write_text(content, "utf-8", newline="\n"))
+
+    def to_json(self) -> str:
+        """What a tokenizer.json holds."""
+        return self._library.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
@@ -198,11 +208,24 @@ class Tokenizer:
         """Whether each id stands for the same text in both."""
         return self._library.get_vocab() == other._library.get_vocab()
 
+    @property
+    def splits_as_gpt2(self) -> bool:
+        """Whether words are those of GPT-2's pattern."""
+        from tokenizers import pre_tokenizers
+
+        splitter = self._library.pre_tokenizer
+        return isinstance(splitter, pre_tokenizers.ByteLevel) and splitter.use_regex
+
     def ranks(self) -> Ranks:
         """The bytes of every token, as llm.c's tokenizer file holds them.
 
-        Raises LlmpyError where the ids leave a gap, or are not in the order of merges.
+        Raises LlmpyError where the ids leave a gap, or are not in the order of merges, and for words unlike GPT-2's:
+        that file does not say how they are split.
         """
+        if not self.splits_as_gpt2:
+            raise LlmpyError(
+                "the tokenizer splits words unlike GPT-2, which llm.c's table cannot tell", "use its tokenizer.json"
+            )
         spelled = {i: token for token, i in self._library.get_vocab().items()}
         gap = next((i for i in range(self.vocab_size) if i not in spelled), None)
         if gap is not None:

@@ -20,9 +20,19 @@ PROJECT = "llmpy"
 class Trackers:
     """Open trackers, and what was said of those that failed."""
 
-    def __init__(self, names: Sequence[str], run: Path, record: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """`record` describes the run. Raises LlmpyError if a package is missing."""
-        self._say = say
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: Path,
+        record: Mapping[str, Any],
+        say: Callable[[str], None],
+        since: int | None = None,
+    ) -> None:
+        """`record` describes the run. Of one that goes on, what was told of steps `since` … is told again.
+
+        Raises LlmpyError if a package is missing.
+        """
+        self._say, self._since = say, since
         self._open: dict[str, tuple[Callable[[dict[str, float], int], object], Callable[[], object]]] = {}
         modules = {name: package(name) for name in names}
         for name, module in modules.items():
@@ -42,7 +52,7 @@ class Trackers:
 
     def _start(self, name: str, module: Any, run: Path, record: dict[str, Any]) -> None:
         if name == "tensorboard":
-            writer = module.SummaryWriter(str(run / EVENTS))
+            writer = module.SummaryWriter(str(run / EVENTS), purge_step=self._since)
 
             def log(numbers: dict[str, float], step: int) -> None:
                 for key, value in numbers.items():

@@ -28,15 +28,17 @@ from typing import Any, cast
 import numpy as np
 
 from . import __version__, backend, checkpoint, formats
+from .command import command
 from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
 from .data.pack import is_dataset
 from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
+from .distributed.alone import Alone
 from .durable import sync_folder, write_whole
 from .errors import Diverged, LlmpyError
-from .formats import hub, native
+from .formats import hub, llmc_state, native
 from .formats.source import Source
 from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
@@ -49,9 +51,8 @@ from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
 from .outliers import OutlierDetector
 from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
 from .rng import Xorshift64Star
-from .runfolder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
+from .runfolder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
-from .snapshot import Keeper, position_of, restore
 from .trackers import Trackers
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
@@ -61,18 +62,20 @@ WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at m
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in
 LINE_SECONDS = 2.0
 SMOOTHING = 0.95  # of the displayed tokens per second
+ALONE = Alone()
 
 
 class Feed:
     """What a trainer reads: batches to train and to validate on, and the prompt of samples."""
 
-    def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig) -> None:
+    def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig, world: Alone = ALONE) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
+        slices: dict[str, Any] = {"rank": world.rank, "ranks": world.size}
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
         if options.overfit:
-            self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size)
+            self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size, **slices)
         else:
-            self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size)
+            self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size, **slices)
         self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
         self.choices: MultipleChoice | None = None
         if options.hellaswag is not None:
@@ -106,29 +109,34 @@ class Trainer:
         trackers: Trackers | None = None,
         data: Mapping[str, Any] | None = None,
         trained_length: int = 0,
+        world: Alone = ALONE,
     ) -> None:
         """`peak` is the machine's GFLOP/s, `step_seconds` what a step may take, `data` the fingerprints of the data.
 
         `trained_length` is the T that the model was trained at before; beyond the larger positions are untrained.
+        `world`: the ranks that train together. All of them run what is here, and agree where it matters.
         """
+        self.world = world
         self.model, self.optimizer, self.feed, self.options = model, optimizer, feed, options
         self.folder, self.journal, self.peak = folder, journal, peak
         self.trackers, self.data = trackers, dict(data or {})
         o = options
-        self.keeper = Keeper(
-            folder, model, optimizer, max(o.sequence_length, trained_length), journal, o.checkpoint_every, o.keep,
-            o.keep_every,
-        )  # fmt: skip
+        length = max(o.sequence_length, trained_length)
+        self.keeper = world.keeper(folder, model, optimizer, length, journal, o)
         self.micro_steps = o.micro_steps
+        self._flops_per_token = model.config.flops_per_token(o.sequence_length)
         self.detectors = {"loss": OutlierDetector(), "norm": OutlierDetector()}
         self.done = 0
-        self.stop_signal = 0
+        self.stop_signal = 0  # of any rank; all know it since the same moment
+        self._asked = 0  # the signal to this one
         self._logs: dict[str, int] = {}  # bytes of the logs after the last step: what came since comes again on resume
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
         self._rate = 0.0
         self._spent = 0.0  # seconds in steps, for their mean
+        self._untimed = 0  # of the steps done: those of llm.c, before this run
         self._line_at = 0.0
+        self._val_loss = math.nan  # the last one
         self._before = 0.0  # seconds of training of earlier processes
         self._started = 0.0
 
@@ -146,7 +154,7 @@ class Trainer:
                     self.evaluate()
                 self.journal.begin_progress()
                 self._started = time.perf_counter()
-                while not self.stop_signal and not self.finished():
+                while not self._stopped() and not self._over():
                     self._between_steps()
                     if self.stop_signal:
                         break
@@ -171,7 +179,16 @@ class Trainer:
                 self.trackers.close()
         if unsaved is not None:
             raise unsaved
-        return 128 + self.stop_signal if self.stop_signal else 0
+        return 128 + self.stop_signal if self._stopped() else 0
+
+    def _stopped(self) -> bool:
+        """Whether a signal came, to any rank."""
+        self.stop_signal = int(max(asked for (asked,) in self.world.gather(self._asked)))
+        return self.stop_signal != 0
+
+    def _over(self) -> bool:
+        """Whether the first rank is `finished`: its clock counts."""
+        return bool(self.world.gather(self.finished())[0][0])
 
     def finished(self) -> bool:
         """Whether the steps or the time are used up. Every run makes a step."""
@@ -194,7 +211,7 @@ class Trainer:
         A loss or norm that is not finite never reaches the parameters; after `give_up_after` of them in a row this
         raises Diverged.
         """
-        lr = self._learning_rate()
+        lr = self.world.gather(self._learning_rate())[0][0]  # of a run by the clock, the first rank's
         start = time.perf_counter()
         loss, batches = self._gradients()
         norm = self.optimizer.norm()
@@ -214,9 +231,10 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.done += 1
         self._spent += seconds
-        self._step_seconds = self._spent / self.done
-        tokens = self.options.batch_size * self.options.sequence_length * self.micro_steps
-        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if self.done > 2 else 1.0)
+        timed = self.done - self._untimed
+        self._step_seconds = self._spent / timed
+        tokens = self.options.batch_tokens * self.micro_steps
+        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if timed > 2 else 1.0)
         numbers: dict[str, Any] = {"step": self.done, "loss": loss, "lr": lr, "grad_norm": norm}
         numbers |= {f"{name}_z": value for name, value in z.items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -224,7 +242,12 @@ class Trainer:
             numbers |= {"skipped": why, "batches": batches}
             told = ", ".join(f"{file} {sample}" for file, sample in batches)
             self.journal.say(f"step {self.done}: skipped, for {why}; batches {told}")
-        self._record(**numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds)
+        share = self._flops_per_token / 1e9 * tokens / seconds / self.peak
+        left = self._left()[1]
+        self._record(
+            **numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds, share_of_peak=share, eta_s=left,
+            **self.world.times(),
+        )  # fmt: skip
         if self._bad:
             if self._bad >= self.options.give_up_after:
                 where = origin(self.model, self.options.batch_size, self.options.sequence_length)
@@ -245,11 +268,14 @@ class Trainer:
             tokens, targets = train.next()
             read.append((tokens.copy(), targets.copy(), int(np.count_nonzero(targets >= 0))))
             batches.append(train.batch)
-        total, counted = 0.0, max(1, sum(n for _, _, n in read))
+        world, total = self.world, 0.0
+        counted = max(1, int(sum(n for (n,) in world.gather(sum(n for _, _, n in read)))))
         for i, (tokens, targets, n) in enumerate(read):
-            share = counted / max(1, n)  # without masks `micro_steps`
+            share = counted / max(1, n)  # without masks `micro_steps`, of all ranks
+            if i + 1 == len(read):
+                self.optimizer.expect()
             total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
-        return total / counted, batches
+        return sum(part for (part,) in world.gather(total)) / counted, batches
 
     def _outlier(self, z: Mapping[str, float]) -> str:
         """Why this update is to be skipped, or ""."""
@@ -266,11 +292,12 @@ class Trainer:
 
     def _choose(self, choices: MultipleChoice) -> None:
         """Say and record HellaSwag's accuracy."""
-        count = right = 0
-        for count in range(1, len(choices.examples) + 1):
-            if self.stop_signal:
+        world, count, right = self.world, len(choices.examples), 0
+        for first in range(0, count, world.size):
+            if self._stopped():
                 return
-            right += choices.right(self.model, count - 1)
+            mine = first + world.rank
+            right += int(sum(r for (r,) in world.gather(mine < count and choices.right(self.model, mine))))
         self._record(step=self.done, hellaswag=right / count)
         self.journal.record_llmc(f"s:{self.done} eval:{right / count:.4f}")
         self.journal.say(f"step {self.done:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")
@@ -284,14 +311,20 @@ class Trainer:
         val.reset()
         wanted, most = self.options.eval_batches, val.batches_per_epoch
         batches = most if wanted == ALL_BATCHES else max(1, min(wanted, most))
+        world = self.world
         total = weight = 0.0
-        for _ in range(batches):
-            if self.stop_signal:
+        for first in range(0, batches, world.size):  # a batch for each rank: the same sum for any number of them
+            if self._stopped():
                 return
-            tokens, targets = val.next()
-            counted = np.count_nonzero(targets >= 0) / targets.size  # all of them, where no mask says otherwise
-            total += counted * self.model.loss(tokens, targets)
-            weight += counted
+            mine = 0.0, 0.0
+            for i in range(first, min(first + world.size, batches)):
+                tokens, targets = val.next()
+                if i - first == world.rank:
+                    share = np.count_nonzero(targets >= 0) / targets.size  # all, where no mask says otherwise
+                    mine = share * self.model.loss(tokens, targets), share
+            for part, counted in world.gather(*mine):
+                total += part
+                weight += counted
         if not weight:
             self.journal.say(f"step {self.done:>5} | no target of the {batches:,} validation batches counts")
             return
@@ -306,15 +339,22 @@ class Trainer:
         self._record(**numbers)
         self.journal.record_llmc(f"s:{self.done} tel:{loss:.4f}")
         self.journal.say(line)
+        self._val_loss = loss
+        if self.done:
+            self.keeper.keep_best(self.done, loss)
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
+        self.world.while_others_wait(self._sample)
+        self._stopped()
+
+    def _sample(self) -> None:
         o, feed = self.options, self.feed
         stream = TextStream(feed.tokenizer.decode if feed.tokenizer else token_ids)
         coin = Xorshift64Star(SAMPLE_SEED)
         # Packed matrices would take memory that training needs; a sample is soon done without.
         tokens = generate(self.model, feed.prompt, o.sample_tokens, o.sequence_length, coin, SAMPLE_CHOICE, pack=False)
-        going = itertools.takewhile(lambda _: not self.stop_signal, tokens)
+        going = itertools.takewhile(lambda _: not self._asked, tokens)
         text = feed.opening + "".join(map(stream.feed, going)) + stream.finish()
         self.journal.say(f"--- sample at step {self.done}")
         self.journal.say(text.strip("\n"))
@@ -335,7 +375,7 @@ class Trainer:
         position, o = self.feed.train.position, self.options
         data = {
             **self.data, "shard": position.shard, "sample": position.sample, "generator_used": position.rng.pos,
-            "sample_tokens": o.batch_size * o.sequence_length,
+            "sample_tokens": o.batch_tokens,
         }  # fmt: skip
         state = {
             "llmpy": __version__,
@@ -345,7 +385,7 @@ class Trainer:
             "updates": self.optimizer.updates,
             "detectors": {name: detector.state for name, detector in self.detectors.items()},
             "bad_steps": self._bad,
-            "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent},
+            "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent, "untimed": self._untimed},
             "tokens_per_s": self._rate,
             "logs": self._logs,
         }
@@ -353,28 +393,40 @@ class Trainer:
 
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:
         """Go on from a checkpoint that `checkpoint.newest` accepted."""
-        others = restore(path, self.model, self.optimizer)
-        self.feed.train.go_on(position_of(manifest, others), manifest["data"]["sample_tokens"])
+        position = self.keeper.restore(path, manifest, self.options.seed)
+        self.feed.train.go_on(position, manifest["data"]["sample_tokens"])
         self.optimizer.updates = manifest["updates"]
         for name, detector in self.detectors.items():
             detector.state = manifest["detectors"][name]
         self.done, self._bad = manifest["step"], manifest["bad_steps"]
         self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
         self._rate = manifest["tokens_per_s"]
-        if self.done:
-            self._step_seconds = self._spent / self.done
+        self._untimed = manifest["seconds"].get("untimed", 0)
+        if self.done > self._untimed:
+            self._step_seconds = self._spent / (self.done - self._untimed)
         self.keeper.adopt(path, self.done)
+
+    def take_over(self, state: llmc_state.TrainingState) -> None:
+        """Go on from a state of llm.c, whose weights the model has. What it does not hold begins anew: detectors."""
+        llmc_state.restore(state, self.optimizer, self.feed.train)
+        self.done = self._untimed = state.step
 
     def _conclude(self) -> None:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
-        if self.stop_signal:
-            say(f"stopped after {self.done} steps; go on with:  llmpy train --resume {shlex.quote(str(self.folder))}")
+        if self._stopped():
+            say(f"stopped after {self.done} steps; go on with:  {command('train', '--resume', self.folder)}")
         else:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
+            best = self.keeper.best()
+            if best is not None and best.val_loss < self._val_loss:
+                say(
+                    f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
+                    f"{shlex.quote(str(self.folder / BEST_FILE))}"
+                )
         if self.feed.tokenizer is not None:
-            say(f'continue a text with:  llmpy sample {shlex.quote(str(self.folder))} --prompt "…"')
+            say(f'continue a text with:  {command("sample", self.folder)} --prompt "…"')
 
     def _elapsed(self) -> float:
         """Seconds since the first step began, evaluations and samples included, pauses of the run not."""
@@ -383,6 +435,11 @@ class Trainer:
     def _total(self) -> int:
         o = self.options
         return horizon(self.done, self._elapsed(), self._step_seconds, o.steps, o.seconds)
+
+    def _left(self) -> tuple[int, float]:
+        """The last step as things are, and the seconds of training until then."""
+        total = self._total() if not self.finished() else self.done
+        return total, (total - self.done) * self._step_seconds
 
     def _learning_rate(self) -> float:
         o, total = self.options, self._total()
@@ -398,9 +455,8 @@ class Trainer:
 
     def _tell(self, loss: float, lr: float, norm: float, z: Mapping[str, float], seconds: float) -> None:
         """The step line, and the bar below it."""
-        total = self._total() if not self.finished() else self.done
-        left = (total - self.done) * self._step_seconds
-        flops = self.model.config.flops_per_token(self.options.sequence_length) * self._rate
+        total, left = self._left()
+        flops = self._flops_per_token * self._rate
         line = (
             f"step {self.done:>5}/{total} | loss {loss:.4f}{signed(z['loss'])} | lr {lr:.2e} | "
             f"norm {norm:.3f}{signed(z['norm'])} | "
@@ -415,7 +471,9 @@ class Trainer:
 
     def _stop(self, number: int) -> None:
         """Ask the loop to end after this step. A signal may come in the middle of a print: write past it."""
-        self.stop_signal = number
+        self._asked = number
+        if self.world.rank:
+            return
         with contextlib.suppress(OSError):  # a terminal that is gone
             os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
@@ -423,9 +481,7 @@ class Trainer:
         self.keeper.close()
         last = self.keeper.last
         kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
-        again = (
-            "" if last is None else f", and go on from it: llmpy train --resume {shlex.quote(str(self.folder))} --lr …"
-        )
+        again = "" if last is None else f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
         return Diverged(f"step {self.done}: {what}; {kept}", f"use a smaller --lr or a longer --warmup{again}")
 
 
@@ -476,12 +532,16 @@ def evaluation_rows(data: Dataset, B: int, T: int) -> int:
     return min(B, (least - 1) // T)
 
 
-def train(options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None) -> int:
+def train(
+    options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None, world: Alone = ALONE
+) -> int:
     """From options to a finished run folder; returns the exit code. `machine` None: the CPU.
 
     Whatever can be refused is refused before anything compiles, all of it at once, and then nothing is left behind.
-    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already.
+    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already. `world`: the ranks that train
+    together, each of which calls this.
     """
+    options = replace(options, ranks=world.size)
     if folder is None:
         try:
             folder = RunFolder.claim(options)
@@ -489,31 +549,37 @@ def train(options: TrainOptions, machine: Machine | None = None, folder: RunFold
             others = [] if options.resume or options.init else problems(options, Path(), machine or load(options))
             raise together([fault, *others]) from None
     try:
-        with Journal() as journal:
+        with world.journal() as journal:
             journal.say(f"llm.py {__version__}, run folder {folder.path}")
-            return assemble(options, folder, journal, machine).run()
+            return assemble(options, folder, journal, machine, world).run()
     finally:
         folder.discard()
 
 
-def load(options: TrainOptions) -> Machine:
+def load(options: TrainOptions, world: Alone = ALONE) -> Machine:
     """The CPU as the options want it."""
-    return cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
+    return cast(Machine, backend.load("cpu", threads=world.threads(options), dtype=options.dtype))
 
 
-def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None) -> Trainer:
+def assemble(
+    options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None, world: Alone = ALONE
+) -> Trainer:
     """Data, machine, preflight, model, optimizer: all that a trainer needs, checked; of a run that goes on, as it was.
 
     When this returns the run has begun, and its folder is kept.
     """
     path = manifest = None
     if folder.resumed:
-        options, path, manifest = saved(options, folder, journal.say)
-    ops = machine or load(options)
+        options, path, manifest = world.in_turn(lambda: saved(options, folder, journal.say))
+    elif options.resume is not None:
+        options = options.taking_over()
+    ops = machine or load(options, world)
     start: Source | None
+    state: llmc_state.TrainingState | None = None
     if path is None or manifest is None:
-        options, start = begin(options, folder.path, ops, journal.say)
-        write_config(folder.path, options)  # from here on a run that is killed can be resumed
+        options, start, state = world.in_turn(lambda: begin(options, folder.path, ops, journal.say))
+        if world.rank == 0:
+            write_config(folder.path, options)  # from here on a run that is killed can be resumed
         paths, vocab_size = options.data, options.vocab_size
         if start is None and paths is None:
             vocab_size = vocab_size or BUILTIN_VOCAB
@@ -521,25 +587,35 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
         own = folder / TOKENIZER_FILE
         start = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
         paths, vocab_size = data_of(options, folder.path), None
-    data = prepare(paths, folder.path, vocab_size, journal.say, start)
+
+    def made() -> Dataset:  # what the first rank has made of text, or the shards
+        own = own_tokens(folder.path)
+        return prepare(own or paths, folder.path, None if own else vocab_size, journal.say, start)
+
+    data = world.in_turn(lambda: prepare(paths, folder.path, vocab_size, journal.say, start), made)
     config = shape(options.model, start, data)
     options = options.settled(config.channels, sum(map(len, data.train)))
     feed: Feed = all_of(
-        lambda: Feed(data, options, config),
+        lambda: Feed(data, options, config, world),
         lambda: check_length(options.sequence_length, config.context),
         lambda: options.micro_steps,
-        lambda: check_memory(options, config, ops),
+        lambda: check_memory(options, config, ops, beside=world.local_size),
         lambda: check_disk(options, config, folder.path),
     )[0]
+    if state is not None:
+        llmc_state.restore_place(state, feed.train)  # before anything compiles
     marks = {"train": [*map(fingerprint, data.train)], "val": [*map(fingerprint, data.val)]}
     if manifest is not None and any(contents(manifest["data"][part]) != contents(marks[part]) for part in marks):
         raise LlmpyError(
             f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
         )
-    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)))
+    before = (manifest["step"], manifest["seconds"]["elapsed"]) if manifest else ()
+    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)), *before)
     for line in flight.lines():
         journal.say(line)
-    ops.warm_up(journal.say)
+    for line in world.lines(ops.threads):
+        journal.say(line)
+    world.on_each_host(lambda: ops.warm_up(journal.say))
     model = GPT2(config, ops, options.recompute)
     if manifest is None:
         if start is None:
@@ -548,18 +624,27 @@ def assemble(options: TrainOptions, folder: RunFolder, journal: Journal, machine
             start.fill(model.params)
         model.store_weights()
     model.reserve(options.batch_size, options.sequence_length, training=True)
-    optimizer = AdamW(model, options.beta1, options.beta2, options.weight_decay, options.clip)
-    trackers = Trackers(options.track or (), folder.path, options.as_record(), journal.say)
+    optimizer = world.optimizer(model, options)
+    since = (manifest["step"] if manifest else 0) if folder.resumed else None
+    tracked = (options.track or ()) if world.rank == 0 else ()
+    trackers = Trackers(tracked, folder.path, options.as_record(), journal.say, since)
+    peak = sum(part for (part,) in world.gather(flight.peak))
     trainer = Trainer(
-        model, optimizer, feed, options, folder.path, journal, flight.peak, flight.step_seconds, trackers, marks,
-        start.trained_length if start else 0,
+        model, optimizer, feed, options, folder.path, journal, peak, flight.step_seconds, trackers, marks,
+        start.trained_length if start else 0, world,
     )  # fmt: skip
     if path is not None and manifest is not None:
         trainer.resume(path, manifest)
-    if data.tokenizer is not None:
-        data.tokenizer.save(folder / TOKENIZER_FILE)
-    write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
+    if state is not None:
+        trainer.take_over(state)
+    if world.rank == 0:
+        if data.tokenizer is not None:
+            data.tokenizer.save(folder / TOKENIZER_FILE)
+        write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
+    if options.track and since:  # they forget this step with what came after it
+        for row in journal.recorded(since):
+            trackers.log(since, row)
     folder.keep()
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
@@ -573,8 +658,9 @@ def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def begin(
     options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
-) -> tuple[TrainOptions, Source | None]:
-    """What a new run starts from, if not from scratch; the options with its size, and with paths that hold anywhere.
+) -> tuple[TrainOptions, Source | None, llmc_state.TrainingState | None]:
+    """The options with the model's size and with paths that hold anywhere; what a new run starts from, if not from
+    scratch; and the state of llm.c that it goes on from, if it does.
 
     Raises LlmpyError for all that can be known to be wrong, if possible before anything is downloaded.
     """
@@ -583,19 +669,28 @@ def begin(
         if faults := problems(replace(options, model=model), folder, ops, config):
             raise together(faults)
 
-    start, init = None, options.init
-    if init in hub.NAMES:
+    start, state, init = None, None, options.init
+    if options.init_state and init is None:
+        raise LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
+    if init in hub.NAMES and not options.init_state:
         check(init, ModelConfig.from_dial(init))
     if init is not None:
         try:
-            start = formats.resolve(init, say)
+            if options.init_state:
+                start, state = llmc_state.read_checkpoint(Path(init))
+            else:
+                start = formats.resolve(init, say)
         except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
             least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
             raise together([fault, *problems(least, folder, ops)]) from fault
         say(f"init     {start.describe()}")
     model = dial(options.model, start)
     check(model, start.config if start else None)
-    return replace(anywhere(options), model=model), start
+    if state is not None:
+        say(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")
+        if "shuffle" not in options.given:
+            options = replace(options, shuffle=state.shuffle)
+    return replace(anywhere(options), model=model), start, state
 
 
 def anywhere(options: TrainOptions) -> TrainOptions:
@@ -649,7 +744,7 @@ def saved(
         say("no checkpoint was complete: the run begins again from its start")
         now = options.resumed_from(before)
         return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
-    before = TrainOptions.from_record(manifest["options"])
+    before = replace(TrainOptions.from_record(manifest["options"]), ranks=manifest.get("ranks", 1))
     now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
     if "init" in options.given and anywhere(options).init not in (None, before.init):
         raise LlmpyError(
@@ -680,10 +775,16 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
             f"batches of {B} x {T} instead of {b} x {t}: the rest of the data comes in the old order, cut anew; from "
             "here on the run differs from one that kept them"
         )
-    if now.micro_steps != before.micro_steps:
+    tokens, count = now.micro_steps * now.batch_tokens, before.micro_steps * before.batch_tokens
+    if now.ranks != before.ranks:
+        yield (
+            f"{now.ranks} rank{'s' * (now.ranks > 1)} instead of {before.ranks}: the rest of the epoch comes in the "
+            f"order of the first one, divided anew; each step reads {tokens:,} tokens, before {count:,}"
+        )
+    elif now.micro_steps != before.micro_steps:
         yield (
             f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
-            f"{now.micro_steps * B * T:,} tokens instead of {before.micro_steps * b * t:,}"
+            f"{tokens:,} tokens instead of {count:,}"
         )
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
@@ -709,9 +810,11 @@ def own_tokens(folder: Path) -> tuple[Path, ...]:
 
 def described(machine: Machine) -> dict[str, Any]:
     """The machine and what runs on it, for the run's records."""
+    # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
+    system = "-".join((platform.system(), platform.release(), platform.machine()))
     return {
         "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
-        "python": platform.python_version(), "platform": platform.platform(), "command": sys.argv,
+        "python": platform.python_version(), "platform": system, "command": sys.argv,
     }  # fmt: skip
 
 

@@ -29,10 +29,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
-from laptop import Laptop
+from laptop import CLOCKED, Laptop
 
 from llmpy import checkpoint, durable, trainer
 from llmpy.data.shards import write_shard
@@ -57,11 +58,16 @@ class Shim:
         self.renamed: list[tuple[str, str, str | None]] = []  # from, to, and what had that name
         self.sizes: dict[str, int] = {}  # bytes of a file that are on the disk
         self.spare = itertools.count()
+        self.one_at_a_time = Lock()  # the checkpoint's thread writes while training keeps the best model
         for name in OPERATIONS:
             setattr(durable, name, self.stand_in(name))
 
     def stand_in(self, name: str) -> Callable[..., Any]:
         def operation(*arguments: Any) -> Any:
+            with self.one_at_a_time:
+                return one(*arguments)
+
+        def one(*arguments: Any) -> Any:
             self.count += 1
             number = self.count
             self.report[:4] = number.to_bytes(4, "little")
@@ -190,7 +196,7 @@ class Campaign:
         found: dict[str, Any] = {name: (last / name).read_bytes() for name in COMPARED}
         found["model"] = (run / "model.safetensors").read_bytes()
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-        found["metrics"] = [{k: v for k, v in r.items() if k not in ("ms", "tokens_per_s")} for r in rows]
+        found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
         found["main.log"] = (run / "main.log").read_text("utf-8")
         return found
 

@@ -209,7 +209,7 @@ def test_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_ops_module, "BENCH", {op: [TINY] for op in BENCH})
     numbers = bench_ops(OpsOptions(op="adamw"), lambda name, **_: Meter())
     assert [r["op"] for r in numbers["ops"]] == ["adamw"]
-    with pytest.raises(LlmpyError, match="--op adam — use one of linear_forward"):
+    with pytest.raises(LlmpyError, match="--op adam — did you mean adamw"):
         bench_ops(OpsOptions(op="adam"))
     with pytest.raises(LlmpyError, match="nothing to do in float32 — use --dtype bfloat16"):
         bench_ops(OpsOptions(op="narrow"), lambda name, **_: Meter())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llmpy import __version__, cli
+from llmpy.completion import verbs
 from llmpy.options import BenchOptions, SampleOptions, TrainOptions, options_of
 
 
@@ -70,7 +71,10 @@ def test_defaults_are_those_of_the_dataclasses(told: list[Any]) -> None:
         ("train --schedule x", "use cosine, linear, constant, wsd"),
         ("train --lr fast", "--lr: invalid float value: 'fast'"),
         ("train --steps", "--steps: expected one argument"),
-        ("train book.txt", "unknown argument book.txt"),
+        ("train book.txt", "unknown argument book.txt — text is given with --data PATH"),
+        (f"train {__file__}", f"did you mean --data {__file__}?"),
+        ("train --epochs 3", "use --steps N, -1 for one epoch, or --minutes"),
+        ("train --learning_rate=1", "use --lr"),
         ("sample", "required: RUN"),
         ("bench", "required: WHAT"),
         ("--zzzz train", "unknown argument --zzzz"),
@@ -90,6 +94,8 @@ def test_wrong_usage_is_one_line_and_code_2(line: str, said: str, capsys: pytest
     ("line", "said"),
     [
         ("train --model d4x", "unknown model"),
+        ("train --model gpt2-small", "did you mean gpt2? "),
+        ("train --resume RUN --out OTHER", "goes on in that folder, not in --out OTHER"),
         ("train --lr -1", "--lr -1"),
         ("train --data none.txt", "none.txt"),
         ("train -T 2000", "use -T 1024 or less"),
@@ -143,6 +149,32 @@ def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert "130" in text
     assert cli.main([]) == 2
     assert "examples:" in capsys.readouterr().out
+
+
+def does_nothing(_: object) -> int:
+    """A verb."""
+    return 0
+
+
+@pytest.mark.parametrize("verb", sorted(cli.EXAMPLES_OF))
+def test_examples_are_commands(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    told = capsys.readouterr().out
+    for line, what in cli.EXAMPLES_OF[verb]:
+        assert line in told
+        assert what in told
+        words = shlex.split(line.removeprefix('eval "$(').removesuffix(')"').split(" > ")[0])
+        assert words.pop(0) == "llmpy"
+        assert " ".join(words).startswith(verb)
+        monkeypatch.setattr(cli, verb.replace(" ", "_").removesuffix("_step"), does_nothing)
+        assert cli.main(words) == 0  # parsed, and its values checked
+
+
+def test_every_verb_has_examples() -> None:
+    known = list(verbs(cli.build_parser()))
+    groups = {verb.words[:-1] for verb in known}
+    assert {verb.name for verb in known if verb.words not in groups} - {""} == set(cli.EXAMPLES_OF)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -214,3 +246,35 @@ def test_training_outlives_its_readers(tmp_path: Path, steps: int, code: int) ->
 def test_closed_streams() -> None:
     command = f"{shlex.quote(sys.executable)} -m llmpy.cli sample none >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --init gpt2-mediun", "did you mean gpt2-medium?"),
+        ("chat runs/on", "did you mean runs/one?"),
+        ("bench ops --op linear_foward", "did you mean linear_forward?"),
+        ("train --model gpt-2", "did you mean gpt2?"),
+    ],
+)
+def test_values_too_have_neighbours(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "model.safetensors").touch()
+    assert cli.main(line.split()) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_errors_are_red_where_a_person_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["train", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("\x1b[31mllmpy: error:\x1b[0m --lr -1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["train", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("llmpy: error: --lr -1")

@@ -18,17 +18,6 @@ from llmpy.errors import LlmpyError
 
 
 @pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def hub(monkeypatch):
     """A dict of path → content that is served as the hub."""
     files = {}
@@ -153,6 +142,27 @@ def test_the_web_from_the_hub(tmp_path, said, hub, cache, name):
     (raw / "000_00000.parquet").unlink()
     with pytest.raises(LlmpyError, match="is not the file expected"):
         documents(name, None, said)
+
+
+def test_the_list_of_the_web_is_asked_for_again(tmp_path, said, hub, cache):
+    """What the hub has now counts; without the network, what it had."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    where = "/api/datasets/HuggingFaceFW/fineweb/tree/main/sample/10BT"
+    for i, name in enumerate(("old", "new")):
+        parquet.write_table(arrow.table({"text": [f"{name} page " * 200]}), tmp_path / "x")
+        content = (tmp_path / "x").read_bytes()
+        path = f"sample/10BT/{name}.parquet"
+        hub[f"/datasets/HuggingFaceFW/fineweb/resolve/main/{path}"] = content
+        entry = {"path": path, "size": len(content), "lfs": {"oid": hashlib.sha256(content).hexdigest()}}
+        hub[where] = json.dumps([entry]).encode()
+        assert [d.text[:3] for d in documents("fineweb", None, said)] == [name]
+        assert len(list((cache / "raw" / "HuggingFaceFW--fineweb").iterdir())) == i + 2
+    for answer in (None, b"nonsense"):
+        hub[where] = answer
+        assert [d.text[:3] for d in documents("fineweb", None, said)] == ["new"]
+        assert "going by an earlier list of HuggingFaceFW/fineweb" in said[-2]
 
 
 @pytest.mark.parametrize("listing", [b"[]", b"nonsense", b'[{"path": "a.parquet"}]', b"{}", b"5"])

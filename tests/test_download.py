@@ -87,11 +87,6 @@ def path(tmp_path):
     return tmp_path / "cache" / "file.bin"
 
 
-@pytest.fixture
-def said():
-    return []
-
-
 def whole(path):
     """The file is right, and nothing lies beside it."""
     return path.read_bytes() == DATA and [p.name for p in path.parent.iterdir()] == [path.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
 from llmpy.formats.source import DTYPES, cast, shapes
 from llmpy.gpt2 import GPT2
+from llmpy.ranks import LLMC_FILE
 from llmpy.tokenizer import Tokenizer
 
 
@@ -344,8 +346,7 @@ def test_convert_keeps_the_type_that_it_can(tmp_path: Path) -> None:
         ("run out.bin --dtype float16", "use float32 or bfloat16"),
         ("run out --to native --dtype bfloat16", "use float32"),
         ("nowhere out", "cannot read"),
-        ("run nowhere/out.bin", "nowhere is no folder — make it first"),
-        ("run run/model.safetensors/x.bin", "model.safetensors is no folder — make it first"),
+        ("run run/model.safetensors/x.bin", "model.safetensors: File exists — choose another folder"),
         ("run run --to llmc", "run exists — choose a new name"),
     ],
 )
@@ -356,6 +357,43 @@ def test_convert_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], lin
     assert main(["convert", *paths, *words[2:]]) == 1
     assert said in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_convert_makes_the_folder_and_keeps_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = replace(TINY, vocab_size=257)
+    native.write_model(tmp_path / "run", with_tokenizer(in_memory(words), tmp_path / "t.json"))
+    there = tmp_path / "run"
+    for target, beside in (
+        ("a/b/m.bin", LLMC_FILE),
+        ("c/m.safetensors", "tokenizer.json"),
+        ("d", "tokenizer.json"),
+        ("e/n.bin", LLMC_FILE),
+    ):
+        assert main(["convert", str(there), str(tmp_path / target)]) == 0
+        there = tmp_path / target
+        told = capsys.readouterr().out.splitlines()
+        assert (f"its tokenizer is beside it: {there.with_name(beside)}" in told) == ("." in target)
+        source = open_model(there)
+        assert source.tokenizer == (there if target == "d" else there.parent) / beside
+        assert Tokenizer.load(source.tokenizer).same_tokens(Tokenizer.bytes())
+    main(["convert", str(there), str(tmp_path / "e" / "o.bin")])
+    assert f"its tokenizer is already beside it: {tmp_path / 'e' / LLMC_FILE}" in capsys.readouterr().out
+    Tokenizer.train(["abc" * 100], 257).save(tmp_path / "c" / "tokenizer.json")
+    main(["convert", str(there), str(tmp_path / "c" / "o.safetensors")])
+    assert "its tokenizer stays behind, for" in capsys.readouterr().out
+    # llm.c's of another model is passed over
+    llmc.write_model(tmp_path / "e" / "other.bin", in_memory(), "float32")
+    assert open_model(tmp_path / "e" / "other.bin").tokenizer is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_files_have_the_modes_that_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        huggingface.write_model(tmp_path / "m", with_tokenizer(in_memory(), tmp_path / "t.json"), "float32")
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "m").iterdir()} == {"0o640"}
 
 
 # GGUF: read back by the library that wrote it, and by llama.cpp where that is installed

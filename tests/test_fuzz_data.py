@@ -26,7 +26,7 @@ from llmpy.data.hellaswag import read_examples
 from llmpy.data.records import kind_of, read_records
 from llmpy.data.shards import is_shard, open_shard
 from llmpy.errors import LlmpyError
-from llmpy.ranks import EOT, Ranks, write_llmc
+from llmpy.ranks import EOT, KNOWN, O200K, Known, Ranks, write_llmc
 from llmpy.tokenizer import Tokenizer
 
 resource = pytest.importorskip("resource")  # not on Windows
@@ -87,6 +87,8 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
     version_1 = bytearray((folder / "v1.bin").read_bytes())
     version_1[4] = 1
     ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(pairs))
+    KNOWN[len(pairs) + 1] = Known("a table with other words", len(pairs) + 2, O200K)
+    known = ranks + b"%s %d\n" % (base64.b64encode(b"no merge of two"), len(pairs))
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
     rows = [{"text": TEXT}, {"prompt": "2+2=", "completion": "4", "n": 1.5e3}, {"messages": chat}, {"text": "end"}]
     lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
@@ -102,6 +104,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
         "tokenizer.bin": ((folder / "tokenizer.bin").read_bytes(), tokenizer, 2),
         "v1.bin": (bytes(version_1), tokenizer, 2),
         "ranks.tiktoken": (ranks, tokenizer, 2),
+        "known.tiktoken": (known, tokenizer, 2),
         "tokenizer.json": ((folder / "tokenizer.json").read_bytes(), tokenizer, 1),
         "a.jsonl": (lines, records, 4),
         "a.jsonl.gz": (gzip.compress(lines), records, 4),

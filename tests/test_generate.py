@@ -16,6 +16,7 @@ from laptop import TINY, Laptop, tiny_model
 from test_gpt2 import fill
 
 from llmpy import backend, checkpoint, cli
+from llmpy import generate as generate_module
 from llmpy.config import ModelConfig
 from llmpy.errors import LlmpyError
 from llmpy.generate import (
@@ -349,6 +350,21 @@ def test_a_stop_ends_one_text_and_not_the_others(run: Path) -> None:
     assert told[0]["tokens"] == whole[0]["tokens"][: len(told[0]["tokens"])]
     if stop not in whole[1]["text"]:
         assert told[1] == whole[1]
+
+
+def test_a_text_ends_where_the_model_ends_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each where its own end-of-text comes, which is not shown; with ignore_eot none does, and it is."""
+    eot = 256
+    monkeypatch.setattr(generate_module, "choose", lambda _l, _c, _h, text: eot if len(text) in (6, 9) else 97)
+    assert texts(run, prompt=("1234",), tokens=9) == "1234aa\n"
+    assert texts(run, prompt=("1234", "1234567"), tokens=9) == "1234aa\n---\n1234567aa\n"
+    assert texts(run, prompt=("1234",), tokens=9, stop=("ab",)) == "1234aa\n"  # what was held back comes too
+    assert texts(run, prompt=("1234",), tokens=6, ignore_eot=True) == "1234aa<|endoftext|>aa<|endoftext|>\n"
+    told = json.loads(texts(run, prompt=("1234", "1234567890"), tokens=4, json=True))["texts"]
+    assert [(t["ended"], t["text"], t["tokens"]) for t in told] == [
+        ("eot", "aa", [97, 97, eot]),
+        ("length", "aaaa", [97] * 4),
+    ]
 
 
 def test_prompts_of_a_file(run: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from llmpy.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+WATCH = (ROOT / "docs" / "watch.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 
 
@@ -35,7 +36,8 @@ def files_in_the_tree() -> set[str]:
 
 
 def test_the_tree_is_the_package() -> None:
-    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmpy").rglob("*.py")}
+    kinds = (".py", ".html", ".css", ".js")
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmpy").rglob("*.*") if p.suffix in kinds}
     # An __init__.py that only marks a folder, or holds the version, needs no line.
     silent = {"llmpy/__init__.py", "llmpy/data/__init__.py"}
     assert files_in_the_tree() == files - silent
@@ -43,7 +45,7 @@ def test_the_tree_is_the_package() -> None:
 
 def test_each_file_has_its_test() -> None:
     tested_elsewhere = {"journal", "options", "durable", "bench", "config", "arena", "errors", "builtin"}
-    tested_elsewhere |= {"cache", "golden"}
+    tested_elsewhere |= {"cache", "golden", "__main__"}
     names = {p.stem for p in (ROOT / "llmpy").glob("*.py")} | {p.stem for p in (ROOT / "llmpy/data").glob("*.py")}
     for name in names - tested_elsewhere - {"__init__"}:
         assert (ROOT / "tests" / f"test_{name}.py").exists(), name
@@ -52,7 +54,8 @@ def test_each_file_has_its_test() -> None:
 def test_commands_of_the_readme_exist() -> None:
     for target in re.findall(r"\bmake (\w+)", README):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
-    for words in re.findall(r"llmpy ((?:train|sample|convert|selftest|bench|data)[^\n`|]*)", README):
+    verbs = "train|sample|chat|convert|plan|doctor|selftest|bench|data|watch|plot"
+    for words in re.findall(rf"llmpy ((?:{verbs})\b[^\n`|]*)", README + WATCH):
         parser = build_parser()
         line = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', words)]
         if "--help" not in line:

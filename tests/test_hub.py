@@ -110,7 +110,7 @@ def test_faults_of_the_network(
 
 
 def test_no_such_model() -> None:
-    with pytest.raises(LlmpyError, match="no model gpt3 — use gpt2, "):
+    with pytest.raises(LlmpyError, match=r"no model gpt3 — did you mean gpt2\? use gpt2, "):
         formats.resolve("gpt3", print)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from laptop import TINY, tiny_model
+from laptop import TINY, AtOnce, Laptop, tiny_model
+from safetensors.numpy import load_file
 from samples import in_memory, training_state
 
-from llmpy import golden
+from llmpy import checkpoint, golden, snapshot, trainer
+from llmpy.cli import main
 from llmpy.data.loader import Loader
-from llmpy.data.shards import Shard
+from llmpy.data.shards import Shard, open_shard, write_shard
 from llmpy.errors import LlmpyError
-from llmpy.formats import llmc, llmc_state, open_model
+from llmpy.formats import llmc, llmc_state, native, open_model
 from llmpy.formats.llmc_state import TrainingState
 from llmpy.formats.source import shapes
 from llmpy.gpt2 import GPT2
 from llmpy.optimizer import AdamW
+from llmpy.options import TrainOptions
 from llmpy.rng import MT19937, Xorshift64Star
 
 SIZE = sum(math.prod(s) for s in shapes(TINY).values())
@@ -240,3 +244,133 @@ def test_a_state_that_does_not_fit_the_run() -> None:
             llmc_state.restore(state, optimizer, loader)
     assert optimizer.updates == 0
     assert not optimizer.m.any()
+
+
+# A whole run: ours → llm.c's files → ours.
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> tuple[Path, ...]:
+    rng = np.random.default_rng(0)
+    paths = tuple(tmp_path / name for name in ("train_0.bin", "train_1.bin", "val.bin"))
+    for path, size in zip(paths, (300, 200, 100), strict=True):
+        write_shard(path, rng.integers(0, 300, size))
+    return paths
+
+
+def told(shards: tuple[Path, ...], **changes: Any) -> TrainOptions:
+    """Two batches a step: an epoch of 30 batches ends in the middle of step 15, a shard before."""
+    settings: dict[str, Any] = {
+        "data": shards, "batch_size": 2, "sequence_length": 8, "total_batch": 32, "steps": 24, "warmup": 3, "lr": 1e-2,
+        "eval_every": 6, "eval_batches": 2, "sample_tokens": 2, "checkpoint_every": 4, "keep": 0,
+    }  # fmt: skip
+    return TrainOptions(**settings | changes)
+
+
+def lines_after(run: Path, step: int) -> list[str]:
+    """What main.log says of the steps after so many updates; evaluations there included."""
+    lines = (run / "main.log").read_text("utf-8").splitlines()
+    return [line for line in lines if int(line.split()[0][2:]) >= step]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_run_moves_to_llm_c_and_back_to_the_bit(
+    shards: tuple[Path, ...], tmp_path: Path, shuffle: bool, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    whole, llm_c, back = tmp_path / "whole", tmp_path / "llm.c", tmp_path / "back"
+    options = told(shards, out=whole, model="d1", vocab_size=300, shuffle=shuffle)
+    assert trainer.train(options, Laptop()) == 0
+    shutil.copytree(whole, tmp_path / "cut", ignore=shutil.ignore_patterns("step-0000002*", "step-00000016"))
+    assert main(["convert", str(tmp_path / "cut"), str(llm_c), "--to", "llmc-run"]) == 0
+    assert f"-o {llm_c} -y 1 -b 2 -t 8 -d 32" in capsys.readouterr().out
+    assert sorted(p.name for p in llm_c.iterdir()) == [
+        "DONE_00000012",
+        "model_00000012.bin",
+        "state_00000012_00000.bin",
+    ]
+    assert trainer.train(told(shards, resume=llm_c, out=back), Laptop()) == 0
+    said = capsys.readouterr().out
+    assert "going on after step 12 of llm.c's run" in said
+    assert lines_after(back, 0) == lines_after(whole, 12)
+    for name in (checkpoint.MODEL, checkpoint.STATE):
+        a, b = (load_file(run / "checkpoints" / "step-00000024" / name) for run in (whole, back))
+        assert all(np.array_equal(a[key], b[key]) for key in a | b)
+    # and on from its own checkpoint, with the time of a step as measured here
+    assert trainer.train(TrainOptions(resume=back, steps=25, given=frozenset({"steps"})), Laptop()) == 0
+    manifest = checkpoint.verify(back / "checkpoints" / "step-00000025")
+    assert (manifest["step"], manifest["seconds"]["untimed"]) == (25, 12)
+    # and llm.c's files of both ends are the same
+    (back / "checkpoints" / "step-00000025").rename(tmp_path / "away")
+    for run, out in ((whole, "a"), (back, "b")):
+        assert main(["convert", str(run), str(tmp_path / out), "--to", "llmc-run"]) == 0
+    for name in ("model_00000024.bin", "state_00000024_00000.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "copy"), "--to", "llmc-run"]) == 0
+    assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_a_run_from_llm_c_that_is_cut_off_at_once_begins_there_again(shards: tuple[Path, ...], tmp_path: Path) -> None:
+    llm_c, run, cut = tmp_path / "llm.c", tmp_path / "run", tmp_path / "cut"
+    state = state_on(shards)
+    llmc_state.write_checkpoint(llm_c, in_memory(), state)
+    assert trainer.train(told(shards, resume=llm_c, out=run, steps=9), Laptop()) == 0
+    cut.mkdir()
+    shutil.copy(run / "config.json", cut)
+    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    assert (cut / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert lines_after(cut, 0) == lines_after(run, 7)
+
+
+def state_on(shards: tuple[Path, ...], B: int = 2, ranks: int = 1) -> TrainingState:
+    """A state after 7 updates whose loaders stand somewhere in these shards."""
+    opened = [open_shard(path, 300) for path in shards[:2]]
+    places = []
+    for rank in range(ranks):
+        loader = Loader(opened, B, 8, True, rank=rank, ranks=ranks)
+        loader.next()
+        places.append(loader.position)
+    state = training_state(TINY, ranks)
+    return replace(state, v=np.abs(state.v), places=tuple(places))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "said"),
+    [
+        ({"batch_size": 4}, 1, "does not fit these token shards and this batch size — continue with the same data, -B"),
+        ({"shuffle": False, "given": frozenset({"shuffle"})}, 1, "shuffling on"),
+        ({}, 2, "saved by 2 processes.* or from the weights alone: --init"),
+        ({"init": "gpt2"}, 1, "both --resume .* and --init gpt2 — give one"),
+        ({"resume": None, "init_state": True}, 1, "--init-state without --init"),
+        ({"model": "d6"}, 1, "--model d6 is not what --init is"),
+        ({"resume": None, "init": "nowhere", "init_state": True}, 1, "cannot read nowhere"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused_before_anything_compiles(
+    shards: tuple[Path, ...], tmp_path: Path, changes: dict[str, Any], ranks: int, said: str
+) -> None:
+    llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), state_on(shards, ranks=ranks))
+    before = sorted(tmp_path.rglob("*"))
+    machine = Laptop()
+    with pytest.raises(LlmpyError, match=said):
+        trainer.train(told(shards, **{"resume": tmp_path / "llm.c", "out": tmp_path / "run"} | changes), machine)
+    assert machine.warmed == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_llm_c_is_not_written_to(shards: tuple[Path, ...], tmp_path: Path) -> None:
+    llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), state_on(shards))
+    for resume in (None, tmp_path / "llm.c"):
+        with pytest.raises(LlmpyError, match=r"holds a run of llm\.c — go on with it in another folder: --resume"):
+            trainer.train(told(shards, out=tmp_path / "llm.c", resume=resume, auto_resume=True), Laptop())
+
+
+def test_what_has_no_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    native.write_model(tmp_path / "m", in_memory())
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "out"), "--to", "llmc-run"]) == 1
+    assert "has no checkpoint, only a model — convert that alone: --to llmc" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), training_state(TINY))
+    assert main(["convert", str(tmp_path / "llm.c"), str(tmp_path / "out")]) == 0
+    assert "its moments and its place in the data stay behind" in capsys.readouterr().out

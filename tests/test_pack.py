@@ -2,17 +2,23 @@
 
 import gzip
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import in_memory
 
 from llmpy import cli
 from llmpy.data import pack
+from llmpy.data.datasets import SOURCES
 from llmpy.data.hellaswag import read_examples
 from llmpy.data.loader import Loader
 from llmpy.data.pack import data, find_dataset
 from llmpy.data.prepare import prepare
+from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
 from llmpy.errors import LlmpyError
 from llmpy.options import DataOptions
@@ -21,17 +27,6 @@ from llmpy.tokenizer import EOT, Tokenizer
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPEECHES = [f"Speaker {i}:\nLine {i * i} of the play, and another.\n\n" for i in range(300)]
-
-
-@pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -180,13 +175,84 @@ def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
     assert dataset.train[0].path == cache / "tinyshakespeare" / "gpt2" / "tiny_shakespeare_train.bin"
     assert dataset.vocab_size == 257
     assert prepare([Path("tinyshakespeare")], tmp_path / "run", say=said.append).train[0].path.exists()
-    with pytest.raises(LlmpyError, match="tinystories is not there yet, and large — prepare it first: llmpy data tiny"):
-        find_dataset("tinystories", said.append)
     with pytest.raises(LlmpyError, match="hellaswag is there to evaluate on — train on one of tinyshakespeare"):
         find_dataset("hellaswag", said.append)
     raw.with_name("tinystories").mkdir()  # a folder of that name is meant by it
     with pytest.raises(LlmpyError, match="0 files"):
         prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+
+
+def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
+    """All of TinyStories, of the web a portion; and that is found again, until all of it is there."""
+    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    monkeypatch.setattr(
+        "llmpy.data.datasets._story_files", lambda _: iter([("data00.json", stories(0)), ("data01.json", stories(1))])
+    )
+    monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
+    monkeypatch.chdir(tmp_path)
+    dataset = prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+    assert dataset.train[0].path == cache / "tinystories" / "gpt2" / "TinyStories_train.bin"
+    assert dataset.tokenizer.decode(dataset.train[0].tokens).count("Story 1.") == 50
+    web = replace(SOURCES["fineweb"], documents=lambda *_: iter([Document("x", raw.read_text())] * 3), portion=5000)
+    monkeypatch.setitem(SOURCES, "fineweb", web)
+    for _ in range(2):
+        dataset = prepare([Path("fineweb")], tmp_path / "run", say=said.append)
+        assert (len(dataset.train[0]), len(dataset.val[0])) == (4500, 500)
+        assert dataset.train[0].path.parent == cache / "fineweb" / "gpt2-5000"
+    assert said.count("fineweb is not here yet: making its first 5,000 tokens (all of it: llmpy data fineweb)") == 1
+    monkeypatch.setattr("llmpy.data.pack.SHARD_TOKENS", 10_000)
+    monkeypatch.setitem(SOURCES, "fineweb", replace(web, layout=replace(web.layout, val=1000)))
+    whole = data(DataOptions(what=("fineweb",)), said.append)
+    assert find_dataset("fineweb", said.append) == whole == cache / "fineweb" / "gpt2"
+    # a model with another tokenizer reads it with its own, however that is spelled
+    own = Tokenizer.train([raw.read_text()], 300)
+    own.save(tmp_path / "own.json")
+    start = replace(in_memory(), tokenizer=tmp_path / "own.json")
+    first = prepare([Path("tinystories")], tmp_path / "run", say=said.append, start=start)
+    assert first.tokenizer.same_tokens(own)
+    (tmp_path / "own.json").write_text(json.dumps(json.loads((tmp_path / "own.json").read_text())))
+    again = prepare([Path("tinystories")], tmp_path / "run", say=said.append, start=start)
+    assert again.train[0].path == first.train[0].path
+
+
+def stories(i):
+    return json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]).encode()
+
+
+def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
+    """But not the work of one that lives."""
+    code = (
+        "import os, sys; from pathlib import Path; from llmpy.data import pack\n"
+        "with pack._workplace(Path(sys.argv[1])) as work:\n"
+        "    (work / 'ids.tmp').write_bytes(bytes(1000)); print(work, flush=True); sys.stdin.read()"
+    )
+    living, killed = (
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for name in ("other", "out")
+    )
+    works = [Path(process.stdout.readline().strip()) for process in (living, killed)]
+    killed.kill()
+    killed.communicate()
+    assert [work.is_dir() for work in works] == [True, True]
+    make(said, raw, out=tmp_path / "out")
+    assert [work.is_dir() for work in works] == [True, False]
+    living.communicate("")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt", "other", "out"]  # and no locks
+
+
+def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llmpy.tokenizer.GPT2_RANKS", "http://127.0.0.1:9/x")
+    monkeypatch.setattr("llmpy.download.PAUSE", 0.0)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "input.txt"]) == 1
+    assert "or name another tokenizer: --tokenizer bpe:4096 learns one from the text" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["input.txt"]
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from laptop import Laptop
 
 from llmpy.config import ModelConfig
+from llmpy.data.hellaswag import Example, write_examples
 from llmpy.errors import LlmpyError
 from llmpy.gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from llmpy.options import TrainOptions
-from llmpy.preflight import PROGRAM_BYTES, Preflight, check_memory, duration, inspect, memory_needed
+from llmpy.preflight import (
+    COMPILER_BYTES,
+    PROGRAM_BYTES,
+    Preflight,
+    check_memory,
+    duration,
+    inspect,
+    memory_needed,
+    memory_of,
+)
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
 
@@ -35,6 +47,13 @@ def test_memory_follows_the_tables() -> None:
     assert memory_needed(GPT2_124M, 4, 128, Laptop()) > needed
 
 
+def test_samples_take_what_they_reach() -> None:
+    whole = memory_needed(GPT2_124M, 1, 1024, Laptop())
+    short = memory_needed(GPT2_124M, 1, 1024, Laptop(), sampled=128)
+    assert whole - short > 50e6
+    assert memory_needed(GPT2_124M, 1, 64, Laptop(), sampled=128) == memory_needed(GPT2_124M, 1, 64, Laptop())
+
+
 def test_the_lines_say_what_will_run() -> None:
     text = "\n".join(flight(steps=100).lines())
     for part in ("gpt2", "124,475,904 parameters", "305,260 tokens", "4 x 64", "1 thread, numpy, float32"):
@@ -50,6 +69,50 @@ def test_a_text_that_is_read_too_often_is_told_of() -> None:
     # 305,260 tokens are 1,192 batches of 256
     assert "by heart" not in "\n".join(flight(steps=20_000).lines())
     assert "by heart" in "\n".join(flight(steps=26_000).lines())
+
+
+def test_a_step_that_reads_more_than_there_is_is_told_of() -> None:
+    assert "caution  a step reads 524,288 tokens, more than there are: 1.7 epochs" in "\n".join(
+        flight(steps=9, total_batch=524_288).lines()
+    )
+    assert "a step reads" not in "\n".join(flight(steps=9, total_batch=262_144).lines())
+
+
+def test_of_a_run_that_goes_on_the_rest_is_told() -> None:
+    told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, steps=100).settled(768, 305_260)
+    rest = inspect(GPT2_124M, told, Laptop(), 305_260, 32_768, done=90, elapsed=1e4)
+    assert rest.steps == 10
+    assert "10 steps of" in "\n".join(rest.lines())
+    assert " after the 90 that are made, 0.1 epochs" in "\n".join(rest.lines())
+    told = replace(told, steps=None, minutes=10)
+    left = inspect(GPT2_124M, told, Laptop(), 305_260, 32_768, done=90, elapsed=540.0)
+    assert left.steps == int(60 / left.step_seconds)
+    assert inspect(GPT2_124M, told, Laptop(), 305_260, 32_768, done=90, elapsed=600.0).steps == 0
+
+
+def test_memory_of_hellaswag_and_of_the_compiler(tmp_path: Path) -> None:
+    write_examples(tmp_path / "h.bin", [Example(np.arange(50), (np.arange(1, 21),) * 4, 0)])
+    told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, checkpoint_every=0)
+    plain = memory_of(told, GPT2_124M, Laptop())
+    apart = sum(t.size for t in ACTS(GPT2_124M, 4, 69, False)) + (4 * 69 - 256) * GPT2_124M.padded_vocab_size
+    assert memory_of(replace(told, hellaswag=tmp_path / "h.bin"), GPT2_124M, Laptop()) == plain + 4 * apart
+    same = replace(told, sequence_length=69)
+    assert memory_of(replace(same, hellaswag=tmp_path / "h.bin"), GPT2_124M, Laptop()) == memory_of(
+        same, GPT2_124M, Laptop()
+    )
+    cold = Laptop()
+    cold.compiled = lambda: False  # type: ignore[method-assign]
+    assert memory_of(told, GPT2_124M, cold) == plain + COMPILER_BYTES
+    flown = inspect(GPT2_124M, told.settled(768, 305_260), cold, 305_260, 32_768)
+    assert "available, with what compiling the kernels takes" in "\n".join(flown.lines())
+
+
+def test_memory_follows_recompute() -> None:
+    sizes = [memory_of(TrainOptions(model="gpt2", recompute=level), GPT2_124M, Laptop()) for level in (0, 1, 2)]
+    acts = [sum(t.size for t in ACTS(GPT2_124M, 4, 128, True, level)) for level in (0, 1, 2)]
+    assert [a - b for a, b in zip(sizes, sizes[1:], strict=False)] == [
+        4 * (a - b) for a, b in zip(acts, acts[1:], strict=False)
+    ]
 
 
 def test_time_is_estimated_from_the_peak() -> None:

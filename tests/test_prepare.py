@@ -22,11 +22,6 @@ TEXT = "".join(f"Line {i}: the {'quick brown fox' if i % 3 else 'lazy dog'} — 
 
 
 @pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "in" / "book.txt"
     path.parent.mkdir()

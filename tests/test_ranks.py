@@ -1,6 +1,8 @@
 """A rank table gives back the very tokenizer that it came from, decoding and encoding."""
 
 import base64
+import contextlib
+import functools
 import json
 import random
 import subprocess
@@ -9,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, pre_tokenizers, trainers
 
+from llmpy import ranks
+from llmpy.data.encode import tokenise
+from llmpy.data.records import Document
 from llmpy.errors import LlmpyError
-from llmpy.ranks import EOT, Ranks, parse_llmc, parse_tiktoken, write_llmc
+from llmpy.ranks import EOT, KNOWN, Known, Ranks, parse_llmc, parse_tiktoken, write_llmc
 from llmpy.tokenizer import Tokenizer, _byte_characters
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -97,21 +103,10 @@ def test_gpt2_from_llmcs_file(gpt2, tmp_path, version):
     rank = {token: i for i, token in enumerate(rebuilt.ranks().tokens[:-1])}
     splitter = rebuilt._library.pre_tokenizer
     byte = {c: i for i, c in enumerate(_byte_characters())}
-    memory = {}
-
-    def by_rank(word):
-        if word not in memory:
-            parts = [bytes([byte[c]]) for c in word]
-            while len(parts) > 1:
-                best = min(range(len(parts) - 1), key=lambda j: rank.get(parts[j] + parts[j + 1], 1 << 30))
-                if parts[best] + parts[best + 1] not in rank:
-                    break
-                parts[best : best + 2] = [parts[best] + parts[best + 1]]
-            memory[word] = [rank[part] for part in parts]
-        return memory[word]
+    ids = functools.cache(lambda word: by_rank(bytes(byte[c] for c in word), rank))
 
     for t in [text, *random_texts(10_000)] if version == 2 else [text[:100_000]]:
-        expected = [i for word, _ in splitter.pre_tokenize_str(t) for i in by_rank(word)]
+        expected = [i for word, _ in splitter.pre_tokenize_str(t) for i in ids(word)]
         got = rebuilt.encode(t)
         assert got == expected, t[:100]
         assert rebuilt.decode(got) == t
@@ -136,6 +131,81 @@ def test_gpt2_against_tiktoken(gpt2):
         assert gpt2.encode(text) == other.encode_ordinary(text)
 
 
+# tables with other words
+
+
+LETTERS = "DON'T we'll McDonald 12345 x=3;\r\n\r\n  ǅ ΑΒΓ café\u0301 naïve/ 日本語!!! \t;\n" * 20
+
+
+def extended(pattern, eot=None):
+    """Ids and tokens: learnt with a pattern, and further ones that are no merge of two. None has the id `eot`."""
+    library = Tokenizer.bytes()._library
+    splitter = pre_tokenizers.Split(Regex(pattern), "isolated") if pattern else pre_tokenizers.ByteLevel(False)
+    spelling = [pre_tokenizers.ByteLevel(False, use_regex=False)] if pattern else []
+    library.pre_tokenizer = pre_tokenizers.Sequence([splitter, *spelling])
+    library.train_from_iterator([LETTERS, "".join(map(chr, range(32, 1000)))], trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    ))  # fmt: skip
+    value = {c: bytes([i]) for i, c in enumerate(_byte_characters())}
+    spelled = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda pair: pair[1])
+    learnt = [b"".join(value[c] for c in token) for token, _ in spelled]
+    learnt += [t for t in (b" stlvst", b"revlmd", "日本日".encode(), b"    \n\n  ", b"ab ab") if t not in learnt]
+    return [i + (eot is not None and i >= eot) for i in range(len(learnt))], learnt
+
+
+@pytest.mark.parametrize(
+    ("name", "eot"), [("p50k_base", 400), *((n, None) for n in ("cl100k_base", "o200k_base", "Llama 3"))]
+)
+def test_a_known_table_is_read_by_its_own_rules(tmp_path, monkeypatch, name, eot):
+    """The library's encoder against one by rank alone (the rule of tiktoken), and against tiktoken where it is."""
+    known = next(k for k in KNOWN.values() if k.name == name)
+    pattern = known.pattern
+    ids, tokens = extended(pattern, eot)
+    eot = eot or len(tokens) + 1  # after an id that no token has, as in cl100k_base
+    monkeypatch.setitem(ranks.KNOWN, len(tokens), Known("small", eot, pattern))
+    path = tmp_path / "x.tiktoken"
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in zip(ids, tokens, strict=True)))
+    loaded = Tokenizer.load(path)
+    assert (loaded.vocab_size, loaded.eot) == (max(eot, *ids) + 1, eot)
+    loaded.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.encode(f"a{EOT}b")[1:-1] == [eot]
+    rank = dict(zip(tokens, ids, strict=True))
+    splitter, byte = loaded._library.pre_tokenizer, {c: i for i, c in enumerate(_byte_characters())}
+    other = None
+    with contextlib.suppress(ImportError):
+        from tiktoken import Encoding
+        from tiktoken_ext import openai_public
+
+        monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+        theirs = getattr(openai_public, name, lambda: {"pat_str": pattern, "special_tokens": {EOT: known.eot}})()
+        assert theirs["special_tokens"][EOT] == known.eot
+        other = Encoding("x", pat_str=theirs["pat_str"], mergeable_ranks=rank, special_tokens={EOT: eot})
+    for text in [LETTERS, *random_texts(3000)]:
+        expected = []
+        for word, _ in splitter.pre_tokenize_str(text):
+            word = bytes(byte[c] for c in word)
+            expected += [rank[word]] if word in rank else by_rank(word, rank)
+        assert again.encode(text) == loaded.encode(text) == expected
+        assert loaded.decode(expected) == text
+        assert other is None or other.encode_ordinary(text) == expected
+    long = LETTERS * 40  # in pieces as whole, though a line's end may belong to the sign before
+    assert tokenise(loaded, [Document("x", long)]).ids.tolist() == [eot, *loaded.encode(long)]
+    with pytest.raises(LlmpyError, match="token|splits words unlike GPT-2, which llm.c's table cannot tell"):
+        loaded.ranks()
+
+
+def by_rank(word, rank):
+    """Ids of a word's bytes when the pair of lowest rank is merged first."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while len(parts) > 1:
+        best = min(range(len(parts) - 1), key=lambda j: rank.get(parts[j] + parts[j + 1], 1 << 30))
+        if parts[best] + parts[best + 1] not in rank:
+            break
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return [rank[part] for part in parts]
+
+
 # damage
 
 
@@ -157,7 +227,7 @@ def test_a_tiktoken_file(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (tiktoken_bytes(BYTES[:255]), "255 ranks, where 256 to 65,535 can be"),
+        (tiktoken_bytes(BYTES[:255]), "255 ranks, where 256 must be"),
         (tiktoken_bytes([*BYTES[:255], b"th"]), "1 of the 256 bytes are no tokens"),
         (tiktoken_bytes([*BYTES, b"th", b"th"]), "1 tokens stand in it twice"),
         (tiktoken_bytes([*BYTES, b"xyz"]), "token 256 .* is not made of two tokens before it"),
@@ -166,7 +236,11 @@ def test_a_tiktoken_file(tmp_path):
         (tiktoken_bytes([*BYTES, b"th"]).replace(b" 256\n", b" 7\n"), "line 257 has rank 7, not 256"),
         (tiktoken_bytes([*BYTES, b"th"]).replace(b"dGg= 256\n", b"dGg 256\n"), "line 257 is not base64"),
         (tiktoken_bytes([*BYTES, b"th"])[:-1], "line 257 is not base64 and a rank"),
-        (b"AAAA 0\n" * 100256, "the ranks of cl100k_base, which splits words unlike GPT-2 — give its tokenizer.json"),
+        (b"AAAA 0\n" * 100256, "line 2 has rank 0, not 1"),
+        (
+            b"AAAA 0\n" * 100257,
+            "100,257 ranks are none of the tables whose words are known: GPT-2 .* — give its tokeniz",
+        ),
     ],
 )
 def test_damaged_tiktoken(tmp_path, data, message):

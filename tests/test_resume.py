@@ -10,19 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from laptop import AtOnce, Laptop
+from laptop import CLOCKED, AtOnce, Laptop
 
-from llmpy import backend, checkpoint, snapshot, trainer
+from llmpy import backend, checkpoint, durable, snapshot, trainer
 from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
 from llmpy.options import TrainOptions
 from llmpy.preflight import Machine
+from llmpy.runfolder import Lock
 
 STEPS = 200
 # Shards of 62, 46 and 31 batches of 2 x 16: with two batches a step an epoch ends in the middle of step 70, and shards
@@ -55,7 +57,7 @@ def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
     last = run / "checkpoints" / f"step-{steps:08}"
     found: dict[str, Any] = {name: (last / name).read_bytes() for name in (checkpoint.MODEL, checkpoint.STATE)}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    found["metrics"] = [{k: v for k, v in r.items() if k not in ("ms", "tokens_per_s")} for r in rows]
+    found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
     found |= {name: (run / name).read_bytes() for name in ("main.log", "samples.txt", "model.safetensors")}
     manifest = checkpoint.verify(last)
     for name in ("seconds", "tokens_per_s", "logs", "options"):  # times, their lengths, what was told anew
@@ -344,22 +346,16 @@ def test_a_thousand_random_kills(tmp_path: Path) -> None:
 
 
 def test_many_runs_at_once_in_one_folder(tmp_path: Path) -> None:
-    """All but one leave before they have imported NumPy."""
+    """All but one leave before they have imported NumPy, or even the options."""
     count = 20 if os.name == "posix" else 4
     run = tmp_path / "run"
-    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
-    small = f"--model d1 -T 16 -B 1 --steps 3 --eval-batches 1 --sample-tokens 1 --data {tmp_path / 'text.txt'}"
-    command = [sys.executable, "-X", "importtime", "-m", "llmpy.cli", "train", *small.split(), "--out", str(run)]
-    started = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
-        for _ in range(count)
-    ]
+    started = [begun(run, "--steps", "3", "--out", str(run), PYTHONPROFILEIMPORTTIME="1") for _ in range(count)]
     ended = [(process.communicate()[1], process.returncode) for process in started]
     assert [code for _, code in ended if code] == [1] * (count - 1)
     for text, code in ended:
         if code:
             assert re.search(r"llmpy: error: .*run (is in use: .* is training in it|already holds)", text), text[-500:]
-            assert not re.search(r"\| +(numpy|numba)$", text, re.MULTILINE)
+            assert not re.search(r"\| +(numpy|numba|argparse|llmpy.options)$", text, re.MULTILINE)
     assert steps_of(run) == [1, 2, 3]
     assert not (run / "run.lock").exists()
 
@@ -369,6 +365,90 @@ def test_a_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_text("4194999\n")
     assert trainer.train(told, Laptop()) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run = tmp_path / "run"
+    assert trainer.train(options(tmp_path, steps=3), Laptop()) == 0
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    true = durable.stretches_differ
+
+    def refuse(path: Path, *told: Any) -> str:
+        if path.parent.name == "step-00000003":
+            raise OSError(number, os.strerror(number), str(path))
+        return true(path, *told)
+
+    monkeypatch.setattr(durable, "stretches_differ", refuse)
+    with pytest.raises(LlmpyError, match=rf"cannot read .*{os.strerror(number)} — mend that and try again"):
+        trainer.train(resumed(run, steps=4), Laptop())
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    number = errno.EIO
+    assert trainer.train(resumed(run, steps=4), Laptop()) == 0
+    assert (run / "checkpoints" / "damaged-step-00000003").is_dir()
+
+
+SMALL = "--model d1 -T 16 -B 1 --eval-batches 1 --sample-tokens 1 --dtype float32"
+
+
+def begun(run: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """`llmpy train` in another process."""
+    text = run.with_name("text.txt")
+    text.write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
+    command = [sys.executable, "-m", "llmpy", "train", *SMALL.split(), "--data", str(text), *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=os.environ | environment, **quiet)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+@pytest.mark.parametrize("after", [0.0, 0.03, 0.1, 0.25, 0.45, 0.7])
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, after: float, number: int, said: str) -> None:
+    """Or a run that goes on, if it came later than was meant."""
+    run = tmp_path / "below" / "run"
+    run.parent.mkdir()
+    process = begun(run, "--out", str(run), "--steps", "1000000")
+    while not (run / "run.lock").exists():
+        time.sleep(0.002)
+        assert process.poll() is None
+    time.sleep(after)
+    process.send_signal(number)
+    err = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    if (run / "console.log").exists():
+        assert (run / "checkpoints").is_dir()
+        assert "stopping after this step" in err
+    else:
+        assert err == f"llmpy: error: stopped by {said}\n"
+        assert [path.name for path in run.parent.iterdir()] == ["text.txt"]
+    assert not (run / "run.lock").exists()
+
+
+def test_the_way_in_is_for_one_process(tmp_path: Path) -> None:
+    """What was claimed there is let go where the command line is wrong, and is what the run gets where it is right."""
+    run = tmp_path / "run"
+    for words in (("--out", str(run), "--bacth-size", "4"), (f"--out={run}", "--lr", "-1")):
+        process = begun(run, *words)
+        assert "Traceback" not in process.communicate()[1]
+        assert process.returncode in (1, 2)
+        assert not run.exists()
+    lock = Lock(run / "run.lock")
+    run.mkdir()
+    assert lock.take()
+    for words in (("--out", str(run)), ("-o", str(run)), (f"--resume={run}",), ("--out", str(run), "-y", "1")):
+        process = begun(run, *words)
+        err = process.communicate()[1]
+        assert "in use" in err or "no run in" in err
+        assert process.returncode == 1
+    lock.drop()
+    for word, launched in (("--out", {"PMI_RANK": "0"}), ("--resume", {})):
+        process = begun(run, word, str(run), "--steps", "2" if launched else "3", **launched)
+        process.communicate()
+        assert process.returncode == 0
+    assert steps_of(run) == [1, 2, 3]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="fcntl")

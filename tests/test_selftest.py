@@ -164,6 +164,16 @@ def test_llm_cs_files(machine: type[Laptop], tmp_path: Path) -> None:
     assert sum("loss of step" in line for line in result.lines) == 10
 
 
+def test_what_is_not_checked_is_a_row(machine: type[Laptop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "REFERENCE_AT_MOST", 1000)
+    result = run(**files(tmp_path, in_memory()))
+    assert (result.code, result.failed) == (0, [])
+    (row,) = (line for line in result.lines if "not checked" in line)
+    assert row.startswith("losses of 10 steps")
+    assert row.endswith("not checked: the reference would take too long for more than 1,000 parameters")
+    assert result.lines[-1].endswith("all passed; 1 not made")
+
+
 @pytest.mark.parametrize("operation", ["layernorm_backward", "attention_backward", "linear_forward", "adamw"])
 def test_llm_cs_files_notice_a_wrong_kernel(machine: type[Laptop], tmp_path: Path, operation: str) -> None:
     right: Callable[..., Any] = getattr(Laptop, operation)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from laptop import AtOnce, Laptop
+from laptop import CLOCKED, AtOnce, Laptop
 from safetensors.numpy import load_file
 
 from llmpy import checkpoint, preflight, snapshot, trainer
@@ -84,7 +85,6 @@ def test_validation_batches_weigh_by_what_counts_in_them(
 
 
 def test_the_name_of_a_data_set_stays_one(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     made = tmp_path / "cache" / "tinyshakespeare" / "bytes"
     made.mkdir(parents=True)
@@ -130,14 +130,14 @@ def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys:
         f"checkpoints/step-00000004/{name}" for name in ("manifest.json", "model.safetensors", "state.safetensors")
     ]
     assert sorted(contents(run)) == [
-        *whole, "config.json", "console.log", "main.log", "metrics.jsonl", "model.safetensors", "samples.txt",
-        "tokenizer.json", "train.bin", "val.bin",
+        "best.safetensors", *whole, "config.json", "console.log", "main.log", "metrics.jsonl", "model.safetensors",
+        "samples.txt", "tokenizer.json", "train.bin", "val.bin",
     ]  # fmt: skip
     rows = metrics(run)
     steps = [r for r in rows if "loss" in r]
     evaluations = [r for r in rows if "val_loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4]
-    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}
+    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", *CLOCKED}
     assert [r["step"] for r in evaluations] == [0, 2, 4]
     assert evaluations[0]["val_loss"] == pytest.approx(math.log(300), rel=0.1)
     assert all(math.isfinite(v) for r in rows for v in r.values())
@@ -773,3 +773,72 @@ def test_what_is_left_open_is_settled() -> None:
 def test_options_that_make_no_sense(options: Options, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(LlmpyError, match=re.escape(said)):
         options(**changes)
+
+
+def test_the_best_model_is_kept_beside_the_last(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    worse = iter([1.0, 1.0, 1.0, 5.0, 6.0])  # of the evaluations at 0, 2, 4, 6, 8
+    true_loss = trainer.GPT2.loss
+    monkeypatch.setattr(trainer.GPT2, "loss", lambda self, *told: next(worse) * true_loss(self, *told))
+    assert trainer.train(options(steps=8, eval_every=2, eval_batches=1, checkpoint_every=4, keep=0), Laptop()) == 0
+    score = checkpoint.read_score(run / "best.safetensors")
+    losses = {r["step"]: r["val_loss"] for r in metrics(run) if "val_loss" in r}
+    assert score == checkpoint.Score(4, losses[4])
+    of_step_4 = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    best, other = (load_file(path) for path in (run / "best.safetensors", of_step_4))
+    assert all(np.array_equal(best[name], other[name]) for name in other)
+    assert checkpoint.read_score(of_step_4) is None
+    out = capsys.readouterr().out
+    assert f"it was better before, after step 4, with validation loss {losses[4]:.4f}: {run}/best.safetensors" in out
+    # A run that goes on from before that step finds it again, and one that is better replaces it.
+    monkeypatch.setattr(trainer.GPT2, "loss", true_loss)
+    assert trainer.train(TrainOptions(resume=run, steps=10, given=frozenset({"steps"})), Laptop()) == 0
+    score = checkpoint.read_score(run / "best.safetensors")
+    assert score is not None
+    assert (score.step, score.val_loss) == (10, metrics(run)[-1]["val_loss"])
+    assert "it was better" not in capsys.readouterr().out
+
+
+def test_a_best_model_that_cannot_be_written_ends_no_run(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise LlmpyError("cannot write best.safetensors: No space left on device", "free some space")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert trainer.train(options(steps=2), Laptop()) == 0
+    assert "warning: the best model so far is not kept: cannot write best.safetensors" in capsys.readouterr().out
+
+
+def test_runs_within_the_data_are_no_data(
+    options: Options, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the run's own folder, on its start and when it goes on, nor those of earlier runs."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(text, texts)
+    for name in ("one", "two"):
+        assert trainer.train(options(data=(texts,), out=texts / "runs" / name, steps=2), Laptop()) == 0
+        assert "1 file, 17," in capsys.readouterr().out
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for part in ("train.bin", "val.bin"):
+        shutil.copy(texts / "runs" / "one" / part, shards)
+    assert trainer.train(options(data=(shards,), vocab_size=300, out=shards / "run", steps=2), Laptop()) == 0
+    again = TrainOptions(resume=shards / "run", steps=4, given=frozenset({"steps"}))
+    assert trainer.train(again, Laptop()) == 0
+    assert metrics(shards / "run")[-1]["step"] == 4
+
+
+def test_what_a_run_from_a_model_is_trained_by() -> None:
+    """llm.c's settings for fine-tuning, where nothing else is said; a recipe and flags say something else."""
+    told = TrainOptions.gather({"init": "gpt2"})
+    assert (told.schedule, told.weight_decay, told.beta2, told.clip) == ("constant", 0.0, 0.999, 0.0)
+    assert told.given == {"init"}
+    assert told.settled(768, 1000).lr == 1e-4
+    assert told.settled(1536, 1000).lr == 5e-5
+    assert TrainOptions.gather({}).settled(768, 1000).lr == 6e-4
+    other = TrainOptions.gather({"init": "gpt2", "recipe": "gpt2_124M", "data": (Path("d"),), "clip": 2.0, "lr": 1.0})
+    assert (other.schedule, other.clip, other.settled(768, 1000).lr, other.beta2) == ("cosine", 2.0, 1.0, 0.999)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import backend
-from ..errors import LlmpyError
+from ..errors import LlmpyError, did_you_mean
 from ..options import OpsOptions
 from ..preflight import Machine
 from . import columns
@@ -301,14 +301,25 @@ def moved_bytes(op: str, c: Case, args: Args) -> int:
     return total
 
 
-def time_case(ops: Any, op: str, case: Case) -> dict[str, Any]:
-    """Median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else."""
+def time_case(
+    ops: Any,
+    op: str,
+    case: Case,
+    budget: float = BUDGET,
+    repeats: int = REPEATS,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else.
+
+    It is called for `budget` seconds, but at least `repeats` times; `before` each of them, untimed, something else.
+    """
     args = BUILD[op][0](case, Draw(ops))
     call, values = getattr(ops, op), tuple(args.values())
     call(*values)
     times: list[float] = []
-    stop = time.perf_counter() + BUDGET
-    while time.perf_counter() < stop or len(times) < REPEATS:
+    stop = time.perf_counter() + budget
+    while time.perf_counter() < stop or len(times) < repeats:
+        before()
         start = time.perf_counter()
         call(*values)
         times.append(time.perf_counter() - start)
@@ -330,7 +341,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all.
     """
     if options.op is not None and options.op not in BENCH:
-        raise LlmpyError(f"--op {options.op}", "use one of " + ", ".join(BENCH))
+        raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
     ops: Meter = load("cpu", threads=options.threads, dtype=options.dtype)
     single: Meter = load("cpu", threads=1, dtype=options.dtype)
     peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..command import command
 from ..errors import LlmpyError
 from .text import Document
 
@@ -108,7 +109,9 @@ def _docstrings(folder: Path) -> list[Document]:
         if text:
             documents.append(Document(path.stem, f"{path.stem}\n\n{text}\n"))
     if not documents:
-        raise LlmpyError("this Python carries no text to train on", "give a text file: llmpy train --data book.txt")
+        raise LlmpyError(
+            "this Python carries no text to train on", f"give a text file: {command('train', '--data', 'book.txt')}"
+        )
     return documents
 
 

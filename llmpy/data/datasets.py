@@ -22,6 +22,7 @@ from typing import Any
 from ..cache import data_cache
 from ..download import fetch, hub
 from ..errors import LlmpyError
+from ..inputs import regular
 from .records import Document
 from .text import find_files, read_text, stream_files
 
@@ -51,7 +52,7 @@ class Source:
 
     layout: Layout
     documents: Callable[[Path | None, Say], Iterator[Document]]
-    small: bool = False  # to be fetched without being asked for
+    portion: int | None = None  # tokens that `llmpy train` makes if there are none; None: all
 
 
 def hellaswag_lines(raw: Path | None, say: Say) -> Path:
@@ -97,7 +98,7 @@ def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
 def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files of an archive or folder, in its order; nothing is unpacked to the disk."""
     try:
-        if path.is_dir() or path.suffix == ".json":
+        if regular(path).is_dir() or path.suffix == ".json":
             files = sorted(path.glob("data*.json")) if path.is_dir() else [path]
             yield from ((file.name, file.read_bytes()) for file in files)
             return
@@ -138,32 +139,50 @@ def _web(repository: str) -> Callable[[Path | None, Say], Iterator[Document]]:
 
 
 def _listing(repository: str, folder: str, say: Say) -> list[dict[str, Any]]:
-    """The parquet files of a folder, with `path`, `size` and sha256 (`lfs`, `oid`), in order."""
+    """The parquet files of a folder, with `path`, `size` and sha256 (`lfs`, `oid`), in order.
+
+    The hub is asked each time; without it the last list serves, for all that it names may be here.
+    """
     path = data_cache() / "raw" / repository.replace("/", "--") / "listing.json"
-    fetch(f"{hub()}/api/datasets/{repository}/tree/main/{folder}", path, say=say)
+    fresh = path.with_name("listing.new.json")
+    fresh.unlink(missing_ok=True)
     try:
-        entries = [e for e in json.loads(path.read_bytes()) if e["path"].endswith(".parquet")]
+        fetch(f"{hub()}/api/datasets/{repository}/tree/main/{folder}", fresh, say=say)
+        found = _parquet_files(fresh, f"{repository}/{folder}")
+        fresh.replace(path)
+    except LlmpyError as fault:
+        fresh.unlink(missing_ok=True)
+        if not path.exists():
+            raise
+        say(f"note: going by an earlier list of {repository}: {str(fault).partition(' — ')[0]}")
+        found = _parquet_files(path, f"{repository}/{folder}")
+    return found
+
+
+def _parquet_files(listing: Path, where: str) -> list[dict[str, Any]]:
+    """What a list of the hub holds. Raises LlmpyError if it is not understood, or names no parquet file."""
+    try:
+        entries = [e for e in json.loads(listing.read_bytes()) if e["path"].endswith(".parquet")]
         for entry in entries:
             int(entry["size"]), str(entry["lfs"]["oid"])
-    except (ValueError, TypeError, KeyError) as fault:
-        path.unlink()
-        raise LlmpyError(f"the hub's list of {repository} is not understood", "try again later") from fault
+    except (ValueError, TypeError, KeyError, AttributeError) as fault:
+        raise LlmpyError(f"the hub's list of {where} is not understood", "try again later") from fault
     if not entries:
-        path.unlink()
-        raise LlmpyError(f"the hub lists no parquet files in {repository}/{folder}", "download them yourself: --source")
+        raise LlmpyError(f"the hub lists no parquet files in {where}", "download them yourself: --source")
     return sorted(entries, key=lambda entry: str(entry["path"]))
 
 
 SOURCES = {
-    "tinyshakespeare": Source(
-        Layout(32_768, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"), _shakespeare, small=True
-    ),
+    "tinyshakespeare": Source(Layout(32_768, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"), _shakespeare),
     "tinystories": Source(Layout("data00.json", "TinyStories_val.bin", "TinyStories_train.bin"), _stories),
     "fineweb": Source(
-        Layout(SHARD_TOKENS, "fineweb_val_000000.bin", "fineweb_train_{:06d}.bin"), _web("HuggingFaceFW/fineweb")
+        Layout(SHARD_TOKENS, "fineweb_val_000000.bin", "fineweb_train_{:06d}.bin"),
+        _web("HuggingFaceFW/fineweb"),
+        SHARD_TOKENS,
     ),
     "fineweb-edu": Source(
         Layout(SHARD_TOKENS, "edu_fineweb_val_000000.bin", "edu_fineweb_train_{:06d}.bin"),
         _web("HuggingFaceFW/fineweb-edu"),
+        SHARD_TOKENS,
     ),
 }

@@ -19,6 +19,7 @@ from ..tokenizer import Tokenizer
 from .records import Document
 
 BORDER = re.compile(r"(?<=\S)[ \n]")  # a word of GPT-2's pattern always begins here (not at \x1c!)
+BLANK = re.compile(r"(?<=\S) ")  # of other patterns: they let line ends belong to the sign before
 PIECE = 1 << 12  # characters encoded at a time
 TOKENIZER_SEES = 50_000_000  # characters to learn merges from: seven seconds of counting (two cores), and plenty
 BATCH = 1 << 20  # characters handed to the library at once: 18.5M at once took it 3.0 GB
@@ -52,7 +53,7 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
     waiting: deque[Future[Tokens]] = deque()
     # The library encodes a batch on all cores, but its way in and out takes one: so the next is already begun.
     with ThreadPoolExecutor(2) as pool:
-        for batch in _batches(documents):
+        for batch in _batches(documents, BORDER if tokenizer.splits_as_gpt2 else BLANK):
             waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
@@ -71,21 +72,21 @@ def tokenise(tokenizer: Tokenizer, documents: Iterable[Document]) -> Tokens:
     return Tokens(np.concatenate([b.ids for b in blocks]), counted, sum(b.characters for b in blocks))
 
 
-def pieces(text: str) -> Iterator[str]:
+def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:
     """`text` in portions of about PIECE characters, cut only where a word begins."""
     start = 0
-    while len(text) - start > PIECE and (border := BORDER.search(text, start + PIECE)):
-        yield text[start : border.start()]
-        start = border.start()
+    while len(text) - start > PIECE and (cut := border.search(text, start + PIECE)):
+        yield text[start : cut.start()]
+        start = cut.start()
     yield text[start:]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
+def _batches(documents: Iterable[Document], border: re.Pattern[str]) -> Iterator[_Batch]:
     batch = _Batch([], [], [])
     for document in documents:
         begins = True
         for text, counts in _segments(document):
-            for piece in pieces(text):
+            for piece in pieces(text, border):
                 batch.texts.append(piece)
                 batch.begins.append(begins)
                 batch.counts.append(counts)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..inputs import regular
 from ..tokenizer import Tokenizer
 from .records import json_lines
 from .shards import HEADER_BYTES
@@ -82,7 +83,7 @@ def read_examples(path: Path, vocab_size: int) -> Examples:
     Raises LlmpyError, naming the example, for any damage.
     """
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size < HEADER_BYTES + 2 or size % 2:
             raise _damaged(path, f"{size:,} bytes cannot be whole")
         header = np.fromfile(path, "<i4", 4)

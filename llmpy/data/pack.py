@@ -8,25 +8,28 @@ appears under its name when everything in it is written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..cache import data_cache
+from ..command import command
+from ..durable import made
 from ..errors import LlmpyError
 from ..options import DATA_NAMES, DataOptions
-from ..ranks import write_llmc
+from ..ranks import LLMC_FILE, write_llmc
+from ..runfolder import Lock
 from ..tokenizer import Tokenizer
 from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
 from .encode import TOKENIZER_SEES, encode, pieces
@@ -35,7 +38,7 @@ from .records import Document
 from .shards import form_for, write_shard
 from .text import find_files, stream_files
 
-RECORD = "dataset.json"
+RECORD, MAKING = "dataset.json", ".making"
 HELD_OUT = 0.1  # of a user's own text
 SAMPLES, SAMPLE_TOKENS = 3, 32
 
@@ -53,17 +56,19 @@ def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
     if options.source and not options.source.exists():
         raise LlmpyError(f"no file or folder {options.source}", "check --source")
     request = _request(options)
-    folder = options.out or _folder(names[0] if names else None, options)
+    folder = options.out or _folder(names[0] if names else None, options, request)
     if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
         raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
     if _is_there(folder, request, bool(names)):
         say(f"{options.what[0]} is already in {folder}")
         return folder
-    with _Workplace(folder) as work:
+    with _workplace(folder) as work:
         record = _hellaswag(options, work, say) if names == ["hellaswag"] else _tokens(options, names, work, say)
         (work / RECORD).write_text(json.dumps(request | record, indent=2) + "\n", "utf-8")
-    word = names[0] if names and folder == _plain(names[0]) else shlex.quote(str(folder))
-    say(f"ready in {folder}" + ("" if names == ["hellaswag"] else f"; train on it:  llmpy train --data {word}"))
+    word = names[0] if names and folder == data_cache() / names[0] / "gpt2" else folder
+    say(
+        f"ready in {folder}" + ("" if names == ["hellaswag"] else f"; train on it:  {command('train', '--data', word)}")
+    )
     return folder
 
 
@@ -72,38 +77,39 @@ def is_dataset(what: str | Path) -> bool:
     return str(what) in DATA_NAMES and not Path(what).exists()
 
 
-def find_dataset(name: str, say: Callable[[str], None]) -> Path:
-    """The folder of a named data set's tokens, made now if that is quick.
+def find_dataset(name: str, say: Callable[[str], None], tokenizer: str = "gpt2") -> Path:
+    """The folder of a named data set's tokens, made now if it is not there; of a huge one as many as training can use.
 
-    Raises LlmpyError, with the command to give, for what is not there and large, and for one not to train on.
+    Raises LlmpyError for one not to train on, for one that is there in several portions, and as `data` does.
     """
     if name not in SOURCES:
         raise LlmpyError(
             f"{name} is there to evaluate on", f"train on one of {', '.join(SOURCES)}, or on your own text"
         )
-    there = sorted(record.parent for record in (data_cache() / name).glob(f"*/{RECORD}"))
-    plain = _plain(name)
-    if plain in there or (not there and SOURCES[name].small):
-        return data(DataOptions(what=(name,)), say)
-    if len(there) == 1:
+    whole = DataOptions(what=(name,), tokenizer=tokenizer)
+    portion = replace(whole, tokens=SOURCES[name].portion)
+    there = sorted(record.parent for record in (data_cache() / name).glob(f"[!.]*/{RECORD}"))
+    for options in (whole, portion):
+        if _folder(name, options, _request(options)) in there:
+            return data(options, say)
+    if len(there) == 1 and tokenizer == "gpt2":
         return there[0]
-    if there:
+    if there and tokenizer == "gpt2":
         raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
-    raise LlmpyError(
-        f"{name} is not there yet, and large",
-        f"prepare it first: llmpy data {name} --tokens 100000000 (or without --tokens for all of it)",
-    )
-
-
-def _plain(name: str) -> Path:
-    """Where all of a named data set is, by GPT-2's tokenizer: what its name alone stands for."""
-    return data_cache() / name / "gpt2"
+    if portion.tokens:
+        say(f"{name} is not here yet: making its first {portion.tokens:,} tokens (all of it: {command('data', name)})")
+    return data(portion, say)
 
 
 def load_tokenizer(name: str, documents: Callable[[], Iterable[Document]], say: Callable[[str], None]) -> Tokenizer:
     """The tokenizer of `--tokenizer`: gpt2, bytes, bpe:N (trained on the documents), or a file."""
     if name == "gpt2":
-        return Tokenizer.gpt2(say)
+        try:
+            return Tokenizer.gpt2(say)
+        except LlmpyError as fault:
+            if documents is _no_documents:
+                raise
+            raise LlmpyError(f"{fault}: --tokenizer bpe:4096 learns one from the text, without the network") from fault
     if name == "bytes":
         return Tokenizer.bytes()
     if name.startswith("bpe:"):
@@ -122,18 +128,15 @@ def _first(documents: Iterable[Document], characters: int) -> Iterator[str]:
 
 
 def _request(options: DataOptions) -> dict[str, Any]:
-    """What was asked for, as dataset.json has it; a file of ranks by its content."""
+    """What was asked for, as dataset.json has it; a tokenizer of a file by its content, in whatever form."""
     tokenizer = options.tokenizer
     if tokenizer not in ("gpt2", "bytes") and not tokenizer.startswith("bpe:"):
-        try:
-            with Path(tokenizer).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as fault:
+        if not Path(tokenizer).exists():
             raise LlmpyError(
-                f"cannot read the tokenizer {tokenizer}: {fault.strerror}",
-                "use gpt2, bytes, bpe:N, or a file",
-            ) from fault
-        tokenizer = "sha256:" + digest[:12]
+                f"cannot read the tokenizer {tokenizer}: no such file", "use gpt2, bytes, bpe:N, or a file"
+            )
+        content = Tokenizer.load(Path(tokenizer)).to_json()
+        tokenizer = "sha256:" + hashlib.sha256(content.encode()).hexdigest()[:12]
     return {
         "data": list(map(str, options.what)),
         "tokenizer": tokenizer,
@@ -142,12 +145,12 @@ def _request(options: DataOptions) -> dict[str, Any]:
     }
 
 
-def _folder(name: str | None, options: DataOptions) -> Path:
+def _folder(name: str | None, options: DataOptions, request: dict[str, Any]) -> Path:
     """Where the tokens go without --out: the cache for a named data set, below data/ for the user's own text."""
     if name is None:
         called = Path(os.path.abspath(options.what[0])).name.partition(".")[0]
         return Path("data", re.sub(r"[*?\[\]]", "", called) or "text")
-    tokenizer = _request(options)["tokenizer"].replace(":", "-")
+    tokenizer = request["tokenizer"].replace(":", "-")
     parts = [tokenizer, *([options.format] if options.format != "auto" else [])]
     return data_cache() / name / "-".join([*parts, *([str(options.tokens)] if options.tokens else [])])
 
@@ -165,35 +168,40 @@ def _is_there(folder: Path, request: dict[str, Any], named: bool) -> bool:
     raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")
 
 
-class _Workplace:
-    """A temporary folder beside `folder`, which takes its place if all goes well. A context manager."""
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its place if all goes well.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
-        self.work = self.folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
+    A lock beside it tells that its process lives; what killed ones left, whose locks are free, is removed.
+    """
+    folder = folder.absolute()
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    lock = Lock(work.with_suffix(MAKING))
+    with made(folder.parent):
         try:
-            self.work.mkdir(parents=True)
+            _remove_abandoned(folder.parent)
+            lock.take()
+            work.mkdir()
+            yield work
+            if folder.exists():
+                folder.rmdir()
+            work.rename(folder)
         except OSError as fault:
-            raise self._refused(fault) from fault
-        return self.work
-
-    def __exit__(self, _kind: object, fault: BaseException | None, _trace: object) -> None:
-        try:
-            if isinstance(fault, OSError):
-                raise fault
-            if fault is None:
-                if self.folder.exists():
-                    self.folder.rmdir()
-                self.work.rename(self.folder)
-        except OSError as why:
-            raise self._refused(why) from why
+            raise LlmpyError(
+                f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)"
+            ) from fault
         finally:
-            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
+            lock.drop()
 
-    def _refused(self, fault: OSError) -> LlmpyError:
-        return LlmpyError(f"cannot make {self.folder}: {fault.strerror or fault}", "choose another folder (--out)")
+
+def _remove_abandoned(parent: Path) -> None:
+    for path in parent.glob(f".*{MAKING}"):
+        lock = Lock(path)
+        with contextlib.suppress(OSError):  # somebody else's
+            if lock.take():
+                shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+                lock.drop()
 
 
 def _hellaswag(options: DataOptions, work: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -242,7 +250,7 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
         files_of[name] = stop - start
     tokenizer.save(work / "tokenizer.json")
     if form == "int32":  # the programs that need this form read a tokenizer of this form too
-        write_llmc(work / "gpt2_tokenizer.bin", tokenizer.ranks())
+        write_llmc(work / LLMC_FILE, tokenizer.ranks())
     say("  ".join(f"{name}: {count:,} tokens" for name, count in _shown(files_of)))
     if spool.counted is not None:
         share = np.count_nonzero(spool.counted)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..command import command
 from ..config import GPT2_VOCAB
 from ..errors import LlmpyError
 from ..formats import tokenizer_of
@@ -53,7 +54,7 @@ def prepare(
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
-    The name of a data set of `llmpy data` stands for its tokens, which are made first if that is quick.
+    The name of a data set of `llmpy data` stands for its tokens, which are made first if need be.
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when all else is done.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
     `start` is the model that training starts from, if there is one: text is encoded with its tokenizer.
@@ -77,7 +78,8 @@ def prepare(
         train = [d for i, d in enumerate(documents) if i % 10 != 5]
         return _from_text(train, val, folder, vocab_size, start, description, tell)
     if len(paths) == 1 and is_dataset(paths[0]):
-        paths = [find_dataset(str(paths[0]), tell)]
+        own = start.tokenizer if start is not None and start.config.vocab_size != GPT2_VOCAB else None
+        paths = [find_dataset(str(paths[0]), tell, str(own or "gpt2"))]
     files = find_files(paths, tell)
     found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
     if found:
@@ -175,7 +177,7 @@ def _from_shards(
             if tokenizer and not tokenizer.same_tokens(models):
                 raise LlmpyError(
                     f"{paths[0].parent} holds tokens of another tokenizer than that of the model, {start.tokenizer}",
-                    "make them again: llmpy data … --tokenizer " + str(start.tokenizer),
+                    f"make them again: {command('data', '…', '--tokenizer', start.tokenizer)}",
                 )
             tokenizer, beside = models, start.tokenizer
     if tokenizer and vocab_size not in (None, tokenizer.vocab_size):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlmpyError
+from ..inputs import regular
 
 LINE_AT_MOST = 8 << 20  # bytes of a record
 SIGNS_FREELY = (
@@ -77,7 +78,7 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        with gzip.open(regular(path), "rb") if packed else regular(path).open("rb") as file:
             number = 0
             while line := file.readline(LINE_AT_MOST + 1):
                 number += 1
@@ -141,15 +142,18 @@ def _document(path: Path, number: int, row: Any) -> Document:
             prompt, completion = _string(fields["prompt"]), _string(fields["completion"])
             return Document(source, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
         if "messages" in fields:
-            return _conversation(source, fields["messages"])
+            return conversation(source, fields["messages"])
     except (TypeError, KeyError, UnicodeEncodeError) as fault:
         raise LlmpyError(f"{path}: record {number:,}: {_reason(fault)}", f"give {KINDS}") from fault
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
     raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
 
 
-def _conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
-    """`role: content` and a blank line for each message; the assistant's words count."""
+def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
+    """`role: content` and a blank line for each message; the assistant's words count.
+
+    Raises TypeError and KeyError for what is no list of messages.
+    """
     if not isinstance(messages, list):
         raise TypeError("messages that are no list")
     text, counted = "", []

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LlmpyError
+from ..inputs import regular
 from ..ranks import EOT
+from ..runfolder import CONFIG_FILE, LOCK, METRICS
 from .records import Document, NoRecords, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
@@ -75,8 +77,8 @@ def _add(real: Path, found: dict[Path, Found]) -> int:
     if real.is_file():
         found[real.resolve()] = Found(real, named=True)
         return 0
-    if not real.is_dir():
-        raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+    if not regular(real).is_dir():
+        raise LlmpyError(f"{real} is gone", "check the path")
     files, hidden = _walk(real)
     for file in files:
         found.setdefault(file.resolve(), Found(file, named=False))
@@ -175,12 +177,18 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> tuple[list[Path], int]:
-    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over."""
+    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over.
+
+    Run folders below it are no text: what they say and sample would be trained on, and change from start to start.
+    """
     hidden = 0
 
     def entries() -> Iterator[Path]:
         nonlocal hidden
         for where, folders, names in os.walk(folder, onerror=_unreadable):
+            if Path(where) != folder and (LOCK in names or {CONFIG_FILE, METRICS} <= {*names}):
+                folders.clear()
+                continue
             visible = [n for n in folders if not n.startswith(".")]
             hidden += len(folders) - len(visible) + sum(n.startswith(".") for n in names)
             folders[:] = visible
@@ -196,7 +204,7 @@ def _unreadable(fault: OSError) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
 

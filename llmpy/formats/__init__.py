@@ -17,8 +17,9 @@ import numpy as np
 from .. import checkpoint
 from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
-from ..errors import LlmpyError
-from ..runfolder import MODEL_FILE
+from ..errors import LlmpyError, did_you_mean
+from ..inputs import regular
+from ..runfolder import MODEL_FILE, finished
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, unreadable
@@ -37,7 +38,9 @@ def resolve(text: str, say: Callable[[str], None]) -> Source:
     except OSError as fault:  # a name too long, a folder that may not be entered
         raise unreadable(path, fault) from fault
     if not there:
-        raise LlmpyError(f"no model {text}", f"use {', '.join(hub.NAMES)}, or the path of a file or folder")
+        near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
+        hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
+        raise LlmpyError(f"no model {text}", hint)
     return _fitted(open_model(path), say)
 
 
@@ -78,7 +81,7 @@ def open_model(path: Path) -> Source:
     try:
         if path.is_dir():
             return _open_folder(path)
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             start = file.read(9)
     except OSError as fault:
         raise unreadable(path, fault) from fault
@@ -102,7 +105,7 @@ def _open_folder(path: Path) -> Source:
         return native.read_model(path)
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.read_model(path)
-    if llmc_state.latest(path) is not None:
+    if llmc_state.is_checkpoint(path):
         return llmc_state.read_checkpoint(path)[0]
     raise LlmpyError(
         f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"

@@ -1,18 +1,25 @@
-"""A model from any format to any other that we write."""
+"""A model, or a run with all it needs to go on, from any format to any other that we write."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from ..durable import made
 from ..errors import LlmpyError
-from ..options import MODEL_FORMATS, ConvertOptions
-from . import gguf, huggingface, llmc, native, open_model
+from ..options import MODEL_FORMATS, ConvertOptions, TrainOptions
+from ..ranks import LLMC_FILE, write_llmc
+from ..runfolder import TOKENIZER_FILE
+from ..tokenizer import Tokenizer
+from . import gguf, huggingface, llmc, llmc_state, native, open_model
 from .source import Source
 
 # What each format can hold; the first is taken where the source's own is not among them.
 DTYPES = {
     "llmc": ("float32", "bfloat16"),
+    "llmc-run": ("float32", "bfloat16"),
     "hf": ("float32", "bfloat16"),
     "native": ("float32",),
     "gguf": ("float32", "bfloat16", "float16"),
@@ -21,27 +28,65 @@ BY_SUFFIX = {".bin": "llmc", ".gguf": "gguf", ".safetensors": "native", "": "hf"
 
 
 def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
-    """Read `options.source`, write `options.target`, and tell what was read and written.
+    """Read `options.source`, write `options.target`, and tell what was read and written, and what was left behind.
 
     Raises LlmpyError for a model that cannot be read, for a target that exists, and for a type that it cannot hold.
     """
     target = options.target
-    to = options.to or BY_SUFFIX.get(target.suffix)
+    to = format_of(target, options.to)
+    folder = _is_folder(target, to)
+    state, told = None, None
+    if to == "llmc-run" and llmc_state.is_checkpoint(options.source):
+        source, state = llmc_state.read_checkpoint(options.source)
+    elif to == "llmc-run":
+        source, state, told = llmc_state.of_run(options.source)
+    else:
+        source = open_model(options.source)
+    say(f"read  {source.describe()}")
+    dtype = write(source, target, to, options.dtype, state)
+    files = sorted(p for p in target.iterdir() if p.is_file()) if folder else [target]
+    names = f" ({', '.join(p.name for p in files)})" if folder else ""
+    say(f"wrote {target}{names}: {to}, {dtype}, {sum(p.stat().st_size for p in files):,} bytes")
+    _tokenizer(source, target, to, say)
+    if told is not None:
+        _how_to_go_on(target, told, say)
+    elif state is None and llmc_state.is_checkpoint(options.source):
+        say("its moments and its place in the data stay behind: train --resume takes them, and --to llmc-run")
+
+
+def format_of(target: Path, to: str | None) -> str:
+    """The format that `target` shall have, `to` or by its name.
+
+    Raises LlmpyError if neither says it, or if something is there already.
+    """
+    to = to or BY_SUFFIX.get(target.suffix)
     if to is None:
         raise LlmpyError(f"{target} does not say its format", f"use --to {', '.join(MODEL_FORMATS)}")
-    _refuse_loss(target, folder=to == "hf" or (to == "native" and target.suffix != ".safetensors"))
-    source = open_model(options.source)
-    say(f"read  {source.describe()}")
-    dtype = options.dtype or (source.dtype if source.dtype in DTYPES[to] else DTYPES[to][0])
+    _refuse_loss(target, _is_folder(target, to))
+    return to
+
+
+def _is_folder(target: Path, to: str) -> bool:
+    return to in ("hf", "llmc-run") or (to == "native" and target.suffix != ".safetensors")
+
+
+def write(source: Source, target: Path, to: str, dtype: str | None = None, state: Any = None) -> str:
+    """Write a model in a format; returns the type of its numbers: `dtype`, or the source's if the format has it.
+
+    With `state`, a `llmc_state.State`, write a checkpoint of llm.c. Missing folders are made.
+    Raises LlmpyError for a type that the format cannot hold, and if the disk refuses.
+    """
+    dtype = dtype or (source.dtype if source.dtype in DTYPES[to] else DTYPES[to][0])
     if dtype not in DTYPES[to]:
         raise LlmpyError(f"--dtype {dtype} with --to {to}", f"use {' or '.join(DTYPES[to])}")
-    _write(source, target, to, dtype)
-    files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
-    size = sum(p.stat().st_size for p in files)
-    names = "" if target.is_file() else f" ({', '.join(p.name for p in files)})"
-    say(f"wrote {target}{names}: {to}, {dtype}, {size:,} bytes")
-    if source.tokenizer is None and to != "llmc":
-        say("no tokenizer came with the model: put its tokenizer.json beside it")
+    if to == "llmc-run" and state is None:
+        raise LlmpyError("a model alone is no run of llm.c: moments and place in the data are missing", "use --to llmc")
+    with made(target if _is_folder(target, to) else target.parent):
+        if state is None:
+            _write(source, target, to, dtype)
+        else:
+            llmc_state.write_checkpoint(target, source, state, dtype)
+    return dtype
 
 
 def _write(source: Source, target: Path, to: str, dtype: str) -> None:
@@ -55,14 +100,52 @@ def _write(source: Source, target: Path, to: str, dtype: str) -> None:
         native.write_model(target, source)
 
 
+def _tokenizer(source: Source, target: Path, to: str, say: Callable[[str], None]) -> None:
+    """Put the tokenizer beside a format that cannot hold it, unless another lies there, and say what became of it."""
+    if source.tokenizer is None:
+        if not to.startswith("llmc"):
+            say("no tokenizer came with the model: put its tokenizer.json beside it")
+        return
+    if not (to.startswith("llmc") or (to == "native" and target.suffix == ".safetensors")):
+        return  # it is in it
+    beside = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
+    if to == "native":
+        beside = target.with_name(TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(source.tokenizer)
+    if beside.exists():
+        try:
+            same = Tokenizer.load(beside).same_tokens(tokenizer)
+        except LlmpyError:
+            same = False
+        say(
+            f"its tokenizer is already beside it: {beside}"
+            if same
+            else f"its tokenizer stays behind, for {beside} is another: text needs {source.tokenizer}"
+        )
+        return
+    try:
+        tokenizer.save(beside) if to == "native" else write_llmc(beside, tokenizer.ranks())
+    except LlmpyError as fault:
+        say(f"its tokenizer stays behind ({fault}): text needs {source.tokenizer}")
+        return
+    say(f"its tokenizer is beside it: {beside}")
+
+
+def _how_to_go_on(target: Path, told: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What llm.c has to be told, for its files hold no options."""
+    o = TrainOptions.from_record(told)
+    BT = o.batch_size * o.sequence_length
+    say(
+        f"llm.c goes on with:  -o {shlex.quote(str(target))} -y 1 -b {o.batch_size} -t {o.sequence_length} "
+        f"-d {o.micro_steps * BT}  and the data, steps and rates of before: its files hold no options"
+    )
+
+
 def _refuse_loss(target: Path, folder: bool) -> None:
-    """Raise LlmpyError if anything is there already, or if a file has no folder to lie in."""
+    """Raise LlmpyError if anything is there already."""
     try:
         taken = any(target.iterdir()) if folder and target.is_dir() else target.exists()
-        homeless = not folder and not target.parent.is_dir()
     except OSError as fault:
         raise LlmpyError(f"cannot write {target}: {fault.strerror}", "choose another place") from fault
     if taken:
         raise LlmpyError(f"{target} exists", "choose a new name, or remove it")
-    if homeless:
-        raise LlmpyError(f"cannot write {target}: {target.parent} is no folder", "make it first, or choose another")

@@ -104,8 +104,7 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_tokenizer_model("none")
         writer.add_vocab_size(V)
         return
-    Tokenizer.load(source.tokenizer)  # raises LlmpyError for one that is not byte-level BPE
-    about = json.loads(source.tokenizer.read_bytes())
+    about = json.loads(Tokenizer.load(source.tokenizer).to_json())
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
         raise LlmpyError(

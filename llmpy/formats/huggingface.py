@@ -163,6 +163,7 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
             save_file(tensors, temporary, {"format": "pt"})  # as transformers writes and wants it
         except SafetensorError as fault:  # how the library reports a full disk
             raise OSError(str(fault)) from fault
+        temporary.chmod((folder / CONFIG_FILE).stat().st_mode)  # the library makes files that only their owner may read
 
     write_whole(folder / WEIGHTS_FILE, write)
 

@@ -21,6 +21,8 @@ import numpy as np
 from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..inputs import regular
+from ..ranks import LLMC_FILE
 from ..runfolder import TOKENIZER_FILE
 from .source import DTYPES, Source, cast, damaged, shapes, unreadable
 
@@ -73,9 +75,20 @@ def read_model(path: Path) -> Source:
         x = read_at(path, places[name])
         return padded(x, config) if name == "wte" else x
 
-    beside = path.with_name(TOKENIZER_FILE)
-    tokenizer = beside if beside.is_file() else None
-    return Source(path, f"model of llm.c, version {version}", config, NARROW[version], context, read, tokenizer)
+    return Source(
+        path, f"model of llm.c, version {version}", config, NARROW[version], context, read, _tokenizer(path, V)
+    )
+
+
+def _tokenizer(path: Path, V: int) -> Path | None:
+    """The tokenizer beside a model: a tokenizer.json, else llm.c's if it has as many tokens as the model."""
+    named, table = path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    if named.is_file():
+        return named
+    try:
+        return table if table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V else None
+    except (OSError, IndexError):
+        return None
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:
@@ -151,7 +164,7 @@ def write_debug(path: Path, config: ModelConfig, state: DebugState) -> None:
 def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
     """The 256 int32 of a file that must begin with `magic`, and the file's size in bytes."""
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             start = file.read(HEADER.itemsize)
             size = file.seek(0, 2)
     except OSError as fault:

@@ -19,18 +19,24 @@ import functools
 import itertools
 import math
 import operator
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .. import checkpoint
 from ..config import ModelConfig
 from ..data.loader import Loader, Position
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..gpt2 import PARAMS
 from ..optimizer import AdamW
+from ..options import TrainOptions
 from ..rng import MTState, Xorshift64Star
+from ..runfolder import CHECKPOINTS, LLMC_DONE
+from ..snapshot import position_of
+from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
 from .source import DTYPES, Source, damaged, shapes, unreadable
 
@@ -104,6 +110,30 @@ def capture(optimizer: AdamW, loader: Loader, params: np.ndarray, micro_steps: i
     )
 
 
+def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
+    """The newest checkpoint of a run of ours as llm.c would have it, and the run's options as they are recorded.
+
+    What llm.c does not write down stays behind: outlier detectors, clocks, and the options themselves.
+    Raises LlmpyError if there is no checkpoint, or if it is damaged.
+    """
+    found = checkpoint.listed(run / CHECKPOINTS)
+    if not found:
+        raise LlmpyError(f"{run} has no checkpoint, only a model", "convert that alone: --to llmc")
+    manifest = checkpoint.verify(found[0])
+    source = replace(native.read_model(found[0] / checkpoint.MODEL), tokenizer=native.tokenizer_in(run))
+    n = sum(math.prod(s) for s in shapes(source.config).values())
+    m, v = np.empty((2, n), np.float32)
+    others = checkpoint.load_state(found[0] / checkpoint.STATE, PARAMS(source.config), m, v)
+    options, empty = manifest["options"], np.empty(0, np.int32)
+    position, shuffle = position_of(manifest, others), options["shuffle"] and not options["overfit"]
+    if not shuffle:
+        position = replace(position, shard_order=empty, sample_order=empty)
+    micro_steps = TrainOptions.from_record(options).micro_steps
+    master = np.concatenate([source.read(name).reshape(-1) for name in shapes(source.config)])
+    rng = rng_states(manifest["step"], micro_steps)
+    return source, TrainingState(manifest["step"], m, v, master, *rng, shuffle, (position,)), options
+
+
 def restore(state: TrainingState, optimizer: AdamW, loader: Loader) -> None:
     """Put optimizer and loader (of rank `loader.rank`) where `state` says; the weights are the checkpoint's source.
 
@@ -114,18 +144,21 @@ def restore(state: TrainingState, optimizer: AdamW, loader: Loader) -> None:
             f"the state has {state.m.size:,} moments, the model {optimizer.m.size:,} parameters",
             "continue with the model that it was saved with",
         )
-    if (len(state.places), state.shuffle) != (loader.ranks, loader.shuffle):
-        raise LlmpyError(
-            f"the state was saved by {len(state.places)} processes, shuffling {'on' if state.shuffle else 'off'}",
-            f"continue with as many (now {loader.ranks}), and the same shuffling",
-        )
-    place = state.places[loader.rank]
-    if not state.shuffle:
-        place = _in_text_order(place, loader)
-    loader.position = place
+    restore_place(state, loader)
     optimizer.m[...] = state.m
     optimizer.v[...] = state.v
     optimizer.updates = state.step
+
+
+def restore_place(state: TrainingState, loader: Loader) -> None:
+    """Put the loader where `state` says. Raises LlmpyError if data, -B, -T or ranks are others."""
+    if (len(state.places), state.shuffle) != (loader.ranks, loader.shuffle):
+        raise LlmpyError(
+            f"the state was saved by {len(state.places)} processes, shuffling {'on' if state.shuffle else 'off'}",
+            f"continue with as many (now {loader.ranks}) and the same shuffling, or from the weights alone: --init",
+        )
+    place = state.places[loader.rank]
+    loader.position = place if state.shuffle else _in_text_order(place, loader)
 
 
 def _in_text_order(place: Position, loader: Loader) -> Position:
@@ -150,9 +183,14 @@ def latest(folder: Path) -> int | None:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as fault:
         raise unreadable(folder, fault) from fault
-    steps = {int(found[1]) for name in names if (found := re.fullmatch(r"DONE_(\d{1,18})", name))}
+    steps = {int(found[1]) for name in names if (found := LLMC_DONE.fullmatch(name))}
     complete = (s for s in sorted(steps, reverse=True) if {_model_name(s), _state_name(s, 0)} <= names)
     return next(complete, None)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a folder that holds a complete checkpoint."""
+    return path.is_dir() and latest(path) is not None
 
 
 def read_checkpoint(folder: Path, step: int | None = None) -> tuple[Source, TrainingState]:

@@ -24,14 +24,17 @@ def read_model(path: Path) -> Source:
             found: np.ndarray = file.get_tensor(name)
         return found
 
-    beside = path.with_name(TOKENIZER_FILE)
-    tokenizer = beside if beside.is_file() else None
-
     def load(params: Arena) -> None:
         checkpoint.load_parameters(path, params)
 
     what, length = "model of llmpy", header.trained_length
-    return Source(path, what, header.config, "float32", length, read, tokenizer, load)
+    return Source(path, what, header.config, "float32", length, read, tokenizer_in(path.parent), load)
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """The tokenizer.json of a model that lies there, if it has one."""
+    path = folder / TOKENIZER_FILE
+    return path if path.is_file() else None
 
 
 def write_model(path: Path, source: Source) -> None:

@@ -20,6 +20,7 @@ from ..arena import Arena
 from ..config import ModelConfig
 from ..errors import LlmpyError
 from ..gpt2 import PARAMS
+from ..inputs import regular
 
 DTYPES = {
     "float32": np.dtype("<f4"),
@@ -89,7 +90,7 @@ def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def read_json(path: Path, at_most: int) -> Any:
     """The object of a JSON file. Raises LlmpyError if it is missing, larger than `at_most` bytes, or no JSON."""
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         if size > at_most:
             raise LlmpyError(f"{path} has {size:,} bytes, and such a file has at most {at_most:,}", "restore the file")
         found = json.loads(path.read_bytes())

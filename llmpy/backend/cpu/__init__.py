@@ -258,6 +258,11 @@ class CPU:
             "numpy": np.__version__,
         }
 
+    def compiled(self) -> bool:
+        """Whether the kernels of training are in the cache."""
+        names = (name for name, _ in _smallest_calls(self) if name not in DECODING_ALONE)
+        return all(jit.is_cached(name, str(self.dtype)) for name in names)
+
     def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
         """Compile or load the kernels of training, or of `decoding`, by running each on the smallest arrays.
 

@@ -1,0 +1,329 @@
+"""llm.py from Python: a model to load, prompt, differentiate and export, and a trainer.
+
+What comes in is checked here, because compiled kernels check no bounds: shapes, types, token ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import backend, checkpoint, formats, gpt2
+from .config import GPT2_VOCAB, ModelConfig
+from .errors import LlmpyError, did_you_mean
+from .formats import convert
+from .formats.source import Source
+from .generate import Choice, Generation, TextStream, check_memory, choice_of, encode_prompt
+from .init import initialise
+from .options import SampleOptions, TrainOptions, converted
+from .preflight import Machine
+from .rng import Xorshift64Star
+from .runfolder import METRICS, MODEL_FILE, TOKENIZER_FILE, RunFolder
+from .tokenizer import Tokenizer
+from .trainer import train
+
+IGNORED = -1  # a target that does not count
+CHOICES = {"stop", "seed", *(f.name for f in fields(Choice))}  # of what `llmpy sample` can be told
+
+
+class GPT2:
+    """A GPT-2 and its tokenizer. Made by `load` or `new`.
+
+    `config` is its shape; `parameters` maps the name of each tensor to its float32 array, which may be written to:
+    `store_weights` then renews what products read. `tokenizer` is None for a model that came without one; where text
+    needs one, GPT-2's is taken if the vocabulary is as large.
+    """
+
+    def __init__(self, net: gpt2.GPT2, tokenizer: Tokenizer | None, trained_length: int) -> None:
+        self.config = net.config
+        self.tokenizer = tokenizer
+        self.trained_length = trained_length  # positions beyond are untrained, and texts slide
+        self.parameters: dict[str, np.ndarray] = {t.name: net.ops.to_host(view) for t, view in net.params.items()}
+        self._net = net
+        self._shape = (0, 0)
+
+    @classmethod
+    def load(
+        cls, model: str | Path = "gpt2", *, threads: int | None = None, dtype: str = "auto",
+        machine: Machine | None = None,
+    ) -> Self:  # fmt: skip
+        """A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or at a path.
+
+        A path is a run folder, a `model.safetensors`, a `.bin` of llm.c or a folder of Hugging Face. `dtype` is of the
+        products: auto, float32 or bfloat16. Raises LlmpyError for what is missing, damaged or no model.
+        """
+        source = formats.resolve(str(model), _aside)
+        tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
+        net = gpt2.GPT2(source.config, machine or _machine(threads, dtype))
+        source.fill(net.params)
+        net.store_weights()
+        return cls(net, tokenizer, source.trained_length)
+
+    @classmethod
+    def new(
+        cls, size: str | ModelConfig = "d4", *, tokenizer: Tokenizer | None = None, seed: int = 42,
+        threads: int | None = None, dtype: str = "auto", machine: Machine | None = None,
+    ) -> Self:  # fmt: skip
+        """An untrained model: of a size as in `llmpy train --model`, with the tokenizer's vocabulary, or of a shape."""
+        vocab_size = None if tokenizer is None else tokenizer.vocab_size
+        config = size if isinstance(size, ModelConfig) else ModelConfig.from_dial(size, vocab_size=vocab_size)
+        net = gpt2.GPT2(config, machine or _machine(threads, dtype))
+        initialise(net.params, config, seed)
+        net.store_weights()
+        return cls(net, tokenizer, config.context)
+
+    def store_weights(self) -> None:
+        """Renew what products read from `parameters`; to be called after writing to them."""
+        self._net.store_weights()
+
+    def loss(self, tokens: ArrayLike, targets: ArrayLike | None = None) -> float:
+        """Mean cross-entropy in nats; arguments as of `loss_and_grads`."""
+        return self._net.loss(*self._batch(tokens, targets))
+
+    def loss_and_grads(
+        self, tokens: ArrayLike, targets: ArrayLike | None = None
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Mean cross-entropy in nats, and its gradient by every parameter, float32 in the parameter's shape.
+
+        `tokens`: integers (B, T), or (T,) for a single row, each in 0 … V − 1. `targets`: of the same shape, what comes
+        after each token, −1 where that does not count; without them a token's target is the next one in its row.
+        The gradients are arrays of the model: the next call overwrites them. Raises LlmpyError for anything else.
+        """
+        loss = self._net.loss_and_grads(*self._batch(tokens, targets))
+        assert self._net.grads is not None
+        return loss, {t.name: self._net.ops.to_host(view) for t, view in self._net.grads.items()}
+
+    def logits(self, tokens: ArrayLike, position: int = -1) -> np.ndarray:
+        """Logits (B, V) float32 of what follows one position of tokens (B, T)."""
+        ids = self._ids(tokens, "tokens", 0)
+        if not -ids.shape[1] <= position < ids.shape[1]:
+            raise LlmpyError(f"position {position} of {ids.shape[1]} tokens", "use one of theirs; -1 is the last")
+        self._make_room(ids.shape)
+        return self._net.logits(ids, position)
+
+    def generate(self, prompt: str = "", tokens: int = 200, **choices: Any) -> str:
+        """The prompt and what comes after it: up to `tokens` tokens, less if the text ends before.
+
+        Choices are those of `llmpy sample`: temperature, top_k, top_p, min_p, repetition_penalty, stop (texts), seed.
+        Raises LlmpyError for other ones, and without a tokenizer.
+        """
+        return prompt + "".join(self.stream(prompt, tokens, **choices))
+
+    def stream(self, prompt: str = "", tokens: int = 200, **choices: Any) -> Iterator[str]:
+        """What comes after the prompt, piece by piece; arguments as of `generate`."""
+        if not isinstance(prompt, str):
+            raise LlmpyError(f"a prompt of type {type(prompt).__name__}", "give a text, or call this for each one")
+        for name in choices.keys() - CHOICES:
+            known = ", ".join(sorted(CHOICES))
+            raise LlmpyError(f"unknown choice {name!r}", did_you_mean(name, CHOICES) or f"use {known}")
+        if isinstance(choices.get("stop"), str):
+            choices["stop"] = [choices["stop"]]
+        values = {name: converted(SampleOptions, name, value) for name, value in choices.items()}
+        options = SampleOptions(tokens=converted(SampleOptions, "tokens", tokens), **values)
+        prompt_ids = encode_prompt(self.require_tokenizer(), prompt)
+        return self.continued(prompt_ids, options.tokens, choice_of(options), options.stop or (), options.seed)
+
+    def continued(
+        self, ids: Sequence[int], count: int, choice: Choice, stop: Sequence[str] = (), seed: int = 1337
+    ) -> Iterator[str]:
+        """The text of up to `count` tokens after `ids`: to the end of the text, or to one of the strings `stop`."""
+        tokenizer, ops, reach = self.require_tokenizer(), cast(Machine, self._net.ops), self.trained_length
+        check_memory(self.config, ops, 1, min(reach, len(ids) + count))
+        ops.warm_up(_aside, decoding=True)
+        generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
+        text = TextStream(tokenizer.decode, stop)
+        for _ in range(count):
+            token = generation.step([0])[0].id
+            if token == tokenizer.eot:
+                break
+            yield text.feed(token)
+            if text.stopped:
+                break
+        yield text.finish()
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or GPT-2's. Raises LlmpyError if there is none."""
+        if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
+            self.tokenizer = Tokenizer.gpt2(_aside)
+        if self.tokenizer is None:
+            raise LlmpyError(
+                "the model has no tokenizer, which text needs", "set model.tokenizer = llmpy.Tokenizer.load(…)"
+            )
+        return self.tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder with model.safetensors and its tokenizer, which `load` and `llmpy sample` read."""
+        self._export(Path(path), "native", None)
+
+    def export_hf(self, path: str | Path, dtype: str = "float32") -> None:
+        """Write a folder that Hugging Face's `transformers` loads, in float32 or bfloat16.
+
+        Raises LlmpyError if there is something at `path`, or if the disk refuses.
+        """
+        self._export(Path(path), "hf", dtype)
+
+    def export(self, path: str | Path, to: str | None = None, dtype: str | None = None) -> None:
+        """Write what `llmpy convert` writes: `to` llmc, hf, native or gguf, or by the name of `path`."""
+        self._export(Path(path), to, dtype)
+
+    def _export(self, path: Path, to: str | None, dtype: str | None) -> None:
+        to = convert.format_of(path, to)
+        with tempfile.TemporaryDirectory(prefix="llmpy-") as folder:
+            tokenizer = None
+            if self.tokenizer is not None:
+                tokenizer = Path(folder, TOKENIZER_FILE)
+                self.tokenizer.save(tokenizer)
+            convert.write(self._source(tokenizer), path, to, dtype)
+
+    def _source(self, tokenizer: Path | None) -> Source:
+        """This model as the writers of files take it."""
+        return Source(
+            Path("memory"), "model in memory", self.config, "float32", self.trained_length,
+            self.parameters.__getitem__, tokenizer,
+        )  # fmt: skip
+
+    def _batch(self, tokens: ArrayLike, targets: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+        """tokens and targets (B, T) int32, checked; arenas are made for them."""
+        ids = self._ids(tokens, "tokens", 0, most=None if targets is not None else self.config.context + 1)
+        if targets is None:
+            if ids.shape[1] < 2:
+                raise LlmpyError("a row of one token has no target", "give rows of two or more, or targets")
+            ids, wanted = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+        else:
+            wanted = self._ids(targets, "targets", IGNORED)
+            if wanted.shape != ids.shape:
+                raise LlmpyError(f"targets {wanted.shape} for tokens {ids.shape}", "give one for each token")
+        self._make_room(ids.shape)
+        return ids, wanted
+
+    def _ids(self, values: ArrayLike, what: str, least: int, most: int | None = None) -> np.ndarray:
+        """Token ids as int32 (B, T). Raises LlmpyError unless they are whole numbers in `least` … V − 1."""
+        try:
+            ids = np.asarray(values)
+        except ValueError:
+            raise LlmpyError(f"{what} are rows of different lengths", "give an array (B, T)") from None
+        if ids.dtype.kind not in "iu":
+            raise LlmpyError(f"{what} are {ids.dtype}, not whole numbers", "give token ids, as tokenizer.encode does")
+        if ids.ndim not in (1, 2) or ids.size == 0:
+            raise LlmpyError(f"{what} of shape {ids.shape}", "give an array (B, T), or (T,) for a single row")
+        ids = ids.reshape(-1, ids.shape[-1])
+        longest = most or self.config.context
+        if ids.shape[1] > longest:
+            raise LlmpyError(
+                f"{what}: rows of {ids.shape[1]:,}, and the model's context is {self.config.context:,}", "cut them"
+            )
+        for extreme in (ids.min(), ids.max()):
+            if not least <= extreme < self.config.vocab_size:
+                raise LlmpyError(
+                    f"{what}: {extreme} is no token of this model",
+                    f"ids go from {least} to {self.config.vocab_size - 1}",
+                )
+        return np.ascontiguousarray(ids, np.int32)
+
+    def _make_room(self, shape: tuple[int, ...]) -> None:
+        """Only one shape's activations are kept."""
+        if shape != self._shape:
+            self._net.release()
+            self._shape = cast(tuple[int, int], shape)
+
+
+class Trainer:
+    """A run of `llmpy train`, told and read from Python.
+
+    `model`: a size to train from scratch ("d4"), or a `GPT2`, which is trained on and then holds the result.
+    `data`: files, folders, or the name of a data set; without, the text that Python carries. All other options are
+    those of `llmpy train --help`, by name: steps, minutes, lr, batch_size, sequence_length, out, resume, init …
+    Raises LlmpyError for options that there are not, and values that do not serve.
+    """
+
+    def __init__(
+        self, model: str | GPT2 = "", data: str | Path | Sequence[str | Path] | None = None, *,
+        machine: Machine | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        told = dict(options)
+        self._trained: GPT2 | None = None
+        if isinstance(model, GPT2):
+            self._trained = model
+            if "init" in told:
+                raise LlmpyError("a model and init", "give one of them: both say what to start from")
+        elif model:
+            told["model"] = model
+        if data is not None:
+            told["data"] = [data] if isinstance(data, str | Path) else list(data)
+        values = {name: converted(TrainOptions, name, value) for name, value in told.items()}
+        self.options = TrainOptions.gather(values)
+        self.folder: Path | None = None
+        self._machine = machine
+
+    def run(self, verbose: bool = True) -> Self:
+        """Train to the end; `verbose` tells of it on standard output, as the command does. Ctrl-C stops and saves.
+
+        Raises LlmpyError for whatever the command would refuse, Diverged for numbers that are not finite.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise LlmpyError("training outside the main thread could not be stopped", "call run in the main thread")
+        with contextlib.ExitStack() as stack:
+            options = self.options
+            if self._trained is not None:
+                start = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmpy-"))
+                self._trained.save(Path(start, "model"))
+                options = TrainOptions.gather(
+                    {name: getattr(options, name) for name in options.given} | {"init": str(Path(start, "model"))}
+                )
+            if not verbose:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            folder = RunFolder.claim(options)
+            train(options, self._machine, folder)
+            self.folder = folder.path
+        if self._trained is not None:
+            checkpoint.load_parameters(self.folder / MODEL_FILE, self._trained._net.params)
+            self._trained.store_weights()
+        return self
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The numbers of the run, step by step, as in its metrics.jsonl: step, loss, lr, …; step, val_loss."""
+        lines = (self._done() / METRICS).read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
+        """Steps and values of one of the numbers, for a plot."""
+        rows: list[Mapping[str, Any]] = [row for row in self.metrics if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    @property
+    def model(self) -> GPT2:
+        """What was trained."""
+        folder = self._done()
+        if self._trained is None:
+            o = self.options
+            self._trained = GPT2.load(folder, threads=o.threads, dtype=o.dtype, machine=self._machine)
+        return self._trained
+
+    def _done(self) -> Path:
+        if self.folder is None:
+            raise LlmpyError("nothing was trained yet", "call run() first")
+        return self.folder
+
+
+def _machine(threads: int | None, dtype: str) -> Machine:
+    """The CPU, its kernels compiled."""
+    machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
+    machine.warm_up(_aside)
+    return machine
+
+
+def _aside(line: str) -> None:
+    """What is no result."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""Talk with a model that was tuned on messages: `llmpy chat RUN`.
+
+The talk is written as training wrote its conversations (`data.records`), and cut into tokens at the same places, so
+that the model sees what it was tuned on:
+
+    <|endoftext|>system: …⏎⏎user: …⏎⏎assistant: …⏎⏎user: …⏎⏎assistant:␣
+
+and an answer ends where the text ends or another role begins. What no longer fits the model's reach beside an answer
+is forgotten, the oldest messages first; the system's stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from .api import GPT2
+from .data.encode import tokenise
+from .data.records import conversation
+from .errors import LlmpyError, did_you_mean
+from .generate import choice_of
+from .options import ChatOptions
+from .preflight import Machine
+from .terminal import paint
+from .tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+STOPS = tuple(f"\n\n{role}:" for role in ROLES)
+HELP = {
+    "/reset": "forget the talk so far",
+    "/quit": "end (or press Ctrl-D)",
+    "/help": "tell this",
+}
+SEEDS = (1 << 64) - 1
+Message = dict[str, str]
+
+
+class Talk:
+    """The messages so far, and the tokens that a model continues."""
+
+    def __init__(self, tokenizer: Tokenizer, reach: int, system: str | None = None) -> None:
+        """`reach`: tokens that a model sees; half of it at least is left for the talk."""
+        self._tokenizer, self._reach = tokenizer, reach
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[Message] = []
+
+    def reset(self) -> None:
+        """Forget everything but what the system said."""
+        self.messages.clear()
+
+    def say(self, role: str, content: str) -> None:
+        """Add a message."""
+        self.messages.append({"role": role, "content": content})
+
+    def prompt(self, answer: int) -> list[int]:
+        """Tokens up to where the assistant speaks, so few that `answer` more are seen with them.
+
+        Messages that have no room are forgotten, the oldest first. Raises LlmpyError if the last alone has none: it is
+        taken back.
+        """
+        room = self._reach - min(answer, self._reach // 2)
+        while len(ids := self._tokens()) > room:
+            if len(self.messages) == 1:
+                self.messages.pop()
+                raise LlmpyError(
+                    f"the message has {len(ids):,} tokens with what surrounds it, and the model sees {room:,} beside "
+                    "its answer",
+                    "say it in fewer words",
+                )
+            del self.messages[0]
+            while len(self.messages) > 1 and self.messages[0]["role"] == "assistant":
+                del self.messages[0]  # an answer without its question
+        return ids
+
+    def _tokens(self) -> list[int]:
+        """As training has them: the document that an empty answer would make, without the blank line that ends it."""
+        document = conversation("chat", [*self._system, *self.messages, {"role": "assistant", "content": ""}])
+        return [int(i) for i in tokenise(self._tokenizer, [document.part(0, len(document.text) - 2)]).ids]
+
+
+def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Machine | None = None) -> None:
+    """Read messages with `ask` until EOFError or /quit, and answer each; Ctrl-C ends an answer, not the talk.
+
+    `ask` None: standard input, with a prompt and a line editor where that is a terminal.
+    Raises LlmpyError for a model that is missing, damaged, or without a tokenizer.
+    """
+    o = options
+    model = GPT2.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
+    talk = Talk(model.require_tokenizer(), model.trained_length, o.system)
+    seed = o.seed
+    ask = ask or reader()
+    aside("answers end at Ctrl-C; /reset forgets, /quit ends")
+    while (text := next_message(ask, talk)) is not None:
+        talk.say("user", text)
+        try:
+            ids = talk.prompt(o.tokens)
+        except LlmpyError as fault:
+            aside(str(fault))
+            continue
+        except UnicodeEncodeError:
+            aside("the message holds bytes that are not UTF-8: type it again, or set a UTF-8 locale (LANG=C.UTF-8)")
+            talk.messages.pop()
+            continue
+        pieces = model.continued(ids, o.tokens, choice_of(o), STOPS, seed)
+        talk.say("assistant", answer(pieces))
+        seed = seed % SEEDS + 1
+
+
+def answer(pieces: Iterator[str]) -> str:
+    """Print an answer as it comes, up to Ctrl-C; what was said of it."""
+    said: list[str] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            said.append(piece)
+            print(piece, end="", flush=True)
+    print(flush=True)
+    return "".join(said).strip()
+
+
+def next_message(ask: Callable[[], str], talk: Talk) -> str | None:
+    """What the user says next, commands carried out; None at the end."""
+    while True:
+        try:
+            text = ask().strip()
+        except KeyboardInterrupt:
+            aside("\nto end: /quit or Ctrl-D")
+            continue
+        except EOFError:
+            return None
+        if text == "/quit":
+            return None
+        if text == "/reset":
+            talk.reset()
+            aside("the talk is forgotten")
+        elif text == "/help":
+            for command, what in HELP.items():
+                aside(f"  {command:<8} {what}")
+        elif text.startswith("/"):
+            aside(f"no command {text.split()[0]}: {did_you_mean(text, HELP) or 'use ' + ', '.join(HELP)}")
+        elif text:
+            return text
+
+
+def reader() -> Callable[[], str]:
+    """How to read a line: at a terminal with a prompt, an editor and a history, else just so."""
+    if not sys.stdin.isatty():
+        return input
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - makes input() an editor
+    return lambda: input(paint("> ", "cyan", sys.stdout))
+
+
+def aside(line: str) -> None:
+    """What is no part of the talk."""
+    print(paint(line, "dim", sys.stderr), file=sys.stderr, flush=True)

@@ -1,0 +1,376 @@
+"""`llmpy plan`: what a run will need and take, before it starts, on this machine or on several like it.
+
+memory   the tables of the model, as `preflight` counts them
+step     = G · Σ calls · time of each operation    (forward, loss, backward: `step_parts`; G batches gathered)
+         + norm and AdamW
+time     of an operation: measured now, by `bench ops`, on the sizes of this model (rows beyond what products need
+         to reach their rate are not computed but multiplied). Of another machine: by its peak, at the share of
+         the peak that was measured here; what memory bounds by its bandwidth.
+tokens   Chinchilla's 20 a parameter (Hoffmann et al. 2022), and what llm.c's script for this size trains on
+
+N machines: data parallel, each with 1/N of the moments (ZeRO-1; Rajbhandari et al. 2019)
+
+    reduce-scatter   (N−1)·(latency + bytes/N/bandwidth) for the float32 gradients of each layer, as soon as its
+                     backward is done, beside what is left of backward; the embedding's come last
+    update           the norm, two messages up and down a tree; AdamW on 1/N of the parameters
+    all-gather       the same for the weights that products read, the embedding's first; the next forward waits for
+                     those of a layer when it comes to it
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+
+from . import backend
+from .bench import columns
+from .bench.ops import FLOPS, Case, Meter, time_case
+from .config import ModelConfig
+from .errors import LlmpyError
+from .gpt2 import PARAMS
+from .options import PlanOptions, TrainOptions
+from .preflight import LOGITS_ROWS, check_length, disk_needed, duration, gigabytes, memory_parts
+from .recipes import RECIPES
+
+CHINCHILLA = 20  # tokens a parameter
+FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": FineWeb's sample of 10B
+PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
+MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
+BUDGET, REPEATS = 0.15, 3  # seconds and calls of each operation
+UNSTEADY = 1.15  # the peak at the end by that at the start, or the other way: other programs came or went
+CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
+WIDE = 4  # bytes of a gradient
+SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
+SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
+
+
+@dataclass(frozen=True)
+class Part:
+    """An operation of a step on one size, and how often it is called; `stage`: when, `kind`: what it is called."""
+
+    stage: str  # forward, loss, backward or update
+    kind: str  # products, attention, head, rest, update
+    op: str
+    case: Case
+    calls: int
+
+
+def step_parts(config: ModelConfig, B: int, T: int, recompute: int, mixed: bool) -> list[Part]:
+    """Every call of `GPT2.loss_and_grads` on (B, T), and of the optimizer."""
+    L, C, NH = config.layers, config.channels, config.heads
+    rows = Case(B, T, C=C)
+    embedding = Case(B, T, C=C, V=config.vocab_size, Vp=config.padded_vocab_size)
+    flat = Case(n=sum(t.size for t in PARAMS(config)))
+
+    def product(stage: str, i: int, o: int, variant: str) -> Part:
+        return Part(stage, "products", f"linear_{stage}", Case(B, T, C=i, OC=o, variant=variant), L)
+
+    parts = [
+        Part("forward", "rest", "embedding_forward", embedding, 1),
+        Part("forward", "rest", "layernorm_forward", rows, 1),
+        Part("forward", "rest", "residual_layernorm_forward", rows, 2 * L),
+        product("forward", C, 3 * C, "bias"),
+        product("forward", C, C, "bias"),
+        product("forward", C, 4 * C, "bias gelu"),
+        product("forward", 4 * C, C, "bias"),
+        Part("forward", "attention", "attention_forward", Case(B, T, C=C, NH=NH), L),
+        Part("loss", "head", "classifier", embedding, 1),
+        Part("backward", "rest", "layernorm_backward", rows, 2 * L + 1),
+        product("backward", 4 * C, C, "bias gelu"),
+        product("backward", C, 4 * C, "bias"),
+        product("backward", C, C, "bias"),
+        product("backward", C, 3 * C, "bias"),
+        Part("backward", "attention", "attention_backward", Case(B, T, C=C, NH=NH), L),
+        Part("backward", "rest", "embedding_backward", embedding, 1),
+        Part("update", "update", "global_norm", flat, 1),
+        Part("update", "update", "adamw", flat, 1),
+    ]
+    if recompute >= 1:
+        parts.append(Part("backward", "rest", "gelu_forward", replace(rows, C=4 * C), L))
+    if recompute >= 2:
+        parts.append(Part("backward", "rest", "layernorm_forward", rows, 2 * L))
+    if mixed:
+        parts.append(Part("backward", "rest", "narrow", Case(n=B * T * C), 2 * L))
+    return parts
+
+
+def smaller(part: Part) -> tuple[Case, float]:
+    """A size on which the operation is as fast, and how many times as much work its own is."""
+    case = part.case
+    if case.n > 1:
+        return replace(case, n=min(case.n, FLAT)), case.n / min(case.n, FLAT)
+    if part.kind == "attention":  # its work goes with T²
+        B = min(case.B, max(1, PRODUCT_ROWS // case.T))
+        return replace(case, B=B), case.B / B
+    most = LOGITS_ROWS if part.kind == "head" else PRODUCT_ROWS if part.kind == "products" else OTHER_ROWS
+    rows = min(case.rows, most)
+    small, times = replace(case, B=1, T=rows), case.rows / rows
+    if small.Vp * small.C > MATRIX:
+        Vp = max(1, MATRIX // small.C)
+        small = replace(small, V=min(small.V, Vp), Vp=Vp)
+        times *= case.Vp / Vp if part.kind == "head" else 1  # of the embedding only rows are touched
+    if small.OC * small.C > MATRIX:
+        OC = MATRIX // small.C
+        small, times = replace(small, OC=OC), times * case.OC / OC
+    return small, times
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What bounds a machine, GFLOP/s and GB/s; not `steady`: it changed while it was measured."""
+
+    peak: float
+    bandwidth: float
+    steady: bool = True
+
+
+def measure(machine: Meter, parts: Sequence[Part]) -> tuple[list[float], Rates]:
+    """Seconds of all calls of each part on this machine, and its rates, measured before and after."""
+    peaks, streams = [machine.measure_peak()], [machine.measure_bandwidth()]
+    other = machine.empty(CACHES, machine.wide)
+    seconds = []
+    for part in parts:
+        case, times = smaller(part)
+        median = time_case(machine, part.op, case, BUDGET, REPEATS, lambda: machine.zero(other))["median_ms"]
+        seconds.append(part.calls * times * median / 1e3)
+    peaks.append(machine.measure_peak())
+    streams.append(machine.measure_bandwidth())
+    return seconds, Rates(sum(peaks) / 2, sum(streams) / 2, max(peaks) < UNSTEADY * min(peaks))
+
+
+@dataclass(frozen=True)
+class Network:
+    """N machines; each sends and receives `bandwidth` bytes/s at once, a message begins after `latency` seconds."""
+
+    nodes: int
+    bandwidth: float
+    latency: float
+
+    def ring(self, count: float) -> float:
+        """Seconds of a reduce-scatter or all-gather of `count` bytes, each machine's share passed around."""
+        if self.nodes == 1:
+            return 0.0
+        return (self.nodes - 1) * (self.latency + count / self.nodes / self.bandwidth)
+
+    def norm(self) -> float:
+        """Seconds of a sum of one number over all machines."""
+        return 2 * math.ceil(math.log2(self.nodes)) * self.latency
+
+
+def finish(ready: Sequence[float], takes: Sequence[float]) -> float:
+    """When a chain of jobs is done, of which each may begin at `ready` and after the one before; seconds."""
+    done = 0.0
+    for at, seconds in zip(ready, takes, strict=True):
+        done = max(done, at) + seconds
+    return done
+
+
+def distributed(config: ModelConfig, stages: dict[str, float], gathered: int, stored: int, network: Network) -> dict:
+    """A step on several machines: seconds, and what of it waits for the network.
+
+    `stages`: seconds of forward, loss, backward and update of one machine, of one batch; `gathered`: batches of an
+    update; `stored`: bytes of a weight that products read.
+    """
+    L, N = config.layers, network.nodes
+    compute = stages["forward"] + stages["loss"] + stages["backward"]
+    layers = (t.size // L for t in PARAMS(config) if len(t.shape) > 1 and t.name not in ("wte", "wpe"))
+    layer, total = sum(layers), sum(t.size for t in PARAMS(config))
+    rest = total - L * layer
+
+    def takes(sizes: Sequence[int], width: int) -> list[float]:
+        return [network.ring(width * elements) for elements in sizes]
+
+    # Backward begins at 0 with the last layer; what is left of it when a layer is done hides that layer's transfer.
+    ready = [stages["backward"] / L * (l + 1) for l in range(L)] + [stages["backward"]]
+    summed = finish(ready, takes([layer] * L + [rest], WIDE))
+    arrived = list(itertools.accumulate(takes([rest] + [layer] * L, stored)))
+    waits = {
+        "waiting for gradients": summed - stages["backward"],
+        "waiting for the norm": network.norm(),
+        "waiting for weights": finish(arrived, [0.0] + [stages["forward"] / L] * L) - stages["forward"],
+    }
+    seconds = gathered * compute + stages["update"] / N + sum(waits.values())
+    alone = gathered * compute + stages["update"]
+    return {
+        "seconds": seconds,
+        "waits_ms": {name: 1e3 * value for name, value in waits.items()},
+        "sent_mb": (WIDE + stored) * total * (N - 1) / N / 1e6,
+        "efficiency": alone / seconds,
+    }
+
+
+def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
+    """What `--json` tells: bytes, seconds, GFLOP/s, GB/s (10⁹), money as given. Raises LlmpyError for what cannot be.
+
+    `machine` None: the CPU.
+    """
+    o = options
+    config = ModelConfig.from_dial(o.model, vocab_size=o.vocab_size)
+    check_length(o.sequence_length, config.context)
+    batch = o.batch_size * o.sequence_length * o.nodes
+    if (o.total_batch or batch) % batch:
+        near = max(1, round((o.total_batch or batch) / batch)) * batch
+        raise LlmpyError(
+            f"--total-batch {o.total_batch} is no multiple of -B {o.batch_size} x -T {o.sequence_length} on {o.nodes} "
+            f"machine{'s' * (o.nodes > 1)} = {batch}",
+            f"use --total-batch {near}, or another -B",
+        )
+    gathered = (o.total_batch or batch) // batch
+    ops = machine or cast(Meter, backend.load("cpu", threads=o.threads, dtype=o.dtype))
+    ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
+    mixed = ops.dtype != ops.wide
+    memory = memory_of(config, options, ops)
+    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed)
+    seconds, here = measure(ops, parts)
+    there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth)
+    slower = here.peak / there.peak, here.bandwidth / there.bandwidth
+    seconds = [s * slower[part.op not in FLOPS] for s, part in zip(seconds, parts, strict=True)]
+
+    def total(attribute: str, name: str) -> float:
+        return sum(s for s, p in zip(seconds, parts, strict=True) if getattr(p, attribute) == name)
+
+    stages = {stage: total("stage", stage) for stage in ("forward", "loss", "backward", "update")}
+    network = Network(o.nodes, (o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
+    step = distributed(config, stages, gathered, ops.dtype.itemsize, network)
+    tokens = batch * gathered
+    flops = config.flops_per_token(o.sequence_length) * tokens
+    kinds = {kind: 1e3 * total("kind", kind) for kind in ("products", "attention", "head", "rest", "update")}
+    parameters = sum(t.size for t in PARAMS(config))
+    return {
+        "model": {
+            "name": o.model, "layers": config.layers, "heads": config.heads, "channels": config.channels,
+            "context": config.context, "vocab_size": config.vocab_size, "parameters": parameters,
+        },
+        "machine": {
+            "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": there.peak,
+            "bandwidth_gb_s": there.bandwidth, "measured_here": o.peak is None and o.memory_bandwidth is None,
+            "steady": here.steady,
+        },
+        "batch": {
+            "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
+            "tokens": tokens,
+        },
+        "memory": memory,
+        "step": {
+            "ms": 1e3 * step["seconds"],
+            "ms_a_batch": kinds,
+            "gflop": flops / 1e9,
+            "tokens_per_s": tokens / step["seconds"],
+            "share_of_peak": flops / step["seconds"] / o.nodes / there.peak / 1e9,
+        },
+        "network": None if o.nodes == 1 else {
+            "gbit_s": o.bandwidth, "latency_us": o.latency,
+            **{name: step[name] for name in ("waits_ms", "sent_mb", "efficiency")},
+        },
+        "training": [
+            {"what": what, "tokens": n, "steps": math.ceil(n / tokens), **bill(n / tokens * step["seconds"], options)}
+            for what, n in targets(config, options, parameters)
+        ],
+        "disk": disk_of(config, options, tokens),
+    }  # fmt: skip
+
+
+def memory_of(config: ModelConfig, options: PlanOptions, ops: Meter) -> dict[str, Any]:
+    """Bytes by part and in all, what is available, and the largest batch that fits into it (0: none does)."""
+    o = options
+    available = psutil.virtual_memory().available if o.memory is None else int(o.memory * 1e9)
+
+    def parts(B: int) -> dict[str, int]:
+        found = memory_parts(config, B, o.sequence_length, ops, o.recompute, o.checkpoint_every > 0, SAMPLED)
+        found["moments"] //= o.nodes
+        return found
+
+    needed = parts(o.batch_size)
+    largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(parts(B).values()))
+    return {"parts": needed, "total": sum(needed.values()), "available": available, "largest_batch": largest}
+
+
+def targets(config: ModelConfig, options: PlanOptions, parameters: int) -> list[tuple[str, int]]:
+    """On how many tokens to train, by whose word."""
+    found = [("--tokens", options.tokens)] if options.tokens else []
+    found.append((f"Chinchilla, {CHINCHILLA} a parameter", CHINCHILLA * parameters))
+    for name in SHOWN_RECIPES:
+        recipe = RECIPES[name]
+        of = ModelConfig.from_dial(recipe["model"])
+        if (of.layers, of.channels) == (config.layers, config.channels):
+            steps = recipe["steps"]
+            found.append((f"llm.c's {name}", FINEWEB_TOKENS if steps < 0 else steps * recipe["total_batch"]))
+    return found
+
+
+def bill(seconds: float, options: PlanOptions) -> dict[str, Any]:
+    """What so long a training costs: machine hours, and money if there is a price."""
+    hours = options.nodes * seconds / 3600
+    price = options.price_per_hour
+    return {"seconds": seconds, "machine_hours": hours, "cost": None if price is None else hours * price}
+
+
+def disk_of(config: ModelConfig, options: PlanOptions, tokens: int) -> dict[str, Any]:
+    """Bytes of a checkpoint and of all that are there at once, and what is free where runs are written."""
+    o = options
+    parameters = sum(t.size for t in PARAMS(config))
+    steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
+    told = TrainOptions(
+        model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep, keep_every=o.keep_every
+    )
+    return {
+        "checkpoint": disk_needed(replace(told, checkpoint_every=0), config),
+        "total": disk_needed(told, config),
+        "free": shutil.disk_usage(Path()).free,
+    }
+
+
+def table(n: dict[str, Any]) -> str:
+    """The same for a reader."""
+    m, b, machine, memory, step, disk = (n[k] for k in ("model", "batch", "machine", "memory", "step", "disk"))
+    gathered = f", {b['gathered']} gathered" if b["gathered"] > 1 else ""
+    nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
+    whose = "measured" if machine["measured_here"] else "given"
+    lines = [
+        f"model    {m['name']}: {m['layers']} layers, {m['heads']} heads, {m['channels']} channels, context "
+        f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
+        f"machine  {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['isa']}, {machine['dtype']}; "
+        f"{whose}: {machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
+        f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
+        *([] if machine["steady"] else ["caution  other programs ran meanwhile: plan again without them"]),
+        "",
+        columns([("memory", "MB"), *((k, f"{v / 1e6:,.0f}") for k, v in
+                 [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])] if v)]),
+        f"largest batch that fits: -B {memory['largest_batch']}" if memory["largest_batch"] else
+        "no batch fits: use a smaller -T or --model, or --checkpoint-every 0",
+        "",
+        columns([("time", "ms"), *((k, f"{v:,.1f}") for k, v in
+                 [*step["ms_a_batch"].items(), *(n["network"]["waits_ms"] if n["network"] else {}).items(),
+                  ("a step", step["ms"])])]),
+        f"{step['tokens_per_s']:,.0f} tokens/s, {step['gflop']:,.0f} GFLOP a step, "
+        f"{100 * step['share_of_peak']:.0f} % of the peak",
+    ]  # fmt: skip
+    if b["gathered"] > 1:
+        lines.append(f"products, attention, head and rest are of one of {b['gathered']} batches")
+    if n["network"]:
+        lines.append(
+            f"each machine sends {n['network']['sent_mb']:,.0f} MB a step and is as fast as "
+            f"{100 * n['network']['efficiency']:.0f} % of one that is alone"
+        )
+    rows = [("training", "tokens", "steps", "time", "machine hours", "cost")]
+    for t in n["training"]:
+        cost = "" if t["cost"] is None else f"{t['cost']:,.2f}"
+        rows.append((t["what"], f"{t['tokens']:,}", f"{t['steps']:,}", duration(t["seconds"]),
+                     f"{t['machine_hours']:,.1f}", cost))  # fmt: skip
+    lines += [
+        "",
+        columns([row if n["training"][0]["cost"] is not None else row[:5] for row in rows]),
+        "",
+        f"disk     {gigabytes(disk['checkpoint'])} a checkpoint, {gigabytes(disk['total'])} at most; "
+        f"{gigabytes(disk['free'])} are free here",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""metrics.jsonl → curves: read on from where it was read before, thinned to what a screen can show.
+
+A file that grows is read by byte offset, whole lines alone. One that was cut back (`--resume` does that), or is another
+file of the same name, is read anew: the bytes before the offset tell. Steps never fall along a curve: what comes again
+takes the place of what was there.
+
+thinned    more points than fit become buckets of 2^k steps that begin at multiples of it, each with its mean, least and
+           largest value: a picture that does not flicker as a run grows, and in which no spike is lost. The buckets
+           that are full are kept, so that a line more costs the last bucket and not the million lines before it.
+smoothed   Σ exp(−|s − sᵢ|/τ)·yᵢ / Σ exp(−|s − sᵢ|/τ)  over all points: it does not lag behind a fall, and gaps count
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+CURVES = (
+    "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag",
+)  # fmt: skip
+POINTS = 1000  # of a curve, about the pixels of a chart
+CHUNK = 1 << 18  # bytes parsed at a time; no line of ours is as long
+SURVEY_FROM = 1 << 23  # bytes of a file that is looked over before it is read
+OUTLIER = 4.0  # standard deviations of the norm above its mean from which a step is marked
+KEPT = 200  # marks, and outliers, that are shown
+LARGEST_STEP = 1 << 53  # as JavaScript counts
+LARGEST_VALUE = 1e30  # beyond that nothing is told apart, and sums overflow
+
+
+class Curve:
+    """One number by step."""
+
+    def __init__(self) -> None:
+        self._steps, self._values = np.empty(256, np.int64), np.empty(256, np.float32)
+        self._count = 0
+        self._forget()
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def steps(self) -> np.ndarray:
+        """int64 (n,), never falling."""
+        return self._steps[: self._count]
+
+    @property
+    def values(self) -> np.ndarray:
+        """float32 (n,), finite."""
+        return self._values[: self._count]
+
+    def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
+        """Points at steps that do not lie before those that are there."""
+        count = self._count + len(steps)
+        if count > len(self._steps):
+            self._steps, self._values = np.resize(self._steps, 2 * count), np.resize(self._values, 2 * count)
+        self._steps[self._count : count] = steps
+        self._values[self._count : count] = values
+        self._count = count
+
+    def cut(self, step: int) -> None:
+        """Take away what lies beyond a step."""
+        self._count = int(np.searchsorted(self.steps, step, "right"))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._shift, self._row, self._full = -1, 0, np.empty((4, 0))
+
+    def thinned(self, first: float = -math.inf, last: float = math.inf, points: int = POINTS) -> np.ndarray:
+        """From step `first` to `last`: (2, n) of step and value, or, of more than `points`, (4, n) of the buckets'
+        middle step, mean, least and largest value; float64, n <= points.
+        """
+        low, high = np.searchsorted(self.steps, (first, last + 1))
+        if high - low <= points:
+            return np.stack([self.steps[low:high], self.values[low:high]])
+        shift = (int(self.steps[high - 1] - self.steps[low]) // (points - 1)).bit_length()
+        if high - low < self._count:
+            return buckets(self.steps[low:high], self.values[low:high], shift)[0]
+        if shift != self._shift:
+            self._forget()
+            self._shift = shift
+        new, starts = buckets(self.steps[self._row :], self.values[self._row :], shift)
+        found = np.concatenate([self._full, new], axis=1)
+        self._full, self._row = found[:, :-1], self._row + int(starts[-1])  # the last one may still grow
+        return found
+
+
+def buckets(steps: np.ndarray, values: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """(4, n) as `Curve.thinned` has it, of 2^shift steps each, and where each begins; of at least one point."""
+    starts = np.flatnonzero(np.diff(steps >> shift, prepend=-1))
+    ends = np.append(starts[1:], len(steps))
+    middle = (steps[starts] + steps[ends - 1]) / 2
+    mean = np.add.reduceat(values, starts, dtype=np.float64) / (ends - starts)
+    return np.stack([middle, mean, np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)]), starts
+
+
+def smoothed(points: np.ndarray, over: float) -> np.ndarray:
+    """The values of (2 or 4, n) points, smoothed over that many steps (τ above); float64 (n,)."""
+    fading = np.exp(-np.diff(points[0], prepend=points[0, :1]) / over)
+    before = _faded(fading, points[1])
+    after = _faded(np.append(fading[1:], 0.0)[::-1], points[1, ::-1])[:, ::-1]
+    return (before[0] + after[0] - points[1]) / (before[1] + after[1] - 1)
+
+
+def _faded(fading: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums of the values until each one, and of their weights, float64 (2, n); at each one those before fade."""
+    total = weight = 0.0
+    sums = np.empty((2, len(values)))
+    for i, (fade, value) in enumerate(zip(fading.tolist(), values.tolist(), strict=True)):
+        total, weight = fade * total + value, fade * weight + 1
+        sums[:, i] = total, weight
+    return sums
+
+
+def width_of(steps: float) -> int:
+    """Steps to smooth over in a picture of so many: about a hundredth, as 1, 2, 5, 10 … so that it seldom changes."""
+    least = max(1.0, steps / 100)
+    unit = 10 ** math.floor(math.log10(least))
+    return next(unit * m for m in (1, 2, 5, 10) if unit * m >= least)
+
+
+class Curves:
+    """All numbers of a run."""
+
+    def __init__(self) -> None:
+        self.curves = {name: Curve() for name in CURVES}
+        self.outliers: list[tuple[int, float, float]] = []  # step, norm, deviations
+        self.marks: list[tuple[int, str]] = []  # steps that were skipped, or had a number that is not finite, and why
+        self.step = 0
+        self.seconds_left = math.nan  # of training, as the run says
+
+    def take(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Lines of metrics.jsonl, in order; one without a step is no line of ours."""
+        rows = [r for r in rows if type(r.get("step")) is int and 0 <= r["step"] < LARGEST_STEP]
+        if not rows:
+            return
+        steps = np.array([r["step"] for r in rows])
+        least = np.minimum.accumulate(steps[::-1])[::-1]  # from here on
+        if least[0] < self.step:
+            self._cut(int(least[0]))
+        rows = [r for r, comes_again in zip(rows, steps > least, strict=True) if not comes_again]
+        self.step = rows[-1]["step"]
+        for name, curve in self.curves.items():
+            self._extend(name, curve, [r for r in rows if name in r])
+        self.outliers += [
+            (r["step"], number(r["grad_norm"]), z)
+            for r in rows
+            if "norm_z" in r and math.inf > (z := number(r["norm_z"])) > OUTLIER and finite(number(r.get("grad_norm")))
+        ]
+        self.marks += [(r["step"], "skipped: " + str(r["skipped"])[:200]) for r in rows if "skipped" in r]
+        self.marks.sort(key=lambda mark: mark[0])
+        self.outliers, self.marks = self.outliers[-10 * KEPT :], self.marks[-KEPT:]
+        self.seconds_left = next((number(r["eta_s"]) for r in rows[::-1] if "eta_s" in r), self.seconds_left)
+
+    def _extend(self, name: str, curve: Curve, rows: list[dict[str, Any]]) -> None:
+        steps = np.array([r["step"] for r in rows], np.int64)
+        values = np.fromiter((number(r[name]) for r in rows), float, len(rows))
+        good = np.abs(values) <= LARGEST_VALUE  # NaN is not
+        for i in np.flatnonzero(~good)[-KEPT:]:
+            if "skipped" not in rows[i]:  # which says so itself
+                self.marks.append((int(steps[i]), f"{name} {str(rows[i][name])[:40]}"))
+        curve.extend(steps[good], values[good])
+
+    def _cut(self, step: int) -> None:
+        """The run goes on from an earlier step: what lies beyond it will come again."""
+        for curve in self.curves.values():
+            curve.cut(step)
+        self.outliers = [o for o in self.outliers if o[0] < step]
+        self.marks = [m for m in self.marks if m[0] < step]
+
+
+def number(value: Any) -> float:
+    """A float of what JSON may hold; NaN for what is no number."""
+    if type(value) is float:
+        return value
+    return float(value) if type(value) is int and abs(value) < LARGEST_VALUE else math.nan
+
+
+def finite(value: float) -> bool:
+    """Whether it can be drawn."""
+    return abs(value) <= LARGEST_VALUE
+
+
+class Metrics:
+    """The curves of a metrics.jsonl that another process is writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.version = 0  # another one whenever anything has changed
+        self._forget()
+
+    def _forget(self) -> None:
+        self._curves = Curves()
+        self._rough: Curves | None = None
+        self._place = self._size = 0
+        self._before = b""  # the bytes just before the place
+        self._file = (0, 0)
+        self.version += 1
+
+    @property
+    def share(self) -> float:
+        """How much of the file has been read, 0 … 1; a line that is half written does not count."""
+        return 1.0 if self._rough is None else self._place / self._size
+
+    @property
+    def curves(self) -> Curves:
+        """What was read; of a large file, until all is, what a look at lines here and there shows."""
+        return self._curves if self._rough is None else self._rough
+
+    def read(self, seconds: float = math.inf) -> None:
+        """Read what is new, for about that long. A file that is not there is as good as empty."""
+        until = time.monotonic() + seconds
+        try:
+            with open_regular(self.path) as file:
+                self._follow(file)
+                while True:
+                    text = file.read(CHUNK)
+                    whole = text[: text.rfind(b"\n") + 1] or (text if len(text) == CHUNK else b"")
+                    if not whole:
+                        self.version += self._rough is not None
+                        self._rough = None
+                        return
+                    self._curves.take(rows_of(whole))
+                    self._place += len(whole)
+                    self._before = (self._before + whole)[-64:]
+                    self.version += 1
+                    if time.monotonic() >= until:
+                        return
+                    file.seek(self._place)
+        except OSError:
+            if self._place:
+                self._forget()
+
+    def _follow(self, file: BinaryIO) -> None:
+        """To the place in the file, if what lies before it is what was read, else to its start."""
+        found = os.fstat(file.fileno())
+        file.seek(max(0, self._place - len(self._before)))
+        if (found.st_dev, found.st_ino) != self._file or file.read(len(self._before)) != self._before:
+            self._forget()
+            self._file = found.st_dev, found.st_ino
+        self._size = found.st_size
+        if self._place == 0 and self._size >= SURVEY_FROM:
+            self._rough = Curves()
+            self._rough.take(rows_of(b"\n".join(survey(file, self._size))))
+        file.seek(self._place)
+
+
+def survey(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The first whole line after each of POINTS/2 evenly spaced places."""
+    for n in range(POINTS // 2):
+        file.seek(n * size // (POINTS // 2))
+        lines = file.read(1 << 12).split(b"\n", 2)
+        if len(lines) == 3:
+            yield lines[1]
+
+
+def rows_of(text: bytes) -> list[dict[str, Any]]:
+    """The objects among lines of JSON. One that cannot be read is passed over."""
+    lines = text.decode("utf-8", "replace").strip()
+    try:
+        rows = json.loads(f"[{lines.replace(chr(10), ',')}]")  # as one list: two thirds of the time
+    except (ValueError, RecursionError):
+        rows = [row for line in lines.split("\n") for row in one_row(line)]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def one_row(line: str) -> list[Any]:
+    """What a line holds, if it can be read."""
+    try:
+        return [json.loads(line)] if line.startswith("{") else []
+    except (ValueError, RecursionError):
+        return []
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file to read. Raises OSError for whatever is none: a pipe would hang, a device never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is no file")
+    return path.open("rb")

@@ -1,0 +1,148 @@
+"""`llmpy plot`: the curves of runs as a picture (by matplotlib), as a page that needs no server, or as text."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..durable import write_whole
+from ..errors import LlmpyError
+from ..options import PlotOptions
+from .runs import Run, Runs, board
+from .terminal import Line, chart, legend
+
+PAGE_POINTS = 4000  # of a curve on a page that cannot ask for more
+TITLES = {
+    "loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens a second",
+    "share_of_peak": "% of peak", "val_bits_per_byte": "validation, bits a byte", "hellaswag": "HellaSwag, % right",
+}  # fmt: skip
+PERCENT = {"share_of_peak", "hellaswag"}
+INK = ("#1f6fd1", "#d9620b", "#1b8a4b", "#a435b5", "#9a7009", "#0b8a93", "#c2185b", "#5b6573")
+
+
+def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
+    """Draw. Raises LlmpyError, and writes no file, if there is no run, nothing to draw, or matplotlib is missing."""
+    if options.out is not None and options.out.suffix.lower() != ".html":
+        need_matplotlib()
+    runs = Runs(options.runs or ())
+    found = runs.all()
+    if options.runs is None:
+        found = dict(list(found.items())[:1])
+    for run in found.values():
+        run.metrics.read()
+    wanted = options.curves or ("loss",)
+    if not any(len(run.metrics.curves.curves[name]) for run in found.values() for name in (*wanted, "val_loss")):
+        raise LlmpyError(
+            f"no {' or '.join(wanted)} in {', '.join(found)} yet", "wait for the first step, or choose other --curves"
+        )
+    if options.out is not None:
+        if options.out.suffix.lower() == ".html":
+            write_page(runs, list(found), options, options.out)
+        else:
+            draw(found, wanted, options, options.out)
+        say(f"wrote {options.out}")
+    if options.terminal or options.out is None:
+        for line in text(found, wanted, options):
+            say(line)
+
+
+def write_page(runs: Runs, names: Sequence[str], options: PlotOptions, path: Path) -> None:
+    """The page of `llmpy watch` with its numbers in it."""
+    from .server import page
+
+    over = None if options.smooth is None else float(options.smooth)
+    data = board(runs, names, over=over, points=PAGE_POINTS)
+    data["runs"] = [row | {"trains": False} for row in data["runs"] if row["name"] in names]
+    write_whole(path, lambda temporary: temporary.write_text(page(data), "utf-8"))
+
+
+def pictures(runs: dict[str, Run], options: PlotOptions, points: int) -> dict[str, dict[str, Any]]:
+    """Name → curves of each run, as `Run.picture`."""
+    over = None if options.smooth is None else float(options.smooth)
+    return {name: run.picture(-math.inf, math.inf, over, points)["curves"] for name, run in runs.items()}
+
+
+def need_matplotlib() -> None:
+    """Raise LlmpyError, before anything is read, if no picture could be drawn."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LlmpyError(
+            "a picture needs matplotlib", "pip install 'llmpy[plot]', or draw with -o FILE.html or --terminal"
+        )
+
+
+def draw(runs: dict[str, Run], wanted: Sequence[str], options: PlotOptions, path: Path) -> None:
+    """A panel for each curve; equal runs give equal files, byte for byte."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn = pictures(runs, options, 2000)
+    with matplotlib.rc_context({"svg.hashsalt": "llmpy", "path.simplify": False}):
+        figure = Figure(figsize=(7, 3.2 * len(wanted) + 0.8), layout="constrained")
+        panels = figure.subplots(len(wanted), 1, squeeze=False)[:, 0]
+        for axes, name in zip(panels, wanted, strict=True):
+            scale = 100 if name in PERCENT else 1
+            for n, (run, curves) in enumerate(drawn.items()):
+                label = run.replace("$", r"\$")  # which begins an equation
+                ink = INK[n % len(INK)]
+                if name in curves:
+                    panel(axes, {k: scale * np.array(v) for k, v in curves[name].items()}, scale, ink, label)
+                if name == "loss" and "val_loss" in curves:
+                    also = curves["val_loss"]
+                    told = f"{label}, validation"
+                    axes.plot(also["step"], also["mean"], "o--", color=ink, markersize=3.5, linewidth=1, label=told)
+            if options.log:
+                axes.set_yscale("log")
+            axes.set_ylabel(TITLES[name])
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize="small")
+        panels[-1].set_xlabel("step")
+        kind = path.suffix[1:].lower()
+        undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        write_whole(path, lambda to: figure.savefig(to, format=kind, dpi=160, metadata=undated.get(kind)))
+
+
+def panel(axes: Any, curve: dict[str, np.ndarray], scale: float, ink: str, label: str) -> None:
+    """One curve: what is smooth over what was measured."""
+    steps = curve["step"] / scale
+    if "least" in curve:
+        axes.fill_between(steps, curve["least"], curve["largest"], color=ink, alpha=0.18, linewidth=0)
+    if "smooth" in curve:
+        axes.plot(steps, curve["mean"], color=ink, alpha=0.3, linewidth=0.7)
+        axes.plot(steps, curve["smooth"], color=ink, linewidth=1.6, label=label)
+    else:
+        axes.plot(steps, curve["mean"], color=ink, linewidth=1.4, label=label, marker="." if len(steps) < 40 else "")
+
+
+def text(runs: dict[str, Run], wanted: Sequence[str], options: PlotOptions) -> list[str]:
+    """The curves as lines of text, as wide as the terminal; in colours only on one, and not against NO_COLOR."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    braille = "utf" in (sys.stdout.encoding or "").lower()
+    width = shutil.get_terminal_size().columns - 1
+    drawn = pictures(runs, options, 400)
+    rows: list[str] = []
+    for name in wanted:
+        scale = 100 if name in PERCENT else 1
+        lines: list[Line] = []
+        named = []
+        for run, curves in drawn.items():
+            for key in (name, "val_loss") if name == "loss" else (name,):
+                if key in curves:
+                    curve = curves[key]
+                    values = curve["smooth" if "smooth" in curve else "mean"]
+                    lines.append((np.array(curve["step"], float), scale * np.array(values)))
+                    which = ", validation" if key == "val_loss" else ""
+                    named.append(f"{run}{which}: {scale * curve['mean'][-1]:.4g}")
+        if lines:
+            shown = chart(lines, width, lambda value: f"{value:.4g}", colour, braille, options.log)
+            rows += [TITLES[name], *shown, *legend(named, colour, braille), ""]
+    return rows[:-1]

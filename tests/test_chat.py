@@ -1,0 +1,181 @@
+"""A talk is cut into tokens as training cuts it, stays within the model's reach, and survives Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from laptop import Laptop
+
+from llmpy import GPT2, Tokenizer, cli
+from llmpy.chat import Talk, chat
+from llmpy.data.encode import tokenise
+from llmpy.data.records import conversation
+from llmpy.errors import LlmpyError
+from llmpy.options import ChatOptions, TrainOptions
+from llmpy.trainer import train
+
+BYTES = Tokenizer.bytes()
+
+
+def lines(*said: str) -> Callable[[], str]:
+    """A user who says these, then leaves."""
+    left = iter(said)
+
+    def ask() -> str:
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    return ask
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    GPT2.new("d1", tokenizer=BYTES, machine=Laptop()).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Prompts, counts and seeds that a model would have continued; it always says the same."""
+    seen: list[tuple[str, int, int]] = []
+
+    def continued(self: GPT2, ids: list[int], count: int, choice: Any, stop: Any, seed: int) -> Iterator[str]:
+        seen.append((BYTES.decode(ids), count, seed))
+        yield from (" I", " see.", "\n\n")
+
+    monkeypatch.setattr(GPT2, "continued", continued)
+    return seen
+
+
+def test_the_tokens_are_those_of_training() -> None:
+    tokenizer = Tokenizer.train(["user: hello there\n\nassistant: hello you\n\nsystem: be brief\n\n" * 50], 330)
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hello you"},
+        {"role": "user", "content": "there"},
+        {"role": "assistant", "content": "be hello"},
+    ]
+    whole = tokenise(tokenizer, [conversation("x", messages)])
+    talk = Talk(tokenizer, 1000, "be brief")
+    for message in messages[1:4]:
+        talk.say(**message)
+    prompt = talk.prompt(100)
+    assert prompt == whole.ids[: len(prompt)].tolist()
+    assert whole.counted is not None
+    assert whole.counted[len(prompt)]  # the next token is the first of an answer
+    assert not whole.counted[len(prompt) - 1]
+    assert tokenizer.decode(whole.ids[len(prompt) :]) == "be hello\n\n"
+
+
+def test_old_messages_make_room() -> None:
+    talk = Talk(BYTES, 100, "S")
+    for n in range(4):
+        talk.say("user", f"question {n}")
+        talk.say("assistant", f"answer {n}")
+    talk.say("user", "last")
+    text = BYTES.decode(talk.prompt(20))
+    assert text.startswith("<|endoftext|>system: S\n\nuser: ")  # never an answer without its question
+    assert text.endswith("user: last\n\nassistant: ")
+    assert "question 3" in text
+    assert "question 0" not in text
+    assert len(talk.prompt(20)) <= 80
+    assert len(talk.prompt(10_000)) <= 50  # an answer takes at most half
+    talk.reset()
+    talk.say("user", "x" * 200)
+    with pytest.raises(LlmpyError, match="the message has 2.. tokens"):
+        talk.prompt(20)
+    assert talk.messages == []
+
+
+def test_a_talk(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    said = lines("Hi", "", "  ", "/rest", "And?", "/reset", "/help", "Bye", "/quit", "never read")
+    chat(ChatOptions(folder, system="Be brief.", tokens=40, seed=7), said, Laptop())
+    system, hi = "<|endoftext|>system: Be brief.\n\n", "user: Hi\n\nassistant: "
+    assert asked == [
+        (system + hi, 40, 7),
+        (system + hi + "I see.\n\nuser: And?\n\nassistant: ", 40, 8),
+        (system + "user: Bye\n\nassistant: ", 40, 9),
+    ]
+    told = capsys.readouterr()
+    assert told.out == 3 * " I see.\n\n\n"
+    assert "did you mean /reset?" in told.err
+    assert "forget the talk so far" in told.err
+    assert "\x1b" not in told.out + told.err
+
+
+def test_what_cannot_be_said(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    chat(ChatOptions(folder, tokens=40), lines("x" * 3000, "\udcff", "Hi"), Laptop())
+    assert [prompt for prompt, _, _ in asked] == ["<|endoftext|>user: Hi\n\nassistant: "]
+    err = capsys.readouterr().err
+    assert "say it in fewer words" in err
+    assert "not UTF-8" in err
+
+
+def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", "none", "--top-p", "2"]) == 1
+    assert "--top-p 2" in capsys.readouterr().err
+    assert cli.main(["chat", "none"]) == 1
+    assert "no model none" in capsys.readouterr().err
+
+
+TALK = """
+import sys, time
+from llmpy import GPT2, chat, cli
+from laptop import Laptop
+def continued(self, ids, *_):
+    print("(", end="", flush=True)
+    for n in range(600 if bytes(ids[1:]).endswith(b"user: long\\n\\nassistant: ") else 1):
+        yield "word "
+        time.sleep(0.05)
+GPT2.continued = continued
+true = chat.chat
+chat.chat = lambda options: true(options, machine=Laptop())
+sys.exit(cli.main(["chat", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALK, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, encoding="utf-8", env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("long\n")
+    process.stdin.flush()
+    assert process.stdout.read(6) == "(word "
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("short\n", timeout=60)
+    assert process.returncode == 0, err
+    assert out.endswith("\n(word \n")
+    assert out.count("word") < 100
+    assert "Traceback" not in err
+
+
+def test_a_model_answers_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def talk(*said: str) -> str:
+        roles = ("user", "assistant")
+        return json.dumps({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]})
+
+    talks = [talk("ping", "pong", "red", "blue"), talk("red", "blue", "ping", "pong")]
+    (tmp_path / "talks.jsonl").write_text("\n".join(talks * 60), "utf-8")
+    told = TrainOptions(
+        data=(tmp_path / "talks.jsonl",), model="d1", out=tmp_path / "run", batch_size=8, sequence_length=32,
+        steps=120, lr=5e-3, vocab_size=300, dtype="float32", checkpoint_every=0, sample_tokens=2, eval_batches=1,
+    )  # fmt: skip
+    assert train(told) == 0
+    capsys.readouterr()
+    chat(ChatOptions(tmp_path / "run", tokens=12, temperature=0, dtype="float32"), lines("ping", "red"))
+    assert capsys.readouterr().out.split() == ["pong", "blue"]

@@ -1,0 +1,83 @@
+"""What Tab proposes is what the parsers accept; asked of the shells themselves where they are installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llmpy import cli
+from llmpy.completion import SHELLS, script, verbs
+from llmpy.options import SHELLS as NAMES
+
+VERBS = {verb.name: verb for verb in verbs(cli.build_parser())}
+
+
+def test_every_verb_and_flag_is_known() -> None:
+    assert {"", "train", "bench", "bench step", "plan", "completion"} <= set(VERBS)
+    names = {name for flag in VERBS["train"].flags for name in flag.names}
+    assert {"--data", "-i", "--no-shuffle", "--help"} <= names
+    flags = {flag.names[-1]: flag for flag in VERBS["train"].flags}
+    assert flags["--dtype"].words == ("auto", "float32", "bfloat16")
+    assert "gpt2-medium" in flags["--model"].words
+    assert flags["--data"].files
+    assert flags["--lr"].value
+    assert not flags["--overfit"].value
+    assert VERBS["completion"].operands == NAMES
+
+
+def test_the_shells_are_those_of_the_option() -> None:
+    assert tuple(SHELLS) == NAMES
+
+
+@pytest.mark.parametrize("shell", NAMES)
+def test_the_verb_prints_it(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    assert capsys.readouterr().out == script(shell, cli.build_parser())
+
+
+@pytest.mark.parametrize("shell", NAMES)
+def test_the_shell_understands_it(shell: str, tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell}")
+    path = tmp_path / "script"
+    path.write_text(script(shell, cli.build_parser()), encoding="utf-8")
+    subprocess.run([shell, "-n", str(path)], check=True, timeout=60)
+
+
+CASES = [
+    ("tra", ["train"]),
+    ("bench st", ["step"]),
+    ("train --batch", ["--batch-size"]),
+    ("train --dtype bf", ["bfloat16"]),
+    ("train --model gpt2-m", ["gpt2-medium"]),
+    ("bench step --js", ["--json"]),
+    ("completion f", ["fish"]),
+    ("train --data te", ["text.txt"]),
+    ("sample te", ["text.txt"]),
+]
+BASH = """
+source "$1"; shift
+COMP_WORDS=(llmpy "$@")
+COMP_CWORD=$#
+_llmpy
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(("line", "proposed"), CASES)
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_what_is_proposed(shell: str, line: str, proposed: list[str], tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell}")
+    path = tmp_path / "script"
+    path.write_text(script(shell, cli.build_parser()), encoding="utf-8")
+    (tmp_path / "text.txt").touch()
+    if shell == "bash":
+        command = ["bash", "-c", BASH, "bash", str(path), *line.split(" ")]
+    else:
+        command = ["fish", "-c", f"source {path}; complete -C 'llmpy {line}'"]
+    out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8", timeout=60).stdout
+    assert [row.split("\t")[0] for row in out.splitlines()] == proposed

@@ -1,0 +1,495 @@
+"""Several ranks: their optimizer is AdamW, their checkpoints are anybody's, and who is gone is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from fellows import Fellow, Fellows
+from laptop import TINY, tiny_model
+
+from llmpy import checkpoint
+from llmpy.config import ModelConfig
+from llmpy.data.loader import Loader
+from llmpy.data.shards import open_shard, write_shard
+from llmpy.distributed import launch, watch
+from llmpy.distributed.cost import Line, communication
+from llmpy.distributed.shards import ShardedKeeper
+from llmpy.distributed.watch import Fault, Watch
+from llmpy.distributed.zero import Zero, buckets, cut, length
+from llmpy.gpt2 import GPT2, PARAMS
+from llmpy.journal import Journal
+from llmpy.optimizer import AdamW
+from llmpy.snapshot import Keeper
+
+needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
+SETTINGS = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 0.5}
+B, T = 2, 8
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("limit", [300, 3000, 1 << 20])
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_every_parameter_has_one_owner(layers: int, limit: int, ranks: int) -> None:
+    table = PARAMS(ModelConfig(layers=layers, heads=2, channels=8, context=16, vocab_size=300))
+    seen = np.zeros(sum(t.size for t in table), np.int32)
+    found = buckets(table, layers, limit)
+    for bucket in found:
+        assert bucket.size <= max(limit, 1)
+        assert list(bucket.ranges) == sorted(bucket.ranges)
+        for rank in range(ranks):
+            for start, stop in bucket.part(rank, ranks):
+                seen[start:stop] += 1
+    assert (seen == 1).all()
+    assert [b.first for b in found] == sorted((b.first for b in found), reverse=True)
+
+
+def test_cut() -> None:
+    ranges = [(10, 14), (20, 21), (30, 40)]
+    assert cut(ranges, 0, 15) == ranges
+    assert cut(ranges, 3, 6) == [(13, 14), (20, 21), (30, 31)]
+    assert cut(ranges, 15, 20) == []
+
+
+def batches(steps: int, ranks: int) -> np.ndarray:
+    """Tokens and targets (steps, ranks, 2, B, T)."""
+    return np.random.default_rng(1).integers(0, TINY.vocab_size, (steps, ranks, 2, B, T), dtype=np.int32)
+
+
+def trained(fellow: Fellow, ranks: int, zero: bool, steps: int = 3, limit: int = 700) -> tuple[np.ndarray, ...]:
+    """Parameters of a rank after some steps of which the second is skipped; norms; and its own m."""
+    model = tiny_model(TINY, B, T)
+    optimizer = Zero(model, fellow, **SETTINGS, zero=zero, limit=limit)
+    norms = []
+    for step, rows in enumerate(batches(steps, ranks)):
+        optimizer.expect()
+        model.loss_and_grads(*rows[fellow.rank], micro_steps=ranks)
+        norms.append(optimizer.norm())
+        if step == 1:
+            optimizer.skip()
+        else:
+            optimizer.update(1e-2, norms[-1])
+    collected = np.empty(model.params.size, np.float32)
+    optimizer.collect(collected)
+    if fellow.rank == 0:
+        assert np.array_equal(collected, model.params.buffer)
+    return model.params.buffer, np.array(norms), optimizer.mine(optimizer.m)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_it_is_adamw_on_the_mean_gradient(ranks: int) -> None:
+    results = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=True))
+    model = tiny_model(TINY, B, T)
+    optimizer = AdamW(model, **SETTINGS)
+    for step, rows in enumerate(batches(3, ranks)):
+        for rank in range(ranks):
+            model.loss_and_grads(*rows[rank], accumulate=rank > 0, micro_steps=ranks)
+        norm = optimizer.norm()
+        assert norm == pytest.approx(results[0][1][step], rel=1e-6)
+        if step == 1:
+            optimizer.skip()
+        else:
+            optimizer.update(1e-2, norm)
+    for params, norms, _ in results:
+        # Adam divides by √v: where a gradient is near 0 its sign is a matter of rounding, and the step 1e-2 either way.
+        close = np.abs(params - model.params.buffer) < 1e-5
+        assert close.mean() > 0.999
+        assert np.array_equal(params, results[0][0])
+        assert np.array_equal(norms, results[0][1])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_zero_changes_no_bit(ranks: int) -> None:
+    divided = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=True))
+    again = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=True))
+    whole = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=False))
+    for one, other, third in zip(divided, whole, again, strict=True):
+        for x, y, z in zip(one, other, third, strict=True):
+            assert np.array_equal(x, y)
+            assert np.array_equal(x, z)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_state_is_divided(zero: bool) -> None:
+    def state(fellow: Fellow) -> tuple[int, int]:
+        optimizer = Zero(tiny_model(TINY, B, T), fellow, **SETTINGS, zero=zero, limit=700)
+        return sum(x.nbytes for x in (optimizer.m, optimizer.v, optimizer.master)), length(optimizer.owned)
+
+    parameters = sum(t.size for t in PARAMS(TINY))
+    for ranks in (2, 4):
+        states = Fellows(ranks).run(state)
+        assert sum(own for _, own in states) == parameters
+        whole = 12 * parameters
+        assert sum(size for size, _ in states) == (whole if zero else ranks * whole)
+        # parts are whole cache lines of each bucket, so the last ranks' are a little smaller
+        assert max(size for size, _ in states) < 1.25 * whole / (ranks if zero else 1)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    write_shard(tmp_path / "train.bin", np.random.default_rng(0).integers(0, 300, 5000))
+    return tmp_path / "train.bin"
+
+
+def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[str, np.ndarray]:
+    """Train a little and write a checkpoint, or go on from it; what there is then."""
+    model = tiny_model(TINY, B, T)
+    alone = fellow is None
+    rank, ranks = (0, 1) if alone else (fellow.rank, fellow.size)
+    loader = Loader([open_shard(tokens, 300)], B, T, True, 42, rank, ranks)
+    optimizer = AdamW(model, **SETTINGS) if alone else Zero(model, fellow, **SETTINGS, zero=True, limit=700)
+    journal = Journal()
+    keeper: Keeper = (
+        Keeper(folder, model, optimizer, T, journal, 0, 2, 0)
+        if alone
+        else ShardedKeeper(fellow, folder, model, optimizer, T, journal, 0, 2, 0)
+    )
+    if resume:
+        path = folder / "checkpoints" / "step-00000003"
+        manifest = checkpoint.verify(path)
+        position = keeper.restore(path, manifest, 42)
+        loader.go_on(position, manifest["data"]["sample_tokens"])
+    else:
+        for _ in range(3):
+            optimizer.expect()
+            model.loss_and_grads(*loader.next(), micro_steps=ranks)
+            optimizer.update(1e-2, optimizer.norm())
+        place = loader.position
+        data = {"shard": place.shard, "sample": place.sample, "generator_used": place.rng.pos}
+        keeper.finish(3, {"data": {**data, "sample_tokens": B * T * ranks}}, place)
+    ranges = [(0, model.params.size)] if alone else optimizer.owned  # type: ignore[union-attr]
+    where = np.concatenate([np.arange(*r) for r in ranges])
+    m, v = np.full((2, model.params.size), np.nan, np.float32)
+    m[where] = optimizer.m if alone else optimizer.mine(optimizer.m)  # type: ignore[union-attr]
+    v[where] = optimizer.v if alone else optimizer.mine(optimizer.v)  # type: ignore[union-attr]
+    return {"params": model.params.buffer.copy(), "m": m, "v": v, "next": loader.next()[0].copy()}
+
+
+def run_of(ranks: int, folder: Path, tokens: Path, resume: bool) -> dict[str, Any]:
+    """`kept` on so many ranks; the moments of all of them put together."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if ranks == 1:
+        return kept(None, folder, tokens, resume) | {"nexts": []}
+    each = Fellows(ranks).run(lambda fellow: kept(fellow, folder, tokens, resume))
+    whole = {name: np.nanmax([x[name] for x in each], axis=0) for name in ("m", "v")}
+    assert all(np.array_equal(x["params"], each[0]["params"]) for x in each)
+    return {"params": each[0]["params"], **whole, "nexts": [x["next"] for x in each]}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_any_number_of_ranks_goes_on_from_a_checkpoint(tmp_path: Path, tokens: Path, before: int, after: int) -> None:
+    left = run_of(before, tmp_path / "run", tokens, resume=False)
+    found = run_of(after, tmp_path / "run", tokens, resume=True)
+    for name in ("params", "m", "v"):
+        assert np.array_equal(left[name], found[name]), name
+    if before == after:  # each rank reads on where it was
+        assert all(map(np.array_equal, left["nexts"], found["nexts"]))
+
+
+def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    write = checkpoint.durable.write_stretches
+
+    def refuse(path: Path, pieces: Any) -> Any:
+        if path.name.startswith("state-00001"):
+            raise OSError(28, "No space left on device")
+        return write(path, pieces)
+
+    monkeypatch.setattr(checkpoint.durable, "write_stretches", refuse)
+
+    def attempt(fellow: Fellow) -> str:
+        with pytest.raises(checkpoint.LlmpyError, match=r"No space left on device \(rank 1\)") as fault:
+            kept(fellow, tmp_path / "run", tokens)
+        return str(fault.value)
+
+    assert len(set(Fellows(2).run(attempt))) == 1
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "environment", "what"),
+    [
+        (1, False, {}, "alone"),
+        (4, True, {}, "launch"),
+        (4, False, {}, "launch"),  # from a file of options
+        (1, False, {"PMI_SIZE": "4"}, "join"),
+        (1, False, {"OMPI_COMM_WORLD_SIZE": "2"}, "join"),
+        (4, True, {"PMI_SIZE": "4"}, "join"),
+        (1, False, {"SLURM_NTASKS": "4"}, "join"),  # where it is refused if MPI sees one
+        (4, True, {"SLURM_NTASKS": "4"}, "launch"),  # in a batch script
+        (4, True, {"SLURM_NTASKS": "4", "PMIX_RANK": "0"}, "join"),  # under srun
+        (1, True, {"SLURM_NTASKS": "4"}, "alone"),
+        (1, False, {"SLURM_NTASKS": "1"}, "alone"),
+        (1, False, {"PMI_SIZE": "x"}, "alone"),
+        (4, True, {"LLMPY_LAUNCH": "1:/tmp/x"}, "join"),
+    ],
+)
+def test_who_starts_ranks(ranks: int, given: bool, environment: dict[str, str], what: str) -> None:
+    assert launch.needed(ranks, given, environment) == what
+
+
+def test_without_mpi4py_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(checkpoint.LlmpyError, match=r"mpi4py.*pip install 'llmpy\[mpi\]'"):
+        launch.run(2, [])
+
+
+def watched(size: int, patience: float) -> list[Watch]:
+    return Fellows(size).run(lambda fellow: Watch(fellow.rank, size, patience, fellow.tell))
+
+
+def fault_of(one: Watch, within: float) -> Fault:
+    until = time.monotonic() + within
+    while one.fault is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert one.fault is not None
+    return one.fault
+
+
+@pytest.fixture
+def nobody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "GRACE", 60.0)
+
+
+@pytest.mark.usefixtures("nobody_leaves")
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_rank_that_dies_is_named(gone: int) -> None:
+    ranks = watched(3, 20.0)
+    for peer in ranks[gone]._peers:
+        peer.line.shutdown(2)
+    for q in {0, 1, 2} - {gone}:
+        fault = fault_of(ranks[q], 5)
+        assert (fault.rank, fault.lost) == (gone, True) or gone == 0 and q == 0
+        assert re.fullmatch(rf"rank {gone} \(process \d+ on .*\) has died", fault.text)
+    for one in ranks:
+        one.close()
+
+
+@pytest.mark.usefixtures("nobody_leaves")
+def test_a_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Watch._send_all
+    monkeypatch.setattr(Watch, "_send_all", lambda self, m: None if self.rank == 2 and "beat" in m else send(self, m))
+    ranks = watched(3, 2.0)
+    for q in (0, 1):
+        assert "rank 2" in fault_of(ranks[q], 6).text
+        assert "no sign of life" in fault_of(ranks[q], 6).text
+    for one in ranks:
+        one.close()
+
+
+@pytest.mark.usefixtures("nobody_leaves")
+def test_a_fault_is_known_to_all_and_a_farewell_is_none() -> None:
+    ranks = watched(3, 20.0)
+    ranks[2].say(Fault(2, "the disk is full", 5))
+    assert all(fault_of(one, 5) == Fault(2, "the disk is full", 5) for one in ranks)
+    for one in ranks:
+        one.close()
+    ranks = watched(2, 20.0)
+    ranks[1].close()
+    time.sleep(0.5)  # for the other to see that the connection is closed
+    assert ranks[0].fault is None
+    ranks[0].close()
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "llmpy.cli", "train", *words]
+
+
+def told(text: Path, out: Path) -> list[str]:
+    return [
+        "--data", str(text), "--model", "d1", "--vocab-size", "300", "-B", "2", "-T", "16", "--no-shuffle", "--dtype",
+        "float32", "--total-batch", "128", "--sample-tokens", "5", "--eval-batches", "3", "--out", str(out),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 20_000)
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 20_000, 12)), encoding="utf-8")
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def go(*words: str, code: int = 0, **environment: str) -> str:
+    result = subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr
+
+
+def same_run(text: Path, folder: Path, steps: int, ranks: list[int]) -> None:
+    """Runs of one, of several ranks, of the same twice, without ZeRO, and of fewer ranks that go on."""
+    go(*told(text, folder / "1"), "--steps", str(steps))
+    one = losses(folder / "1")
+    assert len(one) == steps
+    for n in ranks:
+        go(*told(text, folder / f"{n}"), "--steps", str(steps), "--ranks", str(n))
+        several = losses(folder / f"{n}")
+        assert max(abs(a - b) / a for a, b in zip(one, several, strict=True)) < 1e-5
+    last = ranks[-1]
+    for name, more in (("again", []), ("whole", ["--no-zero"])):
+        go(*told(text, folder / name), "--steps", str(steps), "--ranks", str(last), *more)
+        assert losses(folder / name) == losses(folder / f"{last}")
+        models = [(folder / run / "model.safetensors").read_bytes() for run in (name, f"{last}")]
+        assert models[0] == models[1]
+
+
+@needs_mpi
+def test_ranks_train_as_one_does(text: Path, tmp_path: Path) -> None:
+    same_run(text, tmp_path, 6, [2])
+    # one rank goes on with what two began, and two with what one did
+    for run, ranks in (("2", "1"), ("1", "2")):
+        go("--resume", str(tmp_path / run), "--steps", "9", "--ranks", ranks)
+    assert max(abs(a - b) / a for a, b in zip(*(losses(tmp_path / r) for r in "12"), strict=True)) < 1e-5
+
+
+@pytest.mark.mpi
+@needs_mpi
+def test_one_two_and_four_ranks_over_a_hundred_steps(text: Path, tmp_path: Path) -> None:
+    same_run(text, tmp_path, 100, [2, 4])
+
+
+@needs_mpi
+def test_one_mpi_process_of_many_tasks_is_refused(text: Path, tmp_path: Path) -> None:
+    error = go(*told(text, tmp_path / "run"), code=1, SLURM_NTASKS="4")
+    assert "the launcher says 4 tasks, but MPI sees one" in error
+    assert "--ranks 1" in error
+    assert not (tmp_path / "run").exists()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The ranks below a launching process."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        words = child.environ()
+        rank = words.get("PMI_RANK", words.get("OMPI_COMM_WORLD_RANK"))
+        if rank is not None and "llmpy.cli" in child.cmdline():
+            found[int(rank)] = child
+    return found
+
+
+def lose(text: Path, folder: Path, ranks: int, number: int, whom: int, patience: float = 15.0) -> float:
+    """Send a signal to one of the ranks of a run; seconds until all are gone. The run must then go on, on fewer."""
+    run = folder / "run"
+    process = subprocess.Popen(
+        [*command(*told(text, run)), "--steps", "1000000", "--eval-every", "0", "--checkpoint-every", "10"]
+        + ["--ranks", str(ranks), "--rank-timeout", str(patience)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 100
+    while not (run / "checkpoints" / "step-00000010").is_dir():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    victims = ranks_of(process)
+    assert sorted(victims) == list(range(ranks))
+    start = time.monotonic()
+    victims[whom].send_signal(number)
+    _, error = process.communicate(timeout=60)
+    seconds = time.monotonic() - start
+    assert process.returncode == 1
+    line = next(line for line in error.splitlines() if line.startswith("llmpy: error:"))
+    assert f"rank {whom} (process {victims[whom].pid}" in line
+    assert f"llmpy train --resume {run}" in line
+    psutil.wait_procs(victims.values(), timeout=5)
+    assert not any(p.is_running() for p in victims.values())
+    newest = checkpoint.newest(run / "checkpoints", print)
+    assert newest is not None
+    go("--resume", str(run), "--steps", str(newest[1]["step"] + 2), "--ranks", str(ranks // 2))
+    return seconds
+
+
+@needs_mpi
+def test_a_killed_rank_stops_all(text: Path, tmp_path: Path) -> None:
+    assert lose(text, tmp_path, 2, signal.SIGKILL, 1) < 10
+
+
+@pytest.mark.mpi
+@needs_mpi
+@pytest.mark.parametrize("whom", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_of_four_that_is_lost_stops_all_within_30_seconds(
+    text: Path, tmp_path: Path, number: int, whom: int
+) -> None:
+    assert lose(text, tmp_path, 4, number, whom) < 30
+
+
+@needs_mpi
+def test_ctrl_c_stops_all_ranks_after_a_step(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*command(*told(text, run)), "--steps", "1000000", "--ranks", "2", "--eval-every", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step     3"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(checkpoint.listed(run / "checkpoints")) == 1
+
+
+def test_mixed_precision_gathers_what_products_read() -> None:
+    """The weights that arrive are the master weights rounded, as one process has them."""
+    from llmpy import backend
+
+    def run(fellow: Fellow) -> bool:
+        model = GPT2(TINY, backend.load("cpu", threads=1, dtype="bfloat16"))
+        model.params.buffer[...] = np.random.default_rng(0).standard_normal(model.params.size) / 50
+        model.store_weights()
+        model.reserve(B, T, training=True)
+        optimizer = Zero(model, fellow, **SETTINGS, zero=True, limit=700)
+        for rows in batches(2, 2):
+            optimizer.expect()
+            model.loss_and_grads(*rows[fellow.rank], micro_steps=2)
+            optimizer.update(1e-2, optimizer.norm())
+        master = np.zeros(model.params.size, np.float32)
+        optimizer.collect(master)
+        vectors = slice(model.matrix_elements, None)
+        if fellow.rank:
+            return True
+        rounded = np.empty_like(model.weights.buffer)
+        model.ops.narrow(rounded, master[: model.matrix_elements])
+        same = np.array_equal(rounded.view(np.uint16), model.weights.buffer.view(np.uint16))
+        return same and np.array_equal(master[vectors], model.params.buffer[vectors])
+
+    # Kernels of one process take turns; what is tested is what arrives.
+    assert all(Fellows(2).run(run))
+
+
+def test_the_cost_is_that_of_what_was_measured() -> None:
+    """Two hosts, GPT-2 124M in bfloat16, 1 Gbit/s and 1 ms: 3.32 s of communication, 1.09 exposed (dev/timeline.py)."""
+    gpt2, line = ModelConfig.from_dial("gpt2"), Line(125e6, 1e-3)
+    cost = communication(gpt2, 2, line, compute=4.1)
+    parameters = sum(t.size for t in PARAMS(gpt2))
+    assert cost.reduce_bytes == pytest.approx(2 * parameters)
+    assert cost.gather_bytes == pytest.approx(parameters, rel=1e-2)
+    assert cost.reduce_seconds + cost.gather_seconds == pytest.approx(3.32, rel=0.05)
+    assert cost.exposed_seconds == pytest.approx(1.09, rel=0.05)
+
+
+def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
+    d12, line = ModelConfig.from_dial("d12"), Line(125e6, 1e-3)
+    exposed = [communication(d12, n, line, 4.0).exposed_seconds for n in (1, 2, 8, 64, 1000)]
+    assert exposed[0] == 0
+    assert exposed == sorted(exposed)
+    assert communication(d12, 8, Line(1e9, 1e-3), 4.0).exposed_seconds < exposed[2]
+    assert communication(d12, 8, line, 0.5).exposed_seconds > exposed[2]
+    assert communication(d12, 8, line, 4.0, per_host=8).reduce_seconds < 0.1 * exposed[2]

@@ -1,0 +1,102 @@
+"""`make setup`, and the fine-tuning of GPT-2 that the README begins with, whole: against a server on this machine.
+
+What is served is small: a model, ranks and a text of our own, under the names and addresses of the real ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import json
+import re
+import shlex
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from laptop import Laptop
+from samples import in_memory, with_tokenizer
+
+from llmpy import backend, checkpoint, cli, formats, tokenizer
+from llmpy.config import ModelConfig
+from llmpy.data import datasets, prepare
+from llmpy.formats import huggingface
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+CONFIG = ModelConfig(layers=2, heads=2, channels=16, context=64, vocab_size=257)
+TEXT = "".join(f"Citizen {i}:\nSpeak, number {i * i}, before we proceed any further.\n\n" for i in range(1500))
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A network of one server; the paths that were asked for."""
+    huggingface.write_model(tmp_path / "gpt2", with_tokenizer(in_memory(CONFIG), tmp_path / "bytes.json"), "float32")
+    files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}
+    files["/text"] = TEXT.encode()
+    files["/ranks"] = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    found: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found.append(self.path)
+            content = files.get(self.path, b"")
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", here)
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))
+        monkeypatch.chdir(tmp_path)
+        for where, what, path in ((datasets, "SHAKESPEARE", "/text"), (tokenizer, "GPT2", "/ranks")):
+            monkeypatch.setattr(where, what if what == "SHAKESPEARE" else "GPT2_RANKS", here + path)
+            monkeypatch.setattr(where, f"{what}_BYTES", len(files[path]))
+            monkeypatch.setattr(where, f"{what}_SHA256", hashlib.sha256(files[path]).hexdigest())
+        for module in (prepare, formats):
+            monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
+        monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
+        yield found
+        server.shutdown()
+
+
+def run(line: str) -> None:
+    assert cli.main(shlex.split(line)) == 0
+
+
+def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = (ROOT / "Makefile").read_text("utf-8").split("\nsetup:")[1].split("\n\n")[0]
+    for line in re.findall(r"\$\(BIN\)/llmpy (.*)", recipe):
+        run(line)
+    assert "The weights are here, and" in capsys.readouterr().out
+    fetched = {path.rpartition("/")[2] for path in asked}
+    assert fetched == {"text", "ranks", "config.json", "tokenizer.json", "model.safetensors"}
+    asked.clear()
+    (line,) = re.findall(r"^\.venv/bin/llmpy (train --init gpt2 --data tinyshakespeare .*)$", README, re.MULTILINE)
+    run(f"{line} --out run")
+    assert asked == []
+    out = capsys.readouterr().out
+    assert "step    40/40" in out
+    rows = [json.loads(row) for row in Path("run/metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert checkpoint.read_header(Path("run/model.safetensors")).config == CONFIG
+    run("sample run --prompt Citizen --tokens 5")
+
+
+def test_fine_tuning_alone_fetches_what_it_needs(asked: list[str]) -> None:
+    run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 2 --out run")
+    assert {path.rpartition("/")[2] for path in asked} == {
+        "text", "ranks", "config.json", "tokenizer.json", "model.safetensors",
+    }  # fmt: skip
