@@ -147,7 +147,8 @@ def gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(f.label == "python" for f in fences(p))], ids=name)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: None) -> None:
-    """In a folder with a my.txt, short enough to train ten epochs on, and with a GPT-2; on the compiled kernels."""
+    """In a folder with a my.txt, short enough to train ten epochs on, and with a GPT-2; --minutes last a second."""
+    monkeypatch.setattr(TrainOptions, "seconds", property(lambda options: options.minutes and 1.0))
     (tmp_path / "my.txt").write_text(TEXT[: len(TEXT) // 3], "utf-8")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
