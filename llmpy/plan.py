@@ -323,7 +323,7 @@ def disk_of(config: ModelConfig, options: PlanOptions, tokens: int) -> dict[str,
         model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep, keep_every=o.keep_every
     )
     return {
-        "checkpoint": disk_needed(replace(told, checkpoint_every=0), config),
+        "checkpoint": 12 * sum(t.size for t in PARAMS(config)),  # float32 weights and two moments
         "total": disk_needed(told, config),
         "free": shutil.disk_usage(Path()).free,
     }
