@@ -7,6 +7,7 @@ while a run is being made ready, be it in the middle of an import, ends it witho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -83,7 +84,8 @@ def leave(number: int, _frame: Any) -> None:
     for folder in [*HELD]:
         folder.discard()
     what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    os.write(2, f"llmpy: error: stopped by {what}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal is gone
+        os.write(2, f"llmpy: error: stopped by {what}\n".encode())
     os._exit(128 + number)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import backend, checkpoint, formats, gpt2
+from .command import command
 from .config import GPT2_VOCAB, ModelConfig
 from .errors import LlmpyError, did_you_mean
 from .formats import convert
@@ -139,7 +140,7 @@ class GPT2:
     ) -> Iterator[str]:
         """The text of up to `count` tokens after `ids`: to the end of the text, or to one of the strings `stop`."""
         tokenizer, ops, reach = self.require_tokenizer(), cast(Machine, self._net.ops), self.trained_length
-        check_memory(self.config, ops, 1, min(reach, len(ids) + count))
+        check_memory(self.config, ops, 1, min(reach, len(ids) + count), loaded=True)
         ops.warm_up(_aside, decoding=True)
         generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
         text = TextStream(tokenizer.decode, stop)
@@ -184,7 +185,9 @@ class GPT2:
             if self.tokenizer is not None:
                 tokenizer = Path(folder, TOKENIZER_FILE)
                 self.tokenizer.save(tokenizer)
-            convert.write(self._source(tokenizer), path, to, dtype)
+            source = self._source(tokenizer)
+            convert.write(source, path, to, dtype)
+            convert.put_tokenizer(source, path, to, _aside)
 
     def _source(self, tokenizer: Path | None) -> Source:
         """This model as the writers of files take it."""
@@ -263,6 +266,10 @@ class Trainer:
             told["data"] = [data] if isinstance(data, str | Path) else list(data)
         values = {name: converted(TrainOptions, name, value) for name, value in told.items()}
         self.options = TrainOptions.gather(values)
+        if self.options.ranks > 1:
+            raise LlmpyError(
+                "a Trainer is one process", f"start ranks with: {command('train', '--ranks', self.options.ranks)}"
+            )
         self.folder: Path | None = None
         self._machine = machine
 

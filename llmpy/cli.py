@@ -183,7 +183,10 @@ def train_together(options: TrainOptions) -> int:
     from .distributed.world import join
     from .trainer import train
 
-    with join(options) as world:
+    joined = join(options)
+    if joined is None:
+        return train(options)
+    with joined as world:
         code = train(options, folder=world.claim(options), world=world)
     return launch.conclude(code)
 

@@ -330,12 +330,12 @@ def read_prompts(options: SampleOptions) -> list[str]:
     return prompts or [""]
 
 
-def check_memory(config: ModelConfig, ops: Machine, B: int, S: int) -> None:
-    """Raise LlmpyError if B texts of S positions need more memory than there is."""
+def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool = False) -> None:
+    """Raise LlmpyError if B texts of S positions need more memory than there is; a `loaded` model has its own."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
     parameters = sum(wide * t.size + (stored * t.size if t.decay and stored != wide else 0) for t in PARAMS(config))
     tables = PACKED(config, ops) + CACHE(config, B, S) + PREFILL(config, S)
-    needed = parameters + sum(t.size * (wide if t.wide else stored) for t in tables)
+    needed = (0 if loaded else parameters) + sum(t.size * (wide if t.wide else stored) for t in tables)
     available = psutil.virtual_memory().available
     if needed > available:
         raise LlmpyError(

@@ -49,6 +49,15 @@ class AdamW:
             (tuple(x[edge:] for x in flat), 0.0, None),
         )
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, of which this optimizer may hold a part."""
+        return int(self.grad.size)
+
+    def set_moments(self, m: Any, v: Any) -> None:
+        """The moments := others, flat in the order of the parameters."""
+        self.m[...], self.v[...] = m, v
+
     def step(self, lr: float) -> float:
         """Update the parameters from the gradients; returns the norm before clipping.
 

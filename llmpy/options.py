@@ -214,7 +214,8 @@ class TrainOptions:
             values = RECIPES[recipe] | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):
                 raise LlmpyError(f"--recipe {recipe} needs --data", "give the shards of FineWeb: --data FOLDER")
-        return cls(**(FINE_TUNING if values.get("init") else {}) | values, given=frozenset(values))
+        tuning = values.get("init") and not values.get("init_state")  # a run that goes on is no fine-tuning
+        return cls(**(FINE_TUNING if tuning else {}) | values, given=frozenset(values))
 
     def as_record(self) -> dict[str, Any]:
         """What describes a run, as JSON: all but how it was told."""
@@ -293,7 +294,7 @@ class TrainOptions:
         if self.lr is None:
             # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
             # 1e-4 is that of llm.c's program that fine-tunes.
-            settled = replace(settled, lr=(6e-4 if self.init is None else 1e-4) * 768 / channels)
+            settled = replace(settled, lr=(6e-4 if self.init is None or self.init_state else 1e-4) * 768 / channels)
         if self.steps is None and self.minutes is None:
             settled = replace(settled, steps=DEFAULT_EPOCHS * self.epoch(tokens), minutes=DEFAULT_MINUTES)
         if self.steps == ONE_EPOCH:

@@ -172,6 +172,8 @@ class Trainer:
                     unsaved = fault
                 self.evaluate()
             if unsaved is None:
+                if self.trackers is not None:
+                    self.trackers.close()  # a signal in the last sample ends the program at once
                 self._conclude()
         finally:
             self.keeper.close()
@@ -642,7 +644,7 @@ def assemble(
             data.tokenizer.save(folder / TOKENIZER_FILE)
         write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
-    if options.track and since:  # they forget this step with what came after it
+    if tracked and since:  # they forget this step with what came after it
         for row in journal.recorded(since):
             trackers.log(since, row)
     folder.keep()

@@ -381,7 +381,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     for child in psutil.Process(process.pid).children(recursive=True):
         words = child.environ()
         rank = words.get("PMI_RANK", words.get("OMPI_COMM_WORLD_RANK"))
-        if rank is not None and "llmpy.cli" in child.cmdline():
+        if rank is not None and "llmpy" in child.cmdline():
             found[int(rank)] = child
     return found
 

@@ -84,7 +84,7 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
     """`llmpy` with these arguments, once for each rank; returns the exit code."""
     launcher = mpiexec()
     options, environment = flags(launcher)
-    command = [str(launcher), *options, "-n", str(ranks), sys.executable, "-m", "llmpy.cli", *arguments]
+    command = [str(launcher), *options, "-n", str(ranks), sys.executable, "-m", "llmpy", *arguments]
     with tempfile.TemporaryDirectory(prefix="llmpy-ranks-") as name:
         folder = Path(name)
         environment = {**os.environ, **environment, PARENT: f"{os.getpid()}:{folder}"}

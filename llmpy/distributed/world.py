@@ -296,8 +296,11 @@ def _messages(x: Any) -> list[Any]:
     return [data[i : i + MESSAGE] for i in range(0, data.size, MESSAGE)]
 
 
-def join(options: TrainOptions) -> World:
-    """The ranks that were started with this one. Raises LlmpyError if there are not as many as somebody thinks."""
+def join(options: TrainOptions) -> World | None:
+    """The ranks that were started with this one, None if it is the only one.
+
+    Raises LlmpyError if there are not as many as somebody thinks.
+    """
     try:
         from mpi4py import MPI
     except ImportError as fault:
@@ -313,4 +316,4 @@ def join(options: TrainOptions) -> World:
         )
     if "ranks" in options.given and options.ranks != size:
         raise LlmpyError(f"--ranks {options.ranks}, but {size} were started", "leave --ranks out, or let them agree")
-    return World(MPI, options.rank_timeout)
+    return World(MPI, options.rank_timeout) if size > 1 else None

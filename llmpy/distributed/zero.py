@@ -208,6 +208,15 @@ class Zero(AdamW):
         """Every part that is kept: where it lies in the flat arenas, and in the buffers of parts."""
         return [(self.parts[b][q], at) for (b, q), at in self._at.items()]
 
+    @property
+    def parameters(self) -> int:
+        return int(self.params.size)
+
+    def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
+        for ranges, at in self.kept_ranges():
+            pack(self.m[at], m, ranges)
+            pack(self.v[at], v, ranges)
+
     def adopt_weights(self) -> None:
         """The master weights := the model's parameters, which were written by anyone else."""
         for ranges, at in self.kept_ranges():

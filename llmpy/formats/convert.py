@@ -47,7 +47,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
     files = sorted(p for p in target.iterdir() if p.is_file()) if folder else [target]
     names = f" ({', '.join(p.name for p in files)})" if folder else ""
     say(f"wrote {target}{names}: {to}, {dtype}, {sum(p.stat().st_size for p in files):,} bytes")
-    _tokenizer(source, target, to, say)
+    put_tokenizer(source, target, to, say)
     if told is not None:
         _how_to_go_on(target, told, say)
     elif state is None and llmc_state.is_checkpoint(options.source):
@@ -100,7 +100,7 @@ def _write(source: Source, target: Path, to: str, dtype: str) -> None:
         native.write_model(target, source)
 
 
-def _tokenizer(source: Source, target: Path, to: str, say: Callable[[str], None]) -> None:
+def put_tokenizer(source: Source, target: Path, to: str, say: Callable[[str], None]) -> None:
     """Put the tokenizer beside a format that cannot hold it, unless another lies there, and say what became of it."""
     if source.tokenizer is None:
         if not to.startswith("llmc"):

@@ -139,14 +139,13 @@ def restore(state: TrainingState, optimizer: AdamW, loader: Loader) -> None:
 
     Raises LlmpyError, before anything is changed but the loader, if model, data, -B, -T or ranks are others.
     """
-    if state.m.size != optimizer.m.size:
+    if state.m.size != optimizer.parameters:
         raise LlmpyError(
-            f"the state has {state.m.size:,} moments, the model {optimizer.m.size:,} parameters",
+            f"the state has {state.m.size:,} moments, the model {optimizer.parameters:,} parameters",
             "continue with the model that it was saved with",
         )
     restore_place(state, loader)
-    optimizer.m[...] = state.m
-    optimizer.v[...] = state.v
+    optimizer.set_moments(state.m, state.v)
     optimizer.updates = state.step
 
 
