@@ -116,7 +116,8 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert asked["cost"] == pytest.approx(2 * asked["seconds"] / 3600)
     assert chinchilla["tokens"] == 20 * numbers["model"]["parameters"]
     assert numbers["disk"] == numbers["disk"] | {"checkpoint": 12 * numbers["model"]["parameters"]}
-    assert numbers["disk"]["total"] == 3 * numbers["disk"]["checkpoint"]  # two kept, one being written
+    models = 2 * 4 * numbers["model"]["parameters"]  # the last and the best
+    assert numbers["disk"]["total"] == 3 * numbers["disk"]["checkpoint"] + models  # two kept, one being written
     step["ms_a_batch"]["update"] = once
     monkeypatch.setattr(plan, "plan", lambda _: numbers)
     assert cli.main(["plan", "--json"]) == 0
