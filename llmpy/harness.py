@@ -82,7 +82,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-likelihood in nats, and whether greedy choice would give the same.
 
-        An empty context is the end-of-text token, after which texts begin.
+        A context that is empty, or blank, is the end-of-text token, after which texts begin.
         """
         pairs = [self._pair(*request.args) for request in requests]
         return self._answers("loglikelihood", requests, pairs, disable_tqdm)
@@ -113,8 +113,8 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both, cut where the context's end: blanks at its end belong to the word that follows."""
-        if not context:
-            return [self.tokens.eot], self.tokens.encode(continuation)
+        if not context.strip():
+            return [self.tokens.eot], self.tokens.encode(context + continuation)
         ids = self.tokens.encode(context.rstrip())
         return ids, self.tokens.encode(context + continuation)[len(ids) :]
 

@@ -80,7 +80,14 @@ def by_hand(made: Any, context: list[int], continuation: list[int]) -> tuple[flo
     return total, greedy
 
 
-PAIRS = [("The cat", " sat"), ("The cat ", "sat on the mat"), ("", "dog"), ("a" * 40, "and the dog ran" * 4), ("x", "")]
+PAIRS = [
+    ("The cat", " sat"),
+    ("The cat ", "sat on the mat"),
+    ("", "dog"),
+    (" \n", "dog"),
+    ("a" * 40, "and the dog ran" * 4),
+    ("x", ""),
+]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
@@ -89,8 +96,8 @@ def test_likelihoods_are_those_by_hand(harness: Any, run: Path, batch_size: Any)
     found = made.loglikelihood([asked(*pair) for pair in PAIRS], disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
         cut = context.rstrip()
-        ids = made.tokens.encode(cut) if context else [made.tokens.eot]
-        rest = made.tokens.encode(context + continuation)[len(ids) if context else 0 :]
+        ids = made.tokens.encode(cut) if cut else [made.tokens.eot]
+        rest = made.tokens.encode(context + continuation)[len(ids) if cut else 0 :]
         want = by_hand(made, ids, rest)
         assert value == pytest.approx(want[0], rel=1e-12)
         assert greedy == want[1]
