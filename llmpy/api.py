@@ -138,7 +138,11 @@ class GPT2:
     def continued(
         self, ids: Sequence[int], count: int, choice: Choice, stop: Sequence[str] = (), seed: int = 1337
     ) -> Iterator[str]:
-        """The text of up to `count` tokens after `ids`: to the end of the text, or to one of the strings `stop`."""
+        """The text of up to `count` tokens after `ids`: to the end of the text, or to one of the strings `stop`.
+
+        Raises LlmpyError for an id that is no token of the model.
+        """
+        self._check_range(ids, "ids", 0)
         tokenizer, ops, reach = self.require_tokenizer(), cast(Machine, self._net.ops), self.trained_length
         check_memory(self.config, ops, 1, min(reach, len(ids) + count), loaded=True)
         ops.warm_up(_aside, decoding=True)
@@ -154,13 +158,16 @@ class GPT2:
         yield text.finish()
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer, or GPT-2's. Raises LlmpyError if there is none."""
+        """The tokenizer, or GPT-2's. Raises LlmpyError if there is none, or if it has tokens that the model has not."""
         if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
             self.tokenizer = Tokenizer.gpt2(_aside)
         if self.tokenizer is None:
             raise LlmpyError(
                 "the model has no tokenizer, which text needs", "set model.tokenizer = llmpy.Tokenizer.load(…)"
             )
+        have, V = self.tokenizer.vocab_size, self.config.vocab_size
+        if have > V:
+            raise LlmpyError(f"the tokenizer has {have:,} tokens but the model {V:,}", "use the model's own tokenizer")
         return self.tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -226,13 +233,16 @@ class GPT2:
             raise LlmpyError(
                 f"{what}: rows of {ids.shape[1]:,}, and the model's context is {self.config.context:,}", "cut them"
             )
-        for extreme in (ids.min(), ids.max()):
-            if not least <= extreme < self.config.vocab_size:
-                raise LlmpyError(
-                    f"{what}: {extreme} is no token of this model",
-                    f"ids go from {least} to {self.config.vocab_size - 1}",
-                )
+        self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
+
+    def _check_range(self, ids: Sequence[int], what: str, least: int) -> None:
+        """Raise LlmpyError unless all are in `least` … V − 1."""
+        for i in ids:
+            if not least <= i < self.config.vocab_size:
+                raise LlmpyError(
+                    f"{what}: {i} is no token of this model", f"ids go from {least} to {self.config.vocab_size - 1}"
+                )
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Only one shape's activations are kept."""

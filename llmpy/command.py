@@ -18,8 +18,9 @@ def called() -> str:
     import shutil  # here: the command line uses this module and must not wait for it
 
     own = Path(sys.argv[0])
-    if own.name == "cli.py" and own.parent.name == "llmpy":
-        return f"{shlex.quote(sys.executable)} -m llmpy.cli"
+    modules = {"__main__.py": "llmpy", "cli.py": "llmpy.cli"}
+    if own.name in modules and own.parent.name == "llmpy":
+        return f"{shlex.quote(sys.executable)} -m {modules[own.name]}"
     if own.stem != "llmpy":  # a program of somebody else's
         return "llmpy"
     found = shutil.which("llmpy")

@@ -67,7 +67,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         ops = machine or cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
         self.reach = source.trained_length
         told = str(batch_size)  # it may be "auto", or "auto:4"
-        self.batch_size = int(told) if told.isdecimal() else BATCH_SIZE
+        self.batch_size = BATCH_SIZE if batch_size is None or told.startswith("auto") else _count(told)
         check_memory(source.config, ops, self.batch_size, self.reach)
         ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
         self.model = GPT2(source.config, ops)
@@ -82,7 +82,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-likelihood in nats, and whether greedy choice would give the same.
 
-        An empty context is the end-of-text token, after which texts begin.
+        A context that is empty, or blank, is the end-of-text token, after which texts begin.
         """
         pairs = [self._pair(*request.args) for request in requests]
         return self._answers("loglikelihood", requests, pairs, disable_tqdm)
@@ -95,7 +95,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each context, to before a string of `until`, the end of text, or `max_gen_toks` tokens.
 
-        Greedy unless `do_sample`, then with `temperature`, `top_k`, `top_p` and `min_p`.
+        Greedy unless `do_sample`, then with `temperature` (1 unless told), `top_k`, `top_p` and `min_p`.
         """
         texts = [""] * len(requests)
         told = [dict(request.args[1]) for request in requests]
@@ -113,8 +113,8 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both, cut where the context's end: blanks at its end belong to the word that follows."""
-        if not context:
-            return [self.tokens.eot], self.tokens.encode(continuation)
+        if not context.strip():
+            return [self.tokens.eot], self.tokens.encode(context + continuation)
         ids = self.tokens.encode(context.rstrip())
         return ids, self.tokens.encode(context + continuation)[len(ids) :]
 
@@ -166,10 +166,14 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         until = [until] if isinstance(until, str) else [text for text in until if text]
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
         count = int(next((told[name] for name in names if told.get(name) is not None), NEW_TOKENS))
-        temperature = float(told.get("temperature") or 0.0)
+        temperature = told.get("temperature")
+        if temperature is None:
+            temperature = 1.0 if told.get("do_sample") else 0.0
         if not told.get("do_sample", temperature > 0):
             temperature = 0.0
-        choice = Choice(temperature, **{k: told[k] for k in ("top_k", "top_p", "min_p") if told.get(k) is not None})
+        choice = Choice(
+            float(temperature), **{k: told[k] for k in ("top_k", "top_p", "min_p") if told.get(k) is not None}
+        )
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
         generation = Generation(self.model, prompts, count, self.reach, coins, choice)
@@ -197,6 +201,13 @@ def windows(context: Sequence[int], continuation: Sequence[int], reach: int) -> 
         end = min(done + reach, len(text))
         yield text[max(0, end - reach - 1) : end], end - done
         done = end
+
+
+def _count(told: str) -> int:
+    """Rows side by side. Raises LlmpyError for what is no such number."""
+    if not told.isdecimal() or int(told) < 1:
+        raise LlmpyError(f"--batch_size {told}", "use a whole number from 1 on, or auto")
+    return int(told)
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterable[Any]:

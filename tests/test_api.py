@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import llmpy
 from llmpy import GPT2, LlmpyError, Tokenizer, Trainer
 from llmpy.config import ModelConfig
 from llmpy.formats import open_model
+from llmpy.generate import Choice
 
 ROWS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 
@@ -160,6 +162,16 @@ def test_the_text_ends_at_its_end() -> None:
 def test_text_needs_a_tokenizer(model: GPT2) -> None:
     with pytest.raises(LlmpyError, match="no tokenizer"):
         model.generate("ab")
+
+
+def test_no_token_is_outside_the_model() -> None:
+    model = GPT2.new(replace(TINY, vocab_size=256), tokenizer=Tokenizer.bytes(), machine=Laptop())
+    with pytest.raises(LlmpyError, match="the tokenizer has 257 tokens but the model 256 — use the model's own"):
+        model.generate("ab")
+    model = GPT2.new(replace(TINY, vocab_size=257), tokenizer=Tokenizer.bytes(), machine=Laptop())
+    for i in (-1, 257):
+        with pytest.raises(LlmpyError, match=f"ids: {i} is no token of this model — ids go from 0 to 256"):
+            next(model.continued([1, i, 2], 1, Choice()))
 
 
 def test_exports(tmp_path: Path) -> None:

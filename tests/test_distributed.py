@@ -20,6 +20,7 @@ from fellows import Fellow, Fellows
 from laptop import TINY, tiny_model
 
 from llmpy import checkpoint
+from llmpy.cli import main
 from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
@@ -28,9 +29,11 @@ from llmpy.distributed.cost import Line, communication
 from llmpy.distributed.shards import ShardedKeeper
 from llmpy.distributed.watch import Fault, Watch
 from llmpy.distributed.zero import Zero, buckets, cut, length
+from llmpy.formats import llmc_state
 from llmpy.gpt2 import GPT2, PARAMS
 from llmpy.journal import Journal
 from llmpy.optimizer import AdamW
+from llmpy.options import TrainOptions
 from llmpy.snapshot import Keeper
 
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
@@ -167,7 +170,8 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
             optimizer.update(1e-2, optimizer.norm())
         place = loader.position
         data = {"shard": place.shard, "sample": place.sample, "generator_used": place.rng.pos}
-        keeper.finish(3, {"data": {**data, "sample_tokens": B * T * ranks}}, place)
+        options = TrainOptions(batch_size=B, sequence_length=T, ranks=ranks, shuffle=True).as_record()
+        keeper.finish(3, {"data": {**data, "sample_tokens": B * T * ranks}, "options": options}, place)
     ranges = [(0, model.params.size)] if alone else optimizer.owned  # type: ignore[union-attr]
     where = np.concatenate([np.arange(*r) for r in ranges])
     m, v = np.full((2, model.params.size), np.nan, np.float32)
@@ -184,7 +188,7 @@ def run_of(ranks: int, folder: Path, tokens: Path, resume: bool) -> dict[str, An
     each = Fellows(ranks).run(lambda fellow: kept(fellow, folder, tokens, resume))
     whole = {name: np.nanmax([x[name] for x in each], axis=0) for name in ("m", "v")}
     assert all(np.array_equal(x["params"], each[0]["params"]) for x in each)
-    return {"params": each[0]["params"], **whole, "nexts": [x["next"] for x in each]}
+    return {**each[0], **whole, "nexts": [x["next"] for x in each]}
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
@@ -196,6 +200,22 @@ def test_any_number_of_ranks_goes_on_from_a_checkpoint(tmp_path: Path, tokens: P
         assert np.array_equal(left[name], found[name]), name
     if before == after:  # each rank reads on where it was
         assert all(map(np.array_equal, left["nexts"], found["nexts"]))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_of_several_ranks_moves_to_llm_c(
+    tmp_path: Path, tokens: Path, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = run_of(ranks, tmp_path / "run", tokens, resume=False)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "llm.c"), "--to", "llmc-run"]) == 0
+    assert f"-b {B * ranks} -t {T} -d {B * T * ranks} " in capsys.readouterr().out
+    _, state = llmc_state.read_checkpoint(tmp_path / "llm.c")
+    for name, found in (("params", state.master), ("m", state.m), ("v", state.v)):
+        assert np.array_equal(left[name], found), name
+    loader = Loader([open_shard(tokens, 300)], B * ranks, T, True)
+    llmc_state.restore_place(state, loader)
+    rows = loader.next()[0]
+    assert np.array_equal(rows[:B], left["next"])
 
 
 def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:

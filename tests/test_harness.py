@@ -80,7 +80,14 @@ def by_hand(made: Any, context: list[int], continuation: list[int]) -> tuple[flo
     return total, greedy
 
 
-PAIRS = [("The cat", " sat"), ("The cat ", "sat on the mat"), ("", "dog"), ("a" * 40, "and the dog ran" * 4), ("x", "")]
+PAIRS = [
+    ("The cat", " sat"),
+    ("The cat ", "sat on the mat"),
+    ("", "dog"),
+    (" \n", "dog"),
+    ("a" * 40, "and the dog ran" * 4),
+    ("x", ""),
+]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
@@ -89,8 +96,8 @@ def test_likelihoods_are_those_by_hand(harness: Any, run: Path, batch_size: Any)
     found = made.loglikelihood([asked(*pair) for pair in PAIRS], disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
         cut = context.rstrip()
-        ids = made.tokens.encode(cut) if context else [made.tokens.eot]
-        rest = made.tokens.encode(context + continuation)[len(ids) if context else 0 :]
+        ids = made.tokens.encode(cut) if cut else [made.tokens.eot]
+        rest = made.tokens.encode(context + continuation)[len(ids) if cut else 0 :]
         want = by_hand(made, ids, rest)
         assert value == pytest.approx(want[0], rel=1e-12)
         assert greedy == want[1]
@@ -136,9 +143,17 @@ def test_generation_is_that_of_sample(harness: Any, run: Path) -> None:
     once, again = (made.generate_until([asked("x", drawn), asked("x", drawn)], disable_tqdm=True) for _ in range(2))
     assert once == again
     assert once[0] != once[1]
+    del drawn["temperature"]  # whose default is 1 where tokens are drawn
+    assert made.generate_until([asked("x", drawn), asked("x", drawn)], disable_tqdm=True) == once
     made.model.params.wte[made.tokens.eot] = 10 * made.model.logits(np.array([encode("x")], np.int32)).max()
     made.model.params.ln_f_w[...], made.model.params.ln_f_b[...] = 0, 1
     assert made.generate_until([asked("x", {})], disable_tqdm=True) == [""]
+
+
+@pytest.mark.parametrize("batch_size", [0, "0", -1, "many"])
+def test_a_batch_of_no_rows(harness: Any, run: Path, batch_size: Any) -> None:
+    with pytest.raises(LlmpyError, match=f"--batch_size {batch_size} — use a whole number from 1 on, or auto"):
+        harness.Harness(str(run), batch_size=batch_size, machine=Laptop())
 
 
 def test_what_was_answered_is_kept_in_time(harness: Any, run: Path) -> None:

@@ -86,7 +86,8 @@ def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
             stories = [story["story"].strip() for story in json.loads(content)]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
             raise LlmpyError(f"{name} in {path} holds no list of stories", "download it again") from fault
-        random.Random(1337 + int(number[1])).shuffle(stories)  # as llm.c does
+        # As llm.c does, which counts the training files anew: data00.json and data01.json have the same seed.
+        random.Random(1337 + max(0, int(number[1]) - 1)).shuffle(stories)
         found = True
         yield from (Document(name, story) for story in stories)
     if not found:

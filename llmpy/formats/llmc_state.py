@@ -30,12 +30,11 @@ from ..config import ModelConfig
 from ..data.loader import Loader, Position
 from ..durable import write_whole
 from ..errors import LlmpyError
-from ..gpt2 import PARAMS
 from ..optimizer import AdamW
 from ..options import TrainOptions
 from ..rng import MTState, Xorshift64Star
 from ..runfolder import CHECKPOINTS, LLMC_DONE
-from ..snapshot import position_of
+from ..snapshot import place_of
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
 from .source import DTYPES, Source, damaged, shapes, unreadable
@@ -113,6 +112,8 @@ def capture(optimizer: AdamW, loader: Loader, params: np.ndarray, micro_steps: i
 def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     """The newest checkpoint of a run of ours as llm.c would have it, and the run's options as they are recorded.
 
+    Several ranks become one process whose batches are as large as theirs together, in the options too: it reads the
+    same tokens in a step, shuffled as the first rank has them.
     What llm.c does not write down stays behind: outlier detectors, clocks, and the options themselves.
     Raises LlmpyError if there is no checkpoint, or if it is damaged.
     """
@@ -123,9 +124,11 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     source = replace(native.read_model(found[0] / checkpoint.MODEL), tokenizer=native.tokenizer_in(run))
     n = sum(math.prod(s) for s in shapes(source.config).values())
     m, v = np.empty((2, n), np.float32)
-    others = checkpoint.load_state(found[0] / checkpoint.STATE, PARAMS(source.config), m, v)
-    options, empty = manifest["options"], np.empty(0, np.int32)
-    position, shuffle = position_of(manifest, others), options["shuffle"] and not options["overfit"]
+    checkpoint.load_moments(found[0], manifest, [([(0, n)], m, v)])
+    options, empty = dict(manifest["options"]), np.empty(0, np.int32)
+    options["batch_size"] *= manifest.get("ranks", 1)
+    position = place_of(found[0], manifest, 0, 1, options["seed"])
+    shuffle = options["shuffle"] and not options["overfit"]
     if not shuffle:
         position = replace(position, shard_order=empty, sample_order=empty)
     micro_steps = TrainOptions.from_record(options).micro_steps
