@@ -48,6 +48,10 @@ def test_other_ways_to_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called() == "llmpy"
     monkeypatch.setattr(sys, "argv", ["/lib/llmpy/cli.py"])
     assert called() == f"{shlex.quote(sys.executable)} -m llmpy.cli"
+    monkeypatch.setattr(sys, "argv", ["/lib/llmpy/__main__.py"])
+    assert called() == f"{shlex.quote(sys.executable)} -m llmpy"
+    monkeypatch.setattr(sys, "argv", ["/lib/other/__main__.py"])
+    assert called() == "llmpy"
 
 
 @needs_posix
