@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+MODULES = {"__main__.py": "llmpy", "cli.py": "llmpy.cli"}  # a file that Python ran → the module it was named by
+
 
 def command(*words: object) -> str:
     """These words after the name of this program, quoted where a shell would take them apart."""
@@ -18,9 +20,8 @@ def called() -> str:
     import shutil  # here: the command line uses this module and must not wait for it
 
     own = Path(sys.argv[0])
-    modules = {"__main__.py": "llmpy", "cli.py": "llmpy.cli"}
-    if own.name in modules and own.parent.name == "llmpy":
-        return f"{shlex.quote(sys.executable)} -m {modules[own.name]}"
+    if own.name in MODULES and own.parent.name == "llmpy":
+        return f"{shlex.quote(sys.executable)} -m {MODULES[own.name]}"
     if own.stem != "llmpy":  # a program of somebody else's
         return "llmpy"
     found = shutil.which("llmpy")

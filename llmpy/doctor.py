@@ -4,11 +4,12 @@ ok       as it should be
 note     training works; something could be faster, or is not installed
 fault    something prevents training: exit code 1
 
-Nothing is installed, removed or downloaded; the hub is asked for the head of one file.
+Nothing is installed, removed or downloaded; the hub is asked whether it answers (HEAD of its address).
 """
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import os
 import platform
@@ -39,6 +40,7 @@ from .options import DEFAULT_MODEL, DoctorOptions, TrainOptions
 from .preflight import PROGRAM_BYTES, disk_needed, gigabytes, memory_of
 from .terminal import paint
 from .trackers import PACKAGES
+from .trainer import BUILTIN_VOCAB
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 STYLES = {OK: "green", NOTE: "yellow", FAULT: "red"}
@@ -217,7 +219,7 @@ def peaks(machine: Meter, load: Load) -> Iterator[Check]:
 
 def memory(machine: Meter) -> Iterator[Check]:
     """Whether the default training fits into what is free, and into the container."""
-    needed = memory_of(TrainOptions(), ModelConfig.from_dial(DEFAULT_MODEL), machine)
+    needed = memory_of(TrainOptions(), ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB), machine)
     told = psutil.virtual_memory()
     limit = cgroup_memory()
     free = told.available
@@ -308,7 +310,7 @@ def data_folder() -> Iterator[Check]:
 def disk() -> Iterator[Check]:
     """Whether runs can be written here, and the default one fits."""
     here = Path("runs") if Path("runs").exists() else Path()
-    needed = disk_needed(TrainOptions(), ModelConfig.from_dial(DEFAULT_MODEL))
+    needed = disk_needed(TrainOptions(), ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB))
     try:
         with tempfile.TemporaryFile(dir=here):
             pass
@@ -360,7 +362,7 @@ def network() -> Iterator[Check]:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=NETWORK_SECONDS).close()
     except urllib.error.HTTPError as fault:
         yield Check("network", OK, f"{address} answers ({fault.code})")
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, http.client.HTTPException) as fault:  # no URL, or what answers speaks no HTTP
         fix = "needed only to download models and data sets: check proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT"
         yield Check("network", NOTE, f"{address} does not answer: {getattr(fault, 'reason', fault)}", fix)
     else:

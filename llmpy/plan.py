@@ -252,8 +252,8 @@ def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
         },
         "machine": {
             "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": there.peak,
-            "bandwidth_gb_s": there.bandwidth, "measured_here": o.peak is None and o.memory_bandwidth is None,
-            "steady": here.steady,
+            "bandwidth_gb_s": there.bandwidth, "peak_measured": o.peak is None,
+            "bandwidth_measured": o.memory_bandwidth is None, "steady": here.steady,
         },
         "batch": {
             "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
@@ -285,9 +285,8 @@ def memory_of(config: ModelConfig, options: PlanOptions, ops: Meter) -> dict[str
     available = psutil.virtual_memory().available if o.memory is None else int(o.memory * 1e9)
 
     def parts(B: int) -> dict[str, int]:
-        found = memory_parts(config, B, o.sequence_length, ops, o.recompute, o.checkpoint_every > 0, SAMPLED)
-        found["moments"] //= o.nodes
-        return found
+        copied = o.checkpoint_every > 0
+        return memory_parts(config, B, o.sequence_length, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
 
     needed = parts(o.batch_size)
     largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(parts(B).values()))
@@ -334,12 +333,12 @@ def table(n: dict[str, Any]) -> str:
     m, b, machine, memory, step, disk = (n[k] for k in ("model", "batch", "machine", "memory", "step", "disk"))
     gathered = f", {b['gathered']} gathered" if b["gathered"] > 1 else ""
     nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
-    whose = "measured" if machine["measured_here"] else "given"
+    peak, stream = ("measured" if machine[f"{rate}_measured"] else "given" for rate in ("peak", "bandwidth"))
     lines = [
         f"model    {m['name']}: {m['layers']} layers, {m['heads']} heads, {m['channels']} channels, context "
         f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
         f"machine  {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['isa']}, {machine['dtype']}; "
-        f"{whose}: {machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
+        f"{machine['peak_gflops']:,.0f} GFLOP/s ({peak}), {machine['bandwidth_gb_s']:,.0f} GB/s ({stream})",
         f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
         *([] if machine["steady"] else ["caution  other programs ran meanwhile: plan again without them"]),
         "",

@@ -1,6 +1,9 @@
 """Before training: what will run, what it needs, how long it will take; and one refusal that names all that is wrong.
 
 memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
+         of N ranks: wide · (2 + 4/N) · parameters: also master weights and reduced gradients; (1 + 2/N) more for
+         checkpoints, of the first; three buffers of a bucket; in mixed precision no matrices but the stored ones,
+         and wide/N · parameters for those that travel (distributed/zero.py, distributed/shards.py)
          + activations of training (without what backward computes again), backward's scratch, activations and
            cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
@@ -16,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +36,7 @@ from .data.prepare import choose_vocab_size
 from .data.shards import count_tokens, is_shard
 from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
+from .distributed.zero import most_kept
 from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
 from .multiple_choice import row_length
@@ -231,17 +236,22 @@ def check_length(T: int, context: int) -> None:
 
 
 def check_memory(
-    options: TrainOptions, config: ModelConfig, machine: Machine, available: int | None = None, beside: int = 1
-) -> None:
+    options: TrainOptions, config: ModelConfig, machine: Machine, available: int | None = None, beside: int = 1,
+    ranks: int = 1,
+) -> None:  # fmt: skip
     """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free.
 
-    `beside`: ranks on this machine. Each needs less than a run of one: it has a part of the moments.
+    `beside`: those of its `ranks` that are on this machine; each may take an equal share of what is free.
     """
     o = options
-    needed = memory_of(options, config, machine)
+    needed = memory_of(options, config, machine, ranks)
     available = psutil.virtual_memory().available // beside if available is None else available
     if needed > available:
-        copy = "" if o.checkpoint_every == 0 else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
+        copy = (
+            ""
+            if o.checkpoint_every == 0 or ranks > 1
+            else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
+        )
         raise LlmpyError(
             f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
             f"{gigabytes(available)} are available",
@@ -283,6 +293,7 @@ def inspect(
     val_tokens: int,
     done: int = 0,
     elapsed: float = 0.0,
+    ranks: int = 1,
 ) -> Preflight:
     """Measure the machine and compute the needs of a run, or of one that goes on after `done` steps."""
     return Preflight(
@@ -292,15 +303,15 @@ def inspect(
         train_tokens,
         val_tokens,
         machine.measure_peak(),
-        memory_of(options, config, machine),
+        memory_of(options, config, machine, ranks),
         psutil.virtual_memory().available,
         done,
         elapsed,
     )
 
 
-def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> int:
-    """Bytes that a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
+def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, ranks: int = 1) -> int:
+    """Bytes that each rank of a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
     o = options
     prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
     sampled = prompt + o.sample_tokens
@@ -309,7 +320,8 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> i
         rows = ENDINGS, min(_row_length(o.hellaswag), config.context)
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
     shape = o.batch_size, o.sequence_length
-    needed = memory_needed(config, *shape, machine, o.recompute, o.checkpoint_every > 0, sampled, apart)
+    copied = o.checkpoint_every > 0
+    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks, o.zero)
     return needed + (0 if machine.compiled() else COMPILER_BYTES)
 
 
@@ -321,20 +333,21 @@ def _row_length(path: Path) -> int:
 
 def memory_needed(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
-    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (),
+    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1, zero: bool = True,
 ) -> int:  # fmt: skip
     """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
-    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart).values())
+    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart, ranks, zero).values())
 
 
 def memory_parts(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
-    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (),
+    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1, zero: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
     `copied`: with the copy that checkpoints in the background are made from. `sampled`: tokens of a sample and its
-    prompt, by default as many as samples can reach, T. `apart`: other shapes that are evaluated.
+    prompt, by default as many as samples can reach, T. `apart`: other shapes that are evaluated. Of several `ranks`:
+    what the first one holds, which has most; `zero` as `Zero` takes it.
     """
     S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
@@ -343,14 +356,27 @@ def memory_parts(
     def size(table: list[Tensor]) -> int:
         return sum(t.size * (wide if t.wide else stored) for t in table)
 
-    parameters = wide * sum(t.size for t in PARAMS(config))
+    table = PARAMS(config)
+    parameters, matrices = wide * sum(t.size for t in table), sum(t.size for t in table if t.decay)
+    if ranks == 1:
+        state = {"moments": 2 * parameters, "copy for checkpoints": 3 * parameters if copied else 0}
+    else:
+        kept, part = (wide * elements for elements in most_kept(table, config.layers, ranks, zero))
+        own, _ = most_kept(table, config.layers, ranks)
+        state = {
+            "moments": 2 * kept,
+            "master weights": kept,
+            "reduced gradients": kept,
+            "messages": 3 * ranks * part + (kept if mixed else 0),
+            "copy for checkpoints": parameters + 2 * wide * own,  # the last checkpoint is written from it too
+        }
     rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
     return {
-        "weights": parameters,
-        "weights for products": stored * sum(t.size for t in PARAMS(config) if t.decay) if mixed else 0,
+        # of several ranks the master weights take the place of the wide matrices, whose memory goes back (`release`)
+        "weights": parameters - (wide * matrices if mixed and ranks > 1 and sys.platform == "linux" else 0),
+        "weights for products": stored * matrices if mixed else 0,
         "gradients": parameters,
-        "moments": 2 * parameters,
-        "copy for checkpoints": 3 * parameters if copied else 0,
+        **state,
         "activations": size(ACTS(config, B, T, True, recompute)),
         "backward's scratch": size(SCRATCH(config, B, T, mixed)),
         "logits chunk": stored * rows * config.padded_vocab_size,

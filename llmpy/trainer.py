@@ -601,7 +601,7 @@ def assemble(
         lambda: Feed(data, options, config, world),
         lambda: check_length(options.sequence_length, config.context),
         lambda: options.micro_steps,
-        lambda: check_memory(options, config, ops, beside=world.local_size),
+        lambda: check_memory(options, config, ops, beside=world.local_size, ranks=world.size),
         lambda: check_disk(options, config, folder.path),
     )[0]
     if state is not None:
@@ -611,8 +611,9 @@ def assemble(
         raise LlmpyError(
             f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
         )
-    before = (manifest["step"], manifest["seconds"]["elapsed"]) if manifest else ()
-    flight = inspect(config, options, ops, sum(map(len, data.train)), sum(map(len, data.val)), *before)
+    done, elapsed = (manifest["step"], manifest["seconds"]["elapsed"]) if manifest else (0, 0.0)
+    tokens = sum(map(len, data.train)), sum(map(len, data.val))
+    flight = inspect(config, options, ops, *tokens, done, elapsed, world.size)
     for line in flight.lines():
         journal.say(line)
     for line in world.lines(ops.threads):

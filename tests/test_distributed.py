@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import psutil
 import pytest
 from fellows import Fellow, Fellows
-from laptop import TINY, tiny_model
+from laptop import TINY, Laptop, tiny_model
 
 from llmpy import checkpoint
 from llmpy.cli import main
@@ -31,9 +32,11 @@ from llmpy.distributed.watch import Fault, Watch
 from llmpy.distributed.zero import Zero, buckets, cut, length
 from llmpy.formats import llmc_state
 from llmpy.gpt2 import GPT2, PARAMS
+from llmpy.init import initialise
 from llmpy.journal import Journal
 from llmpy.optimizer import AdamW
 from llmpy.options import TrainOptions
+from llmpy.preflight import memory_parts
 from llmpy.snapshot import Keeper
 
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
@@ -137,6 +140,34 @@ def test_state_is_divided(zero: bool) -> None:
         assert sum(size for size, _ in states) == (whole if zero else ranks * whole)
         # parts are whole cache lines of each bucket, so the last ranks' are a little smaller
         assert max(size for size, _ in states) < 1.25 * whole / (ranks if zero else 1)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_memory_is_what_the_optimizer_holds(dtype: Any, ranks: int, zero: bool) -> None:
+    machine = Laptop()
+    machine.dtype = np.dtype(dtype)  # nothing is computed here: what is wide stays float32
+
+    def held(fellow: Fellow) -> dict[str, int]:
+        model = GPT2(TINY, machine)
+        initialise(model.params, TINY)
+        model.reserve(B, T, training=True)
+        o = Zero(model, fellow, **SETTINGS, zero=zero)
+        messages = (o._stage, o._packed, o._theirs, o._arrivals)
+        return {
+            "moments": o.m.nbytes + o.v.nbytes,
+            "master weights": o.master.nbytes,
+            "reduced gradients": o.grad.nbytes,
+            "messages": sum(x.nbytes for x in messages),
+        }
+
+    first, *others = Fellows(ranks).run(held)
+    parts = memory_parts(TINY, B, T, machine, ranks=ranks, zero=zero)
+    assert first == {name: parts[name] for name in first}
+    assert all(other[name] <= first[name] for other in others for name in first)
+    copy = 4 * sum(t.size for t in PARAMS(TINY)) + memory_parts(TINY, B, T, machine, ranks=ranks)["moments"]
+    assert parts["copy for checkpoints"] == copy
 
 
 @pytest.fixture

@@ -16,9 +16,11 @@ import pytest
 from laptop import Laptop
 
 from llmpy import cli, doctor
+from llmpy.config import ModelConfig
 from llmpy.doctor import FAULT, NOTE, OK, Check, cgroup_cpus, cgroup_memory
 from llmpy.errors import LlmpyError
-from llmpy.options import DoctorOptions
+from llmpy.options import DEFAULT_MODEL, DoctorOptions, TrainOptions
+from llmpy.preflight import memory_of
 
 
 class Meter(Laptop):
@@ -105,6 +107,8 @@ def test_a_machine_that_does_not_load() -> None:
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = doctor.memory(Meter())
     assert check.state == OK
+    trained = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=512)  # as `llmpy train` takes for its own text
+    assert check.numbers["default_training"] == memory_of(TrainOptions(), trained, Meter())
     monkeypatch.setattr(doctor, "cgroup_memory", lambda: (100 << 20, 50 << 20))
     (check,) = doctor.memory(Meter())
     assert check.state == FAULT
@@ -229,6 +233,11 @@ class Head(BaseHTTPRequestHandler):
         pass
 
 
+class Gibberish(Head):
+    def do_HEAD(self) -> None:
+        self.wfile.write(b"no status line\r\n\r\n")
+
+
 def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), Head) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
@@ -236,5 +245,11 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         assert next(doctor.network()).state == OK
     check = next(doctor.network())  # nobody listens any more
     assert (check.state, "HF_ENDPOINT" in check.fix) == (NOTE, True)
-    monkeypatch.setenv("HF_ENDPOINT", "no address")
-    assert next(doctor.network()).state == NOTE
+    for address in ("no address", "http://127.0.0.1/a\tb", "http://127.0.0.1:port"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert next(doctor.network()).state == NOTE, address
+    with HTTPServer(("127.0.0.1", 0), Gibberish) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        check = next(doctor.network())
+    assert (check.state, "no status line" in check.found) == (NOTE, True)

@@ -144,6 +144,10 @@ def test_another_machine_has_the_shares_of_this_one(small: None, monkeypatch: py
     for kind, times in (("products", 1 / 4), ("attention", 1 / 4), ("rest", 2), ("update", 2)):
         ms = [p["step"]["ms_a_batch"][kind] for p in (here, there)]
         assert ms[1] == pytest.approx(times * ms[0])
+    assert "10 GFLOP/s (measured), 20 GB/s (measured)" in table(here)
+    assert "40 GFLOP/s (given), 10 GB/s (given)" in table(there)
+    half = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40), Meter())
+    assert "40 GFLOP/s (given), 20 GB/s (measured)" in table(half)
 
 
 def test_a_machine_that_others_use(small: None) -> None:
@@ -196,7 +200,10 @@ def test_moments_are_divided(small: None) -> None:
     options = {"vocab_size": 300, "memory": 0.5}
     one = plan.plan(PlanOptions("d1", 1, 8, **options), Meter())  # type: ignore[arg-type]
     four = plan.plan(PlanOptions("d1", 1, 8, nodes=4, bandwidth=10, **options), Meter())  # type: ignore[arg-type]
-    assert four["memory"]["parts"]["moments"] == one["memory"]["parts"]["moments"] // 4
+    alone, divided = one["memory"]["parts"], four["memory"]["parts"]
+    assert divided["moments"] == pytest.approx(alone["moments"] / 4, rel=1e-3)  # parts are whole cache lines
+    assert divided["master weights"] == divided["reduced gradients"] == divided["moments"] // 2
+    assert divided["gradients"] == alone["gradients"]
     assert four["batch"]["tokens"] == 32
     assert "waiting for gradients" in table(four)
     assert four["training"][0]["machine_hours"] == pytest.approx(4 * four["training"][0]["seconds"] / 3600)

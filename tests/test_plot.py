@@ -76,6 +76,12 @@ def test_the_page_holds_its_numbers(run: Path, tmp_path: Path) -> None:
     assert row["picture"]["curves"]["loss"]["step"] == list(range(1, 201))
 
 
+def test_a_page_shows_all_there_is_whatever_is_wanted(run: Path, tmp_path: Path) -> None:
+    words = ["plot", str(run), "-o", str(tmp_path / "run.html"), "--curves", "hellaswag"]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--terminal"]) == 1
+
+
 def test_text_needs_no_terminal(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert cli.main(["plot", str(run), "--curves", "loss", "lr"]) == 0
@@ -161,6 +167,11 @@ def test_odd_lines() -> None:
         (["plot", "RUN", "-o", "loss.txt"], "use a name that ends in .png, .svg, .pdf, .html"),
         (["plot", "RUN", "--smooth", "-1"], "--smooth -1"),
         (["plot", "RUN", "-o", "no/such/folder.html"], "cannot write"),
+        (
+            ["plot", "RUN", "--curves", "hellaswag"],
+            "no hellaswag in RUN yet — wait for the first step, or choose other",
+        ),
+        (["plot", "EMPTY", "-o", "loss.html"], "no loss in EMPTY yet"),
         (["plot", "EMPTY"], "no loss in EMPTY yet — wait for the first step"),
         (["plot"], "no run here — name the folder of a run, or begin one: llmpy train"),
         (["watch", "nothing"], "no run folder nothing"),

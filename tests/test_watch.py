@@ -268,7 +268,15 @@ def test_a_run_trains_while_its_process_lives(tmp_path: Path) -> None:
     os.utime(run / "metrics.jsonl", (time.time() - 100,) * 2)
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (trains,) = Runs([run]).all().values()
-    for holder, expected in ((None, False), (str(os.getpid()), True), (ended.stdout, False), ("", False), ("x", False)):
+    for holder, expected in (
+        (None, False),
+        (str(os.getpid()), True),
+        (ended.stdout, False),
+        ("", False),
+        ("x", False),
+        ("99999999999", False),  # more than a process id can be
+        ("9" * 20, False),
+    ):
         (run / "run.lock").unlink(missing_ok=True)
         if holder is not None:
             (run / "run.lock").write_text(holder)

@@ -18,6 +18,7 @@ const ASK_MS = 1000, HURRY_MS = 30, RETRY_MS = 2000;
 const find = (id) => document.getElementById(id);
 const known = new Map(); // name → run: colour, row of the table, picture, samples, version
 const held = find("data") && JSON.parse(find("data").textContent); // of a page that was saved
+let coloured = 0; // runs that ever got a colour: those that went do not count down, or two would share one
 let chosen = null; // names to show; null: as the server thinks
 let over = null; // steps to smooth over; null: as fits
 let drawing = false, asking = null, timer = 0;
@@ -109,7 +110,7 @@ function take(board) {
   for (const row of board.runs) {
     let run = known.get(row.name);
     if (!run) {
-      run = { name: row.name, colour: `--run${known.size % COLOURS}` };
+      run = { name: row.name, colour: `--run${coloured++ % COLOURS}` };
       run.line = rowOf(run);
       known.set(row.name, run);
       if (!begin && row.trains) chosen.add(row.name); // a run that begins while the page is open

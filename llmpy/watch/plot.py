@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from ..durable import write_whole
 from ..errors import LlmpyError
 from ..options import PlotOptions
+from ..terminal import coloured
 from .runs import Run, Runs, board
 from .terminal import Line, chart, legend
 
@@ -38,7 +38,10 @@ def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
     for run in found.values():
         run.metrics.read()
     wanted = options.curves or ("loss",)
-    if not any(len(run.metrics.curves.curves[name]) for run in found.values() for name in (*wanted, "val_loss")):
+    shown: tuple[str, ...] = (*wanted, "val_loss") if "loss" in wanted else tuple(wanted)
+    if options.out is not None and options.out.suffix.lower() == ".html" and not options.terminal:
+        shown = (*TITLES, "val_loss")  # a page shows all there is
+    if not any(len(run.metrics.curves.curves[name]) for run in found.values() for name in shown):
         raise LlmpyError(
             f"no {' or '.join(wanted)} in {', '.join(found)} yet", "wait for the first step, or choose other --curves"
         )
@@ -125,7 +128,7 @@ def panel(axes: Any, curve: dict[str, np.ndarray], scale: float, ink: str, label
 
 def text(runs: dict[str, Run], wanted: Sequence[str], options: PlotOptions) -> list[str]:
     """The curves as lines of text, as wide as the terminal; in colours only on one, and not against NO_COLOR."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = coloured(sys.stdout)
     braille = "utf" in (sys.stdout.encoding or "").lower()
     width = shutil.get_terminal_size().columns - 1
     drawn = pictures(runs, options, 400)

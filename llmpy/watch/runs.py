@@ -48,10 +48,10 @@ class Run:
         """Whether a process goes on with it: one that holds its lock, or, on another machine, seems to."""
         try:
             with open_regular(self.folder / LOCK) as file:
-                holder = int(file.read(20))
-        except (OSError, ValueError):
+                alive = psutil.pid_exists(int(file.read(20)))
+        except (OSError, ValueError, OverflowError):  # OverflowError: a number that no process can have
             return False
-        return psutil.pid_exists(holder) or abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
+        return alive or abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
 
     def config(self) -> dict[str, Any]:
         """What config.json says of it; nothing if that cannot be read."""
