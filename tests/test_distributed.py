@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -297,8 +298,13 @@ def test_without_mpi4py_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyP
         launch.run(2, [])
 
 
+OPEN: list[Watch] = []
+
+
 def watched(size: int, patience: float) -> list[Watch]:
-    return Fellows(size).run(lambda fellow: Watch(fellow.rank, size, patience, fellow.tell))
+    ranks: list[Watch] = Fellows(size).run(lambda fellow: Watch(fellow.rank, size, patience, fellow.tell))
+    OPEN.extend(ranks)
+    return ranks
 
 
 def fault_of(one: Watch, within: float) -> Fault:
@@ -310,13 +316,20 @@ def fault_of(one: Watch, within: float) -> Fault:
 
 
 @pytest.fixture
-def nobody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_leaves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A watch ends its process some time after a fault: here that is the tests' own."""
     monkeypatch.setattr(watch, "GRACE", 60.0)
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
 @pytest.mark.usefixtures("nobody_leaves")
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_rank_that_dies_is_named(gone: int) -> None:
+def test_a_rank_that_dies_is_named(gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Watch._send_all
+    # The dead say nothing, not even that others seem to be dead.
+    monkeypatch.setattr(Watch, "_send_all", lambda self, m: None if self.rank == gone else send(self, m))
     ranks = watched(3, 20.0)
     for peer in ranks[gone]._peers:
         peer.line.shutdown(2)
@@ -324,8 +337,6 @@ def test_a_rank_that_dies_is_named(gone: int) -> None:
         fault = fault_of(ranks[q], 5)
         assert (fault.rank, fault.lost) == (gone, True) or gone == 0 and q == 0
         assert re.fullmatch(rf"rank {gone} \(process \d+ on .*\) has died", fault.text)
-    for one in ranks:
-        one.close()
 
 
 @pytest.mark.usefixtures("nobody_leaves")
@@ -336,8 +347,6 @@ def test_a_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     for q in (0, 1):
         assert "rank 2" in fault_of(ranks[q], 6).text
         assert "no sign of life" in fault_of(ranks[q], 6).text
-    for one in ranks:
-        one.close()
 
 
 @pytest.mark.usefixtures("nobody_leaves")
@@ -345,13 +354,10 @@ def test_a_fault_is_known_to_all_and_a_farewell_is_none() -> None:
     ranks = watched(3, 20.0)
     ranks[2].say(Fault(2, "the disk is full", 5))
     assert all(fault_of(one, 5) == Fault(2, "the disk is full", 5) for one in ranks)
-    for one in ranks:
-        one.close()
     ranks = watched(2, 20.0)
     ranks[1].close()
     time.sleep(0.5)  # for the other to see that the connection is closed
     assert ranks[0].fault is None
-    ranks[0].close()
 
 
 def command(*words: str) -> list[str]:
