@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
 HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
 NAME = re.compile(r"step-(\d{8,})")
+PIECE, READERS = 1 << 20, 4  # elements of a model that are read at a time, on how many threads
 DAMAGED = "damaged-"  # what the name of a checkpoint begins with that was found to be so
 TYPES = {"float32": "F32", "int32": "I32", "uint32": "U32", "int64": "I64"}
 Pieces = list[np.ndarray]  # the bytes of a file, one after another
@@ -160,20 +162,37 @@ def _check_tensors(path: Path, file: Any, expected: Mapping[str, tuple[int, ...]
             raise _damaged(path, f"{name} is {is_there}, expected F32 {shape}")
 
 
-def load_parameters(path: Path, params: Arena) -> None:
-    """Read the file's tensors into `params`. `read_header` must have accepted the file.
+def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray], None] | None = None) -> None:
+    """Read the file's tensors into `params`, in its types. `read_header` must have accepted the file.
 
-    Straight into place: the library would make a copy of each tensor, which took longer than all else at the start of
-    `llmpy sample`. A safetensors file is the length of its header (uint64), the header (JSON), the tensors.
+    By pieces on several threads, straight into place where the type is float32: the library would make a copy of each
+    tensor, and what takes the time is memory that is touched for the first time. A piece (n,) float32 is shown to
+    `look`, with its tensor's name, while it is in cache.
+    A safetensors file is the length of its header (uint64), the header (JSON), the tensors.
     """
+
+    def read(piece: tuple[str, np.ndarray, int]) -> None:
+        name, part, offset = piece
+        numbers = part if part.dtype == np.float32 else np.empty(part.size, np.float32)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            if file.readinto(memoryview(numbers).cast("B")) != numbers.nbytes:
+                raise _damaged(path, f"{name} is cut off")
+        if look is not None:
+            look(name, numbers)
+        if numbers is not part:
+            part[:] = numbers
+
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             about = json.loads(file.read(length))
-            for tensor, view in params.items():
-                file.seek(8 + length + about[tensor.name]["data_offsets"][0])
-                if file.readinto(memoryview(view).cast("B")) != view.nbytes:
-                    raise _damaged(path, f"{tensor.name} is cut off")
+        pieces = []
+        for tensor, view in params.items():
+            flat, begin = view.reshape(-1), 8 + length + about[tensor.name]["data_offsets"][0]
+            pieces += [(tensor.name, flat[i : i + PIECE], begin + 4 * i) for i in range(0, flat.size, PIECE)]
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(read, pieces))
     except OSError as fault:
         raise _damaged(path, str(fault)) from fault
 

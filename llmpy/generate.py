@@ -258,9 +258,8 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     reach = source.trained_length
     check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + options.tokens))
     ops.warm_up(_aside, decoding=True)
-    model = GPT2(source.config, ops)
+    model = GPT2(source.config, ops, trainable=False)
     source.fill(model.params)
-    model.store_weights()
     # Each text has a generator of its own; the first has that of a text alone.
     coins = [Xorshift64Star((options.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
     generation = Generation(
@@ -333,7 +332,7 @@ def read_prompts(options: SampleOptions) -> list[str]:
 def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool = False) -> None:
     """Raise LlmpyError if B texts of S positions need more memory than there is; a `loaded` model has its own."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
-    parameters = sum(wide * t.size + (stored * t.size if t.decay and stored != wide else 0) for t in PARAMS(config))
+    parameters = sum((stored if t.decay else wide) * t.size for t in PARAMS(config))
     tables = PACKED(config, ops) + CACHE(config, B, S) + PREFILL(config, S)
     needed = (0 if loaded else parameters) + sum(t.size * (wide if t.wide else stored) for t in tables)
     available = psutil.virtual_memory().available

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,18 +102,28 @@ def SCRATCH(c: ModelConfig, B: int, T: int, mixed: bool) -> list[Tensor]:
 
 
 class GPT2:
-    """A model: its parameters, and loss and gradients over arenas that are made once per (B, T)."""
+    """A model: its parameters, and loss and gradients over arenas that are made once per (B, T).
 
-    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE) -> None:
+    One that is not `trainable` keeps its matrices only as products read them, in a third of the memory where that is
+    bfloat16.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
         self.config = config
         self.ops = ops
         self.recompute = recompute
-        self.params = Arena(PARAMS(config), ops.empty, ops.wide)
-        self.matrix_elements = sum(t.size for t in self.params.table if t.decay)
+        self.trainable = trainable
+        table = PARAMS(config)
+        matrices = [t for t in table if t.decay]
+        self.matrix_elements = sum(t.size for t in matrices)
         # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
         self.mixed = ops.dtype != ops.wide
-        matrices = [t for t in self.params.table if t.decay]
-        self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
+        if trainable:
+            self.params = Arena(table, ops.empty, ops.wide)
+            self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
+        else:
+            self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
+            self.weights = self.params
         self.grads: Arena | None = None
         # Of several ranks, whose weights and gradients travel meanwhile: `needs(l)` before forward reads weights of
         # layer l, `done(l)` when backward has its gradients; −1 stands for the embeddings.
@@ -123,7 +134,7 @@ class GPT2:
 
     def store_weights(self) -> None:
         """Renew what products read; to be called when `params` were written by anyone but the optimizer."""
-        if self.mixed:
+        if self.weights is not self.params:
             self.ops.narrow(self.weights.buffer, self.params.buffer[: self.matrix_elements])
 
     def reserve(self, B: int, T: int, training: bool) -> Arena:
@@ -135,6 +146,8 @@ class GPT2:
             )
         if B < 1:
             raise LlmpyError(f"batch size {B}", "use -B 1 or more")
+        if training and not self.trainable:
+            raise ValueError("this model was made without `trainable`: it has no float32 matrices to train")
         ops = self.ops
         if training and self.grads is None:
             self.grads = Arena(self.params.table, ops.empty, ops.wide)

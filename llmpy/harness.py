@@ -70,9 +70,8 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         self.batch_size = BATCH_SIZE if batch_size is None or told.startswith("auto") else _count(told)
         check_memory(source.config, ops, self.batch_size, self.reach)
         ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
-        self.model = GPT2(source.config, ops)
+        self.model = GPT2(source.config, ops, trainable=False)
         source.fill(self.model.params)
-        self.model.store_weights()
 
     @property
     def tokenizer_name(self) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import numpy as np
 
 from .arena import Arena, Tensor
 from .config import ModelConfig
@@ -27,7 +24,7 @@ def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
             view[...] = CONSTANTS[tensor.init]
         elif tensor.name in ("wte", "wpe"):
             rows = config.vocab_size if tensor.name == "wte" else config.context
-            view[:rows] = _normal(rng, (rows, *tensor.shape[1:]), tensor.std)
+            rng.fill_normal(view[:rows].reshape(-1), 0.0, tensor.std)
             view[rows:] = 0.0
         elif tensor.init == "normal":
             stacked.append((tensor, view))
@@ -35,8 +32,4 @@ def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
             raise ValueError(f"{tensor.name}: the table says init {tensor.init!r}, use normal, ones or zeros")
     for l in range(config.layers):
         for tensor, view in stacked:
-            view[l] = _normal(rng, tensor.shape[1:], tensor.std)
-
-
-def _normal(rng: MT19937, shape: tuple[int, ...], std: float) -> np.ndarray:
-    return rng.normal(math.prod(shape), 0.0, std).reshape(shape)
+            rng.fill_normal(view[l].reshape(-1), 0.0, tensor.std)

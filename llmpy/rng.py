@@ -15,7 +15,7 @@ from .errors import LlmpyError
 
 FLOAT_BITS = 24  # of a float32's mantissa: uniform draws are multiples of 2⁻²⁴
 BLOCK = 16  # values that one Box-Muller block makes: 8 radii, 8 angles
-CHUNK = 4096 * BLOCK  # normal draws at a time: temporaries stay in cache, 38M values need no second copy
+CHUNK = 1024 * BLOCK  # normal draws at a time: larger temporaries come from the system, page by page, each time
 
 
 class MTState(NamedTuple):
@@ -52,21 +52,27 @@ class MT19937:
         return _unit_float(self.uint32(n))
 
     def normal(self, n: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-        """n numbers from N(mean, std²), float32 (n,).
+        """n numbers from N(mean, std²), float32 (n,)."""
+        out = np.empty(n, np.float32)
+        self.fill_normal(out, mean, std)
+        return out
+
+    def fill_normal(self, out: np.ndarray, mean: float = 0.0, std: float = 1.0) -> None:
+        """out (n,) := n numbers from N(mean, std²), computed in float32.
 
         From 16 on, whole blocks are transformed at once and a rest (n % 16) is covered by drawing the
         last 16 anew, as PyTorch's vectorised CPU path does; below 16, pairs come from doubles.
         """
+        n = out.size
         if n < BLOCK:
-            return self._normal_few(n, mean, std)
-        out = np.empty(n, np.float32)
+            out[:] = self._normal_few(n, mean, std)
+            return
         for start in range(0, n, CHUNK):
             x = self.uniform(min(CHUNK, n - start))
             whole = x.size - x.size % BLOCK  # the rest is drawn all the same: llm.c fills before it transforms
             out[start : start + whole] = _box_muller(x[:whole], mean, std)
         if n % BLOCK:
             out[-BLOCK:] = _box_muller(self.uniform(BLOCK), mean, std)
-        return out
 
     def _normal_few(self, n: int, mean: float, std: float) -> np.ndarray:
         """llm.c's path for n < 16: two doubles, cast to float32, give a cosine and then a sine."""

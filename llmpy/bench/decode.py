@@ -64,10 +64,14 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
     ops = machine or cast(Reader, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, max(length, o.prefill))
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
-    model = GPT2(config, ops)
-    initialise(model.params, config)
-    model.store_weights()
-    first = time_first_token(model, options, str(np.dtype(ops.dtype)))
+    with tempfile.TemporaryDirectory(prefix="llmpy-decode-") as folder:
+        path = Path(folder, MODEL_FILE)
+        made = GPT2(config, ops)
+        initialise(made.params, config)
+        checkpoint.save(path, made, config.context)
+        del made
+        model = load(path, ops)
+        first = time_first_token(path, options, ops)
     decoder = Decoder(model, o.batch_size, max(length, o.prefill))
     text = np.random.default_rng(0).integers(0, config.vocab_size, max(o.prefill, o.prompt_tokens)).tolist()
     peaks, prefills = [ops.measure_peak()], []
@@ -132,21 +136,26 @@ def prefill_flops(config: ModelConfig, T: int) -> int:
     return 2 * T * layers + 2 * head + 2 * config.layers * config.channels * T * T
 
 
-def time_first_token(model: GPT2, options: DecodeOptions, dtype: str) -> float:
+def load(path: Path, ops: Machine) -> GPT2:
+    """The model of a file as `llmpy sample` loads it."""
+    source = native.read_model(path)
+    model = GPT2(source.config, ops, trainable=False)
+    source.fill(model.params)
+    return model
+
+
+def time_first_token(path: Path, options: DecodeOptions, ops: Machine) -> float:
     """Median ms from the start of a process to its first token; the model's file has been read before."""
-    with tempfile.TemporaryDirectory(prefix="llmpy-decode-") as folder:
-        path = Path(folder, MODEL_FILE)
-        checkpoint.save(path, model, model.config.context)
-        words = [str(path), dtype, str(model.ops.threads), str(options.prompt_tokens)]  # type: ignore[attr-defined]
-        found = []
-        for _ in range(FIRST_TOKENS):
-            process = subprocess.run(
-                [sys.executable, "-m", "llmpy.bench.decode", *words], capture_output=True, encoding="utf-8"
-            )
-            if process.returncode:
-                last = process.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-                raise LlmpyError(f"the process that should say a first token failed: {last[0]}")
-            found.append(float(json.loads(process.stdout)))
+    words = [str(path), np.dtype(ops.dtype).name, str(ops.threads), str(options.prompt_tokens)]
+    found = []
+    for _ in range(FIRST_TOKENS):
+        process = subprocess.run(
+            [sys.executable, "-m", "llmpy.bench.decode", *words], capture_output=True, encoding="utf-8"
+        )
+        if process.returncode:
+            last = process.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+            raise LlmpyError(f"the process that should say a first token failed: {last[0]}")
+        found.append(float(json.loads(process.stdout)))
     return statistics.median(found)
 
 
@@ -154,13 +163,10 @@ def first_token(path: Path, dtype: str, threads: int, prompt_tokens: int) -> flo
     """In the new process: as `llmpy sample`, load and say a token; the ms that this process lives."""
     import tokenizers  # noqa: F401 - what `llmpy sample` loads too
 
-    source = native.read_model(path)
     ops = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
-    model = GPT2(source.config, ops)
-    source.fill(model.params)
-    model.store_weights()
-    next(generate(model, [0] * prompt_tokens, 64, source.trained_length, Xorshift64Star(1), GREEDY))
+    model = load(path, ops)
+    next(generate(model, [0] * prompt_tokens, 64, model.config.context, Xorshift64Star(1), GREEDY))
     return 1e3 * process_age()
 
 

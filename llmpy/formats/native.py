@@ -11,7 +11,7 @@ from ..arena import Arena
 from ..errors import LlmpyError
 from ..runfolder import MODEL_FILE
 from .huggingface import TOKENIZER_FILE, copy_tokenizer
-from .source import Source, cast, shapes
+from .source import Look, Source, cast, shapes
 
 
 def read_model(path: Path) -> Source:
@@ -24,8 +24,8 @@ def read_model(path: Path) -> Source:
             found: np.ndarray = file.get_tensor(name)
         return found
 
-    def load(params: Arena) -> None:
-        checkpoint.load_parameters(path, params)
+    def load(params: Arena, look: Look) -> None:
+        checkpoint.load_parameters(path, params, look)
 
     what, length = "model of llmpy", header.trained_length
     return Source(path, what, header.config, "float32", length, read, tokenizer_in(path.parent), load)

@@ -28,6 +28,8 @@ DTYPES = {
     "float16": np.dtype("<f2"),
 }
 
+Look = Callable[[str, np.ndarray], None]  # is shown a tensor's name and numbers, and may raise
+
 
 @dataclass(frozen=True)
 class Source:
@@ -44,20 +46,24 @@ class Source:
     trained_length: int  # the T beyond which positions are untrained
     read: Callable[[str], np.ndarray]
     tokenizer: Path | None = None  # a tokenizer.json that belongs to it
-    load: Callable[[Arena], None] | None = None  # all tensors at once, where that is faster
+    load: Callable[[Arena, Look], None] | None = None  # all tensors at once, where that is faster
 
     def fill(self, params: Arena) -> None:
         """params := the tensors. Raises LlmpyError for numbers that are not finite: nothing comes of them."""
         if self.load is not None:
-            self.load(params)
+            self.load(params, self._look)
+            return
         for tensor, view in params.items():
-            if self.load is None:
-                view[...] = self.read(tensor.name)
-            if not np.isfinite(view).all():
-                raise LlmpyError(
-                    f"{self.path}: {tensor.name} holds numbers that are not finite",
-                    "the model was damaged or its training went wrong: use another file",
-                )
+            x = self.read(tensor.name)
+            self._look(tensor.name, x)
+            view[...] = x
+
+    def _look(self, name: str, x: np.ndarray) -> None:
+        if not np.isfinite(x).all():
+            raise LlmpyError(
+                f"{self.path}: {name} holds numbers that are not finite",
+                "the model was damaged or its training went wrong: use another file",
+            )
 
     def describe(self) -> str:
         """One line for the user."""
