@@ -2,7 +2,8 @@
 
 The table is the only list of a model's tensors: sizes, views, initialisation, weight decay,
 checkpoint names and tests derive from it. Tensors of one type lie one after another with no holes, in the
-order of the table.
+order of the table; those that say in which steps they live come after the others, and share memory where no
+step needs two of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Tensor:
     `init` says how training from scratch fills the tensor: "normal" draws with `std`, "ones" and
     "zeros" say it themselves; activations leave it empty. `decay` marks tensors under weight decay.
     `wide` marks those that stay float32 in mixed precision: the residual stream, statistics, losses.
+    `steps` are those in which its content matters, as the table counts them; with none it always does.
     """
 
     name: str
@@ -28,11 +30,42 @@ class Tensor:
     std: float = 0.0
     decay: bool = False
     wide: bool = False
+    steps: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def placed(table: Sequence[Tensor]) -> tuple[dict[str, int], int]:
+    """Where each tensor of a table of one type begins, by name, and where the last one ends. In elements.
+
+    The largest first, each at the first place that is free in all of its steps.
+    """
+    starts: dict[str, int] = {}
+    end = 0
+    for t in table:
+        if not t.steps:
+            starts[t.name] = end
+            end += t.size
+    first, sharing = end, sorted((t for t in table if t.steps), key=lambda t: -t.size)
+    for i, t in enumerate(sharing):
+        start = first
+        for u in sorted((u for u in sharing[:i] if u.steps & t.steps), key=lambda u: starts[u.name]):
+            if start + t.size <= starts[u.name]:
+                break
+            start = max(start, starts[u.name] + u.size)
+        starts[t.name] = start
+        end = max(end, start + t.size)
+    return starts, end
+
+
+def memory(table: Sequence[Tensor], size: int, wide: int) -> int:
+    """Bytes of an arena whose elements have `size` bytes, the wide ones `wide`."""
+    if size == wide:
+        return size * placed(table)[1]
+    return size * placed([t for t in table if not t.wide])[1] + wide * placed([t for t in table if t.wide])[1]
 
 
 class Arena:
@@ -53,11 +86,11 @@ class Arena:
             self._allocate([t for t in self.table if t.wide], empty, wide)
 
     def _allocate(self, table: Sequence[Tensor], empty: Callable[..., Any], dtype: Any) -> None:
-        buffer = empty(sum(t.size for t in table), dtype)
-        offset = 0
+        starts, size = placed(table)
+        buffer = empty(size, dtype)
         for tensor in table:
-            self._views[tensor.name] = buffer[offset : offset + tensor.size].reshape(tensor.shape)
-            offset += tensor.size
+            start = starts[tensor.name]
+            self._views[tensor.name] = buffer[start : start + tensor.size].reshape(tensor.shape)
         self.buffers.append(buffer)
 
     @property
@@ -79,4 +112,4 @@ class Arena:
     @property
     def size(self) -> int:
         """Number of elements in the whole arena."""
-        return sum(t.size for t in self.table)
+        return sum(buffer.size for buffer in self.buffers)

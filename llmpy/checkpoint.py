@@ -173,7 +173,7 @@ def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray],
 
     def read(piece: tuple[str, np.ndarray, int]) -> None:
         name, part, offset = piece
-        numbers = part if part.dtype == np.float32 else np.empty(part.size, np.float32)
+        numbers: Any = part if part.dtype == np.float32 else np.empty(part.size, np.float32)
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             if file.readinto(memoryview(numbers).cast("B")) != numbers.nbytes:

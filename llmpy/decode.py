@@ -18,7 +18,7 @@ import numpy as np
 from .arena import Arena, Tensor
 from .backend import Ops
 from .config import ModelConfig
-from .gpt2 import ACTS, GPT2, at
+from .gpt2 import ACTS, ALWAYS, GPT2, at
 
 
 def PACKED(c: ModelConfig, ops: Ops) -> list[Tensor]:
@@ -41,7 +41,7 @@ def CACHE(c: ModelConfig, B: int, S: int) -> list[Tensor]:
 def PREFILL(c: ModelConfig, T: int) -> list[Tensor]:
     """The activations of a text of T tokens, with the keys and values of every layer."""
     every = (c.layers, T, 3 * c.channels)
-    return [replace(t, shape=every) if t.name == "qkv" else t for t in ACTS(c, 1, T, training=False)]
+    return [replace(t, shape=every, steps=ALWAYS) if t.name == "qkv" else t for t in ACTS(c, 1, T, training=False)]
 
 
 class Decoder:

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from . import backend
+from .arena import memory
 from .command import command
 from .config import ModelConfig
 from .decode import CACHE, PACKED, PREFILL, Decoder
@@ -333,8 +334,8 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
     """Raise LlmpyError if B texts of S positions need more memory than there is; a `loaded` model has its own."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
     parameters = sum((stored if t.decay else wide) * t.size for t in PARAMS(config))
-    tables = PACKED(config, ops) + CACHE(config, B, S) + PREFILL(config, S)
-    needed = (0 if loaded else parameters) + sum(t.size * (wide if t.wide else stored) for t in tables)
+    tables = PACKED(config, ops), CACHE(config, B, S), PREFILL(config, S)
+    needed = (0 if loaded else parameters) + sum(memory(table, stored, wide) for table in tables)
     available = psutil.virtual_memory().available
     if needed > available:
         raise LlmpyError(

@@ -56,48 +56,70 @@ def PARAMS(c: ModelConfig) -> list[Tensor]:
     ]
 
 
-def ACTS(c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0) -> list[Tensor]:
-    """What forward computes. A first dimension of L keeps a tensor for every layer, for backward; one of 1 keeps
-    the last layer's only: all of them in evaluation, and in training what backward computes once more:
+# The steps of a batch, for tensors that live only in some: a layer forward, the end, a layer backward.
+QKV, ATTENTION, PROJECTION, FC, MLP_PROJECTION, FINAL_NORM, HEAD, MLP_BACKWARD, ATTENTION_BACKWARD = range(9)
+ALWAYS = frozenset[int]()
+
+
+def ACTS(
+    c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, recomputed: int | None = None,
+    mixed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Every activation, and in training what backward needs besides.
+
+    Training keeps those of all layers; evaluation has one place for each, which the layers use in turn. So has training
+    for what backward computes once more in the last `recomputed` layers, by default all:
 
     `recompute` 1: the GELU's output, a quarter of all activations;  2: also the LayerNorms' outputs.
     """
     C, NH, BT = c.channels, c.heads, B * T
     L = c.layers if training else 1
-    gelu, norm = (1 if recompute >= level else L for level in (1, 2))
-    return [
+    again = c.layers if recomputed is None else min(recomputed, c.layers)
+
+    def kept(level: int) -> tuple[int, bool]:
+        """Places for what `recompute` leaves out from `level` on, and whether all layers use one in turn."""
+        if not training:
+            return 1, True
+        return (L - again + 1, again == L) if recompute >= level and again else (L, False)
+
+    def alive(shared: bool, *steps: int) -> frozenset[int]:
+        return frozenset(steps) if shared else ALWAYS
+
+    (gelu, gelu_shared), (norm, norm_shared), one = kept(1), kept(2), not training
+    table = [
         Tensor("resid", (L, BT, C), wide=True),  # what enters each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),
-        Tensor("resid_out", (BT, C), wide=True),  # what leaves the last layer
-        Tensor("ln_1", (norm, BT, C)),
+        Tensor("resid_out", (BT, C), wide=True, steps=alive(True, FINAL_NORM, HEAD)),  # what leaves the last layer
+        Tensor("ln_1", (norm, BT, C), steps=alive(norm_shared, QKV, ATTENTION_BACKWARD)),
         Tensor("ln_1_mean", (L, BT), wide=True),
         Tensor("ln_1_rstd", (L, BT), wide=True),
-        Tensor("qkv", (L, BT, 3 * C)),
-        Tensor("attn_out", (L, BT, C)),
+        Tensor("qkv", (L, BT, 3 * C), steps=alive(one, QKV, ATTENTION)),
+        Tensor("attn_out", (L, BT, C), steps=alive(one, ATTENTION, PROJECTION)),
         Tensor("attn_stats", (L, B, NH, T), wide=True),
-        Tensor("ln_2", (norm, BT, C)),
+        Tensor("ln_2", (norm, BT, C), steps=alive(norm_shared, FC, MLP_BACKWARD)),
         Tensor("ln_2_mean", (L, BT), wide=True),
         Tensor("ln_2_rstd", (L, BT), wide=True),
-        Tensor("mlp_fc", (L, BT, 4 * C)),
-        Tensor("mlp_gelu", (gelu, BT, 4 * C)),
-        Tensor("branch", (BT, C)),  # output of the branch that joins the residual stream next
-        Tensor("ln_f", (BT, C)),
+        Tensor("mlp_fc", (L, BT, 4 * C), steps=alive(one, FC)),
+        Tensor("mlp_gelu", (gelu, BT, 4 * C), steps=alive(gelu_shared, FC, MLP_PROJECTION, MLP_BACKWARD)),
+        # output of the branch that joins the residual stream next
+        Tensor("branch", (BT, C), steps=alive(True, *range(FINAL_NORM + 1))),
+        Tensor("ln_f", (BT, C), steps=alive(True, FINAL_NORM, HEAD)),
         Tensor("ln_f_mean", (BT,), wide=True),
         Tensor("ln_f_rstd", (BT,), wide=True),
         Tensor("losses", (BT,), wide=True),
     ]
-
-
-def SCRATCH(c: ModelConfig, B: int, T: int, mixed: bool) -> list[Tensor]:
-    """What backward needs once: every layer uses the same rows again."""
-    C, BT = c.channels, B * T
+    if not training:
+        return table
+    backward = alive(True, HEAD, MLP_BACKWARD, ATTENTION_BACKWARD)
+    if mixed:
+        table.append(Tensor("dresid_stored", (BT, C), steps=backward))  # dresid rounded, as an operand of products
     return [
-        *([Tensor("dresid_stored", (BT, C))] if mixed else []),  # dresid rounded, as an operand of products
-        Tensor("dresid", (BT, C), wide=True),
-        Tensor("dln", (BT, C)),
-        Tensor("dattn_out", (BT, C)),
-        Tensor("dqkv", (BT, 3 * C)),
-        Tensor("dmlp_fc", (BT, 4 * C)),
+        *table,
+        Tensor("dresid", (BT, C), wide=True, steps=backward),
+        Tensor("dln", (BT, C), steps=backward),
+        Tensor("dattn_out", (BT, C), steps=alive(True, ATTENTION_BACKWARD)),
+        Tensor("dqkv", (BT, 3 * C), steps=alive(True, ATTENTION_BACKWARD)),
+        Tensor("dmlp_fc", (BT, 4 * C), steps=alive(True, MLP_BACKWARD)),
     ]
 
 
@@ -108,10 +130,15 @@ class GPT2:
     bfloat16.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, recomputed: int | None = None,
+        trainable: bool = True,
+    ) -> None:  # fmt: skip
+        """`recompute` and `recomputed`: see `ACTS`."""
         self.config = config
         self.ops = ops
         self.recompute = recompute
+        self.recomputed = config.layers if recomputed is None else min(recomputed, config.layers)
         self.trainable = trainable
         table = PARAMS(config)
         matrices = [t for t in table if t.decay]
@@ -130,7 +157,6 @@ class GPT2:
         self.needs: Callable[[int], None] | None = None
         self.done: Callable[[int], None] | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
-        self._scratch: dict[tuple[int, int], Arena] = {}
 
     def store_weights(self) -> None:
         """Renew what products read; to be called when `params` were written by anyone but the optimizer."""
@@ -151,20 +177,17 @@ class GPT2:
         ops = self.ops
         if training and self.grads is None:
             self.grads = Arena(self.params.table, ops.empty, ops.wide)
-        if training and (B, T) not in self._scratch:
-            self._scratch[B, T] = Arena(SCRATCH(self.config, B, T, self.mixed), ops.empty, ops.dtype, ops.wide)
         # A training arena serves evaluation too; evaluation alone keeps a single layer.
         if (B, T, True) in self._acts:
             training = True
         if (B, T, training) not in self._acts:
-            table = ACTS(self.config, B, T, training, self.recompute)
+            table = ACTS(self.config, B, T, training, self.recompute, self.recomputed, self.mixed)
             self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
     def release(self) -> None:
         """Let go the arenas that `reserve` made, all but the gradients'."""
         self._acts.clear()
-        self._scratch.clear()
 
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
         """Logits (B, V) of one position of tokens (B, T), as a new host array."""
@@ -235,46 +258,45 @@ class GPT2:
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
         """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
         ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
-        B, T = tokens.shape
-        s = self._scratch[B, T]
+        first = c.layers - self.recomputed  # of the layers that compute some activations again
         assert g is not None
-        dresid = s.dresid_stored if self.mixed else s.dresid  # as an operand of products
-        ops.classifier(a.losses, s.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
-        ops.zero(s.dresid)
+        dresid = a.dresid_stored if self.mixed else a.dresid  # as an operand of products
+        ops.classifier(a.losses, a.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
+        ops.zero(a.dresid)
         final = a.resid_out, a.ln_f_mean, a.ln_f_rstd
-        ops.layernorm_backward(s.dresid, g.ln_f_w, g.ln_f_b, s.dln, *final, p.ln_f_w, acc)
+        ops.layernorm_backward(a.dresid, g.ln_f_w, g.ln_f_b, a.dln, *final, p.ln_f_w, acc)
         for l in reversed(range(c.layers)):
             mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
-            if self.recompute >= 1:
+            if self.recompute >= 1 and l >= first:
                 ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
-            ops.narrow(dresid, s.dresid)
+            ops.narrow(dresid, a.dresid)
             d = g.mlp_proj_w[l], g.mlp_proj_b[l]
-            ops.linear_backward(s.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
+            ops.linear_backward(a.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
             stats = a.ln_2_mean[l], a.ln_2_rstd[l]
-            if self.recompute >= 2:
+            if self.recompute >= 2 and l >= first:
                 ops.layernorm_forward(ln_2, *stats, a.resid_mid[l], p.ln_2_w[l], p.ln_2_b[l])
             d = g.mlp_fc_w[l], g.mlp_fc_b[l]
-            ops.linear_backward(s.dln, *d, s.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
+            ops.linear_backward(a.dln, *d, a.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
             d = g.ln_2_w[l], g.ln_2_b[l]
-            ops.layernorm_backward(s.dresid, *d, s.dln, a.resid_mid[l], *stats, p.ln_2_w[l], acc)
-            ops.narrow(dresid, s.dresid)
+            ops.layernorm_backward(a.dresid, *d, a.dln, a.resid_mid[l], *stats, p.ln_2_w[l], acc)
+            ops.narrow(dresid, a.dresid)
             d = g.attn_proj_w[l], g.attn_proj_b[l]
-            ops.linear_backward(s.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
-            ops.attention_backward(s.dqkv, s.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
+            ops.linear_backward(a.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
+            ops.attention_backward(a.dqkv, a.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
             stats = a.ln_1_mean[l], a.ln_1_rstd[l]
-            if self.recompute >= 2:
+            if self.recompute >= 2 and l >= first:
                 ops.layernorm_forward(ln_1, *stats, a.resid[l], p.ln_1_w[l], p.ln_1_b[l])
             d = g.attn_qkv_w[l], g.attn_qkv_b[l]
-            ops.linear_backward(s.dln, *d, s.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
+            ops.linear_backward(a.dln, *d, a.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
             d = g.ln_1_w[l], g.ln_1_b[l]
-            ops.layernorm_backward(s.dresid, *d, s.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
+            ops.layernorm_backward(a.dresid, *d, a.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
             if self.done is not None:
                 self.done(l)
-        ops.embedding_backward(g.wte, g.wpe, s.dresid, tokens, acc)
+        ops.embedding_backward(g.wte, g.wpe, a.dresid, tokens, acc)
         if self.done is not None:
             self.done(-1)
 
 
 def at(tensor: Any, l: int) -> Any:
-    """Layer l of an activation that is kept for every layer, or the one place that all layers use in turn."""
-    return tensor[l % tensor.shape[0]]
+    """Layer l of an activation; those that have no place of their own use the last one in turn."""
+    return tensor[min(l, tensor.shape[0] - 1)]

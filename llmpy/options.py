@@ -130,6 +130,7 @@ class TrainOptions:
     give_up_after: int = option(5, "stop after this many steps in a row with NaN or infinity; each is skipped")
     overfit: bool = option(False, "train on the first batch of the validation text again and again", "-a")
     recompute: int = option(1, "activations computed again in backward, 0: none; 1: GELU; 2: LayerNorm too", "-r")
+    recompute_layers: int | None = option(None, "of so many layers, the last ones; by default of all")
     seed: int = option(42, "seed of initialisation and shuffling")
     threads: int | None = option(None, "threads (default: one a core)")
     ranks: int = option(1, "processes that train together, over MPI; each has batches of -B rows")
@@ -174,6 +175,7 @@ class TrainOptions:
         positive(self, "sample_tokens", "vocab_size", "give_up_after")
         not_negative(self, "warmup", "weight_decay", "clip", "seed", "eval_every", "sample_every", "skip_loss")
         not_negative(self, "skip_norm", "checkpoint_every", "keep", "keep_every", "recompute", "rank_timeout")
+        not_negative(self, "recompute_layers")
         below(self, "seed", 1 << 32)
         below(self, "minutes", 1 << 30)  # two thousand years, and no arithmetic overflows
         below(self, "steps", 1 << 62)
@@ -424,6 +426,7 @@ class PlanOptions:
     tokens: int | None = option(None, "tokens to train on, beside what others recommend", metavar="TOKENS")
     vocab_size: int | None = option(None, "tokens of the vocabulary (default: GPT-2's)")
     recompute: int = option(1, "activations computed again in backward, as in train", "-r")
+    recompute_layers: int | None = option(None, "of so many layers, the last ones; by default of all")
     checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
     keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
     keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
@@ -442,7 +445,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         positive(self, "batch_size", "sequence_length", "total_batch", "tokens", "vocab_size", "nodes", "bandwidth")
         positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory", "threads")
-        not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute")
+        not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute", "recompute_layers")
         below(self, "nodes", 1 << 20)
         below(self, "tokens", 1 << 62)
         if self.recompute > 2:

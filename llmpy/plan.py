@@ -64,8 +64,11 @@ class Part:
     calls: int
 
 
-def step_parts(config: ModelConfig, B: int, T: int, recompute: int, mixed: bool) -> list[Part]:
+def step_parts(
+    config: ModelConfig, B: int, T: int, recompute: int, mixed: bool, recomputed: int | None = None
+) -> list[Part]:
     """Every call of `GPT2.loss_and_grads` on (B, T), and of the optimizer."""
+    again = config.layers if recomputed is None else min(recomputed, config.layers)
     L, C, NH = config.layers, config.channels, config.heads
     rows = Case(B, T, C=C)
     embedding = Case(B, T, C=C, V=config.vocab_size, Vp=config.padded_vocab_size)
@@ -95,9 +98,9 @@ def step_parts(config: ModelConfig, B: int, T: int, recompute: int, mixed: bool)
         Part("update", "update", "adamw", flat, 1),
     ]
     if recompute >= 1:
-        parts.append(Part("backward", "rest", "gelu_forward", replace(rows, C=4 * C), L))
+        parts.append(Part("backward", "rest", "gelu_forward", replace(rows, C=4 * C), again))
     if recompute >= 2:
-        parts.append(Part("backward", "rest", "layernorm_forward", rows, 2 * L))
+        parts.append(Part("backward", "rest", "layernorm_forward", rows, 2 * again))
     if mixed:
         parts.append(Part("backward", "rest", "narrow", Case(n=B * T * C), 2 * L))
     return parts
@@ -229,7 +232,7 @@ def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
     ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
     mixed = ops.dtype != ops.wide
     memory = memory_of(config, options, ops)
-    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed)
+    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed, o.recompute_layers)
     seconds, here = measure(ops, parts)
     there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth)
     slower = here.peak / there.peak, here.bandwidth / there.bandwidth
@@ -286,7 +289,8 @@ def memory_of(config: ModelConfig, options: PlanOptions, ops: Meter) -> dict[str
 
     def parts(B: int) -> dict[str, int]:
         copied = o.checkpoint_every > 0
-        return memory_parts(config, B, o.sequence_length, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
+        again = o.recompute, o.recompute_layers
+        return memory_parts(config, B, o.sequence_length, ops, again, copied, SAMPLED, ranks=o.nodes)
 
     needed = parts(o.batch_size)
     largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(parts(B).values()))

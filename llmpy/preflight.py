@@ -4,7 +4,7 @@ memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with ch
          of N ranks: wide · (2 + 4/N) · parameters: also master weights and reduced gradients; (1 + 2/N) more for
          checkpoints, of the first; three buffers of a bucket; in mixed precision no matrices but the stored ones,
          and wide/N · parameters for those that travel (distributed/zero.py, distributed/shards.py)
-         + activations of training (without what backward computes again), backward's scratch, activations and
+         + activations of training (without what backward computes again, with what it needs besides), activations and
            cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
          + the program itself, and what the compiler leaves where kernels have to be compiled first
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from .arena import Tensor
+from .arena import Tensor, memory
 from .backend import Ops
 from .config import GPT2_VOCAB, ModelConfig
 from .data.hellaswag import ENDINGS, read_examples
@@ -38,7 +38,7 @@ from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .distributed.zero import most_kept
 from .errors import LlmpyError
-from .gpt2 import ACTS, PARAMS, RECOMPUTE, SCRATCH
+from .gpt2 import ACTS, PARAMS, RECOMPUTE
 from .multiple_choice import row_length
 from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
 from .trackers import package
@@ -321,7 +321,8 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, rank
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
     shape = o.batch_size, o.sequence_length
     copied = o.checkpoint_every > 0
-    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks, o.zero)
+    again = o.recompute, o.recompute_layers
+    needed = memory_needed(config, *shape, machine, again, copied, sampled, apart, ranks, o.zero)
     return needed + (0 if machine.compiled() else COMPILER_BYTES)
 
 
@@ -332,29 +333,31 @@ def _row_length(path: Path) -> int:
 
 
 def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
-    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1, zero: bool = True,
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
+    copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
+    zero: bool = True,
 ) -> int:  # fmt: skip
     """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
     return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart, ranks, zero).values())
 
 
 def memory_parts(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE, copied: bool = False,
-    sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1, zero: bool = True,
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
+    copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
+    zero: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
-    `copied`: with the copy that checkpoints in the background are made from. `sampled`: tokens of a sample and its
-    prompt, by default as many as samples can reach, T. `apart`: other shapes that are evaluated. Of several `ranks`:
-    what the first one holds, which has most; `zero` as `Zero` takes it.
+    `recompute`: its level and layers, see `ACTS`. `copied`: with the copy that checkpoints in the background are made
+    from. `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
+    shapes that are evaluated. Of several `ranks`: what the first one holds, which has most; `zero` as `Zero` takes it.
     """
     S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
     mixed = stored != wide
 
     def size(table: list[Tensor]) -> int:
-        return sum(t.size * (wide if t.wide else stored) for t in table)
+        return memory(table, stored, wide)
 
     table = PARAMS(config)
     parameters, matrices = wide * sum(t.size for t in table), sum(t.size for t in table if t.decay)
@@ -377,8 +380,7 @@ def memory_parts(
         "weights for products": stored * matrices if mixed else 0,
         "gradients": parameters,
         **state,
-        "activations": size(ACTS(config, B, T, True, recompute)),
-        "backward's scratch": size(SCRATCH(config, B, T, mixed)),
+        "activations": size(ACTS(config, B, T, True, *recompute, mixed)),
         "logits chunk": stored * rows * config.padded_vocab_size,
         "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
         "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),

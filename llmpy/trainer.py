@@ -619,7 +619,7 @@ def assemble(
     for line in world.lines(ops.threads):
         journal.say(line)
     world.on_each_host(lambda: ops.warm_up(journal.say))
-    model = GPT2(config, ops, options.recompute)
+    model = GPT2(config, ops, options.recompute, options.recompute_layers)
     if manifest is None:
         if start is None:
             initialise(model.params, config, options.seed)
@@ -791,7 +791,8 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
         )
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
-    for name in ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle", "recompute"):
+    alone = ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle")
+    for name in (*alone, "recompute", "recompute_layers"):
         if getattr(now, name) != getattr(before, name):
             yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"
 

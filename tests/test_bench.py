@@ -16,7 +16,7 @@ import psutil
 import pytest
 from laptop import Laptop
 
-from llmpy import bench, cli
+from llmpy import bench, checkpoint, cli
 from llmpy.backend import Ops, load
 from llmpy.backend.cpu import peak
 from llmpy.bench import decode, step
@@ -260,9 +260,10 @@ def test_the_first_token_comes_from_another_process(tmp_path: Path) -> None:
     ops = load("cpu", threads=1)
     model = GPT2(ModelConfig(1, 1, 16, 128, 300), ops)
     initialise(model.params, model.config)
-    assert 50 < decode.time_first_token(model, DecodeOptions(prompt_tokens=3), "float32") < 60_000
+    checkpoint.save(tmp_path / "model.safetensors", model, 128)
+    assert 50 < decode.time_first_token(tmp_path / "model.safetensors", "float32", 1, 3) < 60_000
     with pytest.raises(LlmpyError, match="failed: llmpy.errors.LlmpyError: unknown dtype 'int8'"):
-        decode.time_first_token(model, DecodeOptions(), "int8")
+        decode.time_first_token(tmp_path / "model.safetensors", "int8", 1, 3)
 
 
 def test_flops_of_a_prefill() -> None:

@@ -71,7 +71,7 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
         checkpoint.save(path, made, config.context)
         del made
         model = load(path, ops)
-        first = time_first_token(path, options, ops)
+        first = time_first_token(path, np.dtype(ops.dtype).name, ops.threads, o.prompt_tokens)
     decoder = Decoder(model, o.batch_size, max(length, o.prefill))
     text = np.random.default_rng(0).integers(0, config.vocab_size, max(o.prefill, o.prompt_tokens)).tolist()
     peaks, prefills = [ops.measure_peak()], []
@@ -144,9 +144,9 @@ def load(path: Path, ops: Machine) -> GPT2:
     return model
 
 
-def time_first_token(path: Path, options: DecodeOptions, ops: Machine) -> float:
+def time_first_token(path: Path, dtype: str, threads: int, prompt_tokens: int) -> float:
     """Median ms from the start of a process to its first token; the model's file has been read before."""
-    words = [str(path), np.dtype(ops.dtype).name, str(ops.threads), str(options.prompt_tokens)]
+    words = [str(path), dtype, str(threads), str(prompt_tokens)]
     found = []
     for _ in range(FIRST_TOKENS):
         process = subprocess.run(
