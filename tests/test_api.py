@@ -124,7 +124,7 @@ def test_the_longest_row_has_its_targets(model: GPT2) -> None:
 def test_memory_is_that_of_one_shape(model: GPT2) -> None:
     for T in (4, 5, 6):
         model.loss_and_grads(np.zeros((2, T), int))
-    assert len(model._net._acts) == len(model._net._scratch) == 1
+    assert len(model._net._acts) == 1
 
 
 def test_text(tmp_path: Path) -> None:
