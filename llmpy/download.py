@@ -2,7 +2,7 @@
 
     GET, Range: bytes=N-   →   .NAME.part   →   length, sha256   →   NAME
 
-What a part of an earlier process holds is only built on if a sha256 proves the whole; within a process the
+Of several processes that want a file one downloads it, and the others wait. What a part of an earlier process holds is only built on if a sha256 proves the whole; within a process the
 server's ETag does. A model hub's redirect tells length and sha256 of the file it leads to (X-Linked-Size,
 X-Linked-Etag): they are checked where the caller names none.
 """
@@ -26,6 +26,7 @@ from typing import IO, Any
 from . import __version__
 from .durable import put_in_place
 from .errors import LlmpyError
+from .runfolder import Lock
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
@@ -58,8 +59,11 @@ def fetch(
                 return path
             say(f"{path} is not what it should be: {download.fault_of(path)}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        download.run()
-        put_in_place(download.part, path)
+        with Lock(path.with_name(f".{path.name}.lock")).waited(say, f"downloads {path.name}"):
+            if path.exists() and download.fault_of(path) is None:  # it came meanwhile
+                return path
+            download.run()
+            put_in_place(download.part, path)
     except OSError as fault:
         raise LlmpyError(
             f"cannot write {fault.filename or path}: {fault.strerror or fault}",

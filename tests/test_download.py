@@ -108,6 +108,28 @@ def test_a_plain_download(server, path, said, known):
     assert len(server.asked) == 1  # what is there is not asked for again
 
 
+def test_several_want_one_file(server, path):
+    """One downloads it, the others wait for that one."""
+    said, faults = [], []
+
+    def want():
+        try:
+            fetch(server.url, path, say=said.append)
+        except BaseException as fault:
+            faults.append(fault)
+
+    server.replies = [reply(cut=300_000), reply()]  # the rest comes after a pause
+    wanting = [threading.Thread(target=want) for _ in range(4)]
+    for thread in wanting:
+        thread.start()
+    for thread in wanting:
+        thread.join()
+    assert not faults
+    assert whole(path)
+    assert len(server.asked) == 2
+    assert sum(line.startswith("waiting for ") and line.endswith(", which downloads file.bin") for line in said) == 3
+
+
 @pytest.mark.parametrize("known", [{}, {"sha256": SHA}])
 def test_cut_and_resumed(server, path, said, known):
     server.replies = [reply(cut=300_000), reply(cut=1), reply(cut=0), reply(cut=400_000), reply()]
