@@ -2,7 +2,8 @@
 
     GET, Range: bytes=N-   →   .NAME.part   →   length, sha256   →   NAME
 
-Of several processes that want a file one downloads it, and the others wait. What a part of an earlier process holds is only built on if a sha256 proves the whole; within a process the
+Of several processes that want a file one downloads it, and the others wait.
+What a part of an earlier process holds is only built on if a sha256 proves the whole; within a process the
 server's ETag does. A model hub's redirect tells length and sha256 of the file it leads to (X-Linked-Size,
 X-Linked-Etag): they are checked where the caller names none.
 """

@@ -133,7 +133,10 @@ def test_llmcs_names_and_division(raw, tmp_path, said, monkeypatch, most):
     layout = replace(web.layout, val=3000)
     monkeypatch.setitem(SOURCES, "fineweb", replace(web, documents=lambda *_: iter(pages), layout=layout))
     folder = make(said, "fineweb", source=raw, out=tmp_path / "b")
-    assert [p.name for p in sorted(folder.glob("*.bin"))][:2] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert [p.name for p in sorted(folder.glob("*.bin"))][:2] == [
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
     assert len(tokens(folder, "fineweb_val_000000.bin")) == len(tokens(folder, "fineweb_train_000001.bin")) == 3000
 
 

@@ -204,7 +204,7 @@ def test_load_a_tokenizer_that_would_lose_text(trained, tmp_path, damage, messag
 
 
 def llama(path, specials=("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"), names=()):
-    """A tokenizer.json like Llama 3's: words of its pattern, taken whole, special tokens after all, one put in front."""
+    """A tokenizer.json like Llama 3's: its words, taken whole, special tokens after all, one of them put in front."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Library
 

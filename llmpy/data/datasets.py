@@ -6,9 +6,9 @@ fineweb           10 billion tokens of the web, in shards of 10⁸; the first is
 fineweb-edu       the same, of pages that teach
 hellaswag         10,042 contexts with four endings each, to evaluate on
 
-Of tinystories, llm.c's script sorts the files by name, holds the first one out, and shuffles the list of each by Python's
-generator with the seed 1337 + i, where i counts from 0 in each part anew. Its workers' results it joins as they come:
-the order of the training files in TinyStories_train.bin is not fixed there, and that of their names here.
+Of tinystories, llm.c's script sorts the files by name, holds the first one out, and shuffles the list of each by
+Python's generator with the seed 1337 + i, where i counts from 0 in each part anew. It joins what its workers make as it
+comes: the order of the training files in TinyStories_train.bin is chance there, and that of their names here.
 In all of these a text is encoded as it is: `<|endoftext|>` that somebody wrote is no end of a text.
 """
 
