@@ -232,6 +232,22 @@ def test_what_a_hub_says_of_its_file(server, path, said):
     refused(server, path, said, "is not the file expected: sha256")
 
 
+@pytest.mark.parametrize("redirected", [False, True])
+def test_what_git_says_of_a_small_file(server, path, said, redirected):
+    blob = hashlib.sha1(b"blob %d\0" % len(DATA) + DATA).hexdigest()  # as `git hash-object` gives it
+    told = {"etag": f'W/"{blob}"', "X_Repo_Commit": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}
+    first = [reply(status=307, data=b"", Location="/cache", **told)] if redirected else []
+    server.replies = [*first, reply(**told)]
+    fetch(server.url, path, say=said.append)
+    assert whole(path)
+    path.unlink()
+    server.replies = [*first, reply(data=b"z" * len(DATA), **told)]
+    refused(server, path, said, r"is not the file expected: git's hash [0-9a-f]{12}… instead of")
+    server.replies = [reply(etag=f'"{blob[::-1]}"')]  # of a server that is no hub
+    fetch(server.url, path, say=said.append)
+    assert whole(path)
+
+
 @pytest.mark.parametrize(
     "page",
     [
