@@ -5,8 +5,7 @@
 Of several processes that want a file one downloads it, and the others wait.
 What a part of an earlier process holds is only built on if a sha256 proves the whole; within a process the
 server's ETag does. A model hub's redirect tells length and sha256 of the file it leads to (X-Linked-Size,
-X-Linked-Etag), and of a small file, which lies in its git repository, the ETag is git's hash: they are checked where the
-caller names none.
+X-Linked-Etag), and a small file's ETag there is git's hash of it: they are checked where the caller names none.
 """
 
 from __future__ import annotations
