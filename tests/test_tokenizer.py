@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import llama_tokenizer
 
 from llmpy.data.encode import tokenise
 from llmpy.data.records import Document
 from llmpy.errors import LlmpyError
-from llmpy.ranks import LLAMA3
 from llmpy.tokenizer import EOT, Tokenizer
 
 CORPUS = [
@@ -203,31 +203,9 @@ def test_load_a_tokenizer_that_would_lose_text(trained, tmp_path, damage, messag
     assert message in str(fault.value)
 
 
-def llama(path, specials=("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"), names=()):
-    """A tokenizer.json like Llama 3's: its words, taken whole, special tokens after all, one of them put in front."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
-    from tokenizers import Tokenizer as Library
-
-    library = Library(models.BPE(ignore_merges=True))
-    words = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(CORPUS, trainer)
-    library.add_special_tokens([AddedToken(token, special=True) for token in specials])
-    library.add_tokens([AddedToken(token, special=False, normalized=False) for token in names])
-    first = [(specials[0], library.token_to_id(specials[0]))]
-    library.post_processor = processors.TemplateProcessing(f"{specials[0]} $A", special_tokens=first)
-    library.save(str(path))
-    return library
-
-
 def test_the_tokenizer_of_llama_3(tmp_path):
     """Its own ids, without what it would put in front; a text begins as llm.c has it; and as from its rank table."""
-    library = llama(tmp_path / "tokenizer.json", names=["<tool_call>"])
+    library = llama_tokenizer(tmp_path / "tokenizer.json", names=["<tool_call>"])
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert loaded.vocab_size == library.get_vocab_size()
     assert (loaded.eot_text, loaded.eot) == ("<|begin_of_text|>", library.token_to_id("<|begin_of_text|>"))
@@ -252,7 +230,7 @@ def test_the_tokenizer_of_llama_3(tmp_path):
     ],
 )
 def test_other_names_for_the_end_of_a_text(tmp_path, specials, eot):
-    library = llama(tmp_path / "tokenizer.json", specials)
+    library = llama_tokenizer(tmp_path / "tokenizer.json", specials)
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert (loaded.eot_text, loaded.eot) == (eot, library.token_to_id(eot))
     assert loaded.decode([loaded.eot, *loaded.encode("a"), loaded.eot]) == f"{eot}a{eot}"
@@ -272,7 +250,7 @@ def test_composed_accents_are_no_loss(trained, tmp_path):
 
 
 def test_ordinary_text_spells_no_special_token(trained, tmp_path):
-    llama(tmp_path / "tokenizer.json")
+    llama_tokenizer(tmp_path / "tokenizer.json")
     for tokenizer in (trained, Tokenizer.bytes(), Tokenizer.load(tmp_path / "tokenizer.json")):
         ordinary = tokenizer.ordinary()
         text = f"a{tokenizer.eot_text}b the cat"
