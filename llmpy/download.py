@@ -2,9 +2,10 @@
 
     GET, Range: bytes=N-   →   .NAME.part   →   length, sha256   →   NAME
 
+Of several processes that want a file one downloads it, and the others wait.
 What a part of an earlier process holds is only built on if a sha256 proves the whole; within a process the
 server's ETag does. A model hub's redirect tells length and sha256 of the file it leads to (X-Linked-Size,
-X-Linked-Etag): they are checked where the caller names none.
+X-Linked-Etag), and a small file's ETag there is git's hash of it: they are checked where the caller names none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import IO, Any
 from . import __version__
 from .durable import put_in_place
 from .errors import LlmpyError
+from .runfolder import Lock
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
@@ -58,8 +60,11 @@ def fetch(
                 return path
             say(f"{path} is not what it should be: {download.fault_of(path)}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        download.run()
-        put_in_place(download.part, path)
+        with Lock(path.with_name(f".{path.name}.lock")).waited(say, f"downloads {path.name}"):
+            if path.exists() and download.fault_of(path) is None:  # it came meanwhile
+                return path
+            download.run()
+            put_in_place(download.part, path)
     except OSError as fault:
         raise LlmpyError(
             f"cannot write {fault.filename or path}: {fault.strerror or fault}",
@@ -75,9 +80,8 @@ class _Cut(Exception):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, keeping what a hub says there about the file."""
 
-    def __init__(self) -> None:
-        self.size: int | None = None
-        self.sha256: str | None = None
+    def __init__(self, learn: Callable[[Any], None]) -> None:
+        self.learn = learn
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
@@ -86,11 +90,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if not newurl.startswith("https:" if secure else ("https:", "http:")):
             fp.close()
             raise LlmpyError(f"{req.full_url} leads to {newurl}, which is not {'encrypted' if secure else 'the web'}")
-        etag = headers.get("X-Linked-Etag", "").strip('"')
-        if re.fullmatch("[0-9a-f]{64}", etag):
-            self.sha256 = etag
-        if headers.get("X-Linked-Size", "").isdecimal():
-            self.size = int(headers["X-Linked-Size"])
+        self.learn(headers)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -99,6 +99,7 @@ class _Download:
 
     def __init__(self, url: str, path: Path, size: int | None, sha256: str | None, say: Callable[[str], None]) -> None:
         self.url, self.size, self.sha256, self.say = url, size, sha256, say
+        self.blob: str | None = None  # git's hash of it
         self.part = path.with_name(f".{path.name}.part")
         self._validator = ""  # the server's name for what we have a part of
         self._bar: Any = None
@@ -144,6 +145,10 @@ class _Download:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != self.sha256:
                 return f"sha256 {digest[:12]}… instead of {self.sha256[:12]}…"
+        if self.blob is not None:
+            digest = hashlib.sha1(b"blob %d\0" % there + path.read_bytes(), usedforsecurity=False).hexdigest()
+            if digest != self.blob:
+                return f"git's hash {digest[:12]}… instead of {self.blob[:12]}…"
         return None
 
     def _have(self) -> int:
@@ -162,11 +167,10 @@ class _Download:
             headers["Range"] = f"bytes={have}-"
             if self._validator:
                 headers["If-Range"] = self._validator
-        redirects = _Redirects()
-        opener = urllib.request.build_opener(redirects)
+        opener = urllib.request.build_opener(_Redirects(self._learn))
         try:
             with opener.open(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT) as reply:
-                self._learn(redirects.size, redirects.sha256)
+                self._learn(reply.headers)
                 self._receive(reply, have)
         except urllib.error.HTTPError as fault:
             fault.close()
@@ -176,10 +180,16 @@ class _Download:
         except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as fault:
             raise _Cut(f"the connection broke ({str(fault) or type(fault).__name__})") from fault
 
-    def _learn(self, size: int | None, sha256: str | None) -> None:
+    def _learn(self, headers: Any) -> None:
         """Take over what the hub says of the file, where the caller said nothing."""
-        self.sha256 = self.sha256 or sha256
-        self.size = size if self.size is None else self.size
+        git = "X-Repo-Commit" in headers
+        etag = (headers.get("X-Linked-Etag") or (headers.get("ETag", "") if git else "")).removeprefix("W/").strip('"')
+        if self.sha256 is None and re.fullmatch("[0-9a-f]{64}", etag):
+            self.sha256 = etag
+        if self.sha256 is None and git and re.fullmatch("[0-9a-f]{40}", etag):
+            self.blob = etag
+        if self.size is None and headers.get("X-Linked-Size", "").isdecimal():
+            self.size = int(headers["X-Linked-Size"])
 
     def _refused(self, fault: urllib.error.HTTPError, have: int) -> None:
         if fault.code == 416 and have:  # our part is not a part of what the server has now
@@ -241,7 +251,7 @@ class _Download:
     def _continues(self, reply: Any, have: int) -> bool:
         """Whether a partial reply goes on where the part ends, and can be known to be of the same file."""
         begins = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
-        return begins is not None and int(begins[1]) == have and bool(self.sha256 or self._validator)
+        return begins is not None and int(begins[1]) == have and bool(self.sha256 or self.blob or self._validator)
 
     def _web_page(self) -> LlmpyError:
         return LlmpyError(

@@ -25,6 +25,7 @@ from .errors import LlmpyError
 
 TYPE_CHECKING = False  # `typing` and `options` take as long to import as all else here: see __main__.py
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from typing import Self
 
     from .options import TrainOptions
@@ -44,6 +45,9 @@ TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
 OURS = {MODEL_FILE, BEST_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
 LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
+
+
+PATIENCE = 0.2  # seconds between two looks at a lock that is waited for
 
 
 class InUse(LlmpyError):
@@ -82,6 +86,23 @@ class Lock:
             return f"process {int(self.path.read_text())}"
         except (OSError, ValueError):
             return "another process"
+
+    @contextlib.contextmanager
+    def waited(self, say: Callable[[str], None], what: str) -> Iterator[None]:
+        """Within, this process has it. Whoever has it is waited for: `say` tells who, and `what` they do.
+
+        Raises OSError as `take` does.
+        """
+        told = False
+        while not self.take():
+            if not told:
+                say(f"waiting for {self.holder()}, which {what}")
+            told = True
+            time.sleep(PATIENCE)
+        try:
+            yield
+        finally:
+            self.drop()
 
     def drop(self) -> None:
         """Let it go."""

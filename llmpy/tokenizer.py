@@ -3,11 +3,13 @@
 Text becomes UTF-8 bytes, split into words by GPT-2's pattern, and pairs of neighbours are merged in the
 order learnt (Sennrich et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so every text has an
 encoding and decodes to itself. `<|endoftext|>` stands before each document; written in a text it is that
-token too, as in files that separate their documents with it.
+token too, as in files that separate their documents with it. A tokenizer.json of others may call it otherwise
+(END_OF_TEXT).
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,18 +30,23 @@ LARGEST_ID = 1 << 20  # a file may claim any id, and tables are as long as the l
 LARGEST_FILE = 64 << 20  # bytes; Llama 3's tokenizer.json has 9 MB
 GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_BYTES, GPT2_SHA256 = 835_554, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-# What every text holds somewhere; a tokenizer that changes any of it (lower case, no accents) loses text.
-PROBE = " The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 "
+# What every text holds somewhere; a tokenizer that changes any of it (lower case, no accents) loses text. But one that
+# composes accents (NFC, as Qwen's and GPT-NeoX's do) loses nothing that can be seen. The second begins without a blank.
+PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
+# What the makers of byte-level tokenizers call the token between texts; of several the first is meant. Llama 3 has one
+# that begins a text and one that ends it: llm.c puts the former before each document, and so do we.
+END_OF_TEXT = (EOT, "<|begin_of_text|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOS_TOKEN>")
 
 
 class Tokenizer:
     """Text ⇄ token ids. Made by `train`, `load` or `bytes`, never directly."""
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    def __init__(self, library: tokenizers.Tokenizer, eot_text: str = EOT) -> None:
         self._library = library
         vocabulary = library.get_vocab()
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.eot: int = vocabulary[EOT]
+        self.eot_text = eot_text
+        self.eot: int = vocabulary[eot_text]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -68,7 +75,7 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         """Read a tokenizer.json, a .tiktoken rank file or llm.c's tokenizer .bin, whichever the content is.
 
-        Raises LlmpyError: missing, damaged, or not byte-level BPE with EOT.
+        Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
         """
         try:
             if regular(path).stat().st_size > LARGEST_FILE:
@@ -142,26 +149,32 @@ class Tokenizer:
             # such a tokenizer silently drops what it lacks
             why = f"{missing} of the 256 bytes are no tokens" if missing else "its decoder is not ByteLevel"
             raise _not_a_tokenizer(path, f"not a byte-level one ({why})")
-        if EOT not in vocabulary:
-            raise _not_a_tokenizer(path, f"it has no {EOT} token")
+        added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+        eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
+        if eot is None:
+            raise _not_a_tokenizer(path, f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
+        own = library.get_vocab(with_added_tokens=False)
+        if len(set(own.values())) < len(own):  # and which of them an id becomes would change from start to start
+            raise _not_a_tokenizer(path, f"{len(own):,} tokens share {len(set(own.values())):,} ids")
         if max(vocabulary.values()) >= LARGEST_ID:
             raise _not_a_tokenizer(path, f"it has a token {max(vocabulary.values()):,}")
         library.no_truncation()
         library.no_padding()
-        tokenizer = cls(library)
+        tokenizer = cls(library, eot)
         tokenizer._probe(path)
         return tokenizer
 
     def _probe(self, path: Path) -> None:
         """Raise LlmpyError for rules (a normalizer, a prefix) that change text, or that fail on it."""
-        try:
-            again = self.decode(self.encode(PROBE))
-        except BaseException as fault:
-            if isinstance(fault, KeyboardInterrupt | SystemExit):
-                raise
-            raise _not_a_tokenizer(path, f"it fails on text ({fault})") from fault
-        if again != PROBE:
-            raise _not_a_tokenizer(path, f"it changes text: {PROBE!r} becomes {again!r}")
+        for text in PROBES:
+            try:
+                again = self.decode(self.encode(text))
+            except BaseException as fault:
+                if isinstance(fault, KeyboardInterrupt | SystemExit):
+                    raise
+                raise _not_a_tokenizer(path, f"it fails on text ({fault})") from fault
+            if again not in (text, unicodedata.normalize("NFC", text)):
+                raise _not_a_tokenizer(path, f"it changes text: {text!r} becomes {again!r}")
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -171,6 +184,14 @@ class Tokenizer:
         library = _byte_level(models.BPE(dict(zip(_byte_characters(), range(256), strict=True)), []))
         library.add_special_tokens([AddedToken(EOT, special=True)])
         return cls(library)
+
+    def ordinary(self) -> Tokenizer:
+        """The same tokens, but what a text spells is never a special one: a web page may well write `<|endoftext|>`."""
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(self.to_json())
+        library.encode_special_tokens = True
+        return Tokenizer(library, self.eot_text)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json`, whole or not at all. Raises LlmpyError if the disk refuses."""
@@ -232,7 +253,7 @@ class Tokenizer:
             raise LlmpyError(f"the tokenizer has no token {gap}", "use one whose ids have no gaps")
         value = {ord(c): byte for byte, c in enumerate(_byte_characters())}
         tokens = [
-            EOT.encode() if i == self.eot else spelled[i].translate(value).encode("latin-1", "replace")
+            self.eot_text.encode() if i == self.eot else spelled[i].translate(value).encode("latin-1", "replace")
             for i in range(self.vocab_size)
         ]
         ranks = Ranks(tuple(tokens), self.eot)
@@ -244,6 +265,8 @@ class Tokenizer:
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self._library.get_vocab(with_added_tokens=False).items():
             lengths[i] = len(token)  # in byte-level BPE a character is a byte
+        for i, added in self._library.get_added_tokens_decoder().items():
+            lengths[i] = len(added.content.encode())
         lengths[self.eot] = 0
         return lengths
 

@@ -1,11 +1,12 @@
-"""Small models in memory and in every format, for tests of readers and writers."""
+"""Small models in memory and in every format, and a tokenizer, for tests of readers and writers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from laptop import TINY
@@ -15,6 +16,7 @@ from llmpy.config import ModelConfig
 from llmpy.data.loader import Position
 from llmpy.formats import huggingface, llmc, llmc_state, native
 from llmpy.formats.source import DTYPES, Source, shapes
+from llmpy.ranks import LLAMA3
 from llmpy.rng import MT19937
 from llmpy.tokenizer import Tokenizer
 
@@ -98,3 +100,29 @@ WRITERS: dict[str, Callable[[Path, Source], object]] = {
     "hf": lambda path, source: huggingface.write_model(path, source, source.dtype),
     "hf sharded": sharded,
 }
+
+
+def llama_tokenizer(
+    path: Path,
+    specials: Sequence[str] = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    names: Sequence[str] = (),
+) -> Any:
+    """A tokenizer.json like Llama 3's: its words, taken whole, special tokens after all, one of them put in front."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["the cat, the dog: 12 naïve cafés and 日本語, it's\n" * 20], trainer)
+    library.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    library.add_tokens([AddedToken(token, special=False, normalized=False) for token in names])
+    first = [(specials[0], library.token_to_id(specials[0]))]
+    library.post_processor = processors.TemplateProcessing(f"{specials[0]} $A", special_tokens=first)
+    library.save(str(path))
+    return library

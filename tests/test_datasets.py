@@ -76,16 +76,22 @@ def expected_stories(i):
 
 
 @pytest.mark.parametrize("how", ["tar.gz", "tar", "folder", "hub"])
-def test_stories(tmp_path, said, hub, how):
-    members = {f"./data{i:02}.json": json.dumps(stories(i)).encode() for i in (0, 1, 11)} | {"./notes.txt": b"no"}
+def test_stories(tmp_path, said, hub, monkeypatch, how):
+    """In the order of the names, whatever that of the archive is."""
+    members = {f"./data{i:02}.json": json.dumps(stories(i)).encode() for i in (11, 0, 1)} | {"./notes.txt": b"no"}
     raw = tmp_path / "raw"
     if how == "folder":
         raw.mkdir()
         for name, content in members.items():
             (raw / name).write_bytes(content)
     elif how == "hub":
-        hub["/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"] = archive(members)
+        content = archive(members)
+        hub["/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"] = content
         raw = None
+        with pytest.raises(LlmpyError, match=f"{len(content):,} bytes instead of 1,608,001,638"):
+            documents("tinystories", raw, said)
+        monkeypatch.setattr(datasets, "STORIES_BYTES", len(content))
+        monkeypatch.setattr(datasets, "STORIES_SHA256", hashlib.sha256(content).hexdigest())
     else:
         raw.write_bytes(archive(members, "w:gz" if how == "tar.gz" else "w"))
     assert documents("tinystories", raw, said) == [d for i in (0, 1, 11) for d in expected_stories(i)]

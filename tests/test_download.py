@@ -108,6 +108,28 @@ def test_a_plain_download(server, path, said, known):
     assert len(server.asked) == 1  # what is there is not asked for again
 
 
+def test_several_want_one_file(server, path):
+    """One downloads it, the others wait for that one."""
+    said, faults = [], []
+
+    def want():
+        try:
+            fetch(server.url, path, say=said.append)
+        except BaseException as fault:
+            faults.append(fault)
+
+    server.replies = [reply(cut=300_000), reply()]  # the rest comes after a pause
+    wanting = [threading.Thread(target=want) for _ in range(4)]
+    for thread in wanting:
+        thread.start()
+    for thread in wanting:
+        thread.join()
+    assert not faults
+    assert whole(path)
+    assert len(server.asked) == 2
+    assert sum(line.startswith("waiting for ") and line.endswith(", which downloads file.bin") for line in said) == 3
+
+
 @pytest.mark.parametrize("known", [{}, {"sha256": SHA}])
 def test_cut_and_resumed(server, path, said, known):
     server.replies = [reply(cut=300_000), reply(cut=1), reply(cut=0), reply(cut=400_000), reply()]
@@ -208,6 +230,22 @@ def test_what_a_hub_says_of_its_file(server, path, said):
     path.unlink()
     server.replies = [reply(status=302, data=b"", Location="/cdn", **linked), reply(data=b"z" * len(DATA))]
     refused(server, path, said, "is not the file expected: sha256")
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_what_git_says_of_a_small_file(server, path, said, redirected):
+    blob = hashlib.sha1(b"blob %d\0" % len(DATA) + DATA).hexdigest()  # as `git hash-object` gives it
+    told = {"etag": f'W/"{blob}"', "X_Repo_Commit": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}
+    first = [reply(status=307, data=b"", Location="/cache", **told)] if redirected else []
+    server.replies = [*first, reply(**told)]
+    fetch(server.url, path, say=said.append)
+    assert whole(path)
+    path.unlink()
+    server.replies = [*first, reply(data=b"z" * len(DATA), **told)]
+    refused(server, path, said, r"is not the file expected: git's hash [0-9a-f]{12}… instead of")
+    server.replies = [reply(etag=f'"{blob[::-1]}"')]  # of a server that is no hub
+    fetch(server.url, path, say=said.append)
+    assert whole(path)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import llama_tokenizer
 
 from llmpy.data.hellaswag import read_examples
 from llmpy.data.records import kind_of, read_records
@@ -81,6 +82,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
     learnt = Tokenizer.train([TEXT * 50], V)
     learnt.save(folder / "tokenizer.json")
     write_llmc(folder / "tokenizer.bin", learnt.ranks())
+    llama_tokenizer(folder / "llama.json", names=["<tool>"])
     single = tuple(bytes([i]) for i in range(256))
     pairs = (*single, *(bytes([97 + i // 26, 97 + i % 26]) for i in range(40)))
     write_llmc(folder / "v1.bin", Ranks((*pairs, EOT.encode()), len(pairs)))
@@ -106,6 +108,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
         "ranks.tiktoken": (ranks, tokenizer, 2),
         "known.tiktoken": (known, tokenizer, 2),
         "tokenizer.json": ((folder / "tokenizer.json").read_bytes(), tokenizer, 1),
+        "llama.json": ((folder / "llama.json").read_bytes(), tokenizer, 1),
         "a.jsonl": (lines, records, 4),
         "a.jsonl.gz": (gzip.compress(lines), records, 4),
         "repacked.jsonl.gz": (lines, records, 4),  # damaged before it is packed

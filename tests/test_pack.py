@@ -119,6 +119,49 @@ def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
     assert (len(dataset.train), len(dataset.val), dataset.vocab_size) == (3, 1, 257)
 
 
+@pytest.mark.parametrize("most", [2**31 - 1, 8000])
+def test_llmcs_names_and_division(raw, tmp_path, said, monkeypatch, most):
+    """One file to train on, unless llm.c could not read it to its end; the web in shards."""
+    monkeypatch.setattr(pack, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(pack, "SEEKABLE", most)
+    folder = make(said, "tinyshakespeare", source=raw, out=tmp_path / "a")
+    names = sorted(p.name for p in folder.glob("*train*"))
+    assert names[0] == ("tiny_shakespeare_train.bin" if most > 8000 else "tiny_shakespeare_train_000001.bin")
+    assert text(folder, "tiny_shakespeare_val.bin", *names) == EOT + EOT.join([*SPEECHES, "The end.\n"])
+    pages = [Document("x", raw.read_text())] * 2
+    web = SOURCES["fineweb"]
+    layout = replace(web.layout, val=3000)
+    monkeypatch.setitem(SOURCES, "fineweb", replace(web, documents=lambda *_: iter(pages), layout=layout))
+    folder = make(said, "fineweb", source=raw, out=tmp_path / "b")
+    assert [p.name for p in sorted(folder.glob("*.bin"))][:2] == [
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
+    assert len(tokens(folder, "fineweb_val_000000.bin")) == len(tokens(folder, "fineweb_train_000001.bin")) == 3000
+
+
+def test_a_page_that_writes_the_end_of_a_text(tmp_path, said, monkeypatch):
+    """In llm.c's data sets it is text; in the user's own it ends one."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": f"They write {EOT} there. " * 50}) + "\n")
+    folder = make(said, "fineweb", source=path, out=tmp_path / "a")
+    ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"), reverse=True)])
+    assert np.count_nonzero(ids == 256) == 1
+    folder = make(said, path, out=tmp_path / "b")
+    ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"))])
+    assert np.count_nonzero(ids == 256) == 51
+
+
+def test_a_few_tokens_of_tinystories(tmp_path, said):
+    """As many as the held-out file alone has, and fewer, still leave something to train on."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(2):
+        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
+    folder = make(said, "tinystories", source=raw, out=tmp_path / "out", tokens=400)
+    assert (len(tokens(folder, "TinyStories_val.bin")), len(tokens(folder, "TinyStories_train.bin"))) == (40, 360)
+
+
 def test_stories_hold_the_first_file_out(tmp_path, said):
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -222,8 +265,8 @@ def stories(i):
 def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
     """But not the work of one that lives."""
     code = (
-        "import os, sys; from pathlib import Path; from llmpy.data import pack\n"
-        "with pack._workplace(Path(sys.argv[1])) as work:\n"
+        "import sys; from pathlib import Path; from llmpy.data import pack; out = Path(sys.argv[1])\n"
+        "with pack._alone(out, print), pack._workplace(out) as work:\n"
         "    (work / 'ids.tmp').write_bytes(bytes(1000)); print(work, flush=True); sys.stdin.read()"
     )
     living, killed = (
@@ -243,6 +286,27 @@ def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
     assert [work.is_dir() for work in works] == [True, False]
     living.communicate("")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt", "other", "out"]  # and no locks
+
+
+COMMAND = "import sys; from llmpy import cli; sys.exit(cli.main(sys.argv[1:]))"
+
+
+def test_two_processes_make_one_data_set(raw, tmp_path, said):
+    """The second waits for the first, and finds it made; of the user's own text it finds the folder taken."""
+    for what, code in ((["tinyshakespeare", "--source", raw], 0), ([raw], 1)):
+        out = tmp_path / f"out{code}"
+        words = [sys.executable, "-c", COMMAND, "data", *what, "--tokenizer", "bytes", "--out", out]
+        with pack._alone(out, print):  # until both have begun
+            both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+            begun = [process.stdout.readline() for process in both]
+        ends = [process.communicate(timeout=60) for process in both]
+        assert all(line.startswith("waiting for ") and line.endswith(f"which makes {out}\n") for line in begun)
+        assert sorted(process.returncode for process in both) == [0, code], ends
+        last = next(end for end in ends if "train on it" not in end[0])
+        assert f"tinyshakespeare is already in {out}" in last[0] if not code else f"{out} is not empty" in last[1]
+        whole = [tokens(out, p.name) for p in sorted(out.glob("*.bin"), key=lambda p: "val" in p.name)]
+        assert sum(map(len, whole)) > 10_000
+        assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import llama_tokenizer
 
+from llmpy.data.encode import tokenise
+from llmpy.data.records import Document
 from llmpy.errors import LlmpyError
 from llmpy.tokenizer import EOT, Tokenizer
 
@@ -156,16 +159,37 @@ def damage_eot(content):
     content["added_tokens"] = []
 
 
+def damage_eot_by_a_word(content):
+    damage_eot(content)
+    content["model"]["vocab"]["</s>"] = len(content["model"]["vocab"])
+
+
+def damage_id(content):
+    content["model"]["vocab"]["Q"] = content["model"]["vocab"]["R"]
+
+
 def damage_decoder(content):
     content["decoder"] = None
+
+
+def damage_prefix(content):
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def damage_case(content):
+    content["normalizer"] = {"type": "Lowercase"}
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (damage_byte, "1 of the 256 bytes are no tokens"),
-        (damage_eot, "it has no <|endoftext|> token"),
+        (damage_eot, "it has no <|endoftext|> token, nor <|begin_of_text|>, <|end_of_text|>"),
+        (damage_eot_by_a_word, "it has no <|endoftext|> token"),  # what a text may spell ends none
+        (damage_id, "300 tokens share 299 ids"),
         (damage_decoder, "its decoder is not ByteLevel"),
+        (damage_prefix, r"it changes text: 'a\n' becomes ' a\n'"),
+        (damage_case, "it changes text"),
     ],
 )
 def test_load_a_tokenizer_that_would_lose_text(trained, tmp_path, damage, message):
@@ -177,6 +201,65 @@ def test_load_a_tokenizer_that_would_lose_text(trained, tmp_path, damage, messag
     with pytest.raises(LlmpyError) as fault:
         Tokenizer.load(path)
     assert message in str(fault.value)
+
+
+def test_the_tokenizer_of_llama_3(tmp_path):
+    """Its own ids, without what it would put in front; a text begins as llm.c has it; and as from its rank table."""
+    library = llama_tokenizer(tmp_path / "tokenizer.json", names=["<tool_call>"])
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.vocab_size == library.get_vocab_size()
+    assert (loaded.eot_text, loaded.eot) == ("<|begin_of_text|>", library.token_to_id("<|begin_of_text|>"))
+    text = f"{CORPUS[1]} it's 12345 <|end_of_text|><tool_call> \n\n x"
+    assert loaded.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.byte_lengths()[loaded.encode(text)].sum() == len(text.encode())
+    begun = [Document("x", "the cat"), Document("y", "the dog")]
+    ids = tokenise(loaded, begun).ids.tolist()
+    assert ids == [loaded.eot, *loaded.encode("the cat"), loaded.eot, *loaded.encode("the dog")]
+    loaded.save(tmp_path / "again.json")
+    assert Tokenizer.load(tmp_path / "again.json").same_tokens(loaded)
+
+
+@pytest.mark.parametrize(
+    ("specials", "eot"),
+    [
+        (("<s>", "</s>", "<pad>"), "</s>"),
+        (("<|end_of_text|>", "<|start_of_role|>"), "<|end_of_text|>"),
+        (("<|im_start|>", "<|endoftext|>", "</s>"), "<|endoftext|>"),
+        (("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"), "<｜end▁of▁sentence｜>"),
+    ],
+)
+def test_other_names_for_the_end_of_a_text(tmp_path, specials, eot):
+    library = llama_tokenizer(tmp_path / "tokenizer.json", specials)
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.eot_text, loaded.eot) == (eot, library.token_to_id(eot))
+    assert loaded.decode([loaded.eot, *loaded.encode("a"), loaded.eot]) == f"{eot}a{eot}"
+    assert loaded.byte_lengths()[loaded.eot] == 0
+
+
+def test_composed_accents_are_no_loss(trained, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}))
+    loaded = Tokenizer.load(path)
+    assert loaded.decode(loaded.encode("cafe\u0301 ok")) == "café ok"
+    path.write_text(json.dumps(content | {"normalizer": {"type": "NFKC"}}))
+    with pytest.raises(LlmpyError, match="it changes text"):
+        Tokenizer.load(path)
+
+
+def test_ordinary_text_spells_no_special_token(trained, tmp_path):
+    llama_tokenizer(tmp_path / "tokenizer.json")
+    for tokenizer in (trained, Tokenizer.bytes(), Tokenizer.load(tmp_path / "tokenizer.json")):
+        ordinary = tokenizer.ordinary()
+        text = f"a{tokenizer.eot_text}b the cat"
+        assert tokenizer.eot in tokenizer.encode(text)
+        assert tokenizer.eot not in ordinary.encode(text)
+        assert ordinary.decode(ordinary.encode(text)) == text
+        assert ordinary.encode("the cat") == tokenizer.encode("the cat")
+        assert ordinary.same_tokens(tokenizer)
+        assert tokenizer.eot in tokenizer.encode(text)  # which stays as it was
 
 
 @pytest.mark.parametrize("method", ["encode", "encode_batch", "train"])

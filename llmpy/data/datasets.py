@@ -5,11 +5,17 @@ tinystories       a document for each story, shuffled within each of 50 files; t
 fineweb           10 billion tokens of the web, in shards of 10⁸; the first is held out
 fineweb-edu       the same, of pages that teach
 hellaswag         10,042 contexts with four endings each, to evaluate on
+
+Of tinystories, llm.c's script sorts the files by name, holds the first one out, and shuffles the list of each by
+Python's generator with the seed 1337 + i, where i counts from 0 in each part anew. It joins what its workers make as it
+comes: the order of the training files in TinyStories_train.bin is chance there, and that of their names here.
+In all of these a text is encoded as it is: `<|endoftext|>` that somebody wrote is no end of a text.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import tarfile
@@ -30,8 +36,11 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 STORIES = "datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
-STORIES_FILE = re.compile(r"data(\d+)\.json")
+STORIES_BYTES = 1_608_001_638
+STORIES_SHA256 = "26cf7605aca15bc4ea6fa637256400d9d01317b28ed296172b2d1dd160cd7699"
+STORIES_FILE = re.compile(r"data\d\d\.json")
 STORIES_AT_MOST = 1 << 30  # bytes of one of its files, which have 130 MB
 SHARD_TOKENS = 100_000_000
 Say = Callable[[str], None]
@@ -44,6 +53,7 @@ class Layout:
     val: int | str | None  # the first so many tokens, the documents of this file, or (None) the last tenth
     val_name: str = "val.bin"
     train_name: str = "train.bin"  # with {} for the number of a shard, from 1 on
+    one_file: bool = False  # all of it to train on, if llm.c can read that
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Source:
 
 def hellaswag_lines(raw: Path | None, say: Say) -> Path:
     """HellaSwag's jsonl, downloaded if `raw` is None."""
-    return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", say=say)
+    return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", sha256=HELLASWAG_SHA256, say=say)
 
 
 def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
@@ -76,18 +86,21 @@ def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
 
 
 def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
-    path = raw or fetch(f"{hub()}/{STORIES}", data_cache() / "raw" / "TinyStories_all_data.tar.gz", say=say)
+    path = raw or fetch(
+        f"{hub()}/{STORIES}",
+        data_cache() / "raw" / "TinyStories_all_data.tar.gz",
+        size=STORIES_BYTES,
+        sha256=STORIES_SHA256,
+        say=say,
+    )
     found = False
     for name, content in _story_files(path):
-        number = STORIES_FILE.fullmatch(name)
-        if not number:
-            continue
         try:
             stories = [story["story"].strip() for story in json.loads(content)]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
             raise LlmpyError(f"{name} in {path} holds no list of stories", "download it again") from fault
-        # As llm.c does, which counts the training files anew: data00.json and data01.json have the same seed.
-        random.Random(1337 + max(0, int(number[1]) - 1)).shuffle(stories)
+        # data00.json and data01.json have the same seed: the one begins what is held out, the other what is trained on
+        random.Random(1337 + max(0, int(name[4:6]) - 1)).shuffle(stories)
         found = True
         yield from (Document(name, story) for story in stories)
     if not found:
@@ -97,20 +110,20 @@ def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
 
 
 def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files of an archive or folder, in its order; nothing is unpacked to the disk."""
+    """Name and content of the files of an archive or folder, by name; nothing is unpacked to the disk."""
     try:
         if regular(path).is_dir() or path.suffix == ".json":
-            files = sorted(path.glob("data*.json")) if path.is_dir() else [path]
-            yield from ((file.name, file.read_bytes()) for file in files)
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            yield from ((file.name, file.read_bytes()) for file in files if STORIES_FILE.fullmatch(file.name))
             return
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isfile():
-                    if member.size > STORIES_AT_MOST:
-                        raise LlmpyError(f"{path}: {member.name} has {member.size:,} bytes", "download it again")
-                    content = archive.extractfile(member)
-                    assert content is not None  # it is a file
-                    yield Path(member.name).name, content.read()
+        with tarfile.open(path) as archive:
+            members = {Path(m.name).name: m for m in archive if m.isfile()}
+            for name in sorted(filter(STORIES_FILE.fullmatch, members)):
+                if members[name].size > STORIES_AT_MOST:
+                    raise LlmpyError(f"{path}: {name} has {members[name].size:,} bytes", "download it again")
+                content = archive.extractfile(members[name])
+                assert content is not None  # it is a file
+                yield name, content.read()
     except (tarfile.TarError, EOFError, zlib.error) as fault:
         raise LlmpyError(f"{path} is no whole tar archive: {fault}", "download it again") from fault
     except OSError as fault:
@@ -145,8 +158,7 @@ def _listing(repository: str, folder: str, say: Say) -> list[dict[str, Any]]:
     The hub is asked each time; without it the last list serves, for all that it names may be here.
     """
     path = data_cache() / "raw" / repository.replace("/", "--") / "listing.json"
-    fresh = path.with_name("listing.new.json")
-    fresh.unlink(missing_ok=True)
+    fresh = path.with_name(f"listing.{os.getpid()}.json")  # another process may ask too
     try:
         fetch(f"{hub()}/api/datasets/{repository}/tree/main/{folder}", fresh, say=say)
         found = _parquet_files(fresh, f"{repository}/{folder}")
@@ -174,8 +186,12 @@ def _parquet_files(listing: Path, where: str) -> list[dict[str, Any]]:
 
 
 SOURCES = {
-    "tinyshakespeare": Source(Layout(32_768, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"), _shakespeare),
-    "tinystories": Source(Layout("data00.json", "TinyStories_val.bin", "TinyStories_train.bin"), _stories),
+    "tinyshakespeare": Source(
+        Layout(32_768, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin", one_file=True), _shakespeare
+    ),
+    "tinystories": Source(
+        Layout("data00.json", "TinyStories_val.bin", "TinyStories_train.bin", one_file=True), _stories
+    ),
     "fineweb": Source(
         Layout(SHARD_TOKENS, "fineweb_val_000000.bin", "fineweb_train_{:06d}.bin"),
         _web("HuggingFaceFW/fineweb"),

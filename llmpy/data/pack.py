@@ -35,12 +35,13 @@ from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
 from .encode import TOKENIZER_SEES, encode, pieces
 from .hellaswag import encode_examples, read_examples, write_examples
 from .records import Document
-from .shards import form_for, write_shard
+from .shards import FORMS, HEADER_BYTES, form_for, write_shard
 from .text import find_files, stream_files
 
 RECORD, MAKING = "dataset.json", ".making"
 HELD_OUT = 0.1  # of a user's own text
 SAMPLES, SAMPLE_TOKENS = 3, 32
+SEEKABLE = 2**31 - 1  # bytes of a file that llm.c, which seeks by an int, can read to its end
 
 
 def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
@@ -59,12 +60,17 @@ def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
     folder = options.out or _folder(names[0] if names else None, options, request)
     if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
         raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
+    there = f"{options.what[0]} is already in {folder}"
     if _is_there(folder, request, bool(names)):
-        say(f"{options.what[0]} is already in {folder}")
+        say(there)
         return folder
-    with _workplace(folder) as work:
-        record = _hellaswag(options, work, say) if names == ["hellaswag"] else _tokens(options, names, work, say)
-        (work / RECORD).write_text(json.dumps(request | record, indent=2) + "\n", "utf-8")
+    with _alone(folder, say):
+        if _is_there(folder, request, bool(names)):  # another process has made it meanwhile
+            say(there)
+            return folder
+        with _workplace(folder) as work:
+            record = _hellaswag(options, work, say) if names == ["hellaswag"] else _tokens(options, names, work, say)
+            (work / RECORD).write_text(json.dumps(request | record, indent=2) + "\n", "utf-8")
     word = names[0] if names and folder == data_cache() / names[0] / "gpt2" else folder
     say(
         f"ready in {folder}" + ("" if names == ["hellaswag"] else f"; train on it:  {command('train', '--data', word)}")
@@ -169,30 +175,36 @@ def _is_there(folder: Path, request: dict[str, Any], named: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place if all goes well.
+def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Within, no other process makes `folder`: one that does is waited for.
 
-    A lock beside it tells that its process lives; what killed ones left, whose locks are free, is removed.
+    The lock beside it tells that its process lives; what killed ones left, whose locks are free, is removed.
     """
     folder = folder.absolute()
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    lock = Lock(work.with_suffix(MAKING))
     with made(folder.parent):
         try:
             _remove_abandoned(folder.parent)
-            lock.take()
-            work.mkdir()
-            yield work
-            if folder.exists():
-                folder.rmdir()
-            work.rename(folder)
+            with Lock(folder.with_name(f".{folder.name}{MAKING}")).waited(say, f"makes {folder}"):
+                yield
         except OSError as fault:
             raise LlmpyError(
                 f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)"
             ) from fault
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            lock.drop()
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its place if all goes well."""
+    folder = folder.absolute()
+    work = folder.with_name(f".{folder.name}.tmp")
+    try:
+        work.mkdir()
+        yield work
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _remove_abandoned(parent: Path) -> None:
@@ -240,11 +252,13 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
     form = options.format
     if form == "auto":
         form = form_for(tokenizer.vocab_size)
-    spool = _spool(documents(), tokenizer, work, layout.val, options.tokens, say)
+    # as llm.c does, whose data sets are cut into documents already; in the user's own text EOT may separate them
+    encoder = tokenizer.ordinary() if names else tokenizer
+    spool = _spool(documents(), encoder, work, layout.val, options.tokens, say)
     if spool.counted is not None and form == "int32":
         say("note: a stream of int32 has no mask: prompts count in the loss like all else")
     files_of = {}
-    for name, start, stop in _cuts(spool, layout, tokenizer.eot):
+    for name, start, stop in _cuts(spool, layout, tokenizer.eot, FORMS[form].dtype.itemsize):
         counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
         write_shard(work / name, spool.ids[start:stop], form, counted)
         files_of[name] = stop - start
@@ -318,27 +332,28 @@ def _spool(
     return _Spool(np.memmap(ids_path, dtype, "r"), counted, held)
 
 
-def _cuts(spool: _Spool, layout: Layout, eot: int) -> Iterator[tuple[str, int, int]]:
-    """Name, start and end of each token file."""
+def _cuts(spool: _Spool, layout: Layout, eot: int, itemsize: int) -> Iterator[tuple[str, int, int]]:
+    """Name, start and end of each token file, of `itemsize` bytes a token."""
     n = len(spool.ids)
     if layout.val is None:
         cut = _border(spool.ids, n - min(int(HELD_OUT * n) or 1, SHARD_TOKENS), eot)
         yield layout.val_name, cut, n
         start, stop = 0, cut
     else:
-        # of a part (--tokens) a tenth, so that something is left to train on
-        held = spool.held if isinstance(layout.val, str) else min(layout.val, int(HELD_OUT * n))
-        held = layout.val if isinstance(layout.val, int) and layout.val * 2 < n else held
+        held, most = (layout.val, n // 2) if isinstance(layout.val, int) else (spool.held, n)
+        if held >= most:  # of a part (--tokens) a tenth, so that something is left to train on
+            held = min(held, int(HELD_OUT * n))
         if not 0 < held < n:
             raise LlmpyError(f"of {n:,} tokens {held:,} would be held out", "give more data, or a larger --tokens")
         yield layout.val_name, 0, held
         start, stop = held, n
-    starts = range(start, stop, SHARD_TOKENS)
+    whole = layout.one_file and HEADER_BYTES + (stop - start) * itemsize <= SEEKABLE
+    starts = range(start, stop, stop - start if whole else SHARD_TOKENS)
     name = layout.train_name
     if len(starts) > 1 and "{" not in name:
         name = name.replace(".bin", "_{:06d}.bin")
     for number, at in enumerate(starts, 1):
-        yield name.format(number), at, min(at + SHARD_TOKENS, stop)
+        yield name.format(number), at, min(at + starts.step, stop)
 
 
 def _border(ids: np.ndarray, cut: int, eot: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..durable import write_whole
 from ..errors import LlmpyError
-from ..tokenizer import EOT, Tokenizer
+from ..tokenizer import Tokenizer
 from .source import DTYPES, Source, cast, shapes
 
 # ours → llama.cpp's; {} is the layer
@@ -104,7 +104,13 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_tokenizer_model("none")
         writer.add_vocab_size(V)
         return
-    about = json.loads(Tokenizer.load(source.tokenizer).to_json())
+    tokenizer = Tokenizer.load(source.tokenizer)
+    if not tokenizer.splits_as_gpt2:
+        raise LlmpyError(
+            f"{source.tokenizer} splits words unlike GPT-2, and llama.cpp knows other ways by name alone",
+            "convert the model without it (move the file away): llama.cpp then takes token ids",
+        )
+    about = json.loads(tokenizer.to_json())
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
         raise LlmpyError(
@@ -114,10 +120,10 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
-    writer.add_token_types([CONTROL if words.get(i) in (None, EOT) else NORMAL for i in range(V)])
+    writer.add_token_types([CONTROL if words.get(i) in (None, tokenizer.eot_text) else NORMAL for i in range(V)])
     # llama.cpp refuses a tokenizer without merges: bytes get one that no text can call for
-    merges = about["model"]["merges"] or [f"{EOT} {EOT}"]
+    merges = about["model"]["merges"] or [f"{tokenizer.eot_text} {tokenizer.eot_text}"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id):
-        add(ids[EOT])
+        add(tokenizer.eot)
     writer.add_add_bos_token(False)

@@ -21,6 +21,7 @@ from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
 from ..runfolder import TOKENIZER_FILE
+from ..tokenizer import Tokenizer
 from .llmc import padded
 from .source import DTYPES, Source, cast, damaged, read_json, shapes
 
@@ -132,11 +133,12 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         raise LlmpyError(f"cannot make {folder}: {fault.strerror}", "choose another folder") from fault
     eot = c.vocab_size - 1  # where GPT-2 has it
     if source.tokenizer is not None:
-        eot = copy_tokenizer(source.tokenizer, folder / TOKENIZER_FILE)
+        tokenizer = copy_tokenizer(source.tokenizer, folder / TOKENIZER_FILE)
+        eot = tokenizer.eot
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|endoftext|>",
-            "bos_token": "<|endoftext|>",
+            "eos_token": tokenizer.eot_text,
+            "bos_token": tokenizer.eot_text,
         }
         _write_json(folder / "tokenizer_config.json", about | {"model_max_length": c.context})
     _write_json(
@@ -168,13 +170,11 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
     write_whole(folder / WEIGHTS_FILE, write)
 
 
-def copy_tokenizer(source: Path, target: Path) -> int:
-    """Copy a tokenizer.json; returns its end-of-text id. Raises LlmpyError if it is not one of ours."""
-    from ..tokenizer import Tokenizer
-
+def copy_tokenizer(source: Path, target: Path) -> Tokenizer:
+    """Copy a tokenizer.json, and return it. Raises LlmpyError if it is not one of ours."""
     tokenizer = Tokenizer.load(source)
     tokenizer.save(target)
-    return tokenizer.eot
+    return tokenizer
 
 
 def _read_config(path: Path) -> ModelConfig:
