@@ -11,6 +11,7 @@ and records what one does that was never stopped.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -343,7 +344,13 @@ class Trainer:
         self.journal.say(line)
         self._val_loss = loss
         if self.done:
-            self.keeper.keep_best(self.done, loss)
+            self.keeper.keep_best(checkpoint.Score(self.done, loss, self._measured_on(batches)))
+
+    def _measured_on(self, batches: int) -> str:
+        """What a validation loss is the mean of: another one is not to be compared with it."""
+        rows, T, digest = self.feed.val.B, self.feed.val.T, hashlib.blake2b(digest_size=6)
+        digest.update(json.dumps(contents(self.data.get("val", []))).encode())
+        return f"{batches:,} batches of {rows} x {T} of text {digest.hexdigest()}"
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
@@ -422,7 +429,7 @@ class Trainer:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
             best = self.keeper.best()
-            if best is not None and best.val_loss < self._val_loss:
+            if best is not None and best.val_loss < self._val_loss:  # both measured on the same: else it gave way
                 say(
                     f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
                     f"{shlex.quote(str(self.folder / BEST_FILE))}"
@@ -480,7 +487,8 @@ class Trainer:
             os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
     def _diverged(self, what: str) -> Diverged:
-        self.keeper.close()
+        """To be raised, on all ranks; a checkpoint that is being written is finished first."""
+        self.keeper.settle()
         last = self.keeper.last
         kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
         again = "" if last is None else f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
