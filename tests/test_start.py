@@ -13,7 +13,7 @@ from samples import in_memory
 from llmpy.config import ModelConfig
 from llmpy.distributed.alone import Alone
 from llmpy.errors import LlmpyError
-from llmpy.options import TrainOptions
+from llmpy.options import DEFAULT_MODEL, TrainOptions
 from llmpy.runfolder import RunFolder
 from llmpy.start import anywhere, changed, dial, of, read_config
 
@@ -54,7 +54,7 @@ def test_a_new_run_leaves_its_record_at_once(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path / "run", "")
     start = of(TrainOptions(), folder, Laptop(), Alone(), print)
     assert (start.source, start.checkpoint, start.done, start.elapsed) == (None, None, 0, 0.0)
-    assert start.options.model == read_config(tmp_path / "run" / "config.json")["model"] == "d4"
+    assert start.options.model == read_config(tmp_path / "run" / "config.json")["model"] == DEFAULT_MODEL
     folder.discard()
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(LlmpyError, match=r"config\.json cannot be read"):
