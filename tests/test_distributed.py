@@ -584,6 +584,34 @@ def test_sigterm_before_there_are_ranks_is_told_as_one(text: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a launcher in sh")
+def test_a_signal_before_there_are_ranks_ends_a_launcher_that_hangs(tmp_path: Path) -> None:
+    launcher, children = tmp_path / "mpiexec", tmp_path / "children"
+    launcher.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exit
+trap '' TERM INT
+setsid sleep 1000 & echo $! > {children}
+sleep 1000
+""")
+    launcher.chmod(0o755)
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from llmpy.distributed import launch; from llmpy.errors import LlmpyError\n"
+        f"launch.mpiexec = lambda: Path({str(launcher)!r})\n"
+        "try: launch.run(2, [])\n"
+        "except LlmpyError as fault: print(fault); sys.exit(fault.code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    while not (children.exists() and children.read_text().endswith("\n")):
+        time.sleep(0.01)
+    time.sleep(0.2)  # for it to look after its child
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "stopped by SIGTERM\n")
+    child = int(children.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE  # nobody's child
+
+
 def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, tokens: Path) -> None:
     """Training stops while the threads write: the checkpoint is committed before the word of it goes out."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -145,10 +145,10 @@ def _first_death(folder: Path, process: subprocess.Popen[bytes], ranks: int) -> 
 
 @contextlib.contextmanager
 def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
-    """Within: signals go to the first rank, which tells the others; before it has begun, to the launcher.
+    """Within: signals go to the first rank, which tells the others; before it has begun they end all at once.
 
-    The word of those that end the ranks at once is left here: any to the launcher, and all after the first that a rank
-    got but SIGHUP (see `trainer.stop_signals`).
+    The word of those that end the ranks at once is left here: also of any after the first but SIGHUP, see
+    `trainer.stop_signals`.
     """
     asked = False
 
@@ -160,7 +160,7 @@ def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
             asked = True
         except (OSError, ValueError):
             at_once = True
-            process.send_signal(number)
+            _end(process)
         if at_once:
             (folder / "stopped").write_text(str(number))
 
@@ -171,6 +171,19 @@ def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher and all below it. Told by it, ranks that MPI is bringing together may wait for ever for those
+    that were faster to end.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for one in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _parent() -> tuple[int, Path] | None:
