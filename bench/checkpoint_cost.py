@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmpy import trainer
+from llmpy import start, trainer
 from llmpy.config import ModelConfig
 from llmpy.data.shards import write_shard
 from llmpy.journal import Journal
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     told = parser.parse_args()
-    machine = trainer.load(TrainOptions(dtype=told.dtype))
+    machine = start.load(TrainOptions(dtype=told.dtype), trainer.ALONE)
     times: dict[int, list[float]] = {0: [], EVERY: []}
     for turn in range(told.rounds):
         for every in (0, EVERY) if turn % 2 == 0 else (EVERY, 0):

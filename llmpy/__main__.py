@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from .errors import LlmpyError
+from .errors import LlmpyError, Stopped
 from .runfolder import HELD, InUse, RunFolder
 
 TYPE_CHECKING = False  # `typing` takes as long to import as all else here
@@ -83,10 +83,12 @@ def leave(number: int, _frame: Any) -> None:
     heed(lambda *_: None)
     for folder in [*HELD]:
         folder.discard()
-    what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    with contextlib.suppress(OSError):  # the terminal is gone
-        os.write(2, f"llmpy: error: stopped by {what}\n".encode())
-    os._exit(128 + number)
+    stopped = Stopped(number)
+    launch = sys.modules.get("llmpy.distributed.launch")  # not imported here: whoever knows of this rank has it
+    if launch is None or not launch.leave_word("stopped", str(number)):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, f"llmpy: error: {stopped}\n".encode())
+    os._exit(stopped.code)
 
 
 if __name__ == "__main__":

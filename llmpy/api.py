@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 from . import backend, checkpoint, formats, gpt2
 from .command import command
 from .config import GPT2_VOCAB, ModelConfig
+from .data.prepare import VALIDATION
+from .data.shards import form_for, open_shard, write_shard
 from .errors import LlmpyError, did_you_mean
 from .formats import convert
 from .formats.source import Source
@@ -30,7 +32,7 @@ from .init import initialise
 from .options import SampleOptions, TrainOptions, converted
 from .preflight import Machine
 from .rng import Xorshift64Star
-from .runfolder import METRICS, MODEL_FILE, TOKENIZER_FILE, RunFolder
+from .runfolder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder
 from .tokenizer import Tokenizer
 from .trainer import train
 
@@ -255,24 +257,32 @@ class Trainer:
     """A run of `llmpy train`, told and read from Python.
 
     `model`: a size to train from scratch ("d4"), or a `GPT2`, which is trained on and then holds the result.
-    `data`: files, folders, or the name of a data set; without, the text that Python carries. All other options are
-    those of `llmpy train --help`, by name: steps, minutes, lr, batch_size, sequence_length, out, resume, init …
+    `data`: files, folders, the name of a data set, or token ids, integers (n,), of which the last tenth is held out for
+    validation; without, the text that Python carries. All other options are those of `llmpy train --help`, by name:
+    steps, minutes, lr, batch_size, sequence_length, out, resume, init …
     Raises LlmpyError for options that there are not, and values that do not serve.
     """
 
     def __init__(
-        self, model: str | GPT2 = "", data: str | Path | Sequence[str | Path] | None = None, *,
+        self, model: str | GPT2 = "", data: str | Path | Sequence[str | Path] | np.ndarray | None = None, *,
         machine: Machine | None = None, **options: Any,
     ) -> None:  # fmt: skip
         told = dict(options)
         self._trained: GPT2 | None = None
         if isinstance(model, GPT2):
             self._trained = model
-            if "init" in told:
-                raise LlmpyError("a model and init", "give one of them: both say what to start from")
+            for other in told.keys() & {"init", "resume"}:
+                raise LlmpyError(f"a model and {other}", "give one of them: both say what to start from")
+            tokenizer, V = model.tokenizer, model.config.vocab_size
+            if tokenizer is not None and tokenizer.vocab_size != V:
+                raise LlmpyError(
+                    f"the tokenizer has {tokenizer.vocab_size:,} tokens but the model {V:,}",
+                    "train a model of as many as its tokenizer has",
+                )
         elif model:
             told["model"] = model
-        if data is not None:
+        self._parts = _parts(data) if isinstance(data, np.ndarray) else {}  # files of the run, and tokens in memory
+        if data is not None and not isinstance(data, np.ndarray):
             told["data"] = [data] if isinstance(data, str | Path) else list(data)
         values = {name: converted(TrainOptions, name, value) for name, value in told.items()}
         self.options = TrainOptions.gather(values)
@@ -290,23 +300,51 @@ class Trainer:
         """
         if threading.current_thread() is not threading.main_thread():
             raise LlmpyError("training outside the main thread could not be stopped", "call run in the main thread")
-        with contextlib.ExitStack() as stack:
-            options = self.options
-            if self._trained is not None:
-                start = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmpy-"))
-                self._trained.save(Path(start, "model"))
-                options = TrainOptions.gather(
-                    {name: getattr(options, name) for name in options.given} | {"init": str(Path(start, "model"))}
-                )
-            if not verbose:
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            folder = RunFolder.claim(options)
+        model, options = self._trained, self.options
+        folder = RunFolder.claim(options if model is None else replace(options, model=f"d{model.config.layers}"))
+        try:
+            if folder.resumed:
+                self._check_same(folder)
+            else:
+                options = self._put_in(folder)
+        except BaseException:
+            folder.discard()
+            raise
+        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
             train(options, self._machine, folder)
-            self.folder = folder.path
-        if self._trained is not None:
-            checkpoint.load_parameters(self.folder / MODEL_FILE, self._trained._net.params)
-            self._trained.store_weights()
+        self.folder = folder.path
+        if model is not None:
+            (folder / START_FILE).unlink(missing_ok=True)
+            checkpoint.load_parameters(folder / MODEL_FILE, model._net.params)
+            model.store_weights()
         return self
+
+    def _put_in(self, folder: RunFolder) -> TrainOptions:
+        """What is in memory alone, model and tokens, into a new run's folder, so that the run can be resumed whenever
+        it is killed; the options that name it there.
+        """
+        told = {name: getattr(self.options, name) for name in self.options.given}
+        if (model := self._trained) is not None:
+            told["init"] = str((folder / START_FILE).absolute())
+            checkpoint.save(folder / START_FILE, model._net, model.trained_length)
+            if model.tokenizer is not None:
+                model.tokenizer.save(folder / TOKENIZER_FILE)
+        if self._parts:
+            told["data"] = tuple((folder / name).absolute() for name in self._parts)
+            form = form_for(1 + max(int(part.max()) for part in self._parts.values()))
+            for name, part in self._parts.items():
+                write_shard(folder / name, part, form)
+        return TrainOptions.gather(told)
+
+    def _check_same(self, folder: RunFolder) -> None:
+        """Raise LlmpyError if a run that goes on is of another model or of other tokens than are in memory."""
+        begun = [path for path in (folder / MODEL_FILE, folder / START_FILE) if path.is_file()]
+        if self._trained is not None and begun and checkpoint.read_header(begun[0]).config != self._trained.config:
+            raise LlmpyError(f"{folder.path} is a run of a model of another shape", "choose another out")
+        for name, part in self._parts.items():
+            there = folder / name
+            if not there.is_file() or not np.array_equal(open_shard(there, 1 << 31).tokens, part):
+                raise LlmpyError(f"{folder.path} was not trained on these tokens", "choose another out")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -332,6 +370,17 @@ class Trainer:
         if self.folder is None:
             raise LlmpyError("nothing was trained yet", "call run() first")
         return self.folder
+
+
+def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Token ids (n,) divided, by the names of the run's files. Raises LlmpyError for what are none."""
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise LlmpyError(f"data of shape {tokens.shape} and type {tokens.dtype}", "give token ids, integers (n,)")
+    held = int(VALIDATION * tokens.size)
+    if not held or tokens.min() < 0:
+        what = "a negative token" if held else f"{tokens.size} tokens, of which a tenth is for validation"
+        raise LlmpyError(f"data with {what}", "give token ids, as tokenizer.encode does")
+    return dict(zip(PARTS, (tokens[:-held], tokens[-held:]), strict=True))
 
 
 def _machine(threads: int | None, dtype: str) -> Machine:

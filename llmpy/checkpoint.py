@@ -71,10 +71,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Score:
-    """How good the model after a step was on the validation text: the mean loss in nats."""
+    """How good the model after a step was on the validation text: the mean loss in nats, and of which part of it."""
 
     step: int
     val_loss: float
+    measured_on: str
 
 
 def save(path: Path, model: GPT2, trained_length: int, score: Score | None = None) -> None:
@@ -96,7 +97,7 @@ def read_score(path: Path) -> Score | None:
     with opened(path) as file:
         about = json.loads(file.metadata()[KEY])
     try:
-        return Score(int(about["step"]), float(about["val_loss"]))
+        return Score(int(about["step"]), float(about["val_loss"]), str(about["measured_on"]))
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -38,9 +38,9 @@ from .download import hub
 from .errors import LlmpyError
 from .options import DEFAULT_MODEL, DoctorOptions, TrainOptions
 from .preflight import PROGRAM_BYTES, disk_needed, gigabytes, memory_of
+from .start import BUILTIN_VOCAB
 from .terminal import paint
 from .trackers import PACKAGES
-from .trainer import BUILTIN_VOCAB
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 STYLES = {OK: "green", NOTE: "yellow", FAULT: "red"}

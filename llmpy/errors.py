@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -22,6 +23,14 @@ class Diverged(LlmpyError):
     """Training produced numbers that are not finite."""
 
     code = 3
+
+
+class Stopped(LlmpyError):
+    """A signal ended the program before there was anything to save, or a second one at once."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        self.code = 128 + number
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -41,6 +41,7 @@ from .errors import LlmpyError
 from .gpt2 import ACTS, PARAMS, RECOMPUTE
 from .multiple_choice import row_length
 from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
+from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE
 from .trackers import package
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
@@ -146,11 +147,12 @@ class Preflight:
 
 
 def problems(
-    options: TrainOptions, folder: Path, machine: Machine, start: ModelConfig | None = None
+    options: TrainOptions, folder: Path, machine: Machine, start: ModelConfig | None = None, beside: int = 1
 ) -> list[LlmpyError]:
     """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled.
 
-    `start` is the shape of the model that the run starts from, if it does not start from scratch.
+    `start` is the shape of the model that the run starts from, if it does not start from scratch; `beside` as of
+    `check_memory`.
     """
     found: list[LlmpyError] = []
     options = replace(options, model=options.model or DEFAULT_MODEL)
@@ -189,7 +191,7 @@ def problems(
                 "use a smaller -B or -T, or more text",
             )
         )
-    attempt(check_memory, options, config, machine)
+    attempt(check_memory, options, config, machine, None, beside, options.ranks)
     attempt(check_disk, options, config, folder)
     return found
 
@@ -260,9 +262,15 @@ def check_memory(
 
 
 def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None:
-    """Raise LlmpyError if the checkpoints of the run will not fit beside what is on the disk."""
+    """Raise LlmpyError if the checkpoints of the run will not fit beside what is on the disk.
+
+    What an earlier life of the run left counts as free: its checkpoints and best model are among those that are needed,
+    its model is either a checkpoint's or gives way to one.
+    """
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free + sum(f.stat().st_size for f in folder.glob("checkpoints/step-*/*"))
+    files = [*folder.glob(f"{CHECKPOINTS}/step-*/*"), *folder.glob(MODEL_FILE), *folder.glob(BEST_FILE)]
+    left = {about.st_ino: about.st_size for about in map(Path.stat, files)}  # a file may have two names
+    free = shutil.disk_usage(there).free + sum(left.values())
     needed = disk_needed(options, config)
     if needed > free:
         raise LlmpyError(

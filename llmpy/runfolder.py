@@ -6,6 +6,7 @@ RUN/model.safetensors   the model as of the last checkpoint       config.json   
     metrics.jsonl    numbers of every step                        main.log        some of them, as llm.c has it
     samples.txt      what the model wrote                         checkpoints/    see checkpoint.py
     events/          for TensorBoard, with --track                run.lock        held by the process that trains
+    start.safetensors   of `llmpy.Trainer`, until it ends: the model in memory that it began with
 
 A run begins in a folder that is new or empty: then every file of these names is its own, to be removed if the run
 is refused. An exception are the lock of a dead process and temporary files of a save that was cut off; the latter go
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
     from .options import TrainOptions
 
-MODEL_FILE, BEST_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
+MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
     "model.safetensors",
     "best.safetensors",
+    "start.safetensors",
     "config.json",
     "tokenizer.json",
     "checkpoints",
@@ -41,8 +43,9 @@ MODEL_FILE, BEST_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = 
 )
 LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cut back to a checkpoint by --resume
 CONSOLE = "console.log"
-TOKENS = {"train.bin", "val.bin", "train.mask", "val.mask"}
-OURS = {MODEL_FILE, BEST_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
+PARTS = "train.bin", "val.bin"  # the tokens that a run made of text
+TOKENS = {*PARTS, "train.mask", "val.mask"}
+OURS = {MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
 LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 

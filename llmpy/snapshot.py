@@ -69,16 +69,22 @@ class Keeper:
         except LlmpyError:  # there is none; or none that could be used
             return None
 
-    def keep_best(self, step: int, val_loss: float) -> None:
-        """Keep the model beside the run's if no earlier one had a smaller loss. The file is its own record: what it
-        says of itself is true even where the run went on from before it, or differently.
+    def keep_best(self, score: checkpoint.Score) -> None:
+        """Keep the model beside the run's if no earlier one had a smaller loss on the same. The file is its own record:
+        what it says of itself is true even where the run went on from before it, or differently.
         """
-        if self._improves(val_loss):
-            self._keep(checkpoint.Score(step, val_loss), self.model.ops.to_host(self.model.params.buffer))
+        if self._improves(score):
+            self._keep(score, self.model.ops.to_host(self.model.params.buffer))
 
-    def _improves(self, val_loss: float) -> bool:
+    def _improves(self, score: checkpoint.Score) -> bool:
         before = self.best()
-        return before is None or val_loss < before.val_loss
+        if before is None or before.measured_on == score.measured_on:
+            return before is None or score.val_loss < before.val_loss
+        self.journal.say(
+            f"validation now takes {score.measured_on}; the best model so far, of step {before.step} with "
+            f"{before.val_loss:.4f}, was measured on {before.measured_on}: it gives way to this one"
+        )
+        return True
 
     def _keep(self, score: checkpoint.Score, params: np.ndarray) -> None:
         try:
@@ -144,6 +150,10 @@ class Keeper:
                 f"the checkpoint of step {step} could not be written: {fault.strerror or fault}; {kept}",
                 f"make room, then go on with: {command('train', '--resume', self.run)}",
             ) from fault
+
+    def settle(self) -> None:
+        """Take in the checkpoint that is being written, when it is; called on all ranks."""
+        self.close()
 
     def close(self) -> None:
         """Wait for the thread, if there is one, and say what came of it."""

@@ -11,53 +11,47 @@ and records what one does that was never stopped.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from . import __version__, backend, checkpoint, formats
+from . import __version__, checkpoint, start
 from .command import command
 from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
-from .data.pack import is_dataset
-from .data.prepare import Dataset, prepare
-from .data.shards import fingerprint
+from .data.prepare import Dataset
 from .distributed.alone import Alone
-from .durable import sync_folder, write_whole
+from .durable import sync_folder
 from .errors import Diverged, LlmpyError
-from .formats import hub, llmc_state, native
-from .formats.source import Source
+from .formats import llmc_state
 from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
-from .init import initialise
 from .journal import Journal
 from .multiple_choice import MultipleChoice
 from .nonfinite import origin
 from .optimizer import AdamW
-from .options import ALL_BATCHES, DEFAULT_MODEL, TrainOptions
+from .options import ALL_BATCHES, TrainOptions
 from .outliers import OutlierDetector
 from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
 from .rng import Xorshift64Star
-from .runfolder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder
+from .runfolder import BEST_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
 from .trackers import Trackers
 
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
 SAMPLE_CHOICE = Choice(temperature=0.5, top_k=50)  # as `llmpy sample` has them
-BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
 WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at most 50 steps
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in
 LINE_SECONDS = 2.0
@@ -343,7 +337,13 @@ class Trainer:
         self.journal.say(line)
         self._val_loss = loss
         if self.done:
-            self.keeper.keep_best(self.done, loss)
+            self.keeper.keep_best(checkpoint.Score(self.done, loss, self._measured_on(batches)))
+
+    def _measured_on(self, batches: int) -> str:
+        """What a validation loss is the mean of: another one is not to be compared with it."""
+        rows, T, digest = self.feed.val.B, self.feed.val.T, hashlib.blake2b(digest_size=6)
+        digest.update(json.dumps(start.contents(self.data.get("val", []))).encode())
+        return f"{batches:,} batches of {rows} x {T} of text {digest.hexdigest()}"
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
@@ -422,7 +422,7 @@ class Trainer:
             self.sample()
             say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
             best = self.keeper.best()
-            if best is not None and best.val_loss < self._val_loss:
+            if best is not None and best.val_loss < self._val_loss:  # both measured on the same: else it gave way
                 say(
                     f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
                     f"{shlex.quote(str(self.folder / BEST_FILE))}"
@@ -480,7 +480,8 @@ class Trainer:
             os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
 
     def _diverged(self, what: str) -> Diverged:
-        self.keeper.close()
+        """To be raised, on all ranks; a checkpoint that is being written is finished first."""
+        self.keeper.settle()
         last = self.keeper.last
         kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
         again = "" if last is None else f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
@@ -548,19 +549,16 @@ def train(
         try:
             folder = RunFolder.claim(options)
         except LlmpyError as fault:
-            others = [] if options.resume or options.init else problems(options, Path(), machine or load(options))
-            raise together([fault, *others]) from None
+            if options.resume or options.init:
+                raise
+            ops = machine or start.load(options, world)
+            raise together([fault, *problems(options, Path(), ops, beside=world.local_size)]) from None
     try:
         with world.journal() as journal:
             journal.say(f"llm.py {__version__}, run folder {folder.path}")
             return assemble(options, folder, journal, machine, world).run()
     finally:
         folder.discard()
-
-
-def load(options: TrainOptions, world: Alone = ALONE) -> Machine:
-    """The CPU as the options want it."""
-    return cast(Machine, backend.load("cpu", threads=world.threads(options), dtype=options.dtype))
 
 
 def assemble(
@@ -570,33 +568,11 @@ def assemble(
 
     When this returns the run has begun, and its folder is kept.
     """
-    path = manifest = None
-    if folder.resumed:
-        options, path, manifest = world.in_turn(lambda: saved(options, folder, journal.say))
-    elif options.resume is not None:
-        options = options.taking_over()
-    ops = machine or load(options, world)
-    start: Source | None
-    state: llmc_state.TrainingState | None = None
-    if path is None or manifest is None:
-        options, start, state = world.in_turn(lambda: begin(options, folder.path, ops, journal.say))
-        if world.rank == 0:
-            write_config(folder.path, options)  # from here on a run that is killed can be resumed
-        paths, vocab_size = options.data, options.vocab_size
-        if start is None and paths is None:
-            vocab_size = vocab_size or BUILTIN_VOCAB
-    else:
-        own = folder / TOKENIZER_FILE
-        start = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
-        paths, vocab_size = data_of(options, folder.path), None
-
-    def made() -> Dataset:  # what the first rank has made of text, or the shards
-        own = own_tokens(folder.path)
-        return prepare(own or paths, folder.path, None if own else vocab_size, journal.say, start)
-
-    data = world.in_turn(lambda: prepare(paths, folder.path, vocab_size, journal.say, start), made)
-    config = shape(options.model, start, data)
-    options = options.settled(config.channels, sum(map(len, data.train)))
+    begun = start.of(options, folder, machine, world, journal.say)
+    ops, manifest = begun.machine, begun.manifest
+    data = begun.read(folder.path, world, journal.say)
+    config = start.shape(begun.options.model, begun.source, data)
+    options = begun.options.settled(config.channels, sum(map(len, data.train)))
     feed: Feed = all_of(
         lambda: Feed(data, options, config, world),
         lambda: check_length(options.sequence_length, config.context),
@@ -604,46 +580,34 @@ def assemble(
         lambda: check_memory(options, config, ops, beside=world.local_size, ranks=world.size),
         lambda: check_disk(options, config, folder.path),
     )[0]
-    if state is not None:
-        llmc_state.restore_place(state, feed.train)  # before anything compiles
-    marks = {"train": [*map(fingerprint, data.train)], "val": [*map(fingerprint, data.val)]}
-    if manifest is not None and any(contents(manifest["data"][part]) != contents(marks[part]) for part in marks):
-        raise LlmpyError(
-            f"the data are not those that {folder.path} was trained on", "restore them, or begin a new run"
-        )
-    done, elapsed = (manifest["step"], manifest["seconds"]["elapsed"]) if manifest else (0, 0.0)
+    if begun.state is not None:
+        llmc_state.restore_place(begun.state, feed.train)  # before anything compiles
+    marks = begun.recognised(data, folder.path)
     tokens = sum(map(len, data.train)), sum(map(len, data.val))
-    flight = inspect(config, options, ops, *tokens, done, elapsed, world.size)
-    for line in flight.lines():
-        journal.say(line)
-    for line in world.lines(ops.threads):
+    flight = inspect(config, options, ops, *tokens, begun.done, begun.elapsed, world.size)
+    for line in [*flight.lines(), *world.lines(ops.threads)]:
         journal.say(line)
     world.on_each_host(lambda: ops.warm_up(journal.say))
     model = GPT2(config, ops, options.recompute, options.recompute_layers)
-    if manifest is None:
-        if start is None:
-            initialise(model.params, config, options.seed)
-        else:
-            start.fill(model.params)
-        model.store_weights()
+    begun.fill(model, options.seed)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)
-    since = (manifest["step"] if manifest else 0) if folder.resumed else None
     tracked = (options.track or ()) if world.rank == 0 else ()
+    since = begun.done if folder.resumed else None
     trackers = Trackers(tracked, folder.path, options.as_record(), journal.say, since)
     peak = sum(part for (part,) in world.gather(flight.peak))
     trainer = Trainer(
         model, optimizer, feed, options, folder.path, journal, peak, flight.step_seconds, trackers, marks,
-        start.trained_length if start else 0, world,
+        begun.source.trained_length if begun.source else 0, world,
     )  # fmt: skip
-    if path is not None and manifest is not None:
-        trainer.resume(path, manifest)
-    if state is not None:
-        trainer.take_over(state)
+    if begun.checkpoint is not None and manifest is not None:
+        trainer.resume(begun.checkpoint, manifest)
+    if begun.state is not None:
+        trainer.take_over(begun.state)
     if world.rank == 0:
         if data.tokenizer is not None:
             data.tokenizer.save(folder / TOKENIZER_FILE)
-        write_config(folder.path, options, model=asdict(config), machine=described(ops), data=marks)
+        start.write_config(folder.path, options, model=asdict(config), machine=start.described(ops), data=marks)
     journal.open(folder.path, None if not folder.resumed else manifest["logs"] if manifest else {})
     if tracked and since:  # they forget this step with what came after it
         for row in journal.recorded(since):
@@ -652,189 +616,3 @@ def assemble(
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
     return trainer
-
-
-def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fingerprints without the names of the files, which may have been moved."""
-    return [{name: value for name, value in mark.items() if name != "name"} for mark in marks]
-
-
-def begin(
-    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None]
-) -> tuple[TrainOptions, Source | None, llmc_state.TrainingState | None]:
-    """The options with the model's size and with paths that hold anywhere; what a new run starts from, if not from
-    scratch; and the state of llm.c that it goes on from, if it does.
-
-    Raises LlmpyError for all that can be known to be wrong, if possible before anything is downloaded.
-    """
-
-    def check(model: str, config: ModelConfig | None) -> None:
-        if faults := problems(replace(options, model=model), folder, ops, config):
-            raise together(faults)
-
-    start, state, init = None, None, options.init
-    if options.init_state and init is None:
-        raise LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
-    if init in hub.NAMES and not options.init_state:
-        check(init, ModelConfig.from_dial(init))
-    if init is not None:
-        try:
-            if options.init_state:
-                start, state = llmc_state.read_checkpoint(Path(init))
-            else:
-                start = formats.resolve(init, say)
-        except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
-            least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
-            raise together([fault, *problems(least, folder, ops)]) from fault
-        say(f"init     {start.describe()}")
-    model = dial(options.model, start)
-    check(model, start.config if start else None)
-    if state is not None:
-        say(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")
-        if "shuffle" not in options.given:
-            options = replace(options, shuffle=state.shuffle)
-    return replace(anywhere(options), model=model), start, state
-
-
-def anywhere(options: TrainOptions) -> TrainOptions:
-    """The same with paths that hold in any folder, for the run may go on from another."""
-    data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
-    init = options.init
-    if init is not None and init not in hub.NAMES:
-        init = str(Path(init).absolute())
-    return replace(options, data=data, init=init, hellaswag=options.hellaswag and options.hellaswag.absolute())
-
-
-def dial(model: str, start: Source | None) -> str:
-    """What --model is: as it was given, or the default, or the size of what the run starts from.
-
-    Raises LlmpyError if the last two are not the same.
-    """
-    if start is None:
-        return model or DEFAULT_MODEL
-    have = start.config
-    if model:
-        asked = ModelConfig.from_dial(model, have.vocab_size, have.context)
-        if asked != have:
-            raise LlmpyError(
-                f"--model {model} is not what --init is: {start.describe()}", "leave --model out, or let them agree"
-            )
-    return model or f"d{have.layers}"
-
-
-def shape(model: str, start: Source | None, data: Dataset) -> ModelConfig:
-    """The shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model at the start."""
-    if start is None:
-        return ModelConfig.from_dial(model, vocab_size=data.vocab_size)
-    if start.config.vocab_size != data.vocab_size:
-        raise LlmpyError(
-            f"the model of --init has {start.config.vocab_size:,} tokens, the data {data.vocab_size:,}",
-            "use data that were made with the model's tokenizer",
-        )
-    return start.config
-
-
-def saved(
-    options: TrainOptions, folder: RunFolder, say: Callable[[str], None]
-) -> tuple[TrainOptions, Path | None, dict[str, Any] | None]:
-    """The options of a run that is to go on, and its newest checkpoint, if there is one yet: path and manifest.
-
-    Raises LlmpyError if nothing sound is left of it.
-    """
-    path, manifest = checkpoint.newest(folder / CHECKPOINTS, say) or (None, None)
-    if manifest is None:
-        before = TrainOptions.from_record(read_config(folder / CONFIG_FILE))
-        say("no checkpoint was complete: the run begins again from its start")
-        now = options.resumed_from(before)
-        return replace(now, model="" if now.init else now.model), None, None  # --init says its size again
-    before = replace(TrainOptions.from_record(manifest["options"]), ranks=manifest.get("ranks", 1))
-    now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
-    if "init" in options.given and anywhere(options).init not in (None, before.init):
-        raise LlmpyError(
-            f"--init cannot change within a run: it is {before.init}", "leave it out, or use another --out"
-        )
-    if now.data != before.data and own_tokens(folder.path):
-        raise LlmpyError(
-            f"--data cannot change within a run: {folder.path} goes on with the tokens it made of its text",
-            "leave it out, or begin another run with --out",
-        )
-    step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
-    say(f"going on after step {step}, from {path}")
-    if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
-        say(
-            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or "
-            "--minutes than that: both count from its beginning"
-        )
-    for line in changed(replace(before, dtype=manifest["dtype"]), now):
-        say(line)
-    return now, path, manifest
-
-
-def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
-    """What options that changed on resume do to the sequence of batches and to the numbers."""
-    B, T, b, t = now.batch_size, now.sequence_length, before.batch_size, before.sequence_length
-    if (b, t) != (B, T):
-        yield (
-            f"batches of {B} x {T} instead of {b} x {t}: the rest of the data comes in the old order, cut anew; from "
-            "here on the run differs from one that kept them"
-        )
-    tokens, count = now.micro_steps * now.batch_tokens, before.micro_steps * before.batch_tokens
-    if now.ranks != before.ranks:
-        yield (
-            f"{now.ranks} rank{'s' * (now.ranks > 1)} instead of {before.ranks}: the rest of the epoch comes in the "
-            f"order of the first one, divided anew; each step reads {tokens:,} tokens, before {count:,}"
-        )
-    elif now.micro_steps != before.micro_steps:
-        yield (
-            f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
-            f"{tokens:,} tokens instead of {count:,}"
-        )
-    if now.threads != before.threads:
-        yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
-    alone = ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle")
-    for name in (*alone, "recompute", "recompute_layers"):
-        if getattr(now, name) != getattr(before, name):
-            yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"
-
-
-def data_of(options: TrainOptions, folder: Path) -> tuple[Path, ...]:
-    """What to read for a run that goes on: its own tokens where it made them, else the shards it was given."""
-    if own := own_tokens(folder):
-        return own
-    if options.data is None:
-        raise LlmpyError(f"train.bin or val.bin in {folder} is missing", "restore them, or begin a new run")
-    return options.data
-
-
-def own_tokens(folder: Path) -> tuple[Path, ...]:
-    """The tokens that a run made of text, if it did."""
-    own = folder / "train.bin", folder / "val.bin"
-    return own if all(path.is_file() for path in own) else ()
-
-
-def described(machine: Machine) -> dict[str, Any]:
-    """The machine and what runs on it, for the run's records."""
-    # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
-    system = "-".join((platform.system(), platform.release(), platform.machine()))
-    return {
-        "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
-        "python": platform.python_version(), "platform": system, "command": sys.argv,
-    }  # fmt: skip
-
-
-def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
-    """What was trained, how and on what, for people and later tools; loading a model does not read it."""
-    text = json.dumps({"llmpy": __version__, "options": options.as_record(), **more}, indent=2, ensure_ascii=False)
-    # errors: a path may hold bytes that are no text
-    write_whole(
-        folder / CONFIG_FILE,
-        lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="surrogateescape"),
-    )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a config.json. Raises LlmpyError if there are none."""
-    try:
-        return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise LlmpyError(f"{path} cannot be read: {fault}", "begin a new run") from None

@@ -19,8 +19,11 @@ from samples import WRITERS, in_memory, with_tokenizer
 import llmpy
 from llmpy import GPT2, LlmpyError, Tokenizer, Trainer
 from llmpy.config import ModelConfig
+from llmpy.data.shards import write_shard
 from llmpy.formats import open_model
 from llmpy.generate import Choice
+from llmpy.options import TrainOptions
+from llmpy.trainer import train
 
 ROWS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 
@@ -268,3 +271,66 @@ def test_what_a_trainer_refuses(model: GPT2, text: Path) -> None:
 def test_a_shape_of_ones_own() -> None:
     config = ModelConfig(layers=1, heads=2, channels=16, context=8, vocab_size=50)
     assert GPT2.new(config, machine=Laptop()).parameters["wpe"].shape == (8, 16)
+
+
+def test_a_run_of_a_model_in_memory_that_is_killed_at_once_goes_on(text: Path, tmp_path: Path) -> None:
+    """From its start, which is kept with it; and it becomes the run that nobody killed."""
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(Laptop):
+        def adamw(self, *arguments: Any) -> None:
+            raise Killed
+
+    def run(out: str, machine: Laptop, **more: Any) -> GPT2:
+        model = GPT2.new("d1", tokenizer=Tokenizer.bytes(), machine=Laptop(), seed=3)
+        told = {**SMALL, "lr": 1e-3, **more}
+        Trainer(model, data=text, out=out, machine=machine, **told).run(verbose=False)
+        return model
+
+    for name in ("killed", "again"):
+        with pytest.raises(Killed):
+            run(name, Dying())
+    whole = run("whole", Laptop())
+    assert not (tmp_path / "whole" / "start.safetensors").exists()
+    assert train(TrainOptions(resume=Path("killed")), Laptop()) == 0
+    again = run("again", Laptop(), auto_resume=True)
+    for name, p in whole.parameters.items():
+        assert np.array_equal(GPT2.load("killed", machine=Laptop()).parameters[name], p)
+        assert np.array_equal(again.parameters[name], p)
+    other = GPT2.new("d2", tokenizer=Tokenizer.bytes(), machine=Laptop())
+    with pytest.raises(LlmpyError, match="a run of a model of another shape"):
+        Trainer(other, data=text, out="again", auto_resume=True, machine=Laptop(), **SMALL).run(verbose=False)
+
+
+def test_tokens_in_memory_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shards of them are: a run of theirs can be resumed."""
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 300, 2000)
+    told = {**SMALL, "vocab_size": 300, "machine": Laptop()}
+    run = Trainer("d1", data=ids, out="memory", **told).run(verbose=False)
+    write_shard(tmp_path / "all.bin", ids)
+    assert Trainer("d1", data=tmp_path / "all.bin", out="file", **told).run(verbose=False).curve() == run.curve()
+    (tmp_path / "all.bin").unlink()
+    again = Trainer("d1", data=ids, resume="memory", **told | {"steps": 5}).run(verbose=False)
+    assert again.curve()[0] == [1, 2, 3, 4, 5]
+    with pytest.raises(LlmpyError, match="was not trained on these tokens"):
+        Trainer("d1", data=ids[::-1], resume="memory", **told).run(verbose=False)
+    for wrong, said in (
+        (ids.reshape(2, -1), r"data of shape \(2, 1000\) and type int64"),
+        (ids / 2, "and type float64"),
+        (ids[:9], "data with 9 tokens"),
+        (ids - 1, "data with a negative token"),
+    ):
+        with pytest.raises(LlmpyError, match=said):
+            Trainer("d1", data=wrong, **told)
+    with pytest.raises(LlmpyError, match=r"token 300 at position .* is outside the vocabulary of 300"):
+        Trainer("d1", data=ids + 1, out="beyond", **told).run(verbose=False)
+    assert not (tmp_path / "beyond").exists()
+
+
+def test_a_model_with_more_tokens_than_its_tokenizer_is_not_trained() -> None:
+    model = GPT2.new(TINY, tokenizer=Tokenizer.bytes(), machine=Laptop())
+    with pytest.raises(LlmpyError, match="the tokenizer has 257 tokens but the model 300"):
+        Trainer(model)

@@ -21,7 +21,7 @@ import pytest
 from fellows import Fellow, Fellows
 from laptop import TINY, Laptop, tiny_model
 
-from llmpy import checkpoint
+from llmpy import checkpoint, trainer
 from llmpy.cli import main
 from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
@@ -550,3 +550,85 @@ def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
     assert communication(d12, 8, Line(1e9, 1e-3), 4.0).exposed_seconds < exposed[2]
     assert communication(d12, 8, line, 0.5).exposed_seconds > exposed[2]
     assert communication(d12, 8, line, 4.0, per_host=8).reduce_seconds < 0.1 * exposed[2]
+
+
+@needs_mpi
+def test_sigterm_before_the_first_step_is_told_as_one(text: Path, tmp_path: Path) -> None:
+    """Of rank 0, that the launching process hands the signal to: no rank has died."""
+    run = tmp_path / "run"
+    words = [*command(*told(text, run)), "--steps", "1000000", "--ranks", "2"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (run / "run.lock").exists():
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert [line for line in error.splitlines() if line.startswith("llmpy: error")] == [
+        "llmpy: error: stopped by SIGTERM"
+    ]
+    assert not run.exists()
+
+
+@needs_mpi
+def test_sigterm_before_there_are_ranks_is_told_as_one(text: Path, tmp_path: Path) -> None:
+    words = [*command(*told(text, tmp_path / "run")), "--steps", "1000000", "--ranks", "2"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not psutil.Process(process.pid).children():
+        time.sleep(0.002)
+    time.sleep(0.1)  # for it to look after its child
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "llmpy: error: stopped by SIGTERM" in error.splitlines()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a launcher in sh")
+def test_a_signal_before_there_are_ranks_ends_a_launcher_that_hangs(tmp_path: Path) -> None:
+    launcher, children = tmp_path / "mpiexec", tmp_path / "children"
+    launcher.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exit
+trap '' TERM INT
+setsid sleep 1000 & echo $! > {children}
+sleep 1000
+""")
+    launcher.chmod(0o755)
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from llmpy.distributed import launch; from llmpy.errors import LlmpyError\n"
+        f"launch.mpiexec = lambda: Path({str(launcher)!r})\n"
+        "try: launch.run(2, [])\n"
+        "except LlmpyError as fault: print(fault); sys.exit(fault.code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    while not (children.exists() and children.read_text().endswith("\n")):
+        time.sleep(0.01)
+    time.sleep(0.2)  # for it to look after its child
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "stopped by SIGTERM\n")
+    child = int(children.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE  # nobody's child
+
+
+def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, tokens: Path) -> None:
+    """Training stops while the threads write: the checkpoint is committed before the word of it goes out."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+
+    def diverging(fellow: Fellow) -> str:
+        model = tiny_model(TINY, B, T)
+        loader = Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, fellow.size)
+        optimizer = Zero(model, fellow, **SETTINGS, zero=True, limit=700)
+        told = TrainOptions(checkpoint_every=1, ranks=fellow.size)
+        run = trainer.Trainer.__new__(trainer.Trainer)
+        run.keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
+        run.done, run.folder, run.options = 3, tmp_path / "run", told
+        run.keeper.begin(2)
+        assert run.keeper.due(3)
+        run.keeper.save(3, {"options": told.as_record()}, loader.position)
+        return str(run._diverged("the loss is nan"))
+
+    said = Fellows(2).run(diverging)
+    assert all("the last good checkpoint is of step 3" in text for text in said)
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000003")

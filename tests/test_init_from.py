@@ -16,7 +16,6 @@ from samples import WRITERS, in_memory, training_state, with_tokenizer
 
 from llmpy import checkpoint, formats, trainer
 from llmpy.backend.reference import Reference
-from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.errors import LlmpyError
@@ -191,15 +190,6 @@ def test_the_option_e_of_llm_c_takes_a_file_too() -> None:
         assert told.called == Path(given).stem
     told = TrainOptions.gather({"model": "gpt3:c768"})
     assert (told.model, told.init) == ("gpt3:c768", None)
-
-
-def test_a_model_that_agrees_may_be_named() -> None:
-    gpt2 = ModelConfig.from_dial("gpt2")
-    for dial in ("gpt2", "d12", ""):
-        start = replace(in_memory(), config=gpt2)
-        assert trainer.dial(dial, start) == (dial or "d12")
-    assert trainer.dial("", None) == "d3"
-    assert trainer.dial("d6", None) == "d6"
 
 
 def test_a_vocabulary_that_is_padded_is_cut_to_that_of_the_tokenizer(

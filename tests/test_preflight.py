@@ -6,11 +6,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from laptop import Laptop
 
+from llmpy import preflight
 from llmpy.arena import memory
 from llmpy.config import ModelConfig
 from llmpy.data.hellaswag import Example, write_examples
@@ -21,11 +24,14 @@ from llmpy.preflight import (
     COMPILER_BYTES,
     PROGRAM_BYTES,
     Preflight,
+    check_disk,
     check_memory,
+    disk_needed,
     duration,
     inspect,
     memory_needed,
     memory_of,
+    problems,
 )
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
@@ -183,3 +189,36 @@ def test_predicted_memory_is_what_a_run_takes(tmp_path: Path, model: str, dtype:
     measured("d4", 64, 2)  # kernels that are compiled in this process would count
     predicted, peak = measured(model, T, every)
     assert predicted == pytest.approx(peak, rel=0.05)
+
+
+def test_of_several_ranks_each_has_its_share_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first check too, before anything is read or downloaded."""
+    told = TrainOptions(model="d4", batch_size=4, sequence_length=64, ranks=4, total_batch=1024)
+    needed = memory_of(told, ModelConfig.from_dial("d4", vocab_size=512), Laptop(), ranks=4)
+
+    def checked(available: int) -> str:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        return " ".join(map(str, problems(replace(told, vocab_size=512), tmp_path, Laptop(), beside=4)))
+
+    assert checked(4 * needed) == ""
+    assert "of memory" in checked(4 * needed - 4)
+
+
+def test_what_an_earlier_life_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best model and the run's are replaced; a model that is a checkpoint's too is there once."""
+    config = ModelConfig.from_dial("d1", vocab_size=300)
+    told = TrainOptions(model="d1", steps=4, keep=1)
+    needed = disk_needed(told, config)
+    step = tmp_path / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    for path, size in ((step / "model.safetensors", 1000), (tmp_path / "best.safetensors", 500)):
+        path.write_bytes(bytes(size))
+    (tmp_path / "model.safetensors").hardlink_to(step / "model.safetensors")
+
+    def check(free: int) -> None:
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        check_disk(told, config, tmp_path)
+
+    check(needed - 1500)
+    with pytest.raises(LlmpyError, match="the checkpoints of this run need up to"):
+        check(needed - 1501)

@@ -66,8 +66,12 @@ def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
 
 
 def cut_to(run: Path, step: int, to: Path) -> Path:
-    """The run folder as a kill after the checkpoint of `step` leaves it."""
-    shutil.copytree(run, to, ignore=lambda folder, names: [
+    """The run folder as a kill after the checkpoint of `step` leaves it; checkpoints, never written to, are linked."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if Path(source).parent.parent.name == "checkpoints" else shutil.copy2)(source, target)
+
+    shutil.copytree(run, to, copy_function=copy, ignore=lambda folder, names: [
         name for name in names if (match := checkpoint.NAME.fullmatch(name)) and int(match[1]) > step
     ])  # fmt: skip
     return to

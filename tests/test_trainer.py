@@ -785,7 +785,8 @@ def test_the_best_model_is_kept_beside_the_last(
     assert trainer.train(options(steps=8, eval_every=2, eval_batches=1, checkpoint_every=4, keep=0), Laptop()) == 0
     score = checkpoint.read_score(run / "best.safetensors")
     losses = {r["step"]: r["val_loss"] for r in metrics(run) if "val_loss" in r}
-    assert score == checkpoint.Score(4, losses[4])
+    assert score is not None
+    assert (score.step, score.val_loss) == (4, losses[4])
     of_step_4 = run / "checkpoints" / "step-00000004" / "model.safetensors"
     best, other = (load_file(path) for path in (run / "best.safetensors", of_step_4))
     assert all(np.array_equal(best[name], other[name]) for name in other)
@@ -799,6 +800,29 @@ def test_the_best_model_is_kept_beside_the_last(
     assert score is not None
     assert (score.step, score.val_loss) == (10, metrics(run)[-1]["val_loss"])
     assert "it was better" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"sequence_length": 8}, {"eval_batches": 2}])
+def test_the_best_model_on_another_text_is_not_compared(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    true_loss = trainer.GPT2.loss
+    monkeypatch.setattr(trainer.GPT2, "loss", lambda self, *told: true_loss(self, *told) / 10)
+    assert trainer.train(options(steps=4, eval_every=2, eval_batches=1), Laptop()) == 0
+    monkeypatch.setattr(trainer.GPT2, "loss", true_loss)
+    capsys.readouterr()
+    changes = {"steps": 6, **changes}
+    assert trainer.train(TrainOptions(resume=run, given=frozenset(changes), **changes), Laptop()) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"validation now takes .*; the best model so far, of step 4 with .*: it gives way to this one", out
+    )
+    assert "it was better before" not in out
+    score = checkpoint.read_score(run / "best.safetensors")
+    assert score is not None
+    assert score.step == 6
 
 
 def test_a_best_model_that_cannot_be_written_ends_no_run(

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, Stopped
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
 # How many tasks there are, as launchers and schedulers tell it; the first that is set counts.
@@ -92,7 +92,9 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         with _handing_on(folder, process):
             dead = _first_death(folder, process, ranks)
-        code, fault = _word(folder, "code"), _word(folder, "fault")
+        code, fault, stopped = _word(folder, "code"), _word(folder, "fault"), _word(folder, "stopped")
+        if stopped and (dead is not None or fault or not code):
+            raise Stopped(int(stopped))
         if dead is not None:
             fault = f"rank {dead[0]} (process {dead[1]}) has died" + _word(folder, "hint")
         elif not fault and not code:
@@ -143,13 +145,24 @@ def _first_death(folder: Path, process: subprocess.Popen[bytes], ranks: int) -> 
 
 @contextlib.contextmanager
 def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
-    """Within: signals go to the first rank, which tells the others; before it has begun, to the launcher."""
+    """Within: signals go to the first rank, which tells the others; before it has begun they end all at once.
+
+    The word of those that end the ranks at once is left here: also of any after the first but SIGHUP, see
+    `trainer.stop_signals`.
+    """
+    asked = False
 
     def hand_on(number: int, _frame: Any) -> None:
+        nonlocal asked
+        at_once = asked and signal.Signals(number).name != "SIGHUP"
         try:
             os.kill(int((folder / "rank-0").read_text()), number)
+            asked = True
         except (OSError, ValueError):
-            process.send_signal(number)
+            at_once = True
+            _end(process)
+        if at_once:
+            (folder / "stopped").write_text(str(number))
 
     numbers = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     before = {getattr(signal, n): signal.signal(getattr(signal, n), hand_on) for n in numbers}
@@ -158,6 +171,19 @@ def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher and all below it. Told by it, ranks that MPI is bringing together may wait for ever for those
+    that were faster to end.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for one in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _parent() -> tuple[int, Path] | None:

@@ -95,16 +95,19 @@ class ShardedKeeper(Keeper):
                 f"make room, then go on with: {command('train', '--resume', self.run)}",
             )
 
-    def keep_best(self, step: int, val_loss: float) -> None:
-        if not self.world.tell(self._improves(val_loss))[0]:  # the first rank's word: it wrote the file
+    def keep_best(self, score: checkpoint.Score) -> None:
+        if not self.world.tell(self._improves(score))[0]:  # the first rank's word: it wrote the file
             return
         self._settle(wait=True)  # the thread reads what is collected
         self.optimizer.collect(self._params)
         if self.world.rank == 0:
-            self._keep(checkpoint.Score(step, val_loss), self._params)
+            self._keep(score, self._params)
+
+    def settle(self) -> None:
+        self._settle(wait=True)
 
     def close(self) -> None:
-        """Wait for the own thread. What it wrote counts if all ranks come to `due` or `finish` afterwards."""
+        """Wait for the own thread. What it wrote counts if all ranks come to `due`, `settle` or `finish` afterwards."""
         if self._thread is not None:
             self._thread.join()
 
