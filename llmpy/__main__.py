@@ -85,7 +85,8 @@ def leave(number: int, _frame: Any) -> None:
         folder.discard()
     what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     with contextlib.suppress(OSError):  # the terminal is gone
-        os.write(2, f"llmpy: error: stopped by {what}\n".encode())
+        if "LLMPY_LAUNCH" not in os.environ:  # else who started the ranks says it for all
+            os.write(2, f"llmpy: error: stopped by {what}\n".encode())
     os._exit(128 + number)
 
 

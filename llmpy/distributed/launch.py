@@ -20,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +28,9 @@ from ..errors import LlmpyError
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
 # How many tasks there are, as launchers and schedulers tell it; the first that is set counts.
+OPEN_MPI = "OMPI_COMM_WORLD_SIZE"  # set by its mpiexec alone
 TASKS = (
-    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
+    OPEN_MPI, "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
 )  # fmt: skip
 LOOK = 0.2  # seconds
 EXTRA = "pip install 'llmpy[mpi]'"
@@ -61,11 +62,16 @@ def mpiexec() -> Path:
     """The launcher that belongs to this environment. Raises LlmpyError if there is none, or no mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise LlmpyError("training by several processes needs mpi4py and an MPI", f"install them: {EXTRA}")
-    beside = Path(sysconfig.get_path("scripts"), "mpiexec.exe" if os.name == "nt" else "mpiexec")
-    found = beside if beside.is_file() else shutil.which("mpiexec")
-    if not found:
+    found = find_mpiexec()
+    if found is None:
         raise LlmpyError("there is no mpiexec, neither beside this Python nor on PATH", f"install one: {EXTRA}")
-    return Path(found)
+    return found
+
+
+def find_mpiexec() -> Path | None:
+    """The launcher that the wheels put beside this Python, else the one on PATH."""
+    found = shutil.which("mpiexec", path=sysconfig.get_path("scripts")) or shutil.which("mpiexec")
+    return Path(found) if found else None
 
 
 def flags(launcher: Path) -> tuple[list[str], dict[str, str]]:
@@ -90,9 +96,12 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         environment = {**os.environ, **environment, PARENT: f"{os.getpid()}:{folder}"}
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which hands it on.
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        with _handing_on(folder, process):
+        with _handing_on(folder, process) as handed:
             dead = _first_death(folder, process, ranks)
         code, fault = _word(folder, "code"), _word(folder, "fault")
+        if handed and not code and not _word(folder, "hint"):  # it began no step that would end in order
+            name = "Ctrl-C" if handed[-1] == signal.SIGINT else signal.Signals(handed[-1]).name
+            dead, code, fault = None, str(128 + handed[-1]), f"stopped by {name}"
         if dead is not None:
             fault = f"rank {dead[0]} (process {dead[1]}) has died" + _word(folder, "hint")
         elif not fault and not code:
@@ -142,10 +151,15 @@ def _first_death(folder: Path, process: subprocess.Popen[bytes], ranks: int) -> 
 
 
 @contextlib.contextmanager
-def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
-    """Within: signals go to the first rank, which tells the others; before it has begun, to the launcher."""
+def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Within: signals go to the first rank, which tells the others; before it has begun, to the launcher.
+
+    Gives a list of those that were handed on.
+    """
+    handed = list[int]()
 
     def hand_on(number: int, _frame: Any) -> None:
+        handed.append(number)
         try:
             os.kill(int((folder / "rank-0").read_text()), number)
         except (OSError, ValueError):
@@ -154,7 +168,7 @@ def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
     numbers = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     before = {getattr(signal, n): signal.signal(getattr(signal, n), hand_on) for n in numbers}
     try:
-        yield
+        yield handed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
