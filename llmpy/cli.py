@@ -17,7 +17,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
@@ -227,18 +227,16 @@ def plan(options: PlanOptions) -> int:
     """Tell what a run will need: memory, time, tokens, disk; on this machine or several."""
     from .plan import plan, table
 
-    numbers = plan(options)
-    print(json.dumps(numbers) if options.json else table(numbers))
-    return 0
+    return tell(plan(options), table, options.json)
 
 
 def doctor(options: DoctorOptions) -> int:
     """Look at this machine: CPU, threads, memory, caches, packages, network; a fix for each problem."""
-    from .doctor import can_train, doctor, record, table
+    from .doctor import doctor, record, table
 
-    checks = doctor(options)
-    print(json.dumps(record(checks)) if options.json else table(checks, sys.stdout))
-    return 0 if can_train(checks) else 1
+    numbers = record(doctor(options))
+    tell(numbers, table, options.json)
+    return 0 if numbers["can_train"] else 1
 
 
 def completion(options: CompletionOptions) -> int:
@@ -276,27 +274,21 @@ def bench(options: BenchOptions) -> int:
     """Time whole training steps against the machine's peak."""
     from .bench.step import bench_step, table
 
-    numbers = bench_step(options)
-    print(json.dumps(numbers) if options.json else table(numbers))
-    return 0
+    return tell(bench_step(options), table, options.json)
 
 
 def bench_ops(options: OpsOptions) -> int:
     """Time each operation on GPT-2's sizes against the machine's peaks."""
     from .bench.ops import bench_ops, table
 
-    numbers = bench_ops(options)
-    print(json.dumps(numbers) if options.json else table(numbers))
-    return 0
+    return tell(bench_ops(options), table, options.json)
 
 
 def bench_decode(options: DecodeOptions) -> int:
     """Time generation against what memory and multiply-adds allow."""
     from .bench.decode import bench_decode, table
 
-    numbers = bench_decode(options)
-    print(json.dumps(numbers) if options.json else table(numbers))
-    return 0
+    return tell(bench_decode(options), table, options.json)
 
 
 def bench_peers(options: PeersOptions) -> int:
@@ -304,6 +296,12 @@ def bench_peers(options: PeersOptions) -> int:
     from .bench.peers import bench_peers
 
     bench_peers(options, print)
+    return 0
+
+
+def tell(numbers: dict[str, Any], table: Callable[[dict[str, Any]], str], as_json: bool) -> int:
+    """Print what was found, as one JSON object or for a reader; the exit code."""
+    print(json.dumps(numbers) if as_json else table(numbers))
     return 0
 
 

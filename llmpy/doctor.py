@@ -17,14 +17,13 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, cast
 
 import psutil
 
@@ -34,6 +33,7 @@ from .bench.peers import cpu_name
 from .cache import data_cache, user_cache
 from .command import command
 from .config import ModelConfig
+from .distributed import launch
 from .download import hub
 from .errors import LlmpyError
 from .options import DEFAULT_MODEL, DoctorOptions, TrainOptions
@@ -49,8 +49,6 @@ BUSY = 0.25  # cores that others use: from here on it is told
 CACHE_LARGE = 1 << 30  # bytes of compiled kernels: builds of earlier versions are never removed
 COMPILED = 20 << 20  # bytes of one build, roughly
 NETWORK_SECONDS, MPI_SECONDS = 4.0, 10.0
-# Sizes of a job that launchers tell of; a program that MPI does not see as one job would run so many times over.
-JOB_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "PBS_NP")
 REQUIREMENT = re.compile(r"([\w.-]+)\s*([^;]*?)\s*(?:;.*extra\s*==\s*['\"](\w+)['\"])?$")
 MPI = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 
@@ -328,9 +326,9 @@ def disk() -> Iterator[Check]:
 
 def mpi() -> Iterator[Check]:
     """Whether several processes could train together. MPI is loaded by another process: a broken one ends its own."""
-    package, launcher = version("mpi4py"), mpiexec()
+    package, launcher = version("mpi4py"), launch.find_mpiexec()
     if not package:
-        fix = "only needed to train with several processes: python -m pip install mpi4py mpich"
+        fix = f"only needed to train with several processes: {launch.EXTRA}"
         yield Check("MPI", NOTE, "mpi4py is not installed", fix)
         return
     try:
@@ -344,15 +342,10 @@ def mpi() -> Iterator[Check]:
         yield Check("MPI", NOTE, f"mpi4py {package} cannot load MPI: {last}", fix)
         return
     found = f"mpi4py {package}, {tried.stdout.splitlines()[0].strip()}, {launcher or 'no mpiexec'}"
-    sizes = [f"{name}={os.environ[name]}" for name in JOB_SIZES if os.environ.get(name, "1") != "1"]
+    sizes = [f"{name}={os.environ[name]}" for name in launch.TASKS if os.environ.get(name, "1") != "1"]
     if sizes:
         found += f"; this is one of a job's processes ({', '.join(sizes)})"
     yield Check("MPI", OK if launcher else NOTE, found, "" if launcher else "install mpiexec of the same MPI")
-
-
-def mpiexec() -> str | None:
-    """The launcher beside this Python, else on PATH."""
-    return shutil.which("mpiexec", path=sysconfig.get_path("scripts")) or shutil.which("mpiexec")
 
 
 def network() -> Iterator[Check]:
@@ -370,25 +363,21 @@ def network() -> Iterator[Check]:
 
 
 def record(checks: list[Check]) -> dict[str, Any]:
-    """What --json tells."""
-    return {"can_train": can_train(checks), "checks": [asdict(check) for check in checks]}
+    """What --json tells: every check, and whether nothing prevents training."""
+    return {"can_train": all(c.state != FAULT for c in checks), "checks": [asdict(check) for check in checks]}
 
 
-def can_train(checks: list[Check]) -> bool:
-    """Whether nothing prevents training."""
-    return all(check.state != FAULT for check in checks)
-
-
-def table(checks: list[Check], stream: TextIO) -> str:
+def table(numbers: dict[str, Any]) -> str:
     """The same for a reader: a line for each, its fix below it."""
-    width = max(len(check.name) for check in checks)
+    checks = numbers["checks"]
+    width = max(len(check["name"]) for check in checks)
     lines = []
     for check in checks:
-        state = paint(f"{check.state:<5}", STYLES[check.state], stream)
-        lines.append(f"{state}  {check.name:<{width}}  {check.found}")
-        if check.fix:
-            lines.append(f"{'':5}  {'':{width}}  → {check.fix}")
-    faults = sum(check.state == FAULT for check in checks)
+        state = paint(f"{check['state']:<5}", STYLES[check["state"]], sys.stdout)
+        lines.append(f"{state}  {check['name']:<{width}}  {check['found']}")
+        if check["fix"]:
+            lines.append(f"{'':5}  {'':{width}}  → {check['fix']}")
+    faults = sum(check["state"] == FAULT for check in checks)
     lines.append("")
     lines.append(f"faults that prevent training: {faults}" if faults else "this machine can train")
     if not faults:

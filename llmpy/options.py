@@ -412,8 +412,19 @@ class ChatOptions:
         SampleOptions(**{f.name: getattr(self, f.name) for f in options_of(self) if f.name != "system"})
 
 
+class OnMachine:
+    """What several verbs have: how many threads compute, and in which arithmetic."""
+
+    threads: int | None
+    dtype: str
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+        known(self, "dtype", DTYPES)
+
+
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(OnMachine):
     """`llmpy plan`."""
 
     model: str = option("gpt2", "size, as in train", "-e")
@@ -443,8 +454,9 @@ class PlanOptions:
     json: bool = option(False, "print one JSON object")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "batch_size", "sequence_length", "total_batch", "tokens", "vocab_size", "nodes", "bandwidth")
-        positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory", "threads")
+        positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory")
         not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute", "recompute_layers")
         below(self, "nodes", 1 << 20)
         below(self, "tokens", 1 << 62)
@@ -452,7 +464,6 @@ class PlanOptions:
             raise _refusal("recompute", self.recompute, "use 0, 1 or 2")
         if self.nodes > 1 and self.bandwidth is None:
             raise _refusal("nodes", self.nodes, "tell the network too: --bandwidth GBIT")
-        known(self, "dtype", DTYPES)
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:
@@ -463,7 +474,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class DecodeOptions(OnMachine):
     """`llmpy bench decode`."""
 
     model: str = option("gpt2", "size, as in train")
@@ -476,12 +487,12 @@ class DecodeOptions:
     json: bool = option(False, "print one JSON object")
 
     def __post_init__(self) -> None:
-        positive(self, "batch_size", "prompt_tokens", "tokens", "prefill", "threads")
-        known(self, "dtype", DTYPES)
+        super().__post_init__()
+        positive(self, "batch_size", "prompt_tokens", "tokens", "prefill")
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(OnMachine):
     """`llmpy bench step`."""
 
     model: str = option("gpt2", "size, as in train")
@@ -494,22 +505,18 @@ class BenchOptions:
     cold: bool = option(False, "in a fresh process that has to compile every kernel first")
 
     def __post_init__(self) -> None:
-        positive(self, "batch_size", "sequence_length", "steps", "threads")
-        known(self, "dtype", DTYPES)
+        super().__post_init__()
+        positive(self, "batch_size", "sequence_length", "steps")
 
 
 @dataclass(frozen=True)
-class OpsOptions:
+class OpsOptions(OnMachine):
     """`llmpy bench ops`."""
 
     op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     json: bool = option(False, "print one JSON object")
-
-    def __post_init__(self) -> None:
-        positive(self, "threads")
-        known(self, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)
@@ -568,17 +575,13 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(OnMachine):
     """`llmpy doctor`."""
 
     network: bool = option(True, "ask the hub whether it answers")
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     json: bool = option(False, "print one JSON object")
-
-    def __post_init__(self) -> None:
-        positive(self, "threads")
-        known(self, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)

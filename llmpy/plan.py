@@ -8,33 +8,32 @@ time     of an operation: measured now, by `bench ops`, on the sizes of this mod
          the peak that was measured here; what memory bounds by its bandwidth.
 tokens   Chinchilla's 20 a parameter (Hoffmann et al. 2022), and what llm.c's script for this size trains on
 
-N machines: data parallel, each with 1/N of the moments (ZeRO-1; Rajbhandari et al. 2019)
-
-    reduce-scatter   (N−1)·(latency + bytes/N/bandwidth) for the float32 gradients of each layer, as soon as its
-                     backward is done, beside what is left of backward; the embedding's come last
-    update           the norm, two messages up and down a tree; AdamW on 1/N of the parameters
-    all-gather       the same for the weights that products read, the embedding's first; the next forward waits for
-                     those of a layer when it comes to it
+step     of N machines: G · (forward, loss, backward) + update/N + what `distributed.cost` says that training waits for
+         messages, and that carrying them takes of the computing
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 import shutil
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import psutil
 
 from . import backend
 from .bench import columns
 from .bench.ops import FLOPS, Case, Meter, time_case
 from .config import ModelConfig
+from .distributed.cost import Communication, Line, Work, communication
+from .distributed.zero import BUCKET
 from .errors import LlmpyError
 from .gpt2 import PARAMS
 from .options import PlanOptions, TrainOptions
@@ -48,7 +47,6 @@ MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no
 BUDGET, REPEATS = 0.15, 3  # seconds and calls of each operation
 UNSTEADY = 1.15  # the peak at the end by that at the start, or the other way: other programs came or went
 CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
-WIDE = 4  # bytes of a gradient
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
 SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
 
@@ -150,65 +148,58 @@ def measure(machine: Meter, parts: Sequence[Part]) -> tuple[list[float], Rates]:
     return seconds, Rates(sum(peaks) / 2, sum(streams) / 2, max(peaks) < UNSTEADY * min(peaks))
 
 
+def measure_copying() -> float:
+    """Bytes/s at which one thread copies a bucket of gradients, as the one that carries messages does."""
+    bucket, packed = np.ones(BUCKET, np.float32), np.ones(BUCKET, np.float32)
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        packed[...] = bucket
+        found.append(bucket.nbytes / (time.perf_counter() - start))
+    return statistics.median(found)
+
+
 @dataclass(frozen=True)
-class Network:
-    """N machines; each sends and receives `bandwidth` bytes/s at once, a message begins after `latency` seconds."""
+class Timed:
+    """A batch and an update of one machine: (part, seconds of all its calls), the rates they hold for."""
 
-    nodes: int
-    bandwidth: float
-    latency: float
+    parts: list[tuple[Part, float]]
+    rates: Rates
 
-    def ring(self, count: float) -> float:
-        """Seconds of a reduce-scatter or all-gather of `count` bytes, each machine's share passed around."""
-        if self.nodes == 1:
-            return 0.0
-        return (self.nodes - 1) * (self.latency + count / self.nodes / self.bandwidth)
-
-    def norm(self) -> float:
-        """Seconds of a sum of one number over all machines."""
-        return 2 * math.ceil(math.log2(self.nodes)) * self.latency
+    def of(self, *, stage: str = "", kind: str = "") -> float:
+        """Seconds of the parts of a stage, or of a kind."""
+        return sum(seconds for part, seconds in self.parts if part.stage == stage or part.kind == kind)
 
 
-def finish(ready: Sequence[float], takes: Sequence[float]) -> float:
-    """When a chain of jobs is done, of which each may begin at `ready` and after the one before; seconds."""
-    done = 0.0
-    for at, seconds in zip(ready, takes, strict=True):
-        done = max(done, at) + seconds
-    return done
+def time_batch(config: ModelConfig, o: PlanOptions, ops: Meter) -> Timed:
+    """Measured here, and counted over to the machine that the options tell of."""
+    mixed = ops.dtype != ops.wide
+    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed, o.recompute_layers)
+    seconds, here = measure(ops, parts)
+    there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth, here.steady)
+    slower = here.peak / there.peak, here.bandwidth / there.bandwidth
+    return Timed([(part, s * slower[part.op not in FLOPS]) for part, s in zip(parts, seconds, strict=True)], there)
 
 
-def distributed(config: ModelConfig, stages: dict[str, float], gathered: int, stored: int, network: Network) -> dict:
-    """A step on several machines: seconds, and what of it waits for the network.
+def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed) -> Communication:
+    """What the messages of a step cost each machine."""
+    line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
+    stages = (timed.of(stage="forward"), timed.of(stage="backward"), timed.of(stage="update") / o.nodes)
+    work = Work(*stages, threads=ops.threads, copying=measure_copying() if o.nodes > 1 else math.inf)
+    return communication(config, o.nodes, line, work, ops.dtype != ops.wide)
 
-    `stages`: seconds of forward, loss, backward and update of one machine, of one batch; `gathered`: batches of an
-    update; `stored`: bytes of a weight that products read.
-    """
-    L, N = config.layers, network.nodes
-    compute = stages["forward"] + stages["loss"] + stages["backward"]
-    layers = (t.size // L for t in PARAMS(config) if len(t.shape) > 1 and t.name not in ("wte", "wpe"))
-    layer, total = sum(layers), sum(t.size for t in PARAMS(config))
-    rest = total - L * layer
 
-    def takes(sizes: Sequence[int], width: int) -> list[float]:
-        return [network.ring(width * elements) for elements in sizes]
-
-    # Backward begins at 0 with the last layer; what is left of it when a layer is done hides that layer's transfer.
-    ready = [stages["backward"] / L * (l + 1) for l in range(L)] + [stages["backward"]]
-    summed = finish(ready, takes([layer] * L + [rest], WIDE))
-    arrived = list(itertools.accumulate(takes([rest] + [layer] * L, stored)))
-    waits = {
-        "waiting for gradients": summed - stages["backward"],
-        "waiting for the norm": network.norm(),
-        "waiting for weights": finish(arrived, [0.0] + [stages["forward"] / L] * L) - stages["forward"],
-    }
-    seconds = gathered * compute + stages["update"] / N + sum(waits.values())
-    alone = gathered * compute + stages["update"]
-    return {
-        "seconds": seconds,
-        "waits_ms": {name: 1e3 * value for name, value in waits.items()},
-        "sent_mb": (WIDE + stored) * total * (N - 1) / N / 1e6,
-        "efficiency": alone / seconds,
-    }
+def gathered_batches(o: PlanOptions) -> int:
+    """Batches of every machine for an update. Raises LlmpyError if --total-batch is no multiple of a batch."""
+    batch = o.batch_size * o.sequence_length * o.nodes
+    total = o.total_batch or batch
+    if total % batch:
+        raise LlmpyError(
+            f"--total-batch {total} is no multiple of -B {o.batch_size} x -T {o.sequence_length} on {o.nodes} "
+            f"machine{'s' * (o.nodes > 1)} = {batch}",
+            f"use --total-batch {max(1, round(total / batch)) * batch}, or another -B",
+        )
+    return total // batch
 
 
 def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
@@ -219,66 +210,65 @@ def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
     o = options
     config = ModelConfig.from_dial(o.model, vocab_size=o.vocab_size)
     check_length(o.sequence_length, config.context)
-    batch = o.batch_size * o.sequence_length * o.nodes
-    if (o.total_batch or batch) % batch:
-        near = max(1, round((o.total_batch or batch) / batch)) * batch
-        raise LlmpyError(
-            f"--total-batch {o.total_batch} is no multiple of -B {o.batch_size} x -T {o.sequence_length} on {o.nodes} "
-            f"machine{'s' * (o.nodes > 1)} = {batch}",
-            f"use --total-batch {near}, or another -B",
-        )
-    gathered = (o.total_batch or batch) // batch
+    gathered = gathered_batches(o)
     ops = machine or cast(Meter, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
-    mixed = ops.dtype != ops.wide
     memory = memory_of(config, options, ops)
-    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed, o.recompute_layers)
-    seconds, here = measure(ops, parts)
-    there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth)
-    slower = here.peak / there.peak, here.bandwidth / there.bandwidth
-    seconds = [s * slower[part.op not in FLOPS] for s, part in zip(seconds, parts, strict=True)]
-
-    def total(attribute: str, name: str) -> float:
-        return sum(s for s, p in zip(seconds, parts, strict=True) if getattr(p, attribute) == name)
-
-    stages = {stage: total("stage", stage) for stage in ("forward", "loss", "backward", "update")}
-    network = Network(o.nodes, (o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
-    step = distributed(config, stages, gathered, ops.dtype.itemsize, network)
-    tokens = batch * gathered
-    flops = config.flops_per_token(o.sequence_length) * tokens
-    kinds = {kind: 1e3 * total("kind", kind) for kind in ("products", "attention", "head", "rest", "update")}
-    parameters = sum(t.size for t in PARAMS(config))
+    timed = time_batch(config, options, ops)
+    step = step_of(config, options, gathered, timed, messages(config, options, ops, timed))
+    parameters, tokens = sum(t.size for t in PARAMS(config)), step["batch"]["tokens"]
     return {
         "model": {
             "name": o.model, "layers": config.layers, "heads": config.heads, "channels": config.channels,
             "context": config.context, "vocab_size": config.vocab_size, "parameters": parameters,
         },
         "machine": {
-            "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": there.peak,
-            "bandwidth_gb_s": there.bandwidth, "peak_measured": o.peak is None,
-            "bandwidth_measured": o.memory_bandwidth is None, "steady": here.steady,
+            "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": timed.rates.peak,
+            "bandwidth_gb_s": timed.rates.bandwidth, "peak_measured": o.peak is None,
+            "bandwidth_measured": o.memory_bandwidth is None, "steady": timed.rates.steady,
         },
+        "memory": memory,
+        **step,
+        "training": [
+            {"what": what, "tokens": n, "steps": math.ceil(n / tokens), **bill(n / step["step"]["tokens_per_s"], o)}
+            for what, n in targets(config, options, parameters)
+        ],
+        "disk": disk_of(config, options, tokens),
+    }  # fmt: skip
+
+
+def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, cost: Communication) -> dict[str, Any]:
+    """The "batch" and "step" of a plan, and its "network" where there is one."""
+    once = sum(timed.of(stage=stage) for stage in ("forward", "loss", "backward"))
+    update = timed.of(stage="update")
+    seconds = gathered * once + update / o.nodes + cost.exposed_seconds + cost.taken
+    tokens = o.batch_size * o.sequence_length * o.nodes * gathered
+    flops = config.flops_per_token(o.sequence_length) * tokens
+    kinds = {kind: timed.of(kind=kind) for kind in ("products", "attention", "head", "rest")} | {
+        "update": update / o.nodes
+    }
+    waits = {
+        "waiting for gradients": cost.gradients_exposed, "waiting for weights": cost.weights_exposed,
+        "waiting for agreement": cost.agreements, "carrying messages": cost.taken,
+    }  # fmt: skip
+    return {
         "batch": {
             "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
             "tokens": tokens,
         },
-        "memory": memory,
         "step": {
-            "ms": 1e3 * step["seconds"],
-            "ms_a_batch": kinds,
+            "ms": 1e3 * seconds,
+            "ms_a_batch": {name: 1e3 * s for name, s in kinds.items()},
             "gflop": flops / 1e9,
-            "tokens_per_s": tokens / step["seconds"],
-            "share_of_peak": flops / step["seconds"] / o.nodes / there.peak / 1e9,
+            "tokens_per_s": tokens / seconds,
+            "share_of_peak": flops / seconds / o.nodes / timed.rates.peak / 1e9,
         },
         "network": None if o.nodes == 1 else {
-            "gbit_s": o.bandwidth, "latency_us": o.latency,
-            **{name: step[name] for name in ("waits_ms", "sent_mb", "efficiency")},
+            "gbit_s": o.bandwidth, "latency_us": o.latency, "comm_ms": 1e3 * cost.seconds,
+            "exposed_ms": 1e3 * cost.exposed_seconds, "waits_ms": {name: 1e3 * s for name, s in waits.items()},
+            "sent_mb": (cost.reduce_bytes + cost.gather_bytes) / 1e6,
+            "efficiency": (gathered * once + update) / seconds,
         },
-        "training": [
-            {"what": what, "tokens": n, "steps": math.ceil(n / tokens), **bill(n / tokens * step["seconds"], options)}
-            for what, n in targets(config, options, parameters)
-        ],
-        "disk": disk_of(config, options, tokens),
     }  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -27,10 +29,10 @@ from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.distributed import launch, watch
-from llmpy.distributed.cost import Line, communication
+from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
 from llmpy.distributed.shards import ShardedKeeper
 from llmpy.distributed.watch import Fault, Watch
-from llmpy.distributed.zero import Zero, buckets, cut, length
+from llmpy.distributed.zero import BUCKET, Zero, buckets, cut, length
 from llmpy.formats import llmc_state
 from llmpy.gpt2 import GPT2, PARAMS
 from llmpy.init import initialise
@@ -432,35 +434,55 @@ def test_one_mpi_process_of_many_tasks_is_refused(text: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@needs_mpi
+def test_the_launcher_of_another_mpi_is_refused(text: Path, tmp_path: Path) -> None:
+    if launch.flags(launch.mpiexec())[0]:
+        pytest.skip("it is this MPI's own")
+    error = go(*told(text, tmp_path / "run"), code=1, OMPI_COMM_WORLD_SIZE="2")
+    assert "the launcher is Open MPI's, but mpi4py has found another MPI: MPICH" in error
+    assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def endless(text: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A run that does not end by itself; nothing of it outlives the test."""
+    whole = [*command(*told(text, run)), "--steps", "1000000", "--eval-every", "0", *words]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    child.kill()
+
+
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """The ranks below a launching process."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        words = child.environ()
-        rank = words.get("PMI_RANK", words.get("OMPI_COMM_WORLD_RANK"))
-        if rank is not None and "llmpy" in child.cmdline():
-            found[int(rank)] = child
+        with contextlib.suppress(psutil.NoSuchProcess):  # one of the launcher's own that is done
+            words = child.environ()
+            rank = words.get("PMI_RANK", words.get("OMPI_COMM_WORLD_RANK"))
+            if rank is not None and "llmpy" in child.cmdline():
+                found[int(rank)] = child
     return found
 
 
 def lose(text: Path, folder: Path, ranks: int, number: int, whom: int, patience: float = 15.0) -> float:
     """Send a signal to one of the ranks of a run; seconds until all are gone. The run must then go on, on fewer."""
     run = folder / "run"
-    process = subprocess.Popen(
-        [*command(*told(text, run)), "--steps", "1000000", "--eval-every", "0", "--checkpoint-every", "10"]
-        + ["--ranks", str(ranks), "--rank-timeout", str(patience)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    until = time.monotonic() + 100
-    while not (run / "checkpoints" / "step-00000010").is_dir():
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.05)
-    victims = ranks_of(process)
-    assert sorted(victims) == list(range(ranks))
-    start = time.monotonic()
-    victims[whom].send_signal(number)
-    _, error = process.communicate(timeout=60)
-    seconds = time.monotonic() - start
+    words = ["--checkpoint-every", "10", "--ranks", str(ranks), "--rank-timeout", str(patience)]
+    with endless(text, run, *words) as process:
+        until = time.monotonic() + 100
+        while not (run / "checkpoints" / "step-00000010").is_dir():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        victims = ranks_of(process)
+        assert sorted(victims) == list(range(ranks))
+        start = time.monotonic()
+        victims[whom].send_signal(number)
+        _, error = process.communicate(timeout=60)
+        seconds = time.monotonic() - start
     assert process.returncode == 1
     line = next(line for line in error.splitlines() if line.startswith("llmpy: error:"))
     assert f"rank {whom} (process {victims[whom].pid}" in line
@@ -489,16 +511,31 @@ def test_one_of_four_that_is_lost_stops_all_within_30_seconds(
 
 
 @needs_mpi
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_no_death(text: Path, tmp_path: Path, number: int) -> None:
+    """Nothing says when ranks begin to compile and to load, so it comes as soon as one of them is there."""
+    with endless(text, tmp_path / "run", "--ranks", "2") as process:
+        until = time.monotonic() + 60
+        while not ranks_of(process):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    said = [line for line in error.splitlines() if line.startswith("llmpy: error:")]
+    assert said == [f"llmpy: error: stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}"]
+
+
+@needs_mpi
 def test_ctrl_c_stops_all_ranks_after_a_step(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = [*command(*told(text, run)), "--steps", "1000000", "--ranks", "2", "--eval-every", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step     3"):
-            process.send_signal(signal.SIGINT)
-            break
-    process.communicate(timeout=60)
+    with endless(text, run, "--ranks", "2") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step     3"):
+                process.send_signal(signal.SIGINT)
+                break
+        process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(checkpoint.listed(run / "checkpoints")) == 1
 
@@ -531,25 +568,72 @@ def test_mixed_precision_gathers_what_products_read() -> None:
     assert all(Fellows(2).run(run))
 
 
+def test_a_chain_of_jobs() -> None:
+    assert chain([1, 2, 3], [0.5, 0.5, 0.5]) == [1.5, 2.5, 3.5]  # each is done before the next may begin
+    assert chain([1, 2, 3], [2, 2, 2]) == [3, 5, 7]  # never idle after the first
+    assert chain([3, 2, 1], [0, 0, 0]) == [3, 3, 3]
+
+
+GPT2_124M = ModelConfig.from_dial("gpt2")
+SIZE = sum(t.size for t in PARAMS(GPT2_124M))
+SLOW_LINE = Line(125e6, 1e-3)
+WORK = 0.95, 1.9, 0.1  # seconds of forward, backward and update, where a step takes 4.1
+
+
+def test_bytes_are_as_few_as_any_algorithm_needs() -> None:
+    cost = communication(GPT2_124M, 4, SLOW_LINE, Work(1, 2, 0), mixed=True)
+    vectors = sum(t.size for t in PARAMS(GPT2_124M) if not t.decay)
+    assert cost.reduce_bytes == 0.75 * 4 * SIZE
+    assert cost.gather_bytes == 0.75 * (2 * SIZE + 2 * vectors)
+    assert communication(GPT2_124M, 4, SLOW_LINE, Work(1, 2, 0), mixed=False).gather_bytes == cost.reduce_bytes
+    assert communication(GPT2_124M, 1, SLOW_LINE, Work(1, 2, 0), mixed=True).exposed_seconds == 0
+
+
+def test_a_line_that_is_never_idle_is_waited_for() -> None:
+    """Nothing is hidden but what goes beside backward's other layers, and beside forward's."""
+    L, backward, forward = GPT2_124M.layers, 6.0, 2.0
+    slow = communication(GPT2_124M, 2, Line(1e6, 0), Work(forward, backward, 0, copying=math.inf), mixed=False)
+    seconds = 0.5 * 4 * SIZE / (EFFICIENCY * 1e6)
+    overhead = OVERHEAD * len(buckets(PARAMS(GPT2_124M), L))
+    assert slow.reduce_seconds == slow.gather_seconds == pytest.approx(seconds + overhead)
+    assert slow.gradients_exposed == pytest.approx(seconds + overhead - backward * (L - 1) / L)
+    assert slow.weights_exposed == pytest.approx(seconds + overhead - forward * (L - 1) / L)
+
+
+def test_a_fast_line_hides_all_but_the_first_layer_and_the_embeddings() -> None:
+    layer = 12 * 768 * 768 + 13 * 768
+    embeddings = SIZE - 12 * layer - 2 * 768
+    fast = communication(GPT2_124M, 2, Line(1e10, 0), Work(2.0, 6.0, 0, copying=math.inf), mixed=False)
+    pieces = 1 + -(-embeddings // BUCKET)
+    exposed = 4 * (embeddings + layer) / 2 / 1e10 / EFFICIENCY + pieces * OVERHEAD
+    assert fast.gradients_exposed == pytest.approx(exposed)
+    assert fast.weights_exposed == pytest.approx(exposed)
+    # updated one after another, weights are on their way before forward begins
+    beside = communication(GPT2_124M, 2, Line(1e10, 0), Work(2.0, 6.0, 1.0, copying=math.inf), mixed=False)
+    assert beside.weights_exposed < 0.1 * fast.weights_exposed
+
+
+def test_copying_takes_of_the_computing() -> None:
+    costs = [communication(GPT2_124M, 2, Line(1e12, 0), Work(2, 4, 0, n, 1e10), mixed=True) for n in (1, 4)]
+    assert costs[0].taken == pytest.approx(4 * costs[1].taken)
+    assert costs[0].seconds > costs[1].seconds  # the carrying thread has half a core, or four fifths of one
+    assert costs[0].taken < costs[0].seconds
+
+
 def test_the_cost_is_that_of_what_was_measured() -> None:
     """Two hosts, GPT-2 124M in bfloat16, 1 Gbit/s and 1 ms: 3.32 s of communication, 1.09 exposed (dev/timeline.py)."""
-    gpt2, line = ModelConfig.from_dial("gpt2"), Line(125e6, 1e-3)
-    cost = communication(gpt2, 2, line, compute=4.1)
-    parameters = sum(t.size for t in PARAMS(gpt2))
-    assert cost.reduce_bytes == pytest.approx(2 * parameters)
-    assert cost.gather_bytes == pytest.approx(parameters, rel=1e-2)
-    assert cost.reduce_seconds + cost.gather_seconds == pytest.approx(3.32, rel=0.05)
+    cost = communication(GPT2_124M, 2, SLOW_LINE, Work(*WORK), mixed=True)
+    assert cost.seconds == pytest.approx(3.32, rel=0.05)
     assert cost.exposed_seconds == pytest.approx(1.09, rel=0.05)
 
 
 def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
-    d12, line = ModelConfig.from_dial("d12"), Line(125e6, 1e-3)
-    exposed = [communication(d12, n, line, 4.0).exposed_seconds for n in (1, 2, 8, 64, 1000)]
+    d12 = ModelConfig.from_dial("d12")
+    exposed = [communication(d12, n, SLOW_LINE, Work(*WORK), True).exposed_seconds for n in (1, 2, 8, 64, 1000)]
     assert exposed[0] == 0
     assert exposed == sorted(exposed)
-    assert communication(d12, 8, Line(1e9, 1e-3), 4.0).exposed_seconds < exposed[2]
-    assert communication(d12, 8, line, 0.5).exposed_seconds > exposed[2]
-    assert communication(d12, 8, line, 4.0, per_host=8).reduce_seconds < 0.1 * exposed[2]
+    assert communication(d12, 8, Line(1e9, 1e-3), Work(*WORK), True).exposed_seconds < exposed[2]
+    assert communication(d12, 8, SLOW_LINE, Work(*(x / 8 for x in WORK)), True).exposed_seconds > exposed[2]
 
 
 @needs_mpi

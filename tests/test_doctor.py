@@ -100,7 +100,7 @@ def test_a_machine_that_does_not_load() -> None:
     checks = doctor.doctor(DoctorOptions(network=False), broken)
     check = named(checks, "cpu")
     assert (check.state, check.fix) == (FAULT, "use --threads between 1 and 1024")
-    assert not doctor.can_train(checks)
+    assert not doctor.record(checks)["can_train"]
     assert "disk" in [c.name for c in checks]  # the rest is looked at all the same
 
 
@@ -216,7 +216,7 @@ def test_mpi_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     check = next(doctor.mpi())
     assert (check.state, "cannot load libmpi.so" in check.found) == (NOTE, True)
     monkeypatch.setattr(doctor, "MPI", "print('An MPI 4')")
-    monkeypatch.setattr(doctor, "mpiexec", lambda: "/bin/mpiexec")
+    monkeypatch.setattr(doctor.launch, "find_mpiexec", lambda: "/bin/mpiexec")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     check = next(doctor.mpi())
     assert (check.state, "SLURM_NTASKS=4" in check.found) == (OK, True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,15 @@ from laptop import Laptop
 from llmpy import cli, plan
 from llmpy.bench.ops import FLOPS
 from llmpy.config import ModelConfig
+from llmpy.distributed.cost import Line, Work, communication
 from llmpy.errors import LlmpyError
 from llmpy.gpt2 import GPT2, PARAMS
 from llmpy.init import initialise
 from llmpy.options import PlanOptions
-from llmpy.plan import Network, distributed, finish, smaller, step_parts, table
+from llmpy.plan import smaller, step_parts, table
 from llmpy.preflight import memory_needed
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
-STAGES = {"forward": 2.0, "loss": 1.0, "backward": 6.0, "update": 0.8}
 
 
 class Meter(Laptop):
@@ -35,6 +34,7 @@ class Meter(Laptop):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured longer than the test needs."""
+    monkeypatch.setattr(plan, "BUCKET", 1000)
     monkeypatch.setattr(plan, "BUDGET", 0.0)
     monkeypatch.setattr(plan, "REPEATS", 1)
     monkeypatch.setattr(plan, "CACHES", 10)
@@ -162,38 +162,37 @@ def test_a_machine_that_others_use(small: None) -> None:
     assert "other programs ran" not in table(plan.plan(options, Meter()))
 
 
-def test_a_ring_passes_every_share_to_all() -> None:
-    ring = Network(4, 1e9, 1e-5).ring
-    assert ring(8e9) == pytest.approx(3 * (1e-5 + 2))
-    assert Network(1, math.inf, 1).ring(8e9) == 0
-    assert Network(8, 1e9, 0.01).norm() == pytest.approx(0.06)
+def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
+    told = {"vocab_size": 300, "memory": 0.5}
+    one = plan.plan(PlanOptions("d2", 1, 8, total_batch=16, **told), Meter())  # type: ignore[arg-type]
+    four = PlanOptions("d2", 1, 8, total_batch=64, nodes=4, bandwidth=0.01, latency=100.0, **told)  # type: ignore[arg-type]
+    several = plan.plan(four, Meter())
+    config = ModelConfig.from_dial("d2", vocab_size=300)
+    stages = {
+        stage: 1e-3 * sum(p.calls * smaller(p)[1] for p in step_parts(config, 1, 8, 1, False) if p.stage == stage)
+        for stage in ("forward", "loss", "backward", "update")
+    }
+    copying = 1e9
+    monkeypatch.setattr(plan, "measure_copying", lambda: copying)
+    several = plan.plan(four, Meter())
+    work = Work(stages["forward"], stages["backward"], stages["update"] / 4, Meter.threads, copying)
+    cost = communication(config, 4, Line(1.25e6, 1e-4), work, False)
+    network = several["network"]
+    assert network["sent_mb"] == pytest.approx((cost.reduce_bytes + cost.gather_bytes) / 1e6)
+    assert network["comm_ms"] == pytest.approx(1e3 * cost.seconds)
+    assert network["exposed_ms"] == pytest.approx(1e3 * cost.exposed_seconds)
+    assert sum(network["waits_ms"].values()) == pytest.approx(1e3 * (cost.exposed_seconds + cost.taken))
+    once = stages["forward"] + stages["loss"] + stages["backward"]
+    assert several["step"]["ms"] == pytest.approx(
+        1e3 * (2 * once + stages["update"] / 4) + sum(network["waits_ms"].values())
+    )
+    assert network["efficiency"] == pytest.approx(one["step"]["ms"] / several["step"]["ms"])
+    assert several["step"]["ms_a_batch"]["update"] == pytest.approx(one["step"]["ms_a_batch"]["update"] / 4)
 
 
-def test_a_chain_of_jobs() -> None:
-    assert finish([1, 2, 3], [0.5, 0.5, 0.5]) == 3.5  # each is done before the next may begin
-    assert finish([1, 2, 3], [2, 2, 2]) == 7  # never idle after the first
-    assert finish([1, 2, 3], [0, 0, 0]) == 3
-
-
-def test_several_machines() -> None:
-    free = distributed(GPT2_124M, STAGES, 2, 2, Network(4, math.inf, 0))
-    assert free["seconds"] == pytest.approx(2 * 9 + 0.2)
-    assert free["efficiency"] == pytest.approx(18.8 / 18.2)  # each updates a quarter
-    total = sum(t.size for t in PARAMS(GPT2_124M))
-    slow = distributed(GPT2_124M, STAGES, 2, 2, Network(4, 1e6, 0))
-    # so slow a network is busy all the time: 6 bytes a parameter, less what it moves beside eleven layers of twelve
-    # backward, and while all but the last layer of forward are computed it still brings that one
-    assert slow["seconds"] == pytest.approx(free["seconds"] + 0.75 * 6 * total / 1e6 - 11 / 12 * (6 + 2), rel=1e-9)
-    assert slow["sent_mb"] == pytest.approx(0.75 * 6 * total / 1e6)
-    assert slow["waits_ms"]["waiting for weights"] == pytest.approx(1e3 * (0.75 * 2 * total / 1e6 - 11 / 12 * 2))
-
-
-def test_a_fast_network_hides_all_but_the_first_layer_and_the_embedding() -> None:
-    total, layer = sum(t.size for t in PARAMS(GPT2_124M)), 12 * 768 * 768 + 13 * 768
-    embedding = total - 12 * layer
-    fast = distributed(GPT2_124M, STAGES, 1, 2, Network(2, 1e9, 0))["waits_ms"]
-    assert fast["waiting for gradients"] == pytest.approx(1e3 * 4 * (embedding + layer) / 2 / 1e9)
-    assert fast["waiting for weights"] == pytest.approx(1e3 * 2 * (embedding + layer) / 2 / 1e9)
+def test_copying_is_measured() -> None:
+    assert 1e8 < plan.measure_copying() < 1e12
 
 
 def test_moments_are_divided(small: None) -> None:

@@ -1,29 +1,36 @@
 """What a step of several ranks costs on paper: bytes, seconds, and how many of them training waits for.
 
-n parameters, of which M are of matrices, N ranks, R of them on a host whose line carries W bytes a second each way
+n parameters, of which M are of matrices; N ranks, each on a host of its own, whose line carries W bytes/s each way
 
-reduce   4·n·(N−1)/N bytes out of and into every rank            float32 gradients
-gather   (2·M + 4·(n−M))·(N−1)/N, without bfloat16 4·n·(N−1)/N   new weights
-seconds  bytes that leave the host / (EFFICIENCY·W), and for each bucket a latency and OVERHEAD for each message
-exposed  the embeddings' share of both: their gradients are done last, their weights needed first; of the other
-         gradients what backward is too short for, of the other weights what forward is too short for
+reduce     4·n·(N−1)/N bytes out of and into every rank             float32 gradients
+gather     (2·M + 4·(n−M))·(N−1)/N, in float32 4·n·(N−1)/N          new weights
+bucket     seconds = bytes out / (EFFICIENCY·W) + latency + OVERHEAD·(N−1), or what it takes to copy them out and in
+           + bytes that are packed and summed, or put into place, / copying
+gradients  a bucket is sent when backward is done with its layers and the one before it has come; training waits for
+           those that have not come when backward ends
+weights    the embeddings' first, each when it is updated; forward waits for those of a layer when it comes to it
+taken      seconds of computing that copying costs: the thread that carries has no core of its own, so that it takes
+           a thread's share from those that compute and is itself slower by that
 
-EFFICIENCY was measured (docs/distributed.md), OVERHEAD is an assumption that counts from some hundred ranks on.
+EFFICIENCY and AGREEMENTS were measured (docs/distributed.md), OVERHEAD is an assumption that counts from some hundred
+ranks on.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..config import ModelConfig
 from ..gpt2 import PARAMS
-from .zero import END, buckets
+from .zero import END, Bucket, buckets
 
 EFFICIENCY = 0.9  # of a line's rate that arrives as payload
 OVERHEAD = 20e-6  # seconds of a message at its two ends
 AGREEMENTS = 6  # times a step that all ranks exchange a few numbers
-FORWARD = 1 / 3  # of a step's time, backward the rest
+WIDE = 4  # bytes of a gradient
 
 
 @dataclass(frozen=True)
@@ -35,42 +42,87 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a rank does while messages travel, in seconds; `copying`: bytes/s of one thread from here to there."""
+
+    forward: float  # of all layers
+    backward: float
+    update: float  # of the own part
+    threads: int = 1
+    copying: float = 10e9
+
+
+@dataclass(frozen=True)
 class Communication:
     """Of one rank and one step: bytes out (as many come in), seconds."""
 
-    reduce_bytes: float
-    gather_bytes: float
-    reduce_seconds: float
-    gather_seconds: float
-    exposed_seconds: float
+    reduce_bytes: float = 0.0
+    gather_bytes: float = 0.0
+    reduce_seconds: float = 0.0
+    gather_seconds: float = 0.0
+    gradients_exposed: float = 0.0
+    weights_exposed: float = 0.0
+    agreements: float = 0.0
+    taken: float = 0.0
 
-    def efficiency(self, compute: float) -> float:
-        """The share of its time that a rank computes, where a step takes `compute` seconds of that."""
-        return compute / (compute + self.exposed_seconds)
+    @property
+    def seconds(self) -> float:
+        """How long messages are on their way."""
+        return self.reduce_seconds + self.gather_seconds
+
+    @property
+    def exposed_seconds(self) -> float:
+        """How long training waits."""
+        return self.gradients_exposed + self.weights_exposed + self.agreements
 
 
-def communication(
-    config: ModelConfig, ranks: int, line: Line, compute: float, mixed: bool = True, per_host: int = 1
-) -> Communication:
-    """The costs of a step whose last forward and backward, beside which messages travel, take `compute` seconds.
+def chain(ready: Iterable[float], takes: Iterable[float]) -> list[float]:
+    """When each of these jobs ends, none of which begins before it is `ready` or the one before it has ended."""
+    ends, last = [], 0.0
+    for at, seconds in zip(ready, takes, strict=True):
+        last = max(last, at) + seconds
+        ends.append(last)
+    return ends
 
-    `mixed`: weights travel as bfloat16. `per_host`: ranks that share a line; among themselves they need none.
-    """
+
+def communication(config: ModelConfig, ranks: int, line: Line, work: Work, mixed: bool) -> Communication:
+    """The costs of a step in whose last forward and backward messages travel. `mixed`: weights are sent as bfloat16."""
     if ranks == 1:
-        return Communication(0.0, 0.0, 0.0, 0.0, 0.0)
-    edge = sum(t.size for t in PARAMS(config) if t.decay)
-    rate = EFFICIENCY * line.rate / per_host
-    leaving = max(0, ranks - per_host) / ranks
-    sent = {"reduce": 0.0, "gather": 0.0}  # bytes
-    early, late = dict(sent), dict(sent)  # seconds: of what something can hide, and of the embeddings
-    for bucket in buckets(PARAMS(config), config.layers):
-        matrices = sum(max(0, min(stop, edge) - start) for start, stop in bucket.ranges)
-        wide = 4 * bucket.size
-        for what, size in (("reduce", wide), ("gather", wide - 2 * matrices if mixed else wide)):
-            sent[what] += size * (ranks - 1) / ranks
-            seconds = size * leaving / rate + line.latency + OVERHEAD * (ranks - 1)
-            (late if bucket.first == END else early)[what] += seconds
-    exposed = late["reduce"] + late["gather"] + AGREEMENTS * 2 * math.ceil(math.log2(ranks)) * line.latency
-    exposed += max(0.0, early["reduce"] - (1 - FORWARD) * compute) + max(0.0, early["gather"] - FORWARD * compute)
-    total = {what: early[what] + late[what] for what in sent}
-    return Communication(sent["reduce"], sent["gather"], total["reduce"], total["gather"], exposed)
+        return Communication()
+    table, L = PARAMS(config), config.layers
+    total, edge = sum(t.size for t in table), sum(t.size for t in table if t.decay)
+    sent = (ranks - 1) / ranks
+    crowd = (work.threads + 1) / work.threads
+
+    def seconds(size: float, moved: float, beside: bool) -> float:
+        copied = (crowd if beside else 1.0) / work.copying
+        wire = max(sent * size / (EFFICIENCY * line.rate), 2 * sent * size * copied)
+        return wire + line.latency + OVERHEAD * (ranks - 1) + moved * copied
+
+    def stored(b: Bucket) -> int:
+        return WIDE * b.size - (2 * sum(max(0, min(stop, edge) - start) for start, stop in b.ranges) if mixed else 0)
+
+    first = buckets(table, L)
+    moved = [WIDE * b.size * (sent + (len(b.ranges) > 1)) for b in first]
+    ready = [work.backward * (1 - max(b.first, 0) / L) for b in first]
+    reduce = [seconds(WIDE * b.size, m, at < work.backward) for b, m, at in zip(first, moved, ready, strict=True)]
+    reduced = chain(ready, reduce)[-1]
+
+    last = first[::-1]
+    gather = [seconds(stored(b), stored(b), b.first != END) for b in last]
+    arrived = chain(itertools.accumulate(work.update * b.size / total for b in last), gather)
+    there = {layer: at for b, at in zip(last, arrived, strict=True) for layer in range(b.first, b.last + 1)}
+    begun = [max(work.update, there[layer]) for layer in (END, *range(L))]
+    ended = chain(begun, [0.0] + [work.forward / L] * L)[-1]
+
+    out = sent * WIDE * total, sent * sum(map(stored, first))
+    return Communication(
+        reduce_bytes=out[0],
+        gather_bytes=out[1],
+        reduce_seconds=sum(reduce),
+        gather_seconds=sum(gather),
+        gradients_exposed=reduced - work.backward,
+        weights_exposed=ended - work.update - work.forward,
+        agreements=AGREEMENTS * 2 * math.ceil(math.log2(ranks)) * line.latency,
+        taken=(2 * sum(out) + sum(moved) + out[1] / sent) / work.copying / work.threads,
+    )

@@ -28,8 +28,9 @@ from ..errors import LlmpyError, Stopped
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
 # How many tasks there are, as launchers and schedulers tell it; the first that is set counts.
+OPEN_MPI = "OMPI_COMM_WORLD_SIZE"  # set by its mpiexec alone
 TASKS = (
-    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
+    OPEN_MPI, "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
 )  # fmt: skip
 LOOK = 0.2  # seconds
 EXTRA = "pip install 'llmpy[mpi]'"
@@ -61,11 +62,16 @@ def mpiexec() -> Path:
     """The launcher that belongs to this environment. Raises LlmpyError if there is none, or no mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
         raise LlmpyError("training by several processes needs mpi4py and an MPI", f"install them: {EXTRA}")
-    beside = Path(sysconfig.get_path("scripts"), "mpiexec.exe" if os.name == "nt" else "mpiexec")
-    found = beside if beside.is_file() else shutil.which("mpiexec")
-    if not found:
+    found = find_mpiexec()
+    if found is None:
         raise LlmpyError("there is no mpiexec, neither beside this Python nor on PATH", f"install one: {EXTRA}")
-    return Path(found)
+    return found
+
+
+def find_mpiexec() -> Path | None:
+    """The launcher that the wheels put beside this Python, else the one on PATH."""
+    found = shutil.which("mpiexec", path=sysconfig.get_path("scripts")) or shutil.which("mpiexec")
+    return Path(found) if found else None
 
 
 def flags(launcher: Path) -> tuple[list[str], dict[str, str]]:

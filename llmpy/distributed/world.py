@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -227,8 +228,7 @@ class World(Alone):
         hosts = Counter(about["host"] for about in self._ranks)
         where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
         overlap = "" if self._threaded else "; it allows one thread alone: communication overlaps with nothing"
-        library = " ".join(self._mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0").split())
-        return f"ranks    {self.size}: {where}; {library}{overlap}"
+        return f"ranks    {self.size}: {where}; {_line(self._mpi.Get_library_version())}{overlap}"
 
     def journal(self) -> Journal:
         return Journal() if self.rank == 0 else Mute()
@@ -296,17 +296,41 @@ def _messages(x: Any) -> list[Any]:
     return [data[i : i + MESSAGE] for i in range(0, data.size, MESSAGE)]
 
 
-def join(options: TrainOptions) -> World | None:
-    """The ranks that were started with this one, None if it is the only one.
-
-    Raises LlmpyError if there are not as many as somebody thinks.
-    """
+def _mpi() -> Any:
+    """mpi4py's module, initialised. Raises LlmpyError if it is not there, or not the launcher's."""
     try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=True)
         from mpi4py import MPI
     except ImportError as fault:
         raise LlmpyError("training by several processes needs mpi4py", f"install it: {launch.EXTRA}") from fault
     except RuntimeError as fault:  # mpi4py finds no library
         raise LlmpyError(f"mpi4py finds no MPI: {fault}", f"install one: {launch.EXTRA}") from fault
+    library = MPI.Get_library_version()
+    if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
+        raise LlmpyError(
+            f"the launcher is Open MPI's, but mpi4py has found another MPI: {_line(library)}",
+            "use the mpiexec of the same MPI",
+        )
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
+def _line(library: str) -> str:
+    """Name and version, of all that MPI says of its library."""
+    return " ".join(library.split("\n")[0].split(",")[0].strip("\0").split())
+
+
+def join(options: TrainOptions) -> World | None:
+    """The ranks that were started with this one, None if it is the only one.
+
+    Raises LlmpyError if there are not as many as somebody thinks.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, where the launcher is another MPI's: see below
+        MPI = _mpi()
     size, expected = MPI.COMM_WORLD.Get_size(), launch.tasks()
     if size == 1 and expected > 1:
         raise LlmpyError(
