@@ -24,7 +24,7 @@ from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
 from llmpy.formats.source import DTYPES, cast, shapes
 from llmpy.gpt2 import GPT2
-from llmpy.ranks import LLMC_FILE
+from llmpy.ranks import LLMC_FILE, write_llmc
 from llmpy.tokenizer import Tokenizer
 
 
@@ -384,6 +384,30 @@ def test_convert_makes_the_folder_and_keeps_the_tokenizer(tmp_path: Path, capsys
     # llm.c's of another model is passed over
     llmc.write_model(tmp_path / "e" / "other.bin", in_memory(), "float32")
     assert open_model(tmp_path / "e" / "other.bin").tokenizer is None
+
+
+@pytest.mark.parametrize("write", [lambda path, source: llmc.write_model(path, source, "float32"), native.write_model])
+def test_the_tokenizer_beside_a_model_must_fit_it(tmp_path: Path, write: Any) -> None:
+    """Other models may lie in the folder, with a tokenizer of theirs."""
+    path, named, table = tmp_path / "m.safetensors", tmp_path / "tokenizer.json", tmp_path / LLMC_FILE
+    write(path, in_memory(replace(TINY, vocab_size=260)))
+
+    def found() -> Path | None:
+        return open_model(path).tokenizer
+
+    assert found() is None
+    Tokenizer.train(["the cat sat on the mat " * 20], 263).save(named)
+    assert found() is None
+    write_llmc(table, Tokenizer.train(["the cat sat on the mat " * 20], 260).ranks())
+    assert found() == table
+    Tokenizer.bytes().save(named)  # it may be of a padded vocabulary, but the other one fits
+    assert found() == table
+    table.write_bytes(b"x")
+    assert found() == named
+    Tokenizer.train(["the cat sat on the mat " * 20], 260).save(named)
+    assert found() == named
+    named.write_bytes(b"{}")  # to be told by whoever needs it
+    assert found() == named
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
