@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from laptop import TINY, Laptop
 from safetensors.numpy import load_file, save_file
-from samples import WRITERS, in_memory, llmc_version, same, sharded, training_state, with_tokenizer
+from samples import WRITERS, in_memory, llama_tokenizer, llmc_version, same, sharded, training_state, with_tokenizer
 
 from llmpy import checkpoint, golden
 from llmpy.cli import main
@@ -24,7 +24,7 @@ from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
 from llmpy.formats.source import DTYPES, cast, shapes
 from llmpy.gpt2 import GPT2
-from llmpy.ranks import LLMC_FILE
+from llmpy.ranks import LLMC_FILE, write_llmc
 from llmpy.tokenizer import Tokenizer
 
 
@@ -386,6 +386,30 @@ def test_convert_makes_the_folder_and_keeps_the_tokenizer(tmp_path: Path, capsys
     assert open_model(tmp_path / "e" / "other.bin").tokenizer is None
 
 
+@pytest.mark.parametrize("write", [lambda path, source: llmc.write_model(path, source, "float32"), native.write_model])
+def test_the_tokenizer_beside_a_model_must_fit_it(tmp_path: Path, write: Any) -> None:
+    """Other models may lie in the folder, with a tokenizer of theirs."""
+    path, named, table = tmp_path / "m.safetensors", tmp_path / "tokenizer.json", tmp_path / LLMC_FILE
+    write(path, in_memory(replace(TINY, vocab_size=260)))
+
+    def found() -> Path | None:
+        return open_model(path).tokenizer
+
+    assert found() is None
+    Tokenizer.train(["the cat sat on the mat " * 20], 263).save(named)
+    assert found() is None
+    write_llmc(table, Tokenizer.train(["the cat sat on the mat " * 20], 260).ranks())
+    assert found() == table
+    Tokenizer.bytes().save(named)  # it may be of a padded vocabulary, but the other one fits
+    assert found() == table
+    table.write_bytes(b"x")
+    assert found() == named
+    Tokenizer.train(["the cat sat on the mat " * 20], 260).save(named)
+    assert found() == named
+    named.write_bytes(b"{}")  # to be told by whoever needs it
+    assert found() == named
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 def test_files_have_the_modes_that_the_user_wants(tmp_path: Path) -> None:
     before = os.umask(0o027)
@@ -436,6 +460,28 @@ def test_gguf(tmp_path: Path, dtype: str) -> None:
     assert len(value["tokenizer.ggml.tokens"]) == TINY.vocab_size
     assert value["tokenizer.ggml.eos_token_id"] == 256
     assert value["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_gguf_with_the_tokenizer_of_llama_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp gives "llama-bpe" the same ids as we do (dev/LOG.md); how others split words it cannot be told."""
+    pytest.importorskip("gguf")
+    path = tmp_path / "tokenizer.json"
+    V = llama_tokenizer(path).get_vocab_size()
+    write = ["convert", str(tmp_path / "m.safetensors"), str(tmp_path / "m.gguf")]
+    native.write_model(tmp_path / "m.safetensors", in_memory(replace(TINY, vocab_size=V)))
+    assert main(write) == 0
+    value = {key: field.contents() for key, field in gguf_tensors(tmp_path / "m.gguf")[0].fields.items()}
+    assert value["tokenizer.ggml.pre"] == "llama-bpe"
+    assert value["tokenizer.ggml.tokens"][-3] == "<|begin_of_text|>"
+    assert value["tokenizer.ggml.eos_token_id"] == V - 3
+    assert value["tokenizer.ggml.token_type"] == [1] * (V - 3) + [3] * 3
+    for before, after in ((r"\\p{N}{1,3}", r"\\p{N}"), ('"ignore_merges": true', '"ignore_merges": false')):
+        llama_tokenizer(path)
+        assert before in (text := path.read_text("utf-8"))
+        path.write_text(text.replace(before, after), "utf-8")
+        (tmp_path / "m.gguf").unlink(missing_ok=True)
+        assert main(write) == 1
+        assert "splits words unlike GPT-2 and Llama 3" in capsys.readouterr().err
 
 
 def test_gguf_without_a_tokenizer(tmp_path: Path) -> None:

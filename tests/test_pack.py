@@ -6,10 +6,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from samples import in_memory
+from samples import in_memory, llama_tokenizer
 
 from llmpy import cli
 from llmpy.data import pack
@@ -171,6 +172,19 @@ def test_stories_hold_the_first_file_out(tmp_path, said):
     assert text(folder, "TinyStories_val.bin").count("Story 0.") == 50
     assert "Story 0." not in text(folder, "TinyStories_train.bin")
     assert text(folder, "TinyStories_train.bin").count(EOT + "Story") == 100
+
+
+def test_a_form_that_does_not_fit_the_tokenizer(raw, tmp_path, said, monkeypatch):
+    """Refused before anything is encoded."""
+    llama_tokenizer(tmp_path / "llama.json")
+    monkeypatch.setattr(pack, "_spool", None)
+    out, own = tmp_path / "out", str(tmp_path / "llama.json")
+    with pytest.raises(LlmpyError, match="int32 goes with llm.c's tokenizer file: the tokenizer splits words unlike"):
+        make(said, raw, out=out, tokenizer=own, format="int32")
+    monkeypatch.setattr(Tokenizer, "bytes", classmethod(lambda cls: SimpleNamespace(vocab_size=65_537)))
+    with pytest.raises(LlmpyError, match="--format uint16 cannot hold 65,537 tokens — leave --format out"):
+        make(said, raw, out=out, format="uint16")
+    assert not out.exists()
 
 
 def test_completions_alone_are_learnt(tmp_path, said):

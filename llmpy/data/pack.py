@@ -28,7 +28,7 @@ from ..command import command
 from ..durable import made
 from ..errors import LlmpyError
 from ..options import DATA_NAMES, DataOptions
-from ..ranks import LLMC_FILE, write_llmc
+from ..ranks import LLMC_FILE, Ranks, write_llmc
 from ..runfolder import Lock
 from ..tokenizer import Tokenizer
 from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
@@ -249,9 +249,8 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
         return SOURCES[names[0]].documents(options.source, tell) if names else stream_files(files, tell)
 
     tokenizer = load_tokenizer(options.tokenizer, documents, tell)
-    form = options.format
-    if form == "auto":
-        form = form_for(tokenizer.vocab_size)
+    form = form_for(tokenizer.vocab_size) if options.format == "auto" else options.format
+    table = _checked_form(form, tokenizer)
     # as llm.c does, whose data sets are cut into documents already; in the user's own text EOT may separate them
     encoder = tokenizer.ordinary() if names else tokenizer
     spool = _spool(documents(), encoder, work, layout.val, options.tokens, say)
@@ -263,8 +262,8 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
         write_shard(work / name, spool.ids[start:stop], form, counted)
         files_of[name] = stop - start
     tokenizer.save(work / "tokenizer.json")
-    if form == "int32":  # the programs that need this form read a tokenizer of this form too
-        write_llmc(work / LLMC_FILE, tokenizer.ranks())
+    if table is not None:
+        write_llmc(work / LLMC_FILE, table)
     say("  ".join(f"{name}: {count:,} tokens" for name, count in _shown(files_of)))
     if spool.counted is not None:
         share = np.count_nonzero(spool.counted)
@@ -275,6 +274,22 @@ def _tokens(options: DataOptions, names: list[str], work: Path, say: Callable[[s
     for temporary in work.glob("*.tmp"):
         temporary.unlink()
     return {"vocab_size": tokenizer.vocab_size, "files": files_of}
+
+
+def _checked_form(form: str, tokenizer: Tokenizer) -> Ranks | None:
+    """The table that goes with the form, if one does: programs that read int32 read their tokenizer from llm.c's file.
+
+    Raises LlmpyError, before anything is encoded, if they do not fit each other.
+    """
+    if tokenizer.vocab_size - 1 > np.iinfo(FORMS[form].dtype).max:
+        raise LlmpyError(f"--format {form} cannot hold {tokenizer.vocab_size:,} tokens", "leave --format out")
+    if form != "int32":
+        return None
+    try:
+        return tokenizer.ranks()
+    except LlmpyError as fault:
+        why = str(fault).partition(" — ")[0]
+        raise LlmpyError(f"--format int32 goes with llm.c's tokenizer file: {why}", "leave --format out") from fault
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..durable import write_whole
 from ..errors import LlmpyError
+from ..ranks import LLAMA3
 from ..tokenizer import Tokenizer
 from .source import DTYPES, Source, cast, shapes
 
@@ -105,12 +106,12 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_vocab_size(V)
         return
     tokenizer = Tokenizer.load(source.tokenizer)
-    if not tokenizer.splits_as_gpt2:
+    about = json.loads(tokenizer.to_json())
+    if not tokenizer.splits_as_gpt2 and not _as_llama(about):
         raise LlmpyError(
-            f"{source.tokenizer} splits words unlike GPT-2, and llama.cpp knows other ways by name alone",
+            f"{source.tokenizer} splits words unlike GPT-2 and Llama 3, and llama.cpp knows other ways by name alone",
             "convert the model without it (move the file away): llama.cpp then takes token ids",
         )
-    about = json.loads(tokenizer.to_json())
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
         raise LlmpyError(
@@ -118,12 +119,19 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         )
     words = {i: word for word, i in ids.items()}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("gpt-2" if tokenizer.splits_as_gpt2 else "llama-bpe")
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
-    writer.add_token_types([CONTROL if words.get(i) in (None, tokenizer.eot_text) else NORMAL for i in range(V)])
+    controls = {t["content"] for t in about.get("added_tokens", []) if t["special"]} | {tokenizer.eot_text, None}
+    writer.add_token_types([CONTROL if words.get(i) in controls else NORMAL for i in range(V)])
     # llama.cpp refuses a tokenizer without merges: bytes get one that no text can call for
     merges = about["model"]["merges"] or [f"{tokenizer.eot_text} {tokenizer.eot_text}"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id):
         add(tokenizer.eot)
     writer.add_add_bos_token(False)
+
+
+def _as_llama(about: dict[str, Any]) -> bool:
+    """Whether words are Llama 3's, and one that is a token is never taken apart: what llama.cpp calls llama-bpe."""
+    first = ((about["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
+    return first.get("pattern") == {"Regex": LLAMA3} and about["model"].get("ignore_merges") is True

@@ -22,9 +22,7 @@ from ..config import ModelConfig
 from ..durable import write_whole
 from ..errors import LlmpyError
 from ..inputs import regular
-from ..ranks import LLMC_FILE
-from ..runfolder import TOKENIZER_FILE
-from .source import DTYPES, Source, cast, damaged, shapes, unreadable
+from .source import DTYPES, Source, cast, damaged, shapes, tokenizer_beside, unreadable
 
 MODEL, DEBUG = 20240326, 20240327  # magic numbers
 HEADER = np.dtype(("<i4", 256))
@@ -76,19 +74,8 @@ def read_model(path: Path) -> Source:
         return padded(x, config) if name == "wte" else x
 
     return Source(
-        path, f"model of llm.c, version {version}", config, NARROW[version], context, read, _tokenizer(path, V)
+        path, f"model of llm.c, version {version}", config, NARROW[version], context, read, tokenizer_beside(path, V)
     )
-
-
-def _tokenizer(path: Path, V: int) -> Path | None:
-    """The tokenizer beside a model: a tokenizer.json, else llm.c's if it has as many tokens as the model."""
-    named, table = path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
-    if named.is_file():
-        return named
-    try:
-        return table if table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V else None
-    except (OSError, IndexError):
-        return None
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:

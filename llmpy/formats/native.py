@@ -9,9 +9,9 @@ import numpy as np
 from .. import checkpoint
 from ..arena import Arena
 from ..errors import LlmpyError
-from ..runfolder import MODEL_FILE
+from ..runfolder import BEST_FILE, MODEL_FILE
 from .huggingface import TOKENIZER_FILE, copy_tokenizer
-from .source import Look, Source, cast, shapes
+from .source import Look, Source, cast, shapes, tokenizer_beside
 
 
 def read_model(path: Path) -> Source:
@@ -28,7 +28,9 @@ def read_model(path: Path) -> Source:
         checkpoint.load_parameters(path, params, look)
 
     what, length = "model of llmpy", header.trained_length
-    return Source(path, what, header.config, "float32", length, read, tokenizer_in(path.parent), load)
+    own = path.name in (MODEL_FILE, BEST_FILE)  # of a run folder
+    tokenizer = tokenizer_in(path.parent) if own else tokenizer_beside(path, header.config.vocab_size)
+    return Source(path, what, header.config, "float32", length, read, tokenizer, load)
 
 
 def tokenizer_in(folder: Path) -> Path | None:

@@ -21,6 +21,9 @@ from ..config import ModelConfig
 from ..errors import LlmpyError
 from ..gpt2 import PARAMS
 from ..inputs import regular
+from ..ranks import LLMC_FILE
+from ..runfolder import TOKENIZER_FILE
+from ..tokenizer import Tokenizer
 
 DTYPES = {
     "float32": np.dtype("<f4"),
@@ -107,6 +110,25 @@ def read_json(path: Path, at_most: int) -> Any:
     if not isinstance(found, dict):
         raise damaged(path, "it holds no JSON object")
     return found
+
+
+def tokenizer_beside(path: Path, V: int) -> Path | None:
+    """The tokenizer of a model that is one file among others: the tokenizer.json or llm.c's table that lies there.
+
+    It is one of V tokens; or a tokenizer.json of fewer, for a vocabulary may be padded. One of more is another model's.
+    """
+    named, table = path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    try:
+        fits = table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V
+    except (OSError, IndexError):
+        fits = False
+    have = V + 1
+    if named.is_file():
+        try:
+            have = Tokenizer.load(named).vocab_size
+        except LlmpyError:
+            have = V - 1  # whoever reads text with it will say what is wrong
+    return named if have == V or (have < V and not fits) else table if fits else None
 
 
 def unreadable(path: Path, fault: OSError) -> LlmpyError:
