@@ -24,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from ..errors import LlmpyError, Stopped
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
@@ -182,8 +184,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the launcher and all below it. Told by it, ranks that MPI is bringing together may wait for ever for those
     that were faster to end.
     """
-    import psutil
-
     family = [psutil.Process(process.pid)] if process.poll() is None else []
     for one in family:  # which grows meanwhile: who is stopped starts nobody else
         with contextlib.suppress(psutil.Error):
@@ -214,8 +214,6 @@ def leave_word(name: str, text: str) -> bool:
 
 def end_with_parent() -> None:
     """Where who started the ranks was killed: end as if by SIGTERM, with a checkpoint."""
-    import psutil
-
     parent = _parent()
     if parent is not None and os.name == "posix" and parent[1].is_dir():
         try:  # dead before anybody asked for its code counts: who started it may wait for our output first
