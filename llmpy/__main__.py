@@ -84,8 +84,9 @@ def leave(number: int, _frame: Any) -> None:
     for folder in [*HELD]:
         folder.discard()
     stopped = Stopped(number)
-    launch = sys.modules.get("llmpy.distributed.launch")  # not imported here: whoever knows of this rank has it
-    if launch is None or not launch.leave_word("stopped", str(number)):
+    # Not imported here, maybe amid that import: who started a rank sends it no signal before it has left its number.
+    tell = getattr(sys.modules.get("llmpy.distributed.launch"), "leave_word", None)
+    if tell is None or not tell("stopped", str(number)):
         with contextlib.suppress(OSError):  # the terminal is gone
             os.write(2, f"llmpy: error: {stopped}\n".encode())
     os._exit(stopped.code)

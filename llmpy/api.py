@@ -271,7 +271,7 @@ class Trainer:
         self._trained: GPT2 | None = None
         if isinstance(model, GPT2):
             self._trained = model
-            for other in told.keys() & {"init", "resume"}:
+            if other := next((name for name in ("init", "resume") if name in told), None):
                 raise LlmpyError(f"a model and {other}", "give one of them: both say what to start from")
             tokenizer, V = model.tokenizer, model.config.vocab_size
             if tokenizer is not None and tokenizer.vocab_size != V:

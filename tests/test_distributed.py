@@ -540,6 +540,20 @@ def test_ctrl_c_stops_all_ranks_after_a_step(text: Path, tmp_path: Path) -> None
     assert len(checkpoint.listed(run / "checkpoints")) == 1
 
 
+@needs_mpi
+def test_ranks_end_with_who_started_them(text: Path, tmp_path: Path) -> None:
+    """Also where that one is dead and nobody took notice, for whoever would waits for the end of the output."""
+    words = [*command(*told(text, tmp_path / "run")), "--steps", "1000000", "--ranks", "2", "--eval-every", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step     3"):
+            process.kill()
+            break
+    process.communicate(timeout=30)
+    assert len(checkpoint.listed(tmp_path / "run" / "checkpoints")) > 0
+
+
 def test_mixed_precision_gathers_what_products_read() -> None:
     """The weights that arrive are the master weights rounded, as one process has them."""
     from llmpy import backend

@@ -406,6 +406,16 @@ def begun(run: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=os.environ | environment, **quiet)  # type: ignore[call-overload, no-any-return]
 
 
+def test_a_signal_amid_an_import_is_told() -> None:
+    program = (
+        "import sys, types; from llmpy import __main__\n"
+        "sys.modules['llmpy.distributed.launch'] = types.ModuleType('begun, and empty as yet')\n"
+        "__main__.leave(15, None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert (ended.returncode, ended.stderr) == (143, "llmpy: error: stopped by SIGTERM\n")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
 @pytest.mark.parametrize("after", [0.0, 0.03, 0.1, 0.25, 0.45, 0.7])
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])

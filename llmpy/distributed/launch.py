@@ -24,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from ..errors import LlmpyError, Stopped
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
@@ -95,8 +97,12 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         folder = Path(name)
         environment = {**os.environ, **environment, PARENT: f"{os.getpid()}:{folder}"}
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which hands it on.
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        with _handing_on(folder, process):
+        launchers: list[subprocess.Popen[bytes]] = []
+        with _handing_on(folder, launchers):
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            launchers.append(process)
+            if _word(folder, "stopped"):  # while it was being started
+                _end(process)
             dead = _first_death(folder, process, ranks)
         code, fault, stopped = _word(folder, "code"), _word(folder, "fault"), _word(folder, "stopped")
         if stopped and (dead is not None or fault or not code):
@@ -150,7 +156,7 @@ def _first_death(folder: Path, process: subprocess.Popen[bytes], ranks: int) -> 
 
 
 @contextlib.contextmanager
-def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
+def _handing_on(folder: Path, launchers: list[subprocess.Popen[bytes]]) -> Any:
     """Within: signals go to the first rank, which tells the others; before it has begun they end all at once.
 
     The word of those that end the ranks at once is left here: also of any after the first but SIGHUP, see
@@ -166,7 +172,8 @@ def _handing_on(folder: Path, process: subprocess.Popen[bytes]) -> Any:
             asked = True
         except (OSError, ValueError):
             at_once = True
-            _end(process)
+            for process in launchers:
+                _end(process)
         if at_once:
             (folder / "stopped").write_text(str(number))
 
@@ -183,13 +190,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the launcher and all below it. Told by it, ranks that MPI is bringing together may wait for ever for those
     that were faster to end.
     """
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(process.pid)
-        for one in [launcher, *launcher.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+    family = [psutil.Process(process.pid)] if process.poll() is None else []
+    for one in family:  # which grows meanwhile: who is stopped starts nobody else
+        with contextlib.suppress(psutil.Error):
+            one.suspend()
+            family += one.children()
+    for one in family:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
 
 
 def _parent() -> tuple[int, Path] | None:
@@ -214,9 +222,11 @@ def end_with_parent() -> None:
     """Where who started the ranks was killed: end as if by SIGTERM, with a checkpoint."""
     parent = _parent()
     if parent is not None and os.name == "posix" and parent[1].is_dir():
-        try:
-            os.kill(parent[0], 0)
-        except ProcessLookupError:
+        try:  # dead before anybody asked for its code counts: who started it may wait for our output first
+            gone = psutil.Process(parent[0]).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            gone = True
+        if gone:
             shutil.rmtree(parent[1], ignore_errors=True)  # it cannot any more; and once is enough
             os.kill(os.getpid(), signal.SIGTERM)
 
