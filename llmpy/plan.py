@@ -180,9 +180,15 @@ def time_batch(config: ModelConfig, o: PlanOptions, ops: Meter) -> Timed:
 def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed, gathered: int) -> Communication:
     """What the messages of a step cost each machine."""
     line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
-    stages = (timed.of(stage=stage) for stage in ("forward", "loss", "backward"))
-    copying = measure_copying() if o.nodes > 1 else math.inf
-    work = Work(*stages, timed.of(stage="update") / o.nodes, gathered, ops.threads, copying)
+    work = Work(
+        forward=timed.of(stage="forward"),
+        head=timed.of(stage="loss"),
+        backward=timed.of(stage="backward"),
+        update=timed.of(stage="update") / o.nodes,
+        batches=gathered,
+        threads=ops.threads,
+        copying=measure_copying() if o.nodes > 1 else math.inf,
+    )
     return communication(config, o.nodes, line, work, ops.dtype != ops.wide)
 
 
