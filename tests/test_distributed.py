@@ -654,6 +654,21 @@ def test_the_cost_is_that_of_what_was_measured() -> None:
         assert cost.exposed_seconds == pytest.approx(exposed, rel=0.25)
 
 
+def test_the_table_of_a_thousand_nodes_is_that_of_the_model() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) Gbit/s, (\d+) µs; (\d+) threads? \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for gbit, latency, threads, shares in rows:
+        line, found = Line(int(gbit) * 1e9 / 8, int(latency) * 1e-6), []
+        for n in (2, 8, 64, 256, 1000):
+            forward, head, backward, update = (seconds / int(threads) for seconds in WORK)
+            work = Work(forward, head, backward, update / n, threads=int(threads))
+            cost = communication(GPT2_124M, n, line, work, mixed=True)
+            computing = forward + head + backward + update / n
+            found.append(f"{computing / (computing + cost.exposed_seconds + cost.taken):.0%}".replace("%", " %"))
+        assert [share.strip() for share in shares.split("|")] == found
+
+
 def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
     d12 = ModelConfig.from_dial("d12")
     exposed = [communication(d12, n, SLOW_LINE, Work(*WORK), True).exposed_seconds for n in (1, 2, 8, 64, 1000)]
