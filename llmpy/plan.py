@@ -181,11 +181,18 @@ def time_batch(config: ModelConfig, o: PlanOptions, ops: Meter) -> Timed:
     return Timed([(part, s * slower[part.op not in FLOPS]) for part, s in zip(parts, seconds, strict=True)], there)
 
 
-def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed) -> Communication:
+def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed, gathered: int) -> Communication:
     """What the messages of a step cost each machine."""
     line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
-    stages = (timed.of(stage="forward"), timed.of(stage="backward"), timed.of(stage="update") / o.nodes)
-    work = Work(*stages, threads=ops.threads, copying=measure_copying() if o.nodes > 1 else math.inf)
+    work = Work(
+        forward=timed.of(stage="forward"),
+        head=timed.of(stage="loss"),
+        backward=timed.of(stage="backward"),
+        update=timed.of(stage="update") / o.nodes,
+        batches=gathered,
+        threads=ops.threads,
+        copying=measure_copying() if o.nodes > 1 else math.inf,
+    )
     return communication(config, o.nodes, line, work, ops.dtype != ops.wide)
 
 
@@ -215,7 +222,7 @@ def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
     ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
     memory = memory_of(config, options, ops)
     timed = time_batch(config, options, ops)
-    step = step_of(config, options, gathered, timed, messages(config, options, ops, timed))
+    step = step_of(config, options, gathered, timed, messages(config, options, ops, timed, gathered))
     parameters, tokens = sum(t.size for t in PARAMS(config)), step["batch"]["tokens"]
     return {
         "model": {
@@ -249,7 +256,8 @@ def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, co
     }
     waits = {
         "waiting for gradients": cost.gradients_exposed, "waiting for weights": cost.weights_exposed,
-        "waiting for agreement": cost.agreements, "carrying messages": cost.taken,
+        "waiting for agreement": cost.agreements, "waiting for the slowest": cost.slowest,
+        "carrying messages": cost.taken,
     }  # fmt: skip
     return {
         "batch": {

@@ -167,7 +167,6 @@ def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"vocab_size": 300, "memory": 0.5}
     one = plan.plan(PlanOptions("d2", 1, 8, total_batch=16, **told), Meter())  # type: ignore[arg-type]
     four = PlanOptions("d2", 1, 8, total_batch=64, nodes=4, bandwidth=0.01, latency=100.0, **told)  # type: ignore[arg-type]
-    several = plan.plan(four, Meter())
     config = ModelConfig.from_dial("d2", vocab_size=300)
     stages = {
         stage: 1e-3 * sum(p.calls * smaller(p)[1] for p in step_parts(config, 1, 8, 1, False) if p.stage == stage)
@@ -176,7 +175,7 @@ def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     copying = 1e9
     monkeypatch.setattr(plan, "measure_copying", lambda: copying)
     several = plan.plan(four, Meter())
-    work = Work(stages["forward"], stages["backward"], stages["update"] / 4, Meter.threads, copying)
+    work = Work(stages["forward"], stages["loss"], stages["backward"], stages["update"] / 4, 2, Meter.threads, copying)
     cost = communication(config, 4, Line(1.25e6, 1e-4), work, False)
     network = several["network"]
     assert network["sent_mb"] == pytest.approx((cost.reduce_bytes + cost.gather_bytes) / 1e6)

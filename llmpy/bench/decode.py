@@ -74,39 +74,21 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
         first = time_first_token(path, np.dtype(ops.dtype).name, ops.threads, o.prompt_tokens)
     decoder = Decoder(model, o.batch_size, max(length, o.prefill))
     text = np.random.default_rng(0).integers(0, config.vocab_size, max(o.prefill, o.prompt_tokens)).tolist()
-    peaks, prefills = [ops.measure_peak()], []
-    for _ in range(PREFILLS):
-        start = time.perf_counter()
-        decoder.prefill(0, text[: o.prefill])
-        prefills.append(1e3 * (time.perf_counter() - start))
-        peaks.append(ops.measure_peak())
-    slots = range(o.batch_size)
-    tokens = [choose(decoder.prefill(slot, text[: o.prompt_tokens]), NoCoin(), GREEDY) for slot in slots]
-    reading, triad, times = [], [], []
-    for n in range(WARM_TOKENS + o.tokens):
-        if n >= WARM_TOKENS and (n - WARM_TOKENS) % TOKENS_A_PEAK == 0:
-            reading.append(ops.measure_reading())
-            triad.append(ops.measure_bandwidth())
-        start = time.perf_counter()
-        tokens = [choose(logits, NoCoin(), GREEDY) for logits in decoder.decode(slots, tokens)]
-        if n >= WARM_TOKENS:
-            times.append(1e3 * (time.perf_counter() - start))
-    reading.append(ops.measure_reading())
-    triad.append(ops.measure_bandwidth())
+    prefill, peak = time_prefill(decoder, ops, text[: o.prefill])
+    times, reading, triad = time_tokens(decoder, ops, o.batch_size, text[: o.prompt_tokens], o.tokens)
     weights = decoder.matrices.size * np.dtype(ops.dtype).itemsize
-    ms, stream, peak = statistics.median(times), statistics.median(reading), statistics.median(peaks)
+    ms = statistics.median(times)
     rate = weights / ms / 1e6
-    prefill = statistics.median(prefills)
     gflops = prefill_flops(config, o.prefill) / prefill / 1e6
     return {
         "tokens_per_s": 1e3 * o.batch_size / ms,
-        "share_of_bandwidth": rate / stream,
+        "share_of_bandwidth": rate / reading,
         "ms_to_first_token": first,
         "ms_a_token": ms,
         "weights_mb": weights / 1e6,
         "weights_gb_s": rate,
-        "reading_gb_s": stream,
-        "triad_gb_s": statistics.median(triad),
+        "reading_gb_s": reading,
+        "triad_gb_s": triad,
         "prefill_tokens": o.prefill,
         "prefill_ms": prefill,
         "prefill_gflops": gflops,
@@ -119,6 +101,37 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
         "peak_rss_mb": peak_memory() / 1e6,
         "token_ms": times,
     }
+
+
+def time_prefill(decoder: Decoder, ops: Reader, text: list[int]) -> tuple[float, float]:
+    """Median ms of a prefill, and of the peak of multiply-adds between, GFLOP/s."""
+    peaks, times = [ops.measure_peak()], []
+    for _ in range(PREFILLS):
+        start = time.perf_counter()
+        decoder.prefill(0, text)
+        times.append(1e3 * (time.perf_counter() - start))
+        peaks.append(ops.measure_peak())
+    return statistics.median(times), statistics.median(peaks)
+
+
+def time_tokens(
+    decoder: Decoder, ops: Reader, batch: int, prompt: list[int], count: int
+) -> tuple[list[float], float, float]:
+    """The ms of each token after the first ones; medians of reading and of the triad meanwhile, GB/s."""
+    slots = range(batch)
+    tokens = [choose(decoder.prefill(slot, prompt), NoCoin(), GREEDY) for slot in slots]
+    reading, triad, times = [], [], []
+    for n in range(-WARM_TOKENS, count + 1):
+        if n >= 0 and n % TOKENS_A_PEAK == 0 or n == count:
+            reading.append(ops.measure_reading())
+            triad.append(ops.measure_bandwidth())
+        if n == count:
+            break
+        start = time.perf_counter()
+        tokens = [choose(logits, NoCoin(), GREEDY) for logits in decoder.decode(slots, tokens)]
+        if n >= 0:
+            times.append(1e3 * (time.perf_counter() - start))
+    return times, statistics.median(reading), statistics.median(triad)
 
 
 class NoCoin:

@@ -9,11 +9,12 @@ bucket     seconds = bytes out / (EFFICIENCY·W) + latency + OVERHEAD·(N−1), 
 gradients  a bucket is sent when backward is done with its layers and the one before it has come; training waits for
            those that have not come when backward ends
 weights    the embeddings' first, each when it is updated; forward waits for those of a layer when it comes to it
-taken      seconds of computing that copying costs: the thread that carries has no core of its own, so that it takes
-           a thread's share from those that compute and is itself slower by that
+taken      seconds of computing that copying costs, for the thread that carries has no core of its own; for the same
+           reason copies beside T computing threads take 1 + CROWD/T times as long: a message has two ends
+slowest    UNEVEN of what a rank computes: the one that is behind is waited for
 
-EFFICIENCY and AGREEMENTS were measured (docs/distributed.md), OVERHEAD is an assumption that counts from some hundred
-ranks on.
+EFFICIENCY, CROWD and UNEVEN were measured (docs/distributed.md), OVERHEAD is an assumption that counts from some
+hundred ranks on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from .zero import END, Bucket, buckets
 
 EFFICIENCY = 0.9  # of a line's rate that arrives as payload
 OVERHEAD = 20e-6  # seconds of a message at its two ends
+CROWD = 2.0
+UNEVEN = 0.007  # of a rank's computing
 AGREEMENTS = 6  # times a step that all ranks exchange a few numbers
 WIDE = 4  # bytes of a gradient
 
@@ -43,13 +46,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does while messages travel, in seconds; `copying`: bytes/s of one thread from here to there."""
+    """What a rank does, in seconds; messages travel beside the layers of the last of an update's batches."""
 
     forward: float  # of all layers
+    head: float
     backward: float
     update: float  # of the own part
+    batches: int = 1
     threads: int = 1
-    copying: float = 10e9
+    copying: float = 10e9  # bytes/s of one thread from here to there
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Communication:
     gradients_exposed: float = 0.0
     weights_exposed: float = 0.0
     agreements: float = 0.0
+    slowest: float = 0.0
     taken: float = 0.0
 
     @property
@@ -73,7 +79,7 @@ class Communication:
     @property
     def exposed_seconds(self) -> float:
         """How long training waits."""
-        return self.gradients_exposed + self.weights_exposed + self.agreements
+        return self.gradients_exposed + self.weights_exposed + self.agreements + self.slowest
 
 
 def chain(ready: Iterable[float], takes: Iterable[float]) -> list[float]:
@@ -92,7 +98,7 @@ def communication(config: ModelConfig, ranks: int, line: Line, work: Work, mixed
     table, L = PARAMS(config), config.layers
     total, edge = sum(t.size for t in table), sum(t.size for t in table if t.decay)
     sent = (ranks - 1) / ranks
-    crowd = (work.threads + 1) / work.threads
+    crowd = 1 + CROWD / work.threads
 
     def seconds(size: float, moved: float, beside: bool) -> float:
         copied = (crowd if beside else 1.0) / work.copying
@@ -124,5 +130,6 @@ def communication(config: ModelConfig, ranks: int, line: Line, work: Work, mixed
         gradients_exposed=reduced - work.backward,
         weights_exposed=ended - work.update - work.forward,
         agreements=AGREEMENTS * 2 * math.ceil(math.log2(ranks)) * line.latency,
+        slowest=UNEVEN * work.batches * (work.forward + work.head + work.backward),
         taken=(2 * sum(out) + sum(moved) + out[1] / sent) / work.copying / work.threads,
     )
