@@ -8,13 +8,15 @@ the numbers by which ranks agree have a communicator of their own. mpi4py is imp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -296,13 +298,24 @@ def _messages(x: Any) -> list[Any]:
     return [data[i : i + MESSAGE] for i in range(0, data.size, MESSAGE)]
 
 
+@contextlib.contextmanager
+def _own_hangup() -> Iterator[None]:
+    """Within: MPICH begins, which from then on would swallow SIGHUP."""
+    number = getattr(signal, "SIGHUP", None)  # not on Windows
+    before = signal.getsignal(number) if number is not None else None
+    yield
+    if number is not None and before is not None:
+        signal.signal(number, before)
+
+
 def join(options: TrainOptions) -> World | None:
     """The ranks that were started with this one, None if it is the only one.
 
     Raises LlmpyError if there are not as many as somebody thinks.
     """
     try:
-        from mpi4py import MPI
+        with _own_hangup():
+            from mpi4py import MPI
     except ImportError as fault:
         raise LlmpyError("training by several processes needs mpi4py", f"install it: {launch.EXTRA}") from fault
     except RuntimeError as fault:  # mpi4py finds no library
