@@ -50,8 +50,9 @@ def main() -> int:
 
 def heed(handler: Callable[[int, Any], object]) -> None:
     """Have signals that end a program handled so, but for those that are ignored, as of a job in the background."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 

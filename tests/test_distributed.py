@@ -693,19 +693,22 @@ def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
 
 
 @needs_mpi
-def test_sigterm_before_the_first_step_is_told_as_one(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", None)])
+def test_a_signal_before_the_first_step_is_told_as_one(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Of rank 0, that the launching process hands the signal to: no rank has died."""
     run = tmp_path / "run"
+    if number is None or signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("there is no such signal here, as under nohup")
     words = [*command(*told(text, run)), "--steps", "1000000", "--ranks", "2"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (run / "run.lock").exists():
         time.sleep(0.002)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     assert [line for line in error.splitlines() if line.startswith("llmpy: error")] == [
-        "llmpy: error: stopped by SIGTERM"
+        f"llmpy: error: stopped by {number.name}"
     ]
     assert not run.exists()
 

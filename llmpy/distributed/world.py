@@ -8,14 +8,16 @@ the numbers by which ranks agree have a communicator of their own. mpi4py is imp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -296,6 +298,16 @@ def _messages(x: Any) -> list[Any]:
     return [data[i : i + MESSAGE] for i in range(0, data.size, MESSAGE)]
 
 
+@contextlib.contextmanager
+def _own_hangup() -> Iterator[None]:
+    """Within: MPICH begins, which from then on would swallow SIGHUP."""
+    number = getattr(signal, "SIGHUP", None)  # not on Windows
+    before = signal.getsignal(number) if number is not None else None
+    yield
+    if number is not None and before is not None:
+        signal.signal(number, before)
+
+
 def _mpi() -> Any:
     """mpi4py's module, initialised. Raises LlmpyError if it is not there, or not the launcher's."""
     try:
@@ -314,7 +326,8 @@ def _mpi() -> Any:
             "use the mpiexec of the same MPI",
         )
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with _own_hangup():
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
     return MPI
 
 
