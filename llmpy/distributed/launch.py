@@ -98,15 +98,15 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         environment = {**os.environ, **environment, PARENT: f"{os.getpid()}:{folder}"}
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which hands it on.
         launchers: list[subprocess.Popen[bytes]] = []
-        with _handing_on(folder, launchers):
+        with _handing_on(folder, launchers) as handed:
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             launchers.append(process)
             if _word(folder, "stopped"):  # while it was being started
                 _end(process)
             dead = _first_death(folder, process, ranks)
         code, fault, stopped = _word(folder, "code"), _word(folder, "fault"), _word(folder, "stopped")
-        if stopped and (dead is not None or fault or not code):
-            raise Stopped(int(stopped))
+        if stopped and handed and (dead is not None or fault or not code):
+            raise Stopped(handed[-1])
         if dead is not None:
             fault = f"rank {dead[0]} (process {dead[1]}) has died" + _word(folder, "hint")
         elif not fault and not code:
@@ -157,19 +157,19 @@ def _first_death(folder: Path, process: subprocess.Popen[bytes], ranks: int) -> 
 
 @contextlib.contextmanager
 def _handing_on(folder: Path, launchers: list[subprocess.Popen[bytes]]) -> Any:
-    """Within: signals go to the first rank, which tells the others; before it has begun they end all at once.
+    """Within: signals go to the first rank, which tells the others; before it has begun they end all at once. Gives the
+    list of those that came.
 
-    The word of those that end the ranks at once is left here: also of any after the first but SIGHUP, see
-    `trainer.stop_signals`.
+    That they ended the ranks at once is left here as a word: by a rank that has nothing to save yet, or, for it cannot,
+    of any signal after the first but SIGHUP (see `trainer.stop_signals`). A launcher sends ranks signals of its own.
     """
-    asked = False
+    handed: list[int] = []
 
     def hand_on(number: int, _frame: Any) -> None:
-        nonlocal asked
-        at_once = asked and signal.Signals(number).name != "SIGHUP"
+        at_once = bool(handed) and signal.Signals(number).name != "SIGHUP"
+        handed.append(number)
         try:
             os.kill(int((folder / "rank-0").read_text()), number)
-            asked = True
         except (OSError, ValueError):
             at_once = True
             for process in launchers:
@@ -180,7 +180,7 @@ def _handing_on(folder: Path, launchers: list[subprocess.Popen[bytes]]) -> Any:
     numbers = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     before = {getattr(signal, n): signal.signal(getattr(signal, n), hand_on) for n in numbers}
     try:
-        yield
+        yield handed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
