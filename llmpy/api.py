@@ -54,6 +54,7 @@ class GPT2:
         self.trained_length = trained_length  # positions beyond are untrained, and texts slide
         self.parameters: dict[str, np.ndarray] = {t.name: net.ops.to_host(view) for t, view in net.params.items()}
         self._net = net
+        self._untrained = False
         self._shape = (0, 0)
 
     @classmethod
@@ -84,7 +85,9 @@ class GPT2:
         net = gpt2.GPT2(config, machine or _machine(threads, dtype))
         initialise(net.params, config, seed)
         net.store_weights()
-        return cls(net, tokenizer, config.context)
+        model = cls(net, tokenizer, config.context)
+        model._untrained = True
+        return model
 
     def store_weights(self) -> None:
         """Renew what products read from `parameters`; to be called after writing to them."""
@@ -281,6 +284,8 @@ class Trainer:
                 )
         elif model:
             told["model"] = model
+        if isinstance(data, list | tuple) and data and isinstance(data[0], int | np.integer):
+            data = np.asarray(data)
         self._parts = _parts(data) if isinstance(data, np.ndarray) else {}  # files of the run, and tokens in memory
         if data is not None and not isinstance(data, np.ndarray):
             told["data"] = [data] if isinstance(data, str | Path) else list(data)
@@ -314,9 +319,9 @@ class Trainer:
             train(options, self._machine, folder)
         self.folder = folder.path
         if model is not None:
-            (folder / START_FILE).unlink(missing_ok=True)
             checkpoint.load_parameters(folder / MODEL_FILE, model._net.params)
             model.store_weights()
+            model.trained_length, model._untrained = checkpoint.read_header(folder / MODEL_FILE).trained_length, False
         return self
 
     def _put_in(self, folder: RunFolder) -> TrainOptions:
@@ -326,7 +331,7 @@ class Trainer:
         told = {name: getattr(self.options, name) for name in self.options.given}
         if (model := self._trained) is not None:
             told["init"] = str((folder / START_FILE).absolute())
-            checkpoint.save(folder / START_FILE, model._net, model.trained_length)
+            checkpoint.save(folder / START_FILE, model._net, 1 if model._untrained else model.trained_length)
             if model.tokenizer is not None:
                 model.tokenizer.save(folder / TOKENIZER_FILE)
         if self._parts:

@@ -97,7 +97,8 @@ def read_score(path: Path) -> Score | None:
     with opened(path) as file:
         about = json.loads(file.metadata()[KEY])
     try:
-        return Score(int(about["step"]), float(about["val_loss"]), str(about["measured_on"]))
+        measured_on = str(about.get("measured_on", "what an earlier version took"))
+        return Score(int(about["step"]), float(about["val_loss"]), measured_on)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -175,7 +176,7 @@ def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray],
     def read(piece: tuple[str, np.ndarray, int]) -> None:
         name, part, offset = piece
         numbers: Any = part if part.dtype == np.float32 else np.empty(part.size, np.float32)
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             file.seek(offset)
             if file.readinto(memoryview(numbers).cast("B")) != numbers.nbytes:
                 raise _damaged(path, f"{name} is cut off")

@@ -68,7 +68,8 @@ def ACTS(
     """Every activation, and in training what backward needs besides.
 
     Training keeps those of all layers; evaluation has one place for each, which the layers use in turn. So has training
-    for what backward computes once more in the last `recomputed` layers, by default all:
+    for what backward computes once more in the last `recomputed` layers, by default all (of fewer, the last one's is
+    still there):
 
     `recompute` 1: the GELU's output, a quarter of all activations;  2: also the LayerNorms' outputs.
     """
@@ -258,7 +259,8 @@ class GPT2:
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
         """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
         ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
-        first = c.layers - self.recomputed  # of the layers that compute some activations again
+        first = c.layers - self.recomputed  # of the layers that compute some activations again, up to `stop`
+        stop = c.layers - (first > 0)
         assert g is not None
         dresid = a.dresid_stored if self.mixed else a.dresid  # as an operand of products
         ops.classifier(a.losses, a.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
@@ -267,13 +269,13 @@ class GPT2:
         ops.layernorm_backward(a.dresid, g.ln_f_w, g.ln_f_b, a.dln, *final, p.ln_f_w, acc)
         for l in reversed(range(c.layers)):
             mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
-            if self.recompute >= 1 and l >= first:
+            if self.recompute >= 1 and first <= l < stop:
                 ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
             ops.narrow(dresid, a.dresid)
             d = g.mlp_proj_w[l], g.mlp_proj_b[l]
             ops.linear_backward(a.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
             stats = a.ln_2_mean[l], a.ln_2_rstd[l]
-            if self.recompute >= 2 and l >= first:
+            if self.recompute >= 2 and first <= l < stop:
                 ops.layernorm_forward(ln_2, *stats, a.resid_mid[l], p.ln_2_w[l], p.ln_2_b[l])
             d = g.mlp_fc_w[l], g.mlp_fc_b[l]
             ops.linear_backward(a.dln, *d, a.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
@@ -284,7 +286,7 @@ class GPT2:
             ops.linear_backward(a.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
             ops.attention_backward(a.dqkv, a.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
             stats = a.ln_1_mean[l], a.ln_1_rstd[l]
-            if self.recompute >= 2 and l >= first:
+            if self.recompute >= 2 and first <= l < stop:
                 ops.layernorm_forward(ln_1, *stats, a.resid[l], p.ln_1_w[l], p.ln_1_b[l])
             d = g.attn_qkv_w[l], g.attn_qkv_b[l]
             ops.linear_backward(a.dln, *d, a.dqkv, ln_1, w.attn_qkv_w[l], None, acc)

@@ -1,7 +1,7 @@
 """Where NaN or infinity first arose in a step, read from the arenas that the step left behind.
 
 They are searched in the order in which they were written: parameters, activations layer by layer, gradients from the
-last layer back to the first. What is kept for one layer only shows that of the last one.
+last layer back to the first.
 """
 
 from __future__ import annotations
@@ -52,16 +52,15 @@ def _by_layer(arena: Arena | None, layers: int, backwards: bool = False) -> Iter
 
 
 def _activations(arena: Arena, layers: int) -> Iterator[tuple[str, int | None, Any]]:
-    """Name, layer and values in the order of forward; of those kept for one layer, with the last."""
-    per_layer = [
-        (t.name, x) for t, x in arena.items() if len(t.shape) > 1 and t.name not in ("resid_out", "branch", "ln_f")
-    ]
+    """Name, layer and values in the order of forward, of what is still there when the step has ended.
+
+    What shares memory is not, nor are the last layers of what is computed again in backward.
+    """
+    per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and not t.steps]
     order = ("resid", "ln_1", "ln_1_mean", "ln_1_rstd", "qkv", "attn_stats", "attn_out", "resid_mid")
     per_layer.sort(key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     for l in range(layers):
         for name, x in per_layer:
-            if x.shape[0] == layers:
+            if l < x.shape[0]:
                 yield name, l, x[l]
-            elif l == layers - 1:
-                yield name, l, x[0]
-    yield from ((name, None, getattr(arena, name)) for name in ("resid_out", "ln_f", "losses"))
+    yield from ((name, None, getattr(arena, name)) for name in ("ln_f_mean", "ln_f_rstd", "losses"))

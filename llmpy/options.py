@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -686,7 +687,8 @@ def converted(options: type, name: str, value: Any) -> Any:
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise LlmpyError(f"option {name}: {value!r} is no {kind.__name__}", "give it as for the flag") from None
+        what = f"option {name}: {reprlib.repr(value)} is no {kind.__name__}"
+        raise LlmpyError(what, "give it as for the flag") from None
 
 
 def read_yaml(options: type, path: Path) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def step_parts(
     config: ModelConfig, B: int, T: int, recompute: int, mixed: bool, recomputed: int | None = None
 ) -> list[Part]:
     """Every call of `GPT2.loss_and_grads` on (B, T), and of the optimizer."""
-    again = config.layers if recomputed is None else min(recomputed, config.layers)
+    every = recomputed is None or recomputed >= config.layers
+    again = config.layers if every else max(0, cast(int, recomputed) - 1)  # see ACTS
     L, C, NH = config.layers, config.channels, config.heads
     rows = Case(B, T, C=C)
     embedding = Case(B, T, C=C, V=config.vocab_size, Vp=config.padded_vocab_size)
@@ -161,10 +162,11 @@ def measure_copying() -> float:
 
 @dataclass(frozen=True)
 class Timed:
-    """A batch and an update of one machine: (part, seconds of all its calls), the rates they hold for."""
+    """A batch and an update of one machine: (part, seconds of all its calls), and the rates they hold for."""
 
     parts: list[tuple[Part, float]]
     rates: Rates
+    copying: float  # bytes/s of the thread that carries messages
 
     def of(self, *, stage: str = "", kind: str = "") -> float:
         """Seconds of the parts of a stage, or of a kind."""
@@ -178,7 +180,8 @@ def time_batch(config: ModelConfig, o: PlanOptions, ops: Meter) -> Timed:
     seconds, here = measure(ops, parts)
     there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth, here.steady)
     slower = here.peak / there.peak, here.bandwidth / there.bandwidth
-    return Timed([(part, s * slower[part.op not in FLOPS]) for part, s in zip(parts, seconds, strict=True)], there)
+    counted = [(part, s * slower[part.op not in FLOPS]) for part, s in zip(parts, seconds, strict=True)]
+    return Timed(counted, there, measure_copying() / slower[1] if o.nodes > 1 else math.inf)
 
 
 def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed, gathered: int) -> Communication:
@@ -191,7 +194,7 @@ def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed, gath
         update=timed.of(stage="update") / o.nodes,
         batches=gathered,
         threads=ops.threads,
-        copying=measure_copying() if o.nodes > 1 else math.inf,
+        copying=timed.copying,
     )
     return communication(config, o.nodes, line, work, ops.dtype != ops.wide)
 

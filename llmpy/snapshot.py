@@ -25,7 +25,7 @@ from .journal import Journal
 from .nonfinite import all_finite
 from .optimizer import AdamW
 from .rng import MT19937, MTState
-from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE
+from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE
 
 RETRIES_AN_INTERVAL = 10  # attempts after a failure until the next checkpoint would have been due
 
@@ -129,8 +129,11 @@ class Keeper:
         Raises LlmpyError, which says what is kept, if the disk refuses.
         """
         self.close()
-        if self.last == step:
-            return
+        if self.last != step:
+            self._write_last(step, state, position)
+        (self.run / START_FILE).unlink(missing_ok=True)  # from here on checkpoints say what the run goes on from
+
+    def _write_last(self, step: int, state: dict[str, Any], position: Position) -> None:
         host = self.model.ops.to_host
         moments = [host(self.optimizer.m), host(self.optimizer.v)]
         files = self._files(host(self.model.params.buffer), moments, position)

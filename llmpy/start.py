@@ -130,7 +130,7 @@ def begin(
     """
 
     def check(model: str, config: ModelConfig | None) -> None:
-        if faults := problems(replace(options, model=model), folder, ops, config):
+        if faults := problems(replace(options, model=model), folder, ops, config, beside):
             raise together(faults)
 
     start, state, init = None, None, options.init

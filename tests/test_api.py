@@ -17,7 +17,7 @@ from laptop import TINY, Laptop
 from samples import WRITERS, in_memory, with_tokenizer
 
 import llmpy
-from llmpy import GPT2, LlmpyError, Tokenizer, Trainer
+from llmpy import GPT2, LlmpyError, Tokenizer, Trainer, checkpoint
 from llmpy.config import ModelConfig
 from llmpy.data.shards import write_shard
 from llmpy.formats import open_model
@@ -293,8 +293,11 @@ def test_a_run_of_a_model_in_memory_that_is_killed_at_once_goes_on(text: Path, t
         with pytest.raises(Killed):
             run(name, Dying())
     whole = run("whole", Laptop())
-    assert not (tmp_path / "whole" / "start.safetensors").exists()
     assert train(TrainOptions(resume=Path("killed")), Laptop()) == 0
+    for name in ("whole", "killed"):
+        assert not (tmp_path / name / "start.safetensors").exists()
+        assert checkpoint.read_header(tmp_path / name / "model.safetensors").trained_length == SMALL["sequence_length"]
+    assert whole.trained_length == SMALL["sequence_length"]
     again = run("again", Laptop(), auto_resume=True)
     for name, p in whole.parameters.items():
         assert np.array_equal(GPT2.load("killed", machine=Laptop()).parameters[name], p)
@@ -310,6 +313,7 @@ def test_tokens_in_memory_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ids = np.random.default_rng(0).integers(0, 300, 2000)
     told = {**SMALL, "vocab_size": 300, "machine": Laptop()}
     run = Trainer("d1", data=ids, out="memory", **told).run(verbose=False)
+    assert Trainer("d1", data=ids.tolist(), out="list", **told).run(verbose=False).curve() == run.curve()
     write_shard(tmp_path / "all.bin", ids)
     assert Trainer("d1", data=tmp_path / "all.bin", out="file", **told).run(verbose=False).curve() == run.curve()
     (tmp_path / "all.bin").unlink()

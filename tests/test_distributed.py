@@ -561,14 +561,13 @@ def test_ctrl_c_stops_all_ranks_after_a_step(text: Path, tmp_path: Path) -> None
 @needs_mpi
 def test_ranks_end_with_who_started_them(text: Path, tmp_path: Path) -> None:
     """Also where that one is dead and nobody took notice, for whoever would waits for the end of the output."""
-    words = [*command(*told(text, tmp_path / "run")), "--steps", "1000000", "--ranks", "2", "--eval-every", "0"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step     3"):
-            process.kill()
-            break
-    process.communicate(timeout=30)
+    with endless(text, tmp_path / "run", "--ranks", "2") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step     3"):
+                process.kill()
+                break
+        process.communicate(timeout=30)
     assert len(checkpoint.listed(tmp_path / "run" / "checkpoints")) > 0
 
 
@@ -699,13 +698,13 @@ def test_a_signal_before_the_first_step_is_told_as_one(text: Path, tmp_path: Pat
     run = tmp_path / "run"
     if number is None or signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip("there is no such signal here, as under nohup")
-    words = [*command(*told(text, run)), "--steps", "1000000", "--ranks", "2"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (run / "run.lock").exists():
-        time.sleep(0.002)
-        assert process.poll() is None
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    with endless(text, run, "--ranks", "2") as process:
+        until = time.monotonic() + 60
+        while not (run / "run.lock").exists():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert [line for line in error.splitlines() if line.startswith("llmpy: error")] == [
         f"llmpy: error: stopped by {number.name}"
@@ -715,13 +714,14 @@ def test_a_signal_before_the_first_step_is_told_as_one(text: Path, tmp_path: Pat
 
 @needs_mpi
 def test_sigterm_before_there_are_ranks_is_told_as_one(text: Path, tmp_path: Path) -> None:
-    words = [*command(*told(text, tmp_path / "run")), "--steps", "1000000", "--ranks", "2"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not psutil.Process(process.pid).children():
-        time.sleep(0.002)
-    time.sleep(0.1)  # for it to look after its child
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    with endless(text, tmp_path / "run", "--ranks", "2") as process:
+        until = time.monotonic() + 60
+        while not psutil.Process(process.pid).children():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.002)
+        time.sleep(0.1)  # for it to look after its child
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "llmpy: error: stopped by SIGTERM" in error.splitlines()
     assert not (tmp_path / "run").exists()

@@ -56,19 +56,24 @@ class Faulty(Laptop):
         ("attention_forward", 2, 0, "the activation attn_out of layer 1"),
         ("linear_forward", 1, 0, "the activation qkv of layer 0"),
         ("embedding_forward", 1, 0, "the activation resid of layer 0"),
+        ("residual_layernorm_forward", 4, 1, "the activation losses"),
         ("linear_backward", 1, 1, "the gradient of mlp_proj_w of layer 1"),
+        ("linear_backward", 1, 0, "the gradient of mlp_fc_b of layer 1"),
+        ("attention_backward", 1, 0, "the gradient of attn_qkv_b of layer 1"),
+        ("layernorm_backward", 2, 0, "the gradient of attn_proj_b of layer 1"),
         ("linear_backward", 6, 1, "the gradient of mlp_fc_w of layer 0"),
         ("embedding_backward", 1, 1, "the gradient of wpe"),
     ],
 )
 def test_an_operation(operation: str, number: int, output: int, said: str) -> None:
-    model = GPT2(TINY, Laptop())
-    initialise(model.params, TINY)
-    model.reserve(2, 8, training=True)
-    model.ops = Faulty(operation, number, output)
-    with np.errstate(invalid="ignore"):
-        model.loss_and_grads(TOKENS, TOKENS)
-    assert origin(model, 2, 8) == said
+    for recompute, layers in [(0, None), (1, None), (2, None), (2, 1), (1, 2)]:
+        model = GPT2(TINY, Laptop(), recompute, layers)
+        initialise(model.params, TINY)
+        model.reserve(2, 8, training=True)
+        model.ops = Faulty(operation, number, output)
+        with np.errstate(invalid="ignore"):
+            model.loss_and_grads(TOKENS, TOKENS)
+        assert origin(model, 2, 8) == said
 
 
 def test_nothing() -> None:

@@ -35,6 +35,7 @@ from llmpy.preflight import (
     memory_of,
     problems,
 )
+from llmpy.start import begin
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
 
@@ -211,6 +212,8 @@ def test_of_several_ranks_each_has_its_share_of_memory(tmp_path: Path, monkeypat
 
     assert checked(4 * needed) == ""
     assert "of memory" in checked(4 * needed - 4)
+    with pytest.raises(LlmpyError, match="of memory"):
+        begin(replace(told, vocab_size=512), tmp_path, Laptop(), print, beside=4)
 
 
 def test_what_an_earlier_life_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

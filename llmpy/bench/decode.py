@@ -22,12 +22,13 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from .. import backend, checkpoint
+from ..arena import Arena
 from ..config import ModelConfig
 from ..decode import Decoder
 from ..errors import LlmpyError
 from ..formats import native
 from ..generate import Choice, check_memory, choose, generate
-from ..gpt2 import GPT2
+from ..gpt2 import GPT2, PARAMS
 from ..init import initialise
 from ..options import DecodeOptions
 from ..preflight import Machine
@@ -66,10 +67,10 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
     with tempfile.TemporaryDirectory(prefix="llmpy-decode-") as folder:
         path = Path(folder, MODEL_FILE)
-        made = GPT2(config, ops)
-        initialise(made.params, config)
-        checkpoint.save(path, made, config.context)
-        del made
+        params = Arena(PARAMS(config), np.empty, np.float32)
+        initialise(params, config)
+        checkpoint.write_model(path, config, config.context, params.buffer)
+        del params
         model = load(path, ops)
         first = time_first_token(path, np.dtype(ops.dtype).name, ops.threads, o.prompt_tokens)
     decoder = Decoder(model, o.batch_size, max(length, o.prefill))

@@ -159,6 +159,7 @@ def _listing(repository: str, folder: str, say: Say) -> list[dict[str, Any]]:
     """
     path = data_cache() / "raw" / repository.replace("/", "--") / "listing.json"
     fresh = path.with_name(f"listing.{os.getpid()}.json")  # another process may ask too
+    fresh.unlink(missing_ok=True)
     try:
         fetch(f"{hub()}/api/datasets/{repository}/tree/main/{folder}", fresh, say=say)
         found = _parquet_files(fresh, f"{repository}/{folder}")

@@ -198,6 +198,8 @@ def _workplace(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     work = folder.with_name(f".{folder.name}.tmp")
     try:
+        if work.exists():  # of a process that was killed
+            shutil.rmtree(work)
         work.mkdir()
         yield work
         if folder.exists():

@@ -190,7 +190,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the launcher and all below it. Told by it, ranks that MPI is bringing together may wait for ever for those
     that were faster to end.
     """
-    family = [psutil.Process(process.pid)] if process.poll() is None else []
+    family = []
+    with contextlib.suppress(psutil.Error):  # it may end at any moment
+        family = [psutil.Process(process.pid)] if process.poll() is None else []
     for one in family:  # which grows meanwhile: who is stopped starts nobody else
         with contextlib.suppress(psutil.Error):
             one.suspend()
