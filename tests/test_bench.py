@@ -42,7 +42,7 @@ class Meter(Laptop):
     def measure_bandwidth(self) -> float:
         return 20.0
 
-    def measure_reading(self) -> float:
+    def measure_reading(self, x: object) -> float:
         return 16.0
 
 

@@ -1,7 +1,7 @@
 """`llmpy bench decode`: generation against what the machine allows, all measured in one run.
 
-decode     a token reads every matrix once: bytes a token · tokens/s against a stream that only reads. (A triad
-           moves more bytes a second where reads and writes overlap; nothing that only reads can. Both are told.)
+decode     a token reads every matrix once: bytes a token · tokens/s against a stream that only reads, the same bytes.
+           (A triad moves more bytes a second where reads and writes overlap; nothing that only reads can. Both are told.)
 prefill    FLOPs a second of a long prompt against the peak of multiply-adds
 first      a process that starts, loads the model from disk and says its first token, kernels compiled before
 
@@ -49,8 +49,8 @@ class Reader(Machine, Protocol):
     def measure_bandwidth(self) -> float:
         """GB/s of a triad far larger than the caches over all threads, measured now."""
 
-    def measure_reading(self) -> float:
-        """GB/s of reading far more than the caches hold over all threads, measured now."""
+    def measure_reading(self, x: Any) -> float:
+        """GB/s of reading x (n,), far more than the caches hold, over all threads, measured now."""
 
 
 def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def time_tokens(
     reading, triad, times = [], [], []
     for n in range(-WARM_TOKENS, count + 1):
         if n >= 0 and n % TOKENS_A_PEAK == 0 or n == count:
-            reading.append(ops.measure_reading())
+            reading.append(ops.measure_reading(decoder.matrices.buffer))
             triad.append(ops.measure_bandwidth())
         if n == count:
             break

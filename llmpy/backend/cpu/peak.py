@@ -141,8 +141,11 @@ def read(threads, sink, a):
 
 
 def measure_reading(threads: int, sink: np.ndarray, a: np.ndarray, seconds: float = 0.3) -> float:
-    """GB/s (10⁹ bytes) of reading a float32 (STREAM,) on `threads` threads: the median pass of `seconds`."""
-    a.fill(1)  # touches every page
+    """GB/s (10⁹ bytes) of reading a float32 (n,) on `threads` threads: the median pass of `seconds`.
+
+    sink: (≥ ceil(n/READ_BLOCK),) float32. It is the rate of these very pages: others of the same machine, which may
+    lie elsewhere, are read half as fast or twice (dev/LOG.md).
+    """
     read(threads, sink, a)  # compiles, or loads what was compiled
     rates: list[float] = []
     stop = time.perf_counter() + seconds
