@@ -1,7 +1,7 @@
 """`llmpy bench decode`: generation against what the machine allows, all measured in one run.
 
 decode     a token reads every matrix once: bytes a token · tokens/s against a stream that only reads, the same bytes.
-           (A triad moves more bytes a second where reads and writes overlap; nothing that only reads can. Both are told.)
+           (A triad moves more a second where reads and writes overlap; nothing that only reads can. Both are told.)
 prefill    FLOPs a second of a long prompt against the peak of multiply-adds
 first      a process that starts, loads the model from disk and says its first token, kernels compiled before
 
