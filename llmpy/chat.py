@@ -108,14 +108,17 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
 
 
 def answer(pieces: Iterator[str]) -> str:
-    """Print an answer as it comes, up to Ctrl-C; what was said of it."""
-    said: list[str] = []
+    """Print an answer as it comes, up to Ctrl-C, without blank lines at its end; what was said of it."""
+    said, blank = "", ""
     with contextlib.suppress(KeyboardInterrupt):
         for piece in pieces:
-            said.append(piece)
-            print(piece, end="", flush=True)
+            text = blank + piece
+            whole = text.rstrip()
+            blank = text[len(whole) :]
+            said += whole
+            print(whole, end="", flush=True)
     print(flush=True)
-    return "".join(said).strip()
+    return said.strip()
 
 
 def next_message(ask: Callable[[], str], talk: Talk) -> str | None:

@@ -15,6 +15,15 @@ def command(*words: object) -> str:
     return " ".join([called(), *(shlex.quote(str(word)) for word in words)])
 
 
+def install(*what: str) -> str:
+    """How to install packages for this Python, whichever other the shell would find."""
+    import shutil
+
+    found = shutil.which("python")
+    ours = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
+    return f"{'python' if ours else shlex.quote(sys.executable)} -m pip install {' '.join(map(shlex.quote, what))}"
+
+
 def called() -> str:
     """`llmpy`, or the path that it was started by where the shell would not find it, or find another, by that name."""
     import shutil  # here: the command line uses this module and must not wait for it

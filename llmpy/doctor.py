@@ -31,7 +31,7 @@ from . import __version__, backend
 from .bench.ops import Meter
 from .bench.peers import cpu_name
 from .cache import data_cache, user_cache
-from .command import command
+from .command import command, install
 from .config import ModelConfig
 from .distributed import launch
 from .download import hub
@@ -115,7 +115,7 @@ def packages() -> Iterator[Check]:
     try:
         wanted = importlib.metadata.requires("llmpy") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check("packages", NOTE, "llm.py runs from its sources, uninstalled", "python -m pip install -e .")
+        yield Check("packages", NOTE, "llm.py runs from its sources, uninstalled", install("-e", "."))
         return
     groups: dict[str, list[tuple[str, str]]] = {"": []}
     for line in wanted:
@@ -123,10 +123,10 @@ def packages() -> Iterator[Check]:
             groups.setdefault(match[3] or "", []).append((match[1], match[2]))
     groups.setdefault("trackers", []).extend((p, "") for p in PACKAGES.values() if p != PACKAGES["tensorboard"])
     have = {name: version(name) for names in groups.values() for name, _ in names}
-    missing = [f"'{name}{bound}'" for name, bound in groups[""] if not have[name]]
+    missing = [f"{name}{bound}" for name, bound in groups[""] if not have[name]]
     found = ", ".join(f"{name} {have[name]}" for name, _ in groups.pop("") if have[name])
     if missing:
-        yield Check("packages", FAULT, f"missing: {', '.join(missing)}", f"python -m pip install {' '.join(missing)}")
+        yield Check("packages", FAULT, f"missing: {', '.join(missing)}", install(*missing))
     else:
         yield Check("packages", OK, found)
     for extra, names in sorted(groups.items()):
@@ -135,7 +135,7 @@ def packages() -> Iterator[Check]:
         there = [f"{name} {have[name]}" for name, _ in names if have[name]]
         absent = [name for name, _ in names if not have[name]]
         text = ", ".join(there + [f"{name} is not installed" for name in absent])
-        fix = f"if you want it: python -m pip install {' '.join(absent)}" if absent else ""
+        fix = f"if you want it: {install(*absent)}" if absent else ""
         yield Check(f"extra {extra}", NOTE if absent and not there else OK, text, fix if not there else "")
 
 
@@ -338,7 +338,7 @@ def mpi() -> Iterator[Check]:
         return
     if tried.returncode:
         last = (tried.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        fix = "install its library: python -m pip install mpich, or module load your cluster's MPI"
+        fix = f"install its library: {install('mpich')}, or module load your cluster's MPI"
         yield Check("MPI", NOTE, f"mpi4py {package} cannot load MPI: {last}", fix)
         return
     found = f"mpi4py {package}, {tried.stdout.splitlines()[0].strip()}, {launcher or 'no mpiexec'}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .command import install
 from .errors import LlmpyError
 from .runfolder import EVENTS
 
@@ -77,6 +78,4 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(PACKAGES[name])
     except ImportError:
-        raise LlmpyError(
-            f"--track {name} needs the package {PACKAGES[name]}", f"pip install {PACKAGES[name]}"
-        ) from None
+        raise LlmpyError(f"--track {name} needs the package {PACKAGES[name]}", install(PACKAGES[name])) from None

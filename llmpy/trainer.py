@@ -126,6 +126,7 @@ class Trainer:
         self._logs: dict[str, int] = {}  # bytes of the logs after the last step: what came since comes again on resume
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
+        self._doubted = False  # whether that was told of the peak
         self._rate = 0.0
         self._spent = 0.0  # seconds in steps, for their mean
         self._untimed = 0  # of the steps done: those of llm.c, before this run
@@ -239,6 +240,9 @@ class Trainer:
             told = ", ".join(f"{file} {sample}" for file, sample in batches)
             self.journal.say(f"step {self.done}: skipped, for {why}; batches {told}")
         share = self._flops_per_token / 1e9 * tokens / seconds / self.peak
+        if share > 1 and not self._doubted:
+            self._doubted = True
+            self.journal.say("note: more than the measured peak: others were at work when it was measured")
         left = self._left()[1]
         self._record(
             **numbers, ms=1e3 * seconds, tokens_per_s=tokens / seconds, share_of_peak=share, eta_s=left,

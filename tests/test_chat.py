@@ -15,7 +15,7 @@ import pytest
 from laptop import Laptop
 
 from llmpy import GPT2, Tokenizer, cli
-from llmpy.chat import Talk, chat
+from llmpy.chat import Talk, answer, chat
 from llmpy.data.encode import tokenise
 from llmpy.data.records import conversation
 from llmpy.errors import LlmpyError
@@ -179,3 +179,9 @@ def test_a_model_answers_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     chat(ChatOptions(tmp_path / "run", tokens=12, temperature=0, dtype="float32"), lines("ping", "red"))
     assert capsys.readouterr().out.split() == ["pong", "blue"]
+
+
+def test_an_answer_ends_without_blank_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """As training has them between messages; those within it stay."""
+    assert answer(iter(["It is", " 4", "\n", "\nor 5", ".\n\n"])) == "It is 4\n\nor 5."
+    assert capsys.readouterr().out == "It is 4\n\nor 5.\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmpy.cli import main
-from llmpy.command import called, command
+from llmpy.command import called, command, install
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="of names without .exe")
 
@@ -74,3 +74,16 @@ def test_no_message_names_the_program_itself() -> None:
         for line in path.read_text("utf-8").splitlines():
             told = any(f": llmpy {verb}" in line or f":  llmpy {verb}" in line for verb in verbs)
             assert not told or "made by" in line, f"{path}: {line}"
+
+
+def test_packages_are_installed_for_this_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whichever Python the shell would find."""
+    python = tmp_path / "py thon"
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install("llmpy[plot]") == f"'{python}' -m pip install 'llmpy[plot]'"
+    own = tmp_path / "python"
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own))
+    assert install("a", "b>=1") == "python -m pip install a 'b>=1'"

@@ -85,6 +85,17 @@ def test_layout_of_124m() -> None:
     assert list(three) == list(llmc.ORDER)
 
 
+def test_hugging_face_keeps_how_far_positions_are_trained(tmp_path: Path) -> None:
+    source = in_memory()
+    context = source.config.context
+    huggingface.write_model(tmp_path, replace(source, trained_length=context - 3), "float32")
+    assert open_model(tmp_path).trained_length == context - 3
+    about = json.loads((tmp_path / "config.json").read_text())
+    for wrong in (0, context + 1, "7", None):
+        (tmp_path / "config.json").write_text(json.dumps({**about, huggingface.TRAINED: wrong}))
+        assert open_model(tmp_path).trained_length == context
+
+
 def test_names_and_transposes_of_hugging_face(tmp_path: Path) -> None:
     source = in_memory()
     huggingface.write_model(tmp_path, source, "float32")

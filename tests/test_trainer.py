@@ -163,6 +163,13 @@ def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys:
     assert tokenizer.vocab_size == header.config.vocab_size
 
 
+def test_a_peak_that_was_measured_too_low_is_told_once(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = Laptop()
+    machine.measure_peak = lambda: 1e-9  # type: ignore[method-assign]
+    assert trainer.train(options(), machine) == 0
+    assert capsys.readouterr().out.count("more than the measured peak") == 1
+
+
 def test_it_learns_and_the_result_can_be_sampled(options: Options, tmp_path: Path) -> None:
     assert trainer.train(options(steps=60, lr=1e-2), Laptop()) == 0
     losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]

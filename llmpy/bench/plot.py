@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ..command import install
 from ..durable import write_whole
 from ..errors import LlmpyError
 
@@ -15,7 +16,7 @@ COLOURS = {"float32": "#7aa6c2", "bfloat16": "#e0a458"}
 def check(path: Path) -> None:
     """Raise LlmpyError, before anything is measured, if no picture could be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise LlmpyError("--plot needs matplotlib", "pip install 'llmpy[plot]'")
+        raise LlmpyError("--plot needs matplotlib", install("llmpy[plot]"))
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise LlmpyError(f"--plot {path}", "use a name that ends in .png, .svg or .pdf")
 

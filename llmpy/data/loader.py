@@ -128,7 +128,7 @@ class Loader:
         if not fits or not 0 <= position.sample <= position.sample_order.size:
             raise LlmpyError(
                 "the saved place in the data does not fit these token shards and this batch size",
-                "continue with the same data, -B, -T and number of processes",
+                "continue with the same --data, -B, -T and number of processes",
             )
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..command import install
 from ..errors import LlmpyError
 from ..inputs import regular
 
@@ -117,7 +118,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         from pyarrow import parquet
     except ImportError:
         raise LlmpyError(
-            f"{path} is parquet, which needs the pyarrow library", "install it: pip install 'llmpy[parquet]'"
+            f"{path} is parquet, which needs the pyarrow library", f"install it: {install('llmpy[parquet]')}"
         ) from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from ..command import install
 from ..errors import LlmpyError, Stopped
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
@@ -35,7 +36,7 @@ TASKS = (
     OPEN_MPI, "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
 )  # fmt: skip
 LOOK = 0.2  # seconds
-EXTRA = "pip install 'llmpy[mpi]'"
+EXTRA = install("llmpy[mpi]")
 
 
 def tasks(environment: Mapping[str, str] = os.environ) -> int:

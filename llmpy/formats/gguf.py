@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..command import install
 from ..durable import write_whole
 from ..errors import LlmpyError
 from ..ranks import LLAMA3
@@ -48,7 +49,7 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     try:
         import gguf
     except ImportError:
-        raise LlmpyError("writing GGUF needs the gguf library", "pip install 'llmpy[gguf]'") from None
+        raise LlmpyError("writing GGUF needs the gguf library", install("llmpy[gguf]")) from None
     c = source.config
     kinds = {name: dtype if t.decay and name != "wpe" else "float32" for name, t in _table(source).items()}
 

@@ -50,6 +50,7 @@ HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files carry along
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What our GPT-2 is; a file that says otherwise is another model. Left out, each has this value.
+TRAINED = "llmpy_trained_length"  # positions beyond are untrained; other programs pass it over
 FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -66,7 +67,7 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
 
     Raises LlmpyError for another kind of model, and for files that are missing or damaged.
     """
-    config = _read_config(folder / CONFIG_FILE)
+    config, trained_length = _read_config(folder / CONFIG_FILE)
     where = _find_tensors(folder, weights, config)
     prefix = PREFIX if PREFIX + NAMES["wte"][0] in where else ""
     expected = dict(_theirs(config, prefix))
@@ -108,7 +109,7 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
         raise LlmpyError(f"{folder} has a head of its own ({HEAD} is not wte)", "only tied heads are known here")
     tokenizer = folder / TOKENIZER_FILE
     what = "GPT-2 of Hugging Face"
-    return Source(folder, what, config, dtype, config.context, read, tokenizer if tokenizer.is_file() else None)
+    return Source(folder, what, config, dtype, trained_length, read, tokenizer if tokenizer.is_file() else None)
 
 
 def write_model(folder: Path, source: Source, dtype: str) -> None:
@@ -157,6 +158,7 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
             "eos_token_id": eot,
             "dtype": dtype,
             "llmpy_version": __version__,
+            TRAINED: source.trained_length,
         },
     )
 
@@ -177,8 +179,8 @@ def copy_tokenizer(source: Path, target: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_config(path: Path) -> ModelConfig:
-    """The shape that a config.json says, if it is our GPT-2."""
+def _read_config(path: Path) -> tuple[ModelConfig, int]:
+    """The shape that a config.json says, if it is our GPT-2, and the length that it was trained at."""
     about = read_json(path, JSON_AT_MOST)
     if about.get("model_type") != "gpt2":
         raise LlmpyError(f"{path} is of a model {about.get('model_type')!r}, not of gpt2", "give a GPT-2 model")
@@ -193,7 +195,9 @@ def _read_config(path: Path) -> ModelConfig:
     if about.get("n_inner") not in (None, 4 * channels):
         raise LlmpyError(f"{path}: n_inner is {about['n_inner']!r}, and GPT-2 has 4 * n_embd", "give another model")
     try:
-        return ModelConfig(layers, heads, channels, context, vocab_size)
+        trained = about.get(TRAINED)
+        known = type(trained) is int and 0 < trained <= context
+        return ModelConfig(layers, heads, channels, context, vocab_size), trained if known else context
     except LlmpyError as fault:
         raise damaged(path, str(fault)) from fault
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..command import install
 from ..durable import write_whole
 from ..errors import LlmpyError
 from ..options import PlotOptions
@@ -78,7 +79,7 @@ def need_matplotlib() -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise LlmpyError(
-            "a picture needs matplotlib", "pip install 'llmpy[plot]', or draw with -o FILE.html or --terminal"
+            "a picture needs matplotlib", f"{install('llmpy[plot]')}, or draw with -o FILE.html or --terminal"
         )
 
 
