@@ -15,6 +15,7 @@ import llmpy
 from llmpy import cli
 from llmpy.bench import blas, peers, plot
 from llmpy.bench.peers import Peer, PeerFault, bench_peers
+from llmpy.command import install
 from llmpy.errors import LlmpyError
 from llmpy.options import PeersOptions
 
@@ -235,7 +236,7 @@ def test_a_picture_needs_matplotlib(
 ) -> None:
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", "peers", "--plot", str(tmp_path / "a.png")]) == 1
-    assert capsys.readouterr().err == "llmpy: error: --plot needs matplotlib — pip install 'llmpy[plot]'\n"
+    assert capsys.readouterr().err == f"llmpy: error: --plot needs matplotlib — {install('llmpy[plot]')}\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -108,7 +108,7 @@ def test_a_talk(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[st
         (system + "user: Bye\n\nassistant: ", 40, 9),
     ]
     told = capsys.readouterr()
-    assert told.out == 3 * " I see.\n\n\n"
+    assert told.out == 3 * " I see.\n"
     assert "did you mean /reset?" in told.err
     assert "forget the talk so far" in told.err
     assert "\x1b" not in told.out + told.err
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate("short\n", timeout=60)
     assert process.returncode == 0, err
-    assert out.endswith("\n(word \n")
+    assert out.endswith("\n(word\n")
     assert out.count("word") < 100
     assert "Traceback" not in err
 

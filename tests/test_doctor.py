@@ -16,6 +16,7 @@ import pytest
 from laptop import Laptop
 
 from llmpy import cli, doctor
+from llmpy.command import install
 from llmpy.config import ModelConfig
 from llmpy.doctor import FAULT, NOTE, OK, Check, cgroup_cpus, cgroup_memory
 from llmpy.errors import LlmpyError
@@ -198,7 +199,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
     checks = {check.name: check for check in doctor.packages()}
     assert checks["packages"].state == FAULT
-    assert checks["packages"].fix == "python -m pip install 'no_such_thing>=3'"
+    assert checks["packages"].fix == install("no_such_thing>=3")
     assert checks["extra plot"].state == NOTE
     assert "pip install nor_this" in checks["extra plot"].fix
     assert (checks["extra gguf"].state, checks["extra gguf"].found) == (OK, f"psutil {psutil.__version__}")
