@@ -259,11 +259,11 @@ class RunFolder:
         return held
 
     def _let_go(self) -> None:
-        if self in HELD:
-            HELD.remove(self)
         self._lock.drop()
         if not self._kept:
             self._unmake()
+        if self in HELD:  # until here: a signal that ends the program amid this goes on with it
+            HELD.remove(self)
 
     def _unmake(self) -> None:
         for path in self._made:

@@ -126,7 +126,7 @@ def test_position_of_other_data_is_refused():
     ]
     for other in others:
         before = other.position
-        with pytest.raises(LlmpyError, match="does not fit .* — continue with the same data"):
+        with pytest.raises(LlmpyError, match="does not fit .* — continue with the same --data"):
             other.position = position
         assert np.array_equal(other.position.sample_order, before.sample_order)
 
