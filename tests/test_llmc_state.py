@@ -338,7 +338,7 @@ def state_on(shards: tuple[Path, ...], B: int = 2, ranks: int = 1) -> TrainingSt
 @pytest.mark.parametrize(
     ("changes", "ranks", "said"),
     [
-        ({"batch_size": 4}, 1, "does not fit these token shards and this batch size — continue with the same --data, -B"),
+        ({"batch_size": 4}, 1, "does not fit these token shards and this batch size .* the same --data, -B"),
         ({"shuffle": False, "given": frozenset({"shuffle"})}, 1, "shuffling on"),
         ({}, 2, "saved by 2 processes.* or from the weights alone: --init"),
         ({"init": "gpt2"}, 1, "both --resume .* and --init gpt2 — give one"),
