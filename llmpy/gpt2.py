@@ -61,6 +61,15 @@ QKV, ATTENTION, PROJECTION, FC, MLP_PROJECTION, FINAL_NORM, HEAD, MLP_BACKWARD, 
 ALWAYS = frozenset[int]()
 
 
+def computed_again(c: ModelConfig, recomputed: int | None) -> range:
+    """The layers of which backward computes some activations again: the last `recomputed`, by default all.
+
+    Of fewer than all, the last one is spared: what it left is still there.
+    """
+    first = 0 if recomputed is None else max(0, c.layers - recomputed)
+    return range(first, c.layers - (first > 0))
+
+
 def ACTS(
     c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, recomputed: int | None = None,
     mixed: bool = False,
@@ -68,59 +77,53 @@ def ACTS(
     """Every activation, and in training what backward needs besides.
 
     Training keeps those of all layers; evaluation has one place for each, which the layers use in turn. So has training
-    for what backward computes once more in the last `recomputed` layers, by default all (of fewer, the last one's is
-    still there):
+    for what backward computes once more, see `computed_again`:
 
     `recompute` 1: the GELU's output, a quarter of all activations;  2: also the LayerNorms' outputs.
     """
     C, NH, BT = c.channels, c.heads, B * T
     L = c.layers if training else 1
-    again = c.layers if recomputed is None else min(recomputed, c.layers)
+    again = len(computed_again(c, recomputed))
+    gelu, norm = (max(1, L - again) if recompute >= level else L for level in (1, 2))
 
-    def kept(level: int) -> tuple[int, bool]:
-        """Places for what `recompute` leaves out from `level` on, and whether all layers use one in turn."""
-        if not training:
-            return 1, True
-        return (L - again + 1, again == L) if recompute >= level and again else (L, False)
+    def alive(*steps: int, level: int = 3) -> frozenset[int]:
+        """Where all layers use one place in turn, as they do for what is computed again from `level` on."""
+        return frozenset(steps) if not training or (recompute >= level and again == L) else ALWAYS
 
-    def alive(shared: bool, *steps: int) -> frozenset[int]:
-        return frozenset(steps) if shared else ALWAYS
-
-    (gelu, gelu_shared), (norm, norm_shared), one = kept(1), kept(2), not training
     table = [
         Tensor("resid", (L, BT, C), wide=True),  # what enters each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),
-        Tensor("resid_out", (BT, C), wide=True, steps=alive(True, FINAL_NORM, HEAD)),  # what leaves the last layer
-        Tensor("ln_1", (norm, BT, C), steps=alive(norm_shared, QKV, ATTENTION_BACKWARD)),
+        Tensor("resid_out", (BT, C), wide=True, steps=frozenset({FINAL_NORM, HEAD})),  # what leaves the last layer
+        Tensor("ln_1", (norm, BT, C), steps=alive(QKV, ATTENTION_BACKWARD, level=2)),
         Tensor("ln_1_mean", (L, BT), wide=True),
         Tensor("ln_1_rstd", (L, BT), wide=True),
-        Tensor("qkv", (L, BT, 3 * C), steps=alive(one, QKV, ATTENTION)),
-        Tensor("attn_out", (L, BT, C), steps=alive(one, ATTENTION, PROJECTION)),
+        Tensor("qkv", (L, BT, 3 * C), steps=alive(QKV, ATTENTION)),
+        Tensor("attn_out", (L, BT, C), steps=alive(ATTENTION, PROJECTION)),
         Tensor("attn_stats", (L, B, NH, T), wide=True),
-        Tensor("ln_2", (norm, BT, C), steps=alive(norm_shared, FC, MLP_BACKWARD)),
+        Tensor("ln_2", (norm, BT, C), steps=alive(FC, MLP_BACKWARD, level=2)),
         Tensor("ln_2_mean", (L, BT), wide=True),
         Tensor("ln_2_rstd", (L, BT), wide=True),
-        Tensor("mlp_fc", (L, BT, 4 * C), steps=alive(one, FC)),
-        Tensor("mlp_gelu", (gelu, BT, 4 * C), steps=alive(gelu_shared, FC, MLP_PROJECTION, MLP_BACKWARD)),
+        Tensor("mlp_fc", (L, BT, 4 * C), steps=alive(FC)),
+        Tensor("mlp_gelu", (gelu, BT, 4 * C), steps=alive(FC, MLP_PROJECTION, MLP_BACKWARD, level=1)),
         # output of the branch that joins the residual stream next
-        Tensor("branch", (BT, C), steps=alive(True, *range(FINAL_NORM + 1))),
-        Tensor("ln_f", (BT, C), steps=alive(True, FINAL_NORM, HEAD)),
+        Tensor("branch", (BT, C), steps=frozenset(range(FINAL_NORM + 1))),
+        Tensor("ln_f", (BT, C), steps=frozenset({FINAL_NORM, HEAD})),
         Tensor("ln_f_mean", (BT,), wide=True),
         Tensor("ln_f_rstd", (BT,), wide=True),
         Tensor("losses", (BT,), wide=True),
     ]
     if not training:
         return table
-    backward = alive(True, HEAD, MLP_BACKWARD, ATTENTION_BACKWARD)
+    backward = frozenset({HEAD, MLP_BACKWARD, ATTENTION_BACKWARD})
     if mixed:
         table.append(Tensor("dresid_stored", (BT, C), steps=backward))  # dresid rounded, as an operand of products
     return [
         *table,
         Tensor("dresid", (BT, C), wide=True, steps=backward),
         Tensor("dln", (BT, C), steps=backward),
-        Tensor("dattn_out", (BT, C), steps=alive(True, ATTENTION_BACKWARD)),
-        Tensor("dqkv", (BT, 3 * C), steps=alive(True, ATTENTION_BACKWARD)),
-        Tensor("dmlp_fc", (BT, 4 * C), steps=alive(True, MLP_BACKWARD)),
+        Tensor("dattn_out", (BT, C), steps=frozenset({ATTENTION_BACKWARD})),
+        Tensor("dqkv", (BT, 3 * C), steps=frozenset({ATTENTION_BACKWARD})),
+        Tensor("dmlp_fc", (BT, 4 * C), steps=frozenset({MLP_BACKWARD})),
     ]
 
 
@@ -139,7 +142,7 @@ class GPT2:
         self.config = config
         self.ops = ops
         self.recompute = recompute
-        self.recomputed = config.layers if recomputed is None else min(recomputed, config.layers)
+        self.recomputed = recomputed
         self.trainable = trainable
         table = PARAMS(config)
         matrices = [t for t in table if t.decay]
@@ -259,8 +262,7 @@ class GPT2:
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
         """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
         ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
-        first = c.layers - self.recomputed  # of the layers that compute some activations again, up to `stop`
-        stop = c.layers - (first > 0)
+        again = computed_again(c, self.recomputed)
         assert g is not None
         dresid = a.dresid_stored if self.mixed else a.dresid  # as an operand of products
         ops.classifier(a.losses, a.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
@@ -269,13 +271,13 @@ class GPT2:
         ops.layernorm_backward(a.dresid, g.ln_f_w, g.ln_f_b, a.dln, *final, p.ln_f_w, acc)
         for l in reversed(range(c.layers)):
             mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
-            if self.recompute >= 1 and first <= l < stop:
+            if self.recompute >= 1 and l in again:
                 ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
             ops.narrow(dresid, a.dresid)
             d = g.mlp_proj_w[l], g.mlp_proj_b[l]
             ops.linear_backward(a.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
             stats = a.ln_2_mean[l], a.ln_2_rstd[l]
-            if self.recompute >= 2 and first <= l < stop:
+            if self.recompute >= 2 and l in again:
                 ops.layernorm_forward(ln_2, *stats, a.resid_mid[l], p.ln_2_w[l], p.ln_2_b[l])
             d = g.mlp_fc_w[l], g.mlp_fc_b[l]
             ops.linear_backward(a.dln, *d, a.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
@@ -286,7 +288,7 @@ class GPT2:
             ops.linear_backward(a.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
             ops.attention_backward(a.dqkv, a.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
             stats = a.ln_1_mean[l], a.ln_1_rstd[l]
-            if self.recompute >= 2 and first <= l < stop:
+            if self.recompute >= 2 and l in again:
                 ops.layernorm_forward(ln_1, *stats, a.resid[l], p.ln_1_w[l], p.ln_1_b[l])
             d = g.attn_qkv_w[l], g.attn_qkv_b[l]
             ops.linear_backward(a.dln, *d, a.dqkv, ln_1, w.attn_qkv_w[l], None, acc)

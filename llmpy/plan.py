@@ -35,7 +35,7 @@ from .config import ModelConfig
 from .distributed.cost import Communication, Line, Work, communication
 from .distributed.zero import BUCKET
 from .errors import LlmpyError
-from .gpt2 import PARAMS
+from .gpt2 import PARAMS, computed_again
 from .options import PlanOptions, TrainOptions
 from .preflight import LOGITS_ROWS, check_length, disk_needed, duration, gigabytes, memory_parts
 from .recipes import RECIPES
@@ -66,8 +66,7 @@ def step_parts(
     config: ModelConfig, B: int, T: int, recompute: int, mixed: bool, recomputed: int | None = None
 ) -> list[Part]:
     """Every call of `GPT2.loss_and_grads` on (B, T), and of the optimizer."""
-    every = recomputed is None or recomputed >= config.layers
-    again = config.layers if every else max(0, cast(int, recomputed) - 1)  # see ACTS
+    again = len(computed_again(config, recomputed))
     L, C, NH = config.layers, config.channels, config.heads
     rows = Case(B, T, C=C)
     embedding = Case(B, T, C=C, V=config.vocab_size, Vp=config.padded_vocab_size)
