@@ -328,7 +328,7 @@ def mpi() -> Iterator[Check]:
     """Whether several processes could train together. MPI is loaded by another process: a broken one ends its own."""
     package, launcher = version("mpi4py"), launch.find_mpiexec()
     if not package:
-        fix = f"only needed to train with several processes: {launch.EXTRA}"
+        fix = f"only needed to train with several processes: {install(launch.MPI)}"
         yield Check("MPI", NOTE, "mpi4py is not installed", fix)
         return
     try:

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import backend
+from .command import install
 from .errors import LlmpyError
 from .generate import Choice, Generation, TextStream, check_memory, encode_prompt, logprob, open_run
 from .gpt2 import GPT2
@@ -33,7 +34,7 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError:
-    MISSING = "the tasks of lm_eval need the package lm_eval — pip install 'llmpy[lm_eval]'"
+    MISSING = f"the tasks of lm_eval need the package lm_eval — {install('llmpy[lm_eval]')}"
     if __name__ == "__main__":
         sys.exit(f"llmpy: error: {MISSING}")
     raise LlmpyError(MISSING) from None

@@ -20,6 +20,7 @@ import pytest
 from laptop import TINY, Laptop, tiny_model
 
 from llmpy import checkpoint
+from llmpy.command import install
 from llmpy.errors import LlmpyError
 from llmpy.generate import Choice, generate, logprob
 from llmpy.rng import Xorshift64Star
@@ -173,14 +174,13 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "llmpy.harness", raising=False)
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(LlmpyError, match=r"need the package lm_eval — pip install 'llmpy\[lm_eval\]'"):
+    with pytest.raises(LlmpyError, match=r"need the package lm_eval — .*-m pip install 'llmpy\[lm_eval\]'"):
         importlib.import_module("llmpy.harness")
     program = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('llmpy.harness', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
     assert ended.returncode == 1
-    assert (
-        ended.stderr == "llmpy: error: the tasks of lm_eval need the package lm_eval — pip install 'llmpy[lm_eval]'\n"
-    )
+    said = f"llmpy: error: the tasks of lm_eval need the package lm_eval — {install('llmpy[lm_eval]')}\n"
+    assert ended.stderr == said
 
 
 TASK = """

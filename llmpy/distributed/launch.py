@@ -36,7 +36,7 @@ TASKS = (
     OPEN_MPI, "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS",
 )  # fmt: skip
 LOOK = 0.2  # seconds
-EXTRA = install("llmpy[mpi]")
+MPI = "llmpy[mpi]"  # the extra
 
 
 def tasks(environment: Mapping[str, str] = os.environ) -> int:
@@ -64,10 +64,10 @@ def needed(ranks: int, given: bool, environment: Mapping[str, str] = os.environ)
 def mpiexec() -> Path:
     """The launcher that belongs to this environment. Raises LlmpyError if there is none, or no mpi4py."""
     if importlib.util.find_spec("mpi4py") is None:
-        raise LlmpyError("training by several processes needs mpi4py and an MPI", f"install them: {EXTRA}")
+        raise LlmpyError("training by several processes needs mpi4py and an MPI", f"install them: {install(MPI)}")
     found = find_mpiexec()
     if found is None:
-        raise LlmpyError("there is no mpiexec, neither beside this Python nor on PATH", f"install one: {EXTRA}")
+        raise LlmpyError("there is no mpiexec, neither beside this Python nor on PATH", f"install one: {install(MPI)}")
     return found
 
 

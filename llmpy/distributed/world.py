@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from .. import backend
-from ..command import command
+from ..command import command, install
 from ..errors import LlmpyError
 from ..gpt2 import GPT2
 from ..journal import Journal
@@ -316,9 +316,9 @@ def _mpi() -> Any:
         mpi4py.rc(initialize=False, finalize=True)
         from mpi4py import MPI
     except ImportError as fault:
-        raise LlmpyError("training by several processes needs mpi4py", f"install it: {launch.EXTRA}") from fault
+        raise LlmpyError("training by several processes needs mpi4py", f"install it: {install(launch.MPI)}") from fault
     except RuntimeError as fault:  # mpi4py finds no library
-        raise LlmpyError(f"mpi4py finds no MPI: {fault}", f"install one: {launch.EXTRA}") from fault
+        raise LlmpyError(f"mpi4py finds no MPI: {fault}", f"install one: {install(launch.MPI)}") from fault
     library = MPI.Get_library_version()
     if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
         raise LlmpyError(
