@@ -106,17 +106,18 @@ class Context:
         return None
 
 
-def assembly(simd: Any, target: Target, element: Any) -> str:
-    """The microkernel for whole panels (nv = NV), compiled as Numba does."""
+def assembly(simd: Any, target: Target, element: Any, strip: bool) -> str:
+    """The microkernel for whole panels (nv = NV), compiled as Numba does; A by rows, or a packed strip."""
     like = types.Array(element, 2, "C")
+    i64, rs_a = types.int64, types.none if strip else types.int64
     _, codegen = simd.microkernel._defn(
-        None, like, *[types.int64] * 10, types.UniTuple(types.UniTuple(types.int64, 4), simd.LISTS)
+        None, like, i64, i64, rs_a, *[i64] * 6, types.UniTuple(types.UniTuple(i64, 4), simd.LISTS)
     )
     module = ir.Module("microkernel")
     module.triple = target.triple
     integer = ir.IntType(64)
     lists = ir.ArrayType(ir.ArrayType(integer, 4), simd.LISTS)
-    fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[integer] * 9, lists]), "microkernel")
+    fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[integer] * 8, lists]), "microkernel")
     builder = ir.IRBuilder(fn.append_basic_block())
     codegen(Context(), builder, None, [None, integer(simd.NV), *fn.args])  # like, nv, a, rs_a, …
     builder.ret_void()
@@ -171,17 +172,24 @@ def stores(lines: list[str]) -> int:
     )
 
 
+@pytest.mark.parametrize("strip", [False, True], ids=["rows", "strip"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_inner_loop(simd: Any, target: Target, dtype: str) -> None:
+def test_the_inner_loop(simd: Any, target: Target, dtype: str, strip: bool) -> None:
     assert target.isa == simd.HOST.name, "the table has another row for this CPU"
-    text = assembly(simd, target, types.float32 if dtype == "float32" else types.uint16)
+    text = assembly(simd, target, types.float32 if dtype == "float32" else types.uint16, strip)
     loop = max(inner_loops(text), key=len)  # shorter ones: narrower tiles, and the odd word of a loop that takes two
     has = counts(loop)
     instruction = target.float32 if dtype == "float32" else target.bfloat16
     emulated = dtype == "bfloat16" and not simd.HOST.bf16
     a_turn = simd.MR * simd.NV * (2 if emulated else 1)  # for one word of k
     turns = has[instruction] / a_turn
-    assert turns in (1, 2), has  # LLVM takes two words a turn where the CPU gains by it
+    if simd.HOST.ahead:
+        assert turns == simd.TOGETHER, has
+        assert sum(n for m, n in has.items() if m.startswith("prefetch")) == turns
+        # What a step does beside its products, loads and jumps: more would hold these up.
+        assert emulated or len(loop) <= turns * (a_turn + simd.NV + simd.MR + 8), len(loop)
+    else:
+        assert turns in (1, 2), has  # LLVM takes two words a turn where the CPU gains by it
     others = [
         m for m in has if re.match(r"v?(fn?m(add|sub|l)|mul[ps]|fmul|dp\w*ps|bfdot|f?div)", m) and m != instruction
     ]

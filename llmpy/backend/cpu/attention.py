@@ -69,17 +69,17 @@ def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, ed
     width = _cut(min(T, TILE_K))
     for k in range(first_key, last_key, width):
         c, panel = address(tile) + 4 * (k - first_key), turned[k * words(matrix, HS) :]
-        multiply_panel(c, TILE_K, matrix, a, size * ld, 4, panel, rows, min(width, T - k), HS, WRITE, edge)
+        multiply_panel(c, TILE_K, matrix, a, size * ld, panel, rows, min(width, T - k), HS, WRITE, edge)
 
 
 @inline
-def _weighted(sums, like, a, rs_a, cs_a, lying, first, T, rows, HS, depth, edge):
-    """sums (rows, HS) += A (rows, depth) · lying rows first … first + depth.  a: address, strides in bytes."""
+def _weighted(sums, like, a, rs_a, lying, first, T, rows, HS, depth, edge):
+    """sums (rows, HS) += A (rows, depth) · lying rows first … first + depth.  a, rs_a: see `microkernel`."""
     width = _cut(HS)
     for col in range(0, HS, width):
         cols = min(width, HS - col)
         panel = lying[col * words(like, T) + first // per_word(like) * panel_width(cols) :]
-        multiply_panel(address(sums) + 4 * col, HS, like, a, rs_a, cs_a, panel, rows, cols, depth, ADD, edge)
+        multiply_panel(address(sums) + 4 * col, HS, like, a, rs_a, panel, rows, cols, depth, ADD, edge)
 
 
 @inline
@@ -149,7 +149,7 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
             depth = _whole_words(qkv, min(TILE_K, q + rows - k))
             _scores(s, qkv, first + q, col, keys, k, k + depth, T, rows, HS, edge)
             _softmax_tile(s, p, sums, top, total, q, k, rows, HS, scale)
-            _weighted(sums, qkv, address(p), size * TILE_K, 4, values, k, T, rows, HS, depth, edge)
+            _weighted(sums, qkv, address(p), size * TILE_K, values, k, T, rows, HS, depth, edge)
         for i in range(rows):
             inverse = np.float32(1) / total[i]
             line, acc = out[first + q + i, col : col + HS], sums[i * HS : (i + 1) * HS]
@@ -239,7 +239,7 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
             _scores(s, qkv, first + q, col, keys_t, k, k + depth, T, rows, HS, edge)
             _scores(ds, dout, first + q, col, values_t, k, k + depth, T, rows, HS, edge)
             _gradient_tile(s, ds, p, dp, lse, d, q, k, rows, scale)
-            _weighted(dq, qkv, address(dp), size * TILE_K, 4, keys, k, T, rows, HS, depth, edge)
+            _weighted(dq, qkv, address(dp), size * TILE_K, keys, k, T, rows, HS, depth, edge)
             _add_turned(dk[k * HS :], dp, queries, q, T, keys_here, HS, rows, strips, edge)
             _add_turned(dv[k * HS :], p, douts, q, T, keys_here, HS, rows, strips, edge)
         _write_out(dqkv, first + q, col, dq, rows, HS)
@@ -254,7 +254,7 @@ def _add_turned(sums, tile, lying, q, T, keys, HS, rows, strips, edge):
     total = words(tile, rows)
     for i in range(0, keys, MR):
         a, some = address(strips) + 4 * i * total, min(MR, keys - i)
-        _weighted(sums[i * HS :], tile, a, 4, 4 * MR, lying, q, T, some, HS, total * per_word(tile), edge)
+        _weighted(sums[i * HS :], tile, a, None, lying, q, T, some, HS, total * per_word(tile), edge)
 
 
 @kernel

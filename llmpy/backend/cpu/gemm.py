@@ -24,6 +24,7 @@ zeros in the panel, and a tile that sticks out of C is computed aside and copied
 from __future__ import annotations
 
 import numpy as np
+from numba import types
 from numba.extending import overload
 
 from .jit import inline
@@ -35,7 +36,6 @@ from .simd import (
     LANES,
     MR,
     NR,
-    TOGETHER,
     WRITE,
     address,
     bits_to_float,
@@ -151,28 +151,37 @@ def pack_columns(packed, matrix, row, col, kc, cols):
                 packed[i * total + k * MR + j] = word
 
 
+def strides(rs_a):
+    """Bytes from row to row and from word to word of A, as `microkernel` takes it."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(strides)
+def _strides(rs_a):
+    return (lambda rs_a: (4, 4 * MR)) if rs_a == types.none else (lambda rs_a: (rs_a, 4))
+
+
 @inline
-def multiply_panel(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, edge):
+def multiply_panel(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge):
     """C (rows, cols) float32 := or += (by `mode`, see `microkernel`) A (rows, kc) · packed panel.
 
-    c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a and cs_a (from word to
-    word) in bytes.
+    c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a as `microkernel` takes it.
     """
+    down, _ = strides(rs_a)
     for i in range(0, rows, MR):
         some = min(MR, rows - i)
-        tile, strip = c + 4 * i * rs_c, a + i * rs_a
-        multiply_tile(tile, rs_c, like, strip, rs_a, cs_a, panel, some, cols, kc, mode, edge, None)
+        multiply_tile(c + 4 * i * rs_c, rs_c, like, a + i * down, rs_a, panel, some, cols, kc, mode, edge, None)
 
 
 @inline
-def multiply_tile(c, rs_c, like, a, rs_a, cs_a, panel, rows, cols, kc, mode, edge, ahead):
+def multiply_tile(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge, ahead):
     """As `multiply_panel`, for at most MR rows; ahead: see `microkernel`."""
     width, total = panel_width(cols), words(like, kc)
     nv, b = width // LANES, address(panel)
     if rows == MR and cols == width and kc % per_word(like) == 0:
-        microkernel(like, nv, a, rs_a, cs_a, b, width, c, rs_c, total, mode, ahead)
+        microkernel(like, nv, a, rs_a, b, width, c, rs_c, total, mode, ahead)
     else:
-        _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, edge)
+        _border_tile(c, rs_c, like, a, rs_a, b, width, rows, cols, kc, mode, edge)
 
 
 @inline
@@ -180,7 +189,7 @@ def lines_of_tile(matrix, row, col, cols):
     """The cache lines of MR rows of a tile, for `microkernel` to ask for."""
     size = 4 // per_word(matrix)
     where, stride = address(matrix) + size * (row * matrix.shape[1] + col), size * matrix.shape[1]
-    return where, stride, CACHE_LINE, (size * cols + CACHE_LINE - 1) // CACHE_LINE * TOGETHER
+    return where, stride, CACHE_LINE, (size * cols + CACHE_LINE - 1) // CACHE_LINE
 
 
 @inline
@@ -210,18 +219,19 @@ def read_tile(tile, matrix, row, col, rows, cols):
 
 
 @inline
-def _border_tile(c, rs_c, like, a, rs_a, cs_a, b, width, rows, cols, kc, mode, edge):
+def _border_tile(c, rs_c, like, a, rs_a, b, width, rows, cols, kc, mode, edge):
     """One tile of fewer than MR rows, a broken vector or a half word: computed in `edge`, then copied to C."""
     total, whole = words(like, kc), kc // per_word(like)
+    down, along = strides(rs_a)
     for i in range(MR):
         for k in range(total):
-            where = a + i * rs_a + k * cs_a
+            where = a + i * down + k * along
             if i >= rows:
                 edge[i * total + k] = ZERO
             else:
                 edge[i * total + k] = get(where) if k < whole else get_half(where)
     tile = address(edge) + 4 * MR * total
-    microkernel(like, width // LANES, address(edge), 4 * total, 4, b, width, tile, width, total, WRITE, None)
+    microkernel(like, width // LANES, address(edge), 4 * total, b, width, tile, width, total, WRITE, None)
     for i in range(rows):
         for j in range(cols):
             where = c + 4 * (i * rs_c + j)

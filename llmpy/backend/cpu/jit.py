@@ -93,16 +93,19 @@ def exact(function: Callable) -> Any:
     return numba.njit(error_model="numpy", fastmath={"contract"})(function)
 
 
-def kernel(function: Callable) -> Any:
-    """An operation callable from Python: no GIL, no bounds checks, cached in `CACHE_FOLDER`."""
+def _compiled(function: Callable) -> Any:
+    """Machine code, once it is called: no GIL, no bounds checks, cached in `CACHE_FOLDER`."""
     before = config.CACHE_DIR
     config.CACHE_DIR = CACHE_FOLDER or before
     try:
-        compiled = numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(
-            function
-        )
+        return numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
     finally:
         config.CACHE_DIR = before
+
+
+def kernel(function: Callable) -> Any:
+    """An operation callable from Python, `_compiled`; wakes the helpers."""
+    compiled = _compiled(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -269,9 +272,12 @@ def _look(typingctx: Any, seen: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@kernel
+@_compiled
 def help_out(spins):
-    """What a helper does: join one job after another, until none has come for `spins` looks."""
+    """What a helper does: join one job after another, until none has come for `spins` looks.
+
+    No kernel: it would wake the helper that calls it.
+    """
     seen, idle = 0, 0
     while idle < spins:
         now = _look(seen)

@@ -104,8 +104,8 @@ def _forward_item(worker, item, threads, out, pre_gelu, inp, weight, bias, block
             goes = lines_of_tile(out, row + i, col, cols) if last else NONE
             also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
             soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
-            ahead = goes, also, (soon, size * C, CACHE_LINE, size * kc // CACHE_LINE * TOGETHER)
-            multiply_tile(address(tile), width, inp, a, size * C, 4, panel, some, cols, kc, mode, edge, ahead)
+            ahead = goes, also, (soon, size * C, CACHE_LINE, size * kc // CACHE_LINE)
+            multiply_tile(address(tile), width, inp, a, size * C, panel, some, cols, kc, mode, edge, ahead)
             if last:
                 _finish_forward(out, pre_gelu, tile, row + i, col, some, cols)
 
@@ -174,11 +174,11 @@ def _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, block, start
             line, half = i // MR // per * CACHE_LINE, i // MR % per
             if line <= size * cols:
                 soon = address(weight) + size * ((next_k + half) * C + next_col) + line
-                then = soon, per * size * C, TOGETHER * per * size * C, words(dout, kc)
+                then = soon, per * size * C, TOGETHER * per * size * C, words(dout, kc) // TOGETHER
             else:
-                then = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE * TOGETHER
+                then = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE
             mode, ahead = ADD if k > 0 else WRITE, (goes, also, then)
-            multiply_tile(address(tile), width, dout, a, size * OC, 4, panel, some, cols, kc, mode, edge, ahead)
+            multiply_tile(address(tile), width, dout, a, size * OC, panel, some, cols, kc, mode, edge, ahead)
             if last:
                 _finish_dinp(dinp, pre_gelu, tile, edge[:TILE], row + i, col, some, cols)
 
@@ -215,9 +215,9 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
             c, a = address(dweight) + 4 * ((first + i) * C + col), address(packed) + 4 * i * total
             # The tile that is written next: its lines come from memory.
             soon = c + 4 * MR * C if i + MR < rows else address(dweight) + 4 * (first * C + col + NR)
-            ahead = (soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE * TOGETHER), NONE, NONE
+            ahead = (soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE), NONE, NONE
             some, k_total, mode = min(MR, rows - i), total * per_word(dout), ADD if add else WRITE
-            multiply_tile(c, C, dout, a, 4, 4 * MR, panel, some, cols, k_total, mode, edge, ahead)
+            multiply_tile(c, C, dout, a, None, panel, some, cols, k_total, mode, edge, ahead)
 
 
 @inline

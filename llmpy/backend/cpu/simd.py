@@ -170,27 +170,28 @@ def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, locality: int = 3) -> None:
 
 WRITE, ADD = 0, 1  # what the microkernel does to C
 LISTS = 3  # of cache lines that it asks for
-TOGETHER = 8  # rows whose lines it asks for in turn
+TOGETHER = 8  # lines, and steps, to a round
 CACHE_LINE = 64  # bytes
+WORD = 4
 IN_L2 = 2  # the prefetch hint that leaves L1 alone
 
 
-def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> Callable[[ir.Value], None]:
-    """What step k of a loop does to ask for the k-th line of several lists, see `microkernel`."""
-    ends = [lists[0][3]]
-    for _, _, _, lines in lists[1:]:
-        ends.append(bd.add(ends[-1], lines))
+def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> Callable[..., Callable[[int], None]]:
+    """What the TOGETHER steps from k on do to ask for the lines of several lists, see `microkernel`."""
+    ends = [bd.mul(lists[0][3], I64(TOGETHER))]
+    for _, _, _, rounds in lists[1:]:
+        ends.append(bd.add(ends[-1], bd.mul(rounds, I64(TOGETHER))))
     starts = [I64(0), *ends[:-1]]
 
-    def ask(k: ir.Value) -> None:
-        base, gap, step, line = nothing, I64(0), I64(0), I64(0)  # behind the last list
-        for start, end, (soon, its_gap, its_step, _) in reversed(list(zip(starts, ends, lists, strict=True))):
-            here, its = bd.icmp_signed("<", k, end), (soon, its_gap, its_step, bd.sub(k, start))
-            base, gap, step, line = (bd.select(here, x, y) for x, y in zip(its, (base, gap, step, line), strict=True))
-        down, along = bd.mul(bd.and_(line, I64(TOGETHER - 1)), gap), bd.mul(bd.udiv(line, I64(TOGETHER)), step)
-        _prefetch(bd, _at(bd, bd.add(base, bd.add(down, along)), I8), locality=IN_L2)
+    def ask_from(k: ir.Value) -> Callable[[int], None]:
+        where, gap = nothing, I64(0)  # behind the last list
+        for start, end, (soon, its_gap, step, _) in reversed(list(zip(starts, ends, lists, strict=True))):
+            here, rounds = bd.icmp_signed("<", k, end), bd.udiv(bd.sub(k, start), I64(TOGETHER))
+            where = bd.select(here, bd.add(soon, bd.mul(rounds, step)), where)
+            gap = bd.select(here, its_gap, gap)
+        return lambda n: _prefetch(bd, _at(bd, bd.add(where, bd.mul(gap, I64(n))), I8), locality=IN_L2)
 
-    return ask
+    return ask_from
 
 
 def _tile_loop(
@@ -203,37 +204,66 @@ def _tile_loop(
     b: ir.Value,
     rs_b: ir.Value,
     words: ir.Value,
-    ask: Callable[[ir.Value], None] | None,
+    ask_from: Callable[..., Callable[[int], None]] | None,
 ) -> list[list[ir.Value]]:
-    """The loop over k; leaves the builder behind it and returns the MR × nv accumulators."""
+    """The loop over k; leaves the builder behind it and returns the MR × nv accumulators.
+
+    One that asks takes TOGETHER steps at a time, and a second loop those that are left.
+    """
     rows = [_at(bd, bd.add(a, bd.mul(rs_a, I64(i))), I8) for i in range(MR)]
-    entry, loop, end = bd.block, bd.append_basic_block("k"), bd.append_basic_block("done")
-    bd.branch(loop)
-    bd.position_at_end(loop)
-    k, offset_a, row_b = bd.phi(I64), bd.phi(I64), bd.phi(F32.as_pointer())
-    for phi, start in ((k, I64(0)), (offset_a, I64(0)), (row_b, b)):
-        phi.add_incoming(start, entry)
-    tile = [[bd.phi(VECTOR) for _ in range(nv)] for _ in range(MR)]
-    vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
-    if ask:
-        ask(k)
-    sums = []
-    for i in range(MR):
-        scalar = bd.load(bd.bitcast(bd.gep(rows[i], [offset_a]), F32.as_pointer()))
-        scalar.align = 2
-        broadcast = _splat(bd, scalar)
-        sums.append([multiply(bd, broadcast, vectors[j], tile[i][j]) for j in range(nv)])
-    for i in range(MR):
-        for j in range(nv):
-            tile[i][j].add_incoming(ir.Constant(VECTOR, None), entry)
-            tile[i][j].add_incoming(sums[i][j], loop)
-    next_k = bd.add(k, I64(1))
-    k.add_incoming(next_k, loop)
-    offset_a.add_incoming(bd.add(offset_a, cs_a), loop)
-    row_b.add_incoming(bd.gep(row_b, [rs_b]), loop)
-    bd.cbranch(bd.icmp_signed("<", next_k, words), loop, end)
-    bd.position_at_end(end)
-    return sums
+
+    def step(k: ir.Value, offset_a: ir.Value, row_b: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+        vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(nv)]
+        new = []
+        for i in range(MR):
+            scalar = bd.load(bd.bitcast(bd.gep(rows[i], [offset_a]), F32.as_pointer()))
+            scalar.align = 2
+            broadcast = _splat(bd, scalar)
+            new += [multiply(bd, broadcast, vectors[j], sums[nv * i + j]) for j in range(nv)]
+        return [bd.add(k, I64(1)), bd.add(offset_a, cs_a), bd.gep(row_b, [rs_b]), *new]
+
+    def steps(count: int, state: list[ir.Value]) -> list[ir.Value]:
+        """`count` steps, at least once, and again as often as so many are left."""
+        entry, loop, end = bd.block, bd.append_basic_block("k"), bd.append_basic_block("done")
+        bd.branch(loop)
+        bd.position_at_end(loop)
+        phis = [bd.phi(value.type) for value in state]
+        ask = ask_from(phis[0]) if ask_from and count > 1 else None
+        after = list(phis)
+        for n in range(count):
+            if ask:
+                ask(n)
+            after = step(*after)
+        for phi, first, value in zip(phis, state, after, strict=True):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(value, loop)
+        bd.cbranch(enough_for(count, after[0]), loop, end)
+        bd.position_at_end(end)
+        return after
+
+    def enough_for(count: int, k: ir.Value) -> ir.Value:
+        return bd.icmp_signed("<", k, bd.sub(words, I64(count - 1)))
+
+    def steps_if_any(count: int, state: list[ir.Value]) -> list[ir.Value]:
+        before, some, join = bd.block, bd.append_basic_block("some"), bd.append_basic_block("join")
+        bd.cbranch(enough_for(count, state[0]), some, join)
+        bd.position_at_end(some)
+        after = steps(count, state)
+        last = bd.block
+        bd.branch(join)
+        bd.position_at_end(join)
+        phis = [bd.phi(value.type) for value in state]
+        for phi, first, value in zip(phis, state, after, strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(value, last)
+        return phis
+
+    state = [I64(0), I64(0), b, *[ir.Constant(VECTOR, None)] * (MR * nv)]
+    if ask_from:
+        sums = steps_if_any(1, steps_if_any(TOGETHER, state))[3:]
+    else:
+        sums = steps(1, state)[3:]
+    return [sums[nv * i : nv * (i + 1)] for i in range(MR)]
 
 
 @intrinsic
@@ -243,7 +273,6 @@ def microkernel(
     nv: Any,
     a: Any,
     rs_a: Any,
-    cs_a: Any,
     b: Any,
     rs_b: Any,
     c: Any,
@@ -257,21 +286,23 @@ def microkernel(
     mode WRITE: C :=;  ADD: C +=.
 
     `like` is any array of the operands' type: float32, or uint16 for pairs of bfloat16. a, b and c are
-    addresses; rs_a and cs_a strides in bytes, so that A may be rows, columns or packed; rs_b and rs_c in
-    words. C is float32.
+    addresses; rs_a is in bytes, rs_b and rs_c in words. C is float32. rs_a is None where A is a strip that
+    `gemm.pack_columns` made, of MR words for every k: a type of its own, so that the step along k is a constant.
 
-    `ahead`, None or lists of cache lines (soon, gap, step, lines): line n is at soon + (n mod TOGETHER)·gap +
-    (n div TOGETHER)·step, in bytes. Every step asks for one of them, into L2: what is needed next would be waited
-    for, and asking for all at once would hold up the loads of B. Steps of fewer than NV vectors are too short to
-    hide this and do not ask.
+    `ahead`, None or lists of cache lines (soon, gap, step, rounds): in each round TOGETHER lines, `gap` bytes apart,
+    the first of round r at soon + r·step. Every step asks for one of them, into L2: what is needed next would be
+    waited for, and asking for all at once would hold up the loads of B. Which lines is worked out once for TOGETHER
+    steps, for a step can hide few instructions; one of fewer than NV vectors none, and does not ask.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
     asks = HOST.ahead and ahead != types.none
-    signature = types.void(like, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, ahead)
+    signature = types.void(like, i64, i64, rs_a, i64, i64, i64, i64, i64, i64, ahead)
+    is_strip = rs_a == types.none
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        _, nv, a, rs_a, cs_a, b, rs_b, c, rs_c, words, mode, ahead = args
+        _, nv, a, rs_a, b, rs_b, c, rs_c, words, mode, ahead = args
+        rs_a, cs_a = (I64(WORD), I64(WORD * MR)) if is_strip else (rs_a, I64(WORD))
         lists = [[bd.extract_value(ahead, (i, j)) for j in range(4)] for i in range(LISTS)] if asks else []
         ask = _asker(bd, lists, b) if asks else None
         b, c = _at(bd, b), _at(bd, c)
