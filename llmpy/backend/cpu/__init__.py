@@ -13,7 +13,7 @@ import psutil
 
 from ...errors import LlmpyError
 from . import adamw as adamw_
-from . import attention, cross_entropy, decode, embedding, gelu, global_norm, jit, layernorm, linear, peak, simd
+from . import attention, cross_entropy, decode, embedding, gelu, global_norm, jit, layernorm, linear, peak, pool, simd
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -60,8 +60,8 @@ class CPU:
             raise LlmpyError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = default_threads() if threads is None else threads
-        if not 1 <= self.threads <= 1024:
-            raise LlmpyError(f"{self.threads} threads", "use --threads between 1 and 1024")
+        if not 1 <= self.threads <= pool.MOST:
+            raise LlmpyError(f"{self.threads} threads", f"use --threads between 1 and {pool.MOST}")
         self.isa = simd.HOST.name
         jit.hire(self.threads)
         self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))

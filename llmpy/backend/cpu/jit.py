@@ -5,10 +5,12 @@
     fork(body, threads, items, (args…))
                inside a kernel: body(worker, item, args…) for every item, on `threads` threads
 
-`fork` hands items out one by one from an atomic counter, so that a core which another process slows down takes
-fewer of them, to threads of our own (`pool`). Numba's `prange` costs a second of compile time for each loop,
-divides the work beforehand and waits for every thread at its end. `worker` is in [0, threads) and names the
-scratch memory of whoever runs the item; results must not depend on it.
+`fork` gives every thread of ours (`pool`) its own range of items, the same one for every kernel, so that it finds in
+its caches what it left there: the rows of a batch, its part of the weights. Items are handed out one by one from an
+atomic counter to each range, and a thread that has done its own helps with the next one's, so that a core which another
+process slows down does fewer. Numba's `prange` costs a second of compile time for each loop, divides the work
+beforehand and waits for every thread at its end. `worker` is in [0, threads) and names the scratch memory of whoever
+runs the item; results must not depend on it.
 
 Numba's disk cache watches neither the other files a kernel is made of nor the globals it froze.
 The cache folder is therefore named by a hash of everything: all sources of this package, the
@@ -117,14 +119,14 @@ def kernel(function: Callable) -> Any:
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 POINTER = I8.as_pointer()
-JOB_TYPE = ir.FunctionType(ir.VoidType(), [POINTER])
+JOB_TYPE = ir.FunctionType(ir.VoidType(), [POINTER, I64])  # state, worker
 WAITS_BEFORE_YIELD = 2000  # pauses, some 40 µs: a helper inside is mostly done sooner
 
 llvm.add_symbol("llmpy_board", pool.BOARD)
 llvm.add_symbol("llmpy_yield", pool.yield_address())
 
 
-def _board(bd: Any, where: int) -> Any:
+def _board(bd: Any, where: Any) -> Any:
     """Pointer to one number of the board."""
     name, kind = "llmpy_board", ir.ArrayType(I64, pool.SIZE)
     board = bd.module.globals.get(name) or ir.GlobalVariable(bd.module, kind, name)
@@ -151,36 +153,50 @@ def _pause(bd: Any) -> None:
         bd.call(cgutils.get_or_insert_function(bd.module, hint, "llvm.aarch64.hint"), [I32(1)])
 
 
+def _start_of(bd: Any, worker: Any, items: Any, workers: Any) -> Any:
+    """The item with which a worker's range begins, and its neighbour's ends."""
+    return bd.sdiv(bd.mul(worker, items), workers)
+
+
 def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any, arg_types: Any) -> Any:
-    """void job(state): take items from the counter until none is left."""
+    """void job(state, worker): take the items of the worker's own range, then of those that follow, until none is left."""
     compiled = body.dispatcher.get_compile_result(signature)
     context.active_code_library.add_linking_library(compiled.library)
     callee = context.declare_function(builder.module, compiled.fndesc)
 
     fn = ir.Function(builder.module, JOB_TYPE, builder.module.get_unique_name("llmpy_job"))
     fn.linkage = "internal"
-    entry, enough, more, work, done = (fn.append_basic_block(n) for n in ("entry", "enough", "more", "work", "done"))
+    entry, ranges, more, work, enough, done = (
+        fn.append_basic_block(n) for n in ("entry", "ranges", "more", "work", "enough", "done")
+    )
     bd = ir.IRBuilder(entry)
-    state = bd.bitcast(fn.args[0], state_type.as_pointer())
-    counter, workers, limit, items, failed, args = (bd.gep(state, [I32(0), I32(i)], inbounds=True) for i in range(6))
+    state, worker = bd.bitcast(fn.args[0], state_type.as_pointer()), fn.args[1]
+    counters, workers, items, failed, args = (bd.gep(state, [I32(0), I32(i)], inbounds=True) for i in range(5))
     one = I64(1)
-    worker = bd.atomic_rmw("add", workers, one, "monotonic")
-    bd.cbranch(bd.icmp_signed("<", worker, bd.load(limit)), enough, done)
-    bd.position_at_end(enough)
-    count = bd.load(items)
-    packed = bd.load(args)
+    counters, workers, count, packed = (bd.load(p) for p in (counters, workers, items, args))
+    values = [bd.extract_value(packed, i) for i in range(len(arg_types))]
+    bd.cbranch(bd.icmp_signed("<", worker, workers), ranges, done)
+    bd.position_at_end(ranges)
+    turn = bd.phi(I64)
+    turn.add_incoming(I64(0), entry)
+    owner = bd.srem(bd.add(worker, turn), workers)
+    counter = bd.gep(counters, [bd.mul(owner, I64(pool.LINE))], inbounds=True)
+    end = _start_of(bd, bd.add(owner, one), count, workers)
     bd.branch(more)
     bd.position_at_end(more)
     item = bd.atomic_rmw("add", counter, one, "monotonic")
-    bd.cbranch(bd.icmp_signed("<", item, count), work, done)
+    bd.cbranch(bd.icmp_signed("<", item, end), work, enough)
     bd.position_at_end(work)
-    values = [bd.extract_value(packed, i) for i in range(len(arg_types))]
     status, _ = context.call_conv.call_function(
         bd, callee, compiled.signature.return_type, signature.args, [worker, item, *values]
     )
     with bd.if_then(status.is_error, likely=False):
         bd.atomic_rmw("or", failed, one, "monotonic")
     bd.branch(more)
+    bd.position_at_end(enough)
+    following = bd.add(turn, one)
+    turn.add_incoming(following, enough)
+    bd.cbranch(bd.icmp_signed("<", following, workers), ranges, done)
     bd.position_at_end(done)
     bd.ret_void()
     return fn
@@ -191,7 +207,7 @@ def _run_with_helpers(bd: Any, fn: Any, state: Any) -> None:
     _write(bd, pool.STATE, bd.ptrtoint(state, I64))
     _write(bd, pool.JOB, bd.ptrtoint(fn, I64))
     bd.atomic_rmw("add", _board(bd, pool.GENERATION), I64(1), "seq_cst")
-    bd.call(fn, [state])
+    bd.call(fn, [state, I64(0)])
     _write(bd, pool.JOB, I64(0))
     before, wait, slow, end = bd.block, *(bd.append_basic_block(n) for n in ("wait", "slow", "end"))
     bd.branch(wait)
@@ -223,13 +239,21 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         _, limit, n_items, packed = values
         body_sig = types.void(types.intp, types.intp, *arg_types)
-        # counter of items, counter of workers, their limit, items, failed, arguments
-        state_type = ir.LiteralStructType([I64, I64, I64, I64, I64, packed.type])
+        # counters of the ranges, workers, items, failed, arguments
+        state_type = ir.LiteralStructType([I64.as_pointer(), I64, I64, I64, packed.type])
         fn = _job(context, builder, body, body_sig, state_type, arg_types)
-        state = cgutils.alloca_once(builder, state_type)
-        for i, value in enumerate((I64(0), I64(0), limit, n_items, I64(0), packed)):
-            builder.store(value, builder.gep(state, [I32(0), I32(i)], inbounds=True))
+        state, own_counter = cgutils.alloca_once(builder, state_type), cgutils.alloca_once(builder, I64)
         raw = builder.bitcast(state, POINTER)
+
+        def fill(counters: Any, workers: Any) -> None:
+            for i, value in enumerate((counters, workers, n_items, I64(0), packed)):
+                builder.store(value, builder.gep(state, [I32(0), I32(i)], inbounds=True))
+
+        def without_helpers() -> None:
+            builder.store(I64(0), own_counter)
+            fill(own_counter, I64(1))
+            builder.call(fn, [raw, I64(0)])
+
         several = builder.and_(builder.icmp_signed(">", limit, I64(1)), builder.icmp_signed(">", n_items, I64(1)))
         with builder.if_else(several) as (shared, alone):
             with shared:
@@ -237,12 +261,17 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
                 taken = builder.atomic_rmw("xchg", _board(builder, pool.LOCK), I64(1), "seq_cst")
                 with builder.if_else(builder.icmp_signed("==", taken, I64(0))) as (free, busy):
                     with free:
+                        counters = _board(builder, pool.COUNTERS)
+                        with cgutils.for_range(builder, limit, intp=I64) as loop:
+                            counter = builder.gep(counters, [builder.mul(loop.index, I64(pool.LINE))], inbounds=True)
+                            builder.store(_start_of(builder, loop.index, n_items, limit), counter)
+                        fill(counters, limit)
                         _run_with_helpers(builder, fn, raw)
                     with busy:
-                        builder.call(fn, [raw])
+                        without_helpers()
             with alone:
-                builder.call(fn, [raw])
-        failed = builder.load(builder.gep(state, [I32(0), I32(4)], inbounds=True))
+                without_helpers()
+        failed = builder.load(builder.gep(state, [I32(0), I32(3)], inbounds=True))
         with builder.if_then(builder.icmp_signed("!=", failed, I64(0)), likely=False):
             context.call_conv.return_user_exc(builder, RuntimeError, ("a parallel kernel failed",))
         return context.get_dummy_value()
@@ -251,8 +280,8 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
 
 
 @intrinsic
-def _look(typingctx: Any, seen: Any) -> Any:
-    """Join a job that is newer than generation `seen`, if there is one; returns the generation now seen."""
+def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
+    """As `worker`, join a job newer than generation `seen`, if there is one; returns the generation now seen."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         generation = _read(bd, pool.GENERATION)
@@ -265,22 +294,22 @@ def _look(typingctx: Any, seen: Any) -> Any:
                 job = _read(bd, pool.JOB)
                 with bd.if_then(bd.icmp_signed("!=", job, I64(0))):
                     state = bd.inttoptr(_read(bd, pool.STATE), POINTER)
-                    bd.call(bd.inttoptr(job, JOB_TYPE.as_pointer()), [state])
+                    bd.call(bd.inttoptr(job, JOB_TYPE.as_pointer()), [state, args[1]])
                 bd.atomic_rmw("sub", _board(bd, pool.ACTIVE), I64(1), "seq_cst")
         return generation
 
-    return types.int64(types.int64), codegen
+    return types.int64(types.int64, types.int64), codegen
 
 
 @_compiled
-def help_out(spins):
+def help_out(worker, spins):
     """What a helper does: join one job after another, until none has come for `spins` looks.
 
     No kernel: it would wake the helper that calls it.
     """
     seen, idle = 0, 0
     while idle < spins:
-        now = _look(seen)
+        now = _look(seen, worker)
         idle = idle + 1 if now == seen else 0
         seen = now
 
@@ -288,7 +317,7 @@ def help_out(spins):
 def hire(threads: int) -> None:
     """Have the helpers that kernels on `threads` threads need."""
     if threads > 1:
-        help_out(0)  # compiled here: a helper that compiles would be missing from the first kernels
+        help_out(0, 0)  # compiled here: a helper that compiles would be missing from the first kernels
         pool.hire(threads, help_out)
 
 

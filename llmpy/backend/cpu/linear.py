@@ -10,9 +10,9 @@ Compute-bound. The weight, or for dweight the input, is the packed operand; the 
 lies, except doutᵀ, which is packed by strips of MR columns. Sums are float32 in scratch; a finished tile is
 written while it is in L1, with bias, GELU and rounding.
 While a tile is multiplied, the microkernel asks for what comes after it: the lines that the tile goes to, the
-weight's next panel (which the other threads' items make a guess), the next rows of A, the next tile of dweight.
-The input's panels are packed once and shared. Both products of backward are items of one fork, so that no
-core waits between them.
+weight's next panel, the next rows of A, the next tile of dweight. The input's panels are packed once and shared.
+Items go by rows, if there are enough of them: then a thread reads the rows that it wrote. Both products of
+backward are items of one fork, so that no core waits between them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from .simd import (
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
 BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
+OWN_ROWS = 128
 TILE = MR * NR
 SUMS = 8 * MR  # partial sums of a strip's columns: enough that none waits for the one before
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
@@ -71,15 +72,19 @@ def shared_sums(BT: int, OC: int, C: int) -> int:
 
 @inline
 def _rows_per_item(rows, panels, threads):
-    """Rows of one item: as many as the cache takes, fewer if that leaves threads without work."""
-    block = min(BLOCK_ROWS, (rows + MR - 1) // MR * MR)
+    """Rows of one item: as many as the cache takes, fewer if that leaves threads without work.
+
+    If they are not too few to be worth packing a panel for, each thread has rows of its own.
+    """
+    own = (rows + threads - 1) // threads
+    block = min(BLOCK_ROWS, ((own if own >= OWN_ROWS else rows) + MR - 1) // MR * MR)
     while block > 8 * MR and panels * ((rows + block - 1) // block) < 4 * threads:
         block = (block // 2 + MR - 1) // MR * MR
     return block
 
 
 @inline
-def _forward_item(worker, item, threads, out, pre_gelu, inp, weight, bias, block, scratch):
+def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch):
     BT, C = inp.shape
     OC = weight.shape[0]
     panels = (OC + NR - 1) // NR
@@ -92,7 +97,7 @@ def _forward_item(worker, item, threads, out, pre_gelu, inp, weight, bias, block
         kc = min(depth(inp), C - k)
         last = k + kc == C
         pack_transposed(panel, weight, col, k, kc, cols)
-        next_col, next_k = ((item + threads) % panels * NR, 0) if last else (col, k + kc)
+        next_col, next_k = ((item + 1) % panels * NR, 0) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
@@ -145,11 +150,11 @@ def linear_forward(
     panels = (OC + NR - 1) // NR
     block = _rows_per_item(BT, panels, threads)
     items = panels * ((BT + block - 1) // block)
-    fork(_forward_item, threads, items, (threads, out, pre_gelu, inp, weight, bias, block, scratch))
+    fork(_forward_item, threads, items, (out, pre_gelu, inp, weight, bias, block, scratch))
 
 
 @inline
-def _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, block, start, stop, shared, scratch):
+def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, shared, scratch):
     BT, OC = dout.shape
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
@@ -164,7 +169,7 @@ def _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, block, start
         kc = min(depth(dout), OC - k)
         last = k + kc == OC
         pack_rows(panel, weight, k, col, kc, cols)
-        next_col, next_k = ((item + threads) % panels * NR, start) if last else (col, k + kc)
+        next_col, next_k = ((item + 1) % panels * NR, start) if last else (col, k + kc)
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
@@ -251,12 +256,17 @@ def _word_sum(like, word):
 
 
 @inline
-def _backward_item(worker, item, split, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc,
-                   row_block, col_block, add, start, stop, shared, scratch):  # fmt: skip
-    if item < split:
-        _dinp_item(worker, item, threads, dinp, dout, weight, pre_gelu, row_block, start, stop, shared, scratch)
-    else:
-        _dweight_item(worker, item - split, dweight, dbias, dout, packed_inp, k, kc, col_block, add, scratch)
+def _backward_item(worker, item, dinp_items, dweight_items, each, threads, dinp, dweight, dbias, dout, packed_inp,
+                   weight, pre_gelu, k, kc, row_block, col_block, add, start, stop, shared, scratch):  # fmt: skip
+    """An item of either product: in each thread's range its part of dinp, then its part of dweight."""
+    part, i = item // each, item % each
+    first, last = part * dinp_items // threads, (part + 1) * dinp_items // threads
+    if i < last - first:
+        _dinp_item(worker, first + i, dinp, dout, weight, pre_gelu, row_block, start, stop, shared, scratch)
+        return
+    i += part * dweight_items // threads - (last - first)
+    if i < (part + 1) * dweight_items // threads:
+        _dweight_item(worker, i, dweight, dbias, dout, packed_inp, k, kc, col_block, add, scratch)
 
 
 @kernel
@@ -286,15 +296,16 @@ def linear_backward(
     while start + segment < OC:
         fork(
             _dinp_item, threads, dinp_items,
-            (threads, dinp, dout, weight, pre_gelu, row_block, start, start + segment, shared, scratch),
+            (dinp, dout, weight, pre_gelu, row_block, start, start + segment, shared, scratch),
         )  # fmt: skip
         start += segment
     for k in range(0, BT, depth(dout)):
         kc = min(depth(dout), BT - k)
-        split = dinp_items if k == 0 else 0
+        dinp_now = dinp_items if k == 0 else 0
+        each = (dinp_now + threads - 1) // threads + (dweight_items + threads - 1) // threads  # items of a range
         fork(_pack_inputs, threads, panels, (packed_inp, inp, k, kc))
         fork(
-            _backward_item, threads, split + dweight_items,
-            (split, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc, row_block, col_block,
-             accumulate or k > 0, start, OC, shared[:0] if start == 0 else shared, scratch),
+            _backward_item, threads, threads * each,
+            (dinp_now, dweight_items, each, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc,
+             row_block, col_block, accumulate or k > 0, start, OC, shared[:0] if start == 0 else shared, scratch),
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The threads that help: they look for a job for a while, then sleep until a kernel is called.
 
-A job is a compiled function that takes items from a counter until none is left (`jit.fork`). The thread that
+A job is a compiled function that takes items from counters until none is left (`jit.fork`). The thread that
 calls a kernel opens the job, works on it itself, closes it, and waits only for helpers that are still inside:
 a helper that another program keeps from running is not waited for, and with no helper at all the work is
 done all the same. A barrier would wait for every thread, whenever the scheduler lets it run.
@@ -20,10 +20,11 @@ import numpy as np
 
 # The board on which jobs are announced: one number to a cache line (8 int64), so that helpers which read one
 # do not slow those that write another. LOCK: a job is being run; GENERATION: counts jobs; JOB: the function,
-# 0 when closed; STATE: its argument; ACTIVE: helpers inside.
+# 0 when closed; STATE: its argument; ACTIVE: helpers inside; COUNTERS: the next item of each worker's range.
 LINE = 8
-LOCK, GENERATION, JOB, STATE, ACTIVE = (LINE * i for i in range(5))
-SIZE = 5 * LINE
+MOST = 1024  # workers
+LOCK, GENERATION, JOB, STATE, ACTIVE, COUNTERS = (LINE * i for i in range(6))
+SIZE = COUNTERS + LINE * MOST
 SPINS = 20_000  # looks: a quarter of a millisecond or so, longer than Python takes from one kernel to the next
 LAST_LOOKS = 1_000  # longer than from `wake` to the announcement of the job
 
@@ -45,20 +46,24 @@ def yield_address() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def hire(threads: int, help_out: Callable[[int], object]) -> None:
-    """Have at least `threads` − 1 helpers. `help_out(SPINS)` works until it has found nothing for a while."""
+def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
+    """Have at least `threads` − 1 helpers, workers 1, 2, …
 
-    def live() -> None:
+    `help_out(worker, SPINS)` works until it has found nothing for a while.
+    """
+
+    def live(worker: int) -> None:
         global _sleeping
         while True:
-            help_out(SPINS)
+            help_out(worker, SPINS)
             with _count:
                 _sleeping += 1
-            help_out(LAST_LOOKS)  # for a job that began while nobody was known to sleep
+            help_out(worker, LAST_LOOKS)  # for a job that began while nobody was known to sleep
             _bell.acquire()
 
     while len(_helpers) < threads - 1:
-        helper = threading.Thread(target=live, name=f"llmpy-helper-{len(_helpers) + 1}", daemon=True)
+        worker = len(_helpers) + 1
+        helper = threading.Thread(target=live, args=(worker,), name=f"llmpy-helper-{worker}", daemon=True)
         _helpers.append(helper)
         helper.start()
 
