@@ -53,9 +53,8 @@ from .simd import (
 )
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
-BLOCK_COLS = 128 // MR * MR  # rows of dweight that one item computes, at most
-GROUP = 16  # panels of the input that meet them: packing dout for fewer would be dear
-OWN_ROWS = 128
+BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
+OWN_ROWS = 512
 TILE = MR * NR
 SUMS = 8 * MR  # partial sums of a strip's columns: enough that none waits for the one before
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
@@ -209,14 +208,13 @@ def _pack_inputs(worker, item, packed, inp, k, kc):
 @inline
 def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, add, scratch):
     OC, C = dweight.shape
-    blocks = (OC + block - 1) // block
-    first, left, total = item % blocks * block, item // blocks * GROUP * NR, words(dout, kc)
-    rows, right = min(block, OC - first), min(C, left + GROUP * NR)
+    first, total = item * block, words(dout, kc)
+    rows = min(block, OC - first)
     edge, packed = scratch[worker, PANEL : PANEL + EDGE], scratch[worker, PANEL + EDGE :]
     pack_columns(packed, dout, k, first, kc, rows)
-    if dbias.size > 0 and left == 0:
+    if dbias.size > 0:
         _add_columns(dbias, packed, dout, first, rows, total, add, edge)
-    for col in range(left, right, NR):
+    for col in range(0, C, NR):
         cols, panel = min(NR, C - col), packed_inp[col * total :]
         for i in range(0, rows, MR):
             c, a = address(dweight) + 4 * ((first + i) * C + col), address(packed) + 4 * i * total
@@ -290,10 +288,9 @@ def linear_backward(
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
     row_block = _rows_per_item(BT, panels, threads)
-    groups = (panels + GROUP - 1) // GROUP
-    col_block = min(BLOCK_COLS, max(MR, OC * groups // (4 * threads) // MR * MR))
+    col_block = min(BLOCK_COLS, max(MR, OC // (16 * threads) // MR * MR))
     dinp_items = panels * ((BT + row_block - 1) // row_block)
-    dweight_items = groups * ((OC + col_block - 1) // col_block)
+    dweight_items = (OC + col_block - 1) // col_block
     segment = SEGMENT * depth(dout)
     start = 0
     while start + segment < OC:
