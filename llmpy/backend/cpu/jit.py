@@ -106,13 +106,16 @@ def _compiled(function: Callable) -> Any:
 
 
 def kernel(function: Callable) -> Any:
-    """An operation callable from Python, `_compiled`; wakes the helpers."""
+    """An operation callable from Python, `_compiled`; keeps the helpers awake."""
     compiled = _compiled(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        pool.wake()
-        return compiled(*args)
+        pool.begin()
+        try:
+            return compiled(*args)
+        finally:
+            pool.end()
 
     return call
 
@@ -301,16 +304,26 @@ def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
+@intrinsic
+def _kernel_runs(typingctx: Any) -> Any:
+    """Whether a kernel is running."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return bd.icmp_signed("!=", _read(bd, pool.KERNEL), I64(0))
+
+    return types.boolean(), codegen
+
+
 @_compiled
 def help_out(worker, spins):
-    """What a helper does: join one job after another, until none has come for `spins` looks.
+    """What a helper does: join one job after another, until no kernel runs and none has come for `spins` looks.
 
-    No kernel: it would wake the helper that calls it.
+    No kernel itself: it would wake the helper that calls it.
     """
     seen, idle = 0, 0
     while idle < spins:
         now = _look(seen, worker)
-        idle = idle + 1 if now == seen else 0
+        idle = 0 if now != seen or _kernel_runs() else idle + 1
         seen = now
 
 

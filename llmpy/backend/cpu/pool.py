@@ -5,8 +5,9 @@ calls a kernel opens the job, works on it itself, closes it, and waits only for 
 a helper that another program keeps from running is not waited for, and with no helper at all the work is
 done all the same. A barrier would wait for every thread, whenever the scheduler lets it run.
 
-Looking is done in compiled code (`jit.help_out`), without the GIL. After SPINS looks a helper comes back here
-and sleeps on a semaphore; `wake` is called before every kernel and costs one look at a number.
+Looking is done in compiled code (`jit.help_out`), without the GIL. A helper looks on as long as a kernel runs, whose
+next job may be milliseconds away; SPINS looks after its end it comes back here and sleeps on a semaphore. `begin` and
+`end` around every kernel cost a fraction of a microsecond.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import numpy as np
 
 # The board on which jobs are announced: one number to a cache line (8 int64), so that helpers which read one
 # do not slow those that write another. LOCK: a job is being run; GENERATION: counts jobs; JOB: the function,
-# 0 when closed; STATE: its argument; ACTIVE: helpers inside; COUNTERS: the next item of each worker's range.
+# 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1 while one runs; COUNTERS: the next item of each
+# worker's range.
 LINE = 8
 MOST = 1024  # workers
-LOCK, GENERATION, JOB, STATE, ACTIVE, COUNTERS = (LINE * i for i in range(6))
+LOCK, GENERATION, JOB, STATE, ACTIVE, KERNEL, COUNTERS = (LINE * i for i in range(7))
 SIZE = COUNTERS + LINE * MOST
 SPINS = 20_000  # looks: a quarter of a millisecond or so, longer than Python takes from one kernel to the next
-LAST_LOOKS = 1_000  # longer than from `wake` to the announcement of the job
+LAST_LOOKS = 1_000  # longer than from `begin` to the announcement of the job
 
 _memory = np.zeros(SIZE + LINE, np.int64)
 BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line
+_kernel = memoryview(_memory)[(BOARD - _memory.ctypes.data) // 8 + KERNEL :]
 
 _helpers: list[threading.Thread] = []
 _bell = threading.Semaphore(0)
@@ -68,10 +71,16 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
         helper.start()
 
 
-def wake() -> None:
-    """Ring for the helpers that sleep, if any."""
+def begin() -> None:
+    """A kernel begins: ring for the helpers that sleep, if any."""
     global _sleeping
+    _kernel[0] = 1
     if _sleeping:
         with _count:
             sleeping, _sleeping = _sleeping, 0
         _bell.release(sleeping)
+
+
+def end() -> None:
+    """It has ended. Beside one that another thread runs this says too much: its helpers may sleep too soon."""
+    _kernel[0] = 0
