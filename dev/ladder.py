@@ -94,7 +94,7 @@ def tile_in_registers(out, inp, weight_t):
         for t in range(0, BT, MR):
             row = min(t, BT - MR)
             a, b, c = address(inp) + 4 * row * C, address(weight_t) + 4 * col, address(out) + 4 * (row * OC + col)
-            microkernel(inp, NV, a, 4 * C, 4, b, OC, c, OC, C, WRITE, None)
+            microkernel(inp, NV, a, 4 * C, b, OC, c, OC, C, WRITE, None)
 
 
 @kernel
@@ -108,7 +108,7 @@ def packed_panels(out, inp, weight, panel, edge):
             kc = min(KC, C - k)
             pack_transposed(panel, weight, col, k, kc, cols)
             a, c = address(inp) + 4 * k, address(out) + 4 * col
-            multiply_panel(c, OC, inp, a, 4 * C, 4, panel, BT, cols, kc, ADD if k > 0 else WRITE, edge)
+            multiply_panel(c, OC, inp, a, 4 * C, panel, BT, cols, kc, ADD if k > 0 else WRITE, edge)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _start_of(bd: Any, worker: Any, items: Any, workers: Any) -> Any:
 
 
 def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any, arg_types: Any) -> Any:
-    """void job(state, worker): take the items of the worker's own range, then of those that follow, until none is left."""
+    """void job(state, worker): take the items of the worker's own range, then of the others', until none is left."""
     compiled = body.dispatcher.get_compile_result(signature)
     context.active_code_library.add_linking_library(compiled.library)
     callee = context.declare_function(builder.module, compiled.fndesc)
@@ -235,7 +235,7 @@ def _run_with_helpers(bd: Any, fn: Any, state: Any) -> None:
 
 @intrinsic(prefer_literal=False)
 def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
-    """body(worker, item, *args) for item in range(items), shared by up to `threads` threads."""
+    """body(worker, item, *args) for item in range(items), shared by up to `threads` threads, `pool.MOST` at most."""
     arg_types = tuple(args.types)
     signature = types.void(body, types.intp, types.intp, args)
 

@@ -54,7 +54,7 @@ from .simd import (
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
 BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
-OWN_ROWS = 512
+OWN_ROWS = 512  # of fewer, threads share them: each would pack all panels
 TILE = MR * NR
 SUMS = 8 * MR  # partial sums of a strip's columns: enough that none waits for the one before
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
@@ -74,7 +74,7 @@ def shared_sums(BT: int, OC: int, C: int) -> int:
 def _rows_per_item(rows, panels, threads):
     """Rows of one item: as many as the cache takes, fewer if that leaves threads without work.
 
-    If they are not too few to be worth packing a panel for, each thread has rows of its own.
+    Each thread has rows of its own if these are OWN_ROWS or more.
     """
     own = (rows + threads - 1) // threads
     block = min(BLOCK_ROWS, ((own if own >= OWN_ROWS else rows) + MR - 1) // MR * MR)

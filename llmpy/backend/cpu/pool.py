@@ -27,7 +27,7 @@ LINE = 8
 MOST = 1024  # workers
 LOCK, GENERATION, JOB, STATE, ACTIVE, KERNEL, COUNTERS = (LINE * i for i in range(7))
 SIZE = COUNTERS + LINE * MOST
-SPINS = 20_000  # looks: a quarter of a millisecond or so, longer than Python takes from one kernel to the next
+SPINS = 20_000  # looks: half a millisecond or so, longer than Python takes from one kernel to the next
 LAST_LOOKS = 1_000  # longer than from `begin` to the announcement of the job
 
 _memory = np.zeros(SIZE + LINE, np.int64)

@@ -242,9 +242,11 @@ def _tile_loop(
         return after
 
     def enough_for(count: int, k: ir.Value) -> ir.Value:
+        """k + count ≤ words, in a form that LLVM unrolls where it pays."""
         return bd.icmp_signed("<", k, bd.sub(words, I64(count - 1)))
 
     def steps_if_any(count: int, state: list[ir.Value]) -> list[ir.Value]:
+        """As `steps`, or nothing if there are fewer than `count`."""
         before, some, join = bd.block, bd.append_basic_block("some"), bd.append_basic_block("join")
         bd.cbranch(enough_for(count, state[0]), some, join)
         bd.position_at_end(some)
@@ -259,10 +261,7 @@ def _tile_loop(
         return phis
 
     state = [I64(0), I64(0), b, *[ir.Constant(VECTOR, None)] * (MR * nv)]
-    if ask_from:
-        sums = steps_if_any(1, steps_if_any(TOGETHER, state))[3:]
-    else:
-        sums = steps(1, state)[3:]
+    sums = (steps_if_any(1, steps_if_any(TOGETHER, state)) if ask_from else steps(1, state))[3:]
     return [sums[nv * i : nv * (i + 1)] for i in range(MR)]
 
 
