@@ -72,7 +72,6 @@ def test_a_worker_begins_with_its_own_range() -> None:
         assert (times == 2).all()
         if (workers[items // 2 :] == 1).sum() > 0.8 * items / 2:  # one that came late would share it with worker 0
             assert workers[items // 2] == 1
-            assert workers[0] == 0
             return
         assert time.monotonic() < end, "the helper never did its part"
 

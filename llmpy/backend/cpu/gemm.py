@@ -165,7 +165,8 @@ def _strides(rs_a):
 def multiply_panel(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge):
     """C (rows, cols) float32 := or += (by `mode`, see `microkernel`) A (rows, kc) · packed panel.
 
-    c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a as `microkernel` takes it.
+    c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a as `microkernel` takes it;
+    of strips there is one.
     """
     down, _ = strides(rs_a)
     for i in range(0, rows, MR):

@@ -5,7 +5,7 @@
     fork(body, threads, items, (args…))
                inside a kernel: body(worker, item, args…) for every item, on `threads` threads
 
-`fork` gives every thread of ours (`pool`) its own range of items, the same one for every kernel, so that it finds in
+`fork` gives every thread of ours (`pool`) its own range of items, the same share in every kernel, so that it finds in
 its caches what it left there: the rows of a batch, its part of the weights. Items are handed out one by one from an
 atomic counter to each range, and a thread that has done its own helps with the next one's, so that a core which another
 process slows down does fewer. Numba's `prange` costs a second of compile time for each loop, divides the work
@@ -111,8 +111,8 @@ def kernel(function: Callable) -> Any:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        pool.begin()
         try:
+            pool.begin()
             return compiled(*args)
         finally:
             pool.end()
@@ -129,7 +129,7 @@ llvm.add_symbol("llmpy_board", pool.BOARD)
 llvm.add_symbol("llmpy_yield", pool.yield_address())
 
 
-def _board(bd: Any, where: Any) -> Any:
+def _board(bd: Any, where: int) -> Any:
     """Pointer to one number of the board."""
     name, kind = "llmpy_board", ir.ArrayType(I64, pool.SIZE)
     board = bd.module.globals.get(name) or ir.GlobalVariable(bd.module, kind, name)
@@ -159,6 +159,11 @@ def _pause(bd: Any) -> None:
 def _start_of(bd: Any, worker: Any, items: Any, workers: Any) -> Any:
     """The item with which a worker's range begins, and its neighbour's ends."""
     return bd.sdiv(bd.mul(worker, items), workers)
+
+
+def _give_way(bd: Any) -> None:
+    """Let another thread run on this core."""
+    bd.call(cgutils.get_or_insert_function(bd.module, ir.FunctionType(I32, []), "llmpy_yield"), [])
 
 
 def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any, arg_types: Any) -> Any:
@@ -226,7 +231,7 @@ def _run_with_helpers(bd: Any, fn: Any, state: Any) -> None:
     waited.add_incoming(more, again)
     bd.cbranch(bd.icmp_signed("<", more, I64(WAITS_BEFORE_YIELD)), wait, slow)
     bd.position_at_end(slow)
-    bd.call(cgutils.get_or_insert_function(bd.module, ir.FunctionType(I32, []), "llmpy_yield"), [])
+    _give_way(bd)
     waited.add_incoming(more, slow)
     bd.branch(wait)
     bd.position_at_end(end)
@@ -306,9 +311,10 @@ def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
 
 @intrinsic
 def _kernel_runs(typingctx: Any) -> Any:
-    """Whether a kernel is running."""
+    """Whether a kernel is running; lets another thread run on this core first."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        _give_way(bd)
         return bd.icmp_signed("!=", _read(bd, pool.KERNEL), I64(0))
 
     return types.boolean(), codegen
@@ -316,14 +322,16 @@ def _kernel_runs(typingctx: Any) -> Any:
 
 @_compiled
 def help_out(worker, spins):
-    """What a helper does: join one job after another, until no kernel runs and none has come for `spins` looks.
+    """What a helper does: join one job after another, until none has come for `spins` looks and no kernel runs.
 
     No kernel itself: it would wake the helper that calls it.
     """
     seen, idle = 0, 0
-    while idle < spins:
+    while idle < spins or _kernel_runs():
+        idle = 0 if idle >= spins else idle + 1
         now = _look(seen, worker)
-        idle = 0 if now != seen or _kernel_runs() else idle + 1
+        if now != seen:
+            idle = 0
         seen = now
 
 

@@ -77,7 +77,9 @@ def _rows_per_item(rows, panels, threads):
     Each thread has rows of its own if these are OWN_ROWS or more.
     """
     own = (rows + threads - 1) // threads
-    block = min(BLOCK_ROWS, ((own if own >= OWN_ROWS else rows) + MR - 1) // MR * MR)
+    whole = own if own >= OWN_ROWS else rows
+    parts = (whole + BLOCK_ROWS - 1) // BLOCK_ROWS
+    block = (whole + parts * MR - 1) // (parts * MR) * MR
     while block > 8 * MR and panels * ((rows + block - 1) // block) < 4 * threads:
         block = (block // 2 + MR - 1) // MR * MR
     return block

@@ -291,7 +291,8 @@ def microkernel(
     `ahead`, None or lists of cache lines (soon, gap, step, rounds): in each round TOGETHER lines, `gap` bytes apart,
     the first of round r at soon + r·step. Every step asks for one of them, into L2: what is needed next would be
     waited for, and asking for all at once would hold up the loads of B. Which lines is worked out once for TOGETHER
-    steps, for a step can hide few instructions; one of fewer than NV vectors none, and does not ask.
+    steps, for a step can hide few instructions. Steps of fewer than NV vectors hide none and do not ask, nor do those
+    that are left over.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
