@@ -36,6 +36,7 @@ from .simd import (
     LANES,
     MR,
     NR,
+    STRIP,
     WRITE,
     address,
     bits_to_float,
@@ -158,7 +159,7 @@ def strides(rs_a):
 
 @overload(strides)
 def _strides(rs_a):
-    return (lambda rs_a: (4, 4 * MR)) if rs_a == types.none else (lambda rs_a: (rs_a, 4))
+    return (lambda rs_a: STRIP) if rs_a == types.none else (lambda rs_a: (rs_a, 4))
 
 
 @inline

@@ -172,7 +172,7 @@ WRITE, ADD = 0, 1  # what the microkernel does to C
 LISTS = 3  # of cache lines that it asks for
 TOGETHER = 8  # lines, and steps, to a round
 CACHE_LINE = 64  # bytes
-WORD = 4
+STRIP = 4, 4 * MR  # bytes from row to row and from word to word of A, packed by `gemm.pack_columns`
 IN_L2 = 2  # the prefetch hint that leaves L1 alone
 
 
@@ -302,7 +302,7 @@ def microkernel(
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _, nv, a, rs_a, b, rs_b, c, rs_c, words, mode, ahead = args
-        rs_a, cs_a = (I64(WORD), I64(WORD * MR)) if is_strip else (rs_a, I64(WORD))
+        rs_a, cs_a = (I64(STRIP[0]), I64(STRIP[1])) if is_strip else (rs_a, I64(4))
         lists = [[bd.extract_value(ahead, (i, j)) for j in range(4)] for i in range(LISTS)] if asks else []
         ask = _asker(bd, lists, b) if asks else None
         b, c = _at(bd, b), _at(bd, c)
