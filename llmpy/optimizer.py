@@ -38,10 +38,8 @@ class AdamW:
         self.updates = 0
         self.grad = model.grads.buffer
         param = model.params.buffer
-        self.m = self.ops.empty(param.size, self.ops.wide)
-        self.v = self.ops.empty(param.size, self.ops.wide)
-        self.ops.zero(self.m)
-        self.ops.zero(self.v)
+        self.m = self.ops.zeros(param.size, self.ops.wide)
+        self.v = self.ops.zeros(param.size, self.ops.wide)
         edge = model.matrix_elements
         flat = param, self.grad, self.m, self.v
         self._parts: tuple[tuple[Any, float, Any], ...] = (

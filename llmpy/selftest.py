@@ -284,9 +284,7 @@ def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
     B, T = debug.tokens.shape
     model.reserve(B, T, training=True)
     assert model.grads is not None
-    m, v = (ops.empty(model.params.size, ops.wide) for _ in range(2))
-    ops.zero(m)
-    ops.zero(v)
+    m, v = (ops.zeros(model.params.size, ops.wide) for _ in range(2))
     for step in range(1, 1 + len(golden.LOSSES)):
         yield model.loss_and_grads(debug.tokens, debug.targets)
         ops.adamw(model.params.buffer, model.grads.buffer, m, v, LR, *BETAS, EPSILON, DECAY, 1.0, step)

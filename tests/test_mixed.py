@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 from cases import ACCUMULATES, CASES, REF, Args, Case, prepare
@@ -23,6 +24,7 @@ from test_gpt2 import batch, build, fill
 from test_ops import Guarded, bits, only
 
 from llmpy.backend import load
+from llmpy.backend.cpu import simd
 from llmpy.backend.reference import Reference, causal_scores, exponentials, gelu, heads, rows
 from llmpy.config import ModelConfig
 from llmpy.gpt2 import GPT2
@@ -202,24 +204,70 @@ def narrowed(ops: Any, x: np.ndarray) -> np.ndarray:
     return out.view(np.uint16)
 
 
-def check_conversion(ops: Any, patterns: np.ndarray) -> None:
+def written(ops: Any, x: np.ndarray) -> np.ndarray:
+    """What `simd.write_row` makes of them: biases, to which a product of zeros adds 0. −0 becomes 0."""
+    out = np.full((9, x.size), np.nan, BF16)
+    ops.linear_forward(out, np.zeros((9, 2), BF16), np.zeros((x.size, 2), BF16), x)
+    got = out.view(np.uint16)
+    assert np.array_equal(got, got[:1].repeat(9, axis=0))
+    return np.where(x == 0, x.view(np.uint32) >> 16, got[0])
+
+
+def check_conversion(got: np.ndarray, patterns: np.ndarray, flushed: bool = False) -> None:
+    """`flushed`: a subnormal number may have become 0."""
     x = patterns.view(np.float32)
-    got = narrowed(ops, x)
     nan = np.isnan(x)
-    assert np.array_equal(got[~nan], x[~nan].astype(BF16).view(np.uint16))
+    zeros = (patterns >> 16 & 0x8000).astype(np.uint16)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        right = got == x.astype(BF16).view(np.uint16)
+    assert np.all(right | nan | flushed & (abs(x) < np.finfo(np.float32).tiny) & (got == zeros))
     sign_and_quiet_nan = (patterns[nan] >> 16 & 0x8000 | 0x7FC0).astype(np.uint16)
     assert np.array_equal(got[nan] & 0xFFC0, sign_and_quiet_nan)
 
 
-def test_rounding_of_every_tie_and_its_neighbours(ops: Any) -> None:
-    """Every bfloat16 (subnormals, ±0, ±∞ and NaN among them) followed by low halves around 0, ½ and 1 ulp."""
-    high = np.arange(1 << 16, dtype=np.uint32) << 16
-    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
-        check_conversion(ops, high | np.uint32(low))
+# Every bfloat16 (subnormals, ±0, ±∞ and NaN among them) followed by low halves around 0, ½ and 1 ulp, and random bits.
+LOW = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+PATTERNS = np.concatenate(
+    [
+        ((np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] | LOW).ravel(),
+        np.random.default_rng(7).integers(0, 1 << 32, 100_000, dtype=np.uint32),
+    ]
+)
 
 
-def test_rounding_of_random_bits(ops: Any) -> None:
-    check_conversion(ops, np.random.default_rng(7).integers(0, 1 << 32, 100_000, dtype=np.uint32))
+@pytest.mark.parametrize("conversion", [narrowed, written])
+def test_rounding(ops: Any, conversion: Callable[[Any, np.ndarray], np.ndarray]) -> None:
+    check_conversion(conversion(ops, PATTERNS.view(np.float32)), PATTERNS)
+
+
+def test_rounding_of_operands() -> None:
+    """By one, by vectors, and alike but for a NaN's lower bits."""
+
+    @numba.njit
+    def one_by_one(out: np.ndarray, x: np.ndarray) -> None:
+        for i in range(x.size):
+            out[i] = simd.to_operand(out, x[i])
+
+    @numba.njit
+    def by_vectors(out: np.ndarray, x: np.ndarray) -> None:
+        for i in range(0, x.size, simd.LANES):
+            simd.write_operands(out, simd.address(out) + 2 * i, simd.address(x) + 4 * i)
+
+    x = PATTERNS.view(np.float32)[: PATTERNS.size // simd.LANES * simd.LANES]
+    one, several = np.zeros(x.size, np.uint16), np.zeros(x.size, np.uint16)
+    one_by_one(one, x)
+    by_vectors(several, x)
+    check_conversion(one, x.view(np.uint32), flushed=simd.HOST.rounds)
+    assert np.array_equal(one[~np.isnan(x)], several[~np.isnan(x)])
+
+
+@pytest.mark.skipif(not simd.HOST.rounds, reason="this CPU's rounding keeps subnormal numbers")
+def test_products_take_what_operands_lose_as_zero(ops: Any) -> None:
+    out = np.full((8, 48), np.nan, BF16)
+    subnormal = np.full((8, 2), 1e-39).astype(BF16)
+    assert subnormal.all()
+    ops.linear_forward(out, subnormal, np.full((48, 2), 1e38).astype(BF16), None)
+    assert not out.any()
 
 
 def test_rounding_at_the_ends(ops: Any) -> None:
@@ -241,8 +289,9 @@ def test_rounding_at_the_ends(ops: Any) -> None:
         0x7F800001: 0x7FC0,  # a signalling NaN whose payload is in the half that is lost
         0xFFFFFFFF: 0xFFFF,  # adding the rounding to this one would give 0
     }
-    got = narrowed(ops, np.array(list(table), np.uint32).view(np.float32))
-    assert [hex(x) for x in got] == [hex(x) for x in table.values()]
+    x = np.array(list(table), np.uint32).view(np.float32)
+    assert [hex(y) for y in narrowed(ops, x)] == [hex(y) for y in table.values()]
+    assert [hex(y) for y in written(ops, x[:-2])] == [hex(y) for y in list(table.values())[:-2]]
 
 
 def test_widening_of_every_bfloat16(ops: Any) -> None:

@@ -36,6 +36,9 @@ class Ops(Protocol):
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory of this backend, aligned for its vectors."""
 
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
+        """As `empty`, but 0. Pages come from the system when they are first used, by the threads that use them."""
+
     def to_host(self, x: Array) -> Any:
         """The same values as a NumPy array (no copy where the backend lives in host memory)."""
 

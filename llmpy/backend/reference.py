@@ -75,6 +75,9 @@ class Reference:
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.empty(shape, dtype)
 
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
     def to_host(self, x: np.ndarray) -> np.ndarray:
         return x
 

@@ -182,10 +182,8 @@ class Zero(AdamW):
                 self._at[b, q] = slice(total, total + count)
                 total += count
         empty, wide = self.ops.empty, self.ops.wide
-        self.grad, self.m, self.v = (empty(total, wide) for _ in range(3))
+        self.grad, self.m, self.v = (self.ops.zeros(total, wide) for _ in range(3))
         self.master = empty(total, wide)
-        for x in (self.grad, self.m, self.v):
-            self.ops.zero(x)
         self.adopt_weights()
         # Weights as they travel: bfloat16 bits of matrices, then float32 of vectors, all as bytes.
         self._stage = empty(total * wide.itemsize if model.mixed else 0, np.uint8)

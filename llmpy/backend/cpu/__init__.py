@@ -75,11 +75,11 @@ class CPU:
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """Uninitialised memory that begins on a cache line."""
-        dtype = np.dtype(dtype)
-        count = int(np.prod(shape))
-        raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % ALIGNMENT
-        return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+        return _aligned(np.empty, shape, dtype)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        """As `empty`, but 0; large arrays take no memory before they are used."""
+        return _aligned(np.zeros, shape, dtype)
 
     def to_host(self, x: np.ndarray) -> np.ndarray:
         """x itself."""
@@ -279,6 +279,14 @@ class CPU:
                 say(f"  {missing.index(name) + 1}/{len(missing)} {name}")
             call()
             jit.mark_cached(name, str(self.dtype))
+
+
+def _aligned(allocate: Callable[..., np.ndarray], shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = allocate(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

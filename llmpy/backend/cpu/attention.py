@@ -8,6 +8,7 @@ backward   P  = e^(S − lse)            D   = Σ_c dout·out      (one number a
 The T × T matrix never exists: a tile of TILE_Q queries meets tiles of TILE_K keys, and the forward pass
 keeps a running maximum and sum for each query, rescaling what it has when the maximum grows (Dao et
 al. 2022). `stats` is lse, all that backward needs to make P again. Tiles above the diagonal are skipped.
+Powers are of 2, with scale_2 = scale·log₂e, which saves the reduction that e would need.
 
 One item is one head of one sequence: its sums have one order. Its operands are packed once into panels
 for the microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS take the type of
@@ -19,14 +20,31 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba.extending import overload
 
-from .gelu import exp
+from .gelu import LOG2_E, exp2
 from .gemm import multiply_panel, pack_columns, pack_rows, pack_transposed, panel_width, words
 from .jit import fork, inline, kernel
-from .simd import ADD, LANES, MR, NR, WRITE, address, f32, from_rank, larger, per_word, to, to_rank, typed
+from .simd import (
+    ADD,
+    BF16,
+    LANES,
+    MR,
+    NR,
+    WRITE,
+    address,
+    f32,
+    from_rank,
+    larger,
+    per_word,
+    to,
+    to_rank,
+    write_operands,
+)
 
 TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
+COLUMN = np.arange(TILE_K, dtype=np.int32)  # as long as a score, so that a comparison fills whole vectors
 MINUS_INFINITY = np.float32(-np.inf)
 
 
@@ -88,31 +106,51 @@ def _whole_words(like, count):
     return words(like, count) * per_word(like)
 
 
+def operand_tile(tile, room, like):
+    """Where a tile becomes an operand of products with `like`: where it is, or in other scratch."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(operand_tile)
+def _operand_tile(tile, room, like):
+    if like.dtype == BF16:
+        return lambda tile, room, like: room.view(np.uint16)[: tile.size].reshape(tile.shape)
+    return lambda tile, room, like: tile
+
+
 @inline
-def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale):
-    """p := e^(scale·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
+def _to_operands(out, line):
+    """out (TILE_K,) := line, if it is not line itself."""
+    if per_word(out) > 1:
+        for j in range(0, TILE_K, LANES):
+            write_operands(out, address(out) + 4 // per_word(out) * j, address(line) + 4 * j)
+
+
+@inline
+def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale_2):
+    """p := 2^(scale_2·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
 
     Loops run over whole tiles, a constant length: what is above the diagonal counts as −∞.
     """
     for i in range(rows):
-        valid = row + i + 1 - first_key
+        valid = np.int32(row + i + 1 - first_key)
         line, weight = s[i], p[i]
         if valid < TILE_K:
             for j in range(TILE_K):
-                line[j] = line[j] if j < valid else MINUS_INFINITY
+                line[j] = line[j] if COLUMN[j] < valid else MINUS_INFINITY
         rank = to_rank(MINUS_INFINITY)
         for j in range(TILE_K):
             rank = larger(rank, to_rank(line[j]))
-        highest = from_rank(rank) * scale
+        highest = from_rank(rank) * scale_2
         if highest < top[i]:
             highest = top[i]
         summed = np.float32(0)
         for j in range(TILE_K):
-            e = exp(line[j] * scale - highest)
-            weight[j] = to(weight, e)
-            summed += e
+            line[j] = exp2(line[j] * scale_2 - highest)
+            summed += line[j]
+        _to_operands(weight, line)
         if highest != top[i]:
-            shrink = exp(top[i] - highest)
+            shrink = exp2(top[i] - highest)
             total[i] *= shrink
             acc = sums[i * HS : (i + 1) * HS]
             for c in range(HS):
@@ -128,13 +166,13 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
     HS = C // NH
     b, h = item // NH, item % NH
     first, col = b * T, h * HS
-    scale = np.float32(1.0 / math.sqrt(HS))
+    scale_2 = np.float32(LOG2_E / math.sqrt(HS))
     tile = TILE_Q * TILE_K
     mine = scratch[worker]
     keys, mine = mine[: (T + LANES) * HS], mine[(T + LANES) * HS :]
     values, mine = mine[: (T + 1) * (HS + LANES)], mine[(T + 1) * (HS + LANES) :]
     s, mine = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
-    p, mine = typed(mine[:tile], qkv)[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    p, mine = operand_tile(s, mine[:tile], qkv), mine[tile:]
     sums, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
     top, total, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
     size = 4 // per_word(qkv)
@@ -148,14 +186,14 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
         for k in range(0, q + rows, TILE_K):
             depth = _whole_words(qkv, min(TILE_K, q + rows - k))
             _scores(s, qkv, first + q, col, keys, k, k + depth, T, rows, HS, edge)
-            _softmax_tile(s, p, sums, top, total, q, k, rows, HS, scale)
+            _softmax_tile(s, p, sums, top, total, q, k, rows, HS, scale_2)
             _weighted(sums, qkv, address(p), size * TILE_K, values, k, T, rows, HS, depth, edge)
         for i in range(rows):
             inverse = np.float32(1) / total[i]
             line, acc = out[first + q + i, col : col + HS], sums[i * HS : (i + 1) * HS]
             for c in range(HS):
                 line[c] = to(line, acc[c] * inverse)
-            stats[b, h, q + i] = top[i] + np.float32(math.log(total[i]))
+            stats[b, h, q + i] = (top[i] + np.float32(math.log2(total[i]))) / LOG2_E
 
 
 @kernel
@@ -171,18 +209,20 @@ def attention_forward(
 
 @inline
 def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, scale):
-    """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal."""
+    """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal. lse: times log₂e."""
+    scale_2 = scale * LOG2_E
     for i in range(rows):
-        valid = row + i + 1 - first_key
+        valid = np.int32(row + i + 1 - first_key)
         line, dline, weight, dweight, shift, mean = s[i], ds[i], p[i], dp[i], lse[i], d[i]
         if valid < TILE_K:
             for j in range(TILE_K):
-                line[j] = line[j] if j < valid else MINUS_INFINITY
-                dline[j] = dline[j] if j < valid else mean
+                line[j] = line[j] if COLUMN[j] < valid else MINUS_INFINITY
+                dline[j] = dline[j] if COLUMN[j] < valid else mean
         for j in range(TILE_K):
-            e = exp(line[j] * scale - shift)
-            weight[j] = to(weight, e)
-            dweight[j] = to(dweight, e * (dline[j] - mean) * scale)
+            line[j] = exp2(line[j] * scale_2 - shift)
+            dline[j] = line[j] * (dline[j] - mean) * scale
+        _to_operands(weight, line)
+        _to_operands(dweight, dline)
 
 
 @inline
@@ -211,8 +251,8 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     dq, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
     s, ds = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile : 2 * tile].reshape((TILE_Q, TILE_K))
     mine = mine[2 * tile :]
-    p, mine = typed(mine[:tile], qkv)[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
-    dp, mine = typed(mine[:tile], qkv)[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    p, mine = operand_tile(s, mine[:tile], qkv), mine[tile:]
+    dp, mine = operand_tile(ds, mine[:tile], qkv), mine[tile:]
     strips, mine = mine[: (TILE_Q + 1) * (TILE_K + MR)], mine[(TILE_Q + 1) * (TILE_K + MR) :]
     lse, d, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
     size = 4 // per_word(qkv)
@@ -226,7 +266,7 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     for q in range(0, T, TILE_Q):
         rows = min(TILE_Q, T - q)
         for i in range(rows):
-            lse[i] = stats[b, h, q + i]
+            lse[i] = stats[b, h, q + i] * LOG2_E
             total = np.float32(0)
             line, dline = out[first + q + i, col : col + HS], dout[first + q + i, col : col + HS]
             for c in range(HS):

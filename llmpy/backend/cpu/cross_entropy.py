@@ -16,7 +16,7 @@ import numpy as np
 
 from .gelu import exp
 from .jit import fork, inline, kernel
-from .simd import f32, from_rank, larger, to, to_rank
+from .simd import f32, from_rank, larger, to_operand, to_rank
 
 
 @inline
@@ -40,10 +40,10 @@ def _row(worker, row, losses, logits, targets, vocab_size, scale, gradient):
     if gradient:
         factor = scale / total
         for c in range(vocab_size):
-            logits[row, c] = to(logits, exp(f32(logits[row, c]) - top) * factor)
+            logits[row, c] = to_operand(logits, exp(f32(logits[row, c]) - top) * factor)
         for c in range(vocab_size, logits.shape[1]):
             logits[row, c] = 0
-        logits[row, target] = to(logits, exp(hit - top) * factor - scale)
+        logits[row, target] = to_operand(logits, exp(hit - top) * factor - scale)
 
 
 @kernel

@@ -20,8 +20,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .attention import MINUS_INFINITY, TILE_K, _softmax_tile
-from .gelu import gelu
+from .attention import MINUS_INFINITY, TILE_K, _softmax_tile, operand_tile
+from .gelu import LOG2_E, gelu
 from .gemm import depth, pack_rows, pack_transposed, panel_width, words, write_tile
 from .jit import fork, inline, intrinsic, kernel
 from .simd import (
@@ -220,11 +220,11 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     NH, HS = cache.shape[1], cache.shape[4]
     row, h = item // NH, item % NH
     keys, values, t = cache[slots[row], h, 0], cache[slots[row], h, 1], positions[row]
-    C, col, scale = NH * HS, h * HS, np.float32(1.0 / math.sqrt(HS))
+    C, col, scale_2 = NH * HS, h * HS, np.float32(LOG2_E / math.sqrt(HS))
     mine = scratch[worker]
     panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
     s, mine = mine[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
-    p, mine = typed(mine[:TILE_K], qkv)[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
+    p, mine = operand_tile(s, mine[:TILE_K], qkv), mine[TILE_K:]
     top, total, part, mine = mine[:1], mine[1:2], mine[2 : 2 + NR], mine[2 + NR :]
     sums, query = mine[:HS], mine[HS : 2 * HS + 1]
     for c in range(HS):
@@ -244,7 +244,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
             cols = min(NR, keys.shape[0] - k - j)  # later keys too: whole vectors, and softmax leaves them out
             pack_transposed(panel, keys, k + j, 0, HS, cols)
             _multiply_row(qkv, address(s) + 4 * j, address(q), panel, cols, HS)
-        _softmax_tile(s, p, sums, top, total, t, k, 1, HS, scale)
+        _softmax_tile(s, p, sums, top, total, t, k, 1, HS, scale_2)
         for c in range(0, HS, NR):
             cols = min(NR, HS - c)
             pack_rows(panel, values, k, c, n, cols)

@@ -45,11 +45,9 @@ from .simd import (
     WRITE,
     address,
     bits_to_float,
-    f32,
     float_to_bits,
     per_word,
     read_row,
-    to,
 )
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
@@ -133,8 +131,10 @@ def _finish_forward(out, pre_gelu, tile, row, col, rows, cols):
     """A tile of finished sums to where it belongs, through GELU if asked for."""
     if pre_gelu.size > 0:
         write_tile(pre_gelu, row, col, tile, rows, cols)
-        for j in range(MR * NR):  # a constant length: whole vectors, whatever is in the tile's unused part
-            tile[j] = gelu(f32(to(pre_gelu, tile[j])))
+        if per_word(pre_gelu) > 1:  # as it is stored, and not as it was
+            read_tile(tile, pre_gelu, row, col, rows, cols)
+        for j in range(TILE):  # a constant length: whole vectors, whatever is in the tile's unused part
+            tile[j] = gelu(tile[j])
     write_tile(out, row, col, tile, rows, cols)
 
 
@@ -195,7 +195,7 @@ def _finish_dinp(dinp, pre_gelu, tile, before, row, col, rows, cols):
     """A tile of finished sums, times GELU′ where the input was a GELU, to where it belongs."""
     if pre_gelu.size > 0:
         read_tile(before, pre_gelu, row, col, rows, cols)
-        for j in range(MR * NR):
+        for j in range(TILE):
             tile[j] *= gelu_gradient(before[j])
     write_tile(dinp, row, col, tile, rows, cols)
 

@@ -46,7 +46,8 @@ class Isa:
     `rows` (MR) × `vectors` (NV) accumulators, plus NV vectors of B and a broadcast, must fit in the
     registers: 24 + 4 of 32 on AVX-512 and NEON, 12 + 3 of 16 on AVX2. `panel_k` (KC) is the depth at
     which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache. `ahead`: the inner
-    loop is long enough to hide the instructions that ask for memory ahead.
+    loop is long enough to hide the instructions that ask for memory ahead. `rounds`: one instruction rounds to
+    bfloat16, but makes subnormal numbers 0.
     """
 
     name: str
@@ -57,11 +58,21 @@ class Isa:
     bf16: str = ""
     panel_k: int = 768
     ahead: bool = False
+    rounds: bool = False
 
 
 # Measured on Zen 4 (dev/LOG.md): 8 × 48 reaches 95–98 % of the FMA peak. 48 divides GPT-2's widths.
 ISAS = (
-    Isa("avx512-bf16", lanes=16, rows=8, vectors=3, fused=True, bf16="llvm.x86.avx512bf16.dpbf16ps.512", ahead=True),
+    Isa(
+        "avx512-bf16",
+        lanes=16,
+        rows=8,
+        vectors=3,
+        fused=True,
+        bf16="llvm.x86.avx512bf16.dpbf16ps.512",
+        ahead=True,
+        rounds=True,
+    ),
     Isa("avx512", lanes=16, rows=8, vectors=3, fused=True, ahead=True),
     Isa("avx2", lanes=8, rows=6, vectors=2, fused=True),
     Isa("neon-bf16", lanes=4, rows=8, vectors=3, fused=True, bf16="llvm.aarch64.neon.bfdot.v4f32.v8bf16"),
@@ -100,16 +111,19 @@ BF16 = types.uint16
 
 
 class BFloats(ir.Type):
-    """<2·LANES x bfloat>: llvmlite has no bfloat, but LLVM needs only the name."""
+    """<count x bfloat>, or one bfloat: llvmlite has none, but LLVM needs only the name."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
 
     def _to_string(self) -> str:
-        return f"<{2 * LANES} x bfloat>"
+        return f"<{self.count} x bfloat>" if self.count > 1 else "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BFloats)
+        return isinstance(other, BFloats) and other.count == self.count
 
     def __hash__(self) -> int:
-        return hash("bfloats")
+        return hash(("bfloats", self.count))
 
 
 def _at(bd: ir.IRBuilder, address: ir.Value, kind: ir.Type = F32) -> ir.Value:
@@ -143,10 +157,9 @@ def _multiply_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir
 def _dot_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a₀·b₀ + a₁·b₁ + c for the two bfloat16 in every lane of a and b."""
     if HOST.bf16:
-        fn = cgutils.get_or_insert_function(
-            bd.module, ir.FunctionType(VECTOR, [VECTOR, BFloats(), BFloats()]), HOST.bf16
-        )
-        return bd.call(fn, [c, bd.bitcast(a, BFloats()), bd.bitcast(b, BFloats())])
+        pairs = BFloats(2 * LANES)
+        fn = cgutils.get_or_insert_function(bd.module, ir.FunctionType(VECTOR, [VECTOR, pairs, pairs]), HOST.bf16)
+        return bd.call(fn, [c, bd.bitcast(a, pairs), bd.bitcast(b, pairs)])
     for half in (_low_half, _high_half):
         c = _multiply_add(bd, half(bd, a), half(bd, b), c)
     return c
@@ -491,32 +504,63 @@ copy_strip = _copier(MR)
 HALVES = ir.VectorType(I16, LANES)
 
 
-def _round_to_halves(bd: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """LANES float32 → bfloat16, rounded to nearest even; NaN stays NaN. As `to`, for whole vectors."""
+def _any_subnormal(bd: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Whether one of LANES float32 is neither 0 nor a normal number, an infinity or a NaN."""
+    magnitude = bd.and_(bd.bitcast(x, INTEGERS), ir.Constant(INTEGERS, [0x7FFFFFFF] * LANES))
+    less = bd.sub(magnitude, ir.Constant(INTEGERS, [1] * LANES))  # of 0, the largest there is
+    lanes = bd.icmp_unsigned("<", less, ir.Constant(INTEGERS, [0x7FFFFF] * LANES))
+    mask = ir.IntType(LANES)
+    return bd.icmp_unsigned("!=", bd.bitcast(lanes, mask), mask(0))
+
+
+def _round_natively(bd: ir.IRBuilder, x: ir.Value, count: int = LANES) -> ir.Value:
+    """LANES float32, or one, → bfloat16 by the instruction that `Isa.rounds` tells of."""
+    return bd.bitcast(bd.fptrunc(x, BFloats(count)), HALVES if count > 1 else I16)
+
+
+def _round(bd: ir.IRBuilder, x: ir.Value, count: int = LANES) -> ir.Value:
+    """LANES float32, or one, → bfloat16, rounded to nearest even; NaN stays NaN."""
+    words, halves = (INTEGERS, HALVES) if count > 1 else (I32, I16)
 
     def each(value: int) -> ir.Value:
-        return ir.Constant(INTEGERS, [value] * LANES)
+        return ir.Constant(words, [value] * LANES if count > 1 else value)
 
-    bits = bd.bitcast(x, INTEGERS)
+    bits = bd.bitcast(x, words)
     odd = bd.and_(bd.lshr(bits, each(16)), each(1))
-    rounded = bd.lshr(bd.add(bits, bd.add(odd, each(0x7FFF))), each(16))
-    quiet = bd.or_(bd.lshr(bits, each(16)), each(0x40))
-    return bd.trunc(bd.select(bd.fcmp_unordered("uno", x, x), quiet, rounded), HALVES)
+    rounded = bd.add(bits, bd.add(odd, each(0x7FFF)))
+    number = bd.select(bd.fcmp_unordered("uno", x, x), bd.or_(bits, each(0x400000)), rounded)
+    return bd.trunc(bd.lshr(number, each(16)), halves)
 
 
-@intrinsic
-def write_row(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
-    """LANES float32 at address src, to address dst as `like` stores them."""
+def _writer(exact: bool) -> Any:
+    """write(like, dst, src): LANES float32 at address src, to address dst as `like` stores them."""
 
-    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        x = _load(bd, _at(bd, args[2]), I64(0))
-        if like.dtype == BF16:
-            bd.store(_round_to_halves(bd, x), _at(bd, args[1], HALVES)).align = 2
-        else:
-            _store(bd, x, _at(bd, args[1]), I64(0))
-        return context.get_dummy_value()
+    @intrinsic
+    def write(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
+        def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+            x = _load(bd, _at(bd, args[2]), I64(0))
+            dst = _at(bd, args[1], HALVES if like.dtype == BF16 else F32)
+            if like.dtype != BF16:
+                _store(bd, x, dst, I64(0))
+            elif not HOST.rounds:
+                bd.store(_round(bd, x), dst).align = 2
+            elif not exact:
+                bd.store(_round_natively(bd, x), dst).align = 2
+            else:
+                with bd.if_else(_any_subnormal(bd, x), likely=False) as (some, none):
+                    with some:
+                        bd.store(_round(bd, x), dst).align = 2
+                    with none:
+                        bd.store(_round_natively(bd, x), dst).align = 2
+            return context.get_dummy_value()
 
-    return types.void(like, types.int64, types.int64), codegen
+        return types.void(like, types.int64, types.int64), codegen
+
+    return write
+
+
+write_row = _writer(exact=True)
+write_operands = _writer(exact=False)  # see `to_operand`
 
 
 @intrinsic
@@ -601,12 +645,39 @@ def _to(array, x):
     if array.dtype != BF16:
         return lambda array, x: x
 
-    def round_to_bf16(array, x):
-        bits = float_to_bits(x)
-        rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
-        return np.uint16(rounded if x == x else (bits >> np.int32(16)) | np.int32(0x40))
+    return lambda array, x: _rounded(x)
 
-    return round_to_bf16
+
+@intrinsic
+def _rounded(typingctx: Any, x: Any) -> Any:
+    """A float32 as bfloat16, in uint16; in 32 bits all along, for Numba's sums of int32 are int64."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return _round(bd, args[0], 1)
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _rounded_natively(typingctx: Any, x: Any) -> Any:
+    """As `_rounded`, by the instruction that `Isa.rounds` tells of."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        return _round_natively(bd, args[0], 1)
+
+    return types.uint16(types.float32), codegen
+
+
+def to_operand(array, x):
+    """As `to`, for what only products read: a subnormal number may become 0, as which they take it."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(to_operand)
+def _to_operand(array, x):
+    if array.dtype == BF16 and HOST.rounds:
+        return lambda array, x: _rounded_natively(x)
+    return lambda array, x: to(array, x)
 
 
 def typed(words, like):
