@@ -29,6 +29,7 @@ DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hella
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 SHELLS = ("bash", "zsh", "fish")
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
+AXES = ("steps", "tokens", "time")
 PICTURES = (".png", ".svg", ".pdf", ".html")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
@@ -642,9 +643,14 @@ class PlotOptions:
     smooth: int | None = option(
         None, "steps to smooth over, 0: not (default: about a hundredth of the run)", metavar="STEPS"
     )
-    log: bool = option(False, "a logarithmic axis")
+    x: str = option(
+        "steps", "what curves lie along; time is that of the steps alone, and like tokens adds up over restarts",
+        choices=AXES,
+    )  # fmt: skip
+    log: bool = option(False, "a logarithmic axis, that of the values")
 
     def __post_init__(self) -> None:
+        known(self, "x", AXES)
         not_negative(self, "smooth")
         below(self, "smooth", 1 << 53)
         for curve in self.curves or ():
