@@ -49,7 +49,7 @@ function shown(value) {
 
 /** The unit for numbers of about this size. */
 function unitOf(axis, size) {
-  return AXES[axis].find(([unit]) => size >= 2 * unit) || AXES[axis].at(-1);
+  return AXES[axis].find(([unit]) => size >= 1.5 * unit) || AXES[axis].at(-1);
 }
 
 /** The last place in an ascending list whose number is not above x; 0 if there is none. */

@@ -88,7 +88,7 @@ def pictures(runs: dict[str, Run], options: PlotOptions, points: int) -> tuple[d
         curve["x"] = steps if options.x == "steps" else curves.along(clock, steps)
     largest = max((curve["x"][-1] for _, curve in every), default=0.0)
     title, units = BELOW[options.x]
-    size, unit = next((u for u in units if largest >= 2 * u[0]), units[-1])
+    size, unit = next((u for u in units if largest >= 1.5 * u[0]), units[-1])
     for _, curve in every:
         curve["x"] /= size
     return drawn, title + unit
