@@ -102,9 +102,9 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     talk = Talk(tokenizer, model.trained_length, o.system)
     if not tuned(o.run, tokenizer):
         aside(
-            f"note: nothing shows that {o.run} was tuned on messages, and what was not only continues the text; "
-            f"tune it on records of messages: {command('train', '--init', o.run, '--data', 'FILE.jsonl')}, "
-            f"or give it a text to continue: {command('sample', o.run, '--prompt', '…')}"
+            f"note: nothing shows that {o.run} was tuned on messages; a model that was not goes on with the text "
+            f"instead of answering. Tune it on records of messages, {command('train', '--init', o.run)} --data "
+            f"FILE.jsonl, or let it continue a text, {command('sample', o.run)} --prompt …"
         )
     seed = o.seed
     ask = ask or reader()
