@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from laptop import Laptop
 
 from llmpy.errors import LlmpyError
+from llmpy.options import TrainOptions
+from llmpy.trainer import train
 from llmpy.watch import curves
 from llmpy.watch.curves import CHUNK, Curve, Metrics, smoothed, survey, width_of
 from llmpy.watch.runs import Runs, board
@@ -268,6 +271,24 @@ def test_clocks_add_up_over_restarts_with_other_batches(tmp_path: Path) -> None:
     assert clocks(path, 6) == [(2048 + 512, pytest.approx(1.4))]
     metrics.read()
     assert metrics.curves.along("tokens", np.array([6])) == 2048 + 512
+
+
+def test_the_tokens_of_a_real_run_that_went_on(tmp_path: Path) -> None:
+    """Every one that was read, to the token: 5 steps of 2 x 16, then 3 of 2 batches of 4 x 16."""
+    (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
+    run = tmp_path / "run"
+    first = TrainOptions(
+        data=(tmp_path / "my.txt",), model="d1", vocab_size=300, out=run, batch_size=2, sequence_length=16, steps=5,
+        eval_batches=1, sample_tokens=1,
+    )  # fmt: skip
+    assert train(first, Laptop()) == 0
+    then = TrainOptions.gather({"resume": run, "steps": 8, "batch_size": 4, "total_batch": 128})
+    assert train(then, Laptop()) == 0
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    took = [row["ms"] for row in map(json.loads, lines) if "ms" in row]
+    at = clocks(run / "metrics.jsonl", 0, 1, 5, 6, 8)
+    assert [tokens for tokens, _ in at] == [0, 32, 160, 288, 544]
+    assert at[-1][1] == pytest.approx(sum(took) / 1000, rel=1e-12)
 
 
 def test_lines_that_are_missing_count_and_those_that_say_nonsense_do_not(tmp_path: Path) -> None:
