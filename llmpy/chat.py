@@ -7,6 +7,9 @@ that the model sees what it was tuned on:
 
 and an answer ends where the text ends or another role begins. What no longer fits the model's reach beside an answer
 is forgotten, the oldest messages first; the system's stays.
+
+No model file says what it was tuned on, but the tokens of a run do: where an answer begins in them, after
+"assistant: ", their mask begins to count. Who talks with a model that has none such is told what to expect.
 """
 
 from __future__ import annotations
@@ -14,14 +17,21 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
 
 from .api import GPT2
+from .command import command
 from .data.encode import tokenise
 from .data.records import conversation
+from .data.shards import Shard, mask_path, open_shard
 from .errors import LlmpyError, did_you_mean
 from .generate import choice_of
-from .options import ChatOptions
+from .options import ChatOptions, TrainOptions
 from .preflight import Machine
+from .runfolder import CONFIG_FILE
+from .start import own_tokens, read_config
 from .terminal import paint
 from .tokenizer import Tokenizer
 
@@ -33,6 +43,7 @@ HELP = {
     "/help": "tell this",
 }
 SEEDS = (1 << 64) - 1
+LOOKED_AT = 1000  # stretches that count, of each shard
 Message = dict[str, str]
 
 
@@ -87,7 +98,14 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     """
     o = options
     model = GPT2.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
-    talk = Talk(model.require_tokenizer(), model.trained_length, o.system)
+    tokenizer = model.require_tokenizer()
+    talk = Talk(tokenizer, model.trained_length, o.system)
+    if not tuned(o.run, tokenizer):
+        aside(
+            f"note: nothing shows that {o.run} was tuned on messages; a model that was not goes on with the text "
+            f"instead of answering. Tune it on records of messages, {command('train', '--init', o.run)} --data "
+            f"FILE.jsonl, or let it continue a text, {command('sample', o.run)} --prompt …"
+        )
     seed = o.seed
     ask = ask or reader()
     aside("answers end at Ctrl-C; /reset forgets, /quit ends")
@@ -105,6 +123,27 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
         pieces = model.continued(ids, o.tokens, choice_of(o), STOPS, seed)
         talk.say("assistant", answer(pieces))
         seed = seed % SEEDS + 1
+
+
+def tuned(model: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a model is that of a run whose training tokens are there and hold conversations."""
+    folder = model if model.is_dir() else model.parent
+    try:
+        paths = own_tokens(folder) or TrainOptions.from_record(read_config(folder / CONFIG_FILE)).data or ()
+        masks = [m for path in paths for m in (sorted(path.rglob("*.mask")) if path.is_dir() else [mask_path(path)])]
+        shards = (open_shard(m.with_suffix(".bin"), tokenizer.vocab_size) for m in masks if m.is_file())
+        return any(holds_answers(shard, tokenizer) for shard in shards)
+    except (LlmpyError, OSError):  # no run, or its data are out of reach: then it is not known
+        return False
+
+
+def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
+    """Whether something that counts begins where an assistant speaks."""
+    if shard.counted is None:
+        return False
+    head = f"{ROLES[-1]}: "
+    begins = np.flatnonzero(np.diff(shard.counted.view(np.int8)) > 0)[:LOOKED_AT] + 1
+    return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in begins)
 
 
 def answer(pieces: Iterator[str]) -> str:

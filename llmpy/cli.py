@@ -128,6 +128,7 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "plot": (
         ("llmpy plot runs/NAME runs/OTHER -o loss.svg", "for a paper"),
+        ("llmpy plot runs/NAME runs/OTHER --x tokens", "as runs with batches of different sizes compare"),
         ("llmpy plot runs/NAME --terminal --curves loss lr", "here and now"),
     ),
     "selftest": (

@@ -1,7 +1,7 @@
 """`llmpy completion bash|zsh|fish`: what the Tab key knows, generated from the parsers.
 
-After a verb come its flags, after a flag its values: one of its choices, a size of a model, or a file. Nothing is run
-when Tab is pressed; the script is made anew when llm.py is.
+After a verb come its flags, after a flag its values: one of its choices, a size of a model, a file, or the name of a
+data set or model that does as well. Nothing is run when Tab is pressed; the script is made anew when llm.py is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .config import LADDER, NAMES
+from .options import options_of
 
 PROGRAM = "llmpy"
 FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "FILE.png", "DIR", "MODEL", "IN", "OUT", "WHAT", "PYTHON"}  # metavars
@@ -20,7 +21,7 @@ SIZES = (*NAMES, *(f"d{depth}" for depth in LADDER))  # no gpt3:c768: bash takes
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: its spellings, what it does, the words that may follow, or whether it takes a file or any value."""
+    """A flag: its spellings, what it does, the words that may follow, whether files may, whether it takes a value."""
 
     names: tuple[str, ...]
     text: str
@@ -31,12 +32,13 @@ class Flag:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb, of one word or two: what it does, its flags, and the words that may stand after it."""
+    """A verb, of one word or two: what it does, its flags, the words that may stand after it, and whether files may."""
 
     words: tuple[str, ...]
     text: str
     flags: tuple[Flag, ...]
     operands: tuple[str, ...] = ()
+    files: bool = True
 
     @property
     def name(self) -> str:
@@ -47,15 +49,20 @@ class Verb:
 def verbs(parser: argparse.ArgumentParser, before: tuple[str, ...] = (), text: str = "") -> Iterator[Verb]:
     """The parser's verb and all below it, as they are declared."""
     below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    operands = tuple(word for a in parser._actions if not a.option_strings for word in a.choices or ())
-    yield Verb(before, text, tuple(_flag(a) for a in parser._actions if a.option_strings), operands)
+    kind = parser.get_default("options")
+    names = {f.name: f.metadata["names"] for f in options_of(kind)} if kind else {}
+    flags = tuple(_flag(a, names.get(a.dest, ())) for a in parser._actions if a.option_strings)
+    words = [a for a in parser._actions if not a.option_strings]
+    operands = tuple(word for a in words for word in a.choices or names.get(a.dest, ()))
+    yield Verb(before, text, flags, operands, files=not any(a.choices for a in words))
     for action in below:
         told = {choice.dest: choice.help or "" for choice in action._choices_actions}
         for name, child in action.choices.items():
             yield from verbs(child, (*before, name), told.get(name, ""))
 
 
-def _flag(action: argparse.Action) -> Flag:
+def _flag(action: argparse.Action, known: tuple[str, ...]) -> Flag:
+    """`known`: names that do as well as files."""
     names, text = tuple(action.option_strings), (action.help or "").replace("%%", "%")
     if action.help == argparse.SUPPRESS:
         text = ""
@@ -65,7 +72,7 @@ def _flag(action: argparse.Action) -> Flag:
         return Flag(names, text, words=tuple(map(str, action.choices)), value=True)
     if action.dest == "model" and action.metavar == "TEXT":
         return Flag(names, text, words=SIZES, value=True)
-    return Flag(names, text, files=action.metavar in FILES, value=True)
+    return Flag(names, text, words=known, files=bool(known) or action.metavar in FILES, value=True)
 
 
 def bash(all_verbs: list[Verb]) -> str:
@@ -75,20 +82,20 @@ def bash(all_verbs: list[Verb]) -> str:
         for flag in verb.flags:
             if flag.value:
                 patterns = "|".join(f'"{verb.name} {name}"' for name in flag.names)
-                then = f'_llmpy_words "{" ".join(flag.words)}"' if flag.words else "_llmpy_files" if flag.files else ":"
-                values.append(f"    {patterns}) {then}; return ;;")
+                then = [f'_llmpy_words "{" ".join(flag.words)}"'] * bool(flag.words) + ["_llmpy_files"] * flag.files
+                values.append(f"    {patterns}) {'; '.join(then) or ':'}; return ;;")
         names = " ".join(name for flag in verb.flags for name in flag.names)
-        flags.append(f'    "{verb.name}") flags="{names}" operands="{" ".join(verb.operands)}" ;;')
+        flags.append(f'    "{verb.name}") flags="{names}" operands="{" ".join(verb.operands)}" files={verb.files:d} ;;')
     two = "|".join(sorted({verb.words[0] for verb in all_verbs if len(verb.words) == 2}))
     return f"""# bash completion of {PROGRAM}
 _llmpy_words() {{ COMPREPLY=($(compgen -W "$1" -- "$cur")); }}
 _llmpy_files() {{
   local IFS=$'\\n'
   type compopt > /dev/null 2>&1 && compopt -o filenames
-  COMPREPLY=($(compgen -f -- "$cur"))
+  COMPREPLY+=($(compgen -f -- "$cur"))
 }}
 _llmpy() {{
-  local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[COMP_CWORD-1]}}" verb="" flags="" operands=""
+  local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[COMP_CWORD-1]}}" verb="" flags="" operands="" files=1
   COMPREPLY=()
   [ "$COMP_CWORD" -gt 1 ] && verb="${{COMP_WORDS[1]}}"
   case "$verb" in
@@ -102,7 +109,7 @@ _llmpy() {{
   esac
   case "$cur" in
     -*) _llmpy_words "$flags" ;;
-    *) if [ -n "$operands" ]; then _llmpy_words "$operands"; else _llmpy_files; fi ;;
+    *) _llmpy_words "$operands"; [ "$files" = 0 ] || _llmpy_files ;;
   esac
 }}
 complete -F _llmpy {PROGRAM}
@@ -120,21 +127,26 @@ def zsh(all_verbs: list[Verb]) -> str:
         then = ""
         if flag.value:
             words = " ".join(word.replace(":", "\\:") for word in flag.words)
-            then = f": :({words})" if flag.words else ": :_files" if flag.files else ": : "
+            then = f": :{files(flag.words)}" if flag.files else f": :({words})" if words else ": : "
         return shlex.quote(f"*{name}[{text}]{then}")
+
+    def files(names: tuple[str, ...]) -> str:
+        # The blank in front: its arguments are handed on as they are.
+        return f" _llmpy_files {' '.join(names)}" if names else "_files"
 
     cases = []
     for verb in all_verbs:
-        if verb.operands:
+        if not verb.files:
             children = [v for v in all_verbs if v.words[:-1] == verb.words and v.words]
             words = [described(v.words[-1], v.text) for v in children] or [described(w, "") for w in verb.operands]
             lines = f"local -a words_here=({' '.join(words)}); _describe word words_here"
         else:
             given = [argument(name, flag) for flag in verb.flags for name in flag.names]
-            lines = f"_arguments -s {' '.join(given)} '*: :_files'"
+            lines = f"_arguments -s {' '.join(given)} '*: :{files(verb.operands)}'"
         cases.append(f"    {shlex.quote(verb.name)}) {lines} ;;")
     two = "|".join(sorted({verb.words[0] for verb in all_verbs if len(verb.words) == 2}))
     return f"""#compdef {PROGRAM}
+_llmpy_files() {{ _alternative "names:name:($*)" "files:file:_files" }}
 _llmpy() {{
   local verb=''
   (( CURRENT > 2 )) && {{ verb=$words[2]; shift words; (( CURRENT-- )) }}
@@ -171,11 +183,11 @@ def fish(all_verbs: list[Verb]) -> str:
             lines.append(f"complete -c {PROGRAM} {when_child} -a {child.words[-1]} -d {quoted(child.text)}")
         for word in verb.operands if not children else ():
             lines.append(f"complete -c {PROGRAM} {when} -a {word}")
-        if not verb.operands:
+        if verb.files:
             lines.append(f"complete -c {PROGRAM} {when} -F")
         for flag in verb.flags:
             names = " ".join(f"{_fish_kind(name)} {name.lstrip('-')}" for name in flag.names)
-            takes = f"-x -a {quoted(' '.join(flag.words))}" if flag.words else "-r -F" if flag.files else "-x"
+            takes = ("-r -F" if flag.files else "-x") + f" -a {quoted(' '.join(flag.words))}" * bool(flag.words)
             line = f"complete -c {PROGRAM} {when} {names} {takes if flag.value else ''} -d {quoted(flag.text)}"
             lines.append(line.replace("  ", " "))
     return "\n".join(lines) + "\n"

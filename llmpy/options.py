@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .command import command
+from .config import NAMES
 from .errors import LlmpyError, did_you_mean
 from .inputs import regular
 from .recipes import RECIPES
@@ -25,10 +26,13 @@ ATTENTIONS = ("sdpa", "plain")
 MODEL_FORMATS = ("llmc", "llmc-run", "hf", "native", "gguf")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
-DATA_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu", "hellaswag")
+TRAINING_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu")
+DATA_NAMES = (*TRAINING_NAMES, "hellaswag")
+MODEL_NAMES = tuple(NAMES)  # that are downloaded
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 SHELLS = ("bash", "zsh", "fish")
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
+AXES = ("steps", "tokens", "time")
 PICTURES = (".png", ".svg", ".pdf", ".html")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
@@ -46,13 +50,15 @@ def option(
     metavar: str = "",
     word: bool = False,
     each: bool = False,
+    names: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings, a `word` goes without.
 
-    Of a tuple's values a flag takes all that follow it, or with `each` one, and may come again.
+    Of a tuple's values a flag takes all that follow it, or with `each` one, and may come again. `names` are words that
+    mean something beside paths.
     """
     told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "word": word, "each": each}
-    return field(default=default, metadata=told)
+    return field(default=default, metadata=told | {"names": names})
 
 
 def flag(of: Field[Any]) -> str:
@@ -85,6 +91,7 @@ class TrainOptions:
         "-i",
         "-j",
         metavar="PATH",
+        names=TRAINING_NAMES,
     )
     model: str = option(
         "",
@@ -98,6 +105,7 @@ class TrainOptions:
         "llm.c .bin or a Hugging Face folder (default: from scratch); then the defaults are llm.c's for fine-tuning: "
         "--schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
         metavar="MODEL",
+        names=MODEL_NAMES,
     )
     init_state: bool = option(
         False, "with --init CHECKPOINT of llm.c: its moments and place in the data too, as --resume CHECKPOINT does"
@@ -337,9 +345,12 @@ class DataOptions:
         f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
         metavar="WHAT",
         word=True,
+        names=DATA_NAMES,
     )
     tokenizer: str = option(
-        "gpt2", "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file"
+        "gpt2",
+        "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file",
+        names=("gpt2", "bytes"),
     )
     source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
     out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
@@ -359,7 +370,9 @@ class DataOptions:
 class SampleOptions:
     """`llmpy sample RUN`."""
 
-    run: Path = option(Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True)
+    run: Path = option(
+        Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True, names=MODEL_NAMES
+    )
     prompt: tuple[str, ...] | None = option(
         None, "text to continue (default: the start of a text); give it again for further texts", each=True
     )
@@ -397,7 +410,9 @@ class SampleOptions:
 class ChatOptions:
     """`llmpy chat RUN`."""
 
-    run: Path = option(Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True)
+    run: Path = option(
+        Path(), "a run folder, any model that --init takes, or gpt2 …", metavar="RUN", word=True, names=MODEL_NAMES
+    )
     system: str | None = option(None, "what the model is told before the talk begins")
     tokens: int = option(256, "tokens of an answer at most")
     temperature: float = option(0.7, "0: always the likeliest token; 1: as the model has it")
@@ -642,9 +657,14 @@ class PlotOptions:
     smooth: int | None = option(
         None, "steps to smooth over, 0: not (default: about a hundredth of the run)", metavar="STEPS"
     )
-    log: bool = option(False, "a logarithmic axis")
+    x: str = option(
+        "steps", "what curves lie along; time is that of the steps alone, and like tokens adds up over restarts",
+        choices=AXES,
+    )  # fmt: skip
+    log: bool = option(False, "a logarithmic axis, that of the values")
 
     def __post_init__(self) -> None:
+        known(self, "x", AXES)
         not_negative(self, "smooth")
         below(self, "smooth", 1 << 53)
         for curve in self.curves or ():

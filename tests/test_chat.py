@@ -181,6 +181,48 @@ def test_a_model_answers_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.split() == ["pong", "blue"]
 
 
+NOTE = "nothing shows that {} was tuned on messages"
+
+
+def test_who_only_continues_text_says_so(
+    tmp_path: Path, folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, beforehand, with what to do; what was tuned on messages says nothing, as far as that can be known."""
+    monkeypatch.chdir(tmp_path)
+    messages = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    records: dict[str, Any] = {
+        "talks": {"messages": messages}, "pairs": {"prompt": "assistant: ping", "completion": " pong"},
+        "texts": {"text": "user: ping\n\nassistant: pong"},
+    }  # fmt: skip
+    for name, record in records.items():
+        Path(f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 60, "utf-8")
+    assert cli.main(["data", "talks.jsonl", "--tokenizer", "bytes", "--out", "tokens"]) == 0
+
+    def trained(name: str, data: str) -> None:
+        told = TrainOptions(
+            data=(Path(data),), model="d1", out=Path(name), batch_size=2, sequence_length=16, steps=1,
+            sample_tokens=1, eval_batches=1,
+        )  # fmt: skip
+        assert train(told, Laptop()) == 0
+
+    def noted(model: str) -> bool:
+        capsys.readouterr()
+        chat(ChatOptions(Path(model)), lines("ping", "ping"), Laptop())
+        err = capsys.readouterr().err
+        assert err.count(NOTE.format(model)) == err.count("note:") <= 1
+        assert ("llmpy sample" in err) is ("llmpy train --init" in err) is ("note:" in err)
+        return "note:" in err
+
+    for name, data in (("a", "talks.jsonl"), ("b", "tokens"), ("c", "pairs.jsonl"), ("d", "texts.jsonl")):
+        trained(name, data)
+    assert [noted(name) for name in ("a", "a/best.safetensors", "b")] == [False, False, False]
+    assert [noted(name) for name in ("c", "d", str(folder))] == [True, True, True]
+    Path("b/config.json").write_text("{")
+    Path("tokens").rename("elsewhere")
+    assert noted("b")
+    assert asked[0][0] == "<|endoftext|>user: ping\n\nassistant: "  # and it talks all the same
+
+
 def test_an_answer_ends_without_blank_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """As training has them between messages; those within it stay."""
     assert answer(iter(["It is", " 4", "\n", "\nor 5", ".\n\n"])) == "It is 4\n\nor 5."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from llmpy import cli
 from llmpy.completion import SHELLS, script, verbs
+from llmpy.data.datasets import SOURCES
+from llmpy.formats import hub
+from llmpy.options import DATA_NAMES, TRAINING_NAMES
 from llmpy.options import SHELLS as NAMES
 
 VERBS = {verb.name: verb for verb in verbs(cli.build_parser())}
@@ -23,6 +27,8 @@ def test_every_verb_and_flag_is_known() -> None:
     assert flags["--dtype"].words == ("auto", "float32", "bfloat16")
     assert "gpt2-medium" in flags["--model"].words
     assert flags["--data"].files
+    assert flags["--data"].words == TRAINING_NAMES == tuple(SOURCES)
+    assert flags["--init"].words == hub.NAMES
     assert flags["--lr"].value
     assert not flags["--overfit"].value
     assert VERBS["completion"].operands == NAMES
@@ -57,6 +63,17 @@ CASES = [
     ("completion f", ["fish"]),
     ("train --data te", ["text.txt"]),
     ("sample te", ["text.txt"]),
+    ("data t", ["text.txt", "tinyshakespeare", "tinystories"]),
+    ("data --tokenizer b", ["bytes"]),
+    ("data --tokenizer te", ["text.txt"]),
+    ("data h", ["hellaswag"]),
+    ("train --data t", ["text.txt", "tinyshakespeare", "tinystories"]),
+    ("train -i fineweb-", ["fineweb-edu"]),
+    ("train --init gpt2-m", ["gpt2-medium"]),
+    ("train --init t", ["text.txt"]),
+    ("sample gpt2-l", ["gpt2-large"]),
+    ("chat gpt2-x", ["gpt2-xl"]),
+    ("plot --x to", ["tokens"]),
 ]
 BASH = """
 source "$1"; shift
@@ -80,4 +97,27 @@ def test_what_is_proposed(shell: str, line: str, proposed: list[str], tmp_path: 
     else:
         command = ["fish", "-c", f"source {path}; complete -C 'llmpy {line}'"]
     out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8", timeout=60).stdout
-    assert [row.split("\t")[0] for row in out.splitlines()] == proposed
+    assert sorted(row.split("\t")[0] for row in out.splitlines()) == proposed
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell "autoload -U compinit; compinit -u -D; source $1; cd $2; print rea''dy"
+zpty -r shell out '*ready*'
+zpty -w -n shell "llmpy data "$'\\t\\t'
+zpty -r shell out '*tinystories*'
+print -r -- $out
+"""
+
+
+def test_names_and_files_in_zsh(tmp_path: Path) -> None:
+    """Its completion runs in a line editor alone, which needs a terminal: it makes one itself."""
+    if not shutil.which("zsh"):
+        pytest.skip("no zsh")
+    (tmp_path / "script").write_text(script("zsh", cli.build_parser()), encoding="utf-8")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "text.txt").touch()
+    command = ["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path / "script"), str(tmp_path / "here")]
+    out = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=60).stdout
+    assert {"text.txt", *DATA_NAMES} <= set(re.sub(r"\x1b\[[\d;?]*[A-Za-z]", " ", out).split())  # without its colours

@@ -31,6 +31,18 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def batches(tmp_path: Path) -> list[str]:
+    """Two runs of 100 steps; the second reads four times as many tokens in twice the time."""
+    names = []
+    for name, tokens, ms in (("small", 25_000, 36_000), ("large", 100_000, 72_000)):
+        (tmp_path / name).mkdir()
+        rows = [{"step": s, "loss": 9 / s, "ms": ms, "tokens_per_s": tokens / ms * 1000} for s in range(1, 101)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names.append(str(tmp_path / name))
+    return names
+
+
 def files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_file())
 
@@ -63,6 +75,37 @@ def test_the_picture_shows_the_curve(run: Path, tmp_path: Path) -> None:
     loss = np.array([6 * 0.99**s + 0.1 * (s % 3) for s in range(1, 201)])
     assert np.corrcoef(xy[:, 0], np.arange(200))[0, 1] == pytest.approx(1, abs=1e-6)
     assert np.corrcoef(xy[:, 1], loss)[0, 1] == pytest.approx(-1, abs=1e-6)  # down is up
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(("x", "ratio"), [("steps", 1.0), ("tokens", 4.0), ("time", 2.0)])
+def test_the_axis_that_was_asked_for(batches: list[str], tmp_path: Path, x: str, ratio: float) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "loss.svg"
+    assert cli.main(["plot", *batches, "-o", str(path), "--smooth", "0", "--x", x]) == 0
+    paths = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", d) for d in re.findall(r' d="([^"]*)"', path.read_text())]
+    small, large = (np.array(p, float)[:, 0] for p in paths if len(p) == 100)
+    assert np.ptp(large) / np.ptp(small) == pytest.approx(ratio, rel=1e-4)
+    assert np.diff(small) == pytest.approx(np.ptp(small) / 99, abs=1e-4)
+    page = tmp_path / "loss.html"
+    assert cli.main(["plot", *batches, "-o", str(page), "--x", x]) == 0
+    assert f'"axis": "{plot.AXES[x]}"' in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("x", "below"),
+    [
+        ("steps", "1 step 100"),
+        ("tokens", "0.025 tokens (millions) 10"),
+        ("time", "0.01 time in training steps (hours) 2"),
+    ],
+)
+def test_the_axis_in_the_terminal(
+    batches: list[str], x: str, below: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["plot", *batches, "--x", x]) == 0
+    assert [row for row in capsys.readouterr().out.splitlines() if " ".join(row.split()) == below]
 
 
 def test_the_page_holds_its_numbers(run: Path, tmp_path: Path) -> None:
@@ -171,6 +214,7 @@ def test_odd_lines() -> None:
             ["plot", "RUN", "--curves", "hellaswag"],
             "no hellaswag in RUN yet — wait for the first step, or choose other",
         ),
+        (["plot", "RUN", "--x", "time"], "the metrics of RUN tell no time — leave --x or that run out"),
         (["plot", "EMPTY", "-o", "loss.html"], "no loss in EMPTY yet"),
         (["plot", "EMPTY"], "no loss in EMPTY yet — wait for the first step"),
         (["plot"], "no run here — name the folder of a run, or begin one: llmpy train"),

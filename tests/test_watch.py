@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from laptop import Laptop
 
 from llmpy.errors import LlmpyError
+from llmpy.options import TrainOptions
+from llmpy.trainer import train
 from llmpy.watch import curves
 from llmpy.watch.curves import CHUNK, Curve, Metrics, smoothed, survey, width_of
 from llmpy.watch.runs import Runs, board
@@ -236,7 +239,140 @@ def test_a_large_file_is_looked_over_first(tmp_path: Path, monkeypatch: pytest.M
         assert len(list(survey(file, path.stat().st_size))) == 500
 
 
+# ---- clocks
+
+
+def step_line(step: int, ms: Any = 500.0, tokens: int = 1000, **more: Any) -> str:
+    return line(step, ms=ms, tokens_per_s=tokens / ms * 1000 if type(ms) is float else 1.0, **more)
+
+
+def clocks(path: Path, *steps: float) -> list[tuple[float, float]]:
+    """Tokens and seconds up to these steps."""
+    metrics = Metrics(path)
+    metrics.read()
+    return [(metrics.curves.along("tokens", at), metrics.curves.along("seconds", at)) for at in np.array(steps)]
+
+
+def test_clocks_add_up_over_restarts_with_other_batches(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = '{"step": 0, "val_loss": 9}\n' + "".join(step_line(s, 300.0, 512) for s in range(1, 5))
+    lost = "".join(step_line(s, 300.0, 512) for s in range(5, 9))
+    path.write_text(kept + '{"step": 4, "val_loss": 8}\n' + lost)
+    assert clocks(path, 0, 1, 8) == [(0, 0), (512, pytest.approx(0.3)), (8 * 512, pytest.approx(2.4))]
+    metrics = Metrics(path)
+    metrics.read()
+    again = "".join(step_line(s, 700.0, 2048) for s in range(5, 7)) + '{"step": 6, "val_loss": 7}\n'
+    path.write_text(kept + again)  # as --resume cuts it, with a larger batch
+    metrics.read()
+    told = metrics.curves.along("tokens", np.array([4, 6])), metrics.curves.along("seconds", np.array([4, 6]))
+    assert np.array(told) == pytest.approx(np.array([[2048, 6144], [1.2, 2.6]]), rel=1e-12)
+    with path.open("a") as file:  # or as lines that come again
+        file.write(step_line(5, 100.0, 256) + step_line(6, 100.0, 256))
+    assert clocks(path, 6) == [(2048 + 512, pytest.approx(1.4))]
+    metrics.read()
+    assert metrics.curves.along("tokens", np.array([6])) == 2048 + 512
+
+
+def test_the_tokens_of_a_real_run_that_went_on(tmp_path: Path) -> None:
+    """Every one that was read, to the token: 5 steps of 2 x 16, then 3 of 2 batches of 4 x 16."""
+    (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
+    run = tmp_path / "run"
+    first = TrainOptions(
+        data=(tmp_path / "my.txt",), model="d1", vocab_size=300, out=run, batch_size=2, sequence_length=16, steps=5,
+        eval_batches=1, sample_tokens=1,
+    )  # fmt: skip
+    assert train(first, Laptop()) == 0
+    then = TrainOptions.gather({"resume": run, "steps": 8, "batch_size": 4, "total_batch": 128})
+    assert train(then, Laptop()) == 0
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    took = [row["ms"] for row in map(json.loads, lines) if "ms" in row]
+    at = clocks(run / "metrics.jsonl", 0, 1, 5, 6, 8)
+    assert [tokens for tokens, _ in at] == [0, 32, 160, 288, 544]
+    assert at[-1][1] == pytest.approx(sum(took) / 1000, rel=1e-12)
+
+
+def test_lines_that_are_missing_count_and_those_that_say_nonsense_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    nonsense: tuple[Any, ...] = ("5", -1.0, math.nan, math.inf, 1e300, [1], None)
+    path.write_text(step_line(1) + "".join(step_line(2, ms=ms) for ms in nonsense) + line(3) + step_line(4))
+    assert clocks(path, 1, 4) == [(1000, 0.5), (4000, 2)]
+    path.write_text(step_line(1001) + step_line(1002))  # what was before, in another program, is not known
+    assert clocks(path, 1000, 1002) == [(0, 0), (2000, 1)]
+
+
+def test_a_look_at_lines_here_and_there_knows_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "SURVEY_FROM", 1 << 20)
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.path.write_text("".join(map(step_line, range(1, 20_001))))
+    metrics.read(0)
+    assert metrics.share < 1
+    assert metrics.curves.along("tokens", np.array([20_000])) == pytest.approx(20_000_000, rel=0.01)
+
+
+def test_a_part_of_an_axis(tmp_path: Path) -> None:
+    """Its ends are tokens or seconds; what comes back tells where its steps lie."""
+    for name, tokens in (("small", 100), ("large", 400)):
+        (tmp_path / name).mkdir()
+        rows = "".join(step_line(s, tokens=tokens, val_loss=1.0) for s in range(1, 5001))
+        (tmp_path / name / "metrics.jsonl").write_text(rows)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "metrics.jsonl").write_text(line(1))
+    names = "small", "large", "none"
+    told = board(Runs([tmp_path / n for n in names]), first=40_000, last=80_000, axis="tokens", points=101)
+    small, large, none = (row["picture"] for row in told["runs"])
+    for picture, tokens in ((small, 100), (large, 400)):
+        steps, clock = picture["curves"]["val_loss"]["step"], picture["clock"]
+        assert 40_000 // tokens <= steps[0] <= steps[-1] <= 80_000 // tokens
+        assert len(steps) == 101 if tokens == 400 else 30 < len(steps) < 101
+        assert clock["step"][0] <= steps[0] <= steps[-1] <= clock["step"][-1]
+        assert clock["tokens"] == [tokens * s for s in clock["step"]]
+        assert clock["seconds"] == [0.5 * s for s in clock["step"]]
+        assert len(clock["step"]) <= 104
+    assert none["clock"] == {"step": [], "tokens": [], "seconds": []}
+    whole = board(Runs([tmp_path / "small"]))["runs"][0]["picture"]["clock"]
+    assert (whole["step"][0], whole["step"][-1]) == (0, 5000)
+    late = board(Runs([tmp_path / "small"]), first=2400, last=2450, axis="seconds")["runs"][0]["picture"]
+    assert late["curves"]["loss"]["step"] == list(range(4800, 4901))
+
+
 # ---- runs
+
+
+def test_every_row_is_filled_and_no_file_is_read_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "END", 4000)
+    shown, small, large = (run_folder(tmp_path / name, steps) for name, steps in (("a", 5), ("b", 9), ("c", 3000)))
+    file = large / "metrics.jsonl"
+    with file.open("a") as more:
+        more.write('{"step": 3000, "val_loss": 1.5}\n' + line(3001, eta_s=61.5) + '{"step": 3002, "loss": 1')
+    runs = Runs([tmp_path])
+    read, opened = Metrics.read, list[Path]()
+    monkeypatch.setattr(Metrics, "read", lambda self, seconds: opened.append(self.path) or read(self, seconds))
+
+    def rows(*show: Path, seconds: float = math.inf) -> dict[str, Any]:
+        return {row["name"]: row for row in board(runs, [*map(str, show)], seconds=seconds)["runs"]}
+
+    told = rows(shown)
+    assert set(opened) == {shown / "metrics.jsonl", small / "metrics.jsonl"}
+    assert told[str(small)]["numbers"]["step"] == 9
+    numbers = told[str(large)]["numbers"]
+    assert (numbers["step"], numbers["val_loss"], numbers["eta_s"]) == (3001, 1.5, 61.5)
+    assert numbers["loss"] == pytest.approx(10 / 3002)
+    assert "picture" not in told[str(large)]
+    with file.open("a") as more:
+        more.write("}\n")
+    assert rows()[str(large)]["numbers"]["step"] == 3002
+    kept = file.read_bytes()[:20_000]
+    file.write_bytes(kept)
+    last = rows()[str(large)]["numbers"]["step"]
+    assert last == json.loads(kept.splitlines()[-2])["step"]
+    assert rows(large)[str(large)]["picture"]["curves"]["loss"]["step"][-1] == last
+    with file.open("a") as more:  # one that was read goes on so, for all its numbers are known
+        more.write("\n" + line(9000))
+    assert rows()[str(large)]["numbers"]["step"] == 9000
+    file.write_text("")
+    assert rows()[str(large)]["numbers"] == {"step": 0}
+    assert "numbers" not in rows(seconds=0)[str(large)]  # there was no time: the page asks again at once
+    assert rows(seconds=0)[str(large)]["read"] < 1
 
 
 def test_which_runs_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +514,9 @@ def test_only_names_that_were_found_are_read(server: Server, tmp_path: Path) -> 
     assert all("picture" in row for row in json.loads(ask(server, "/board").body)["runs"])
 
 
-@pytest.mark.parametrize("query", ["first=x", "last=nan", "over=-1", "first=1e99", "&".join(["a=1"] * 2000)])
+@pytest.mark.parametrize(
+    "query", ["first=x", "last=nan", "over=-1", "first=1e99", "axis=miles", "&".join(["a=1"] * 2000)]
+)
 def test_questions_that_make_no_sense(server: Server, query: str) -> None:
     assert ask(server, f"/board?{query}").status == 400
 

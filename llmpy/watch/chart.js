@@ -1,8 +1,15 @@
 
 "use strict";
-// One chart: what it shows comes from `look`, which all charts share: runs, the steps in view, the step pointed at.
+// One chart: what it shows comes from `look`, which all charts share: runs, the axis below, which part of it is in view, and
+// the place pointed at.
 
 const EDGE = { left: 58, right: 12, top: 8, bottom: 22 };
+// What curves may lie along, and of each its units: size and sign, the largest first.
+const AXES = {
+  step: [[1, ""]],
+  tokens: [[1e9, "B"], [1e6, "M"], [1e3, "k"], [1, ""]],
+  seconds: [[3600, " h"], [60, " min"], [1, " s"]],
+};
 /** A colour of the style sheet as the canvas takes it: `light-dark` is only resolved where it is used. */
 function css(name) {
   document.body.style.caretColor = `var(${name})`;
@@ -40,14 +47,33 @@ function shown(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-/** The place in an ascending list whose number is nearest to x. */
-function nearest(list, x) {
-  let low = 0, high = list.length - 1;
+/** The unit for numbers of about this size. */
+function unitOf(axis, size) {
+  return AXES[axis].find(([unit]) => size >= 1.5 * unit) || AXES[axis].at(-1);
+}
+
+/** The last place in an ascending list whose number is not above x; 0 if there is none. */
+function before(list, x) {
+  let low = 0, high = list.length;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
     if (list[middle] <= x) low = middle; else high = middle;
   }
-  return low === high || x - list[low] <= list[high] - x ? low : high;
+  return low;
+}
+
+/** The place in an ascending list whose number is nearest to x. */
+function nearest(list, x) {
+  const i = before(list, x);
+  return list[i + 1] - x < x - list[i] ? i + 1 : i;
+}
+
+/** Where a step lies on an axis, as the clock of its run has it: exactly at some steps, on a straight line between two. */
+function along(clock, axis, step) {
+  if (axis === "step") return step;
+  const i = before(clock.step, step), steps = clock.step, shows = clock[axis];
+  if (i + 1 >= steps.length || step <= steps[i]) return shows[i];
+  return shows[i] + ((shows[i + 1] - shows[i]) * (step - steps[i])) / (steps[i + 1] - steps[i]);
 }
 
 class Chart {
@@ -73,13 +99,13 @@ class Chart {
 
   listen() {
     const { canvas, look, changed } = this;
-    const stepAt = (event) => this.step(event.clientX - canvas.getBoundingClientRect().left);
+    const under = (event) => this.place(event.clientX - canvas.getBoundingClientRect().left);
     canvas.onpointerdown = (event) => {
-      if (event.button === 0 && this.x) look.drag = { chart: this, from: stepAt(event) };
+      if (event.button === 0 && this.x) look.drag = { chart: this, from: under(event) };
     };
     canvas.onpointermove = (event) => {
       if (!this.x) return;
-      look.at = stepAt(event);
+      look.at = under(event);
       look.over = this;
       if (look.drag) look.drag.to = look.at;
       changed();
@@ -87,8 +113,10 @@ class Chart {
     canvas.onpointerup = () => {
       const { from, to } = look.drag || {};
       look.drag = null;
-      if (to !== undefined && Math.abs(this.pixel(to) - this.pixel(from)) > 8)
-        look.zoom([Math.max(0, Math.floor(Math.min(from, to))), Math.ceil(Math.max(from, to))]);
+      if (to !== undefined && Math.abs(this.pixel(to) - this.pixel(from)) > 8) {
+        const [first, last] = [Math.min(from, to), Math.max(from, to)];
+        look.zoom(look.axis === "step" ? [Math.max(0, Math.floor(first)), Math.ceil(last)] : [first, last]);
+      }
       changed();
     };
     canvas.onpointerleave = () => { look.at = look.over = look.drag = null; changed(); };
@@ -106,8 +134,9 @@ class Chart {
     };
   }
 
-  pixel(step) { return EDGE.left + ((step - this.x[0]) / (this.x[1] - this.x[0])) * this.width; }
-  step(pixel) { return this.x[0] + clamp((pixel - EDGE.left) / this.width, 0, 1) * (this.x[1] - this.x[0]); }
+  pixel(place) { return EDGE.left + ((place - this.x[0]) / (this.x[1] - this.x[0])) * this.width; }
+  pixelOf(run, step) { return this.pixel(along(run.picture.clock, this.look.axis, step)); }
+  place(pixel) { return this.x[0] + clamp((pixel - EDGE.left) / this.width, 0, 1) * (this.x[1] - this.x[0]); }
   level(value) {
     const v = this.look.log && this.about.log ? Math.log10(Math.max(value, 1e-30)) : value;
     return EDGE.top + (1 - clamp((v - this.y[0]) / (this.y[1] - this.y[0]), -9, 10)) * this.height;
@@ -123,20 +152,21 @@ class Chart {
 
   /** Both axes from what there is; false if there is nothing. */
   measure(lines) {
-    let [first, last] = this.look.view || [Infinity, -Infinity];
-    if (!this.look.view)
+    const { axis, view } = this.look;
+    let [first, last] = view || [Infinity, -Infinity];
+    if (!view)
       for (const run of this.look.runs())
-        for (const { step } of Object.values(run.picture.curves)) {
-          first = Math.min(first, step[0]);
-          last = Math.max(last, step[step.length - 1]);
+        for (const { [axis]: places } of Object.values(run.picture.curves)) {
+          first = Math.min(first, places[0]);
+          last = Math.max(last, places[places.length - 1]);
         }
     this.x = first <= last ? [first, last > first ? last : first + 1] : null;
     const values = [];
     for (const { line, also } of lines)
       for (const curve of [line, also])
         if (curve)
-          curve.step.forEach((s, i) => {
-            if (s >= first && s <= last) values.push((curve.least || curve.mean)[i], (curve.largest || curve.mean)[i]);
+          curve[axis].forEach((x, i) => {
+            if (x >= first && x <= last) values.push((curve.least || curve.mean)[i], (curve.largest || curve.mean)[i]);
           });
     if (!this.x || !values.length) return false;
     const log = this.look.log && this.about.log;
@@ -172,7 +202,7 @@ class Chart {
     this.axes(ink);
     ink.save();
     ink.beginPath();
-    ink.rect(EDGE.left, 0, this.width, EDGE.top + this.height);
+    ink.rect(EDGE.left - 5, 0, this.width + 10, EDGE.top + this.height); // with room for a circle at the first and last place
     ink.clip();
     for (const { run, line, also } of lines) {
       if (line) this.curve(ink, run, line);
@@ -209,13 +239,24 @@ class Chart {
     }
     ink.textAlign = "center";
     ink.textBaseline = "top";
-    for (const tick of ticks(...this.x, this.width / 90))
-      if (Number.isInteger(tick)) ink.fillText(tick.toLocaleString("en"), this.pixel(tick), EDGE.top + this.height + 6);
+    for (const [text, middle] of this.below(ink)) ink.fillText(text, middle, EDGE.top + this.height + 6);
   }
 
-  path(ink, steps, values) {
+  /** What is written below, and the middle of each: its place, unless the canvas would end before the text does. */
+  below(ink) {
+    const { axis } = this.look, [unit, sign] = unitOf(axis, this.x[1] - this.x[0]);
+    return ticks(...this.x.map((x) => x / unit), this.width / 90)
+      .filter((tick) => axis !== "step" || Number.isInteger(tick))
+      .map((tick) => {
+        const text = tick.toLocaleString("en", { maximumFractionDigits: 9 }) + (tick ? sign : "");
+        const most = EDGE.left + this.width + EDGE.right - ink.measureText(text).width / 2;
+        return [text, Math.min(this.pixel(tick * unit), most)];
+      });
+  }
+
+  path(ink, line, values) {
     ink.beginPath();
-    steps.forEach((s, i) => ink.lineTo(this.pixel(s), this.level(values[i])));
+    line[this.look.axis].forEach((x, i) => ink.lineTo(this.pixel(x), this.level(values[i])));
     ink.stroke();
   }
 
@@ -225,23 +266,24 @@ class Chart {
     if (line.least) {
       ink.globalAlpha = 0.2;
       ink.beginPath();
-      line.step.forEach((s, i) => ink.lineTo(this.pixel(s), this.level(line.largest[i])));
-      for (let i = line.step.length - 1; i >= 0; i--) ink.lineTo(this.pixel(line.step[i]), this.level(line.least[i]));
+      const places = line[this.look.axis];
+      places.forEach((x, i) => ink.lineTo(this.pixel(x), this.level(line.largest[i])));
+      for (let i = places.length - 1; i >= 0; i--) ink.lineTo(this.pixel(places[i]), this.level(line.least[i]));
       ink.fill();
     }
     ink.globalAlpha = line.smooth ? 0.35 : 1;
     ink.lineWidth = line.smooth ? 1 : 1.8;
-    this.path(ink, line.step, line.mean);
+    this.path(ink, line, line.mean);
     ink.globalAlpha = 1;
     ink.lineWidth = 2;
-    if (line.smooth) this.path(ink, line.step, line.smooth);
+    if (line.smooth) this.path(ink, line, line.smooth);
     if (line.step.length < 40) this.dots(ink, line, 2);
   }
 
   dots(ink, line, radius) {
-    line.step.forEach((s, i) => {
+    line[this.look.axis].forEach((x, i) => {
       ink.beginPath();
-      ink.arc(this.pixel(s), this.level(line.mean[i]), radius, 0, 7);
+      ink.arc(this.pixel(x), this.level(line.mean[i]), radius, 0, 7);
       ink.fill();
     });
   }
@@ -250,7 +292,7 @@ class Chart {
     ink.strokeStyle = colour;
     ink.lineWidth = 1.6;
     ink.setLineDash([5, 4]);
-    this.path(ink, line.step, line.mean);
+    this.path(ink, line, line.mean);
     ink.setLineDash([]);
     if (line.step.length < 150) {
       ink.fillStyle = colour;
@@ -272,11 +314,11 @@ class Chart {
       ink.fill();
     };
     if (this.about.outliers)
-      for (const [step, norm] of run.picture.outliers) triangle(this.pixel(step), Math.max(this.level(norm), EDGE.top + 4), 4);
-    if (this.about.marks) for (const [step] of run.picture.marks) triangle(this.pixel(step), bottom - 5, 4.5);
+      for (const [step, norm] of run.picture.outliers) triangle(this.pixelOf(run, step), Math.max(this.level(norm), EDGE.top + 4), 4);
+    if (this.about.marks) for (const [step] of run.picture.marks) triangle(this.pixelOf(run, step), bottom - 5, 4.5);
   }
 
-  /** What is there at the step that is pointed at: a line in every chart, the numbers in the one under the pointer. */
+  /** What is there at the place that is pointed at: a line in every chart, the numbers in the one under the pointer. */
   point(ink, lines) {
     const { look, about, hover } = this, scale = about.scale || 1;
     const x = Math.round(this.pixel(clamp(look.at, ...this.x))) + 0.5;
@@ -300,28 +342,33 @@ class Chart {
       hover.append(row);
     };
     const near = 5 * (this.x[1] - this.x[0]) / this.width;
+    const close = (run, step) => Math.abs(along(run.picture.clock, look.axis, step) - look.at) < near;
     for (const { run, line, also } of lines) {
-      const words = [], steps = (line || also).step;
-      if (look.at > steps[steps.length - 1] + near || look.at < steps[0] - near) continue; // the run was not there
+      const words = [], places = (line || also)[look.axis];
+      if (look.at > places[places.length - 1] + near || look.at < places[0] - near) continue; // the run was not there
       if (line) {
-        const i = nearest(line.step, look.at), at = (list) => shown(list[i] * scale);
+        const i = nearest(places, look.at), at = (list) => shown(list[i] * scale);
         words.push(`step ${Math.round(line.step[i]).toLocaleString("en")}: ${at(line.mean)}`);
         if (line.least) words.push(`(${at(line.least)} … ${at(line.largest)})`);
         if (line.smooth) words.push(`smoothed ${at(line.smooth)}`);
         ink.fillStyle = css(run.colour);
         ink.beginPath();
-        ink.arc(this.pixel(line.step[i]), this.level((line.smooth || line.mean)[i]), 4, 0, 7);
+        ink.arc(this.pixel(places[i]), this.level((line.smooth || line.mean)[i]), 4, 0, 7);
         ink.fill();
       }
       if (also) {
-        const i = nearest(also.step, look.at);
+        const i = nearest(also[look.axis], look.at);
         words.push(`validation ${shown(also.mean[i] * scale)} at step ${Math.round(also.step[i]).toLocaleString("en")}`);
+      }
+      if (look.axis !== "step") {
+        const x = places[nearest(places, look.at)], [unit, sign] = unitOf(look.axis, x);
+        words.push(shown(x / unit) + sign + (look.axis === "tokens" ? " tokens" : ""));
       }
       say(words.join(" · "), run.colour);
       for (const [step, text] of about.marks ? run.picture.marks : [])
-        if (Math.abs(step - look.at) < near) say(`step ${step.toLocaleString("en")}: ${text}`);
+        if (close(run, step)) say(`step ${step.toLocaleString("en")}: ${text}`);
       for (const [step, norm, z] of about.outliers ? run.picture.outliers : [])
-        if (Math.abs(step - look.at) < near)
+        if (close(run, step))
           say(`step ${step.toLocaleString("en")}: outlier, ${shown(norm)}, ${shown(z)} deviations above the mean`);
     }
     hover.hidden = false;

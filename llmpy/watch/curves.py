@@ -8,6 +8,9 @@ thinned    more points than fit become buckets of 2^k steps that begin at multip
            largest value: a picture that does not flicker as a run grows, and in which no spike is lost. The buckets
            that are full are kept, so that a line more costs the last bucket and not the million lines before it.
 smoothed   Σ exp(−|s − sᵢ|/τ)·yᵢ / Σ exp(−|s − sᵢ|/τ)  over all points: it does not lag behind a fall, and gaps count
+clocks     tokens and seconds up to each step, the sums of what its lines tell of the steps themselves: `ms`, and
+           `ms`·`tokens_per_s`. --resume cuts the lines back, so that sums go on over restarts; evaluations, samples
+           and pauses have no `ms` and take no time. A line stands for all steps since the one before it.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ import numpy as np
 CURVES = (
     "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag",
 )  # fmt: skip
+CLOCKS = ("tokens", "seconds")  # what a curve may lie along, beside steps
 POINTS = 1000  # of a curve, about the pixels of a chart
 CHUNK = 1 << 18  # bytes parsed at a time; no line of ours is as long
 SURVEY_FROM = 1 << 23  # bytes of a file that is looked over before it is read
+END = 1 << 17  # bytes that tell the newest numbers: of 450 steps, so that an evaluation is among them
 OUTLIER = 4.0  # standard deviations of the norm above its mean from which a step is marked
 KEPT = 200  # marks, and outliers, that are shown
 LARGEST_STEP = 1 << 53  # as JavaScript counts
@@ -38,8 +43,8 @@ LARGEST_VALUE = 1e30  # beyond that nothing is told apart, and sums overflow
 class Curve:
     """One number by step."""
 
-    def __init__(self) -> None:
-        self._steps, self._values = np.empty(256, np.int64), np.empty(256, np.float32)
+    def __init__(self, dtype: type[np.floating] = np.float32) -> None:
+        self._steps, self._values = np.empty(256, np.int64), np.empty(256, dtype)
         self._count = 0
         self._forget()
 
@@ -53,7 +58,7 @@ class Curve:
 
     @property
     def values(self) -> np.ndarray:
-        """float32 (n,), finite."""
+        """float32, of a clock float64, (n,), finite."""
         return self._values[: self._count]
 
     def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
@@ -131,6 +136,7 @@ class Curves:
 
     def __init__(self) -> None:
         self.curves = {name: Curve() for name in CURVES}
+        self.clocks = {name: Curve(np.float64) for name in CLOCKS}  # from 0 before the first step
         self.outliers: list[tuple[int, float, float]] = []  # step, norm, deviations
         self.marks: list[tuple[int, str]] = []  # steps that were skipped, or had a number that is not finite, and why
         self.step = 0
@@ -149,6 +155,7 @@ class Curves:
         self.step = rows[-1]["step"]
         for name, curve in self.curves.items():
             self._extend(name, curve, [r for r in rows if name in r])
+        self._count([r for r in rows if "ms" in r and "tokens_per_s" in r])
         self.outliers += [
             (r["step"], number(r["grad_norm"]), z)
             for r in rows
@@ -168,10 +175,33 @@ class Curves:
                 self.marks.append((int(steps[i]), f"{name} {str(rows[i][name])[:40]}"))
         curve.extend(steps[good], values[good])
 
+    def _count(self, rows: list[dict[str, Any]]) -> None:
+        """Let the clocks go on. A step that comes again counts once, as it came last."""
+        steps = np.array([r["step"] for r in rows], np.int64)
+        seconds, rate = np.array([(number(r["ms"]), number(r["tokens_per_s"])) for r in rows], float).reshape(-1, 2).T
+        good = (seconds >= 0) & (seconds <= LARGEST_VALUE) & (rate >= 0) & (rate <= LARGEST_VALUE)
+        good[good] = np.diff(steps[good], append=LARGEST_STEP) > 0
+        steps, seconds, rate = steps[good], seconds[good] / 1000, rate[good]
+        for clock, each in zip(self.clocks.values(), (np.rint(seconds * rate), seconds), strict=True):
+            if len(steps) and not len(clock):
+                clock.extend(np.maximum(steps[:1] - 1, 0), np.zeros(1))
+            clock.extend(steps, clock.values[-1:] + np.cumsum(np.diff(steps, prepend=clock.steps[-1:]) * each))
+
+    def along(self, clock: str, steps: np.ndarray) -> np.ndarray:
+        """Where steps lie on a clock that has begun, float64; before its first and after its last step it stands."""
+        return np.interp(steps, self.clocks[clock].steps, self.clocks[clock].values)
+
+    def steps_at(self, clock: str, *readings: float) -> tuple[float, ...]:
+        """Where a clock that has begun shows these, in steps; infinities stay what they are."""
+        steps, values = self.clocks[clock].steps, self.clocks[clock].values
+        return tuple(float(np.interp(r, values, steps)) if math.isfinite(r) else r for r in readings)
+
     def _cut(self, step: int) -> None:
         """The run goes on from an earlier step: what lies beyond it will come again."""
         for curve in self.curves.values():
             curve.cut(step)
+        for clock in self.clocks.values():
+            clock.cut(step - 1)
         self.outliers = [o for o in self.outliers if o[0] < step]
         self.marks = [m for m in self.marks if m[0] < step]
 
@@ -199,6 +229,7 @@ class Metrics:
     def _forget(self) -> None:
         self._curves = Curves()
         self._rough: Curves | None = None
+        self._end: tuple[object, Curves] | None = None  # which state of the file, and what its end tells
         self._place = self._size = 0
         self._before = b""  # the bytes just before the place
         self._file = (0, 0)
@@ -214,9 +245,32 @@ class Metrics:
         """What was read; of a large file, until all is, what a look at lines here and there shows."""
         return self._curves if self._rough is None else self._rough
 
+    @property
+    def newest(self) -> Curves:
+        """The last numbers: of what was read, or of the end that was glanced at."""
+        return self.curves if self._end is None else self._end[1]
+
+    def glance(self, seconds: float = math.inf) -> None:
+        """See to `newest` alone: of a large file, unless all of it was read before, only the end is looked at."""
+        try:
+            with open_regular(self.path) as file:
+                found = os.fstat(file.fileno())
+                if found.st_size > END and (not self._place or self._rough is not None):
+                    mark = found.st_size, found.st_mtime_ns
+                    if self._end is None or self._end[0] != mark:
+                        file.seek(found.st_size - END)
+                        text = file.read(END)
+                        self._end = mark, Curves()
+                        self._end[1].take(rows_of(text[text.find(b"\n") + 1 : text.rfind(b"\n") + 1]))
+                    return
+        except OSError:
+            pass  # as `read` has it
+        self.read(seconds)
+
     def read(self, seconds: float = math.inf) -> None:
         """Read what is new, for about that long. A file that is not there is as good as empty."""
         until = time.monotonic() + seconds
+        self._end = None
         try:
             with open_regular(self.path) as file:
                 self._follow(file)

@@ -11,6 +11,7 @@ const CHARTS = [
   { key: "val_bits_per_byte", title: "validation, bits a byte", log: true },
   { key: "hellaswag", title: "HellaSwag, % right", scale: 100 },
 ];
+const ALONG = { step: "steps", tokens: "tokens", seconds: "time" };
 const OVER = [0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000];
 const COLOURS = 8;
 const ASK_MS = 1000, HURRY_MS = 30, RETRY_MS = 2000;
@@ -24,14 +25,17 @@ let over = null; // steps to smooth over; null: as fits
 let drawing = false, asking = null, timer = 0;
 
 const look = {
-  view: null, at: null, over: null, drag: null, log: false,
-  runs: () => [...known.values()].filter((run) => chosen?.has(run.name) && run.picture),
+  view: null, at: null, over: null, drag: null, log: false, axis: "step",
+  runs: () => [...known.values()].filter((run) => chosen?.has(run.name) && run.picture && !unplaced(run)),
   zoom(view) {
     look.view = view;
     find("whole").hidden = !view;
     again();
   },
 };
+
+/** Whether a run cannot be shown: its lines do not tell what the axis asks for. */
+function unplaced(run) { return look.axis !== "step" && run.picture?.clock.step.length === 0; }
 
 function redraw() {
   if (drawing) return;
@@ -75,6 +79,7 @@ function fill(run) {
   row.className = box.checked ? "" : "off";
   about.textContent = run.described;
   state.textContent = run.trains ? "training" : "";
+  if (box.checked && unplaced(run)) state.textContent = `its metrics tell no ${ALONG[look.axis]}`;
   if (box.checked && run.read < 1) state.textContent = `reading, ${Math.floor(100 * run.read)} %`;
   state.className = run.trains ? "live" : "";
   const cells = [
@@ -115,6 +120,8 @@ function take(board) {
       known.set(row.name, run);
       if (!begin && row.trains) chosen.add(row.name); // a run that begins while the page is open
     }
+    for (const curve of Object.values(row.picture?.curves || {}))
+      for (const axis of ["tokens", "seconds"]) curve[axis] = curve.step.map((step) => along(row.picture.clock, axis, step));
     Object.assign(run, row);
   }
   const there = new Set(board.runs.map((row) => row.name));
@@ -126,7 +133,7 @@ function take(board) {
   known.forEach(fill);
   tellSamples();
   redraw();
-  const left = [...known.values()].filter((run) => run.trains && run.numbers?.eta_s !== undefined);
+  const left = [...known.values()].filter((run) => chosen.has(run.name) && run.trains && run.numbers?.eta_s !== undefined);
   document.title = left.length ? `${ago(Math.max(...left.map((run) => run.numbers.eta_s)))} left – llm.py` : "llm.py";
 }
 
@@ -140,6 +147,7 @@ async function ask() {
   if (look.view) {
     words.append("first", look.view[0]);
     words.append("last", look.view[1]);
+    words.append("axis", look.axis);
   }
   if (over !== null) words.append("over", over);
   const turn = (asking = {});
@@ -176,6 +184,14 @@ function again() {
   }
 }
 
+/** What was chosen here before; a page from a file may have no storage. */
+function kept(name) {
+  try { return localStorage.getItem(name) || ""; } catch { return ""; }
+}
+function keep(name, value) {
+  try { localStorage.setItem(name, value); } catch { /* the same */ }
+}
+
 // Light, dark, or as the system has it.
 const THEMES = ["", "light", "dark"];
 function theme(name) {
@@ -183,12 +199,11 @@ function theme(name) {
   find("theme").textContent = name || "as the system";
   redraw();
 }
-let themed = "";
-try { themed = localStorage.getItem("theme") || ""; } catch { /* a page from a file may have no storage */ }
+let themed = kept("theme");
 theme(THEMES.includes(themed) ? themed : "");
 find("theme").onclick = () => {
   themed = THEMES[(THEMES.indexOf(themed) + 1) % THEMES.length];
-  try { localStorage.setItem("theme", themed); } catch { /* the same */ }
+  keep("theme", themed);
   theme(themed);
 };
 matchMedia("(prefers-color-scheme: dark)").onchange = redraw;
@@ -197,6 +212,13 @@ find("over").append(new Option("what fits", ""), ...OVER.map((n) => new Option(n
 find("over").onchange = (event) => {
   over = event.target.value === "" ? null : Number(event.target.value);
   again();
+};
+look.axis = held?.axis || (Object.hasOwn(ALONG, kept("axis")) ? kept("axis") : "step"); // a saved page has its own
+find("axis").append(...Object.entries(ALONG).map(([axis, name]) => new Option(name, axis, false, axis === look.axis)));
+find("axis").onchange = (event) => {
+  look.axis = event.target.value;
+  keep("axis", look.axis);
+  look.zoom(null);
 };
 find("log").onchange = (event) => { look.log = event.target.checked; redraw(); };
 find("whole").onclick = () => look.zoom(null);

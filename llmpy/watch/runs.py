@@ -22,7 +22,7 @@ import psutil
 from ..command import command
 from ..errors import LlmpyError
 from ..runfolder import CONFIG_FILE, LOCK, METRICS, SAMPLES
-from .curves import KEPT, POINTS, Metrics, finite, open_regular, smoothed, width_of
+from .curves import CLOCKS, KEPT, POINTS, Metrics, finite, open_regular, smoothed, width_of
 
 BELOW = Path("runs")  # where runs are sought when none is named
 MOST_RUNS = 200  # of a folder of runs, the newest
@@ -97,9 +97,14 @@ class Run:
             self._samples = mark, found[: -SHOWN_SAMPLES - 1 : -1]
         return self._samples[1]
 
-    def picture(self, first: float, last: float, over: float | None, points: int) -> dict[str, Any]:
-        """Curves between two steps, smoothed over so many (None: as fits, 0: not), and the marks there; as JSON."""
+    def picture(self, first: float, last: float, over: float | None, points: int, axis: str = "step") -> dict[str, Any]:
+        """Curves between two steps, or two readings of a clock, `axis`; and the marks there; as JSON.
+
+        They are smoothed over so many steps (None: as fits, 0: not). `clock` tells where steps lie on the other axes.
+        """
         curves = self.metrics.curves
+        if axis in CLOCKS and len(curves.clocks[axis]):
+            first, last = curves.steps_at(axis, first, last)
         ends = [c.steps[[0, -1]] for c in curves.curves.values() if len(c)]
         begin = max(first, min((int(e[0]) for e in ends), default=0))
         end = min(last, max((int(e[1]) for e in ends), default=0))
@@ -122,11 +127,22 @@ class Run:
             "smoothed": width,
             "outliers": [[step, *rounded(np.array(rest))] for step, *rest in largest],
             "marks": [m for m in curves.marks if first <= m[0] <= last],
+            "clock": self.clock(first, last, points),
         }
+
+    def clock(self, first: float, last: float, points: int) -> dict[str, list[float]]:
+        """Steps from before `first` to after `last`, about `points` of them, and what each clock shows there."""
+        clocks = self.metrics.curves.clocks
+        steps = clocks[CLOCKS[0]].steps
+        low, high = np.searchsorted(steps, (first, last), "right").tolist()
+        low, high = max(0, low - 1), min(len(steps), high + 1)
+        rows = [*range(low, high - 1, 1 + (high - low) // points), *range(max(low, high - 1), high)]
+        told = {name: np.round(clock.values[rows], 3).tolist() for name, clock in clocks.items()}
+        return {"step": steps[rows].tolist(), **told}
 
     def numbers(self) -> dict[str, Any]:
         """The newest numbers, for a table."""
-        curves = self.metrics.curves
+        curves = self.metrics.newest
         found = {name: float(curve.values[-1]) for name, curve in curves.curves.items() if len(curve)}
         left = {"eta_s": curves.seconds_left} if finite(curves.seconds_left) else {}
         return {"step": curves.step, **found, **left}
@@ -221,27 +237,37 @@ def board(
     over: float | None = None,
     points: int = POINTS,
     seconds: float = math.inf,
+    axis: str = "step",
 ) -> dict[str, Any]:
     """All that a page shows, as JSON: every run by name, with curves those to be shown (None: as `Runs.chosen`).
 
     `have` names the version of a run that the page has: of the same one there are no curves. Each run is read for about
-    `seconds`; a large one goes on at the next call.
+    `seconds`, and those that are not shown are glanced at for as long in all; what is left comes with the next call.
+    `first` and `last` are of an axis: "step", or a clock.
     """
     found = runs.all()
     chosen = runs.chosen(found) if show is None else [name for name in found if name in show]
-    rows = []
+    rows, left = [], seconds
     for name, run in found.items():
         with run.lock:
             row: dict[str, Any] = {"name": name, "described": run.described(), "trains": run.trains()}
             if name in chosen:
                 run.metrics.read(seconds)
-                row |= {"numbers": run.numbers(), "read": run.metrics.share, "version": version(run, first, last, over)}
-                if (have or {}).get(name) != row["version"]:
-                    row |= {"picture": run.picture(first, last, over, points), "samples": run.samples()}
+                mark = version(run, first, last, over, axis)
+                row |= {"numbers": run.numbers(), "read": run.metrics.share, "version": mark}
+                if (have or {}).get(name) != mark:
+                    row |= {"picture": run.picture(first, last, over, points, axis), "samples": run.samples()}
+            elif left > 0:
+                begun = time.monotonic()
+                run.metrics.glance(left)
+                row["numbers"] = run.numbers()
+                left -= time.monotonic() - begun
+            else:
+                row["read"] = 0.0  # at the next call
         rows.append(row)
     return {"runs": rows, "chosen": chosen}
 
 
-def version(run: Run, *view: float | None) -> str:
+def version(run: Run, *view: float | str | None) -> str:
     """Another one whenever the picture of a run would be."""
     return f"{run.token}.{run.metrics.version}.{mark_of(run.folder / SAMPLES)}.{view}"

@@ -26,7 +26,7 @@ from typing import Any
 from .. import __version__
 from ..errors import LlmpyError
 from ..options import WatchOptions
-from .curves import LARGEST_STEP
+from .curves import CLOCKS, LARGEST_STEP
 from .runs import Runs, board
 
 ADDRESS = "127.0.0.1"
@@ -102,13 +102,16 @@ class Page(BaseHTTPRequestHandler):
         try:
             asked = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
             first, last, over = (number(asked, name) for name in ("first", "last", "over"))
+            axis = asked.get("axis", ["step"])[0]
+            if axis not in ("step", *CLOCKS):
+                raise ValueError
         except ValueError:
             self._answer(400, "text/plain", "no such question\n")
             return
         show, have = asked.get("show"), asked.get("have", [])
         found = board(
             self.server.runs, show, dict(zip(show or (), have, strict=False)), -math.inf if first is None else first,
-            math.inf if last is None else last, over, seconds=READ_SECONDS,
+            math.inf if last is None else last, over, seconds=READ_SECONDS, axis=axis,
         )  # fmt: skip
         self._answer(200, "application/json", json.dumps(found, allow_nan=False))
 
@@ -134,7 +137,7 @@ class Page(BaseHTTPRequestHandler):
 
 
 def number(asked: dict[str, list[str]], name: str) -> float | None:
-    """A number of the question, if it is there. Raises ValueError for one that is no count of steps."""
+    """A number of the question, if it is there. Raises ValueError for one that lies on no axis."""
     value = float(asked[name][0]) if name in asked else None
     if value is not None and not 0 <= value <= LARGEST_STEP:
         raise ValueError

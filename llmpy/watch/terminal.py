@@ -20,19 +20,20 @@ COLOURS = (34, 33, 32, 35, 36, 31)  # of ANSI: blue, yellow, green, magenta, cya
 LETTERS = "*+xo#@"  # for curve after curve where dots do not do
 LEAST_WIDTH, HEIGHT = 20, 16  # columns and rows of letters, without what is written beside them
 
-Line = tuple[np.ndarray, np.ndarray]  # steps and values
+Line = tuple[np.ndarray, np.ndarray]  # places along the axis below, and values
 
 
 def chart(
-    lines: Sequence[Line], width: int, tell: Callable[[float], str], colour: bool, braille: bool, log: bool = False
-) -> list[str]:
+    lines: Sequence[Line], width: int, tell: Callable[[float], str], colour: bool, braille: bool, log: bool = False,
+    below: str = "step",
+) -> list[str]:  # fmt: skip
     """Rows of text, as wide as `width` if that leaves room to draw, with both axes; `tell` writes a value.
 
-    Every line has a point.
+    Every line has a point. `below` is the title of the axis below.
     """
-    steps = np.concatenate([line[0] for line in lines])
+    places = np.concatenate([line[0] for line in lines])
     levels = [np.log10(np.maximum(values, 1e-30)) if log else values for _, values in lines]
-    first, last = float(steps.min()), float(steps.max())
+    first, last = float(places.min()), float(places.max())
     low, high = float(min(v.min() for v in levels)), float(max(v.max() for v in levels))
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -44,7 +45,7 @@ def chart(
     owner = np.full((HEIGHT, columns), -1)  # which curve a letter shows: the last one drawn there
     bits = np.zeros((HEIGHT, columns), int)
     for n, ((at, _), values) in enumerate(zip(lines, levels, strict=True)):
-        x = (np.asarray(at, float) - first) / max(1.0, last - first) * (across * columns - 1)
+        x = (np.asarray(at, float) - first) / ((last - first) or 1.0) * (across * columns - 1)
         y = (high - values) / (high - low) * (down * HEIGHT - 1)
         for column, row in joined(x, y):
             place = row // down, column // across
@@ -58,8 +59,8 @@ def chart(
         ]
         edge = ("┤" if row in named else "│") if braille else "|"
         rows.append(f"{named.get(row, ''):>{margin}} {edge}" + "".join(cells).rstrip())
-    ends = f"{first:,.0f}", f"{last:,.0f}"
-    middle = "step".center(columns - len(ends[0]) - len(ends[1]))
+    ends = [f"{end:,.0f}" if end >= 100 or end.is_integer() else f"{end:.3g}" for end in (first, last)]
+    middle = f" {below} ".center(columns - len(ends[0]) - len(ends[1]))
     return [*rows, " " * (margin + 2) + ends[0] + middle + ends[1]]
 
 
