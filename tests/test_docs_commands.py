@@ -75,6 +75,7 @@ ELSEWHERE = {
     "llmpy.harness": "lm_eval downloads the tasks; test_harness runs one of its own",
     "srun": "it needs a cluster that Slurm manages",
 }
+OUT = ("-o", "--out")
 LAUNCHERS = ("mpiexec", "mpirun", "srun")
 EXTRAS = {"plot": "matplotlib", "parquet": "pyarrow", "gguf": "gguf"}  # whoever lacks one is told so instead
 # What other processes import when they start: their CPU is a laptop too, and Numba is not even loaded.
@@ -104,8 +105,8 @@ def reader(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("llmpy.backend.cpu.CPU", in_place_of_the_cpu)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE, "utf-8")
-    paths = [tmp_path / "site", ROOT / "tests", ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
+    paths = [str(tmp_path / "site"), str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("BROWSER", "sh -c 'echo %s > opened'")
     for module, constant, value in (
         (plan, "BUDGET", 0.0), (plan, "REPEATS", 1), (plan, "CACHES", 10), (ops, "BUDGET", 0.0), (ops, "REPEATS", 1),
@@ -138,9 +139,15 @@ def run(reader: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
 
 
 def typed_llmpy(command: Command, patch: pytest.MonkeyPatch) -> int:
+    """What it is to write is not there before, and is there then."""
     words = command.words[1:]
     assert understood(words, patch) == 0, f"{command.place} is not understood: {command.line}"
-    return VERBS.get(words[0], called)([*words, *added(command, words)], patch)
+    named = words[2:] if words[0] == "convert" else [words[i] for i in range(1, len(words)) if words[i - 1] in OUT]
+    for path in map(Path, [*named, *["data"] * (words[0] == "data")]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    code = VERBS.get(words[0], called)([*words, *added(command, words)], patch)
+    assert code or all(Path(path).exists() for path in named[:1]), f"{command.place}: no {named}"
+    return code
 
 
 def typed_python(command: Command, patch: pytest.MonkeyPatch) -> int:
@@ -199,13 +206,6 @@ def called(words: list[str], patch: pytest.MonkeyPatch) -> int:
         return int(ended.code or 0)
 
 
-def made_anew(words: list[str], patch: pytest.MonkeyPatch) -> int:
-    """A command that writes where nothing may be yet."""
-    out = Path(words[2] if words[0] == "convert" else words[words.index("--out") + 1] if "--out" in words else "data")
-    shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-    return called(words, patch)
-
-
 def talked(words: list[str], patch: pytest.MonkeyPatch) -> int:
     """A talk: a question, a command, another question, the end of the input."""
     patch.setattr(sys, "stdin", io.StringIO("Who sat?\n/reset\nWho ran?\n"))
@@ -226,8 +226,8 @@ def served(words: list[str], patch: pytest.MonkeyPatch) -> int:
             with urllib.request.urlopen(f"{address}board", timeout=10) as board:
                 shown = {row["name"] for row in json.load(board)["runs"]}
             assert shown >= {word for word in words if word.startswith("runs/")} and "runs/NAME" in shown
-            until = time.monotonic() + 10
-            while "--open" in words and not Path("opened").exists():
+            opened, until = Path("opened"), time.monotonic() + 10
+            while "--open" in words and not (opened.exists() and opened.read_text() == f"{address}\n"):
                 assert time.monotonic() < until
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
@@ -237,7 +237,7 @@ def served(words: list[str], patch: pytest.MonkeyPatch) -> int:
     return process.returncode
 
 
-VERBS = {"watch": served, "chat": talked, "convert": made_anew, "data": made_anew}
+VERBS = {"watch": served, "chat": talked}
 
 
 def of_pages() -> dict[Path, list[Command]]:
@@ -313,15 +313,15 @@ def test_commands_of_several_ranks_run(command: Command, run: Run, monkeypatch: 
     ours, environment = launch.flags(launcher)
     if bool(ours) != ("--host" in options):
         pytest.skip("it is a command of another MPI")
-    more = added(command, words)
+    more, said = added(command, words), ""
     if after([program], "llmpy") is not None:
         assert understood(words, monkeypatch) == 0
-        words = ["-m", "llmpy", *words]
+        words, said = ["-m", "llmpy", *words], f"on each of {options[options.index('-n') + 1]} ranks"
     options = [re.sub(r"\b[ab]\b", "localhost", word) for word in options]  # the hosts a and b
     words = [str(ROOT / word) if word == script(command) else word for word in words]
     line = [str(launcher), *options, sys.executable, *words, *more]
     done = subprocess.run(line, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
 def test_what_is_run_elsewhere_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
