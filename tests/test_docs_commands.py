@@ -1,6 +1,7 @@
 """Every command in README, docs and --help is run: page by page and in order, in a reader's folder (reader.py).
 
-Each is first understood as it is written, then run with what makes it small (ADDED), and says something and no error.
+Each is first understood as it is written, then run with what makes it small (ADDED): it ends well, tells no error, and
+what it was to write is there.
 The machine is NumPy, in other processes too; the network is a server of this one. A page's fences come first, one
 after another, then what its text and tables name. A command that nobody has thought of fails; what cannot be run here
 is in ELSEWHERE, with the reason. `make` is checked in test_house.
@@ -127,7 +128,7 @@ def run(reader: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
 
     def run(command: Command) -> None:
         capfd.readouterr()
-        code = (typed_llmpy if after(command.words[:1], "llmpy") is not None else typed_python)(command, monkeypatch)
+        code = (run_llmpy if after(command.words[:1], "llmpy") is not None else run_python)(command, monkeypatch)
         out, err = capfd.readouterr()
         lacking = re.search(r"llmpy\[(\w+)\]", err)
         if code == 1 and lacking and find_spec(EXTRAS[lacking[1]]) is None:
@@ -138,7 +139,7 @@ def run(reader: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     return run
 
 
-def typed_llmpy(command: Command, patch: pytest.MonkeyPatch) -> int:
+def run_llmpy(command: Command, patch: pytest.MonkeyPatch) -> int:
     """What it is to write is not there before, and is there then."""
     words = command.words[1:]
     assert understood(words, patch) == 0, f"{command.place} is not understood: {command.line}"
@@ -150,7 +151,7 @@ def typed_llmpy(command: Command, patch: pytest.MonkeyPatch) -> int:
     return code
 
 
-def typed_python(command: Command, patch: pytest.MonkeyPatch) -> int:
+def run_python(command: Command, patch: pytest.MonkeyPatch) -> int:
     """Python by way of a shell; scripts are those of the repository."""
     program, *words = command.words
     assert after([program], "python") is not None, f"{command.place}: how is {program} run?"
