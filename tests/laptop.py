@@ -16,7 +16,7 @@ CLOCKED = {"ms", "tokens_per_s", "share_of_peak", "eta_s"}  # the metrics that d
 
 
 class Laptop(Reference):
-    """The reference in float32, with what preflight asks of a machine."""
+    """The reference in float32, with what training and benchmarks ask of a machine."""
 
     threads = 1
     isa = "numpy"
@@ -31,12 +31,25 @@ class Laptop(Reference):
     def measure_peak(self) -> float:
         return 10.0
 
+    def measure_bandwidth(self) -> float:
+        return 20.0
+
+    def measure_reading(self, x: object) -> float:
+        return 16.0
+
     def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
         self.warmed += 1
         say("compiling nothing")
 
     def version_info(self) -> dict[str, str]:
-        return {"numpy": np.__version__}
+        return {"isa": self.isa, "threads": str(self.threads), "numpy": np.__version__}
+
+
+def in_place_of_the_cpu(threads: int | None = None, dtype: str = "") -> Laptop:
+    """What `backend.load("cpu")` makes where this is its CPU: float32, whatever it is to multiply in."""
+    made = Laptop()
+    made.threads = threads or 1
+    return made
 
 
 class AtOnce:

@@ -12,12 +12,15 @@ import numpy as np
 from laptop import TINY
 from safetensors.numpy import load_file, save_file
 
+from llmpy import backend
 from llmpy.config import ModelConfig
 from llmpy.data.loader import Position
 from llmpy.formats import huggingface, llmc, llmc_state, native
 from llmpy.formats.source import DTYPES, Source, shapes
+from llmpy.gpt2 import GPT2
 from llmpy.ranks import LLAMA3
 from llmpy.rng import MT19937
+from llmpy.selftest import all_logits
 from llmpy.tokenizer import Tokenizer
 
 
@@ -73,6 +76,20 @@ def with_tokenizer(source: Source, path: Path) -> Source:
     """The same with a byte tokenizer, whose 257 tokens fit into its vocabulary."""
     Tokenizer.bytes().save(path)
     return replace(source, tokenizer=path)
+
+
+def llmc_debug(source: Source, model: Path, state: Path) -> None:
+    """Write a model and what llm.c's Python says of it, computed by the reference."""
+    twin = GPT2(source.config, backend.load("reference"))
+    source.fill(twin.params)
+    text = np.random.default_rng(2).integers(0, source.config.vocab_size, 4 * 8 + 1, dtype=np.int32)
+    tokens, targets = text[:-1].reshape(4, 8), text[1:].reshape(4, 8)
+    logits = all_logits(twin, tokens)
+    loss = twin.loss_and_grads(tokens, targets)
+    llmc.write_model(model, source, "float32")
+    llmc.write_debug(
+        state, source.config, llmc.DebugState(tokens, targets, logits, loss, lambda name: getattr(twin.grads, name))
+    )
 
 
 def training_state(

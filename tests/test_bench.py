@@ -36,16 +36,6 @@ ADDED = {"first_step_ms", "seconds_to_first_step", "dtype", "threads", "step_ms"
 TINY = Case(B=2, T=3, C=4, NH=2, OC=5, V=7, Vp=8, n=9)
 
 
-class Meter(Laptop):
-    """A laptop that knows its memory."""
-
-    def measure_bandwidth(self) -> float:
-        return 20.0
-
-    def measure_reading(self, x: object) -> float:
-        return 16.0
-
-
 def test_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = bench_step(BenchOptions("d1", 1, 8, steps=4), Laptop())
     monkeypatch.setattr(step, "bench_step", lambda _: numbers)
@@ -146,7 +136,7 @@ def test_arguments_are_those_of_the_seam(op: str) -> None:
     args = BUILD[op][0](TINY, Draw(Laptop()))
     assert list(args) == list(inspect.signature(getattr(Ops, op)).parameters)[1:]
     assert set(BUILD[op][1].split()) <= set(args)
-    result = bench_ops_module.time_case(Laptop(), op, TINY)
+    result = bench_ops_module.time_case(Laptop(), op, TINY, 0.0, 1)
     assert result["unit"] == ("GFLOP/s" if op in FLOPS else "GB/s")
     assert result["rate"] > 0
     assert all(np.isfinite(x).all() for x in args.values() if isinstance(x, np.ndarray) and x.dtype.kind == "f")
@@ -190,7 +180,7 @@ def test_flops() -> None:
 
 def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_ops_module, "BENCH", {op: [TINY] for op in BENCH})
-    numbers = bench_ops(OpsOptions(), lambda name, **_: Meter())
+    numbers = bench_ops(OpsOptions(), lambda name, **_: Laptop())
     assert [r["op"] for r in numbers["ops"]] == [op for op in BENCH if op != "narrow"]  # nothing to narrow
     assert numbers["peaks"]["GB/s"] == {"one_thread": 20.0, "all_threads": 20.0}
     for r in numbers["ops"]:
@@ -207,12 +197,12 @@ def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_ops_module, "BENCH", {op: [TINY] for op in BENCH})
-    numbers = bench_ops(OpsOptions(op="adamw"), lambda name, **_: Meter())
+    numbers = bench_ops(OpsOptions(op="adamw"), lambda name, **_: Laptop())
     assert [r["op"] for r in numbers["ops"]] == ["adamw"]
     with pytest.raises(LlmpyError, match="--op adam — did you mean adamw"):
         bench_ops(OpsOptions(op="adam"))
     with pytest.raises(LlmpyError, match="nothing to do in float32 — use --dtype bfloat16"):
-        bench_ops(OpsOptions(op="narrow"), lambda name, **_: Meter())
+        bench_ops(OpsOptions(op="narrow"), lambda name, **_: Laptop())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -238,7 +228,7 @@ def test_reading_is_the_sum() -> None:
 def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(decode, "time_first_token", lambda *_: 900.0)
     options = DecodeOptions("d1", batch_size=2, prompt_tokens=3, tokens=3, prefill=5)
-    numbers = bench_decode(options, Meter())
+    numbers = bench_decode(options, Laptop())
     config = ModelConfig.from_dial("d1")
     assert numbers["weights_mb"] * 1e6 == 4 * config.matrix_parameters
     assert numbers["tokens_per_s"] == pytest.approx(2e3 / numbers["ms_a_token"])
@@ -252,7 +242,7 @@ def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["bench", "decode"]) == 0
     assert "share of reading" in capsys.readouterr().out
     with pytest.raises(LlmpyError, match="--tokens: a text of 1036 tokens is longer than the model's context of 1024"):
-        bench_decode(DecodeOptions("d1", tokens=1000), Meter())
+        bench_decode(DecodeOptions("d1", tokens=1000), Laptop())
 
 
 def test_the_first_token_comes_from_another_process(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import tarfile
-import threading
 
 import pytest
+from network import network
 
 from llmpy.data import datasets
 from llmpy.data.datasets import SOURCES
@@ -20,27 +19,8 @@ from llmpy.errors import LlmpyError
 def hub(monkeypatch):
     """A dict of path → content that is served as the hub."""
     files = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            content = files.get(self.path)
-            self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            self.wfile.write(content or b"")
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setenv("no_proxy", "*")
-    yield files
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with network(files, monkeypatch):
+        yield files
 
 
 def documents(name, raw, said):

@@ -25,7 +25,7 @@ from llmpy.preflight import memory_of
 
 
 class Meter(Laptop):
-    """A laptop that knows its memory, and whose threads all help."""
+    """A laptop whose threads all help."""
 
     def __init__(self, threads: int = 1) -> None:
         super().__init__()
@@ -33,9 +33,6 @@ class Meter(Laptop):
 
     def measure_peak(self) -> float:
         return 10.0 * self.threads
-
-    def measure_bandwidth(self) -> float:
-        return 20.0
 
 
 def load(name: str, threads: int | None = None, **_: Any) -> Any:

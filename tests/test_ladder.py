@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shlex
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from pages import ROOT, after, typed
 
-from llmpy.cli import build_parser
-
-ROOT = Path(__file__).parent.parent
-CHAPTER = (ROOT / "docs" / "peak.md").read_text("utf-8")
+PAGE = ROOT / "docs" / "peak.md"
+CHAPTER = PAGE.read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +92,17 @@ def test_bad_arguments(
     assert said in capsys.readouterr().err
 
 
-def test_commands_of_the_chapter_exist(ladder: Any) -> None:
-    """Every line of a code block that begins with .venv/bin or make, and every such `command` in the text."""
-    commands = re.findall(r"^(?:\.venv/bin/|make ).*$", CHAPTER, re.MULTILINE)
-    commands += re.findall(r"`((?:\.venv/bin/|llmpy |make )[^`]*)`", CHAPTER)
-    assert len(commands) > 5
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    for command in commands:
-        program, *words = shlex.split(command)
-        if program == "make":
-            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), command
-        elif program.endswith("llmpy"):
-            build_parser().parse_args(words)
-        elif words[0] == "dev/ladder.py":
-            options = ladder.build_parser().parse_args(words[1:])
-            assert all(0 <= n < len(ladder.RUNGS) for n in options.rung), command
-        else:
-            assert words[:2] == ["-m", "timeit"], command
+def test_commands_of_the_chapter_run(ladder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """On the smallest product; those of llmpy run in test_docs_commands."""
+    monkeypatch.setattr(ladder, "climb", partial(ladder.climb, budget=0.0))
+    commands = [after(command.words, "dev/ladder.py") for command in typed(PAGE)]
+    found = [words for words in commands if words is not None]
+    assert len(found) > 3
+    for words in found:
+        monkeypatch.setattr(sys, "argv", ["ladder.py", *words, "--shape", str(ladder.MR), "1", str(ladder.NR)])
+        assert ladder.main() == 0
+        out, chosen = capsys.readouterr().out, ladder.build_parser().parse_args(words).rung
+        assert all((rung.name in out) == (not chosen or n in chosen) for n, rung in enumerate(ladder.RUNGS))
 
 
 def test_the_chapter_has_every_rung_and_its_picture(ladder: Any) -> None:

@@ -26,13 +26,6 @@ from llmpy.preflight import memory_needed
 GPT2_124M = ModelConfig.from_dial("gpt2")
 
 
-class Meter(Laptop):
-    """A laptop that knows its memory."""
-
-    def measure_bandwidth(self) -> float:
-        return 20.0
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured longer than the test needs."""
@@ -102,10 +95,10 @@ def test_what_is_measured_is_as_much_work_as_it_stands_for(model: str) -> None:
 
 def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = PlanOptions("d1", 2, 8, vocab_size=300, total_batch=64, tokens=6400, price_per_hour=2.0, memory=0.5)
-    numbers = plan.plan(options, Meter())
+    numbers = plan.plan(options, Laptop())
     config = ModelConfig.from_dial("d1", vocab_size=300)
     assert numbers["model"]["parameters"] == sum(t.size for t in PARAMS(config))
-    assert numbers["memory"]["total"] == memory_needed(config, 2, 8, Meter(), copied=True)
+    assert numbers["memory"]["total"] == memory_needed(config, 2, 8, Laptop(), copied=True)
     assert numbers["batch"] == {"batch_size": 2, "sequence_length": 8, "gathered": 4, "nodes": 1, "tokens": 64}
     step = numbers["step"]
     once = step["ms_a_batch"].pop("update")
@@ -130,30 +123,30 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_the_largest_batch_fits_and_the_next_does_not(small: None) -> None:
-    memory = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.5), Meter())["memory"]
+    memory = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.5), Laptop())["memory"]
     config = ModelConfig.from_dial("d1", vocab_size=300)
-    needed = [memory_needed(config, memory["largest_batch"] + more, 64, Meter(), copied=True) for more in (0, 1)]
+    needed = [memory_needed(config, memory["largest_batch"] + more, 64, Laptop(), copied=True) for more in (0, 1)]
     assert needed[0] <= 0.5e9 < needed[1]
-    none = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.01), Meter())
+    none = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.01), Laptop())
     assert none["memory"]["largest_batch"] == 0
     assert "no batch fits" in table(none)
 
 
 def test_another_machine_has_the_shares_of_this_one(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
-    here = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300), Meter())
-    there = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40, memory_bandwidth=10), Meter())
+    here = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300), Laptop())
+    there = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40, memory_bandwidth=10), Laptop())
     for kind, times in (("products", 1 / 4), ("attention", 1 / 4), ("rest", 2), ("update", 2)):
         ms = [p["step"]["ms_a_batch"][kind] for p in (here, there)]
         assert ms[1] == pytest.approx(times * ms[0])
     assert "10 GFLOP/s (measured), 20 GB/s (measured)" in table(here)
     assert "40 GFLOP/s (given), 10 GB/s (given)" in table(there)
-    half = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40), Meter())
+    half = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40), Laptop())
     assert "40 GFLOP/s (given), 20 GB/s (measured)" in table(half)
 
 
 def test_a_machine_that_others_use(small: None) -> None:
-    class Shared(Meter):
+    class Shared(Laptop):
         peaks = [10.0, 5.0]
 
         def measure_peak(self) -> float:
@@ -161,13 +154,13 @@ def test_a_machine_that_others_use(small: None) -> None:
 
     options = PlanOptions("d1", 1, 8, vocab_size=300)
     assert "other programs ran" in table(plan.plan(options, Shared()))
-    assert "other programs ran" not in table(plan.plan(options, Meter()))
+    assert "other programs ran" not in table(plan.plan(options, Laptop()))
 
 
 def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
     told = {"vocab_size": 300, "memory": 0.5}
-    one = plan.plan(PlanOptions("d2", 1, 8, total_batch=16, **told), Meter())  # type: ignore[arg-type]
+    one = plan.plan(PlanOptions("d2", 1, 8, total_batch=16, **told), Laptop())  # type: ignore[arg-type]
     four = PlanOptions("d2", 1, 8, total_batch=64, nodes=4, bandwidth=0.01, latency=100.0, **told)  # type: ignore[arg-type]
     config = ModelConfig.from_dial("d2", vocab_size=300)
     stages = {
@@ -176,8 +169,8 @@ def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     copying = 1e9
     monkeypatch.setattr(plan, "measure_copying", lambda: copying)
-    several = plan.plan(four, Meter())
-    work = Work(stages["forward"], stages["loss"], stages["backward"], stages["update"] / 4, 2, Meter.threads, copying)
+    several = plan.plan(four, Laptop())
+    work = Work(stages["forward"], stages["loss"], stages["backward"], stages["update"] / 4, 2, Laptop.threads, copying)
     cost = communication(config, 4, Line(1.25e6, 1e-4), work, False)
     network = several["network"]
     assert network["sent_mb"] == pytest.approx((cost.reduce_bytes + cost.gather_bytes) / 1e6)
@@ -200,8 +193,8 @@ def test_copying_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_moments_are_divided(small: None) -> None:
     options = {"vocab_size": 300, "memory": 0.5}
-    one = plan.plan(PlanOptions("d1", 1, 8, **options), Meter())  # type: ignore[arg-type]
-    four = plan.plan(PlanOptions("d1", 1, 8, nodes=4, bandwidth=10, **options), Meter())  # type: ignore[arg-type]
+    one = plan.plan(PlanOptions("d1", 1, 8, **options), Laptop())  # type: ignore[arg-type]
+    four = plan.plan(PlanOptions("d1", 1, 8, nodes=4, bandwidth=10, **options), Laptop())  # type: ignore[arg-type]
     alone, divided = one["memory"]["parts"], four["memory"]["parts"]
     assert divided["moments"] == pytest.approx(alone["moments"] / 4, rel=1e-3)  # parts are whole cache lines
     assert divided["master weights"] == divided["reduced gradients"] == divided["moments"] // 2

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from laptop import TINY, Laptop
-from samples import in_memory
+from samples import in_memory, llmc_debug
 
 from llmpy import backend, selftest
 from llmpy.cli import main
 from llmpy.data.loader import Loader
 from llmpy.formats import llmc, llmc_state
 from llmpy.formats.source import Source
-from llmpy.gpt2 import GPT2
 from llmpy.optimizer import AdamW
 from llmpy.options import SelftestOptions
 from llmpy.outliers import OutlierDetector
@@ -144,17 +143,9 @@ def test_a_state_that_forgets(machine: type[Laptop], monkeypatch: pytest.MonkeyP
 
 def files(folder: Path, source: Source) -> dict[str, Path]:
     """A model and its debug state, as llm.c's Python writes them."""
-    twin = GPT2(source.config, LOAD("reference"))
-    source.fill(twin.params)
-    rng = np.random.default_rng(2)
-    text = rng.integers(0, source.config.vocab_size, 4 * 8 + 1, dtype=np.int32)
-    tokens, targets = text[:-1].reshape(4, 8), text[1:].reshape(4, 8)
-    logits = selftest.all_logits(twin, tokens)
-    loss = twin.loss_and_grads(tokens, targets)
-    llmc.write_model(folder / "m.bin", source, "float32")
-    state = llmc.DebugState(tokens, targets, logits, loss, lambda name: getattr(twin.grads, name))
-    llmc.write_debug(folder / "d.bin", source.config, state)
-    return {"model": folder / "m.bin", "debug_state": folder / "d.bin"}
+    paths = {"model": folder / "m.bin", "debug_state": folder / "d.bin"}
+    llmc_debug(source, *paths.values())
+    return paths
 
 
 def test_llm_cs_files(machine: type[Laptop], tmp_path: Path) -> None:

@@ -6,19 +6,16 @@ What is served is small: a model, ranks and a text of our own, under the names a
 from __future__ import annotations
 
 import base64
-import hashlib
-import http.server
 import json
 import re
 import shlex
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from laptop import Laptop
+from network import network, stands_for
 from samples import in_memory, with_tokenizer
 
 from llmpy import backend, checkpoint, cli, formats, tokenizer
@@ -39,35 +36,15 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}
     files["/text"] = TEXT.encode()
     files["/ranks"] = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
-    found: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            found.append(self.path)
-            content = files.get(self.path, b"")
-            self.send_response(200 if content else 404)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        here = f"http://127.0.0.1:{server.server_address[1]}"
-        monkeypatch.setenv("HF_ENDPOINT", here)
-        monkeypatch.setenv("no_proxy", "*")
+    with network(files, monkeypatch) as (here, found):
         monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))
         monkeypatch.chdir(tmp_path)
-        for where, what, path in ((datasets, "SHAKESPEARE", "/text"), (tokenizer, "GPT2", "/ranks")):
-            monkeypatch.setattr(where, what if what == "SHAKESPEARE" else "GPT2_RANKS", here + path)
-            monkeypatch.setattr(where, f"{what}_BYTES", len(files[path]))
-            monkeypatch.setattr(where, f"{what}_SHA256", hashlib.sha256(files[path]).hexdigest())
+        stands_for(monkeypatch, datasets, "SHAKESPEARE", f"{here}/text", files["/text"])
+        stands_for(monkeypatch, tokenizer, "GPT2", f"{here}/ranks", files["/ranks"])
         for module in (prepare, formats):
             monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
         monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
         yield found
-        server.shutdown()
 
 
 def run(line: str) -> None:

@@ -305,8 +305,8 @@ def time_case(
     ops: Any,
     op: str,
     case: Case,
-    budget: float = BUDGET,
-    repeats: int = REPEATS,
+    budget: float,
+    repeats: int,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else.
@@ -352,7 +352,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
             continue
         peaks["GFLOP/s"].append(ops.measure_peak())
         peaks["GB/s"].append(ops.measure_bandwidth())
-        results += [time_case(ops, op, case) for case in cases]
+        results += [time_case(ops, op, case, BUDGET, REPEATS) for case in cases]
     if not results:
         raise LlmpyError(f"--op {options.op}: there is nothing to do in {ops.dtype}", "use --dtype bfloat16")
     all_ = {unit: statistics.median(rates) for unit, rates in peaks.items()}
