@@ -122,7 +122,7 @@ def test_columns() -> None:
 
 def operations() -> set[str]:
     """What the seam does with arrays."""
-    memory = {"empty", "to_host", "packed_size"}
+    memory = {"empty", "zeros", "to_host", "packed_size"}
     return {n for n, f in vars(Ops).items() if inspect.isfunction(f) and not n.startswith("_")} - memory
 
 

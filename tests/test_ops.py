@@ -116,6 +116,12 @@ def test_memory_of_the_backend(ops: Any) -> None:
     assert not ops.to_host(x).any()
     assert np.shares_memory(ops.to_host(x), x)
     assert ops.empty(7, np.int32).shape == (7,)
+    for size in (5, 100_000):
+        for fresh in (ops.empty((3, size), np.float32), ops.zeros((3, size), np.float32)):
+            assert fresh.shape == (3, size)
+            assert fresh.dtype == np.float32
+            assert fresh.ctypes.data % 64 == 0
+        assert not fresh.any()
 
 
 # NaN and infinity: what IEEE arithmetic says, and not what fast-math would make of it.

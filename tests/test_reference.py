@@ -165,6 +165,7 @@ def test_every_operation_of_the_seam_has_cases() -> None:
         "name",
         "dtype",
         "empty",
+        "zeros",
         "to_host",
         "zero",
     }
