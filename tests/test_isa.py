@@ -250,7 +250,7 @@ def run_suite(target: Target, *selection: str) -> None:
     env["NUMBA_CPU_NAME"] = target.cpu
     if target.features:
         env["NUMBA_CPU_FEATURES"] = target.features
-    files = [str(TESTS / f"test_{name}.py") for name in ("ops", "mixed", "decode")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("ops", "mixed", "exp", "decode")]
     command = [sys.executable, "-c", PROGRAM, target.isa, "-p", "no:cacheprovider", "-x", *selection, *files]
     result = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, encoding="utf-8", timeout=900)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]

@@ -236,12 +236,12 @@ def test_gelu_at_the_ends(ops: Any) -> None:
     assert np.array_equal(pre, x)
     assert np.array_equal(out[:4], x[:4])
     assert not out[4:].any()
-    slope = np.full((4, 1), np.nan, np.float32)
     dweight, dbias = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
-    x = np.array([[1e4], [30], [-30], [-1e4]], np.float32)
+    x = np.array([[1e15], [1e4], [30], [-30], [-1e4], [-1e15]], np.float32)
+    slope = np.full_like(x, np.nan)
     one = np.ones((1, 1), np.float32)
     ops.linear_backward(slope, dweight, dbias, np.ones_like(x), x, one, x, False)
-    assert np.array_equal(slope, [[1], [1], [0], [0]])
+    assert np.array_equal(slope, [[1], [1], [1], [0], [0], [0]])
 
 
 def classify(ops: Any, logits: list[float], target: int) -> tuple[float, np.ndarray]:

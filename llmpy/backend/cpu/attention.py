@@ -8,7 +8,7 @@ backward   P  = e^(S − lse)            D   = Σ_c dout·out      (one number a
 The T × T matrix never exists: a tile of TILE_Q queries meets tiles of TILE_K keys, and the forward pass
 keeps a running maximum and sum for each query, rescaling what it has when the maximum grows (Dao et
 al. 2022). `stats` is lse, all that backward needs to make P again. Tiles above the diagonal are skipped.
-Powers are of 2, with scale_2 = scale·log₂e, which saves the reduction that e would need.
+Powers are of 2, which saves the reduction that e would need: log₂e goes into the scale.
 
 One item is one head of one sequence: its sums have one order. Its operands are packed once into panels
 for the microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS take the type of
@@ -49,7 +49,7 @@ MINUS_INFINITY = np.float32(-np.inf)
 
 
 def scratch_size(T: int, HS: int) -> int:
-    """Floats that each thread needs for a sequence of T and heads of HS."""
+    """Floats that each thread needs for a sequence of T and heads of HS; float32 leaves P's and dS's tiles unused."""
     operands = 2 * (T + LANES) * HS + 3 * (T + 1) * (HS + LANES)
     sums = 2 * T * HS + TILE_Q * HS
     tiles = 4 * TILE_Q * TILE_K + (TILE_Q + 1) * (TILE_K + MR) + 3 * TILE_Q
@@ -127,11 +127,18 @@ def _to_operands(out, line):
 
 
 @inline
-def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale_2):
-    """p := 2^(scale_2·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
+def _scale_of_powers(HS):
+    """scale·log₂e, rounded once: P of backward is that of forward."""
+    return np.float32(LOG2_E / math.sqrt(HS))
+
+
+@inline
+def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS):
+    """p := 2^(scale·log₂e·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
 
     Loops run over whole tiles, a constant length: what is above the diagonal counts as −∞.
     """
+    scale = _scale_of_powers(HS)
     for i in range(rows):
         valid = np.int32(row + i + 1 - first_key)
         line, weight = s[i], p[i]
@@ -141,12 +148,12 @@ def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS, scale_2):
         rank = to_rank(MINUS_INFINITY)
         for j in range(TILE_K):
             rank = larger(rank, to_rank(line[j]))
-        highest = from_rank(rank) * scale_2
+        highest = from_rank(rank) * scale
         if highest < top[i]:
             highest = top[i]
         summed = np.float32(0)
         for j in range(TILE_K):
-            line[j] = exp2(line[j] * scale_2 - highest)
+            line[j] = exp2(line[j] * scale - highest)
             summed += line[j]
         _to_operands(weight, line)
         if highest != top[i]:
@@ -166,7 +173,6 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
     HS = C // NH
     b, h = item // NH, item % NH
     first, col = b * T, h * HS
-    scale_2 = np.float32(LOG2_E / math.sqrt(HS))
     tile = TILE_Q * TILE_K
     mine = scratch[worker]
     keys, mine = mine[: (T + LANES) * HS], mine[(T + LANES) * HS :]
@@ -186,7 +192,7 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
         for k in range(0, q + rows, TILE_K):
             depth = _whole_words(qkv, min(TILE_K, q + rows - k))
             _scores(s, qkv, first + q, col, keys, k, k + depth, T, rows, HS, edge)
-            _softmax_tile(s, p, sums, top, total, q, k, rows, HS, scale_2)
+            _softmax_tile(s, p, sums, top, total, q, k, rows, HS)
             _weighted(sums, qkv, address(p), size * TILE_K, values, k, T, rows, HS, depth, edge)
         for i in range(rows):
             inverse = np.float32(1) / total[i]
@@ -208,9 +214,9 @@ def attention_forward(
 
 
 @inline
-def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, scale):
+def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, HS):
     """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal. lse: times log₂e."""
-    scale_2 = scale * LOG2_E
+    scale, scale_2 = np.float32(1.0 / math.sqrt(HS)), _scale_of_powers(HS)
     for i in range(rows):
         valid = np.int32(row + i + 1 - first_key)
         line, dline, weight, dweight, shift, mean = s[i], ds[i], p[i], dp[i], lse[i], d[i]
@@ -241,7 +247,6 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     HS = C // NH
     b, h = item // NH, item % NH
     first, col = b * T, h * HS
-    scale = np.float32(1.0 / math.sqrt(HS))
     turned, lying, tile, whole = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K, T * HS
     mine = scratch[worker]
     keys_t, values_t, mine = mine[:turned], mine[turned : 2 * turned], mine[2 * turned :]
@@ -278,7 +283,7 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
             depth = _whole_words(qkv, keys_here)
             _scores(s, qkv, first + q, col, keys_t, k, k + depth, T, rows, HS, edge)
             _scores(ds, dout, first + q, col, values_t, k, k + depth, T, rows, HS, edge)
-            _gradient_tile(s, ds, p, dp, lse, d, q, k, rows, scale)
+            _gradient_tile(s, ds, p, dp, lse, d, q, k, rows, HS)
             _weighted(dq, qkv, address(dp), size * TILE_K, keys, k, T, rows, HS, depth, edge)
             _add_turned(dk[k * HS :], dp, queries, q, T, keys_here, HS, rows, strips, edge)
             _add_turned(dv[k * HS :], p, douts, q, T, keys_here, HS, rows, strips, edge)

@@ -13,7 +13,6 @@ by the same tiles. So a row has the same bits here, in a whole forward pass, and
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from numba import types
 from numba.extending import overload
 
 from .attention import MINUS_INFINITY, TILE_K, _softmax_tile, operand_tile
-from .gelu import LOG2_E, gelu
+from .gelu import gelu
 from .gemm import depth, pack_rows, pack_transposed, panel_width, words, write_tile
 from .jit import fork, inline, intrinsic, kernel
 from .simd import (
@@ -220,7 +219,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     NH, HS = cache.shape[1], cache.shape[4]
     row, h = item // NH, item % NH
     keys, values, t = cache[slots[row], h, 0], cache[slots[row], h, 1], positions[row]
-    C, col, scale_2 = NH * HS, h * HS, np.float32(LOG2_E / math.sqrt(HS))
+    C, col = NH * HS, h * HS
     mine = scratch[worker]
     panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
     s, mine = mine[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
@@ -244,7 +243,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
             cols = min(NR, keys.shape[0] - k - j)  # later keys too: whole vectors, and softmax leaves them out
             pack_transposed(panel, keys, k + j, 0, HS, cols)
             _multiply_row(qkv, address(s) + 4 * j, address(q), panel, cols, HS)
-        _softmax_tile(s, p, sums, top, total, t, k, 1, HS, scale_2)
+        _softmax_tile(s, p, sums, top, total, t, k, 1, HS)
         for c in range(0, HS, NR):
             cols = min(NR, HS - c)
             pack_rows(panel, values, k, c, n, cols)
