@@ -310,8 +310,8 @@ def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
 
 
 @intrinsic
-def _kernel_runs(typingctx: Any) -> Any:
-    """Whether a kernel is running; lets another thread run on this core first."""
+def _stay_awake(typingctx: Any) -> Any:
+    """Let another thread run on this core, then say whether a kernel is running."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _give_way(bd)
@@ -327,7 +327,7 @@ def help_out(worker, spins):
     No kernel itself: it would wake the helper that calls it.
     """
     seen, idle = 0, 0
-    while idle < spins or _kernel_runs():
+    while idle < spins or _stay_awake():
         idle = 0 if idle >= spins else idle + 1
         now = _look(seen, worker)
         if now != seen:

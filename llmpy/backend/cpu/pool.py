@@ -85,5 +85,8 @@ def begin() -> None:
 
 
 def end() -> None:
-    """It has ended. Beside one that another thread runs this says too much: its helpers may sleep too soon."""
+    """It has ended. Beside one that another thread runs this says too much: its helpers may sleep too soon.
+
+    A count would not, but after a Ctrl-C between its two changes it would be wrong for ever.
+    """
     _kernel[0] = 0
