@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from .api import GPT2
 from .command import command
 from .data.encode import tokenise
 from .data.records import conversation
-from .data.shards import Shard, mask_path, open_shard
+from .data.shards import CHUNK, Shard, mask_path, open_shard
 from .errors import LlmpyError, did_you_mean
+from .formats import hub
 from .generate import choice_of
 from .options import ChatOptions, TrainOptions
 from .preflight import Machine
@@ -126,9 +128,12 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
 
 
 def tuned(model: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a model is that of a run whose training tokens are there and hold conversations."""
-    folder = model if model.is_dir() else model.parent
+    """Whether a model is one of a run whose training tokens are there and hold conversations."""
+    if str(model) in hub.NAMES:
+        return False
+    here = model.absolute()
     try:
+        folder = next((p for p in (here, *here.parents) if (p / CONFIG_FILE).is_file()), here)
         paths = own_tokens(folder) or TrainOptions.from_record(read_config(folder / CONFIG_FILE)).data or ()
         masks = [m for path in paths for m in (sorted(path.rglob("*.mask")) if path.is_dir() else [mask_path(path)])]
         shards = (open_shard(m.with_suffix(".bin"), tokenizer.vocab_size) for m in masks if m.is_file())
@@ -139,11 +144,17 @@ def tuned(model: Path, tokenizer: Tokenizer) -> bool:
 
 def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
     """Whether something that counts begins where an assistant speaks."""
-    if shard.counted is None:
-        return False
     head = f"{ROLES[-1]}: "
-    begins = np.flatnonzero(np.diff(shard.counted.view(np.int8)) > 0)[:LOOKED_AT] + 1
-    return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in begins)
+    places = islice(begins(shard), LOOKED_AT)
+    return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in places)
+
+
+def begins(shard: Shard) -> Iterator[int]:
+    """Where tokens begin to count, after others that do not."""
+    if shard.counted is not None:
+        for start in range(0, len(shard), CHUNK):
+            stretch = shard.counted[start : start + CHUNK + 1].view(np.int8)
+            yield from (start + 1 + np.flatnonzero(np.diff(stretch) > 0)).tolist()
 
 
 def answer(pieces: Iterator[str]) -> str:

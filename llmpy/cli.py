@@ -389,6 +389,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help tells more)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse passes over what the disk refuses; help that was asked for and did not come is a fault.
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # A wrong verb or choice; argparse lists all choices but proposes none before Python 3.14.
         if action.choices is not None and value not in action.choices:

@@ -7,18 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from laptop import Laptop
 
 from llmpy import GPT2, Tokenizer, cli
-from llmpy.chat import Talk, answer, chat
+from llmpy.chat import Talk, answer, begins, chat, holds_answers, tuned
 from llmpy.data.encode import tokenise
 from llmpy.data.records import conversation
+from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
+from llmpy.formats import hub
 from llmpy.options import ChatOptions, TrainOptions
 from llmpy.trainer import train
 
@@ -217,10 +221,36 @@ def test_who_only_continues_text_says_so(
         trained(name, data)
     assert [noted(name) for name in ("a", "a/best.safetensors", "b")] == [False, False, False]
     assert [noted(name) for name in ("c", "d", str(folder))] == [True, True, True]
+    with monkeypatch.context() as patch:  # a model of the hub is none of the run that it is named in
+        patch.chdir("b")
+        patch.setattr(hub, "download", lambda *_: folder)
+        assert [noted("."), noted("gpt2")] == [False, True]
+        newest = Path("checkpoints/step-00000001")
+        assert tuned(newest, BYTES) and tuned(newest / "model.safetensors", BYTES)
     Path("b/config.json").write_text("{")
     Path("tokens").rename("elsewhere")
     assert noted("b")
     assert asked[0][0] == "<|endoftext|>user: ping\n\nassistant: "  # and it talks all the same
+
+
+def test_where_answers_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chunks, whose ends hide none; a mask of any length takes no memory to speak of."""
+    counted = np.random.default_rng(1).integers(0, 2, 60).astype(np.uint8)
+    shard = Shard(Path(), np.zeros(60, np.uint16), counted)
+    expected = [i for i in range(1, 60) if counted[i] > counted[i - 1]]
+    for chunk in range(1, 62):
+        monkeypatch.setattr("llmpy.chat.CHUNK", chunk)
+        assert [*begins(shard)] == expected
+    assert [*begins(Shard(Path(), np.zeros(60, np.uint16)))] == []
+    monkeypatch.undo()
+    count = 10 * CHUNK
+    long = Shard(Path(), np.zeros(count, np.uint16), np.zeros(count, np.uint8))
+    tracemalloc.start()
+    try:
+        assert not holds_answers(long, BYTES)
+        assert tracemalloc.get_traced_memory()[1] < 4 * CHUNK
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_answer_ends_without_blank_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,6 +195,18 @@ def test_the_version() -> None:
     assert python("-m", "llmpy.cli", "--version").stdout == f"llmpy {__version__}\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_was_asked_for_and_not_written_is_a_fault(unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for word in ("--version", "--help"):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [sys.executable, "-m", "llmpy", word], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+            )
+        assert (ended.returncode, ended.stderr) == (1, "llmpy: error: No space left on device\n")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
 def test_a_reader_that_leaves_gets_no_traceback() -> None:
     program = "import sys; from llmpy import cli; cli.run = lambda a: print('x' * 100_000) or 0; sys.exit(cli.main([]))"

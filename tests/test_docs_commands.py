@@ -34,7 +34,9 @@ from reader import TRAIN, furnish, internet
 
 from llmpy import cli, plan
 from llmpy.bench import decode, ops
+from llmpy.cache import data_cache
 from llmpy.config import ModelConfig
+from llmpy.data.pack import is_dataset
 from llmpy.distributed import launch
 from llmpy.formats import hub
 
@@ -78,6 +80,7 @@ ELSEWHERE = {
     "srun": "it needs a cluster that Slurm manages",
 }
 OUT = ("-o", "--out")
+RUNS = Path("runs")  # where runs begin that name no folder
 LAUNCHERS = ("mpiexec", "mpirun", "srun")
 EXTRAS = {"plot": "matplotlib", "parquet": "pyarrow", "gguf": "gguf"}  # whoever lacks one is told so instead
 # What other processes import when they start: their CPU is a laptop too, and Numba is not even loaded.
@@ -144,12 +147,28 @@ def run_llmpy(command: Command, patch: pytest.MonkeyPatch) -> int:
     """What it is to write is not there before, and is there then."""
     words = command.words[1:]
     assert understood(words, patch) == 0, f"{command.place} is not understood: {command.line}"
-    named = words[2:] if words[0] == "convert" else [words[i] for i in range(1, len(words)) if words[i - 1] in OUT]
-    for path in map(Path, [*named, *["data"] * (words[0] == "data")]):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    place = target(words)
+    if place is not None and place != RUNS:
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    before = files(place)
     code = VERBS.get(words[0], called)([*words, *added(command, words)], patch)
-    assert code or all(Path(path).exists() for path in named[:1]), f"{command.place}: no {named}"
+    assert code or place is None or files(place) - before, f"{command.place}: nothing new at {place}"
     return code
+
+
+def target(words: list[str]) -> Path | None:
+    """Where a command is to write, if anywhere."""
+    named = words[2:] if words[0] == "convert" else [words[i] for i in range(1, len(words)) if words[i - 1] in OUT]
+    if named:
+        return Path(named[0])
+    if words[0] == "data":
+        return data_cache() / words[1] if is_dataset(words[1]) else Path("data")
+    return RUNS if words[0] == "train" and {"--resume", "--help"}.isdisjoint(words) else None
+
+
+def files(place: Path | None) -> set[Path]:
+    """A file, or all in a folder."""
+    return {path for path in (place, *place.rglob("*")) if path.is_file()} if place is not None else set()
 
 
 def run_python(command: Command, patch: pytest.MonkeyPatch) -> int:
@@ -354,6 +373,16 @@ def test_what_is_not_there_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "required" not in capsys.readouterr().err
     with pytest.raises(AssertionError, match="say in ADDED or ELSEWHERE how to run"):
         added(Command("a page", "llmpy conjure", []), ["conjure"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["train --data my.txt", "train -o log", "data my.txt", "data tinyshakespeare", "convert IN OUT", "plot -o a.html"],
+)
+def test_what_is_not_written_is_missed(line: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "called", lambda *_: 0)
+    with pytest.raises(AssertionError, match="a page: nothing new at"):
+        run_llmpy(Command("a page", f"llmpy {line}", ["llmpy", *line.split()]), monkeypatch)
 
 
 def test_printed_options_are_a_file_of_options(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -388,6 +388,7 @@ def test_a_run_that_tells_no_tokens(tmp_path: Path, browser: Browser, stack: Exi
     browser.run(CHOOSE % "tokens")
     browser.until("charts[0].x[1] === 2000000")
     (tmp_path / "small" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+    (tmp_path / "small" / "samples.txt").write_text("--- step 2\nthe cat\n\n")
     _, address = serve(
         stack, str(tmp_path / "small"), str(tmp_path / "large"), "--port", str(46_000 + os.getpid() % 20_000)
     )
@@ -396,6 +397,7 @@ def test_a_run_that_tells_no_tokens(tmp_path: Path, browser: Browser, stack: Exi
     browser.run(CHOOSE % "tokens")
     browser.until("document.querySelector('#runs tr').innerText.includes('its metrics tell no tokens')")
     browser.until("charts[0].lines().length === 1")
+    assert browser.run("document.querySelector('#samples pre')?.textContent") == "the cat"  # which lies along no axis
     browser.run(CHOOSE % "step")
     browser.until("charts[0].lines().length === 2")
     assert "metrics tell" not in browser.run("document.getElementById('runs').innerText")

@@ -192,6 +192,14 @@ def test_the_dots_lie_on_the_line() -> None:
     assert len(rows[-1]) == 62
 
 
+def test_an_axis_of_less_than_one_is_as_wide() -> None:
+    """As millions of tokens are, or hours."""
+    rows = [
+        terminal.chart([(at, np.arange(9.0))], 62, str, False, True)[:-1] for at in (np.arange(9.0), np.arange(9) / 64)
+    ]
+    assert rows[0] == rows[1]
+
+
 def test_odd_lines() -> None:
     for line in (
         (np.array([5.0]), np.array([2.0])),

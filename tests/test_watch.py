@@ -273,8 +273,32 @@ def test_clocks_add_up_over_restarts_with_other_batches(tmp_path: Path) -> None:
     assert metrics.curves.along("tokens", np.array([6])) == 2048 + 512
 
 
+def test_a_step_that_comes_again_later_counts_as_it_came_last(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(step_line(1) + step_line(2))
+    metrics = Metrics(path)
+    metrics.read()
+    for ms, tokens in ((700.0, 3000), (900.0, 2000)):
+        with path.open("a") as file:
+            file.write(step_line(2, ms, tokens))
+        metrics.read()
+        told = [metrics.curves.along(clock, np.array([1, 2])).tolist() for clock in ("tokens", "seconds")]
+        assert told == [[1000, 1000 + tokens], pytest.approx([0.5, 0.5 + ms / 1000])]
+        assert clocks(path, 2) == [(1000 + tokens, pytest.approx(0.5 + ms / 1000))]
+
+
+def test_tokens_are_whole_numbers(tmp_path: Path) -> None:
+    """Whatever time their steps took: of `ms` · `tokens_per_s` that is a product of rounded numbers."""
+    path = tmp_path / "metrics.jsonl"
+    took = np.random.default_rng(5).uniform(1, 1000, 1000)
+    path.write_text("".join(step_line(s, float(ms), 1009) for s, ms in enumerate(took, 1)))
+    metrics = Metrics(path)
+    metrics.read()
+    assert metrics.curves.along("tokens", np.arange(1001)).tolist() == [1009 * s for s in range(1001)]
+
+
 def test_the_tokens_of_a_real_run_that_went_on(tmp_path: Path) -> None:
-    """Every one that was read, to the token: 5 steps of 2 x 16, then 3 of 2 batches of 4 x 16."""
+    """Every one that was read: 5 steps of 2 x 16, then 3 of 2 batches of 4 x 16."""
     (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
     run = tmp_path / "run"
     first = TrainOptions(
@@ -371,8 +395,30 @@ def test_every_row_is_filled_and_no_file_is_read_for_it(tmp_path: Path, monkeypa
     assert rows()[str(large)]["numbers"]["step"] == 9000
     file.write_text("")
     assert rows()[str(large)]["numbers"] == {"step": 0}
-    assert "numbers" not in rows(seconds=0)[str(large)]  # there was no time: the page asks again at once
-    assert rows(seconds=0)[str(large)]["read"] < 1
+    assert rows(seconds=0)[str(large)]["numbers"] == {"step": 0}  # there was no time: as it was
+
+
+def test_every_row_has_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look takes long, as over a network, calls go on where the last one stopped; then no page hurries."""
+    folders = [run_folder(tmp_path / name) for name in "abcdefgh"]
+    runs = Runs([tmp_path])
+    glance = Metrics.glance
+    monkeypatch.setattr(Metrics, "glance", lambda self, seconds: time.sleep(0.02) or glance(self, seconds))
+
+    def told(seconds: float = 0.05) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in board(runs, [], seconds=seconds)["runs"]}
+
+    assert [row["read"] for row in told(0).values()] == 8 * [0]  # none had a turn: the page asks again at once
+    for count in range(1, 9):
+        assert sum("numbers" in row for row in told().values()) >= count
+    for folder in folders:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(line(6))
+    for _ in range(8):
+        rows = told()
+        assert not any("read" in row for row in rows.values())
+    assert [row["numbers"]["step"] for row in rows.values()] == 8 * [6]
+    assert [*rows] == [*runs.all()]
 
 
 def test_which_runs_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +482,7 @@ def test_a_version_that_is_there_is_not_sent_again(tmp_path: Path) -> None:
     have = {row["name"]: row["version"]}
     assert "picture" not in board(runs, [row["name"]], have)["runs"][0]
     assert "picture" in board(runs, [row["name"]], have, over=3)["runs"][0]
+    assert "picture" in board(runs, [row["name"]], have, axis="tokens")["runs"][0]
     assert "picture" in board(Runs([run]), [row["name"]], have)["runs"][0]  # another server does not know what we have
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line(9))

@@ -182,8 +182,11 @@ class Curves:
         good = (seconds >= 0) & (seconds <= LARGEST_VALUE) & (rate >= 0) & (rate <= LARGEST_VALUE)
         good[good] = np.diff(steps[good], append=LARGEST_STEP) > 0
         steps, seconds, rate = steps[good], seconds[good] / 1000, rate[good]
+        if not len(steps):
+            return
         for clock, each in zip(self.clocks.values(), (np.rint(seconds * rate), seconds), strict=True):
-            if len(steps) and not len(clock):
+            clock.cut(int(steps[0]) - 1)
+            if not len(clock):
                 clock.extend(np.maximum(steps[:1] - 1, 0), np.zeros(1))
             clock.extend(steps, clock.values[-1:] + np.cumsum(np.diff(steps, prepend=clock.steps[-1:]) * each))
 

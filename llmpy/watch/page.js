@@ -26,13 +26,16 @@ let drawing = false, asking = null, timer = 0;
 
 const look = {
   view: null, at: null, over: null, drag: null, log: false, axis: "step",
-  runs: () => [...known.values()].filter((run) => chosen?.has(run.name) && run.picture && !unplaced(run)),
+  runs: () => picked().filter((run) => !unplaced(run)),
   zoom(view) {
     look.view = view;
     find("whole").hidden = !view;
     again();
   },
 };
+
+/** The runs that were chosen, as far as they have come. */
+function picked() { return [...known.values()].filter((run) => chosen?.has(run.name) && run.picture); }
 
 /** Whether a run cannot be shown: its lines do not tell what the axis asks for. */
 function unplaced(run) { return look.axis !== "step" && run.picture?.clock.step.length === 0; }
@@ -92,7 +95,7 @@ function fill(run) {
 
 /** Samples of the runs shown, built anew only if they changed, so that a reader keeps his place. */
 function tellSamples() {
-  const all = look.runs().flatMap((run) => run.samples.map((sample) => ({ run, ...sample })));
+  const all = picked().flatMap((run) => run.samples.map((sample) => ({ run, ...sample })));
   const mark = JSON.stringify(all.map(({ run, step, text }) => [run.name, step, text]));
   if (mark === tellSamples.mark) return;
   tellSamples.mark = mark;

@@ -41,6 +41,7 @@ class Run:
         self.token = secrets.token_hex(4)  # no page takes this run for one of before
         self.lock = threading.Lock()
         self.metrics = Metrics(folder / METRICS)
+        self.seen = 0.0  # when its metrics were looked at last, as `time.monotonic`; 0: never
         self._config: tuple[Any, dict[str, Any]] = (None, {})
         self._samples: tuple[Any, list[dict[str, Any]]] = (None, [])
 
@@ -242,30 +243,30 @@ def board(
     """All that a page shows, as JSON: every run by name, with curves those to be shown (None: as `Runs.chosen`).
 
     `have` names the version of a run that the page has: of the same one there are no curves. Each run is read for about
-    `seconds`, and those that are not shown are glanced at for as long in all; what is left comes with the next call.
-    `first` and `last` are of an axis: "step", or a clock.
+    `seconds`, and those that are not shown are glanced at for as long in all, first those whose last turn is longest
+    ago; one that had none yet has no numbers, and `read` 0. `first` and `last` are of an axis: "step", or a clock.
     """
     found = runs.all()
     chosen = runs.chosen(found) if show is None else [name for name in found if name in show]
-    rows, left = [], seconds
-    for name, run in found.items():
+    rows, left = {}, seconds
+    for name, run in sorted(found.items(), key=lambda item: item[1].seen):
         with run.lock:
             row: dict[str, Any] = {"name": name, "described": run.described(), "trains": run.trains()}
+            begun = time.monotonic()
             if name in chosen:
                 run.metrics.read(seconds)
+                run.seen = begun
                 mark = version(run, first, last, over, axis)
-                row |= {"numbers": run.numbers(), "read": run.metrics.share, "version": mark}
+                row |= {"read": run.metrics.share, "version": mark}
                 if (have or {}).get(name) != mark:
                     row |= {"picture": run.picture(first, last, over, points, axis), "samples": run.samples()}
             elif left > 0:
-                begun = time.monotonic()
                 run.metrics.glance(left)
-                row["numbers"] = run.numbers()
+                run.seen = begun
                 left -= time.monotonic() - begun
-            else:
-                row["read"] = 0.0  # at the next call
-        rows.append(row)
-    return {"runs": rows, "chosen": chosen}
+            row |= {"numbers": run.numbers()} if run.seen else {"read": 0.0}
+        rows[name] = row
+    return {"runs": [rows[name] for name in found], "chosen": chosen}
 
 
 def version(run: Run, *view: float | str | None) -> str:
