@@ -8,6 +8,7 @@ backward   P  = e^(S − lse)            D   = Σ_c dout·out      (one number a
 The T × T matrix never exists: a tile of TILE_Q queries meets tiles of TILE_K keys, and the forward pass
 keeps a running maximum and sum for each query, rescaling what it has when the maximum grows (Dao et
 al. 2022). `stats` is lse, all that backward needs to make P again. Tiles above the diagonal are skipped.
+Backward takes one tile of keys after another: its dK and dV stay in cache, and sum over QUERIES rows at a time.
 Powers are of 2, which saves the reduction that e would need: log₂e goes into the scale.
 
 One item is one head of one sequence: its sums have one order. Its operands are packed once into panels
@@ -44,6 +45,8 @@ from .simd import (
 
 TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
+QUERIES = 4 * TILE_Q  # rows over which dK and dV are summed at once: a tile's alone would be mostly beginning and ending
+STRIPS = QUERIES * (TILE_K + MR)  # floats of so many rows of P or dS, packed by columns
 COLUMN = np.arange(TILE_K, dtype=np.int32)  # as long as a score, so that a comparison fills whole vectors
 MINUS_INFINITY = np.float32(-np.inf)
 
@@ -51,9 +54,9 @@ MINUS_INFINITY = np.float32(-np.inf)
 def scratch_size(T: int, HS: int) -> int:
     """Floats that each thread needs for a sequence of T and heads of HS; float32 leaves P's and dS's tiles unused."""
     operands = 2 * (T + LANES) * HS + 3 * (T + 1) * (HS + LANES)
-    sums = 2 * T * HS + TILE_Q * HS
-    tiles = 4 * TILE_Q * TILE_K + (TILE_Q + 1) * (TILE_K + MR) + 3 * TILE_Q
-    return operands + sums + tiles + MR * max(HS, TILE_K, TILE_Q) + MR * NR
+    sums = T * HS + 2 * TILE_K * HS + 2 * T
+    tiles = 4 * TILE_Q * TILE_K + 2 * STRIPS
+    return operands + sums + tiles + MR * max(HS, TILE_K, QUERIES) + MR * NR
 
 
 @inline
@@ -247,59 +250,63 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     HS = C // NH
     b, h = item // NH, item % NH
     first, col = b * T, h * HS
-    turned, lying, tile, whole = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K, T * HS
+    turned, lying, tile, part = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K, TILE_K * HS
     mine = scratch[worker]
     keys_t, values_t, mine = mine[:turned], mine[turned : 2 * turned], mine[2 * turned :]
     queries, keys, mine = mine[:lying], mine[lying : 2 * lying], mine[2 * lying :]
     douts, mine = mine[:lying], mine[lying:]
-    dk, dv, mine = mine[:whole], mine[whole : 2 * whole], mine[2 * whole :]
-    dq, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
+    dq, mine = mine[: T * HS], mine[T * HS :]
+    dk, dv, mine = mine[:part], mine[part : 2 * part], mine[2 * part :]
     s, ds = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile : 2 * tile].reshape((TILE_Q, TILE_K))
     mine = mine[2 * tile :]
     p, mine = operand_tile(s, mine[:tile], qkv), mine[tile:]
     dp, mine = operand_tile(ds, mine[:tile], qkv), mine[tile:]
-    strips, mine = mine[: (TILE_Q + 1) * (TILE_K + MR)], mine[(TILE_Q + 1) * (TILE_K + MR) :]
-    lse, d, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
+    dp_turned, p_turned, mine = mine[:STRIPS], mine[STRIPS : 2 * STRIPS], mine[2 * STRIPS :]
+    lse, d, edge = mine[:T], mine[T : 2 * T], mine[2 * T :]
     size = 4 // per_word(qkv)
     _pack_turned(keys_t, qkv, first, T, C + col, HS)
     _pack_turned(values_t, qkv, first, T, 2 * C + col, HS)
     _pack_lying(queries, qkv, first, T, col, HS)
     _pack_lying(keys, qkv, first, T, C + col, HS)
     _pack_lying(douts, dout, first, T, col, HS)
-    dk[:] = 0
-    dv[:] = 0
-    for q in range(0, T, TILE_Q):
-        rows = min(TILE_Q, T - q)
-        for i in range(rows):
-            lse[i] = stats[b, h, q + i] * LOG2_E
-            total = np.float32(0)
-            line, dline = out[first + q + i, col : col + HS], dout[first + q + i, col : col + HS]
-            for c in range(HS):
-                total += f32(dline[c]) * f32(line[c])
-            d[i] = total
-        dq[:] = 0
-        for k in range(0, q + rows, TILE_K):
-            keys_here = min(TILE_K, q + rows - k)
-            depth = _whole_words(qkv, keys_here)
-            _scores(s, qkv, first + q, col, keys_t, k, k + depth, T, rows, HS, edge)
-            _scores(ds, dout, first + q, col, values_t, k, k + depth, T, rows, HS, edge)
-            _gradient_tile(s, ds, p, dp, lse, d, q, k, rows, HS)
-            _weighted(dq, qkv, address(dp), size * TILE_K, keys, k, T, rows, HS, depth, edge)
-            _add_turned(dk[k * HS :], dp, queries, q, T, keys_here, HS, rows, strips, edge)
-            _add_turned(dv[k * HS :], p, douts, q, T, keys_here, HS, rows, strips, edge)
-        _write_out(dqkv, first + q, col, dq, rows, HS)
-    _write_out(dqkv, first, C + col, dk, T, HS)
-    _write_out(dqkv, first, 2 * C + col, dv, T, HS)
+    for t in range(T):
+        lse[t] = stats[b, h, t] * LOG2_E
+        total = np.float32(0)
+        line, dline = out[first + t, col : col + HS], dout[first + t, col : col + HS]
+        for c in range(HS):
+            total += f32(dline[c]) * f32(line[c])
+        d[t] = total
+    dq[:] = 0
+    for k in range(0, T, TILE_K):
+        dk[:] = 0
+        dv[:] = 0
+        some = min(TILE_K, T - k)
+        for q in range(k // TILE_Q * TILE_Q, T, QUERIES):
+            together = min(QUERIES, T - q)
+            total = words(qkv, together)
+            for half in range(q, q + together, TILE_Q):
+                rows, start = min(TILE_Q, T - half), (half - q) // per_word(qkv) * MR
+                depth = _whole_words(qkv, min(TILE_K, half + rows - k))
+                _scores(s, qkv, first + half, col, keys_t, k, k + depth, T, rows, HS, edge)
+                _scores(ds, dout, first + half, col, values_t, k, k + depth, T, rows, HS, edge)
+                _gradient_tile(s, ds, p, dp, lse[half:], d[half:], half, k, rows, HS)
+                _weighted(dq[half * HS :], qkv, address(dp), size * TILE_K, keys, k, T, rows, HS, depth, edge)
+                pack_columns(dp_turned[start:], dp, 0, 0, rows, some, total)
+                pack_columns(p_turned[start:], p, 0, 0, rows, some, total)
+            _add_turned(dk, qkv, dp_turned, queries, q, T, some, HS, together, edge)
+            _add_turned(dv, qkv, p_turned, douts, q, T, some, HS, together, edge)
+        _write_out(dqkv, first + k, C + col, dk, some, HS)
+        _write_out(dqkv, first + k, 2 * C + col, dv, some, HS)
+    _write_out(dqkv, first, col, dq, T, HS)
 
 
 @inline
-def _add_turned(sums, tile, lying, q, T, keys, HS, rows, strips, edge):
-    """sums (keys, HS) += tile (rows, keys)ᵗ · lying rows q … q + rows."""
-    pack_columns(strips, tile, 0, 0, rows, keys)
-    total = words(tile, rows)
+def _add_turned(sums, like, strips, lying, q, T, keys, HS, rows, edge):
+    """sums (keys, HS) += what `pack_columns` made of (rows, keys)  ·  lying rows q … q + rows."""
+    total = words(like, rows)
     for i in range(0, keys, MR):
         a, some = address(strips) + 4 * i * total, min(MR, keys - i)
-        _weighted(sums[i * HS :], tile, a, None, lying, q, T, some, HS, total * per_word(tile), edge)
+        _weighted(sums[i * HS :], like, a, None, lying, q, T, some, HS, total * per_word(like), edge)
 
 
 @kernel

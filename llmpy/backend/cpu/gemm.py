@@ -135,17 +135,20 @@ def pack_transposed(panel, matrix, row, col, kc, cols):
 
 
 @inline
-def pack_columns(packed, matrix, row, col, kc, cols):
-    """packed (cols/MR, words, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end."""
+def pack_columns(packed, matrix, row, col, kc, cols, total):
+    """packed (cols/MR, total, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end.
+
+    Of the `total` words of a strip only the first are written, those that hold kc.
+    """
     per, ld = per_word(matrix), matrix.shape[1]
     size = 4 // per
-    total, whole, strips = words(matrix, kc), kc // per, cols // MR * MR
+    whole, strips = kc // per, cols // MR * MR
     src, dst = address(matrix) + size * (row * ld + col), address(packed)
     for k in range(whole):  # a row at a time: strips of their own would read every cache line twice
         for i in range(0, strips, MR):
             copy_strip(matrix, dst + 4 * (i * total + k * MR), src + size * (k * per * ld + i), size * ld)
     for i in range(0, cols, MR):
-        for k in range(whole if i < strips else 0, total):
+        for k in range(whole if i < strips else 0, words(matrix, kc)):
             for j in range(MR):
                 left = kc - k * per
                 word = word_along(matrix, row + k * per, col + i + j, True, left) if i + j < cols else ZERO

@@ -213,7 +213,7 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
     first, total = item * block, words(dout, kc)
     rows = min(block, OC - first)
     edge, packed = scratch[worker, PANEL : PANEL + EDGE], scratch[worker, PANEL + EDGE :]
-    pack_columns(packed, dout, k, first, kc, rows)
+    pack_columns(packed, dout, k, first, kc, rows, total)
     if dbias.size > 0:
         _add_columns(dbias, packed, dout, first, rows, total, add, edge)
     for col in range(0, C, NR):
