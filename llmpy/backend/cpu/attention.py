@@ -45,7 +45,7 @@ from .simd import (
 
 TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
-QUERIES = 4 * TILE_Q  # rows over which dK and dV are summed at once: a tile's alone would be mostly beginning and ending
+QUERIES = 4 * TILE_Q  # rows over which dK and dV are summed at once: one tile would be mostly beginning and end
 STRIPS = QUERIES * (TILE_K + MR)  # floats of so many rows of P or dS, packed by columns
 COLUMN = np.arange(TILE_K, dtype=np.int32)  # as long as a score, so that a comparison fills whole vectors
 MINUS_INFINITY = np.float32(-np.inf)
