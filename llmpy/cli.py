@@ -494,11 +494,11 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
         settings["choices"] = told["choices"]
     else:
         settings["metavar"] = told["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
+    inner = kind
     if typing.get_origin(kind) is tuple:
-        settings["type"] = typing.get_args(kind)[0]
+        inner = typing.get_args(kind)[0]
         settings |= {"action": "append"} if told["each"] else {"action": "extend", "nargs": "+"}
-    else:
-        settings["type"] = kind
+    settings["type"] = named if inner is Path else inner
     if told["word"]:
         if typing.get_origin(kind) is tuple:
             settings["nargs"] = "*"
@@ -512,6 +512,13 @@ def zero_or_one(word: str) -> bool:
     if word not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"use 0 or 1, not {word!r}")
     return word == "1"
+
+
+def named(word: str) -> Path:
+    """A file or folder. Path("") is the current folder, which nobody means by a shell variable that is not set."""
+    if not word:
+        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
+    return Path(word)
 
 
 def is_optional(kind: Any) -> bool:

@@ -348,6 +348,7 @@ def table(n: dict[str, Any]) -> str:
         "",
         columns([("memory", "MB"), *((k, f"{v / 1e6:,.0f}") for k, v in
                  [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])] if v)]),
+        f"{'' if memory['total'] <= memory['available'] else 'this does not fit; '}"
         f"largest batch that fits: -B {memory['largest_batch']}" if memory["largest_batch"] else
         "no batch fits: use a smaller -T or --model, or --checkpoint-every 0",
         "",

@@ -486,9 +486,14 @@ class Trainer:
     def _diverged(self, what: str) -> Diverged:
         """To be raised, on all ranks; a checkpoint that is being written is finished first."""
         self.keeper.settle()
-        last = self.keeper.last
-        kept = "no checkpoint was made yet" if last is None else f"the last good checkpoint is of step {last}"
-        again = "" if last is None else f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
+        last, again = self.keeper.last, ""
+        if last is None:
+            kept = "no checkpoint was made yet"
+        elif last > self.done - self._bad:
+            kept = f"the checkpoint of step {last} came after the first such step, and is no better"
+        else:
+            kept = f"the last good checkpoint is of step {last}"
+            again = f", and go on from it: {command('train', '--resume', self.folder)} --lr …"
         return Diverged(f"step {self.done}: {what}; {kept}", f"use a smaller --lr or a longer --warmup{again}")
 
 

@@ -290,3 +290,17 @@ def test_errors_are_red_where_a_person_looks(
     monkeypatch.setenv("NO_COLOR", "1")
     assert cli.main(["train", "--lr", "-1"]) == 1
     assert capsys.readouterr().err.startswith("llmpy: error: --lr -1")
+
+
+@pytest.mark.parametrize("words", [["train", "--data", ""], ["sample", ""], ["plot", "runs/NAME", "-o", ""]])
+def test_an_empty_name_is_no_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", ""], ["data", "--out", "tokens"]])
+def test_data_of_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 1
+    assert "nothing to prepare is named — name files" in capsys.readouterr().err

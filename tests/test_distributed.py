@@ -766,7 +766,7 @@ def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, token
         told = TrainOptions(checkpoint_every=1, ranks=fellow.size)
         run = trainer.Trainer.__new__(trainer.Trainer)
         run.keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
-        run.done, run.folder, run.options = 3, tmp_path / "run", told
+        run.done, run.folder, run.options, run._bad = 3, tmp_path / "run", told, 0
         run.keeper.begin(2)
         assert run.keeper.due(3)
         run.keeper.save(3, {"options": told.as_record()}, loader.position)

@@ -127,6 +127,11 @@ def test_the_largest_batch_fits_and_the_next_does_not(small: None) -> None:
     config = ModelConfig.from_dial("d1", vocab_size=300)
     needed = [memory_needed(config, memory["largest_batch"] + more, 64, Laptop(), copied=True) for more in (0, 1)]
     assert needed[0] <= 0.5e9 < needed[1]
+    for batch, told in (
+        (memory["largest_batch"], "\nlargest batch"),
+        (memory["largest_batch"] + 1, "\nthis does not fit; l"),
+    ):
+        assert told in table(plan.plan(PlanOptions("d1", batch, 64, vocab_size=300, memory=0.5), Laptop()))
     none = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.01), Laptop())
     assert none["memory"]["largest_batch"] == 0
     assert "no batch fits" in table(none)

@@ -530,6 +530,22 @@ def test_after_some_in_a_row_the_run_stops_and_says_where(
     sample(SampleOptions(tmp_path / "run", tokens=3), out.append, Laptop())
 
 
+class Ruined(Diverging):
+    """Evaluation is bad from then on too: the parameters are to blame, not a batch."""
+
+    def classifier(self, losses: Any, dinp: Any, dwte: Any, *rest: Any) -> None:
+        super().classifier(losses, dinp, dwte, *rest)
+        if self.batches in self.bad:
+            losses[...] = np.nan
+
+
+def test_a_checkpoint_amid_such_steps_is_not_called_good(options: Options) -> None:
+    told = "the checkpoint of step 6 came after the first such step, and is no better — use a smaller --lr or a longer"
+    with pytest.raises(Diverged, match=told) as caught:
+        trainer.train(options(steps=6, give_up_after=5), Ruined("loss", range(5, 100)))
+    assert "--resume" not in str(caught.value)
+
+
 def test_divergence_before_any_checkpoint(options: Options, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="no checkpoint was made yet"):
         trainer.train(options(steps=10), Diverging("loss", range(100)))

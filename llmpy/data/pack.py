@@ -49,6 +49,8 @@ def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
 
     Raises LlmpyError for whatever cannot be read, downloaded or written, and for a folder with anything in it.
     """
+    if not all(options.what) or not options.what:
+        raise LlmpyError("nothing to prepare is named", f"name files or folders of text, or {', '.join(DATA_NAMES)}")
     names = [*filter(is_dataset, options.what)]
     if names and len(options.what) > 1:
         raise LlmpyError(f"{names[0]} is a data set of its own", "prepare one at a time")
