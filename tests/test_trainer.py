@@ -554,6 +554,8 @@ def test_divergence_before_any_checkpoint(options: Options, tmp_path: Path) -> N
     assert {"metrics.jsonl", "main.log", "train.bin"} <= set(before)
     with pytest.raises(LlmpyError, match="holds a run that was cut off — go on with it: --resume "):
         trainer.train(options(), Laptop())
+    with pytest.raises(LlmpyError, match=r"is a run that has no checkpoint yet — go on: .*train --resume "):
+        sample(SampleOptions(tmp_path / "run", tokens=3), print, Laptop())
     assert contents(tmp_path / "run") == before
     assert trainer.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0  # from the start
     assert [r["step"] for r in metrics(tmp_path / "run") if "loss" in r] == [*range(1, 11)]
