@@ -490,7 +490,7 @@ class Trainer:
         if last is None:
             kept = "no checkpoint was made yet"
         elif last > self.done - self._bad:
-            kept = f"the checkpoint of step {last} came after the first such step, and is no better"
+            kept = f"the checkpoint of step {last} came after steps that had to be skipped, and is no better"
         else:
             kept = f"the last good checkpoint is of step {last}"
             again = f", and go on from it: {command('train', '--resume', self.folder)} --lr …"

@@ -540,7 +540,7 @@ class Ruined(Diverging):
 
 
 def test_a_checkpoint_amid_such_steps_is_not_called_good(options: Options) -> None:
-    told = "the checkpoint of step 6 came after the first such step, and is no better — use a smaller --lr or a longer"
+    told = "the checkpoint of step 6 came after steps that had to be skipped, and is no better — use a smaller"
     with pytest.raises(Diverged, match=told) as caught:
         trainer.train(options(steps=6, give_up_after=5), Ruined("loss", range(5, 100)))
     assert "--resume" not in str(caught.value)

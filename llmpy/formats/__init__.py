@@ -20,7 +20,7 @@ from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
 from ..errors import LlmpyError, did_you_mean
 from ..inputs import regular
-from ..runfolder import LOGS, MODEL_FILE, finished
+from ..runfolder import METRICS, MODEL_FILE, finished
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, unreadable
@@ -104,12 +104,12 @@ def open_model(path: Path) -> Source:
 def _open_folder(path: Path) -> Source:
     if (path / MODEL_FILE).is_file() and _is_ours(path / MODEL_FILE):
         return native.read_model(path)
-    if not (path / MODEL_FILE).exists() and any((path / log).is_file() for log in LOGS):
+    if llmc_state.is_checkpoint(path):
+        return llmc_state.read_checkpoint(path)[0]
+    if (path / METRICS).is_file() and not (path / MODEL_FILE).exists():
         raise LlmpyError(f"{path} is a run that has no checkpoint yet", f"go on: {command('train', '--resume', path)}")
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.read_model(path)
-    if llmc_state.is_checkpoint(path):
-        return llmc_state.read_checkpoint(path)[0]
     raise LlmpyError(
         f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"
     )

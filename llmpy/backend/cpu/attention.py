@@ -40,6 +40,7 @@ from .simd import (
     per_word,
     to,
     to_rank,
+    typed,
     write_operands,
 )
 
@@ -117,7 +118,7 @@ def operand_tile(tile, room, like):
 @overload(operand_tile)
 def _operand_tile(tile, room, like):
     if like.dtype == BF16:
-        return lambda tile, room, like: room.view(np.uint16)[: tile.size].reshape(tile.shape)
+        return lambda tile, room, like: typed(room, like)[: tile.size].reshape(tile.shape)
     return lambda tile, room, like: tile
 
 
