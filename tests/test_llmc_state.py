@@ -372,5 +372,6 @@ def test_what_has_no_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "has no checkpoint, only a model — convert that alone: --to llmc" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), training_state(TINY))
+    (tmp_path / "llm.c" / "main.log").write_text("s:0 tel:11.0\n")  # which llm.c writes beside its checkpoints
     assert main(["convert", str(tmp_path / "llm.c"), str(tmp_path / "out")]) == 0
     assert "its moments and its place in the data stay behind" in capsys.readouterr().out
