@@ -44,6 +44,17 @@ def PREFILL(c: ModelConfig, T: int) -> list[Tensor]:
     return [replace(t, shape=every, steps=ALWAYS) if t.name == "qkv" else t for t in ACTS(c, 1, T, training=False)]
 
 
+class _Rows:
+    """What a token of each of B texts is computed in. Texts only ever end, so there are few of these."""
+
+    def __init__(self, c: ModelConfig, ops: Ops, B: int) -> None:
+        self.tokens = np.empty((B, 1), np.int32)
+        self.slots, self.positions = np.empty(B, np.int32), np.empty(B, np.int32)
+        self.acts = Arena(ACTS(c, B, 1, training=False), ops.empty, ops.dtype, ops.wide)
+        self.logits = ops.empty((B, c.padded_vocab_size), ops.dtype)
+        self.again: Callable[[], object] | None = None  # computes the logits from what is embedded; see `Ops.capture`
+
+
 class Decoder:
     """A model with room for B texts, its slots, of up to S ≤ context positions.
 
@@ -60,7 +71,7 @@ class Decoder:
         self._to_pack = pack
         self._layers = self._by_layer()
         self._rooms: dict[Any, Any] = {}
-        self._rows: dict[int, Arena] = {}
+        self._rows: dict[int, _Rows] = {}
 
     def pack(self) -> None:
         """Copy the matrices of the model as they are now; from here on products read the copy."""
@@ -73,6 +84,7 @@ class Decoder:
             for packed, weight in zip(getattr(self.matrices, name), getattr(w, name), strict=True):
                 ops.pack(packed, weight)
         self._layers = self._by_layer()
+        self._rows.clear()  # what was captured reads the matrices as they lay
 
     def _by_layer(self) -> list[tuple[Any, ...]]:
         """Of each layer: its cache, and what each of its steps reads. Looked up once: a token has 100 steps."""
@@ -93,7 +105,9 @@ class Decoder:
         for l in range(c.layers):
             ops.cache_fill(self.cache[l, slot : slot + 1], a.qkv[l])
         self.positions[slot] = T
-        return self._logits(a.ln_f[T - 1 :])[0]
+        logits = ops.empty((1, c.padded_vocab_size), ops.dtype)
+        self.multiply(logits, a.ln_f[T - 1 :], self.matrices.wte, None)
+        return self._on_host(logits)[0]
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Append a token to each of these slots, none twice; the logits (B, V) of what follows.
@@ -102,40 +116,44 @@ class Decoder:
         """
         if self._to_pack:
             self.pack()
-        where, new = np.array(slots, np.int32), np.array(tokens, np.int32).reshape(-1, 1)
-        at_ = self.positions[where]
-        a = self._forward(self._activations(len(where)), new, where, at_)
-        self.positions[where] += 1
-        return self._logits(a.ln_f)
+        if len(slots) not in self._rows:
+            self._rows[len(slots)] = _Rows(self.model.config, self.ops, len(slots))
+        rows, ops, w = self._rows[len(slots)], self.ops, self.model.weights
+        rows.slots[:], rows.tokens[:, 0] = slots, tokens
+        rows.positions[:] = self.positions[rows.slots]
+        resid = at(rows.acts.resid, 0)
+        for i, t in enumerate(rows.positions):
+            ops.embedding_forward(resid[i : i + 1], rows.tokens[i : i + 1], w.wte, w.wpe[t:])
+        if rows.again is None:
+            rows.again = ops.capture(lambda: self._forward(rows))
+        else:
+            rows.again()
+        self.positions[rows.slots] += 1
+        return self._on_host(rows.logits)
 
-    def _forward(self, a: Arena, tokens: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> Arena:
-        """As `GPT2.forward`, for a row of each text and with the cache as what came before."""
-        ops, p, w, multiply = self.ops, self.model.params, self.model.weights, self.multiply
+    def _forward(self, rows: _Rows) -> None:
+        """As `GPT2.logits` once tokens are embedded, for a row of each text and with the cache as what came before."""
+        ops, p, multiply, a = self.ops, self.model.params, self.multiply, rows.acts
         resid, resid_mid, ln_1, ln_2 = (at(x, 0) for x in (a.resid, a.resid_mid, a.ln_1, a.ln_2))
         qkv, attn_out, mlp_fc, mlp_gelu = (at(x, 0) for x in (a.qkv, a.attn_out, a.mlp_fc, a.mlp_gelu))
         stats, branch = (at(a.ln_1_mean, 0), at(a.ln_1_rstd, 0)), a.branch
-        for i, t in enumerate(positions):
-            ops.embedding_forward(resid[i : i + 1], tokens[i : i + 1], w.wte, w.wpe[t:])
         for l, (cache, ln_1_p, qkv_p, proj_p, ln_2_p, fc_p, mlp_proj_p) in enumerate(self._layers):
             if l == 0:
                 ops.layernorm_forward(ln_1, *stats, resid, *ln_1_p)
             else:
                 ops.residual_layernorm_forward(resid, ln_1, *stats, resid_mid, branch, *ln_1_p)
             multiply(qkv, ln_1, *qkv_p)
-            ops.attention_decode(attn_out, cache, qkv, slots, positions)
+            ops.attention_decode(attn_out, cache, qkv, rows.slots, rows.positions)
             multiply(branch, attn_out, *proj_p)
             ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, branch, *ln_2_p)
             multiply(mlp_gelu, ln_2, *fc_p, pre_gelu=mlp_fc)
             multiply(branch, mlp_gelu, *mlp_proj_p)
         ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, resid_mid, branch, p.ln_f_w, p.ln_f_b)
-        return a
+        multiply(rows.logits, a.ln_f, self.matrices.wte, None)
 
-    def _logits(self, rows: Any) -> np.ndarray:
-        """Logits (B, V) after the final LayerNorm's rows (B, C), as a new host array of wide floats."""
-        c, ops = self.model.config, self.ops
-        out = ops.empty((rows.shape[0], c.padded_vocab_size), ops.dtype)
-        self.multiply(out, rows, self.matrices.wte, None)
-        return np.asarray(ops.to_host(out))[:, : c.vocab_size].astype(ops.wide)
+    def _on_host(self, logits: Any) -> np.ndarray:
+        """(B, Vp) of the machine → (B, V), a new array of wide floats."""
+        return np.asarray(self.ops.to_host(logits))[:, : self.model.config.vocab_size].astype(self.ops.wide)
 
     def _room(self, count: int, dtype: Any) -> Any:
         """Memory for activations of a prefill, the same one every time: made for the longest text."""
@@ -145,10 +163,3 @@ class Decoder:
             kinds = [ops.dtype, ops.wide] if len(whole.buffers) > 1 else [ops.dtype]
             self._rooms = dict(zip(kinds, whole.buffers, strict=True))
         return self._rooms[dtype][:count]
-
-    def _activations(self, B: int) -> Arena:
-        """Activations of B rows; texts only ever end, so there are few sizes."""
-        if B not in self._rows:
-            ops = self.ops
-            self._rows[B] = Arena(ACTS(self.model.config, B, 1, training=False), ops.empty, ops.dtype, ops.wide)
-        return self._rows[B]

@@ -168,6 +168,7 @@ def test_every_operation_of_the_seam_has_cases() -> None:
         "zeros",
         "to_host",
         "zero",
+        "capture",
     }
     # Held to the bits of linear_forward and attention_forward, on their cases, in test_decode.
     decoding = {"packed_size", "pack", "packed_linear_forward", "cache_fill", "attention_decode"}

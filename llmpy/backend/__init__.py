@@ -19,6 +19,7 @@ arenas are made (`gpt2`), because compiled kernels check no bounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import LlmpyError
@@ -44,6 +45,9 @@ class Ops(Protocol):
 
     def zero(self, x: Array) -> None:
         """x := 0."""
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], object]:
+        """Run what calls operations, and return what makes the same calls again, on the same arrays."""
 
     def narrow(self, out: Array, x: Array) -> None:
         """out (dtype) := x (wide), rounded to nearest even; nothing to do where out is x."""

@@ -13,7 +13,7 @@ import psutil
 
 from ...errors import LlmpyError
 from . import adamw as adamw_
-from . import attention, cross_entropy, decode, embedding, gelu, global_norm, jit, layernorm, linear, peak, pool, simd
+from . import attention, cross_entropy, decode, embedding, gelu, global_norm, graph, jit, layernorm, linear, peak, pool, simd
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -88,6 +88,12 @@ class CPU:
     def zero(self, x: np.ndarray) -> None:
         """x := 0."""
         x.fill(0)
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], object]:
+        """Without Python between the kernels; `run` may call nothing else that counts."""
+        with graph.recording() as calls:
+            run()
+        return graph.Graph(calls)
 
     def _partials(self, count: int) -> np.ndarray:
         """Room for partial sums; grows when a larger shape first comes along."""

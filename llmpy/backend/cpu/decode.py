@@ -240,7 +240,8 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
         n = min(TILE_K, t + 1 - k)
         s[0, :] = ZERO
         for j in range(0, n, NR):
-            cols = min(NR, keys.shape[0] - k - j)  # later keys too: whole vectors, and softmax leaves them out
+            # Some later keys too: whole vectors, and softmax leaves them out.
+            cols = min(panel_width(n - j), keys.shape[0] - k - j)
             pack_transposed(panel, keys, k + j, 0, HS, cols)
             _multiply_row(qkv, address(s) + 4 * j, address(q), panel, cols, HS)
         _softmax_tile(s, p, sums, top, total, t, k, 1, HS)

@@ -25,6 +25,7 @@ import hashlib
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,26 @@ def _compiled(function: Callable) -> Any:
         config.CACHE_DIR = before
 
 
+Call = tuple[Any, tuple[Any, ...]]  # a compiled kernel, and what it was given
+
+
+class _Notes(threading.local):
+    """Where this thread's calls of kernels are noted, if they are: see `graph`."""
+
+    calls: list[Call] | None = None
+
+
+notes = _Notes()
+
+
 def kernel(function: Callable) -> Any:
     """An operation callable from Python, `_compiled`; keeps the helpers awake."""
     compiled = _compiled(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        if notes.calls is not None:
+            notes.calls.append((compiled, args))
         try:
             pool.begin()
             return compiled(*args)

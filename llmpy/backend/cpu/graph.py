@@ -1,0 +1,110 @@
+"""Calls of kernels, noted once and made again without Python between them.
+
+    with recording() as calls:     every kernel that this thread calls is noted with its arguments
+        …
+    again = Graph(calls)           again() makes the same calls, on the same arrays
+
+Python takes some 4 µs from one kernel to the next. In training that is nothing; of a token, which is a hundred kernels
+and waits for memory all the time, it is a tenth. CUDA has graphs for the same reason.
+
+A kernel's machine code is a function of 8-byte words or less: an array is seven or more of them, a number is one. Each
+call becomes a line of words and the address of a small function that passes them on, made for each list of types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.compiler_lock import global_compiler_lock
+
+from .jit import I32, I64, Call, intrinsic, kernel, notes
+
+STEP = ir.FunctionType(I32, [I64.as_pointer()])  # what passes a line of words on: 0, or the kernel failed
+_steps: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by kernel and types: its address, and what keeps it in memory
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """The kernels that this thread calls meanwhile."""
+    before, notes.calls = notes.calls, []
+    try:
+        yield notes.calls
+    finally:
+        notes.calls = before
+
+
+def words_of(x: Any) -> list[int]:
+    """An argument as Numba passes it: an array that Python owns (no owner, no parent), or an integer."""
+    if isinstance(x, np.ndarray):
+        return [0, 0, x.size, x.itemsize, x.ctypes.data, *x.shape, *x.strides]
+    return [int(x)]
+
+
+def step_of(compiled: Any, args: Sequence[Any]) -> int:
+    """Address of the STEP that calls a kernel, compiled for arguments of these types: arrays and integers."""
+    kinds = tuple(compiled.typeof_pyval(x) for x in args)
+    if (compiled, kinds) not in _steps:
+        code = compiled.overloads[kinds]
+        if code.signature.return_type != types.none or not all(isinstance(k, types.Array | types.Integer) for k in kinds):
+            raise TypeError(f"{compiled.__name__} cannot be replayed: {code.signature}")
+        with global_compiler_lock:
+            _steps[compiled, kinds] = _compile_step(f"llmpy_step_{len(_steps)}", code)
+    return _steps[compiled, kinds][0]
+
+
+def _compile_step(name: str, code: Any) -> tuple[int, Any]:
+    """The STEP of a compiled kernel: its address, and what keeps both in memory."""
+    function = code.target_context.call_conv.get_function_type(code.fndesc.restype, code.fndesc.argtypes)
+    library = code.library.codegen.create_library(name)
+    module = library.create_ir_module(name)
+    step = ir.Function(module, STEP, name)
+    bd = ir.IRBuilder(step.append_basic_block())
+    result, error, *parameters = function.args
+    passed = [bd.alloca(kind.pointee) for kind in (result, error)]
+    for i, kind in enumerate(parameters):
+        passed.append(bd.load(bd.bitcast(bd.gep(step.args[0], [I64(i)]), kind.as_pointer())))
+    address = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+    bd.ret(bd.call(bd.inttoptr(I64(address), function.as_pointer()), passed))
+    library.add_ir_module(module)
+    library.finalize()
+    return library.get_pointer_to_function(name), (library, code)
+
+
+@intrinsic
+def _take(typingctx: Any, step: Any, words: Any) -> Any:
+    """What the STEP at an address makes of the words at another."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        step, words = args
+        return bd.call(bd.inttoptr(step, STEP.as_pointer()), [bd.inttoptr(words, I64.as_pointer())])
+
+    return types.int32(types.int64, types.int64), codegen
+
+
+@kernel
+def replay(
+    steps,  # (calls,) i64, addresses of STEPs
+    words,  # (calls,) i64, addresses of what each is given
+):  # fmt: skip
+    for i in range(steps.size):
+        if _take(steps[i], words[i]) != 0:
+            raise RuntimeError("a parallel kernel failed")
+
+
+class Graph:
+    """Calls of kernels, ready to be made again; holds their arrays."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = list(calls)
+        self._lines = [np.array([w for x in args for w in words_of(x)], np.int64) for _, args in calls]
+        self._steps = np.array([step_of(compiled, args) for compiled, args in calls], np.int64)
+        self._words = np.array([line.ctypes.data for line in self._lines], np.int64)
+
+    def __call__(self) -> None:
+        """Make them."""
+        replay(self._steps, self._words)
