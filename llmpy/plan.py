@@ -44,8 +44,8 @@ CHINCHILLA = 20  # tokens a parameter
 FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": FineWeb's sample of 10B
 PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
 MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
-BUDGET, REPEATS = 0.15, 3  # seconds and calls of each operation
-UNSTEADY = 1.15  # the peak at the end by that at the start, or the other way: other programs came or went
+ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
+UNSTEADY = 1.15  # the highest peak by the lowest, or the slowest round by the fastest: other programs came or went
 CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
 SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
@@ -135,19 +135,27 @@ class Rates:
 
 
 def measure(machine: Meter, parts: Sequence[Part]) -> tuple[list[float], Rates]:
-    """Seconds of all calls of each part on this machine, and its rates, measured before and after."""
-    peaks, streams = [machine.measure_peak()], [machine.measure_bandwidth()]
+    """Seconds of all calls of each part on this machine, and its rates.
+
+    Medians of rounds over all parts: what disturbs the machine for some seconds disturbs one of them.
+    """
     other = machine.empty(CACHES, machine.wide)
     machine.zero(other)
-    seconds = []
-    for part in parts:
+
+    def seconds(part: Part) -> float:
         case, times = smaller(part)
         # Read by all threads: what was in the caches leaves them, and no helper sleeps, as none does within a step.
         median = time_case(machine, part.op, case, BUDGET, REPEATS, lambda: machine.global_norm(other))["median_ms"]
-        seconds.append(part.calls * times * median / 1e3)
-    peaks.append(machine.measure_peak())
-    streams.append(machine.measure_bandwidth())
-    return seconds, Rates(sum(peaks) / 2, sum(streams) / 2, max(peaks) < UNSTEADY * min(peaks))
+        return part.calls * times * median / 1e3
+
+    peaks, streams, rounds = [machine.measure_peak()], [machine.measure_bandwidth()], []
+    for _ in range(ROUNDS):
+        rounds.append([seconds(part) for part in parts])
+        peaks.append(machine.measure_peak())
+        streams.append(machine.measure_bandwidth())
+    steady = all(max(x) < UNSTEADY * min(x) for x in (peaks, [sum(r) for r in rounds]))
+    rates = Rates(statistics.median(peaks), statistics.median(streams), steady)
+    return [statistics.median(x) for x in zip(*rounds, strict=True)], rates
 
 
 def measure_copying() -> float:

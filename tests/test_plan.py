@@ -150,16 +150,33 @@ def test_another_machine_has_the_shares_of_this_one(small: None, monkeypatch: py
     assert "40 GFLOP/s (given), 20 GB/s (measured)" in table(half)
 
 
-def test_a_machine_that_others_use(small: None) -> None:
+def test_a_machine_that_others_use(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Shared(Laptop):
-        peaks = [10.0, 5.0]
+        peaks = itertools.cycle([10.0, 10.0, 5.0, 10.0])
 
         def measure_peak(self) -> float:
-            return self.peaks.pop()
+            return next(self.peaks)
 
     options = PlanOptions("d1", 1, 8, vocab_size=300)
-    assert "other programs ran" in table(plan.plan(options, Shared()))
-    assert "other programs ran" not in table(plan.plan(options, Laptop()))
+    monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
+    shared, alone = plan.plan(options, Shared()), plan.plan(options, Laptop())
+    assert "other programs ran" in table(shared)
+    assert "other programs ran" not in table(alone)
+    assert shared["machine"]["peak_gflops"] == 10
+
+
+@pytest.mark.parametrize("slow", range(plan.ROUNDS))
+def test_a_disturbance_of_one_round_changes_no_time(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = step_parts(ModelConfig.from_dial("d1", vocab_size=300), 1, 8, 0, False)
+    calls = itertools.count()
+
+    def timed(*_: object) -> dict[str, float]:
+        return {"median_ms": 50.0 if next(calls) // len(parts) == slow else 1.0}
+
+    monkeypatch.setattr(plan, "time_case", timed)
+    seconds, rates = plan.measure(Laptop(), parts)
+    assert seconds == pytest.approx([p.calls * smaller(p)[1] / 1e3 for p in parts])
+    assert not rates.steady
 
 
 def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from ..options import OpsOptions
 from ..preflight import Machine
 from . import columns
 
+DRAWN = 1 << 20  # random numbers; larger arrays repeat them
 BUDGET = 0.4  # seconds of repetitions of a case
 REPEATS = 5  # at least
 
@@ -119,7 +120,8 @@ class Draw:
 
     def _filled(self, shape: tuple[int, ...], dtype: Any, std: float) -> Any:
         x = self.ops.empty(shape, dtype)
-        x[...] = std * self.rng.standard_normal(shape, np.float32)
+        drawn = std * self.rng.standard_normal(min(x.size, DRAWN), np.float32)
+        x[...] = np.resize(drawn.astype(x.dtype), shape)
         return x
 
     def wide(self, *shape: int, std: float = 1.0) -> Any:
