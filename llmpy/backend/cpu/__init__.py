@@ -13,14 +13,28 @@ import psutil
 
 from ...errors import LlmpyError
 from . import adamw as adamw_
-from . import attention, cross_entropy, decode, embedding, gelu, global_norm, graph, jit, layernorm, linear, peak, pool, simd
+from . import (
+    attention,
+    cross_entropy,
+    decode,
+    embedding,
+    gelu,
+    global_norm,
+    graph,
+    jit,
+    layernorm,
+    linear,
+    peak,
+    pool,
+    simd,
+)
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 NO_BIAS = np.empty(0, np.float32)  # "no array", for kernels that have one signature
 CLASSIFIER_ROWS = 512  # rows whose logits exist at one time
 # Kernels that decoding needs: some of training's, and its own, which training does not wait for.
-DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode"}
+DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
 DECODING = DECODING_ALONE | {
     "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
     "narrow",
@@ -347,6 +361,7 @@ def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
         ("pack", lambda: ops.pack(a(ops.packed_size(1, 1)), a(1, 1))),
         ("packed_linear_forward", lambda: ops.packed_linear_forward(a(1, 1), a(1, 1), a(ops.packed_size(1, 1)), None)),
         ("attention_decode", lambda: ops.attention_decode(a(1, 1), cache, a(1, 3), row, row)),
+        ("replay", lambda: graph.Graph([])()),
     ]
     if ops.dtype != ops.wide:
         calls.append(("narrow", lambda: ops.narrow(a(1), w(1))))

@@ -49,8 +49,10 @@ def step_of(compiled: Any, args: Sequence[Any]) -> int:
     """Address of the STEP that calls a kernel, compiled for arguments of these types: arrays and integers."""
     kinds = tuple(compiled.typeof_pyval(x) for x in args)
     if (compiled, kinds) not in _steps:
+        compiled.compile(kinds)  # done before, unless the call was served by code for types that these convert to
         code = compiled.overloads[kinds]
-        if code.signature.return_type != types.none or not all(isinstance(k, types.Array | types.Integer) for k in kinds):
+        simple = all(isinstance(kind, types.Array | types.Integer) for kind in kinds)
+        if not simple or code.signature.return_type != types.none:
             raise TypeError(f"{compiled.__name__} cannot be replayed: {code.signature}")
         with global_compiler_lock:
             _steps[compiled, kinds] = _compile_step(f"llmpy_step_{len(_steps)}", code)
