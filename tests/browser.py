@@ -51,10 +51,23 @@ class Browser:
         self._left = b""
         self._number = 0
         self._session = ""
-        page = next(t for t in self._ask("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self._session = self._ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self._ask(f"{domain}.enable")
+        try:
+            self._session = self._ask("Target.attachToTarget", targetId=self._page(), flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log"):
+                self._ask(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _page(self) -> str:
+        """The page that the browser opens; on a busy machine it answers before it has."""
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            for target in self._ask("Target.getTargets")["targetInfos"]:
+                if target["type"] == "page":
+                    return str(target["targetId"])
+            assert time.monotonic() < end, "the browser opens no page"
+            time.sleep(0.05)
 
     def __enter__(self) -> Self:
         return self
