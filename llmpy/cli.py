@@ -50,11 +50,22 @@ from .options import (
 from .runfolder import HELD, InUse, RunFolder
 from .terminal import paint
 
-EXIT_CODES = textwrap.fill(
-    "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
-    "option or verb, or it lacks a value; 3 training gave NaN or infinity; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 "
-    "by SIGHUP (all is saved: go on with --resume RUN)"
-)
+# Exit codes: of every verb, and what some say otherwise or beside.
+CODES = {
+    0: "done", 1: "a value, a file or the machine does not serve", 2: "no such option, or it lacks a value",
+    130: "stopped by Ctrl-C",
+}  # fmt: skip
+CODES_OF: dict[str, dict[int, str]] = {
+    "": {2: "no such option or verb, or it lacks a value", 3: "training gave NaN or infinity"},
+    "train": {
+        0: "done, also at the end of --minutes", 3: "training gave NaN or infinity",
+        130: "stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (all is saved: go on with --resume RUN)",
+    },
+    "chat": {0: "the talk was ended", 130: "stopped by Ctrl-C before it began"},
+    "doctor": {0: "this machine can train", 1: "something prevents that, or a value does not serve"},
+    "watch": {0: "ended by Ctrl-C", 130: ""},
+    "selftest": {0: "every check passed", 1: "one did not, or a value or a file does not serve"},
+}  # fmt: skip
 EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
@@ -427,7 +438,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmpy",
         description="GPT-2 training in Python alone.",
-        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + EXIT_CODES,
+        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + exit_codes(),
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
@@ -446,7 +457,7 @@ def build_parser() -> Parser:
         ("completion", completion, CompletionOptions),
     ):
         add_verb(verbs, name, function, options)
-    benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
+    benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=exit_codes("bench"))
     whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
     add_verb(whats, "step", bench, BenchOptions)
     add_verb(whats, "ops", bench_ops, OpsOptions)
@@ -459,7 +470,8 @@ def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
     """A verb with one flag for each field of its options."""
     text = function.__doc__
     parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text)
-    parser.epilog = examples(parser.prog.partition(" ")[2]) + EXIT_CODES
+    typed = parser.prog.partition(" ")[2]
+    parser.epilog = examples(typed) + exit_codes(typed)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     make = getattr(options, "gather", lambda given: options(**given))
     parser.set_defaults(verb=function, options=options, make=make, parser=parser)
@@ -473,6 +485,12 @@ def examples(verb: str) -> str:
     """What --help shows of a verb, a command a line and below it what it does."""
     lines = "".join(f"  {line}\n      {what}\n" for line, what in EXAMPLES_OF[verb])
     return f"examples:\n{lines}\n"
+
+
+def exit_codes(verb: str = "") -> str:
+    """What --help says of them."""
+    told = sorted((CODES | CODES_OF.get(verb, {})).items())
+    return textwrap.fill("exit codes: " + "; ".join(f"{code} {what}" for code, what in told if what))
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:

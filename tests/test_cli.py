@@ -151,6 +151,29 @@ def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert "examples:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("verb", "said", "not_said"),
+    [
+        ("", ["3 training gave NaN", "no such option or verb"], ["143"]),
+        ("train", ["0 done, also at the end of --minutes", "3 training gave NaN", "143 by SIGTERM", "--resume RUN"], []),
+        ("plot", ["0 done", "1 a value", "130 stopped by Ctrl-C"], ["NaN", "--minutes", "SIGTERM", "--resume"]),
+        ("bench", ["0 done"], ["NaN", "--minutes"]),
+        ("bench ops", ["0 done"], ["NaN", "--minutes"]),
+        ("watch", ["0 ended by Ctrl-C"], ["130"]),
+        ("doctor", ["0 this machine can train", "1 something prevents that"], ["NaN"]),
+        ("selftest", ["1 one did not"], ["NaN"]),
+    ],
+)
+def test_exit_codes_are_those_of_the_verb(
+    verb: str, said: list[str], not_said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    codes = " ".join(capsys.readouterr().out.partition("exit codes: ")[2].split())
+    assert [text for text in said if text not in codes] == []
+    assert [text for text in not_said if text in codes] == []
+
+
 def does_nothing(_: object) -> int:
     """A verb."""
     return 0
