@@ -34,6 +34,11 @@ SHELLS = ("bash", "zsh", "fish")
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
 AXES = ("steps", "tokens", "time")
 PICTURES = (".png", ".svg", ".pdf", ".html")
+OPS = (
+    "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
+    "residual_layernorm_forward", "layernorm_backward", "gelu_forward", "embedding_forward", "embedding_backward",
+    "adamw", "global_norm", "narrow", "zero", "pack", "packed_linear_forward", "cache_fill", "attention_decode",
+)  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -55,7 +60,7 @@ def option(
     """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings, a `word` goes without.
 
     Of a tuple's values a flag takes all that follow it, or with `each` one, and may come again. `names` are words that
-    mean something beside paths.
+    mean something, beside paths if `metavar` is one of those.
     """
     told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "word": word, "each": each}
     return field(default=default, metadata=told | {"names": names})
@@ -350,6 +355,7 @@ class DataOptions:
     tokenizer: str = option(
         "gpt2",
         "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file",
+        metavar="WHAT",
         names=("gpt2", "bytes"),
     )
     source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
@@ -529,7 +535,7 @@ class BenchOptions(OnMachine):
 class OpsOptions(OnMachine):
     """`llmpy bench ops`."""
 
-    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME")
+    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME", names=OPS)
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     json: bool = option(False, "print one JSON object")

@@ -155,7 +155,11 @@ def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
     ("verb", "said", "not_said"),
     [
         ("", ["3 training gave NaN", "no such option or verb"], ["143"]),
-        ("train", ["0 done, also at the end of --minutes", "3 training gave NaN", "143 by SIGTERM", "--resume RUN"], []),
+        (
+            "train",
+            ["0 done, also at the end of --minutes", "3 training gave NaN", "143 by SIGTERM", "--resume RUN"],
+            [],
+        ),
         ("plot", ["0 done", "1 a value", "130 stopped by Ctrl-C"], ["NaN", "--minutes", "SIGTERM", "--resume"]),
         ("bench", ["0 done"], ["NaN", "--minutes"]),
         ("bench ops", ["0 done"], ["NaN", "--minutes"]),
