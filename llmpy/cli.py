@@ -17,14 +17,14 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
 from . import __version__
 from .command import called
-from .errors import LlmpyError, did_you_mean
+from .errors import LlmpyError, asked, nearest
 from .journal import silence
 from .options import (
     MEANINGLESS,
@@ -83,15 +83,23 @@ EXAMPLES = """examples:
   llmpy bench peers                             the same against PyTorch, if it is installed
 
 """
-# What other programs call options of `train`.
+# What other programs call verbs (""), and options of a verb.
 ELSEWHERE = {
-    "--epochs": "--steps N, -1 for one epoch, or --minutes",
-    "--learning-rate": "--lr", "--max-steps": "--steps", "--max-iters": "--steps", "--iterations": "--steps",
-    "--block-size": "--sequence-length", "--context": "--sequence-length", "--seq-len": "--sequence-length",
-    "--batch": "--batch-size", "--grad-clip": "--clip", "--eval-interval": "--eval-every", "--output": "--out",
-    "--gradient-accumulation-steps": "--total-batch TOKENS", "--precision": "--dtype", "--size": "--model",
-    "--eval-iters": "--eval-batches", "--warmup-iters": "--warmup", "--warmup-steps": "--warmup",
-    "--checkpoint": "--init or --resume", "--device": "--threads and --dtype; it trains on the CPU",
+    "": {
+        "generate": "sample", "finetune": "train --init MODEL", "resume": "train --resume RUN", "prepare": "data",
+        "export": "convert", "help": "--help", "version": "--version",
+    },
+    "train": {
+        "--epochs": "--steps N, -1 for one epoch, or --minutes",
+        "--learning-rate": "--lr", "--max-steps": "--steps", "--max-iters": "--steps", "--iterations": "--steps",
+        "--block-size": "--sequence-length", "--context": "--sequence-length", "--seq-len": "--sequence-length",
+        "--batch": "--batch-size", "--grad-clip": "--clip", "--eval-interval": "--eval-every", "--output": "--out",
+        "--gradient-accumulation-steps": "--total-batch TOKENS", "--precision": "--dtype", "--size": "--model",
+        "--eval-iters": "--eval-batches", "--warmup-iters": "--warmup", "--warmup-steps": "--warmup",
+        "--checkpoint": "--init or --resume", "--device": "--threads and --dtype; it trains on the CPU",
+    },
+    "sample": {"--length": "--tokens", "--max-new-tokens": "--tokens", "--num-samples": "--prompt several times"},
+    "convert": {"--format": "--to"},
 }  # fmt: skip
 
 # Of each verb: what to type, and what that does.
@@ -412,7 +420,8 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             words = [str(c) for c in action.choices]
             what = "/".join(action.option_strings) or action.dest
-            hint = suggest(str(value), words) or f" — use {', '.join(words)}"
+            others = ELSEWHERE[""] if action.dest == "VERB" else {}
+            hint = suggest(str(value), words, others) or f" — use {', '.join(words)}"
             self.error(f"{what} {value!r} is unknown{hint}")
 
 
@@ -420,16 +429,18 @@ def meant(verb: str, word: str, flags: Sequence[str]) -> str:
     """What to write for an argument that the verb does not know."""
     if verb == "train" and not word.startswith("-"):
         return f" — did you mean --data {word}?" if os.path.exists(word) else " — text is given with --data PATH"
-    name = word.partition("=")[0].replace("_", "-")
-    if verb == "train" and name in ELSEWHERE:
-        return f" — use {ELSEWHERE[name]}"
-    return suggest(word, flags)
+    name = word.partition("=")[0]
+    dashes = name[: len(name) - len(name.lstrip("-"))]
+    alike = [flag for flag in flags if flag.startswith(dashes)]
+    return suggest(name, alike, ELSEWHERE.get(verb, {}))
 
 
-def suggest(word: str, known: Sequence[str]) -> str:
-    """` — did you mean …?` with the nearest known word, or nothing."""
-    close = did_you_mean(word.split("=")[0], known)
-    return f" — {close}" if close else ""
+def suggest(word: str, known: Sequence[str], others: Mapping[str, str]) -> str:
+    """` — did you mean …?` with what is nearest of the known words, or ` — use …` of the `others`; or nothing."""
+    close = [word.replace("_", "-")] if word.replace("_", "-") in others else nearest(word, [*known, *others])
+    if close and close[0] in others:
+        return f" — use {others[close[0]]}"
+    return f" — {asked([c for c in close if c not in others])}" if close else ""
 
 
 def build_parser() -> Parser:

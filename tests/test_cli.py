@@ -61,6 +61,17 @@ def test_defaults_are_those_of_the_dataclasses(told: list[Any]) -> None:
     ("line", "said"),
     [
         ("trian", "did you mean train?"),
+        ("plt", "did you mean plot?"),
+        ("evaluate", "unknown — use train, sample,"),  # nothing is near
+        ("generate", "— use sample ("),
+        ("train --modl d4", "did you mean --model?"),
+        ("train --bs 4", "did you mean --batch-size?"),
+        ("train --epoch 4", "use --steps N, -1 for one epoch"),
+        ("train --learn-rate 4", "use --lr ("),
+        ("train --gpu 4", "unknown argument --gpu ("),
+        ("watch --host 0.0.0.0", "unknown argument --host ("),
+        ("train --dtype float", "did you mean float32?"),
+        ("train --recipe gpt2_125M", "did you mean gpt2_124M or gpt3_125M?"),
         ("train --bacth-size 4", "did you mean --batch-size?"),
         ("train --batch_size=4", "did you mean --batch-size?"),
         ("train --step 4", "did you mean --steps?"),
@@ -294,6 +305,15 @@ def test_closed_streams() -> None:
         ("chat runs/on", "did you mean runs/one?"),
         ("bench ops --op linear_foward", "did you mean linear_forward?"),
         ("train --model gpt-2", "did you mean gpt2?"),
+        ("train --model d0", "unknown model 'd0' — use d1"),
+        ("bench ops --op attention", "did you mean attention_forward, attention_backward or attention_decode?"),
+        ("data tinyshakespear", "no file or folder tinyshakespear — did you mean tinyshakespeare?"),
+        ("train --data fineweb_edu", "did you mean fineweb-edu?"),
+        ("data here.txt --tokenizer gtp2", "did you mean gpt2? use gpt2, bytes"),
+        ("sample runs/oen", "no run folder runs/oen — did you mean runs/one?"),
+        ("sample gtp2", "did you mean gpt2?"),
+        ("sample elsewhere", "no run folder elsewhere — there are: runs/one"),
+        ("plot runs/oen", "no run folder runs/oen — did you mean runs/one?"),
     ],
 )
 def test_values_too_have_neighbours(
@@ -301,7 +321,8 @@ def test_values_too_have_neighbours(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "one").mkdir(parents=True)
-    (tmp_path / "runs" / "one" / "model.safetensors").touch()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "runs" / "one" / name).touch()
     assert cli.main(line.split()) == 1
     assert said in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ import numpy as np
 from ..cache import data_cache
 from ..command import command
 from ..durable import made
-from ..errors import LlmpyError
+from ..errors import LlmpyError, did_you_mean
 from ..options import DATA_NAMES, DataOptions
 from ..ranks import LLMC_FILE, Ranks, write_llmc
 from ..runfolder import Lock
@@ -141,7 +141,8 @@ def _request(options: DataOptions) -> dict[str, Any]:
     if tokenizer not in ("gpt2", "bytes") and not tokenizer.startswith("bpe:"):
         if not Path(tokenizer).exists():
             raise LlmpyError(
-                f"cannot read the tokenizer {tokenizer}: no such file", "use gpt2, bytes, bpe:N, or a file"
+                f"cannot read the tokenizer {tokenizer}: no such file",
+                f"{did_you_mean(tokenizer, ('gpt2', 'bytes'))} use gpt2, bytes, bpe:N, or a file".lstrip(),
             )
         content = Tokenizer.load(Path(tokenizer)).to_json()
         tokenizer = "sha256:" + hashlib.sha256(content.encode()).hexdigest()[:12]

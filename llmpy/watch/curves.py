@@ -7,9 +7,9 @@ takes the place of what was there.
 thinned    more points than fit become buckets of 2^k steps that begin at multiples of it, each with its mean, least and
            largest value: a picture that does not flicker as a run grows, and in which no spike is lost. The buckets
            that are full are kept, so that a line more costs the last bucket and not the million lines before it.
-smoothed   the a of the line a + b·dᵢ, dᵢ = (sᵢ − s)/τ, that minimises Σ exp(−|dᵢ|)·(yᵢ − a − b·dᵢ)² + ε·b² over all points
-           sᵢ, yᵢ: it does not lag behind a fall, gaps count, and at the ends, where a mean would only know one side and
-           begin too low, it begins where the points do
+smoothed   the a of the line a + b·dᵢ, dᵢ = (sᵢ − s)/τ, for which Σ exp(−|dᵢ|)·(yᵢ − a − b·dᵢ)² + ε·b² over all points
+           sᵢ, yᵢ is least: it does not lag behind a fall, gaps count, and where it begins and ends, where a mean would
+           know one side alone and begin too low, it is as high as the points
 clocks     tokens and seconds up to each step, the sums of what its lines tell of the steps themselves: `ms`, and
            `ms`·`tokens_per_s`. --resume cuts the lines back, so that sums go on over restarts; evaluations, samples
            and pauses have no `ms` and take no time. A line stands for all steps since the one before it.

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from ..command import command
-from ..errors import LlmpyError
+from ..errors import LlmpyError, did_you_mean
 from ..runfolder import CONFIG_FILE, LOCK, METRICS, SAMPLES
 from .curves import CLOCKS, KEPT, POINTS, Metrics, finite, open_regular, smoothed, width_of
 
@@ -188,7 +188,8 @@ class Runs:
         for path in self._given:
             if not is_run(path) and not children(path):
                 where = f"no run folder {path}" if given else "no run here"
-                raise LlmpyError(where, f"name the folder of a run, or begin one: {command('train')}")
+                near = did_you_mean(str(path), map(str, children(BELOW)))
+                raise LlmpyError(where, near or f"name the folder of a run, or begin one: {command('train')}")
         self.named = {path for path in given if is_run(path)}
 
     def all(self) -> dict[str, Run]:
