@@ -28,6 +28,7 @@ from .errors import LlmpyError, asked, nearest
 from .journal import silence
 from .options import (
     MEANINGLESS,
+    REFUSED,
     BenchOptions,
     ChatOptions,
     CompletionOptions,
@@ -380,7 +381,8 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     arguments, passed = without_meaningless(arguments)
     if passed:
-        print(f"llmpy: note: {', '.join(passed)} mean nothing here and are passed over", file=sys.stderr)
+        told = ", ".join(f"{letter} ({MEANINGLESS[letter]})" for letter in passed)
+        print(f"llmpy: note: passed over, as without effect here: {told}", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         found.parser.error(f"unknown argument {unknown[0]}{meant(found.VERB, unknown[0], found.parser.flags)}")
@@ -430,6 +432,8 @@ def meant(verb: str, word: str, flags: Sequence[str]) -> str:
     if verb == "train" and not word.startswith("-"):
         return f" — did you mean --data {word}?" if os.path.exists(word) else " — text is given with --data PATH"
     name = word.partition("=")[0]
+    if verb == "train" and name in (letters := MEANINGLESS | REFUSED):
+        return f" — {letters[name]}"
     dashes = name[: len(name) - len(name.lstrip("-"))]
     alike = [flag for flag in flags if flag.startswith(dashes)]
     return suggest(name, alike, ELSEWHERE.get(verb, {}))

@@ -327,8 +327,18 @@ def names_file(model: str) -> bool:
     return model.endswith(".bin") or bool({"/", os.sep} & set(model))
 
 
-# Letters of llm.c about its GPUs, and HellaSwag, whose file is named here; each takes a number.
-MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
+# Letters of llm.c that are passed over, about its GPUs and HellaSwag, and what serves instead; each takes a number.
+MEANINGLESS = {
+    "-z": "ZeRO-1 is on where there are --ranks; off with --no-zero",
+    "-ge": "GELU is always part of the product before it",
+    "-f": "use --dtype",
+    "-w": "float32 weights are always kept",
+    "-lg": "ask llmpy doctor",
+    **dict.fromkeys(("-pn", "-pr", "-pg"), "use --ranks N, or mpiexec"),
+    "-h": "use --hellaswag FILE",
+}
+# The same of letters that take a word, which are refused.
+REFUSED = dict.fromkeys(("-pm", "-pi", "-ps", "-pp", "-pf"), "use --ranks N, or mpiexec")
 
 # Of a run with --init what llm.c's CPU program, which fine-tunes GPT-2, has instead of the defaults; lr: `settled`.
 FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "beta2": 0.999, "clip": 0.0}
