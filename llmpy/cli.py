@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .command import called
-from .errors import LlmpyError, asked, nearest
+from .errors import LlmpyError, Unheard, asked, nearest
 from .journal import silence
 from .options import (
     MEANINGLESS,
@@ -232,7 +232,7 @@ def data(options: DataOptions) -> int:
     """Make token files of a data set or of your own text."""
     from .data.pack import data
 
-    data(options)
+    data(options, say)
     return 0
 
 
@@ -240,7 +240,7 @@ def convert(options: ConvertOptions) -> int:
     """Write a model in another format: llm.c's, Hugging Face's, llmpy's, GGUF."""
     from .formats.convert import convert
 
-    convert(options, print)
+    convert(options, say)
     return 0
 
 
@@ -272,7 +272,7 @@ def watch(options: WatchOptions) -> int:
     """Show runs as they train, on a page of this machine."""
     from .watch.server import watch
 
-    watch(options, lambda line: print(line, flush=True))
+    watch(options, say)
     return 0
 
 
@@ -280,7 +280,7 @@ def plot(options: PlotOptions) -> int:
     """Draw the curves of runs, into a file or the terminal."""
     from .watch.plot import plot
 
-    plot(options, print)
+    plot(options, say)
     return 0
 
 
@@ -288,7 +288,7 @@ def selftest(options: SelftestOptions) -> int:
     """Check what this machine computes, against a reference or llm.c's own files."""
     from .selftest import selftest
 
-    return selftest(options, print)
+    return selftest(options, say)
 
 
 def bench(options: BenchOptions) -> int:
@@ -316,7 +316,7 @@ def bench_peers(options: PeersOptions) -> int:
     """Time this program and others on the same work, by turns."""
     from .bench.peers import bench_peers
 
-    bench_peers(options, print)
+    bench_peers(options, say)
     return 0
 
 
@@ -329,6 +329,15 @@ def tell(numbers: dict[str, Any], table: Callable[[dict[str, Any]], str], as_jso
 def write(text: str) -> None:
     """To the terminal at once: generated text is read as it comes."""
     print(text, end="", flush=True)
+
+
+def say(line: str) -> None:
+    """A line of a verb that works meanwhile. Raises Unheard, for an OSError would be taken for a fault of its files."""
+    try:
+        print(line, flush=True)
+    except OSError as fault:
+        silence()
+        raise Unheard(f"cannot write to standard output: {fault.strerror}") from fault
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,10 +354,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             flush()
     except LlmpyError as fault:
-        return fail(str(fault), fault.code)
+        left = isinstance(fault, Unheard) and isinstance(fault.__cause__, BrokenPipeError)  # the reader did (`| head`)
+        return 1 if left else fail(str(fault), fault.code)
     except MemoryError as fault:
         return fail(f"out of memory: {fault} — use a smaller -B, -T or --model")
-    except BrokenPipeError:  # the reader left (`| head`)
+    except BrokenPipeError:  # the same
         return 1
     except OSError as fault:
         return fail(f"{fault.strerror or fault}" + (f": {fault.filename}" if fault.filename else ""))

@@ -35,6 +35,10 @@ class Stopped(LlmpyError):
         self.code = 128 + number
 
 
+class Unheard(LlmpyError):
+    """Standard output is full, or its reader has left."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean …?` with the `nearest` of the known words, or ""."""
     return asked(nearest(word, known))

@@ -245,6 +245,23 @@ def test_what_was_asked_for_and_not_written_is_a_fault(unbuffered: str) -> None:
         assert (ended.returncode, ended.stderr) == (1, "llmpy: error: No space left on device\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_said_amid_work_and_not_heard_is_no_fault_of_its_files(tmp_path: Path, full: bool) -> None:
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 200, "utf-8")
+    reader, writer = (0, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if reader:
+        os.close(reader)  # who leaves
+    ended = subprocess.run(
+        [sys.executable, "-m", "llmpy", "data", "a.txt", "--tokenizer", "bytes"],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    said = "llmpy: error: cannot write to standard output: No space left on device\n" if full else ""
+    assert (ended.returncode, ended.stderr) == (1, said)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a.txt"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
 def test_a_reader_that_leaves_gets_no_traceback() -> None:
     program = "import sys; from llmpy import cli; cli.run = lambda a: print('x' * 100_000) or 0; sys.exit(cli.main([]))"
