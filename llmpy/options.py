@@ -461,13 +461,16 @@ class PlanOptions(OnMachine):
 
     model: str = option("gpt2", "size, as in train", "-e")
     batch_size: int = option(4, "rows of a batch of one machine", "-B", "-b")
-    sequence_length: int = option(1024, "tokens of a row", "-T", "-t")
+    sequence_length: int = option(1024, "tokens of a row; train takes 128 unless told", "-T", "-t")
     total_batch: int | None = option(
         None, "tokens of an update, gathered over batches and machines (default: a batch of each)", "-d",
         metavar="TOKENS",
     )  # fmt: skip
     tokens: int | None = option(None, "tokens to train on, beside what others recommend", metavar="TOKENS")
-    vocab_size: int | None = option(None, "tokens of the vocabulary (default: GPT-2's)")
+    vocab_size: int | None = option(
+        None, "tokens of the vocabulary (default: GPT-2's 50257; of your own text train makes one of 512 to 8192, and "
+        "says so)",
+    )  # fmt: skip
     recompute: int = option(1, "activations computed again in backward, as in train", "-r")
     recompute_layers: int | None = option(None, "of so many layers, the last ones; by default of all")
     checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")

@@ -14,6 +14,8 @@ import pytest
 
 from llmpy import __version__, cli
 from llmpy.completion import verbs
+from llmpy.config import GPT2_VOCAB
+from llmpy.data.prepare import VOCAB_AT_LEAST, VOCAB_AT_MOST
 from llmpy.options import BenchOptions, SampleOptions, TrainOptions, options_of
 
 
@@ -187,6 +189,15 @@ def test_exit_codes_are_those_of_the_verb(
     codes = " ".join(capsys.readouterr().out.partition("exit codes: ")[2].split())
     assert [text for text in said if text not in codes] == []
     assert [text for text in not_said if text in codes] == []
+
+
+def test_plan_tells_which_vocabulary_it_counts_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """And which `train` has: the same --model is another one there."""
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"GPT-2's {GPT2_VOCAB}; of your own text train makes one of {VOCAB_AT_LEAST} to {VOCAB_AT_MOST}" in told
+    assert f"train takes {TrainOptions().sequence_length} unless told" in told
 
 
 def does_nothing(_: object) -> int:
