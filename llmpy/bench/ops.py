@@ -339,7 +339,7 @@ def time_case(
 def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> dict[str, Any]:
     """Time the cases; `load` makes the machine, and a second one with a single thread for its peaks.
 
-    Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all; `steady`: whether they kept.
+    Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all; `steady`: they stayed.
     """
     if options.op is not None and options.op not in BENCH:
         raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
