@@ -145,7 +145,7 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "watch": (
         ("llmpy watch", "every run below runs/"),
-        ("llmpy watch runs/NAME runs/OTHER --open", "two runs, one above the other, in the browser"),
+        ("llmpy watch runs/NAME runs/OTHER --open", "two runs in the same charts, in the browser"),
     ),
     "plot": (
         ("llmpy plot runs/NAME runs/OTHER -o loss.svg", "for a paper"),

@@ -341,6 +341,9 @@ def test_closed_streams() -> None:
         ("sample runs/oen", "no run folder runs/oen — did you mean runs/one?"),
         ("sample gtp2", "did you mean gpt2?"),
         ("sample elsewhere", "no run folder elsewhere — there are: runs/one"),
+        ("convert runs/oen out", "no file or folder runs/oen — did you mean runs/one?"),
+        ("convert nothing out", "no file or folder nothing — check the path"),
+        ("watch runs/one/model.safetensors", "runs/one/model.safetensors holds no run — "),
         ("plot runs/oen", "no run folder runs/oen — did you mean runs/one?"),
     ],
 )

@@ -180,6 +180,9 @@ def _check_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
+    if (folder / RECORD).is_file():
+        use = f"train on them: {command('train', '--data', folder)}; for others choose another with --out, or remove it"
+        raise LlmpyError(f"{folder} has tokens already", use)
     raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")
 
 

@@ -187,7 +187,7 @@ class Runs:
         self._runs: dict[Path, Run] = {}
         for path in self._given:
             if not is_run(path) and not children(path):
-                where = f"no run folder {path}" if given else "no run here"
+                where = f"{path} holds no run" if path.exists() else f"no run folder {path}" if given else "no run here"
                 near = did_you_mean(str(path), map(str, children(BELOW)))
                 raise LlmpyError(where, near or f"name the folder of a run, or begin one: {command('train')}")
         self.named = {path for path in given if is_run(path)}
