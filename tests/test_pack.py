@@ -113,7 +113,9 @@ def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     assert make(said, "in*.tx?") == Path("data/in")
     assert make(said, raw, out=tmp_path / "a name") == tmp_path / "a name"
     assert said[-1].endswith(f"--data '{tmp_path / 'a name'}'")
-    with pytest.raises(LlmpyError, match=r"data/input has tokens already — train on them: llmpy train --data data/input; "):
+    with pytest.raises(
+        LlmpyError, match=r"data/input has tokens already — train on them: llmpy train --data data/input; "
+    ):
         make(said, raw)
 
 
