@@ -61,8 +61,8 @@ def _plain(word: str) -> str:
 
 
 def _far(word: str, known: str) -> float:
-    """0: the one begins the other; else how many slips of the pen, of which every third letter may be one; far, if it
-    is short for the known word, or either ends in the other; infinite: nobody means that.
+    """0: the known word begins so; few: slips of the pen, at most one in three letters; the word's length: it is short
+    for the known one, or the one is the other's beginning or end; infinite: nobody means that.
     """
     least = min(len(word), len(known))
     if least > 1 and known.startswith(word):
