@@ -17,17 +17,18 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
 from . import __version__
 from .command import called
-from .errors import LlmpyError, did_you_mean
+from .errors import LlmpyError, Unheard, asked, nearest
 from .journal import silence
 from .options import (
     MEANINGLESS,
+    REFUSED,
     BenchOptions,
     ChatOptions,
     CompletionOptions,
@@ -50,11 +51,22 @@ from .options import (
 from .runfolder import HELD, InUse, RunFolder
 from .terminal import paint
 
-EXIT_CODES = textwrap.fill(
-    "exit codes: 0 done, also at the end of --minutes; 1 a value, a file or the machine does not serve; 2 no such "
-    "option or verb, or it lacks a value; 3 training gave NaN or infinity; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 "
-    "by SIGHUP (all is saved: go on with --resume RUN)"
-)
+# Exit codes: of every verb, and what some say otherwise or beside.
+CODES = {
+    0: "done", 1: "a value, a file or the machine does not serve", 2: "no such option, or it lacks a value",
+    130: "stopped by Ctrl-C",
+}  # fmt: skip
+CODES_OF: dict[str, dict[int, str]] = {
+    "": {2: "no such option or verb, or it lacks a value", 3: "training gave NaN or infinity"},
+    "train": {
+        0: "done, also at the end of --minutes", 3: "training gave NaN or infinity",
+        130: "stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (all is saved: go on with --resume RUN)",
+    },
+    "chat": {0: "the talk was ended", 130: "stopped by Ctrl-C before it began"},
+    "doctor": {0: "this machine can train", 1: "something prevents that, or a value does not serve"},
+    "watch": {0: "ended by Ctrl-C", 130: ""},
+    "selftest": {0: "every check passed", 1: "one did not, or a value or a file does not serve"},
+}  # fmt: skip
 EXAMPLES = """examples:
   llmpy train                                   train on text that Python carries, for at most 3.5 minutes
   llmpy train --data my.txt --minutes 10        train on your own text (files or folders)
@@ -72,15 +84,23 @@ EXAMPLES = """examples:
   llmpy bench peers                             the same against PyTorch, if it is installed
 
 """
-# What other programs call options of `train`.
+# What other programs call verbs (""), and options of a verb.
 ELSEWHERE = {
-    "--epochs": "--steps N, -1 for one epoch, or --minutes",
-    "--learning-rate": "--lr", "--max-steps": "--steps", "--max-iters": "--steps", "--iterations": "--steps",
-    "--block-size": "--sequence-length", "--context": "--sequence-length", "--seq-len": "--sequence-length",
-    "--batch": "--batch-size", "--grad-clip": "--clip", "--eval-interval": "--eval-every", "--output": "--out",
-    "--gradient-accumulation-steps": "--total-batch TOKENS", "--precision": "--dtype", "--size": "--model",
-    "--eval-iters": "--eval-batches", "--warmup-iters": "--warmup", "--warmup-steps": "--warmup",
-    "--checkpoint": "--init or --resume", "--device": "--threads and --dtype; it trains on the CPU",
+    "": {
+        "generate": "sample", "finetune": "train --init MODEL", "resume": "train --resume RUN", "prepare": "data",
+        "export": "convert", "help": "--help", "version": "--version",
+    },
+    "train": {
+        "--epochs": "--steps N, -1 for one epoch, or --minutes",
+        "--learning-rate": "--lr", "--max-steps": "--steps", "--max-iters": "--steps", "--iterations": "--steps",
+        "--block-size": "--sequence-length", "--context": "--sequence-length", "--seq-len": "--sequence-length",
+        "--batch": "--batch-size", "--grad-clip": "--clip", "--eval-interval": "--eval-every", "--output": "--out",
+        "--gradient-accumulation-steps": "--total-batch TOKENS", "--precision": "--dtype", "--size": "--model",
+        "--eval-iters": "--eval-batches", "--warmup-iters": "--warmup", "--warmup-steps": "--warmup",
+        "--checkpoint": "--init or --resume", "--device": "--threads and --dtype; it trains on the CPU",
+    },
+    "sample": {"--length": "--tokens", "--max-new-tokens": "--tokens", "--num-samples": "--prompt several times"},
+    "convert": {"--format": "--to"},
 }  # fmt: skip
 
 # Of each verb: what to type, and what that does.
@@ -115,6 +135,7 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "plan": (
         ("llmpy plan --model gpt2 -B 4 -T 1024", "on this machine"),
+        ("llmpy plan --model d3 --vocab-size 1024 -T 128", "as on text of your own: a vocabulary and rows of train's"),
         ("llmpy plan --recipe gpt2_124M --nodes 8 --bandwidth 10 --price-per-hour 0.40", "llm.c's run on eight"),
         ("llmpy plan --model d24 --peak 4000 --memory-bandwidth 400 --memory 256", "on a larger machine"),
     ),
@@ -124,7 +145,7 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "watch": (
         ("llmpy watch", "every run below runs/"),
-        ("llmpy watch runs/NAME runs/OTHER --open", "two runs, one above the other, in the browser"),
+        ("llmpy watch runs/NAME runs/OTHER --open", "two runs in the same charts, in the browser"),
     ),
     "plot": (
         ("llmpy plot runs/NAME runs/OTHER -o loss.svg", "for a paper"),
@@ -212,7 +233,7 @@ def data(options: DataOptions) -> int:
     """Make token files of a data set or of your own text."""
     from .data.pack import data
 
-    data(options)
+    data(options, say)
     return 0
 
 
@@ -220,7 +241,7 @@ def convert(options: ConvertOptions) -> int:
     """Write a model in another format: llm.c's, Hugging Face's, llmpy's, GGUF."""
     from .formats.convert import convert
 
-    convert(options, print)
+    convert(options, say)
     return 0
 
 
@@ -252,7 +273,7 @@ def watch(options: WatchOptions) -> int:
     """Show runs as they train, on a page of this machine."""
     from .watch.server import watch
 
-    watch(options, lambda line: print(line, flush=True))
+    watch(options, say)
     return 0
 
 
@@ -260,7 +281,7 @@ def plot(options: PlotOptions) -> int:
     """Draw the curves of runs, into a file or the terminal."""
     from .watch.plot import plot
 
-    plot(options, print)
+    plot(options, say)
     return 0
 
 
@@ -268,7 +289,7 @@ def selftest(options: SelftestOptions) -> int:
     """Check what this machine computes, against a reference or llm.c's own files."""
     from .selftest import selftest
 
-    return selftest(options, print)
+    return selftest(options, say)
 
 
 def bench(options: BenchOptions) -> int:
@@ -296,7 +317,7 @@ def bench_peers(options: PeersOptions) -> int:
     """Time this program and others on the same work, by turns."""
     from .bench.peers import bench_peers
 
-    bench_peers(options, print)
+    bench_peers(options, say)
     return 0
 
 
@@ -309,6 +330,15 @@ def tell(numbers: dict[str, Any], table: Callable[[dict[str, Any]], str], as_jso
 def write(text: str) -> None:
     """To the terminal at once: generated text is read as it comes."""
     print(text, end="", flush=True)
+
+
+def say(line: str) -> None:
+    """A line of a verb that works meanwhile. Raises Unheard, for an OSError would be taken for a fault of its files."""
+    try:
+        print(line, flush=True)
+    except OSError as fault:
+        silence()
+        raise Unheard(f"cannot write to standard output: {fault.strerror}") from fault
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -325,10 +355,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             flush()
     except LlmpyError as fault:
-        return fail(str(fault), fault.code)
+        left = isinstance(fault, Unheard) and isinstance(fault.__cause__, BrokenPipeError)  # the reader did (`| head`)
+        return 1 if left else fail(str(fault), fault.code)
     except MemoryError as fault:
         return fail(f"out of memory: {fault} — use a smaller -B, -T or --model")
-    except BrokenPipeError:  # the reader left (`| head`)
+    except BrokenPipeError:  # the same
         return 1
     except OSError as fault:
         return fail(f"{fault.strerror or fault}" + (f": {fault.filename}" if fault.filename else ""))
@@ -361,7 +392,8 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     arguments, passed = without_meaningless(arguments)
     if passed:
-        print(f"llmpy: note: {', '.join(passed)} mean nothing here and are passed over", file=sys.stderr)
+        told = ", ".join(f"{letter} ({MEANINGLESS[letter]})" for letter in passed)
+        print(f"llmpy: note: passed over, as without effect here: {told}", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         found.parser.error(f"unknown argument {unknown[0]}{meant(found.VERB, unknown[0], found.parser.flags)}")
@@ -401,7 +433,8 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             words = [str(c) for c in action.choices]
             what = "/".join(action.option_strings) or action.dest
-            hint = suggest(str(value), words) or f" — use {', '.join(words)}"
+            others = ELSEWHERE[""] if action.dest == "VERB" else {}
+            hint = suggest(str(value), words, others) or f" — use {', '.join(words)}"
             self.error(f"{what} {value!r} is unknown{hint}")
 
 
@@ -409,16 +442,20 @@ def meant(verb: str, word: str, flags: Sequence[str]) -> str:
     """What to write for an argument that the verb does not know."""
     if verb == "train" and not word.startswith("-"):
         return f" — did you mean --data {word}?" if os.path.exists(word) else " — text is given with --data PATH"
-    name = word.partition("=")[0].replace("_", "-")
-    if verb == "train" and name in ELSEWHERE:
-        return f" — use {ELSEWHERE[name]}"
-    return suggest(word, flags)
+    name = word.partition("=")[0]
+    if verb == "train" and name in (letters := MEANINGLESS | REFUSED):
+        return f" — {letters[name]}"
+    dashes = name[: len(name) - len(name.lstrip("-"))]
+    alike = [flag for flag in flags if flag.startswith(dashes)]
+    return suggest(name, alike, ELSEWHERE.get(verb, {}))
 
 
-def suggest(word: str, known: Sequence[str]) -> str:
-    """` — did you mean …?` with the nearest known word, or nothing."""
-    close = did_you_mean(word.split("=")[0], known)
-    return f" — {close}" if close else ""
+def suggest(word: str, known: Sequence[str], others: Mapping[str, str]) -> str:
+    """` — did you mean …?` with what is nearest of the known words, or ` — use …` of the `others`; or nothing."""
+    close = [word.replace("_", "-")] if word.replace("_", "-") in others else nearest(word, [*known, *others])
+    if close and close[0] in others:
+        return f" — use {others[close[0]]}"
+    return f" — {asked([c for c in close if c not in others])}" if close else ""
 
 
 def build_parser() -> Parser:
@@ -427,7 +464,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmpy",
         description="GPT-2 training in Python alone.",
-        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + EXIT_CODES,
+        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + exit_codes(),
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")
@@ -446,7 +483,7 @@ def build_parser() -> Parser:
         ("completion", completion, CompletionOptions),
     ):
         add_verb(verbs, name, function, options)
-    benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=EXIT_CODES)
+    benches = verbs.add_parser("bench", help="measure", description="Measure.", epilog=exit_codes("bench"))
     whats = benches.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
     add_verb(whats, "step", bench, BenchOptions)
     add_verb(whats, "ops", bench_ops, OpsOptions)
@@ -459,7 +496,8 @@ def add_verb(verbs: Any, name: str, function: Any, options: type) -> None:
     """A verb with one flag for each field of its options."""
     text = function.__doc__
     parser = verbs.add_parser(name, help=text.rstrip(".").lower(), description=text)
-    parser.epilog = examples(parser.prog.partition(" ")[2]) + EXIT_CODES
+    typed = parser.prog.partition(" ")[2]
+    parser.epilog = examples(typed) + exit_codes(typed)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     make = getattr(options, "gather", lambda given: options(**given))
     parser.set_defaults(verb=function, options=options, make=make, parser=parser)
@@ -473,6 +511,12 @@ def examples(verb: str) -> str:
     """What --help shows of a verb, a command a line and below it what it does."""
     lines = "".join(f"  {line}\n      {what}\n" for line, what in EXAMPLES_OF[verb])
     return f"examples:\n{lines}\n"
+
+
+def exit_codes(verb: str = "") -> str:
+    """What --help says of them."""
+    told = sorted((CODES | CODES_OF.get(verb, {})).items())
+    return textwrap.fill("exit codes: " + "; ".join(f"{code} {what}" for code, what in told if what))
 
 
 def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:

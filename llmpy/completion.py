@@ -16,7 +16,7 @@ from .options import options_of
 
 PROGRAM = "llmpy"
 FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "FILE.png", "DIR", "MODEL", "IN", "OUT", "WHAT", "PYTHON"}  # metavars
-SIZES = (*NAMES, *(f"d{depth}" for depth in LADDER))  # no gpt3:c768: bash takes a colon for the end of a word
+SIZES = (*NAMES, *(f"d{depth}" for depth in range(1, max(LADDER) + 1)))  # no gpt3:c768: in bash a colon ends a word
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def verbs(parser: argparse.ArgumentParser, before: tuple[str, ...] = (), text: s
 
 
 def _flag(action: argparse.Action, known: tuple[str, ...]) -> Flag:
-    """`known`: names that do as well as files."""
+    """`known`: names that do, alone or as well as files."""
     names, text = tuple(action.option_strings), (action.help or "").replace("%%", "%")
     if action.help == argparse.SUPPRESS:
         text = ""
@@ -72,7 +72,7 @@ def _flag(action: argparse.Action, known: tuple[str, ...]) -> Flag:
         return Flag(names, text, words=tuple(map(str, action.choices)), value=True)
     if action.dest == "model" and action.metavar == "TEXT":
         return Flag(names, text, words=SIZES, value=True)
-    return Flag(names, text, words=known, files=bool(known) or action.metavar in FILES, value=True)
+    return Flag(names, text, words=known, files=action.metavar in FILES, value=True)
 
 
 def bash(all_verbs: list[Verb]) -> str:

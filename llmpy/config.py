@@ -114,7 +114,7 @@ def _rung(depth: int) -> tuple[int, int]:
 
 
 def _unknown(dial: str) -> LlmpyError:
-    known = [*NAMES, *(f"d{d}" for d in LADDER), *(f"gpt3:c{c}" for c in GPT3)]
+    known = [*NAMES, *(f"gpt3:c{c}" for c in GPT3)]  # no d6: of a wrong number none is nearer than another
     small = dial.strip().lower().replace("_", "-") in ("gpt2-small", "gpt2-base", "gpt-2", "gpt2-124m")
     close = "did you mean gpt2?" if small else did_you_mean(dial, known)
     return LlmpyError(

@@ -130,7 +130,7 @@ def packages() -> Iterator[Check]:
     else:
         yield Check("packages", OK, found)
     for extra, names in sorted(groups.items()):
-        if extra == "dev":
+        if extra in ("dev", "mpi"):  # the latter has a row of its own, "MPI"
             continue
         there = [f"{name} {have[name]}" for name, _ in names if have[name]]
         absent = [name for name, _ in names if not have[name]]

@@ -26,7 +26,7 @@ from .arena import memory
 from .command import command
 from .config import ModelConfig
 from .decode import CACHE, PACKED, PREFILL, Decoder
-from .errors import LlmpyError
+from .errors import LlmpyError, did_you_mean
 from .formats import hub, resolve, tokenizer_of
 from .formats.source import Source
 from .gpt2 import GPT2, PARAMS
@@ -350,13 +350,12 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
     if str(run) not in hub.NAMES:
         try:
             there = run.exists()
-            known = "" if there else ", ".join(map(str, finished()[:5]))
+            known = [] if there else [str(folder) for folder in finished()]
         except OSError as fault:  # a name too long, a folder that may not be entered
             raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
         if not there:
-            raise LlmpyError(
-                f"no run folder {run}", f"there are: {known}" if known else f"train one: {command('train')}"
-            )
+            others = f"there are: {', '.join(known[:5])}" if known else f"train one: {command('train')}"
+            raise LlmpyError(f"no run folder {run}", did_you_mean(str(run), [*hub.NAMES, *known]) or others)
     source = resolve(str(run), _aside)
     return source, tokenizer_of(source, _aside)[0]
 

@@ -34,6 +34,11 @@ SHELLS = ("bash", "zsh", "fish")
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
 AXES = ("steps", "tokens", "time")
 PICTURES = (".png", ".svg", ".pdf", ".html")
+OPS = (
+    "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
+    "residual_layernorm_forward", "layernorm_backward", "gelu_forward", "embedding_forward", "embedding_backward",
+    "adamw", "global_norm", "narrow", "zero", "pack", "packed_linear_forward", "cache_fill", "attention_decode",
+)  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
@@ -55,7 +60,7 @@ def option(
     """A dataclass field that is also a flag, `--its-name`; `flags` are further spellings, a `word` goes without.
 
     Of a tuple's values a flag takes all that follow it, or with `each` one, and may come again. `names` are words that
-    mean something beside paths.
+    mean something, beside paths if `metavar` is one of those.
     """
     told = {"help": text, "flags": flags, "choices": choices, "metavar": metavar, "word": word, "each": each}
     return field(default=default, metadata=told | {"names": names})
@@ -322,8 +327,18 @@ def names_file(model: str) -> bool:
     return model.endswith(".bin") or bool({"/", os.sep} & set(model))
 
 
-# Letters of llm.c about its GPUs, and HellaSwag, whose file is named here; each takes a number.
-MEANINGLESS = ("-z", "-ge", "-f", "-w", "-lg", "-pn", "-pr", "-pg", "-h")
+# Letters of llm.c that are passed over, about its GPUs and HellaSwag, and what serves instead; each takes a number.
+MEANINGLESS = {
+    "-z": "ZeRO-1 is on where there are --ranks; off with --no-zero",
+    "-ge": "GELU is always part of the product before it",
+    "-f": "use --dtype",
+    "-w": "float32 weights are always kept",
+    "-lg": "ask llmpy doctor",
+    **dict.fromkeys(("-pn", "-pr", "-pg"), "use --ranks N, or mpiexec"),
+    "-h": "use --hellaswag FILE",
+}
+# The same of letters that take a word, which are refused.
+REFUSED = dict.fromkeys(("-pm", "-pi", "-ps", "-pp", "-pf"), "use --ranks N, or mpiexec")
 
 # Of a run with --init what llm.c's CPU program, which fine-tunes GPT-2, has instead of the defaults; lr: `settled`.
 FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "beta2": 0.999, "clip": 0.0}
@@ -350,6 +365,7 @@ class DataOptions:
     tokenizer: str = option(
         "gpt2",
         "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file",
+        metavar="WHAT",
         names=("gpt2", "bytes"),
     )
     source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
@@ -445,13 +461,16 @@ class PlanOptions(OnMachine):
 
     model: str = option("gpt2", "size, as in train", "-e")
     batch_size: int = option(4, "rows of a batch of one machine", "-B", "-b")
-    sequence_length: int = option(1024, "tokens of a row", "-T", "-t")
+    sequence_length: int = option(1024, "tokens of a row; train takes 128 unless told", "-T", "-t")
     total_batch: int | None = option(
         None, "tokens of an update, gathered over batches and machines (default: a batch of each)", "-d",
         metavar="TOKENS",
     )  # fmt: skip
     tokens: int | None = option(None, "tokens to train on, beside what others recommend", metavar="TOKENS")
-    vocab_size: int | None = option(None, "tokens of the vocabulary (default: GPT-2's)")
+    vocab_size: int | None = option(
+        None, "tokens of the vocabulary (default: GPT-2's 50257; of your own text train makes one of 512 to 8192, and "
+        "says so)",
+    )  # fmt: skip
     recompute: int = option(1, "activations computed again in backward, as in train", "-r")
     recompute_layers: int | None = option(None, "of so many layers, the last ones; by default of all")
     checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
@@ -529,7 +548,7 @@ class BenchOptions(OnMachine):
 class OpsOptions(OnMachine):
     """`llmpy bench ops`."""
 
-    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME")
+    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME", names=OPS)
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
     json: bool = option(False, "print one JSON object")

@@ -192,7 +192,20 @@ def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, caps
     assert cli.main(["bench", "ops"]) == 0
     shown = capsys.readouterr().out
     assert "10.0 GFLOP/s" in shown
+    assert "caution" not in shown
     assert "B2-T3-C4-NH2-OC5-V7-Vp8-n9" in shown
+
+
+@pytest.mark.parametrize(("last", "steady"), [(10.0, True), (9.0, True), (8.0, False), (13.0, False)])
+def test_a_peak_that_changed_meanwhile_is_told(monkeypatch: pytest.MonkeyPatch, last: float, steady: bool) -> None:
+    """Of one operation too: before it and after it."""
+    rates = iter([1.0, 10.0, last])  # one thread's, then those of all
+    monkeypatch.setattr(bench_ops_module, "BENCH", {"adamw": [TINY]})
+    monkeypatch.setattr(Laptop, "measure_peak", lambda _: next(rates))
+    numbers = bench_ops(OpsOptions(), lambda name, **_: Laptop())
+    assert numbers["steady"] is steady
+    caution = "caution  other programs ran meanwhile: measure again without them\n"
+    assert (caution in bench_ops_module.table(numbers)) is not steady
 
 
 def test_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from llmpy import __version__, cli
 from llmpy.completion import verbs
+from llmpy.config import GPT2_VOCAB
+from llmpy.data.prepare import VOCAB_AT_LEAST, VOCAB_AT_MOST
 from llmpy.options import BenchOptions, SampleOptions, TrainOptions, options_of
 
 
@@ -61,6 +63,17 @@ def test_defaults_are_those_of_the_dataclasses(told: list[Any]) -> None:
     ("line", "said"),
     [
         ("trian", "did you mean train?"),
+        ("plt", "did you mean plot?"),
+        ("evaluate", "unknown — use train, sample,"),  # nothing is near
+        ("generate", "— use sample ("),
+        ("train --modl d4", "did you mean --model?"),
+        ("train --bs 4", "did you mean --batch-size?"),
+        ("train --epoch 4", "use --steps N, -1 for one epoch"),
+        ("train --learn-rate 4", "use --lr ("),
+        ("train --gpu 4", "unknown argument --gpu ("),
+        ("watch --host 0.0.0.0", "unknown argument --host ("),
+        ("train --dtype float", "did you mean float32?"),
+        ("train --recipe gpt2_125M", "did you mean gpt2_124M or gpt3_125M?"),
         ("train --bacth-size 4", "did you mean --batch-size?"),
         ("train --batch_size=4", "did you mean --batch-size?"),
         ("train --step 4", "did you mean --steps?"),
@@ -151,6 +164,42 @@ def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixtur
     assert "examples:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("verb", "said", "not_said"),
+    [
+        ("", ["3 training gave NaN", "no such option or verb"], ["143"]),
+        (
+            "train",
+            ["0 done, also at the end of --minutes", "3 training gave NaN", "143 by SIGTERM", "--resume RUN"],
+            [],
+        ),
+        ("plot", ["0 done", "1 a value", "130 stopped by Ctrl-C"], ["NaN", "--minutes", "SIGTERM", "--resume"]),
+        ("bench", ["0 done"], ["NaN", "--minutes"]),
+        ("bench ops", ["0 done"], ["NaN", "--minutes"]),
+        ("watch", ["0 ended by Ctrl-C"], ["130"]),
+        ("doctor", ["0 this machine can train", "1 something prevents that"], ["NaN"]),
+        ("selftest", ["1 one did not"], ["NaN"]),
+    ],
+)
+def test_exit_codes_are_those_of_the_verb(
+    verb: str, said: list[str], not_said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    codes = " ".join(capsys.readouterr().out.partition("exit codes: ")[2].split())
+    assert [text for text in said if text not in codes] == []
+    assert [text for text in not_said if text in codes] == []
+
+
+def test_plan_tells_which_vocabulary_it_counts_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """And which `train` has: the same --model is another one there."""
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"GPT-2's {GPT2_VOCAB}; of your own text train makes one of {VOCAB_AT_LEAST} to {VOCAB_AT_MOST}" in told
+    assert f"train takes {TrainOptions().sequence_length} unless told" in told
+
+
 def does_nothing(_: object) -> int:
     """A verb."""
     return 0
@@ -205,6 +254,23 @@ def test_what_was_asked_for_and_not_written_is_a_fault(unbuffered: str) -> None:
                 [sys.executable, "-m", "llmpy", word], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
             )
         assert (ended.returncode, ended.stderr) == (1, "llmpy: error: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_said_amid_work_and_not_heard_is_no_fault_of_its_files(tmp_path: Path, full: bool) -> None:
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 200, "utf-8")
+    reader, writer = (0, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if reader:
+        os.close(reader)  # who leaves
+    ended = subprocess.run(
+        [sys.executable, "-m", "llmpy", "data", "a.txt", "--tokenizer", "bytes"],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    said = "llmpy: error: cannot write to standard output: No space left on device\n" if full else ""
+    assert (ended.returncode, ended.stderr) == (1, said)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a.txt"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
@@ -267,6 +333,18 @@ def test_closed_streams() -> None:
         ("chat runs/on", "did you mean runs/one?"),
         ("bench ops --op linear_foward", "did you mean linear_forward?"),
         ("train --model gpt-2", "did you mean gpt2?"),
+        ("train --model d0", "unknown model 'd0' — use d1"),
+        ("bench ops --op attention", "did you mean attention_forward, attention_backward or attention_decode?"),
+        ("data tinyshakespear", "no file or folder tinyshakespear — did you mean tinyshakespeare?"),
+        ("train --data fineweb_edu", "did you mean fineweb-edu?"),
+        ("data here.txt --tokenizer gtp2", "did you mean gpt2? use gpt2, bytes"),
+        ("sample runs/oen", "no run folder runs/oen — did you mean runs/one?"),
+        ("sample gtp2", "did you mean gpt2?"),
+        ("sample elsewhere", "no run folder elsewhere — there are: runs/one"),
+        ("convert runs/oen out", "no file or folder runs/oen — did you mean runs/one?"),
+        ("convert nothing out", "no file or folder nothing — check the path"),
+        ("watch runs/one/model.safetensors", "runs/one/model.safetensors holds no run — "),
+        ("plot runs/oen", "no run folder runs/oen — did you mean runs/one?"),
     ],
 )
 def test_values_too_have_neighbours(
@@ -274,7 +352,8 @@ def test_values_too_have_neighbours(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "one").mkdir(parents=True)
-    (tmp_path / "runs" / "one" / "model.safetensors").touch()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "runs" / "one" / name).touch()
     assert cli.main(line.split()) == 1
     assert said in capsys.readouterr().err
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from llmpy import cli
-from llmpy.completion import SHELLS, script, verbs
+from llmpy.bench.ops import BENCH
+from llmpy.completion import SHELLS, SIZES, script, verbs
+from llmpy.config import ModelConfig
 from llmpy.data.datasets import SOURCES
 from llmpy.formats import hub
 from llmpy.options import DATA_NAMES, TRAINING_NAMES
@@ -32,6 +34,14 @@ def test_every_verb_and_flag_is_known() -> None:
     assert flags["--lr"].value
     assert not flags["--overfit"].value
     assert VERBS["completion"].operands == NAMES
+    op = next(flag for flag in VERBS["bench ops"].flags if "--op" in flag.names)
+    assert (op.words, op.files) == (tuple(BENCH), False)
+
+
+def test_every_size_that_is_proposed_exists() -> None:
+    assert {"d1", "d3", "d84"} < set(SIZES)
+    for size in SIZES:
+        assert ModelConfig.from_dial(size).layers > 0
 
 
 def test_the_shells_are_those_of_the_option() -> None:
@@ -59,7 +69,10 @@ CASES = [
     ("train --batch", ["--batch-size"]),
     ("train --dtype bf", ["bfloat16"]),
     ("train --model gpt2-m", ["gpt2-medium"]),
+    ("train --model d3", ["d3", *(f"d{depth}" for depth in range(30, 40))]),
+    ("bench step --model d8", ["d8", *(f"d{depth}" for depth in range(80, 85))]),
     ("bench step --js", ["--json"]),
+    ("bench ops --op linear_", ["linear_backward", "linear_forward"]),
     ("completion f", ["fish"]),
     ("train --data te", ["text.txt"]),
     ("sample te", ["text.txt"]),

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import tarfile
 
 import pytest
@@ -75,6 +76,28 @@ def test_stories(tmp_path, said, hub, monkeypatch, how):
     else:
         raw.write_bytes(archive(members, "w:gz" if how == "tar.gz" else "w"))
     assert documents("tinystories", raw, said) == [d for i in (0, 1, 11) for d in expected_stories(i)]
+
+
+def test_an_archive_is_read_once(tmp_path, monkeypatch):
+    """Whatever its order; and no further than is asked for."""
+    contents = {f"data{i:02}.json": random.Random(i).randbytes(50_000) for i in (1, 0, 3, 5, 2)}
+    raw = tmp_path / "x.tar.gz"
+    raw.write_bytes(archive(contents))
+    read = []
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            read.append(data := super().read(size))
+            return data
+
+    opened = tarfile.open
+    with Counting(raw) as file:
+        monkeypatch.setattr(tarfile, "open", lambda path, *mode: opened(None, *mode, fileobj=file))
+        found = datasets._story_files(raw)
+        assert next(found) == ("data00.json", contents["data00.json"])
+        assert sum(map(len, read)) < 150_000
+        assert list(found) == sorted(contents.items())[1:]
+    assert sum(map(len, read)) == raw.stat().st_size
 
 
 @pytest.mark.parametrize(

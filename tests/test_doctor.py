@@ -208,6 +208,15 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(doctor.packages()).state == NOTE
 
 
+def test_what_mpi_lacks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["numpy>=2.0", 'mpi4py>=4; extra == "mpi"', 'mpich>=4.3; sys_platform != "win32" and extra == "mpi"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(doctor, "version", lambda name: "2.0" if name == "numpy" else "")
+    about = [check for check in (*doctor.packages(), *doctor.mpi()) if "pip install" in check.fix]
+    assert [check.name for check in about if "mpi" in check.fix] == ["MPI"]
+    assert about[-1].fix.endswith(install("llmpy[mpi]"))
+
+
 def test_mpi_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda _: "4.0")
     monkeypatch.setattr(doctor, "MPI", "raise SystemExit('cannot load libmpi.so')")

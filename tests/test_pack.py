@@ -85,6 +85,22 @@ def test_what_is_there_and_said(raw, tmp_path, said):
     assert said == [f"tinyshakespeare is already in {folder}"]
 
 
+def test_another_source_of_what_is_there(raw, tmp_path, said):
+    other = tmp_path / "other.txt"
+    other.write_text("x" * 20_000 + "\n\nand more.\n")
+    folder = make(said, "tinyshakespeare", source=raw)
+    before = (folder / "tiny_shakespeare_train.bin").read_bytes()
+    said.clear()
+    make(said, "tinyshakespeare", source=other)
+    make(said, "tinyshakespeare")
+    assert (folder / "tiny_shakespeare_train.bin").read_bytes() == before
+    assert said == [
+        f"tinyshakespeare is already in {folder}; {other} is not read: to make it from that, remove the folder or name "
+        "another with --out",
+        f"tinyshakespeare is already in {folder}, made from {raw}",
+    ]
+
+
 def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     folder = make(said, raw, tokenizer="bpe:300", out=tmp_path / "out")
     assert said[0] == f"1 file, {len(raw.read_text()):,} characters, UTF-8"
@@ -97,7 +113,9 @@ def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     assert make(said, "in*.tx?") == Path("data/in")
     assert make(said, raw, out=tmp_path / "a name") == tmp_path / "a name"
     assert said[-1].endswith(f"--data '{tmp_path / 'a name'}'")
-    with pytest.raises(LlmpyError, match="data/input is not empty — choose another folder with --out"):
+    with pytest.raises(
+        LlmpyError, match=r"data/input has tokens already — train on them: llmpy train --data data/input; "
+    ):
         make(said, raw)
 
 
@@ -306,18 +324,18 @@ COMMAND = "import sys; from llmpy import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
 def test_two_processes_make_one_data_set(raw, tmp_path, said):
-    """The second waits for the first, and finds it made; of the user's own text it finds the folder taken."""
-    for what, code in ((["tinyshakespeare", "--source", raw], 0), ([raw], 1)):
-        out = tmp_path / f"out{code}"
+    """The second waits for the first, and finds it made: of a named one, and of the user's own text."""
+    for name, what in (("named", ["tinyshakespeare", "--source", raw]), ("own", [raw])):
+        out = tmp_path / name
         words = [sys.executable, "-c", COMMAND, "data", *what, "--tokenizer", "bytes", "--out", out]
         with pack._alone(out, print):  # until both have begun
             both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
             begun = [process.stdout.readline() for process in both]
         ends = [process.communicate(timeout=60) for process in both]
         assert all(line.startswith("waiting for ") and line.endswith(f"which makes {out}\n") for line in begun)
-        assert sorted(process.returncode for process in both) == [0, code], ends
+        assert [process.returncode for process in both] == [0, 0], ends
         last = next(end for end in ends if "train on it" not in end[0])
-        assert f"tinyshakespeare is already in {out}" in last[0] if not code else f"{out} is not empty" in last[1]
+        assert f"{what[0]} is already in {out}\n" in last[0]
         whole = [tokens(out, p.name) for p in sorted(out.glob("*.bin"), key=lambda p: "val" in p.name)]
         assert sum(map(len, whole)) > 10_000
         assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -137,6 +137,14 @@ def test_text_needs_no_terminal(run: Path, capsys: pytest.CaptureFixture[str], m
     assert any(0x2800 < ord(letter) < 0x2900 for letter in "".join(lines))  # one curve: dots
 
 
+def test_the_last_number_is_the_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run whose curve is drawn in buckets, too."""
+    rows = [{"step": step, "loss": 9 - step / 500} for step in range(1, 998)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"{tmp_path}: 7.006\n")
+
+
 class Terminal(io.StringIO):
     encoding = "utf-8"
 

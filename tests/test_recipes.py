@@ -72,7 +72,14 @@ def test_letters_that_take_a_number_and_those_without_meaning(
 ) -> None:
     assert cli.main(shlex.split("train -a 1 -y 0 -i a -j b -o out -m -1 -z 1 -ge 1 -f 1 -w 1 -h 0")) == 0
     assert told == [TrainOptions(overfit=True, data=(Path("a"), Path("b")), out=Path("out"), eval_batches=-1)]
-    assert "note: -z, -ge, -f, -w, -h mean nothing here and are passed over" in capsys.readouterr().err
+    assert "note: passed over, as without effect here: -z (ZeRO-1 is on where " in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+    assert "-f (use --dtype), " in err
+    assert err.endswith("-h (use --hellaswag FILE)\n")
+    for letter in ("-pn", "-pm"):  # a word is no number
+        with pytest.raises(SystemExit):
+            cli.main(["train", letter, "tcp"])
+        assert f"unknown argument {letter} — use --ranks N, or mpiexec (" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["train", "-a", "2"])
     assert "use 0 or 1, not '2'" in capsys.readouterr().err

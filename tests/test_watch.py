@@ -25,7 +25,7 @@ from llmpy.errors import LlmpyError
 from llmpy.options import TrainOptions
 from llmpy.trainer import train
 from llmpy.watch import curves
-from llmpy.watch.curves import CHUNK, Curve, Metrics, smoothed, survey, width_of
+from llmpy.watch.curves import CHUNK, LEVEL, Curve, Metrics, smoothed, survey, width_of
 from llmpy.watch.runs import Runs, board
 from llmpy.watch.server import PORTS, Server, page, policy
 
@@ -196,10 +196,31 @@ def test_a_part_is_shown_in_more_detail() -> None:
 def test_smoothing_is_its_formula() -> None:
     rng = np.random.default_rng(3)
     points = np.stack([np.cumsum(rng.integers(1, 9, 50)).astype(float), rng.normal(size=50)])
-    weights = np.exp(-np.abs(points[0][:, None] - points[0][None]) / 20)
-    assert smoothed(points, 20) == pytest.approx(weights @ points[1] / weights.sum(1), rel=1e-12)
-    assert smoothed(np.stack([points[0], np.full(50, 7.0)]), 20) == pytest.approx(np.full(50, 7.0), rel=1e-12)
+    for over in (0.05, 1, 20, 1000):  # the first: every point for itself
+        apart = (points[0][None] - points[0][:, None]) / over
+        lines = []
+        for d, w in zip(apart, np.exp(-np.abs(apart)), strict=True):
+            normal = np.array([[w.sum(), w @ d], [w @ d, w @ d**2 + LEVEL]])
+            lines.append(np.linalg.solve(normal, [w @ points[1], w @ (d * points[1])])[0])
+        assert smoothed(points, over) == pytest.approx(lines, rel=1e-11)
     assert [width_of(n) for n in (0, 60, 150, 1000, 2500, 1e6)] == [1, 1, 2, 10, 50, 10_000]
+
+
+@pytest.mark.parametrize("value", [0.1, -7.0, 1e-30, 1e30])
+def test_what_is_constant_stays_exactly(value: float, tmp_path: Path) -> None:
+    steps = np.cumsum(np.random.default_rng(3).integers(1, 9, 500)).astype(float)
+    assert np.array_equal(smoothed(np.stack([steps, np.full(500, value)]), 20), np.full(500, value))
+    (tmp_path / "metrics.jsonl").write_text("".join(line(s, loss=value) for s in range(5000)))
+    loss = board(Runs([tmp_path]))["runs"][0]["picture"]["curves"]["loss"]  # as the page draws it, buckets and all
+    assert loss["smooth"] == loss["mean"] == [loss["mean"][0]] * len(loss["step"])
+
+
+def test_smoothing_begins_and_ends_where_the_curve_does() -> None:
+    """A mean, of what lies on one side alone, would begin 14 % too low."""
+    steps = np.arange(1.0, 1001)
+    falling = 3 + 8 * np.exp(-steps / 40)
+    assert smoothed(np.stack([steps, falling]), 10)[[0, -1]] == pytest.approx(falling[[0, -1]], rel=0.03)
+    assert smoothed(np.stack([steps, 0.6 * steps]), 10) == pytest.approx(0.6 * steps, abs=1e-8)  # but for LEVEL
 
 
 def test_a_part_is_smoothed_as_the_whole_is(tmp_path: Path) -> None:

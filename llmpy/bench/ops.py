@@ -9,8 +9,8 @@ as the stream itself is counted (`peak.py`). Calls are repeated on the same arra
 into a cache come from it, as they often do in a step: such operations may exceed 100 %.
 FLOPs are those of the equations; what backward recomputes is not counted.
 
-Names and fields are those of tests/cases.py. Peaks are measured before each operation and represented by
-their medians.
+Names and fields are those of tests/cases.py. Peaks are measured before each operation and after the last, and
+represented by their medians; where they differ much, what was measured holds for no one of them, and that is told.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from . import columns
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them
 BUDGET = 0.4  # seconds of repetitions of a case
 REPEATS = 5  # at least
+UNSTEADY = 1.15  # the highest peak by the lowest: other programs came or went
 
 
 class Meter(Machine, Protocol):
@@ -340,7 +341,7 @@ def time_case(
 def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> dict[str, Any]:
     """Time the cases; `load` makes the machine, and a second one with a single thread for its peaks.
 
-    Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all.
+    Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all; `steady`: they stayed.
     """
     if options.op is not None and options.op not in BENCH:
         raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
@@ -349,14 +350,19 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}
     one = {"GFLOP/s": single.measure_peak(), "GB/s": single.measure_bandwidth()}
     results = []
+
+    def measure_peaks() -> None:
+        peaks["GFLOP/s"].append(ops.measure_peak())
+        peaks["GB/s"].append(ops.measure_bandwidth())
+
     for op, cases in BENCH.items():
         if options.op not in (None, op) or (op == "narrow" and ops.dtype == ops.wide):
             continue
-        peaks["GFLOP/s"].append(ops.measure_peak())
-        peaks["GB/s"].append(ops.measure_bandwidth())
+        measure_peaks()
         results += [time_case(ops, op, case, BUDGET, REPEATS) for case in cases]
     if not results:
         raise LlmpyError(f"--op {options.op}: there is nothing to do in {ops.dtype}", "use --dtype bfloat16")
+    measure_peaks()
     all_ = {unit: statistics.median(rates) for unit, rates in peaks.items()}
     for result in results:
         result["share_of_peak"] = result["rate"] / all_[result["unit"]]
@@ -365,6 +371,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
         "threads": ops.threads,
         "isa": ops.isa,
         "peaks": {unit: {"one_thread": one[unit], "all_threads": all_[unit]} for unit in peaks},
+        "steady": max(peaks["GFLOP/s"]) < UNSTEADY * min(peaks["GFLOP/s"]),
         "ops": results,
     }
 
@@ -386,4 +393,5 @@ def table(numbers: dict[str, Any]) -> str:
         )
         for r in numbers["ops"]
     ]  # fmt: skip
-    return columns(head) + "\n\n" + columns([("operation", "case", "ms", "rate", "of peak"), *body])
+    caution = "" if numbers["steady"] else "\ncaution  other programs ran meanwhile: measure again without them"
+    return columns(head) + caution + "\n\n" + columns([("operation", "case", "ms", "rate", "of peak"), *body])

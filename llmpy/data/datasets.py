@@ -14,16 +14,18 @@ In all of these a text is encoded as it is: `<|endoftext|>` that somebody wrote 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..cache import data_cache
 from ..download import fetch, hub
@@ -110,24 +112,64 @@ def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
 
 
 def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files of an archive or folder, by name; nothing is unpacked to the disk."""
+    """Name and content of the files of an archive or folder, by name.
+
+    An archive is decompressed once: a file that comes before its turn waits in a temporary one.
+    """
     try:
         if regular(path).is_dir() or path.suffix == ".json":
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             yield from ((file.name, file.read_bytes()) for file in files if STORIES_FILE.fullmatch(file.name))
             return
-        with tarfile.open(path) as archive:
-            members = {Path(m.name).name: m for m in archive if m.isfile()}
-            for name in sorted(filter(STORIES_FILE.fullmatch, members)):
-                if members[name].size > STORIES_AT_MOST:
-                    raise LlmpyError(f"{path}: {name} has {members[name].size:,} bytes", "download it again")
-                content = archive.extractfile(members[name])
+        with tarfile.open(path, "r|*") as archive, contextlib.ExitStack() as temporary:
+            waiting: dict[str, IO[bytes]] = {}
+            number = 0
+            for member in archive:
+                name = Path(member.name).name
+                if not (member.isfile() and STORIES_FILE.fullmatch(name)):
+                    continue
+                if member.size > STORIES_AT_MOST:
+                    raise LlmpyError(f"{path}: {name} has {member.size:,} bytes", "download it again")
+                content = archive.extractfile(member)
                 assert content is not None  # it is a file
+                if name != _numbered(number):
+                    waiting[name] = temporary.enter_context(_set_aside(content.read()))
+                    continue
                 yield name, content.read()
+                number += 1
+                while (name := _numbered(number)) in waiting:
+                    yield name, _taken(waiting.pop(name))
+                    number += 1
+            yield from ((name, _taken(waiting[name])) for name in sorted(waiting))
     except (tarfile.TarError, EOFError, zlib.error) as fault:
         raise LlmpyError(f"{path} is no whole tar archive: {fault}", "download it again") from fault
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
+
+
+def _numbered(number: int) -> str:
+    return f"data{number:02}.json"
+
+
+def _set_aside(content: bytes) -> IO[bytes]:
+    """A temporary file that holds this, to be read from its start; beside the downloads, for it may be large."""
+    folder = data_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        file.write(content)
+        file.seek(0)
+    except OSError as fault:
+        raise LlmpyError(
+            f"cannot write to {folder}: {fault.strerror or fault}", "free some space, or choose another by LLMPY_DATA"
+        ) from fault
+    return file
+
+
+def _taken(file: IO[bytes]) -> bytes:
+    """What was set aside; its room on the disk is free again."""
+    with file:
+        return file.read()
 
 
 def _web(repository: str) -> Callable[[Path | None, Say], Iterator[Document]]:

@@ -26,7 +26,7 @@ import numpy as np
 from ..cache import data_cache
 from ..command import command
 from ..durable import made
-from ..errors import LlmpyError
+from ..errors import LlmpyError, did_you_mean
 from ..options import DATA_NAMES, DataOptions
 from ..ranks import LLMC_FILE, Ranks, write_llmc
 from ..runfolder import Lock
@@ -62,17 +62,19 @@ def data(options: DataOptions, say: Callable[[str], None] = print) -> Path:
     folder = options.out or _folder(names[0] if names else None, options, request)
     if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
         raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
-    there = f"{options.what[0]} is already in {folder}"
-    if _is_there(folder, request, bool(names)):
-        say(there)
+    if names and (found := _found(folder, request)):
+        say(_already(options, folder, found))
         return folder
+    _check_empty(folder)
     with _alone(folder, say):
-        if _is_there(folder, request, bool(names)):  # another process has made it meanwhile
-            say(there)
+        if found := _found(folder, request):  # another process has made it meanwhile
+            say(_already(options, folder, found))
             return folder
+        _check_empty(folder)
         with _workplace(folder) as work:
             record = _hellaswag(options, work, say) if names == ["hellaswag"] else _tokens(options, names, work, say)
-            (work / RECORD).write_text(json.dumps(request | record, indent=2) + "\n", "utf-8")
+            record = request | {"source": _source(options)} | record
+            (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     word = names[0] if names and folder == data_cache() / names[0] / "gpt2" else folder
     say(
         f"ready in {folder}" + ("" if names == ["hellaswag"] else f"; train on it:  {command('train', '--data', word)}")
@@ -141,12 +143,13 @@ def _request(options: DataOptions) -> dict[str, Any]:
     if tokenizer not in ("gpt2", "bytes") and not tokenizer.startswith("bpe:"):
         if not Path(tokenizer).exists():
             raise LlmpyError(
-                f"cannot read the tokenizer {tokenizer}: no such file", "use gpt2, bytes, bpe:N, or a file"
+                f"cannot read the tokenizer {tokenizer}: no such file",
+                f"{did_you_mean(tokenizer, ('gpt2', 'bytes'))} use gpt2, bytes, bpe:N, or a file".lstrip(),
             )
         content = Tokenizer.load(Path(tokenizer)).to_json()
         tokenizer = "sha256:" + hashlib.sha256(content.encode()).hexdigest()[:12]
     return {
-        "data": list(map(str, options.what)),
+        "data": [what if is_dataset(what) else os.path.abspath(what) for what in options.what],
         "tokenizer": tokenizer,
         "format": options.format,
         "tokens_at_most": options.tokens,
@@ -163,17 +166,39 @@ def _folder(name: str | None, options: DataOptions, request: dict[str, Any]) -> 
     return data_cache() / name / "-".join([*parts, *([str(options.tokens)] if options.tokens else [])])
 
 
-def _is_there(folder: Path, request: dict[str, Any], named: bool) -> bool:
-    """Whether the folder already holds what is asked for. Raises LlmpyError if it holds anything else."""
+def _found(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a folder that holds what is asked for."""
     try:
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return False
-        there = json.loads((folder / RECORD).read_bytes())
-        if named and all(there[key] == value for key, value in request.items()):
-            return True
+        there: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
+        return there if all(there[key] == value for key, value in request.items()) else None
     except (OSError, ValueError, TypeError, KeyError):
-        pass
+        return None
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise LlmpyError if the folder holds anything."""
+    with contextlib.suppress(OSError):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+    if (folder / RECORD).is_file():
+        use = f"train on them: {command('train', '--data', folder)}; for others choose another with --out, or remove it"
+        raise LlmpyError(f"{folder} has tokens already", use)
     raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")
+
+
+def _already(options: DataOptions, folder: Path, found: dict[str, Any]) -> str:
+    """That there is nothing to do, and where that may not be what the user thinks."""
+    there, made_from = f"{options.what[0]} is already in {folder}", found.get("source")
+    if made_from == _source(options):
+        return there
+    if options.source is None:
+        return f"{there}, made from {made_from}"
+    return f"{there}; {options.source} is not read: to make it from that, remove the folder or name another with --out"
+
+
+def _source(options: DataOptions) -> str | None:
+    """What --source names, as dataset.json has it."""
+    return None if options.source is None else os.path.abspath(options.source)
 
 
 @contextlib.contextmanager

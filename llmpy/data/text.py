@@ -9,7 +9,6 @@ several where `<|endoftext|>` separates them.
 from __future__ import annotations
 
 import codecs
-import difflib
 import glob
 import itertools
 import os
@@ -18,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, asked, nearest
 from ..inputs import regular
+from ..options import DATA_NAMES
 from ..ranks import EOT
 from ..runfolder import CONFIG_FILE, LOCK, METRICS
 from .records import Document, NoRecords, kind_of, read_records
@@ -171,8 +171,8 @@ def _expand(path: Path) -> list[Path]:
     if path.is_symlink():
         raise LlmpyError(f"{path} is a link to something that is gone", "mend the link")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, neighbours, n=1)
-    hint = f"did you mean {path.parent / close[0]}?" if close else "check the path"
+    close = nearest(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
+    hint = asked([str(path.parent / name) for name in close]) or "check the path"
     raise LlmpyError(f"no file or folder {path}", hint)
 
 

@@ -7,7 +7,9 @@ takes the place of what was there.
 thinned    more points than fit become buckets of 2^k steps that begin at multiples of it, each with its mean, least and
            largest value: a picture that does not flicker as a run grows, and in which no spike is lost. The buckets
            that are full are kept, so that a line more costs the last bucket and not the million lines before it.
-smoothed   Σ exp(−|s − sᵢ|/τ)·yᵢ / Σ exp(−|s − sᵢ|/τ)  over all points: it does not lag behind a fall, and gaps count
+smoothed   the a of the line a + b·dᵢ, dᵢ = (sᵢ − s)/τ, for which Σ exp(−|dᵢ|)·(yᵢ − a − b·dᵢ)² + ε·b² over all points
+           sᵢ, yᵢ is least: it does not lag behind a fall, gaps count, and where it begins and ends, where a mean would
+           know one side alone and begin too low, it is as high as the points
 clocks     tokens and seconds up to each step, the sums of what its lines tell of the steps themselves: `ms`, and
            `ms`·`tokens_per_s`. --resume cuts the lines back, so that sums go on over restarts; evaluations, samples
            and pauses have no `ms` and take no time. A line stands for all steps since the one before it.
@@ -36,6 +38,7 @@ SURVEY_FROM = 1 << 23  # bytes of a file that is looked over before it is read
 END = 1 << 17  # bytes that tell the newest numbers: of 450 steps, so that an evaluation is among them
 OUTLIER = 4.0  # standard deviations of the norm above its mean from which a step is marked
 KEPT = 200  # marks, and outliers, that are shown
+LEVEL = 1e-9  # ε: what a slope costs, so that a point far from all others has a line too
 LARGEST_STEP = 1 << 53  # as JavaScript counts
 LARGEST_VALUE = 1e30  # beyond that nothing is told apart, and sums overflow
 
@@ -108,19 +111,23 @@ def buckets(steps: np.ndarray, values: np.ndarray, shift: int) -> tuple[np.ndarr
 
 def smoothed(points: np.ndarray, over: float) -> np.ndarray:
     """The values of (2 or 4, n) points, smoothed over that many steps (τ above); float64 (n,)."""
-    fading = np.exp(-np.diff(points[0], prepend=points[0, :1]) / over)
-    before = _faded(fading, points[1])
-    after = _faded(np.append(fading[1:], 0.0)[::-1], points[1, ::-1])[:, ::-1]
-    return (before[0] + after[0] - points[1]) / (before[1] + after[1] - 1)
+    usual = np.median(points[1])  # without it all numbers below are 0 where all values are the same: exactly that stays
+    apart, values = np.diff(points[0], prepend=points[0, :1]) / over, points[1] - usual
+    before = _faded(apart, values)
+    after = _faded(np.append(apart[1:], 0.0)[::-1], values[::-1])[:, ::-1]
+    w, y = before[0] + after[0] - 1, before[3] + after[3] - values  # Σ wᵢ, Σ wᵢ·yᵢ
+    wd, wdd, wdy = after[1] - before[1], before[2] + after[2] + LEVEL, after[4] - before[4]
+    return usual + (wdd * y - wd * wdy) / (wdd * w - wd * wd)
 
 
-def _faded(fading: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sums of the values until each one, and of their weights, float64 (2, n); at each one those before fade."""
-    total = weight = 0.0
-    sums = np.empty((2, len(values)))
-    for i, (fade, value) in enumerate(zip(fading.tolist(), values.tolist(), strict=True)):
-        total, weight = fade * total + value, fade * weight + 1
-        sums[:, i] = total, weight
+def _faded(apart: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Σ w, Σ w·d, Σ w·d², Σ w·y, Σ w·d·y up to each point, float64 (5, n): d = how far back (in τ), w = exp(−d)."""
+    w = wd = wdd = wy = wdy = 0.0
+    sums = np.empty((5, len(values)))
+    for i, (x, fade, y) in enumerate(zip(apart.tolist(), np.exp(-apart).tolist(), values.tolist(), strict=True)):
+        wdd, wd, w = fade * (wdd + x * (2 * wd + x * w)), fade * (wd + x * w), fade * w + 1
+        wdy, wy = fade * (wdy + x * wy), fade * wy + y
+        sums[:, i] = w, wd, wdd, wy, wdy
     return sums
 
 

@@ -167,7 +167,8 @@ def text(runs: dict[str, Run], wanted: Sequence[str], options: PlotOptions) -> l
                     values = curve["smooth" if "smooth" in curve else "mean"]
                     lines.append((curve["x"], scale * np.array(values)))
                     which = ", validation" if key == "val_loss" else ""
-                    named.append(f"{run}{which}: {scale * curve['mean'][-1]:.4g}")
+                    newest = runs[run].metrics.curves.curves[key].values[-1]  # the curve may end in a bucket's mean
+                    named.append(f"{run}{which}: {scale * newest:.4g}")
         if lines:
             shown = chart(lines, width, lambda value: f"{value:.4g}", colour, braille, options.log, title)
             rows += [TITLES[name], *shown, *legend(named, colour, braille), ""]

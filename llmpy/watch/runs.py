@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from ..command import command
-from ..errors import LlmpyError
+from ..errors import LlmpyError, did_you_mean
 from ..runfolder import CONFIG_FILE, LOCK, METRICS, SAMPLES
 from .curves import CLOCKS, KEPT, POINTS, Metrics, finite, open_regular, smoothed, width_of
 
@@ -187,8 +187,9 @@ class Runs:
         self._runs: dict[Path, Run] = {}
         for path in self._given:
             if not is_run(path) and not children(path):
-                where = f"no run folder {path}" if given else "no run here"
-                raise LlmpyError(where, f"name the folder of a run, or begin one: {command('train')}")
+                where = f"{path} holds no run" if path.exists() else f"no run folder {path}" if given else "no run here"
+                near = did_you_mean(str(path), map(str, children(BELOW)))
+                raise LlmpyError(where, near or f"name the folder of a run, or begin one: {command('train')}")
         self.named = {path for path in given if is_run(path)}
 
     def all(self) -> dict[str, Run]:
