@@ -30,7 +30,7 @@ import psutil
 
 from . import backend
 from .bench import columns
-from .bench.ops import FLOPS, Case, Meter, time_case
+from .bench.ops import FLOPS, UNSTEADY, Case, Meter, time_case
 from .config import ModelConfig
 from .distributed.cost import Communication, Line, Work, communication
 from .distributed.zero import BUCKET
@@ -45,7 +45,6 @@ FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": Fine
 PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
 MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
-UNSTEADY = 1.15  # the highest peak by the lowest, or the slowest round by the fastest: other programs came or went
 CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
 SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too

@@ -32,7 +32,7 @@ from . import columns
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them
 BUDGET = 0.4  # seconds of repetitions of a case
 REPEATS = 5  # at least
-UNSTEADY = 1.15  # the highest peak by the lowest: other programs came or went
+UNSTEADY = 1.15  # the highest peak by the lowest, or of a plan's rounds: other programs came or went
 
 
 class Meter(Machine, Protocol):
