@@ -29,7 +29,7 @@ from .gpt2 import GPT2
 from .init import initialise
 from .options import DEFAULT_MODEL, TrainOptions
 from .preflight import Machine, duration, problems, together
-from .runfolder import CHECKPOINTS, CONFIG_FILE, PARTS, TOKENIZER_FILE, RunFolder
+from .runfolder import CHECKPOINTS, CONFIG_FILE, PARTS, RunFolder
 
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
 Marks = dict[str, list[dict[str, Any]]]  # fingerprints of the training and validation shards
@@ -97,8 +97,7 @@ def of(
         options = options.taking_over()
     ops = machine or load(options, world)
     if path is not None and manifest is not None:
-        own = folder / TOKENIZER_FILE
-        source = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
+        source = native.read_model(path / checkpoint.MODEL)
         return Start(options, ops, data_of(options, folder.path), None, source, None, path, manifest)
     options, start, state = world.in_turn(lambda: begin(options, folder.path, ops, say, world.local_size))
     if world.rank == 0:

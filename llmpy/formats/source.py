@@ -31,6 +31,8 @@ DTYPES = {
     "float16": np.dtype("<f2"),
 }
 
+PADDING = 128  # rows at most that fill a vocabulary up to a round number
+
 Look = Callable[[str, np.ndarray], None]  # is shown a tensor's name and numbers, and may raise
 
 
@@ -112,23 +114,31 @@ def read_json(path: Path, at_most: int) -> Any:
     return found
 
 
-def tokenizer_beside(path: Path, V: int) -> Path | None:
-    """The tokenizer of a model that is one file among others: the tokenizer.json or llm.c's table that lies there.
+def tokenizer_named(path: Path) -> Path:
+    """Where the tokenizer of a model that is one file lies, others beside it or not: d3.tokenizer.json of d3.bin."""
+    return path.with_name(f"{path.name.removesuffix('.bin').removesuffix('.safetensors')}.{TOKENIZER_FILE}")
 
-    It is one of V tokens; or a tokenizer.json of fewer, for a vocabulary may be padded. One of more is another model's.
+
+def tokenizer_beside(path: Path, V: int) -> Path | None:
+    """The tokenizer of a model that is one file: that of its name, else the folder's tokenizer.json or llm.c's table.
+
+    The folder's may be another model's: it is one of V tokens; or a tokenizer.json of somewhat fewer, for a vocabulary
+    may be padded.
     """
-    named, table = path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    own, folders, table = tokenizer_named(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    if own.is_file():
+        return own
     try:
         fits = table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V
     except (OSError, IndexError):
         fits = False
-    have = V + 1
-    if named.is_file():
+    missing = -1
+    if folders.is_file():
         try:
-            have = Tokenizer.load(named).vocab_size
+            missing = V - Tokenizer.load(folders).vocab_size
         except LlmpyError:
-            have = V - 1  # whoever reads text with it will say what is wrong
-    return named if have == V or (have < V and not fits) else table if fits else None
+            missing = 1  # whoever reads text with it will say what is wrong
+    return folders if missing == 0 or (0 < missing < PADDING and not fits) else table if fits else None
 
 
 def unreadable(path: Path, fault: OSError) -> LlmpyError:
