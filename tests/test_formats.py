@@ -356,7 +356,7 @@ def test_convert_keeps_the_type_that_it_can(tmp_path: Path) -> None:
         ("run out.txt", "does not say its format"),
         ("run out.bin --dtype float16", "use float32 or bfloat16"),
         ("run out --to native --dtype bfloat16", "use float32"),
-        ("nowhere out", "cannot read"),
+        ("nowhere out", "nowhere — use gpt2, gpt2-medium, "),
         ("run run/model.safetensors/x.bin", "model.safetensors: File exists — choose another folder"),
         ("run run --to llmc", "run exists — choose a new name"),
     ],

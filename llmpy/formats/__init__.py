@@ -27,12 +27,14 @@ from .source import Source, tokenizer_named, unreadable
 
 
 def resolve(text: str, say: Callable[[str], None]) -> Source:
-    """A model to use: one of the hub, downloaded if need be, or at a path; its vocabulary is that of its tokenizer.
+    """The model that `find` gives, to use: its vocabulary is that of its tokenizer."""
+    return _fitted(find(text, say), say)
 
-    Raises LlmpyError for anything else.
-    """
+
+def find(text: str, say: Callable[[str], None]) -> Source:
+    """A model of the hub, downloaded if need be, or at a path. Raises LlmpyError for anything else."""
     if text in hub.NAMES:
-        return _fitted(open_model(hub.download(text, say)), say)
+        return open_model(hub.download(text, say))
     path = Path(text)
     try:
         there = path.exists()
@@ -42,7 +44,7 @@ def resolve(text: str, say: Callable[[str], None]) -> Source:
         near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
         hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
         raise LlmpyError(f"no model {text}", hint)
-    return _fitted(open_model(path), say)
+    return open_model(path)
 
 
 def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
