@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +65,8 @@ class Start:
             own = own_tokens(folder)
             return prepare(own or self.paths, folder, None if own else self.vocab_size, say, self.source)
 
-        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source), made)
+        batch = self.options.batch_size * self.options.ranks, self.options.sequence_length
+        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source, batch), made)
 
     def recognised(self, data: Dataset, folder: Path) -> Marks:
         """Fingerprints of the data. Raises LlmpyError if those of a run that goes on are others than before."""
@@ -119,22 +120,24 @@ def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def begin(
-    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None], beside: int
+    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None], beside: int,
+    known: Sequence[LlmpyError] = (),
 ) -> tuple[TrainOptions, Source | None, llmc_state.TrainingState | None]:
     """The options with the model's size and with paths that hold anywhere; what a new run starts from, if not from
     scratch; and the state of llm.c that it goes on from, if it does.
 
-    `beside`: ranks on this machine. Raises LlmpyError for all that can be known to be wrong, if possible before
-    anything is downloaded.
+    `beside`: ranks on this machine. Raises LlmpyError for all that is `known` or can be known to be wrong, if possible
+    before anything is downloaded.
     """
 
     def check(model: str, config: ModelConfig | None) -> None:
-        if faults := problems(replace(options, model=model), folder, ops, config, beside):
+        if faults := [*known, *problems(replace(options, model=model), folder, ops, config, beside)]:
             raise together(faults)
 
     start, state, init = None, None, options.init
     if options.init_state and init is None:
-        raise LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
+        fault = LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
+        raise together([*known, fault])
     if init in hub.NAMES and not options.init_state:
         check(init, ModelConfig.from_dial(init))
     if init is not None:
@@ -145,7 +148,7 @@ def begin(
                 start = formats.resolve(init, say)
         except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
             least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
-            raise together([fault, *problems(least, folder, ops, beside=beside)]) from fault
+            raise together([*known, fault, *problems(least, folder, ops, beside=beside)]) from fault
         say(f"init     {start.describe()}")
     model = dial(options.model, start)
     check(model, start.config if start else None)

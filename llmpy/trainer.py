@@ -31,7 +31,7 @@ from .command import command
 from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
-from .data.prepare import Dataset
+from .data.prepare import VALIDATION, Dataset
 from .distributed.alone import Alone
 from .durable import sync_folder
 from .errors import Diverged, LlmpyError
@@ -44,7 +44,7 @@ from .nonfinite import origin
 from .optimizer import AdamW
 from .options import ALL_BATCHES, TrainOptions
 from .outliers import OutlierDetector
-from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
+from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect
 from .rng import Xorshift64Star
 from .runfolder import BEST_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
@@ -65,12 +65,14 @@ class Feed:
     def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig, world: Alone = ALONE) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
         slices: dict[str, Any] = {"rank": world.rank, "ranks": world.size}
+        check_enough(data, options)
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
         if options.overfit:
             self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size, **slices)
         else:
             self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size, **slices)
-        self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
+        rows = min(B, (min(map(len, data.val)) - 1) // T)  # or as many as the validation text fills
+        self.val = Loader(data.val, rows, T, shuffle=False, vocab_size=size)
         self.choices: MultipleChoice | None = None
         if options.hellaswag is not None:
             self.choices = MultipleChoice(read_examples(options.hellaswag, size), config)
@@ -530,18 +532,28 @@ def token_ids(ids: list[int]) -> str:
     return "".join(f"{i} " for i in ids)
 
 
-def evaluation_rows(data: Dataset, B: int, T: int) -> int:
-    """Rows of a validation batch: B, or as many as the validation text fills.
-
-    Raises LlmpyError if it does not fill one.
-    """
-    least = min(len(shard) for shard in data.val)
-    if least < T + 1:
-        raise LlmpyError(
-            f"the validation text has {least:,} tokens, a row of -T {T} needs {T + 1:,}",
-            "use a smaller -T, or more text",
-        )
-    return min(B, (least - 1) // T)
+def check_enough(data: Dataset, options: TrainOptions) -> None:
+    """Raise LlmpyError if the data do not fill a batch to train on and a row to validate; it tells what lacks of both."""
+    o, T = options, options.sequence_length
+    parts = data.val if o.overfit else data.train, data.val
+    smallest = [min(part, key=len) for part in parts]
+    have, needed = [len(shard) for shard in smallest], (o.batch_tokens + 1, T + 1)
+    if have[0] >= needed[0] and have[1] >= needed[1]:
+        return
+    told = [
+        f"{n:,}{f' in {shard.path}' if len(part) > 1 else ''}"
+        for n, shard, part in zip(have, smallest, parts, strict=True)
+    ]
+    # Where lines end, this text may have given more than its share to validate, and a longer one may not.
+    times = max(needed[0] / max(1, have[0]), needed[1] / max(1, min(have[1], VALIDATION * sum(have))))
+    t = min(T, have[1] - 1, (have[0] - 1) // o.ranks)
+    smaller = f", or use -B {min(o.batch_size, (have[0] - 1) // (t * o.ranks))} -T {t}" if t > 0 else ""
+    of_ranks = f" of each of {o.ranks} ranks" if o.ranks > 1 else ""
+    raise LlmpyError(
+        f"there are {told[0]} tokens to train on and {told[1]} to validate, and -B {o.batch_size} -T {T}{of_ranks} "
+        f"takes {needed[0]:,} and {needed[1]:,} at least",
+        f"give about {math.ceil(10 * times) / 10:,} times as much text{smaller}",
+    )
 
 
 def train(
@@ -558,13 +570,13 @@ def train(
         try:
             folder = RunFolder.claim(options)
         except LlmpyError as fault:
-            if options.resume or options.init:
-                raise
-            ops = machine or start.load(options, world)
-            raise together([fault, *problems(options, Path(), ops, beside=world.local_size)]) from None
+            if not options.resume:  # what is wrong with that is known once its folder is had
+                ops = machine or start.load(options, world)
+                start.begin(options, Path(), ops, lambda _: None, world.local_size, known=[fault])
+            raise
     try:
         with world.journal() as journal:
-            journal.say(f"llm.py {__version__}, run folder {folder.path}")
+            journal.say(f"llm.py {__version__}")
             return assemble(options, folder, journal, machine, world).run()
     finally:
         folder.discard()
@@ -622,6 +634,7 @@ def assemble(
         for row in journal.recorded(since):
             trackers.log(since, row)
     folder.keep()
+    journal.say(f"run folder {folder.path}")
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
     return trainer

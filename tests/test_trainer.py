@@ -264,6 +264,45 @@ def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None
         assert part.lower() in str(caught.value).lower()
 
 
+@pytest.mark.parametrize("init", ["nowhere", "gpt2"])
+def test_all_problems_are_told_at_once_of_a_model_too(options: Options, tmp_path: Path, init: str) -> None:
+    """And none is downloaded in vain."""
+    (tmp_path / "file").touch()
+    told = options(out=tmp_path / "file" / "run", init=init, model="", hellaswag=tmp_path / "file")
+    with pytest.raises(LlmpyError, match="^. problems: ") as caught:
+        trainer.train(told, Laptop())
+    parts = ["(1) cannot write to the run folder", "is not a multiple-choice file"]
+    for part in parts + (["no model nowhere"] if init == "nowhere" else []):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (10, r"training needs about 5,200 with -B 4 -T 128"),
+        (30, r"\d+ tokens to train on and \d+ to validate, and -B 4 -T 128 takes 513 and 129 at least — give about [\d.]+ times "),
+    ],
+)
+def test_too_little_text_is_told_what_these_options_take(
+    text: Path, options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: int, said: str
+) -> None:
+    """Of both parts at once; what is proposed serves, and a folder that is not there is not named."""
+    whole = text.read_text("utf-8").splitlines()
+    text.write_text("\n".join(whole[:lines]), "utf-8")
+    told = {"batch_size": 4, "sequence_length": 128}
+    with pytest.raises(LlmpyError, match=said) as caught:
+        trainer.train(options(**told), Laptop())
+    assert "run" not in capsys.readouterr().out and not (tmp_path / "run").exists()
+    smaller = re.search(r"use -B (\d+) -T (\d+)$", str(caught.value))
+    if smaller:
+        B, T = map(int, smaller.groups())
+        assert trainer.train(options(batch_size=B, sequence_length=T), Laptop()) == 0
+        times = float(re.search(r"about ([\d.]+) times", str(caught.value))[1])  # type: ignore[index]
+        text.write_text("\n".join(whole[: math.ceil(times * lines) + 1]), "utf-8")
+        assert trainer.train(options(**told, out=tmp_path / "again"), Laptop()) == 0
+    assert bool(smaller) == (lines == 30)
+
+
 def test_checkpoints_that_the_disk_has_no_room_for(options: Options, tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match=r"the checkpoints of this run need up to .* GB on the disk of .*run"):
         trainer.train(options(model="d48", keep=0, checkpoint_every=1, steps=10**6, sequence_length=16), Laptop())
@@ -717,7 +756,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
             "needs a tokenizer",
         ),
         "row": (lambda f: {"sequence_length": 1025}, "longer than the model's context of 1024"),
-        "batch": (lambda f: {"batch_size": 100_000}, "smaller -B or -T"),
+        "batch": (lambda f: {"batch_size": 100_000}, "or use -B 291 -T 16"),
         "validation": (lambda f: {"sequence_length": 1024, "batch_size": 1}, "-T"),
         "vocabulary": (lambda f: {"vocab_size": 200}, "--vocab-size 257"),
     }

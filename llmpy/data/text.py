@@ -94,13 +94,16 @@ def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) ->
     return read_files(find_files(paths, say), say)
 
 
-def read_files(files: Sequence[Found], say: Callable[[str], None] = print) -> list[Document]:
+def read_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> list[Document]:
     """`read_documents` of files that are already found."""
-    return list(stream_files(files, say))
+    return list(stream_files(files, say, wanted))
 
 
-def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> Iterator[Document]:
-    """`read_files`, a file of text or a record at a time. What was understood is said at the end."""
+def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> Iterator[Document]:
+    """`read_files`, a file of text or a record at a time. What was understood is said at the end.
+
+    Of too little text `wanted` tells how much there should be.
+    """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
     markup: Counter[str] = Counter()
@@ -129,8 +132,8 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> 
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
-            f"{_count(read, 'file')} with {_count(characters, 'character')} of text; training needs at least "
-            f"{LEAST_CHARACTERS:,}",
+            f"{_count(read, 'file')} with {_count(characters, 'character')} of text; training needs "
+            f"{wanted or f'at least {LEAST_CHARACTERS:,}'}",
             "give more text, or no path at all to train on the text that Python carries",
         )
     line = f"{_count(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
