@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import psutil
 
 from .arena import Tensor, memory
-from .backend import Ops
+from .backend import Ops, cores
 from .config import GPT2_VOCAB, ModelConfig
 from .data.hellaswag import ENDINGS, read_examples
 from .data.pack import is_dataset
@@ -394,6 +394,14 @@ def memory_parts(
         "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),
         "program": PROGRAM_BYTES,
     }
+
+
+def crowded(threads: int) -> list[str]:
+    """A note where one process has more threads than it may use cores."""
+    n = cores()
+    if threads <= n:
+        return []
+    return [f"note: {threads} threads on {n} core{'s' * (n > 1)}: more than cores are slower; --threads {n} is best"]
 
 
 def duration(seconds: float) -> str:

@@ -303,6 +303,21 @@ def test_too_little_text_is_told_what_these_options_take(
     assert bool(smaller) == (lines == 30)
 
 
+def test_more_threads_than_cores_are_told_of(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and they are taken."""
+    monkeypatch.setattr(preflight, "cores", lambda: 2)
+    told = "note: 99 threads on 2 cores: more than cores are slower; --threads 2 is best\n"
+    machine = Laptop()
+    for threads, count in ((99, 1), (2, 0)):
+        machine.threads = threads
+        trainer.train(options(out=tmp_path / str(threads)), machine)
+        assert capsys.readouterr().out.count(told) == count
+        sample(SampleOptions(tmp_path / str(threads), tokens=2), print, machine)
+        assert capsys.readouterr().err.count(told) == count
+
+
 def test_checkpoints_that_the_disk_has_no_room_for(options: Options, tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match=r"the checkpoints of this run need up to .* GB on the disk of .*run"):
         trainer.train(options(model="d48", keep=0, checkpoint_every=1, steps=10**6, sequence_length=16), Laptop())

@@ -10,6 +10,7 @@ from ..gpt2 import GPT2
 from ..journal import Journal
 from ..optimizer import AdamW
 from ..options import TrainOptions
+from ..preflight import crowded
 from ..snapshot import Keeper
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Alone:
 
     def lines(self, threads: int) -> list[str]:
         """What the user reads of the ranks, of which this one has so many threads."""
-        return []
+        return crowded(threads)
 
     def journal(self) -> Journal:
         """The logs of this rank."""
