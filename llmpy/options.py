@@ -573,7 +573,7 @@ class ConvertOptions:
     """`llmpy convert IN OUT`."""
 
     source: Path = option(
-        Path(), "a run folder, an llm.c .bin, a Hugging Face folder, or gpt2 … gpt2-xl of the hub", metavar="IN", word=True
+        Path(), "a run folder, an llm.c .bin, a Hugging Face folder, or gpt2 … of the hub", metavar="IN", word=True
     )
     target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
     to: str | None = option(

@@ -186,7 +186,7 @@ class Keeper:
             self._warned = fault
             kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
             self.journal.say(
-                f"warning: cannot write a checkpoint: {fault}; {kept}; the run goes on, and tries again until it can"
+                f"warning: cannot write a checkpoint: {fault}; {kept}; the run goes on, and will try again"
             )
 
     def _in_background(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:

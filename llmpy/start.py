@@ -120,7 +120,11 @@ def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def begin(
-    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None], beside: int,
+    options: TrainOptions,
+    folder: Path,
+    ops: Machine,
+    say: Callable[[str], None],
+    beside: int,
     known: Sequence[LlmpyError] = (),
 ) -> tuple[TrainOptions, Source | None, llmc_state.TrainingState | None]:
     """The options with the model's size and with paths that hold anywhere; what a new run starts from, if not from

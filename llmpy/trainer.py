@@ -32,6 +32,7 @@ from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
 from .data.prepare import VALIDATION, Dataset
+from .data.records import holds_answers
 from .distributed.alone import Alone
 from .durable import sync_folder
 from .errors import Diverged, LlmpyError
@@ -433,7 +434,10 @@ class Trainer:
                     f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
                     f"{shlex.quote(str(self.folder / BEST_FILE))}"
                 )
-        if self.feed.tokenizer is not None:
+        feed = self.feed
+        if feed.tokenizer is not None and any(holds_answers(shard, feed.tokenizer) for shard in feed.train.shards):
+            say(f"talk with it:  {command('chat', self.folder)}")
+        elif feed.tokenizer is not None:
             say(f'continue a text with:  {command("sample", self.folder)} --prompt "…"')
 
     def _elapsed(self) -> float:
@@ -533,7 +537,7 @@ def token_ids(ids: list[int]) -> str:
 
 
 def check_enough(data: Dataset, options: TrainOptions) -> None:
-    """Raise LlmpyError if the data do not fill a batch to train on and a row to validate; it tells what lacks of both."""
+    """Raise LlmpyError if the data do not fill a batch to train on and a row to validate; it tells what both take."""
     o, T = options, options.sequence_length
     parts = data.val if o.overfit else data.train, data.val
     smallest = [min(part, key=len) for part in parts]

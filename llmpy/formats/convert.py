@@ -81,9 +81,9 @@ def write(source: Source, target: Path, to: str, dtype: str | None = None, state
     if to == "llmc-run" and state is None:
         raise LlmpyError("a model alone is no run of llm.c: moments and place in the data are missing", "use --to llmc")
     named = tokenizer_named(target)
-    if _is_single(target, to) and named.exists():
-        if source.tokenizer is None or not _same(named, Tokenizer.load(source.tokenizer)):
-            raise LlmpyError(f"{named} is another model's tokenizer", "choose a new name, or remove it")
+    ours = source.tokenizer and named.exists() and _same(named, Tokenizer.load(source.tokenizer))
+    if _is_single(target, to) and named.exists() and not ours:
+        raise LlmpyError(f"{named} is another model's tokenizer", "choose a new name, or remove it")
     with made(target if _is_folder(target, to) else target.parent):
         if state is None:
             _write(source, target, to, dtype)
