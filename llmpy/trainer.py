@@ -130,7 +130,8 @@ class Trainer:
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
         self._doubted = False  # whether that was told of the peak
-        self._rate = 0.0
+        self._rate = 0.0  # tokens per second of this process, smoothed
+        self._made = 0  # steps of this process
         self._spent = 0.0  # seconds in steps, for their mean
         self._untimed = 0  # of the steps done: those of llm.c, before this run
         self._line_at = 0.0
@@ -230,11 +231,11 @@ class Trainer:
             self.optimizer.update(lr, norm)
         seconds = time.perf_counter() - start
         self.done += 1
+        self._made += 1
         self._spent += seconds
-        timed = self.done - self._untimed
-        self._step_seconds = self._spent / timed
+        self._step_seconds = self._spent / (self.done - self._untimed)
         tokens = self.options.batch_tokens * self.micro_steps
-        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if timed > 2 else 1.0)
+        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if self._made > 2 else 1.0)
         numbers: dict[str, Any] = {"step": self.done, "loss": loss, "lr": lr, "grad_norm": norm}
         numbers |= {f"{name}_z": value for name, value in z.items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -395,7 +396,6 @@ class Trainer:
             "detectors": {name: detector.state for name, detector in self.detectors.items()},
             "bad_steps": self._bad,
             "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent, "untimed": self._untimed},
-            "tokens_per_s": self._rate,
             "logs": self._logs,
         }
         return state, position
@@ -409,7 +409,6 @@ class Trainer:
             detector.state = manifest["detectors"][name]
         self.done, self._bad = manifest["step"], manifest["bad_steps"]
         self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
-        self._rate = manifest["tokens_per_s"]
         self._untimed = manifest["seconds"].get("untimed", 0)
         if self.done > self._untimed:
             self._step_seconds = self._spent / (self.done - self._untimed)
