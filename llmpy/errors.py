@@ -1,4 +1,4 @@
-"""The one exception a user ever sees: what is wrong, and what to do about it."""
+"""The one exception a user ever sees: what is wrong, and what to do about it; and words for such messages."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean …?` with the nearest of the known words, or ""."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def count_of(n: int, one: str, many: str = "") -> str:
+    """1 step, 2 steps; `many`: where that is not `one` with an s."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"

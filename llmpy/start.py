@@ -22,7 +22,7 @@ from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
 from .distributed.alone import Alone
 from .durable import write_whole
-from .errors import LlmpyError
+from .errors import LlmpyError, count_of
 from .formats import hub, llmc_state, native
 from .formats.source import Source
 from .gpt2 import GPT2
@@ -229,8 +229,8 @@ def saved(
     say(f"going on after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
         say(
-            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or "
-            "--minutes than that: both count from its beginning"
+            f"the run is at its end, with {count_of(step, 'step')} in {duration(elapsed)}; to train on give more "
+            "--steps or --minutes than that: both count from its beginning"
         )
     for line in changed(replace(before, dtype=manifest["dtype"]), now):
         say(line)
@@ -248,13 +248,13 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
     tokens, count = now.micro_steps * now.batch_tokens, before.micro_steps * before.batch_tokens
     if now.ranks != before.ranks:
         yield (
-            f"{now.ranks} rank{'s' * (now.ranks > 1)} instead of {before.ranks}: the rest of the epoch comes in the "
+            f"{count_of(now.ranks, 'rank')} instead of {before.ranks}: the rest of the epoch comes in the "
             f"order of the first one, divided anew; each step reads {tokens:,} tokens, before {count:,}"
         )
     elif now.micro_steps != before.micro_steps:
         yield (
-            f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
-            f"{tokens:,} tokens instead of {count:,}"
+            f"{count_of(now.micro_steps, 'batch', 'batches')} a step instead of {before.micro_steps}: their order "
+            f"stays, but each step reads {tokens:,} tokens instead of {count:,}"
         )
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"

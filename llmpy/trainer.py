@@ -35,7 +35,7 @@ from .data.prepare import VALIDATION, Dataset
 from .data.records import holds_answers
 from .distributed.alone import Alone
 from .durable import sync_folder
-from .errors import Diverged, LlmpyError
+from .errors import Diverged, LlmpyError, count_of
 from .formats import llmc_state
 from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
@@ -255,7 +255,7 @@ class Trainer:
         if self._bad:
             if self._bad >= self.options.give_up_after:
                 where = origin(self.model, self.options.batch_size, self.options.sequence_length)
-                raise self._diverged(f"{why}, as in {self._bad} steps in a row; it first arose in {where}")
+                raise self._diverged(f"{why}, as in {count_of(self._bad, 'step')} in a row; it first arose in {where}")
             return
         self.journal.record_llmc(f"s:{self.done - 1} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
         self._tell(loss, lr, norm, z, seconds)
@@ -423,10 +423,11 @@ class Trainer:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
         if self._stopped():
-            say(f"stopped after {self.done} steps; go on with:  {command('train', '--resume', self.folder)}")
+            steps = count_of(self.done, "step")
+            say(f"stopped after {steps}; go on with:  {command('train', '--resume', self.folder)}")
         else:
             self.sample()
-            say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
+            say(f"trained {count_of(self.done, 'step')} in {duration(self._elapsed())}; the model is in {self.folder}")
             best = self.keeper.best()
             if best is not None and best.val_loss < self._val_loss:  # both measured on the same: else it gave way
                 say(
@@ -485,8 +486,9 @@ class Trainer:
         self._asked = number
         if self.world.rank:
             return
+        again = b"; press Ctrl-C again to quit at once" if number == signal.SIGINT else b""
         with contextlib.suppress(OSError):  # a terminal that is gone
-            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
+            os.write(2, b"\nstopping after this step, and saving" + again + b"\n")
 
     def _diverged(self, what: str) -> Diverged:
         """To be raised, on all ranks; a checkpoint that is being written is finished first."""

@@ -224,6 +224,18 @@ def test_micro_batches_are_one_batch(tmp_path: Path, micro_steps: int, masked: b
     assert their_losses == pytest.approx(losses, abs=1e-5)
 
 
+def test_one_of_a_kind_is_told_so(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.train(options(steps=1, minutes=1), Laptop()) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "d1: 1 layer, 1 head, 64 channels",
+        ": 1 step of ",
+        "at 1 step or 1 minute, which",
+        "trained 1 step in",
+    ):
+        assert part in out
+
+
 def test_overfitting_reads_one_batch(options: Options, tmp_path: Path) -> None:
     assert trainer.train(options(overfit=True, steps=30, lr=1e-2, schedule="constant"), Laptop()) == 0
     losses = [r["loss"] for r in metrics(tmp_path / "run") if "loss" in r]
@@ -371,7 +383,7 @@ def hangup() -> Iterator[Callable[[Any], object]]:
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(HANGUP, 129, marks=needs_hangup)],
 )
 def test_ctrl_c_finishes_the_step_and_keeps_the_model(
-    options: Options, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str], hangup: Any
+    options: Options, tmp_path: Path, number: int, code: int, capfd: pytest.CaptureFixture[str], hangup: Any
 ) -> None:
     if number == HANGUP:
         hangup(signal.SIG_DFL)
@@ -381,7 +393,9 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_model(
     assert signal.getsignal(number) is before
     assert machine.updates == 4
     assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2]
-    assert "stopped after 2 steps" in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert "stopped after 2 steps" in out and "stopping after this step" in err
+    assert ("press Ctrl-C again" in err) == (number == signal.SIGINT)
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
 
 

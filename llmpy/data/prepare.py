@@ -16,7 +16,7 @@ import numpy as np
 
 from ..command import command
 from ..config import GPT2_VOCAB
-from ..errors import LlmpyError
+from ..errors import LlmpyError, count_of
 from ..formats import tokenizer_of
 from ..formats.source import Source
 from ..tokenizer import Tokenizer
@@ -228,7 +228,7 @@ def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], tell: Calla
         )
     others = [f for f in others if f.path.name not in ("tokenizer.json", RECORD) and f.path.suffix != ".mask"]
     if others:
-        tell(f"skipped {len(others)} file{'s' * (len(others) > 1)} beside the shards: {others[0].path.name} …")
+        tell(f"skipped {count_of(len(others), 'file')} beside the shards: {others[0].path.name} …")
 
 
 def _sample(tokenizer: Tokenizer | None, tokens: np.ndarray) -> str:

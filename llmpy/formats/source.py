@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from ..arena import Arena
-from ..config import ModelConfig
+from ..config import PAD_VOCAB_TO, ModelConfig
 from ..errors import LlmpyError
 from ..gpt2 import PARAMS
 from ..inputs import regular
@@ -30,8 +30,6 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("<f2"),
 }
-
-PADDING = 128  # rows at most that fill a vocabulary up to a round number
 
 Look = Callable[[str, np.ndarray], None]  # is shown a tensor's name and numbers, and may raise
 
@@ -72,11 +70,7 @@ class Source:
 
     def describe(self) -> str:
         """One line for the user."""
-        c = self.config
-        return (
-            f"{self.path}: {self.what}, {self.dtype}, {c.layers} layers, {c.heads} heads, {c.channels} channels, "
-            f"context {c.context}, vocabulary {c.vocab_size:,}"
-        )
+        return f"{self.path}: {self.what}, {self.dtype}, {self.config}"
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -138,7 +132,7 @@ def tokenizer_beside(path: Path, V: int) -> Path | None:
             missing = V - Tokenizer.load(folders).vocab_size
         except LlmpyError:
             missing = 1  # whoever reads text with it will say what is wrong
-    return folders if missing == 0 or (0 < missing < PADDING and not fits) else table if fits else None
+    return folders if missing == 0 or (0 < missing < PAD_VOCAB_TO and not fits) else table if fits else None
 
 
 def unreadable(path: Path, fault: OSError) -> LlmpyError:
