@@ -573,9 +573,9 @@ def train(
     options = replace(options, ranks=world.size)
     if folder is None:
         try:
-            folder = RunFolder.claim(options)
+            folder = world.claim(options)
         except LlmpyError as fault:
-            if not options.resume:  # what is wrong with that is known once its folder is had
+            if world.rank == 0 and not options.resume:  # what else is wrong with that its folder would tell
                 ops = machine or start.load(options, world)
                 start.begin(options, Path(), ops, lambda _: None, world.local_size, known=[fault])
             raise

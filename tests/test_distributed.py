@@ -462,6 +462,14 @@ def test_one_mpi_process_of_many_tasks_is_refused(text: Path, tmp_path: Path) ->
 
 
 @needs_mpi
+def test_all_that_ranks_are_refused_for_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = go(*told(tmp_path / "none.txt", tmp_path / "file" / "run"), "--ranks", "2", code=1)
+    assert error.count("llmpy: error: 2 problems: (1) cannot write to the run folder") == 1
+    assert "(2) no file or folder" in error
+
+
+@needs_mpi
 def test_the_launcher_of_another_mpi_is_refused(text: Path, tmp_path: Path) -> None:
     if launch.flags(launch.mpiexec())[0]:
         pytest.skip("it is this MPI's own")

@@ -11,6 +11,7 @@ from ..journal import Journal
 from ..optimizer import AdamW
 from ..options import TrainOptions
 from ..preflight import crowded
+from ..runfolder import RunFolder
 from ..snapshot import Keeper
 
 T = TypeVar("T")
@@ -29,6 +30,10 @@ class Alone:
     def in_turn(self, lead: Callable[[], T], others: Callable[[], T] | None = None) -> T:
         """What `lead` returns on the first rank; when it has, what `others` (or `lead`) returns on the other ones."""
         return lead()
+
+    def claim(self, options: TrainOptions) -> RunFolder:
+        """The run's folder. Raises LlmpyError as `RunFolder.claim` does."""
+        return RunFolder.claim(options)
 
     def on_each_host(self, prepare: Callable[[], object]) -> None:
         """`prepare`, on the first rank of every host before the others of it."""
