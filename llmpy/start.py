@@ -138,7 +138,7 @@ def begin(
         if faults := [*known, *problems(replace(options, model=model), folder, ops, config, beside)]:
             raise together(faults)
 
-    start, state, init = None, None, options.init
+    start, state, init, model = None, None, options.init, dial(options.model, None)
     if options.init_state and init is None:
         fault = LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
         raise together([*known, fault])
@@ -150,11 +150,11 @@ def begin(
                 start, state = llmc_state.read_checkpoint(Path(init))
             else:
                 start = formats.resolve(init, say)
+            model = dial(options.model, start)
         except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
             least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
             raise together([*known, fault, *problems(least, folder, ops, beside=beside)]) from fault
         say(f"init     {start.describe()}")
-    model = dial(options.model, start)
     check(model, start.config if start else None)
     if state is not None:
         say(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")

@@ -276,15 +276,22 @@ def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None
         assert part.lower() in str(caught.value).lower()
 
 
-@pytest.mark.parametrize("init", ["nowhere", "gpt2"])
-def test_all_problems_are_told_at_once_of_a_model_too(options: Options, tmp_path: Path, init: str) -> None:
+@pytest.mark.parametrize("init", ["nowhere", "gpt2", "run"])
+def test_all_problems_are_told_at_once_of_a_model_too(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
+) -> None:
     """And none is downloaded in vain."""
     (tmp_path / "file").touch()
-    told = options(out=tmp_path / "file" / "run", init=init, model="", hellaswag=tmp_path / "file")
+    if init == "run":
+        trainer.train(options(), Laptop())
+        monkeypatch.chdir(tmp_path)
+    model = "d4" if init == "run" else ""
+    told = options(out=tmp_path / "file" / "run", init=init, model=model, hellaswag=tmp_path / "file")
     with pytest.raises(LlmpyError, match="^. problems: ") as caught:
         trainer.train(told, Laptop())
     parts = ["(1) cannot write to the run folder", "is not a multiple-choice file"]
-    for part in parts + (["no model nowhere"] if init == "nowhere" else []):
+    of_init = {"nowhere": "no model nowhere", "gpt2": "", "run": "--model d4 is not what --init is"}
+    for part in (*parts, of_init[init]):
         assert part in str(caught.value)
 
 
