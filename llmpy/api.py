@@ -30,7 +30,7 @@ from .formats.source import Source
 from .generate import Choice, Generation, TextStream, check_memory, choice_of, encode_prompt
 from .init import initialise
 from .options import SampleOptions, TrainOptions, converted
-from .preflight import Machine
+from .preflight import Machine, crowded
 from .rng import Xorshift64Star
 from .runfolder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder
 from .tokenizer import Tokenizer
@@ -391,6 +391,8 @@ def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
 def _machine(threads: int | None, dtype: str) -> Machine:
     """The CPU, its kernels compiled."""
     machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
+    for line in crowded(machine.threads):
+        _aside(line)
     machine.warm_up(_aside)
     return machine
 

@@ -17,16 +17,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from .api import GPT2
 from .command import command
 from .data.encode import tokenise
-from .data.records import conversation
-from .data.shards import CHUNK, Shard, mask_path, open_shard
+from .data.records import ASSISTANT, conversation, holds_answers
+from .data.shards import mask_path, open_shard
 from .errors import LlmpyError, did_you_mean
 from .formats import hub
 from .generate import choice_of
@@ -37,15 +34,13 @@ from .start import own_tokens, read_config
 from .terminal import paint
 from .tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant")
-STOPS = tuple(f"\n\n{role}:" for role in ROLES)
+STOPS = tuple(f"\n\n{role}:" for role in ("system", "user", ASSISTANT))
 HELP = {
     "/reset": "forget the talk so far",
     "/quit": "end (or press Ctrl-D)",
     "/help": "tell this",
 }
 SEEDS = (1 << 64) - 1
-LOOKED_AT = 1000  # stretches that count, of each shard
 Message = dict[str, str]
 
 
@@ -140,21 +135,6 @@ def tuned(model: Path, tokenizer: Tokenizer) -> bool:
         return any(holds_answers(shard, tokenizer) for shard in shards)
     except (LlmpyError, OSError):  # no run, or its data are out of reach: then it is not known
         return False
-
-
-def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
-    """Whether something that counts begins where an assistant speaks."""
-    head = f"{ROLES[-1]}: "
-    places = islice(begins(shard), LOOKED_AT)
-    return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in places)
-
-
-def begins(shard: Shard) -> Iterator[int]:
-    """Where tokens begin to count, after others that do not."""
-    if shard.counted is not None:
-        for start in range(0, len(shard), CHUNK):
-            stretch = shard.counted[start : start + CHUNK + 1].view(np.int8)
-            yield from (start + 1 + np.flatnonzero(np.diff(stretch) > 0)).tolist()
 
 
 def answer(pieces: Iterator[str]) -> str:

@@ -209,7 +209,7 @@ def train_together(options: TrainOptions) -> int:
     if joined is None:
         return train(options)
     with joined as world:
-        code = train(options, folder=world.claim(options), world=world)
+        code = train(options, world=world)
     return launch.conclude(code)
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from .errors import LlmpyError, did_you_mean
+from .errors import LlmpyError, count_of, did_you_mean
 
 GPT2_VOCAB = 50257
 
@@ -45,6 +45,12 @@ class ModelConfig:
                 f"model: {self.channels} channels do not divide into {self.heads} heads",
                 "choose channels as a multiple of heads",
             )
+
+    def __str__(self) -> str:
+        return (
+            f"{count_of(self.layers, 'layer')}, {count_of(self.heads, 'head')}, {self.channels} channels, "
+            f"context {self.context}, vocabulary {self.vocab_size:,}"
+        )
 
     @property
     def head_size(self) -> int:

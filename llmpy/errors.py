@@ -1,4 +1,4 @@
-"""The one exception a user ever sees: what is wrong, and what to do about it."""
+"""The one exception a user ever sees: what is wrong, and what to do about it; and words for such messages."""
 
 from __future__ import annotations
 
@@ -86,3 +86,8 @@ def _edits(a: str, b: str) -> int:
             if i and j and a[i - 1 : i + 1] == y + b[j - 1]:
                 row[-1] = min(row[-1], older[j - 1] + 1)
     return row[-1]
+
+
+def count_of(n: int, one: str, many: str = "") -> str:
+    """1 step, 2 steps; `many`: where that is not `one` with an s."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -32,7 +32,7 @@ from .formats.source import Source
 from .gpt2 import GPT2, PARAMS
 from .inputs import regular
 from .options import ChatOptions, SampleOptions
-from .preflight import Machine
+from .preflight import Machine, crowded
 from .rng import Xorshift64Star
 from .runfolder import finished
 from .tokenizer import Tokenizer
@@ -256,6 +256,8 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     openings = read_prompts(options)
     prompts = [encode_prompt(tokenizer, opening) for opening in openings]
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
+    for line in crowded(ops.threads):
+        _aside(line)
     reach = source.trained_length
     check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + options.tokens))
     ops.warm_up(_aside, decoding=True)

@@ -591,7 +591,9 @@ class PeersOptions:
 class ConvertOptions:
     """`llmpy convert IN OUT`."""
 
-    source: Path = option(Path(), "a run folder, an llm.c .bin or a Hugging Face folder", metavar="IN", word=True)
+    source: Path = option(
+        Path(), "a run folder, an llm.c .bin, a Hugging Face folder, or gpt2 … of the hub", metavar="IN", word=True
+    )
     target: Path = option(Path(), "what to write, which must not exist", metavar="OUT", word=True)
     to: str | None = option(
         None,

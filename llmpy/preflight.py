@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import psutil
 
 from .arena import Tensor, memory
-from .backend import Ops
+from .backend import Ops, cores
 from .config import GPT2_VOCAB, ModelConfig
 from .data.hellaswag import ENDINGS, read_examples
 from .data.pack import is_dataset
@@ -37,7 +37,7 @@ from .data.shards import count_tokens, is_shard
 from .data.text import Found, find_files
 from .decode import CACHE, PREFILL
 from .distributed.zero import most_kept
-from .errors import LlmpyError
+from .errors import LlmpyError, count_of
 from .gpt2 import ACTS, PARAMS, RECOMPUTE
 from .multiple_choice import row_length
 from .options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
@@ -108,22 +108,20 @@ class Preflight:
 
     def lines(self) -> list[str]:
         """What the user reads."""
-        c, o, m = self.config, self.options, self.machine
+        o, m = self.options, self.machine
         tokens = o.batch_tokens * o.micro_steps
         epochs = (self.done + self.steps) * tokens / self.train_tokens
-        after = f" after the {self.done:,} that are made" if self.done else ""
+        after = f" after the {self.done:,} that {'is' if self.done == 1 else 'are'} made" if self.done else ""
         compiling = "" if m.compiled() else ", with what compiling the kernels takes"
         gathered = f" on each of {o.ranks} ranks" if o.ranks > 1 else ""
         gathered += f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
         lines = [
-            f"model    {o.model}: {c.layers} layers, {c.heads} heads, {c.channels} channels, "
-            f"context {c.context}, vocabulary {c.vocab_size:,}: {self.parameters:,} parameters",
+            f"model    {o.model}: {self.config}: {self.parameters:,} parameters",
             f"data     {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate; "
             f"batches of {o.batch_size} x {o.sequence_length}{gathered}",
-            f"machine  {m.threads} thread{'s' * (m.threads > 1)}, {m.isa}, {m.dtype}, "
-            f"measured peak {self.peak:,.0f} GFLOP/s",
+            f"machine  {count_of(m.threads, 'thread')}, {m.isa}, {m.dtype}, measured peak {self.peak:,.0f} GFLOP/s",
             f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available{compiling}",
-            f"time     about {duration(self.steps * self.step_seconds)}: {self.steps:,} steps of "
+            f"time     about {duration(self.steps * self.step_seconds)}: {count_of(self.steps, 'step')} of "
             f"{1e3 * self.step_seconds:,.0f} ms{after}, {epochs:.1f} epochs; {self._ending()}",
         ]
         if tokens > self.train_tokens:
@@ -140,9 +138,9 @@ class Preflight:
 
     def _ending(self) -> str:
         o = self.options
-        bounds = [] if o.steps is None else [f"{o.steps:,} steps"]
+        bounds = [] if o.steps is None else [count_of(o.steps, "step")]
         if o.seconds is not None:
-            bounds.append(f"{o.seconds / 60:g} minutes")
+            bounds.append(f"{o.seconds / 60:g} minute{'s' * (o.seconds != 60)}")
         return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
 
 
@@ -182,12 +180,12 @@ def problems(
         return found
     tokens, vocab_size = _seen(files, options)
     config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
-    least = options.batch_tokens + 1
+    least = (0 if options.overfit else options.batch_tokens + 1) + options.sequence_length + 1
     if tokens is not None and tokens < least:
         found.append(
             LlmpyError(
-                f"all data together have {tokens:,} tokens, one batch of -B {options.batch_size} "
-                f"-T {options.sequence_length} needs {least:,}",
+                f"all data together have {tokens:,} tokens, a batch of -B {options.batch_size} "
+                f"-T {options.sequence_length} and a row to validate take {least:,}",
                 "use a smaller -B or -T, or more text",
             )
         )
@@ -394,6 +392,14 @@ def memory_parts(
         "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),
         "program": PROGRAM_BYTES,
     }
+
+
+def crowded(threads: int) -> list[str]:
+    """A note where one process has more threads than it may use cores."""
+    n = cores()
+    if threads <= n:
+        return []
+    return [f"note: {threads} threads on {count_of(n, 'core')}: more than cores are slower; --threads {n} is best"]
 
 
 def duration(seconds: float) -> str:

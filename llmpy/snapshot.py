@@ -27,7 +27,7 @@ from .optimizer import AdamW
 from .rng import MT19937, MTState
 from .runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE
 
-RETRIES_AN_INTERVAL = 10  # attempts after a failure until the next checkpoint would have been due
+RETRY = 10  # after a failure the next attempt comes in a tenth of the interval, then each twice as late as the last
 
 
 class Keeper:
@@ -44,6 +44,8 @@ class Keeper:
         self.last: int | None = None  # step of the newest checkpoint that is whole
         self._next: int | None = None  # step from which one is due
         self._tried = 0  # step of the last attempt
+        self._pause = 0  # steps from that to the next one, after failures
+        self._warned = ""  # of what, since a checkpoint was last written
         self._thread: Thread | None = None
         self._fault: OSError | None = None
         size = model.params.size
@@ -170,13 +172,21 @@ class Keeper:
             return
         self._thread.join()
         self._thread = None
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            self._next = self._tried + max(1, self.every // RETRIES_AN_INTERVAL)
+        fault, self._fault = self._fault, None
+        self._tried_with("" if fault is None else fault.strerror or str(fault))
+
+    def _tried_with(self, fault: str) -> None:
+        """Take note that an attempt succeeded (""), or what was in its way: that is said once, not at every attempt."""
+        if not fault:
+            self._pause, self._warned = 0, ""
+            return
+        self._pause = min(self.every, 2 * self._pause or max(1, self.every // RETRY))
+        self._next = self._tried + self._pause
+        if fault != self._warned:
+            self._warned = fault
             kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
             self.journal.say(
-                f"warning: cannot write a checkpoint: {fault.strerror or fault}; {kept}; the run goes on, and will try "
-                "again"
+                f"warning: cannot write a checkpoint: {fault}; {kept}; the run goes on, and will try again"
             )
 
     def _in_background(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:

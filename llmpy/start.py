@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +22,14 @@ from .data.prepare import Dataset, prepare
 from .data.shards import fingerprint
 from .distributed.alone import Alone
 from .durable import write_whole
-from .errors import LlmpyError
+from .errors import LlmpyError, count_of
 from .formats import hub, llmc_state, native
 from .formats.source import Source
 from .gpt2 import GPT2
 from .init import initialise
 from .options import DEFAULT_MODEL, TrainOptions
 from .preflight import Machine, duration, problems, together
-from .runfolder import CHECKPOINTS, CONFIG_FILE, PARTS, TOKENIZER_FILE, RunFolder
+from .runfolder import CHECKPOINTS, CONFIG_FILE, PARTS, RunFolder
 
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
 Marks = dict[str, list[dict[str, Any]]]  # fingerprints of the training and validation shards
@@ -65,7 +65,8 @@ class Start:
             own = own_tokens(folder)
             return prepare(own or self.paths, folder, None if own else self.vocab_size, say, self.source)
 
-        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source), made)
+        batch = self.options.batch_size * self.options.ranks, self.options.sequence_length
+        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source, batch), made)
 
     def recognised(self, data: Dataset, folder: Path) -> Marks:
         """Fingerprints of the data. Raises LlmpyError if those of a run that goes on are others than before."""
@@ -97,8 +98,7 @@ def of(
         options = options.taking_over()
     ops = machine or load(options, world)
     if path is not None and manifest is not None:
-        own = folder / TOKENIZER_FILE
-        source = replace(native.read_model(path / checkpoint.MODEL), tokenizer=own if own.is_file() else None)
+        source = native.read_model(path / checkpoint.MODEL)
         return Start(options, ops, data_of(options, folder.path), None, source, None, path, manifest)
     options, start, state = world.in_turn(lambda: begin(options, folder.path, ops, say, world.local_size))
     if world.rank == 0:
@@ -120,22 +120,28 @@ def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def begin(
-    options: TrainOptions, folder: Path, ops: Machine, say: Callable[[str], None], beside: int
+    options: TrainOptions,
+    folder: Path,
+    ops: Machine,
+    say: Callable[[str], None],
+    beside: int,
+    known: Sequence[LlmpyError] = (),
 ) -> tuple[TrainOptions, Source | None, llmc_state.TrainingState | None]:
     """The options with the model's size and with paths that hold anywhere; what a new run starts from, if not from
     scratch; and the state of llm.c that it goes on from, if it does.
 
-    `beside`: ranks on this machine. Raises LlmpyError for all that can be known to be wrong, if possible before
-    anything is downloaded.
+    `beside`: ranks on this machine. Raises LlmpyError for all that is `known` or can be known to be wrong, if possible
+    before anything is downloaded.
     """
 
     def check(model: str, config: ModelConfig | None) -> None:
-        if faults := problems(replace(options, model=model), folder, ops, config, beside):
+        if faults := [*known, *problems(replace(options, model=model), folder, ops, config, beside)]:
             raise together(faults)
 
-    start, state, init = None, None, options.init
+    start, state, init, model = None, None, options.init, dial(options.model, None)
     if options.init_state and init is None:
-        raise LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
+        fault = LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
+        raise together([*known, fault])
     if init in hub.NAMES and not options.init_state:
         check(init, ModelConfig.from_dial(init))
     if init is not None:
@@ -144,11 +150,11 @@ def begin(
                 start, state = llmc_state.read_checkpoint(Path(init))
             else:
                 start = formats.resolve(init, say)
+            model = dial(options.model, start)
         except LlmpyError as fault:  # its size is not known: a small batch of the default's shows what else is wrong
             least = replace(options, batch_size=1, sequence_length=1, total_batch=None, model="")
-            raise together([fault, *problems(least, folder, ops, beside=beside)]) from fault
+            raise together([*known, fault, *problems(least, folder, ops, beside=beside)]) from fault
         say(f"init     {start.describe()}")
-    model = dial(options.model, start)
     check(model, start.config if start else None)
     if state is not None:
         say(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")
@@ -223,8 +229,8 @@ def saved(
     say(f"going on after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
         say(
-            f"the run is at its end, with {step} steps in {duration(elapsed)}; to train on give more --steps or "
-            "--minutes than that: both count from its beginning"
+            f"the run is at its end, with {count_of(step, 'step')} in {duration(elapsed)}; to train on give more "
+            "--steps or --minutes than that: both count from its beginning"
         )
     for line in changed(replace(before, dtype=manifest["dtype"]), now):
         say(line)
@@ -242,13 +248,13 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
     tokens, count = now.micro_steps * now.batch_tokens, before.micro_steps * before.batch_tokens
     if now.ranks != before.ranks:
         yield (
-            f"{now.ranks} rank{'s' * (now.ranks > 1)} instead of {before.ranks}: the rest of the epoch comes in the "
+            f"{count_of(now.ranks, 'rank')} instead of {before.ranks}: the rest of the epoch comes in the "
             f"order of the first one, divided anew; each step reads {tokens:,} tokens, before {count:,}"
         )
     elif now.micro_steps != before.micro_steps:
         yield (
-            f"{now.micro_steps} batches a step instead of {before.micro_steps}: their order stays, but each step reads "
-            f"{tokens:,} tokens instead of {count:,}"
+            f"{count_of(now.micro_steps, 'batch', 'batches')} a step instead of {before.micro_steps}: their order "
+            f"stays, but each step reads {tokens:,} tokens instead of {count:,}"
         )
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"

@@ -31,10 +31,11 @@ from .command import command
 from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
-from .data.prepare import Dataset
+from .data.prepare import VALIDATION, Dataset
+from .data.records import holds_answers
 from .distributed.alone import Alone
 from .durable import sync_folder
-from .errors import Diverged, LlmpyError
+from .errors import Diverged, LlmpyError, count_of
 from .formats import llmc_state
 from .generate import Choice, TextStream, encode_prompt, generate
 from .gpt2 import GPT2
@@ -44,7 +45,7 @@ from .nonfinite import origin
 from .optimizer import AdamW
 from .options import ALL_BATCHES, TrainOptions
 from .outliers import OutlierDetector
-from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect, problems, together
+from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect
 from .rng import Xorshift64Star
 from .runfolder import BEST_FILE, TOKENIZER_FILE, RunFolder
 from .schedule import horizon, learning_rate
@@ -65,12 +66,14 @@ class Feed:
     def __init__(self, data: Dataset, options: TrainOptions, config: ModelConfig, world: Alone = ALONE) -> None:
         """Raises LlmpyError if the data do not do for the options; so it is made before anything compiles."""
         slices: dict[str, Any] = {"rank": world.rank, "ranks": world.size}
+        check_enough(data, options)
         B, T, size = options.batch_size, options.sequence_length, data.vocab_size
         if options.overfit:
             self.train = Loader(data.val, B, T, shuffle=False, vocab_size=size, **slices)
         else:
             self.train = Loader(data.train, B, T, options.shuffle, options.seed, vocab_size=size, **slices)
-        self.val = Loader(data.val, evaluation_rows(data, B, T), T, shuffle=False, vocab_size=size)
+        rows = min(B, (min(map(len, data.val)) - 1) // T)  # or as many as the validation text fills
+        self.val = Loader(data.val, rows, T, shuffle=False, vocab_size=size)
         self.choices: MultipleChoice | None = None
         if options.hellaswag is not None:
             self.choices = MultipleChoice(read_examples(options.hellaswag, size), config)
@@ -127,7 +130,8 @@ class Trainer:
         self._bad = 0  # steps in a row with numbers that are not finite
         self._step_seconds = step_seconds
         self._doubted = False  # whether that was told of the peak
-        self._rate = 0.0
+        self._rate = 0.0  # tokens per second of this process, smoothed
+        self._made = 0  # steps of this process
         self._spent = 0.0  # seconds in steps, for their mean
         self._untimed = 0  # of the steps done: those of llm.c, before this run
         self._line_at = 0.0
@@ -227,11 +231,11 @@ class Trainer:
             self.optimizer.update(lr, norm)
         seconds = time.perf_counter() - start
         self.done += 1
+        self._made += 1
         self._spent += seconds
-        timed = self.done - self._untimed
-        self._step_seconds = self._spent / timed
+        self._step_seconds = self._spent / (self.done - self._untimed)
         tokens = self.options.batch_tokens * self.micro_steps
-        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if timed > 2 else 1.0)
+        self._rate += (tokens / seconds - self._rate) * (1 - SMOOTHING if self._made > 2 else 1.0)
         numbers: dict[str, Any] = {"step": self.done, "loss": loss, "lr": lr, "grad_norm": norm}
         numbers |= {f"{name}_z": value for name, value in z.items()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -251,7 +255,7 @@ class Trainer:
         if self._bad:
             if self._bad >= self.options.give_up_after:
                 where = origin(self.model, self.options.batch_size, self.options.sequence_length)
-                raise self._diverged(f"{why}, as in {self._bad} steps in a row; it first arose in {where}")
+                raise self._diverged(f"{why}, as in {count_of(self._bad, 'step')} in a row; it first arose in {where}")
             return
         self.journal.record_llmc(f"s:{self.done - 1} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
         self._tell(loss, lr, norm, z, seconds)
@@ -392,7 +396,6 @@ class Trainer:
             "detectors": {name: detector.state for name, detector in self.detectors.items()},
             "bad_steps": self._bad,
             "seconds": {"elapsed": self._elapsed(), "in_steps": self._spent, "untimed": self._untimed},
-            "tokens_per_s": self._rate,
             "logs": self._logs,
         }
         return state, position
@@ -406,7 +409,6 @@ class Trainer:
             detector.state = manifest["detectors"][name]
         self.done, self._bad = manifest["step"], manifest["bad_steps"]
         self._before, self._spent = manifest["seconds"]["elapsed"], manifest["seconds"]["in_steps"]
-        self._rate = manifest["tokens_per_s"]
         self._untimed = manifest["seconds"].get("untimed", 0)
         if self.done > self._untimed:
             self._step_seconds = self._spent / (self.done - self._untimed)
@@ -421,17 +423,21 @@ class Trainer:
         """Say what came of it and how to go on; a sample unless the user wants to be gone."""
         say = self.journal.say
         if self._stopped():
-            say(f"stopped after {self.done} steps; go on with:  {command('train', '--resume', self.folder)}")
+            steps = count_of(self.done, "step")
+            say(f"stopped after {steps}; go on with:  {command('train', '--resume', self.folder)}")
         else:
             self.sample()
-            say(f"trained {self.done} steps in {duration(self._elapsed())}; the model is in {self.folder}")
+            say(f"trained {count_of(self.done, 'step')} in {duration(self._elapsed())}; the model is in {self.folder}")
             best = self.keeper.best()
             if best is not None and best.val_loss < self._val_loss:  # both measured on the same: else it gave way
                 say(
                     f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
                     f"{shlex.quote(str(self.folder / BEST_FILE))}"
                 )
-        if self.feed.tokenizer is not None:
+        feed = self.feed
+        if feed.tokenizer is not None and any(holds_answers(shard, feed.tokenizer) for shard in feed.train.shards):
+            say(f"talk with it:  {command('chat', self.folder)}")
+        elif feed.tokenizer is not None:
             say(f'continue a text with:  {command("sample", self.folder)} --prompt "…"')
 
     def _elapsed(self) -> float:
@@ -480,8 +486,9 @@ class Trainer:
         self._asked = number
         if self.world.rank:
             return
+        again = b"; press Ctrl-C again to quit at once" if number == signal.SIGINT else b""
         with contextlib.suppress(OSError):  # a terminal that is gone
-            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to quit at once\n")
+            os.write(2, b"\nstopping after this step, and saving" + again + b"\n")
 
     def _diverged(self, what: str) -> Diverged:
         """To be raised, on all ranks; a checkpoint that is being written is finished first."""
@@ -530,18 +537,28 @@ def token_ids(ids: list[int]) -> str:
     return "".join(f"{i} " for i in ids)
 
 
-def evaluation_rows(data: Dataset, B: int, T: int) -> int:
-    """Rows of a validation batch: B, or as many as the validation text fills.
-
-    Raises LlmpyError if it does not fill one.
-    """
-    least = min(len(shard) for shard in data.val)
-    if least < T + 1:
-        raise LlmpyError(
-            f"the validation text has {least:,} tokens, a row of -T {T} needs {T + 1:,}",
-            "use a smaller -T, or more text",
-        )
-    return min(B, (least - 1) // T)
+def check_enough(data: Dataset, options: TrainOptions) -> None:
+    """Raise LlmpyError if the data do not fill a batch to train on and a row to validate; it tells what both take."""
+    o, T = options, options.sequence_length
+    parts = data.val if o.overfit else data.train, data.val
+    smallest = [min(part, key=len) for part in parts]
+    have, needed = [len(shard) for shard in smallest], (o.batch_tokens + 1, T + 1)
+    if have[0] >= needed[0] and have[1] >= needed[1]:
+        return
+    told = [
+        f"{n:,}{f' in {shard.path}' if len(part) > 1 else ''}"
+        for n, shard, part in zip(have, smallest, parts, strict=True)
+    ]
+    # Where lines end, this text may have given more than its share to validate, and a longer one may not.
+    times = max(needed[0] / max(1, have[0]), needed[1] / max(1, min(have[1], VALIDATION * sum(have))))
+    t = min(T, have[1] - 1, (have[0] - 1) // o.ranks)
+    smaller = f", or use -B {min(o.batch_size, (have[0] - 1) // (t * o.ranks))} -T {t}" if t > 0 else ""
+    of_ranks = f" of each of {o.ranks} ranks" if o.ranks > 1 else ""
+    raise LlmpyError(
+        f"there are {told[0]} tokens to train on and {told[1]} to validate, and -B {o.batch_size} -T {T}{of_ranks} "
+        f"takes {needed[0]:,} and {needed[1]:,} at least",
+        f"give about {math.ceil(10 * times) / 10:,} times as much text{smaller}",
+    )
 
 
 def train(
@@ -556,15 +573,15 @@ def train(
     options = replace(options, ranks=world.size)
     if folder is None:
         try:
-            folder = RunFolder.claim(options)
+            folder = world.claim(options)
         except LlmpyError as fault:
-            if options.resume or options.init:
-                raise
-            ops = machine or start.load(options, world)
-            raise together([fault, *problems(options, Path(), ops, beside=world.local_size)]) from None
+            if world.rank == 0 and not options.resume:  # what else is wrong with that its folder would tell
+                ops = machine or start.load(options, world)
+                start.begin(options, Path(), ops, lambda _: None, world.local_size, known=[fault])
+            raise
     try:
         with world.journal() as journal:
-            journal.say(f"llm.py {__version__}, run folder {folder.path}")
+            journal.say(f"llm.py {__version__}")
             return assemble(options, folder, journal, machine, world).run()
     finally:
         folder.discard()
@@ -622,6 +639,7 @@ def assemble(
         for row in journal.recorded(since):
             trackers.log(since, row)
     folder.keep()
+    journal.say(f"run folder {folder.path}")
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
     return trainer

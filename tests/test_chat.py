@@ -17,9 +17,9 @@ import pytest
 from laptop import Laptop
 
 from llmpy import GPT2, Tokenizer, cli
-from llmpy.chat import Talk, answer, begins, chat, holds_answers, tuned
+from llmpy.chat import Talk, answer, chat, tuned
 from llmpy.data.encode import tokenise
-from llmpy.data.records import conversation
+from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
 from llmpy.formats import hub
@@ -208,6 +208,11 @@ def test_who_only_continues_text_says_so(
             sample_tokens=1, eval_batches=1,
         )  # fmt: skip
         assert train(told, Laptop()) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == (
+            f"talk with it:  llmpy chat {name}" if name in "ab"
+            else f'continue a text with:  llmpy sample {name} --prompt "…"'
+        )  # fmt: skip
 
     def noted(model: str) -> bool:
         capsys.readouterr()
@@ -239,7 +244,7 @@ def test_where_answers_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     shard = Shard(Path(), np.zeros(60, np.uint16), counted)
     expected = [i for i in range(1, 60) if counted[i] > counted[i - 1]]
     for chunk in range(1, 62):
-        monkeypatch.setattr("llmpy.chat.CHUNK", chunk)
+        monkeypatch.setattr("llmpy.data.records.CHUNK", chunk)
         assert [*begins(shard)] == expected
     assert [*begins(Shard(Path(), np.zeros(60, np.uint16)))] == []
     monkeypatch.undo()

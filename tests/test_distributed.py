@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -21,14 +22,14 @@ import numpy as np
 import psutil
 import pytest
 from fellows import Fellow, Fellows
-from laptop import TINY, Laptop, tiny_model
+from laptop import TINY, AtOnce, Laptop, tiny_model
 
 from llmpy import checkpoint, trainer
 from llmpy.cli import main
 from llmpy.config import ModelConfig
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
-from llmpy.distributed import launch, watch
+from llmpy.distributed import launch, shards, watch
 from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
 from llmpy.distributed.shards import ShardedKeeper
 from llmpy.distributed.watch import Fault, Watch
@@ -273,6 +274,31 @@ def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path, t
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_ranks_that_cannot_write_say_so_once_and_try_ever_later(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint.durable, "write_stretches", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(shards, "Thread", AtOnce)
+
+    def attempts(fellow: Fellow) -> tuple[list[int], list[str]]:
+        model, loader = tiny_model(TINY, B, T), Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, 2)
+        optimizer, said, tried = Zero(model, fellow, **SETTINGS, zero=True, limit=700), list[str](), list[int]()
+        journal = SimpleNamespace(say=said.append)
+        keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2, 0)  # type: ignore[arg-type]
+        keeper.begin(0)
+        for step in range(1, 60):
+            if keeper.due(step):
+                tried.append(step)
+                keeper.save(step, {}, loader.position)
+        return tried, said
+
+    for tried, said in Fellows(2).run(attempts):
+        assert tried == [20, 22, 26, 34, 50]
+        assert [line.partition(";")[0] for line in said] == [
+            "warning: cannot write a checkpoint: No space left on device (rank 0)"
+        ]
+
+
 @pytest.mark.parametrize(
     ("ranks", "given", "environment", "what"),
     [
@@ -433,6 +459,14 @@ def test_one_mpi_process_of_many_tasks_is_refused(text: Path, tmp_path: Path) ->
     assert "the launcher says 4 tasks, but MPI sees one" in error
     assert "--ranks 1" in error
     assert not (tmp_path / "run").exists()
+
+
+@needs_mpi
+def test_all_that_ranks_are_refused_for_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = go(*told(tmp_path / "none.txt", tmp_path / "file" / "run"), "--ranks", "2", code=1)
+    assert error.count("llmpy: error: 2 problems: (1) cannot write to the run folder") == 1
+    assert "(2) no file or folder" in error
 
 
 @needs_mpi

@@ -21,7 +21,7 @@ from llmpy import checkpoint, golden
 from llmpy.cli import main
 from llmpy.config import ModelConfig
 from llmpy.errors import LlmpyError
-from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
+from llmpy.formats import huggingface, llmc, llmc_state, native, open_model, resolve, tokenizer_of
 from llmpy.formats.source import DTYPES, cast, shapes
 from llmpy.gpt2 import GPT2
 from llmpy.ranks import LLMC_FILE, write_llmc
@@ -356,7 +356,7 @@ def test_convert_keeps_the_type_that_it_can(tmp_path: Path) -> None:
         ("run out.txt", "does not say its format"),
         ("run out.bin --dtype float16", "use float32 or bfloat16"),
         ("run out --to native --dtype bfloat16", "use float32"),
-        ("nowhere out", "no file or folder"),
+        ("nowhere out", "nowhere — use gpt2, gpt2-medium, "),
         ("run run/model.safetensors/x.bin", "model.safetensors: File exists — choose another folder"),
         ("run run --to llmc", "run exists — choose a new name"),
     ],
@@ -375,26 +375,44 @@ def test_convert_makes_the_folder_and_keeps_the_tokenizer(tmp_path: Path, capsys
     native.write_model(tmp_path / "run", with_tokenizer(in_memory(words), tmp_path / "t.json"))
     there = tmp_path / "run"
     for target, beside in (
-        ("a/b/m.bin", LLMC_FILE),
-        ("c/m.safetensors", "tokenizer.json"),
+        ("a/b/m.bin", "m.tokenizer.json"),
+        ("c/m.safetensors", "m.tokenizer.json"),
         ("d", "tokenizer.json"),
-        ("e/n.bin", LLMC_FILE),
+        ("e/model.safetensors", "model.tokenizer.json"),
+        ("f/n.bin", "n.tokenizer.json"),
     ):
         assert main(["convert", str(there), str(tmp_path / target)]) == 0
         there = tmp_path / target
         told = capsys.readouterr().out.splitlines()
         assert (f"its tokenizer is beside it: {there.with_name(beside)}" in told) == ("." in target)
+        assert there.with_name(LLMC_FILE).exists() == (there.suffix == ".bin")
         source = open_model(there)
         assert source.tokenizer == (there if target == "d" else there.parent) / beside
         assert Tokenizer.load(source.tokenizer).same_tokens(Tokenizer.bytes())
-    main(["convert", str(there), str(tmp_path / "e" / "o.bin")])
-    assert f"its tokenizer is already beside it: {tmp_path / 'e' / LLMC_FILE}" in capsys.readouterr().out
-    Tokenizer.train(["abc" * 100], 257).save(tmp_path / "c" / "tokenizer.json")
-    main(["convert", str(there), str(tmp_path / "c" / "o.safetensors")])
-    assert "its tokenizer stays behind, for" in capsys.readouterr().out
     # llm.c's of another model is passed over
-    llmc.write_model(tmp_path / "e" / "other.bin", in_memory(), "float32")
-    assert open_model(tmp_path / "e" / "other.bin").tokenizer is None
+    llmc.write_model(tmp_path / "f" / "other.bin", in_memory(), "float32")
+    assert open_model(tmp_path / "f" / "other.bin").tokenizer is None
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_models_of_one_folder_keep_their_tokenizers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    """Though these have as many tokens, and so do not tell by themselves whose is whose."""
+    source = in_memory(replace(TINY, vocab_size=260))
+    learnt = {name: Tokenizer.train([text * 20], 260) for name, text in (("a", "the cat sat "), ("b", "le chat dort "))}
+    for name, tokenizer in learnt.items():
+        tokenizer.save(tmp_path / f"{name}.json")
+        native.write_model(tmp_path / name, replace(source, tokenizer=tmp_path / f"{name}.json"))
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "out" / f"{name}{suffix}")]) == 0
+    assert ("which llm.c's programs read, is another model's" in capsys.readouterr().out) == (suffix == ".bin")
+    for name, tokenizer in learnt.items():
+        found = open_model(tmp_path / "out" / f"{name}{suffix}").tokenizer
+        assert found is not None and Tokenizer.load(found).same_tokens(tokenizer)
+    (tmp_path / "out" / f"a{suffix}").unlink()
+    assert main(["convert", str(tmp_path / "b"), str(tmp_path / "out" / f"a{suffix}")]) == 1
+    assert "a.tokenizer.json is another model's tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out" / f"a{suffix}").exists()
 
 
 @pytest.mark.parametrize("write", [lambda path, source: llmc.write_model(path, source, "float32"), native.write_model])
@@ -419,6 +437,21 @@ def test_the_tokenizer_beside_a_model_must_fit_it(tmp_path: Path, write: Any) ->
     assert found() == named
     named.write_bytes(b"{}")  # to be told by whoever needs it
     assert found() == named
+    Tokenizer.bytes().save(tmp_path / "m.tokenizer.json")
+    assert found() == tmp_path / "m.tokenizer.json"
+
+
+def test_a_tokenizer_of_another_model_is_not_taken(tmp_path: Path) -> None:
+    """Neither a larger nor a much smaller one; but that of the file's name is the model's, and padded."""
+    path, of_folder = tmp_path / "m.bin", tmp_path / "tokenizer.json"
+    llmc.write_model(path, in_memory(replace(TINY, vocab_size=400)), "float32")
+    for size in (257, 420):
+        Tokenizer.train([" ".join(map(str, range(1000)))], size).save(of_folder)
+        source = resolve(str(path), print)
+        with pytest.raises(LlmpyError, match=rf"is another model's: it has {size} tokens, .* 400 — .* as m\.tokenizer"):
+            tokenizer_of(source, print)
+    Tokenizer.train([" ".join(map(str, range(1000)))], 257).save(tmp_path / "m.tokenizer.json")
+    assert resolve(str(path), print).config.vocab_size == 257
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")

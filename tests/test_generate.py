@@ -203,6 +203,16 @@ def test_a_run_without_its_tokenizer(run: Path) -> None:
         open_run(run)
 
 
+def test_a_checkpoint_has_the_tokenizer_of_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = run / "checkpoints" / "step-00000004"
+    step.mkdir(parents=True)
+    (run / "model.safetensors").rename(step / "model.safetensors")
+    for path in (step, step / "model.safetensors"):
+        assert open_run(path)[1].same_tokens(Tokenizer.bytes())
+    monkeypatch.chdir(step)
+    assert open_run(Path())[0].tokenizer == run / "tokenizer.json"
+
+
 def test_a_tokenizer_of_another_run(run: Path) -> None:
     Tokenizer.train(["some words, some more words"] * 9, 270).save(run / "tokenizer.json")
     with pytest.raises(LlmpyError, match="tokens but the model"):

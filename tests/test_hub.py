@@ -15,7 +15,7 @@ import pytest
 from laptop import TINY
 from samples import in_memory, same, with_tokenizer
 
-from llmpy import download, formats
+from llmpy import cli, download, formats
 from llmpy.cache import user_cache
 from llmpy.errors import LlmpyError
 from llmpy.formats import hub, huggingface, open_model
@@ -75,6 +75,13 @@ def test_a_model_of_the_hub(server: type[Hub]) -> None:
     asked = len(server.asked)
     assert same(formats.resolve("gpt2", print), source)
     assert len(server.asked) == asked  # what is there needs no network
+
+
+def test_convert_takes_a_name_of_the_hub(server: type[Hub], tmp_path: Path) -> None:
+    assert cli.main(["convert", "gpt2", str(tmp_path / "out" / "m.bin")]) == 0
+    found = open_model(tmp_path / "out" / "m.bin")
+    assert same(found, in_memory(WORDS))
+    assert found.tokenizer == tmp_path / "out" / "m.tokenizer.json"
 
 
 def test_only_what_is_missing_is_downloaded(server: type[Hub]) -> None:

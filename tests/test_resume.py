@@ -60,7 +60,7 @@ def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
     found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
     found |= {name: (run / name).read_bytes() for name in ("main.log", "samples.txt", "model.safetensors")}
     manifest = checkpoint.verify(last)
-    for name in ("seconds", "tokens_per_s", "logs", "options"):  # times, their lengths, what was told anew
+    for name in ("seconds", "logs", "options"):  # times, their lengths, what was told anew
         del manifest[name]
     return found | {"manifest": manifest}
 
@@ -117,6 +117,18 @@ def test_resume_on_the_cpu(tmp_path: Path, dtype: str) -> None:
 def test_resume_at_every_step(tmp_path: Path, dtype: str, every: int) -> None:
     machine = backend.load("cpu", dtype=dtype)
     resume_everywhere(tmp_path, range(1, STEPS), lambda: machine, eval_every=every, dtype=dtype)
+
+
+def test_the_first_step_after_it_tells_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As its milliseconds do: the mean of the process before it says nothing of this one."""
+    assert trainer.train(options(tmp_path, steps=5), Laptop()) == 0
+    run = cut_to(tmp_path / "run", 4, tmp_path / "cut")
+    capsys.readouterr()
+    assert trainer.train(resumed(run), Laptop()) == 0
+    rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    row = next(r for r in rows if r["step"] == 5 and "ms" in r)
+    told = f"| {row['ms']:.0f} ms | {row['tokens_per_s']:,.0f} tok/s |"
+    assert told in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step     5/5 | loss"))
 
 
 def test_text_goes_on_with_the_tokens_of_its_run(tmp_path: Path) -> None:

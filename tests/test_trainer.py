@@ -224,6 +224,18 @@ def test_micro_batches_are_one_batch(tmp_path: Path, micro_steps: int, masked: b
     assert their_losses == pytest.approx(losses, abs=1e-5)
 
 
+def test_one_of_a_kind_is_told_so(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.train(options(steps=1, minutes=1), Laptop()) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "d1: 1 layer, 1 head, 64 channels",
+        ": 1 step of ",
+        "at 1 step or 1 minute, which",
+        "trained 1 step in",
+    ):
+        assert part in out
+
+
 def test_overfitting_reads_one_batch(options: Options, tmp_path: Path) -> None:
     assert trainer.train(options(overfit=True, steps=30, lr=1e-2, schedule="constant"), Laptop()) == 0
     losses = [r["loss"] for r in metrics(tmp_path / "run") if "loss" in r]
@@ -262,6 +274,67 @@ def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None
         "(5) ",
     ):
         assert part.lower() in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("init", ["nowhere", "gpt2", "run"])
+def test_all_problems_are_told_at_once_of_a_model_too(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
+) -> None:
+    """And none is downloaded in vain."""
+    (tmp_path / "file").touch()
+    if init == "run":
+        trainer.train(options(), Laptop())
+        monkeypatch.chdir(tmp_path)
+    model = "d4" if init == "run" else ""
+    told = options(out=tmp_path / "file" / "run", init=init, model=model, hellaswag=tmp_path / "file")
+    with pytest.raises(LlmpyError, match="^. problems: ") as caught:
+        trainer.train(told, Laptop())
+    parts = ["(1) cannot write to the run folder", "is not a multiple-choice file"]
+    of_init = {"nowhere": "no model nowhere", "gpt2": "", "run": "--model d4 is not what --init is"}
+    for part in (*parts, of_init[init]):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (10, r"training needs about 5,200 with -B 4 -T 128"),
+        (30, r"to train on and \d+ to validate, and -B 4 -T 128 takes 513 and 129 at least — give about [\d.]+ times"),
+    ],
+)
+def test_too_little_text_is_told_what_these_options_take(
+    text: Path, options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: int, said: str
+) -> None:
+    """Of both parts at once; what is proposed serves, and a folder that is not there is not named."""
+    whole = text.read_text("utf-8").splitlines()
+    text.write_text("\n".join(whole[:lines]), "utf-8")
+    told = {"batch_size": 4, "sequence_length": 128}
+    with pytest.raises(LlmpyError, match=said) as caught:
+        trainer.train(options(**told), Laptop())
+    assert "run" not in capsys.readouterr().out and not (tmp_path / "run").exists()
+    smaller = re.search(r"use -B (\d+) -T (\d+)$", str(caught.value))
+    if smaller:
+        B, T = map(int, smaller.groups())
+        assert trainer.train(options(batch_size=B, sequence_length=T), Laptop()) == 0
+        times = float(re.search(r"about ([\d.]+) times", str(caught.value))[1])  # type: ignore[index]
+        text.write_text("\n".join(whole[: math.ceil(times * lines) + 1]), "utf-8")
+        assert trainer.train(options(**told, out=tmp_path / "again"), Laptop()) == 0
+    assert bool(smaller) == (lines == 30)
+
+
+def test_more_threads_than_cores_are_told_of(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and they are taken."""
+    monkeypatch.setattr(preflight, "cores", lambda: 2)
+    told = "note: 99 threads on 2 cores: more than cores are slower; --threads 2 is best\n"
+    machine = Laptop()
+    for threads, count in ((99, 1), (2, 0)):
+        machine.threads = threads
+        trainer.train(options(out=tmp_path / str(threads)), machine)
+        assert capsys.readouterr().out.count(told) == count
+        sample(SampleOptions(tmp_path / str(threads), tokens=2), print, machine)
+        assert capsys.readouterr().err.count(told) == count
 
 
 def test_checkpoints_that_the_disk_has_no_room_for(options: Options, tmp_path: Path) -> None:
@@ -317,7 +390,7 @@ def hangup() -> Iterator[Callable[[Any], object]]:
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(HANGUP, 129, marks=needs_hangup)],
 )
 def test_ctrl_c_finishes_the_step_and_keeps_the_model(
-    options: Options, tmp_path: Path, number: int, code: int, capsys: pytest.CaptureFixture[str], hangup: Any
+    options: Options, tmp_path: Path, number: int, code: int, capfd: pytest.CaptureFixture[str], hangup: Any
 ) -> None:
     if number == HANGUP:
         hangup(signal.SIG_DFL)
@@ -327,7 +400,9 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_model(
     assert signal.getsignal(number) is before
     assert machine.updates == 4
     assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2]
-    assert "stopped after 2 steps" in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert "stopped after 2 steps" in out and "stopping after this step" in err
+    assert ("press Ctrl-C again" in err) == (number == signal.SIGINT)
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
 
 
@@ -430,21 +505,26 @@ def test_a_full_disk_loses_the_log_but_not_the_model(
 def test_a_checkpoint_that_fails_is_tried_again(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Ever later, as the disk may stay full for long; and each reason is told once."""
     write, times = checkpoint.write, []
 
     def full(folder: Path, step: int, *rest: Any) -> Path:
         times.append(step)
-        if len(times) in (2, 3):
-            raise OSError(28, "No space left on device")
+        if len(times) in (2, 3, 4, 5, 7):
+            raise OSError(28, "No space left on device") if len(times) != 4 else OSError(5, "Input/output error")
         return write(folder, step, *rest)
 
     monkeypatch.setattr(checkpoint, "write", full)
     monkeypatch.setattr(snapshot, "Thread", AtOnce)
-    assert trainer.train(options(checkpoint_every=20, steps=50), Laptop()) == 0
-    assert times == [20, 40, 42, 44, 50]
-    warning = "warning: cannot write a checkpoint: No space left on device; that of step 20 is kept; the run goes on"
-    assert capsys.readouterr().out.count(warning) == 2
-    assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000050", "step-00000044"]
+    assert trainer.train(options(checkpoint_every=20, steps=102), Laptop()) == 0
+    assert times == [20, 40, 42, 46, 54, 70, 80, 82, 100, 102]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    full_disk, broken = "No space left on device", "Input/output error"
+    assert warnings == [
+        f"warning: cannot write a checkpoint: {why}; that of step {kept} is kept; the run goes on, and will try again"
+        for why, kept in ((full_disk, 20), (broken, 20), (full_disk, 20), (full_disk, 70))
+    ]
+    assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000102", "step-00000100"]
 
 
 def test_a_full_disk_at_the_end_is_told_and_nothing_is_lost(
@@ -717,7 +797,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
             "needs a tokenizer",
         ),
         "row": (lambda f: {"sequence_length": 1025}, "longer than the model's context of 1024"),
-        "batch": (lambda f: {"batch_size": 100_000}, "smaller -B or -T"),
+        "batch": (lambda f: {"batch_size": 100_000}, "or use -B 291 -T 16"),
         "validation": (lambda f: {"sequence_length": 1024, "batch_size": 1}, "-T"),
         "vocabulary": (lambda f: {"vocab_size": 200}, "--vocab-size 257"),
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..command import command
 from ..config import GPT2_VOCAB
-from ..errors import LlmpyError
+from ..errors import LlmpyError, count_of
 from ..formats import tokenizer_of
 from ..formats.source import Source
 from ..tokenizer import Tokenizer
@@ -25,10 +25,11 @@ from .encode import TOKENIZER_SEES, pieces, tokenise
 from .pack import RECORD, find_dataset, is_dataset
 from .records import Document
 from .shards import Shard, form_for, is_shard, open_shard, write_shard
-from .text import Found, find_files, read_files
+from .text import LEAST_CHARACTERS, Found, find_files, read_files
 
 VALIDATION = 0.1  # share of the text that is held out
 CHARACTERS_PER_TOKEN = 300  # of training text for each token of the vocabulary: each is then seen ~100 times
+CHARACTERS_OF_A_TOKEN = 4  # of small texts, about
 VOCAB_AT_LEAST, VOCAB_AT_MOST = 512, 8192
 SAMPLE_TOKENS = 24
 
@@ -51,6 +52,7 @@ def prepare(
     vocab_size: int | None = None,
     say: Callable[[str], None] = print,
     start: Source | None = None,
+    batch: tuple[int, int] | None = None,
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
@@ -58,6 +60,7 @@ def prepare(
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when all else is done.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
     `start` is the model that training starts from, if there is one: text is encoded with its tokenizer.
+    `batch`: rows and tokens of a row of the batches to come, so that too little text is told what they take.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     description: list[str] = []
@@ -85,7 +88,14 @@ def prepare(
     if found:
         _refuse_mixture(found, [f for f in files if f not in found], tell)
         return _from_shards([f.path for f in found], vocab_size, start, description, tell)
-    return _from_text(*split(read_files(files, tell)), folder, vocab_size, start, description, tell)
+    documents = read_files(files, tell, wanted(*batch) if batch else "")
+    return _from_text(*split(documents), folder, vocab_size, start, description, tell)
+
+
+def wanted(B: int, T: int) -> str:
+    """About how much text fills a batch to train on, and a row of the part that is held out."""
+    characters = CHARACTERS_OF_A_TOKEN * max((B * T + 1) / (1 - VALIDATION), (T + 1) / VALIDATION)
+    return f"about {max(LEAST_CHARACTERS, math.ceil(characters / 100) * 100):,} with -B {B} -T {T}"
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -218,7 +228,7 @@ def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], tell: Calla
         )
     others = [f for f in others if f.path.name not in ("tokenizer.json", RECORD) and f.path.suffix != ".mask"]
     if others:
-        tell(f"skipped {len(others)} file{'s' * (len(others) > 1)} beside the shards: {others[0].path.name} …")
+        tell(f"skipped {count_of(len(others), 'file')} beside the shards: {others[0].path.name} …")
 
 
 def _sample(tokenizer: Tokenizer | None, tokens: np.ndarray) -> str:

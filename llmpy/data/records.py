@@ -15,12 +15,17 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..command import install
 from ..errors import LlmpyError
 from ..inputs import regular
+from ..tokenizer import Tokenizer
+from .shards import CHUNK, Shard
 
 LINE_AT_MOST = 8 << 20  # bytes of a record
 SIGNS_FREELY = (
@@ -29,6 +34,8 @@ SIGNS_FREELY = (
 SUFFIXES = {".jsonl", ".ndjson"}
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ROWS = 64  # of a parquet file at a time
+ASSISTANT = "assistant"  # whose words count
+LOOKED_AT = 1000  # stretches that count, of each shard
 KINDS = "text, prompt and completion, or messages"
 
 
@@ -166,10 +173,25 @@ def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document
             content = "".join(_string(part["text"]) for part in content if part["type"] == "text")
         head = f"{role}: "
         body = _string(content) + "\n\n"
-        if role == "assistant":
+        if role == ASSISTANT:
             counted.append((len(text) + len(head), len(text) + len(head) + len(body)))
         text += head + body
     return Document(source, text, tuple(counted))
+
+
+def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
+    """Whether something that counts begins where an assistant speaks."""
+    head = f"{ASSISTANT}: "
+    places = islice(begins(shard), LOOKED_AT)
+    return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in places)
+
+
+def begins(shard: Shard) -> Iterator[int]:
+    """Where tokens begin to count, after others that do not."""
+    if shard.counted is not None:
+        for start in range(0, len(shard), CHUNK):
+            stretch = shard.counted[start : start + CHUNK + 1].view(np.int8)
+            yield from (start + 1 + np.flatnonzero(np.diff(stretch) > 0)).tolist()
 
 
 def _string(value: Any) -> str:

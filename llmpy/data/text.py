@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LlmpyError, asked, nearest
+from ..errors import LlmpyError, asked, count_of, nearest
 from ..inputs import regular
 from ..options import DATA_NAMES
 from ..ranks import EOT
@@ -68,7 +68,7 @@ def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> lis
                 f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
             ) from fault
     if hidden:
-        say(f"skipped {_count(hidden, 'hidden file or folder', 'hidden files or folders')}")
+        say(f"skipped {count_of(hidden, 'hidden file or folder', 'hidden files or folders')}")
     return list(found.values())
 
 
@@ -94,13 +94,16 @@ def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) ->
     return read_files(find_files(paths, say), say)
 
 
-def read_files(files: Sequence[Found], say: Callable[[str], None] = print) -> list[Document]:
+def read_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> list[Document]:
     """`read_documents` of files that are already found."""
-    return list(stream_files(files, say))
+    return list(stream_files(files, say, wanted))
 
 
-def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> Iterator[Document]:
-    """`read_files`, a file of text or a record at a time. What was understood is said at the end."""
+def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> Iterator[Document]:
+    """`read_files`, a file of text or a record at a time. What was understood is said at the end.
+
+    Of too little text `wanted` tells how much there should be.
+    """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
     markup: Counter[str] = Counter()
@@ -123,17 +126,17 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> 
             documents += 1
             yield document
     if skipped:
-        say(f"skipped {_count(len(skipped), 'file')} that {_are(len(skipped))} not text: {_some(skipped)}")
+        say(f"skipped {count_of(len(skipped), 'file')} that {_are(len(skipped))} not text: {_some(skipped)}")
     for suffix, count in sorted(markup.items()):
-        say(f"note: {_count(count, f'{suffix} file')} read as plain text, markup included")
+        say(f"note: {count_of(count, f'{suffix} file')} read as plain text, markup included")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
-            f"{_count(read, 'file')} with {_count(characters, 'character')} of text; training needs at least "
-            f"{LEAST_CHARACTERS:,}",
+            f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs "
+            f"{wanted or f'at least {LEAST_CHARACTERS:,}'}",
             "give more text, or no path at all to train on the text that Python carries",
         )
-    line = f"{_count(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
+    line = f"{count_of(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
     say(line + (f", {documents:,} documents" if documents != read else ""))
 
 
@@ -233,10 +236,6 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
             f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
         ) from fault
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
-
-
-def _count(n: int, one: str, many: str = "") -> str:
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def _are(n: int) -> str:

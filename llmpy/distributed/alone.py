@@ -10,6 +10,8 @@ from ..gpt2 import GPT2
 from ..journal import Journal
 from ..optimizer import AdamW
 from ..options import TrainOptions
+from ..preflight import crowded
+from ..runfolder import RunFolder
 from ..snapshot import Keeper
 
 T = TypeVar("T")
@@ -29,6 +31,10 @@ class Alone:
         """What `lead` returns on the first rank; when it has, what `others` (or `lead`) returns on the other ones."""
         return lead()
 
+    def claim(self, options: TrainOptions) -> RunFolder:
+        """The run's folder. Raises LlmpyError as `RunFolder.claim` does."""
+        return RunFolder.claim(options)
+
     def on_each_host(self, prepare: Callable[[], object]) -> None:
         """`prepare`, on the first rank of every host before the others of it."""
         prepare()
@@ -39,7 +45,7 @@ class Alone:
 
     def lines(self, threads: int) -> list[str]:
         """What the user reads of the ranks, of which this one has so many threads."""
-        return []
+        return crowded(threads)
 
     def journal(self) -> Journal:
         """The logs of this rank."""

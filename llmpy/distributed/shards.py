@@ -26,7 +26,7 @@ from ..data.loader import Position
 from ..errors import LlmpyError
 from ..gpt2 import GPT2
 from ..journal import Journal
-from ..snapshot import RETRIES_AN_INTERVAL, Keeper, check_shape, page_aligned, place_of, places
+from ..snapshot import Keeper, check_shape, page_aligned, place_of, places
 from .zero import Zero, length
 
 
@@ -75,7 +75,7 @@ class ShardedKeeper(Keeper):
     def save(self, step: int, state: dict[str, Any], position: Position) -> None:
         self._tried, self._next = step, (step // self.every + 1) * self.every if self.every else None
         if fault := self._prepare(step, state):
-            self._warn(fault)
+            self._tried_with(fault)
             return
         self._thread = Thread(target=self._write_part, args=(position,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -152,8 +152,7 @@ class ShardedKeeper(Keeper):
             return
         self._thread.join()
         self._thread = None
-        if fault := self._conclude():
-            self._warn(fault)
+        self._tried_with(self._conclude())
 
     def _conclude(self) -> str:
         """Every rank has written or failed: the first one commits. Returns what went wrong on whichever, or ""."""
@@ -177,11 +176,6 @@ class ShardedKeeper(Keeper):
         if not fault:
             self.last = self._step
         return fault
-
-    def _warn(self, fault: str) -> None:
-        self._next = self._tried + max(1, self.every // RETRIES_AN_INTERVAL)
-        kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
-        self.journal.say(f"warning: cannot write a checkpoint: {fault}; {kept}; the run goes on, and will try again")
 
     def finite(self) -> bool:
         optimizer, norm = self.optimizer, self.model.ops.global_norm

@@ -20,19 +20,21 @@ from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
 from ..errors import LlmpyError, did_you_mean
 from ..inputs import regular
-from ..runfolder import METRICS, MODEL_FILE, finished
+from ..runfolder import METRICS, MODEL_FILE, TOKENIZER_FILE, finished
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, llmc, llmc_state, native
-from .source import Source, unreadable
+from .source import Source, tokenizer_named, unreadable
 
 
 def resolve(text: str, say: Callable[[str], None]) -> Source:
-    """A model to use: one of the hub, downloaded if need be, or at a path; its vocabulary is that of its tokenizer.
+    """The model that `find` gives, to use: its vocabulary is that of its tokenizer."""
+    return _fitted(find(text, say), say)
 
-    Raises LlmpyError for anything else.
-    """
+
+def find(text: str, say: Callable[[str], None]) -> Source:
+    """A model of the hub, downloaded if need be, or at a path. Raises LlmpyError for anything else."""
     if text in hub.NAMES:
-        return _fitted(open_model(hub.download(text, say)), say)
+        return open_model(hub.download(text, say))
     path = Path(text)
     try:
         there = path.exists()
@@ -42,7 +44,7 @@ def resolve(text: str, say: Callable[[str], None]) -> Source:
         near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
         hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
         raise LlmpyError(f"no model {text}", hint)
-    return _fitted(open_model(path), say)
+    return open_model(path)
 
 
 def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
@@ -51,6 +53,12 @@ def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer,
         return Tokenizer.load(source.tokenizer), f"the model's ({source.tokenizer})"
     if source.config.vocab_size == GPT2_VOCAB:
         return Tokenizer.gpt2(say), "GPT-2's"
+    others, V = source.path.with_name(TOKENIZER_FILE), source.config.vocab_size
+    if source.path.is_file() and others.is_file():
+        raise LlmpyError(
+            f"{others} is another model's: it has {Tokenizer.load(others).vocab_size:,} tokens, {source.path} {V:,}",
+            f"put the model's own tokenizer.json beside it as {tokenizer_named(source.path).name}",
+        )
     raise LlmpyError(
         f"{source.path} came without a tokenizer, which text needs", "put its tokenizer.json beside the model"
     )

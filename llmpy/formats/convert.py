@@ -11,10 +11,9 @@ from ..durable import made
 from ..errors import LlmpyError
 from ..options import MODEL_FORMATS, ConvertOptions, TrainOptions
 from ..ranks import LLMC_FILE, write_llmc
-from ..runfolder import TOKENIZER_FILE
 from ..tokenizer import Tokenizer
-from . import gguf, huggingface, llmc, llmc_state, native, open_model
-from .source import Source
+from . import find, gguf, huggingface, llmc, llmc_state, native
+from .source import Source, tokenizer_named
 
 # What each format can hold; the first is taken where the source's own is not among them.
 DTYPES = {
@@ -41,7 +40,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
     elif to == "llmc-run":
         source, state, told = llmc_state.of_run(options.source)
     else:
-        source = open_model(options.source)
+        source = find(str(options.source), say)
     say(f"read  {source.describe()}")
     dtype = write(source, target, to, options.dtype, state)
     files = sorted(p for p in target.iterdir() if p.is_file()) if folder else [target]
@@ -81,6 +80,10 @@ def write(source: Source, target: Path, to: str, dtype: str | None = None, state
         raise LlmpyError(f"--dtype {dtype} with --to {to}", f"use {' or '.join(DTYPES[to])}")
     if to == "llmc-run" and state is None:
         raise LlmpyError("a model alone is no run of llm.c: moments and place in the data are missing", "use --to llmc")
+    named = tokenizer_named(target)
+    ours = source.tokenizer and named.exists() and _same(named, Tokenizer.load(source.tokenizer))
+    if _is_single(target, to) and named.exists() and not ours:
+        raise LlmpyError(f"{named} is another model's tokenizer", "choose a new name, or remove it")
     with made(target if _is_folder(target, to) else target.parent):
         if state is None:
             _write(source, target, to, dtype)
@@ -101,34 +104,44 @@ def _write(source: Source, target: Path, to: str, dtype: str) -> None:
 
 
 def put_tokenizer(source: Source, target: Path, to: str, say: Callable[[str], None]) -> None:
-    """Put the tokenizer beside a format that cannot hold it, unless another lies there, and say what became of it."""
+    """Put the tokenizer beside a format that cannot hold it, and say what became of it.
+
+    Each file has its own, by its name; llm.c's programs look for one table in a folder, which is left if it is there.
+    """
     if source.tokenizer is None:
         if not to.startswith("llmc"):
             say("no tokenizer came with the model: put its tokenizer.json beside it")
         return
-    if not (to.startswith("llmc") or (to == "native" and target.suffix == ".safetensors")):
-        return  # it is in it
-    beside = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
-    if to == "native":
-        beside = target.with_name(TOKENIZER_FILE)
     tokenizer = Tokenizer.load(source.tokenizer)
-    if beside.exists():
-        try:
-            same = Tokenizer.load(beside).same_tokens(tokenizer)
-        except LlmpyError:
-            same = False
-        say(
-            f"its tokenizer is already beside it: {beside}"
-            if same
-            else f"its tokenizer stays behind, for {beside} is another: text needs {source.tokenizer}"
-        )
+    if _is_single(target, to):
+        tokenizer.save(tokenizer_named(target))
+        say(f"its tokenizer is beside it: {tokenizer_named(target)}")
+    if not to.startswith("llmc"):
+        return
+    table = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
+    if table.exists():
+        if not _same(table, tokenizer):
+            say(f"note: {table}, which llm.c's programs read, is another model's")
         return
     try:
-        tokenizer.save(beside) if to == "native" else write_llmc(beside, tokenizer.ranks())
+        write_llmc(table, tokenizer.ranks())
     except LlmpyError as fault:
-        say(f"its tokenizer stays behind ({fault}): text needs {source.tokenizer}")
+        say(f"no {table} for llm.c's programs: {fault}")
         return
-    say(f"its tokenizer is beside it: {beside}")
+    say(f"its tokenizer for llm.c's programs: {table}")
+
+
+def _is_single(target: Path, to: str) -> bool:
+    """Whether the model becomes a file that holds no tokenizer."""
+    return to in ("llmc", "native") and not _is_folder(target, to)
+
+
+def _same(path: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a file is that tokenizer."""
+    try:
+        return Tokenizer.load(path).same_tokens(tokenizer)
+    except LlmpyError:
+        return False
 
 
 def _how_to_go_on(target: Path, told: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -121,7 +121,7 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     if not found:
         raise LlmpyError(f"{run} has no checkpoint, only a model", "convert that alone: --to llmc")
     manifest = checkpoint.verify(found[0])
-    source = replace(native.read_model(found[0] / checkpoint.MODEL), tokenizer=native.tokenizer_in(run))
+    source = native.read_model(found[0] / checkpoint.MODEL)
     n = sum(math.prod(s) for s in shapes(source.config).values())
     m, v = np.empty((2, n), np.float32)
     checkpoint.load_moments(found[0], manifest, [([(0, n)], m, v)])

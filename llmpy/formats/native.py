@@ -9,9 +9,9 @@ import numpy as np
 from .. import checkpoint
 from ..arena import Arena
 from ..errors import LlmpyError
-from ..runfolder import BEST_FILE, MODEL_FILE
-from .huggingface import TOKENIZER_FILE, copy_tokenizer
-from .source import Look, Source, cast, shapes, tokenizer_beside
+from ..runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE, TOKENIZER_FILE
+from .huggingface import copy_tokenizer
+from .source import Look, Source, cast, shapes, tokenizer_beside, tokenizer_named
 
 
 def read_model(path: Path) -> Source:
@@ -28,15 +28,16 @@ def read_model(path: Path) -> Source:
         checkpoint.load_parameters(path, params, look)
 
     what, length = "model of llmpy", header.trained_length
-    own = path.name in (MODEL_FILE, BEST_FILE)  # of a run folder
-    tokenizer = tokenizer_in(path.parent) if own else tokenizer_beside(path, header.config.vocab_size)
+    runs = _run_of(path) / TOKENIZER_FILE
+    ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_named(path).is_file()
+    tokenizer = runs if ours else tokenizer_beside(path, header.config.vocab_size)
     return Source(path, what, header.config, "float32", length, read, tokenizer, load)
 
 
-def tokenizer_in(folder: Path) -> Path | None:
-    """The tokenizer.json of a model that lies there, if it has one."""
-    path = folder / TOKENIZER_FILE
-    return path if path.is_file() else None
+def _run_of(path: Path) -> Path:
+    """The folder of the run that a model is of: its own, or two above that of a checkpoint."""
+    folder = path.absolute().parent
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else path.parent
 
 
 def write_model(path: Path, source: Source) -> None:

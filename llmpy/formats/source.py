@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from ..arena import Arena
-from ..config import ModelConfig
+from ..config import PAD_VOCAB_TO, ModelConfig
 from ..errors import LlmpyError
 from ..gpt2 import PARAMS
 from ..inputs import regular
@@ -70,11 +70,7 @@ class Source:
 
     def describe(self) -> str:
         """One line for the user."""
-        c = self.config
-        return (
-            f"{self.path}: {self.what}, {self.dtype}, {c.layers} layers, {c.heads} heads, {c.channels} channels, "
-            f"context {c.context}, vocabulary {c.vocab_size:,}"
-        )
+        return f"{self.path}: {self.what}, {self.dtype}, {self.config}"
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -112,23 +108,31 @@ def read_json(path: Path, at_most: int) -> Any:
     return found
 
 
-def tokenizer_beside(path: Path, V: int) -> Path | None:
-    """The tokenizer of a model that is one file among others: the tokenizer.json or llm.c's table that lies there.
+def tokenizer_named(path: Path) -> Path:
+    """Where the tokenizer of a model that is one file lies, others beside it or not: d3.tokenizer.json of d3.bin."""
+    return path.with_name(f"{path.name.removesuffix('.bin').removesuffix('.safetensors')}.{TOKENIZER_FILE}")
 
-    It is one of V tokens; or a tokenizer.json of fewer, for a vocabulary may be padded. One of more is another model's.
+
+def tokenizer_beside(path: Path, V: int) -> Path | None:
+    """The tokenizer of a model that is one file: that of its name, else the folder's tokenizer.json or llm.c's table.
+
+    The folder's may be another model's: it is one of V tokens; or a tokenizer.json of somewhat fewer, for a vocabulary
+    may be padded.
     """
-    named, table = path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    own, folders, table = tokenizer_named(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    if own.is_file():
+        return own
     try:
         fits = table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V
     except (OSError, IndexError):
         fits = False
-    have = V + 1
-    if named.is_file():
+    missing = -1
+    if folders.is_file():
         try:
-            have = Tokenizer.load(named).vocab_size
+            missing = V - Tokenizer.load(folders).vocab_size
         except LlmpyError:
-            have = V - 1  # whoever reads text with it will say what is wrong
-    return named if have == V or (have < V and not fits) else table if fits else None
+            missing = 1  # whoever reads text with it will say what is wrong
+    return folders if missing == 0 or (0 < missing < PAD_VOCAB_TO and not fits) else table if fits else None
 
 
 def unreadable(path: Path, fault: OSError) -> LlmpyError:
