@@ -263,7 +263,7 @@ def test_what_a_path_seems_to_be(tmp_path: Path) -> None:
         open_model(path)
     with pytest.raises(LlmpyError, match="holds no model"):
         open_model(tmp_path)
-    with pytest.raises(LlmpyError, match="no file or folder"):
+    with pytest.raises(LlmpyError, match="No such file or directory"):
         open_model(tmp_path / "nothing")
 
 

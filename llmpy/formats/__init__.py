@@ -92,9 +92,6 @@ def open_model(path: Path) -> Source:
             return _open_folder(path)
         with regular(path).open("rb") as file:
             start = file.read(9)
-    except FileNotFoundError:
-        near = did_you_mean(str(path), map(str, finished()))
-        raise LlmpyError(f"no file or folder {path}", near or "check the path") from None
     except OSError as fault:
         raise unreadable(path, fault) from fault
     magic = int.from_bytes(start[:4], "little")
