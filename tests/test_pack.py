@@ -311,13 +311,15 @@ def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
         for name in ("other", "out")
     )
     works = [Path(process.stdout.readline().strip()) for process in (living, killed)]
+    (tmp_path / ".begins.making").touch()  # of one that has not taken it yet
     killed.kill()
     killed.communicate()
     assert [work.is_dir() for work in works] == [True, True]
     make(said, raw, out=tmp_path / "out")
     assert [work.is_dir() for work in works] == [True, False]
     living.communicate("")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt", "other", "out"]  # and no locks
+    left = [".begins.making", "input.txt", "other", "out"]  # and no locks of those that worked
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 COMMAND = "import sys; from llmpy import cli; sys.exit(cli.main(sys.argv[1:]))"

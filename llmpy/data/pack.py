@@ -238,10 +238,11 @@ def _workplace(folder: Path) -> Iterator[Path]:
 
 def _remove_abandoned(parent: Path) -> None:
     for path in parent.glob(f".*{MAKING}"):
-        lock = Lock(path)
+        lock, work = Lock(path), path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # somebody else's
-            if lock.take():
-                shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+            # One who has no work yet is about to take the lock, and would be told to wait.
+            if work.exists() and lock.take():
+                shutil.rmtree(work, ignore_errors=True)
                 lock.drop()
 
 
