@@ -148,9 +148,9 @@ class GPT2:
         Raises LlmpyError for an id that is no token of the model.
         """
         self._check_range(ids, "ids", 0)
-        tokenizer, ops, reach = self.require_tokenizer(), cast(Machine, self._net.ops), self.trained_length
-        check_memory(self.config, ops, 1, min(reach, len(ids) + count), loaded=True)
-        ops.warm_up(_aside, decoding=True)
+        tokenizer, reach = self.require_tokenizer(), self.trained_length
+        check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
+        self.warm_up()
         generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
         text = TextStream(tokenizer.decode, stop)
         for _ in range(count):
@@ -161,6 +161,10 @@ class GPT2:
             if text.stopped:
                 break
         yield text.finish()
+
+    def warm_up(self) -> None:
+        """Compile or load the kernels of generation, which the first text does else."""
+        cast(Machine, self._net.ops).warm_up(_aside, decoding=True)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer, or GPT-2's. Raises LlmpyError if there is none, or if it has tokens that the model has not."""

@@ -96,6 +96,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     o = options
     model = GPT2.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
     tokenizer = model.require_tokenizer()
+    model.warm_up()  # now: Ctrl-C, which ends an answer, would break LLVM at work
     talk = Talk(tokenizer, model.trained_length, o.system)
     if not tuned(o.run, tokenizer):
         aside(

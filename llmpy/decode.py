@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,15 +45,30 @@ def PREFILL(c: ModelConfig, T: int) -> list[Tensor]:
     return [replace(t, shape=every, steps=ALWAYS) if t.name == "qkv" else t for t in ACTS(c, 1, T, training=False)]
 
 
-class _Rows:
-    """What a token of each of B texts is computed in. Texts only ever end, so there are few of these."""
+def ROWS(c: ModelConfig, B: int) -> list[Tensor]:
+    """What a token of each of B texts is computed in."""
+    return [*ACTS(c, B, 1, training=False), Tensor("logits", (B, c.padded_vocab_size))]
 
-    def __init__(self, c: ModelConfig, ops: Ops, B: int) -> None:
-        self.tokens = np.empty((B, 1), np.int32)
-        self.slots, self.positions = np.empty(B, np.int32), np.empty(B, np.int32)
-        self.acts = Arena(ACTS(c, B, 1, training=False), ops.empty, ops.dtype, ops.wide)
-        self.logits = ops.empty((B, c.padded_vocab_size), ops.dtype)
-        self.again: Callable[[], object] | None = None  # computes the logits from what is embedded; see `Ops.capture`
+
+def lender(table: list[Tensor], ops: Ops) -> Callable[[int, Any], Any]:
+    """Memory for a table, made now and lent to any smaller one of its kind: how an `Arena` gets its own."""
+    whole = Arena(table, ops.empty, ops.dtype, ops.wide)
+    kinds = [ops.dtype, ops.wide] if len(whole.buffers) > 1 else [ops.dtype]
+    rooms = dict(zip(kinds, whole.buffers, strict=True))
+    return lambda count, dtype: rooms[dtype][:count]
+
+
+class _Rows:
+    """The tokens of B texts and what comes of them; `again`, once captured, computes the logits of what is embedded."""
+
+    def __init__(self, acts: Arena, B: int) -> None:
+        self.acts = acts
+        self.tokens, self.slots, self.positions = (
+            np.empty((B, 1), np.int32),
+            np.empty(B, np.int32),
+            np.empty(B, np.int32),
+        )
+        self.again: Callable[[], object] | None = None
 
 
 class Decoder:
@@ -70,7 +86,6 @@ class Decoder:
         self.positions = np.zeros(B, np.int32)  # where the next token of each slot goes
         self._to_pack = pack
         self._layers = self._by_layer()
-        self._rooms: dict[Any, Any] = {}
         self._rows: dict[int, _Rows] = {}
 
     def pack(self) -> None:
@@ -100,7 +115,7 @@ class Decoder:
     def prefill(self, slot: int, text: Sequence[int]) -> np.ndarray:
         """Begin a slot anew with a text of 1 … S tokens; the logits (V,) of what follows it."""
         T, c, ops = len(text), self.model.config, self.ops
-        a = Arena(PREFILL(c, T), self._room, ops.dtype, ops.wide)
+        a = Arena(PREFILL(c, T), self._room_of_texts, ops.dtype, ops.wide)
         self.model.forward(np.array([text], np.int32), a)
         for l in range(c.layers):
             ops.cache_fill(self.cache[l, slot : slot + 1], a.qkv[l])
@@ -116,9 +131,11 @@ class Decoder:
         """
         if self._to_pack:
             self.pack()
-        if len(slots) not in self._rows:
-            self._rows[len(slots)] = _Rows(self.model.config, self.ops, len(slots))
-        rows, ops, w = self._rows[len(slots)], self.ops, self.model.weights
+        ops, w, B = self.ops, self.model.weights, len(slots)
+        if B not in self._rows:
+            acts = Arena(ROWS(self.model.config, B), self._room_of_tokens, ops.dtype, ops.wide)
+            self._rows[B] = _Rows(acts, B)
+        rows = self._rows[B]
         rows.slots[:], rows.tokens[:, 0] = slots, tokens
         rows.positions[:] = self.positions[rows.slots]
         resid = at(rows.acts.resid, 0)
@@ -129,7 +146,7 @@ class Decoder:
         else:
             rows.again()
         self.positions[rows.slots] += 1
-        return self._on_host(rows.logits)
+        return self._on_host(rows.acts.logits)
 
     def _forward(self, rows: _Rows) -> None:
         """As `GPT2.logits` once tokens are embedded, for a row of each text and with the cache as what came before."""
@@ -149,17 +166,16 @@ class Decoder:
             multiply(mlp_gelu, ln_2, *fc_p, pre_gelu=mlp_fc)
             multiply(branch, mlp_gelu, *mlp_proj_p)
         ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, resid_mid, branch, p.ln_f_w, p.ln_f_b)
-        multiply(rows.logits, a.ln_f, self.matrices.wte, None)
+        multiply(a.logits, a.ln_f, self.matrices.wte, None)
 
     def _on_host(self, logits: Any) -> np.ndarray:
         """(B, Vp) of the machine → (B, V), a new array of wide floats."""
         return np.asarray(self.ops.to_host(logits))[:, : self.model.config.vocab_size].astype(self.ops.wide)
 
-    def _room(self, count: int, dtype: Any) -> Any:
-        """Memory for activations of a prefill, the same one every time: made for the longest text."""
-        if dtype not in self._rooms:
-            ops = self.ops
-            whole = Arena(PREFILL(self.model.config, self.length), ops.empty, ops.dtype, ops.wide)
-            kinds = [ops.dtype, ops.wide] if len(whole.buffers) > 1 else [ops.dtype]
-            self._rooms = dict(zip(kinds, whole.buffers, strict=True))
-        return self._rooms[dtype][:count]
+    @cached_property
+    def _room_of_texts(self) -> Callable[[int, Any], Any]:
+        return lender(PREFILL(self.model.config, self.length), self.ops)
+
+    @cached_property
+    def _room_of_tokens(self) -> Callable[[int, Any], Any]:
+        return lender(ROWS(self.model.config, len(self.positions)), self.ops)

@@ -25,7 +25,7 @@ from . import backend
 from .arena import memory
 from .command import command
 from .config import ModelConfig
-from .decode import CACHE, PACKED, PREFILL, Decoder
+from .decode import CACHE, PACKED, PREFILL, ROWS, Decoder
 from .errors import LlmpyError, did_you_mean
 from .formats import hub, resolve, tokenizer_of
 from .formats.source import Source
@@ -336,7 +336,7 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
     """Raise LlmpyError if B texts of S positions need more memory than there is; a `loaded` model has its own."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
     parameters = sum((stored if t.decay else wide) * t.size for t in PARAMS(config))
-    tables = PACKED(config, ops), CACHE(config, B, S), PREFILL(config, S)
+    tables = PACKED(config, ops), CACHE(config, B, S), PREFILL(config, S), ROWS(config, B)
     needed = (0 if loaded else parameters) + sum(memory(table, stored, wide) for table in tables)
     available = psutil.virtual_memory().available
     if needed > available:

@@ -45,7 +45,7 @@ FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": Fine
 PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
 MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
-CACHES = 24 << 20  # floats that are written between calls: 96 MiB, for in a step most operands come from memory
+CACHES = 24 << 20  # floats that are read between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
 SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
 
@@ -161,7 +161,7 @@ def measure_copying() -> float:
     """Bytes/s at which one thread copies a bucket of gradients, as the one that carries messages does."""
     bucket, packed = np.ones(BUCKET, np.float32), np.ones(BUCKET, np.float32)
     found = []
-    for _ in range(REPEATS):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         packed[...] = bucket
         found.append(bucket.nbytes / (time.perf_counter() - start))

@@ -172,3 +172,37 @@ def test_a_slot_begun_anew_forgets() -> None:
     assert np.array_equal(decoder.prefill(0, [3, 4, 5]), first)
     want = model.logits(np.array([[3, 4, 5, 6]], np.int32))[0]
     np.testing.assert_allclose(decoder.decode([0], [6])[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_anew_reads_the_weights_as_they_are_then(machines: list[Any]) -> None:
+    for ops in machines:
+        model = model_on(ops)
+        decoder = Decoder(model, B=2, S=20)
+        texts = [[3, 4, 5, 6], [7, 8, 9, 10]]
+
+        def is_right(decoder: Decoder = decoder, model: GPT2 = model, texts: list[list[int]] = texts) -> bool:
+            for slot, text in enumerate(texts):
+                decoder.prefill(slot, text[:-1])
+            want = [model.logits(np.array([text], np.int32))[0] for text in texts]
+            return np.array_equal(decoder.decode([0, 1], [text[-1] for text in texts]), want)
+
+        assert is_right()
+        for buffer in model.params.buffers:
+            buffer *= 1.25
+        model.store_weights()
+        assert not is_right()
+        decoder.pack()
+        assert is_right()
+
+
+def test_texts_that_end_leave_no_memory_behind() -> None:
+    """Rows of fewer texts are lent what those of all had."""
+    model = model_on(Laptop())
+    decoder = Decoder(model, B=6, S=20)
+    for slot in range(6):
+        decoder.prefill(slot, [1, 2])
+    for B in range(6, 0, -1):
+        decoder.decode(range(B), [3] * B)
+    whole = decoder._rows[6].acts.buffers
+    for rows in decoder._rows.values():
+        assert all(np.shares_memory(a, b) for a, b in zip(whole, rows.acts.buffers, strict=True))

@@ -11,6 +11,10 @@ from test_ops import bits
 
 from llmpy.backend import load
 from llmpy.backend.cpu import graph, jit
+from llmpy.config import ModelConfig
+from llmpy.decode import Decoder
+from llmpy.gpt2 import GPT2
+from llmpy.init import initialise
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -90,10 +94,32 @@ def test_an_interrupted_capture_ends_the_noting(machines: list[Any]) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         machines[0].capture(interrupted)
-    with graph.recording() as calls:
-        pass
-    Work(machines[0]).run()
-    assert calls == []
+    assert jit.notes.calls is None
+
+
+def test_what_is_noted_is_not_noted_twice(machines: list[Any]) -> None:
+    work = Work(machines[0])
+    replay = machines[0].capture(work.run)
+    with pytest.raises(RuntimeError, match="being noted already"):
+        machines[0].capture(lambda: machines[0].capture(work.run))
+    with pytest.raises(RuntimeError, match="cannot be noted"):
+        machines[0].capture(replay)
+    replay()
+
+
+def test_decoding_compiles_nothing(machines: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `warm_up`: an answer may be interrupted, LLVM at work may not."""
+    model = GPT2(ModelConfig(layers=2, heads=2, channels=32, context=16, vocab_size=300), machines[1])
+    initialise(model.params, model.config)
+    model.store_weights()
+    machines[1].warm_up(lambda _: None, decoding=True)
+    monkeypatch.setattr(graph, "_compile_step", None)
+    for pack in (True, False):
+        decoder = Decoder(model, B=2, S=16, pack=pack)
+        for slot in range(2):
+            decoder.prefill(slot, [1, 2, 3])
+        assert np.isfinite(decoder.decode([0, 1], [4, 5])).all()
+        assert np.isfinite(decoder.decode([1], [6])).all()
 
 
 def test_a_graph_keeps_its_arrays(machines: list[Any]) -> None:

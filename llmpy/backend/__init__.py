@@ -47,7 +47,10 @@ class Ops(Protocol):
         """x := 0."""
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        """Run what calls operations, and return what makes the same calls again, on the same arrays."""
+        """Run what calls operations, and return what makes the same calls again, on the same arrays as they are then.
+
+        What `run` does besides is not done again. Only operations without a number among their results or arguments.
+        """
 
     def narrow(self, out: Array, x: Array) -> None:
         """out (dtype) := x (wide), rounded to nearest even; nothing to do where out is x."""

@@ -14,6 +14,7 @@ call becomes a line of words and the address of a small function that passes the
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,16 +27,19 @@ from .jit import I32, I64, Call, intrinsic, kernel, notes
 
 STEP = ir.FunctionType(I32, [I64.as_pointer()])  # what passes a line of words on: 0, or the kernel failed
 _steps: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by kernel and types: its address, and what keeps it in memory
+_numbers = itertools.count()  # of the names of STEPs, none given twice
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
-    """The kernels that this thread calls meanwhile."""
-    before, notes.calls = notes.calls, []
+    """The kernels that this thread calls meanwhile; not what it replays."""
+    if notes.calls is not None:
+        raise RuntimeError("calls are being noted already")
+    notes.calls = []
     try:
         yield notes.calls
     finally:
-        notes.calls = before
+        notes.calls = None
 
 
 def words_of(x: Any) -> list[int]:
@@ -48,15 +52,17 @@ def words_of(x: Any) -> list[int]:
 def step_of(compiled: Any, args: Sequence[Any]) -> int:
     """Address of the STEP that calls a kernel, compiled for arguments of these types: arrays and integers."""
     kinds = tuple(compiled.typeof_pyval(x) for x in args)
-    if (compiled, kinds) not in _steps:
-        compiled.compile(kinds)  # done before, unless the call was served by code for types that these convert to
-        code = compiled.overloads[kinds]
-        simple = all(isinstance(kind, types.Array | types.Integer) for kind in kinds)
-        if not simple or code.signature.return_type != types.none:
-            raise TypeError(f"{compiled.__name__} cannot be replayed: {code.signature}")
-        with global_compiler_lock:
-            _steps[compiled, kinds] = _compile_step(f"llmpy_step_{len(_steps)}", code)
-    return _steps[compiled, kinds][0]
+    if (compiled, kinds) in _steps:
+        return _steps[compiled, kinds][0]
+    with global_compiler_lock:
+        if (compiled, kinds) not in _steps:  # another thread may have been here first
+            compiled.compile(kinds)  # done before, unless the call was served by code for types that these convert to
+            code = compiled.overloads[kinds]
+            simple = all(isinstance(kind, types.Array | types.Integer) for kind in kinds)
+            if not simple or code.signature.return_type != types.none:
+                raise TypeError(f"{compiled.__name__} cannot be replayed: {code.signature}")
+            _steps[compiled, kinds] = _compile_step(f"llmpy_step_{next(_numbers)}", code)
+        return _steps[compiled, kinds][0]
 
 
 def _compile_step(name: str, code: Any) -> tuple[int, Any]:
@@ -109,4 +115,6 @@ class Graph:
 
     def __call__(self) -> None:
         """Make them."""
+        if notes.calls is not None:
+            raise RuntimeError("what is replayed cannot be noted")
         replay(self._steps, self._words)
