@@ -68,7 +68,7 @@ def _far(word: str, known: str) -> float:
     if least > 1 and known.startswith(word):
         return 0
     slips = len(word) // 3 if len(word) > 3 else 0
-    if abs(len(word) - len(known)) <= slips and (edits := _edits(word, known)) <= slips:
+    if abs(len(word) - len(known)) <= slips and (edits := _edits(word, known, slips)) <= slips:
         return edits
     letters = iter(known)
     short = least > 1 and word[0] == known[0] and all(letter in letters for letter in word)
@@ -76,8 +76,10 @@ def _far(word: str, known: str) -> float:
     return len(word) if short or ends or (least > 2 and word.startswith(known)) else math.inf
 
 
-def _edits(a: str, b: str) -> int:
-    """Letters to put in, leave out, change, or swap with the next one, so that `a` becomes `b`."""
+def _edits(a: str, b: str, most: int) -> int:
+    """Letters to put in, leave out, change, or swap with the next one, so that `a` becomes `b`; any number above
+    `most` for more than that.
+    """
     before, row = [0], [*range(len(b) + 1)]
     for i, x in enumerate(a):
         older, before, row = before, row, [i + 1]
@@ -85,7 +87,11 @@ def _edits(a: str, b: str) -> int:
             row.append(min(before[j] + (x != y), before[j + 1] + 1, row[j] + 1))
             if i and j and a[i - 1 : i + 1] == y + b[j - 1]:
                 row[-1] = min(row[-1], older[j - 1] + 1)
-    return row[-1]
+        if min(row) > most and min(before) > most:
+            break
+    else:
+        return row[-1]
+    return most + 1
 
 
 def count_of(n: int, one: str, many: str = "") -> str:

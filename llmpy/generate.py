@@ -357,7 +357,8 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
             raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
         if not there:
             others = f"there are: {', '.join(known[:5])}" if known else f"train one: {command('train')}"
-            raise LlmpyError(f"no run folder {run}", did_you_mean(str(run), [*hub.NAMES, *known]) or others)
+            near = did_you_mean(str(run), [*hub.NAMES, *known])
+            raise LlmpyError(f"no run folder {run}", f"{near} {others}".lstrip())
     source = resolve(str(run), _aside)
     return source, tokenizer_of(source, _aside)[0]
 

@@ -180,12 +180,13 @@ def problems(
         return found
     tokens, vocab_size = _seen(files, options)
     config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
-    least = (0 if options.overfit else options.batch_tokens + 1) + options.sequence_length + 1
+    least = options.batch_tokens + 1 + (0 if options.overfit else options.sequence_length + 1)
+    take = "takes" if options.overfit else "and a row to validate take"
     if tokens is not None and tokens < least:
         found.append(
             LlmpyError(
                 f"all data together have {tokens:,} tokens, a batch of -B {options.batch_size} "
-                f"-T {options.sequence_length} and a row to validate take {least:,}",
+                f"-T {options.sequence_length} {take} {least:,}",
                 "use a smaller -B or -T, or more text",
             )
         )

@@ -178,6 +178,8 @@ class Keeper:
     def _tried_with(self, fault: str) -> None:
         """Take note that an attempt succeeded (""), or what was in its way: that is said once, not at every attempt."""
         if not fault:
+            if self._warned:
+                self.journal.say(f"checkpoints are written again: that of step {self.last} is whole")
             self._pause, self._warned = 0, ""
             return
         self._pause = min(self.every, 2 * self._pause or max(1, self.every // RETRY))

@@ -18,7 +18,7 @@ from typing import Any, cast
 from . import __version__, backend, checkpoint, formats
 from .config import ModelConfig
 from .data.pack import is_dataset
-from .data.prepare import Dataset, prepare
+from .data.prepare import Dataset, prepare, text_for
 from .data.shards import fingerprint
 from .distributed.alone import Alone
 from .durable import write_whole
@@ -65,8 +65,9 @@ class Start:
             own = own_tokens(folder)
             return prepare(own or self.paths, folder, None if own else self.vocab_size, say, self.source)
 
-        batch = self.options.batch_size * self.options.ranks, self.options.sequence_length
-        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source, batch), made)
+        o = self.options
+        wanted = text_for(o.batch_size * o.ranks, o.sequence_length, o.overfit)
+        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source, wanted), made)
 
     def recognised(self, data: Dataset, folder: Path) -> Marks:
         """Fingerprints of the data. Raises LlmpyError if those of a run that goes on are others than before."""

@@ -550,14 +550,21 @@ def check_enough(data: Dataset, options: TrainOptions) -> None:
         for n, shard, part in zip(have, smallest, parts, strict=True)
     ]
     # Where lines end, this text may have given more than its share to validate, and a longer one may not.
-    times = max(needed[0] / max(1, have[0]), needed[1] / max(1, min(have[1], VALIDATION * sum(have))))
+    held = have[1] if o.overfit else min(have[1], VALIDATION * sum(have))
+    times = max(needed[0] / max(1, have[0]), needed[1] / max(1, held))
+    short = [shard.path for n, least, shard, part in zip(have, needed, smallest, parts, strict=True)
+             if n < least and len(part) > 1]  # fmt: skip
+    fix = f"leave {short[0]} out, or join it with another" if short else (
+        f"give about {math.ceil(10 * times) / 10:,} times as much text"
+    )  # fmt: skip
     t = min(T, have[1] - 1, (have[0] - 1) // o.ranks)
-    smaller = f", or use -B {min(o.batch_size, (have[0] - 1) // (t * o.ranks))} -T {t}" if t > 0 else ""
+    if t > 0 and o.total_batch is None:
+        fix += f", or use -B {min(o.batch_size, (have[0] - 1) // (t * o.ranks))} -T {t}"
     of_ranks = f" of each of {o.ranks} ranks" if o.ranks > 1 else ""
     raise LlmpyError(
         f"there are {told[0]} tokens to train on and {told[1]} to validate, and -B {o.batch_size} -T {T}{of_ranks} "
         f"takes {needed[0]:,} and {needed[1]:,} at least",
-        f"give about {math.ceil(10 * times) / 10:,} times as much text{smaller}",
+        fix,
     )
 
 

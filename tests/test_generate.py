@@ -206,6 +206,7 @@ def test_a_run_without_its_tokenizer(run: Path) -> None:
 def test_a_checkpoint_has_the_tokenizer_of_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = run / "checkpoints" / "step-00000004"
     step.mkdir(parents=True)
+    (run / "config.json").write_text("{}")  # what makes it a run
     (run / "model.safetensors").rename(step / "model.safetensors")
     for path in (step, step / "model.safetensors"):
         assert open_run(path)[1].same_tokens(Tokenizer.bytes())

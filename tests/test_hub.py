@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -82,6 +83,18 @@ def test_convert_takes_a_name_of_the_hub(server: type[Hub], tmp_path: Path) -> N
     found = open_model(tmp_path / "out" / "m.bin")
     assert same(found, in_memory(WORDS))
     assert found.tokenizer == tmp_path / "out" / "m.tokenizer.json"
+
+
+def test_convert_takes_what_the_user_has_by_that_name(
+    server: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(hub.download("gpt2", print), "gpt2")
+    server.asked.clear()
+    for i, name in enumerate(("gpt2", "./gpt2")):
+        assert cli.main(["convert", name, f"out/{i}.bin"]) == 0
+        assert same(open_model(Path(f"out/{i}.bin")), in_memory(WORDS))
+    assert server.asked == []
 
 
 def test_only_what_is_missing_is_downloaded(server: type[Hub]) -> None:

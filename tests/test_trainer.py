@@ -21,6 +21,7 @@ from laptop import CLOCKED, AtOnce, Laptop
 from safetensors.numpy import load_file
 
 from llmpy import checkpoint, preflight, snapshot, trainer
+from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
 from llmpy.durable import write_whole
 from llmpy.errors import Diverged, LlmpyError
@@ -322,6 +323,26 @@ def test_too_little_text_is_told_what_these_options_take(
     assert bool(smaller) == (lines == 30)
 
 
+@pytest.mark.parametrize(
+    ("told", "sizes", "said"),
+    [
+        ({"overfit": True}, (300, 100), "give about 5.2 times as much text, or use -B 1 -T 99"),
+        ({"total_batch": 2048}, (300, 100), "give about 3.3 times as much text$"),
+        ({}, (600, 40, 90), r"leave \S+/a/train1.bin out, or join it with another, or use "),
+    ],
+)
+def test_what_serves_where_there_is_too_little(
+    tmp_path: Path, told: dict[str, Any], sizes: tuple[int, ...], said: str
+) -> None:
+    files = [tmp_path / "a" / f"train{i}.bin" for i in range(len(sizes) - 1)] + [tmp_path / "a" / "val.bin"]
+    files[0].parent.mkdir()
+    for file, size in zip(files, sizes, strict=True):
+        write_shard(file, np.zeros(size, np.uint16))
+    data = prepare([tmp_path / "a"], tmp_path / "run", say=lambda _: None)
+    with pytest.raises(LlmpyError, match=said):
+        trainer.check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **told))
+
+
 def test_more_threads_than_cores_are_told_of(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -518,7 +539,11 @@ def test_a_checkpoint_that_fails_is_tried_again(
     monkeypatch.setattr(snapshot, "Thread", AtOnce)
     assert trainer.train(options(checkpoint_every=20, steps=102), Laptop()) == 0
     assert times == [20, 40, 42, 46, 54, 70, 80, 82, 100, 102]
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "written again" in line] == [
+        f"checkpoints are written again: that of step {step} is whole" for step in (70, 82)
+    ]
+    warnings = [line for line in lines if line.startswith("warning: ")]
     full_disk, broken = "No space left on device", "Input/output error"
     assert warnings == [
         f"warning: cannot write a checkpoint: {why}; that of step {kept} is kept; the run goes on, and will try again"

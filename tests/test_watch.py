@@ -206,6 +206,14 @@ def test_smoothing_is_its_formula() -> None:
     assert [width_of(n) for n in (0, 60, 150, 1000, 2500, 1e6)] == [1, 1, 2, 10, 50, 10_000]
 
 
+def test_smoothing_stays_among_the_points() -> None:
+    for n, where in ((60, -3), (150, -2), (90, 20), (60, 2)):
+        values = 1 + 0.1 * np.sin(np.arange(n))
+        values[where] = 100
+        drawn = smoothed(np.stack([np.arange(n, dtype=float), values]), 5)
+        assert drawn.min() >= values.min() * (1 - 1e-12) and drawn.max() <= 100
+
+
 @pytest.mark.parametrize("value", [0.1, -7.0, 1e-30, 1e30])
 def test_what_is_constant_stays_exactly(value: float, tmp_path: Path) -> None:
     steps = np.cumsum(np.random.default_rng(3).integers(1, 9, 500)).astype(float)

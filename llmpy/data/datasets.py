@@ -128,6 +128,8 @@ def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
                 name = Path(member.name).name
                 if not (member.isfile() and STORIES_FILE.fullmatch(name)):
                     continue
+                if name in waiting or name < _numbered(number):
+                    raise LlmpyError(f"{path} holds {name} twice", "download it again")
                 if member.size > STORIES_AT_MOST:
                     raise LlmpyError(f"{path}: {name} has {member.size:,} bytes", "download it again")
                 content = archive.extractfile(member)

@@ -168,11 +168,17 @@ def _folder(name: str | None, options: DataOptions, request: dict[str, Any]) -> 
 
 def _found(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a folder that holds what is asked for."""
+    there = _record(folder)
+    return there if there and all(there.get(key) == value for key, value in request.items()) else None
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """What dataset.json says of a folder of ours."""
     try:
-        there: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        return there if all(there[key] == value for key, value in request.items()) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        there = json.loads((folder / RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
+    return there if isinstance(there, dict) and "files" in there else None
 
 
 def _check_empty(folder: Path) -> None:
@@ -180,7 +186,8 @@ def _check_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
-    if (folder / RECORD).is_file():
+    there = _record(folder)
+    if there and there.get("data") != ["hellaswag"]:
         use = f"train on them: {command('train', '--data', folder)}; for others choose another with --out, or remove it"
         raise LlmpyError(f"{folder} has tokens already", use)
     raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")

@@ -52,7 +52,7 @@ def prepare(
     vocab_size: int | None = None,
     say: Callable[[str], None] = print,
     start: Source | None = None,
-    batch: tuple[int, int] | None = None,
+    wanted: str = "",
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
@@ -60,7 +60,7 @@ def prepare(
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when all else is done.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
     `start` is the model that training starts from, if there is one: text is encoded with its tokenizer.
-    `batch`: rows and tokens of a row of the batches to come, so that too little text is told what they take.
+    `wanted`: how much text there should be, for those who give too little.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     description: list[str] = []
@@ -88,13 +88,14 @@ def prepare(
     if found:
         _refuse_mixture(found, [f for f in files if f not in found], tell)
         return _from_shards([f.path for f in found], vocab_size, start, description, tell)
-    documents = read_files(files, tell, wanted(*batch) if batch else "")
-    return _from_text(*split(documents), folder, vocab_size, start, description, tell)
+    return _from_text(*split(read_files(files, tell, wanted)), folder, vocab_size, start, description, tell)
 
 
-def wanted(B: int, T: int) -> str:
-    """About how much text fills a batch to train on, and a row of the part that is held out."""
-    characters = CHARACTERS_OF_A_TOKEN * max((B * T + 1) / (1 - VALIDATION), (T + 1) / VALIDATION)
+def text_for(B: int, T: int, overfit: bool) -> str:
+    """About how much text fills a batch to train on, and a row of the part that is held out, or a batch of that."""
+    batch, row = B * T + 1, T + 1
+    tokens = batch / VALIDATION if overfit else max(batch / (1 - VALIDATION), row / VALIDATION)
+    characters = CHARACTERS_OF_A_TOKEN * tokens
     return f"about {max(LEAST_CHARACTERS, math.ceil(characters / 100) * 100):,} with -B {B} -T {T}"
 
 

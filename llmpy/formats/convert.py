@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..errors import LlmpyError
 from ..options import MODEL_FORMATS, ConvertOptions, TrainOptions
 from ..ranks import LLMC_FILE, write_llmc
 from ..tokenizer import Tokenizer
-from . import find, gguf, huggingface, llmc, llmc_state, native
+from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
 from .source import Source, tokenizer_named
 
 # What each format can hold; the first is taken where the source's own is not among them.
@@ -40,7 +41,8 @@ def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
     elif to == "llmc-run":
         source, state, told = llmc_state.of_run(options.source)
     else:
-        source = find(str(options.source), say)
+        here = os.path.exists(options.source)  # what the user has comes before what the hub has by that name
+        source = open_model(options.source) if here else find(str(options.source), say)
     say(f"read  {source.describe()}")
     dtype = write(source, target, to, options.dtype, state)
     files = sorted(p for p in target.iterdir() if p.is_file()) if folder else [target]

@@ -9,7 +9,7 @@ import numpy as np
 from .. import checkpoint
 from ..arena import Arena
 from ..errors import LlmpyError
-from ..runfolder import BEST_FILE, CHECKPOINTS, MODEL_FILE, TOKENIZER_FILE
+from ..runfolder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from .huggingface import copy_tokenizer
 from .source import Look, Source, cast, shapes, tokenizer_beside, tokenizer_named
 
@@ -37,7 +37,8 @@ def read_model(path: Path) -> Source:
 def _run_of(path: Path) -> Path:
     """The folder of the run that a model is of: its own, or two above that of a checkpoint."""
     folder = path.absolute().parent
-    return folder.parent.parent if folder.parent.name == CHECKPOINTS else path.parent
+    run = folder.parent.parent
+    return run if folder.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file() else path.parent
 
 
 def write_model(path: Path, source: Source) -> None:

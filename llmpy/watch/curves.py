@@ -9,7 +9,7 @@ thinned    more points than fit become buckets of 2^k steps that begin at multip
            that are full are kept, so that a line more costs the last bucket and not the million lines before it.
 smoothed   the a of the line a + b·dᵢ, dᵢ = (sᵢ − s)/τ, for which Σ exp(−|dᵢ|)·(yᵢ − a − b·dᵢ)² + ε·b² over all points
            sᵢ, yᵢ is least: it does not lag behind a fall, gaps count, and where it begins and ends, where a mean would
-           know one side alone and begin too low, it is as high as the points
+           know one side alone and begin too low, it is as high as the points; never higher or lower than all of them
 clocks     tokens and seconds up to each step, the sums of what its lines tell of the steps themselves: `ms`, and
            `ms`·`tokens_per_s`. --resume cuts the lines back, so that sums go on over restarts; evaluations, samples
            and pauses have no `ms` and take no time. A line stands for all steps since the one before it.
@@ -117,7 +117,8 @@ def smoothed(points: np.ndarray, over: float) -> np.ndarray:
     after = _faded(np.append(apart[1:], 0.0)[::-1], values[::-1])[:, ::-1]
     w, y = before[0] + after[0] - 1, before[3] + after[3] - values  # Σ wᵢ, Σ wᵢ·yᵢ
     wd, wdd, wdy = after[1] - before[1], before[2] + after[2] + LEVEL, after[4] - before[4]
-    return usual + (wdd * y - wd * wdy) / (wdd * w - wd * wd)
+    line = (wdd * y - wd * wdy) / (wdd * w - wd * wd)
+    return usual + np.clip(line, values.min(), values.max())  # an outlier tilts it
 
 
 def _faded(apart: np.ndarray, values: np.ndarray) -> np.ndarray:
