@@ -160,7 +160,7 @@ class TrainOptions:
     sample_every: int = option(0, "steps between samples, 0: only at the end", "-s")
     sample_tokens: int = option(128, "tokens of a sample", "-g")
     prompt: str | None = option(
-        None, f"what samples continue (default: the start of a text; {BUILTIN_PROMPT!r} without --data)"
+        None, f"what samples continue (default: the start of a text, or a question; {BUILTIN_PROMPT!r} without --data)"
     )
     vocab_size: int | None = option(None, "tokens of the vocabulary to train (default: by the text's size)")
     checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")

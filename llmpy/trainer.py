@@ -32,7 +32,7 @@ from .config import ModelConfig
 from .data.hellaswag import read_examples
 from .data.loader import Loader
 from .data.prepare import VALIDATION, Dataset
-from .data.records import holds_answers
+from .data.records import holds_answers, question
 from .distributed.alone import Alone
 from .durable import sync_folder
 from .errors import Diverged, LlmpyError, count_of
@@ -80,7 +80,9 @@ class Feed:
         self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
         self.opening = options.prompt or ""
         if data.tokenizer is not None:
-            self.prompt = encode_prompt(data.tokenizer, self.opening)
+            asked = question(data.val, data.tokenizer, T // 2) if not self.opening else []
+            self.prompt = asked or encode_prompt(data.tokenizer, self.opening)
+            self.opening = data.tokenizer.decode([i for i in asked if i != data.tokenizer.eot]) or self.opening
         elif self.opening:
             raise LlmpyError(
                 "--prompt needs a tokenizer, and the token shards came without one",

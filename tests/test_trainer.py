@@ -343,6 +343,24 @@ def test_what_serves_where_there_is_too_little(
         trainer.check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **told))
 
 
+def test_what_learns_to_answer_is_asked(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its samples begin with a question that was held out; where nobody answers there is nothing to learn."""
+    file = tmp_path / "talk.jsonl"
+
+    def write(role: str) -> None:
+        turns = [[("user", f"How much is {i} + 1?"), (role, f"It is {i + 1}.")] for i in range(200)]
+        told = [[{"role": role, "content": content} for role, content in talk] for talk in turns]
+        file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in told))
+
+    write("assistant")
+    assert trainer.train(options(data=(file,), steps=1, sample_every=1, sequence_length=64), Laptop()) == 0
+    assert re.search(r"--- sample at step 1\nuser: How much is \d+ \+ 1\?\n\nassistant: ", capsys.readouterr().out)
+    write("user")
+    with pytest.raises(LlmpyError, match="no message of the assistant, no completion — give records with"):
+        trainer.train(options(data=(file,), out=tmp_path / "again"), Laptop())
+    assert not (tmp_path / "again").exists()
+
+
 def test_more_threads_than_cores_are_told_of(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

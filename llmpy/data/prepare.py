@@ -145,6 +145,12 @@ def _from_text(
         whose = "byte-level BPE trained on this text"
     else:
         tokenizer, whose = tokenizer_of(start, tell)
+    if all(document.counted == () for document in train):
+        raise LlmpyError(
+            f"{count_of(len(train), 'document')} to train on, and nothing in them that counts: no message of the "
+            "assistant, no completion",
+            'give records with {"role": "assistant", "content": …} among their messages',
+        )
     tokens = {"train": tokenise(tokenizer, train), "val": tokenise(tokenizer, val)}
     ids = tokens["train"].ids
     tell(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {characters / ids.size:.2f} characters per token")

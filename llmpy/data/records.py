@@ -186,6 +186,19 @@ def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
     return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in places)
 
 
+def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[int]:
+    """What stands before the first answer of shards in which answers alone count: at most so many tokens, from the end
+    of another document on; of other shards nothing.
+    """
+    for shard in shards:
+        for place in begins(shard):
+            before: list[int] = shard.tokens[max(0, place - most) : place].tolist()
+            while tokenizer.eot in before[1:]:
+                before = before[before.index(tokenizer.eot, 1) :]
+            return before
+    return []
+
+
 def begins(shard: Shard) -> Iterator[int]:
     """Where tokens begin to count, after others that do not."""
     if shard.counted is not None:

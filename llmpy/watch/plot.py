@@ -49,8 +49,10 @@ def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
     if options.out is not None and options.out.suffix.lower() == ".html" and not options.terminal:
         shown = (*TITLES, "val_loss")  # a page shows all there is
     if not any(len(run.metrics.curves.curves[name]) for run in found.values() for name in shown):
+        measured = " (train --hellaswag FILE measures that)" if "hellaswag" in wanted else ""
         raise LlmpyError(
-            f"no {' or '.join(wanted)} in {', '.join(found)} yet", "wait for the first step, or choose other --curves"
+            f"no {' or '.join(wanted)} in {', '.join(found)} yet",
+            f"wait for the first step, or choose other --curves{measured}",
         )
     if options.x != "steps":
         for name, run in found.items():
