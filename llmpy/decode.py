@@ -63,11 +63,8 @@ class _Rows:
 
     def __init__(self, acts: Arena, B: int) -> None:
         self.acts = acts
-        self.tokens, self.slots, self.positions = (
-            np.empty((B, 1), np.int32),
-            np.empty(B, np.int32),
-            np.empty(B, np.int32),
-        )
+        self.tokens = np.empty((B, 1), np.int32)
+        self.slots, self.positions = np.empty((2, B), np.int32)
         self.again: Callable[[], object] | None = None
 
 

@@ -544,21 +544,19 @@ def check_enough(data: Dataset, options: TrainOptions) -> None:
     o, T = options, options.sequence_length
     parts = data.val if o.overfit else data.train, data.val
     smallest = [min(part, key=len) for part in parts]
-    have, needed = [len(shard) for shard in smallest], (o.batch_tokens + 1, T + 1)
-    if have[0] >= needed[0] and have[1] >= needed[1]:
+    have, needed = [len(shard) for shard in smallest], [o.batch_tokens + 1, T + 1]
+    lacking = [n < least for n, least in zip(have, needed, strict=True)]
+    if not any(lacking):
         return
-    told = [
-        f"{n:,}{f' in {shard.path}' if len(part) > 1 else ''}"
-        for n, shard, part in zip(have, smallest, parts, strict=True)
-    ]
+    several = [shard.path if len(part) > 1 else None for shard, part in zip(smallest, parts, strict=True)]
+    told = [f"{n:,}" + (f" in {path}" if path else "") for n, path in zip(have, several, strict=True)]
     # Where lines end, this text may have given more than its share to validate, and a longer one may not.
     held = have[1] if o.overfit else min(have[1], VALIDATION * sum(have))
     times = max(needed[0] / max(1, have[0]), needed[1] / max(1, held))
-    short = [shard.path for n, least, shard, part in zip(have, needed, smallest, parts, strict=True)
-             if n < least and len(part) > 1]  # fmt: skip
-    fix = f"leave {short[0]} out, or join it with another" if short else (
-        f"give about {math.ceil(10 * times) / 10:,} times as much text"
-    )  # fmt: skip
+    short = [path for path, lacks in zip(several, lacking, strict=True) if lacks and path]
+    fix = f"give about {math.ceil(10 * times) / 10:,} times as much text"
+    if short:
+        fix = f"leave {short[0]} out, or join it with another"
     t = min(T, have[1] - 1, (have[0] - 1) // o.ranks)
     if t > 0 and o.total_batch is None:
         fix += f", or use -B {min(o.batch_size, (have[0] - 1) // (t * o.ranks))} -T {t}"
