@@ -19,7 +19,7 @@ test: $(PARQUET)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-isa: $(INSTALLED)
-	@$(BIN)/python -m pytest -m isa tests/test_isa.py $(ARGS)
+	@$(BIN)/python -m pytest -m isa tests/backend/test_isa.py $(ARGS)
 
 test-mpi: $(PARQUET)
 	@$(BIN)/python -m pytest -m mpi $(ARGS)

@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 from llmpy.bench import peak_memory
 from llmpy.data.shards import write_shard
-from llmpy.options import TrainOptions
-from llmpy.trainer import train
+from llmpy.options.options import TrainOptions
+from llmpy.train.trainer import train
 folder, model, B, T, dtype, steps = Path(sys.argv[1]), *sys.argv[2:]
 for name in ("train.bin", "val.bin"):
     write_shard(folder / name, np.random.default_rng(0).integers(0, 50_257, 20_000).astype(np.uint16))
@@ -54,7 +54,7 @@ def output(*arguments: str) -> str:
 def check(model: str, B: str, T: str, dtype: str) -> tuple[float, float, float, float]:
     """Predicted and measured memory in bytes, predicted and measured ms of a step."""
     words = ["--model", model, "-B", B, "-T", T, "--dtype", dtype, "--checkpoint-every", "0", "--json"]
-    plan = json.loads(output("-m", "llmpy.cli", "plan", *words))
+    plan = json.loads(output("-m", "llmpy", "plan", *words))
     with tempfile.TemporaryDirectory(prefix="llmpy-plan-") as folder:
         peak = int(output("-c", TRAIN, folder, model, B, T, dtype, str(STEPS)).splitlines()[-1])
         lines = Path(folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()

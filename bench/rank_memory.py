@@ -14,13 +14,13 @@ import psutil
 from mpi4py import MPI
 
 from llmpy import backend
-from llmpy.config import ModelConfig
-from llmpy.distributed.alone import Alone
 from llmpy.distributed.world import World
 from llmpy.distributed.zero import Zero
-from llmpy.gpt2 import GPT2
-from llmpy.init import initialise
-from llmpy.options import TrainOptions
+from llmpy.model.config import ModelConfig
+from llmpy.model.gpt2 import GPT2
+from llmpy.model.initialise import initialise
+from llmpy.options.options import TrainOptions
+from llmpy.train.single_process import Alone
 
 PRESENT = np.uint64(1 << 63)  # a page's word in /proc/self/pagemap: whether it is in memory
 

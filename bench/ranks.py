@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from llmpy.config import GPT2_VOCAB
 from llmpy.data.shards import write_shard
 from llmpy.distributed import launch
+from llmpy.model.config import GPT2_VOCAB
 
 LINE = Path(__file__).with_name("line.py")
 
@@ -42,7 +42,7 @@ def measure(folder: Path, ranks: int, threads: int, told: argparse.Namespace) ->
     """Medians over the steps of a run: ms, tokens_per_s, comm_ms, exposed_ms."""
     run = folder / f"{ranks}x{threads}"
     command = words(
-        sys.executable, "-m", "llmpy.cli", "train", "--data", folder / "train.bin", folder / "val.bin", *shape(told),
+        sys.executable, "-m", "llmpy", "train", "--data", folder / "train.bin", folder / "val.bin", *shape(told),
         "--steps", told.steps + 1, "--threads", threads, "--ranks", ranks, "--eval-every", 0, "--eval-batches", 1,
         "--sample-tokens", 1, "--checkpoint-every", 0, "--out", run,
     )  # fmt: skip
@@ -63,7 +63,7 @@ def planned(ranks: int, threads: int, told: argparse.Namespace) -> dict[str, flo
         line = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **environment})
         network = [word for name, value in json.loads(line.stdout).items() for word in (f"--{name}", f"{value:.3f}")]
     command = words(
-        sys.executable, "-m", "llmpy.cli", "plan", *shape(told), "--threads", threads, "--nodes", ranks, *network,
+        sys.executable, "-m", "llmpy", "plan", *shape(told), "--threads", threads, "--nodes", ranks, *network,
         "--checkpoint-every", 0, "--json",
     )  # fmt: skip
     plans = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(ranks)]

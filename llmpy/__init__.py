@@ -15,13 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import GPT2, Trainer
-    from .config import ModelConfig
+    from .data.tokenizer import Tokenizer
     from .errors import LlmpyError
-    from .tokenizer import Tokenizer
+    from .model.config import ModelConfig
 
 __version__ = "0.1.0"
 __all__ = ["GPT2", "LlmpyError", "ModelConfig", "Tokenizer", "Trainer", "__version__"]
-_WHERE = {"GPT2": "api", "Trainer": "api", "ModelConfig": "config", "LlmpyError": "errors", "Tokenizer": "tokenizer"}
+_WHERE = {
+    "GPT2": "api",
+    "Trainer": "api",
+    "ModelConfig": "model.config",
+    "LlmpyError": "errors",
+    "Tokenizer": "data.tokenizer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from .errors import LlmpyError, Stopped
-from .runfolder import HELD, InUse, RunFolder
+from .run.folder import HELD, InUse, RunFolder
 
 TYPE_CHECKING = False  # `typing` takes as long to import as all else here
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main() -> int:
             heed(leave)
             for number in come:
                 leave(number, None)
-        from .cli import main as run
+        from .cli.main import main as run
 
         return run(words)
     except InUse as fault:

@@ -19,22 +19,24 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import backend, checkpoint, formats, gpt2
-from .command import command
-from .config import GPT2_VOCAB, ModelConfig
+from . import backend, formats
 from .data.prepare import VALIDATION
 from .data.shards import form_for, open_shard, write_shard
+from .data.tokenizer import Tokenizer
 from .errors import LlmpyError, did_you_mean
 from .formats import convert
 from .formats.source import Source
-from .generate import Choice, Generation, TextStream, check_memory, choice_of, encode_prompt
-from .init import initialise
-from .options import SampleOptions, TrainOptions, converted
-from .preflight import Machine, crowded
+from .generate.generation import Choice, Generation, TextStream, check_memory, choice_of, encode_prompt
+from .model import gpt2
+from .model.config import GPT2_VOCAB, ModelConfig
+from .model.initialise import initialise
+from .options.options import SampleOptions, TrainOptions, converted
 from .rng import Xorshift64Star
-from .runfolder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder
-from .tokenizer import Tokenizer
-from .trainer import train
+from .run import checkpoint
+from .run.folder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder
+from .system.command import command
+from .train.preflight import Machine, crowded
+from .train.trainer import train
 
 IGNORED = -1  # a target that does not count
 CHOICES = {"stop", "seed", *(f.name for f in fields(Choice))}  # of what `llmpy sample` can be told

@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from laptop import TINY, Laptop
-from samples import WRITERS, in_memory, with_tokenizer
+from support.laptop import TINY, Laptop
+from support.samples import WRITERS, in_memory, with_tokenizer
 
 import llmpy
-from llmpy import GPT2, LlmpyError, Tokenizer, Trainer, checkpoint
-from llmpy.config import ModelConfig
+from llmpy import GPT2, LlmpyError, Tokenizer, Trainer
 from llmpy.data.shards import write_shard
 from llmpy.formats import open_model
-from llmpy.generate import Choice
-from llmpy.options import TrainOptions
-from llmpy.trainer import train
+from llmpy.generate.generation import Choice
+from llmpy.model.config import ModelConfig
+from llmpy.options.options import TrainOptions
+from llmpy.run import checkpoint
+from llmpy.train.trainer import train
 
 ROWS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from llmpy import golden
 from llmpy.errors import LlmpyError
 from llmpy.rng import CHUNK, MT19937, Xorshift64Star
+from llmpy.tools import golden
 
 
 def test_raw_stream():

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from ..config import ModelConfig
+from ..model.config import ModelConfig
 from . import peak_memory
 
 

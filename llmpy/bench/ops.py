@@ -9,7 +9,7 @@ as the stream itself is counted (`peak.py`). Calls are repeated on the same arra
 into a cache come from it, as they often do in a step: such operations may exceed 100 %.
 FLOPs are those of the equations; what backward recomputes is not counted.
 
-Names and fields are those of tests/cases.py. Peaks are measured before each operation and after the last, and
+Names and fields are those of tests/support/cases.py. Peaks are measured before each operation and after the last, and
 represented by their medians; where they differ much, what was measured holds for no one of them, and that is told.
 """
 
@@ -25,8 +25,8 @@ import numpy as np
 
 from .. import backend
 from ..errors import LlmpyError, did_you_mean
-from ..options import OpsOptions
-from ..preflight import Machine
+from ..options.options import OpsOptions
+from ..train.preflight import Machine
 from . import columns
 
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them

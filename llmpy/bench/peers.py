@@ -36,11 +36,12 @@ from typing import Any
 import psutil
 
 from .. import __version__
-from ..config import ModelConfig
-from ..durable import write_whole
 from ..errors import LlmpyError
-from ..options import BenchOptions, PeersOptions, spelled
-from . import RUSAGE_UNIT, columns, high_water, plot
+from ..model.config import ModelConfig
+from ..options.options import BenchOptions, PeersOptions, spelled
+from ..system.durable import write_whole
+from . import RUSAGE_UNIT, columns, high_water
+from . import picture as plot
 from .step import WARM_STEPS
 
 STEP_LINE = re.compile(r"\s*step\s+\d+\b.*\(took\s+([0-9.eE+-]+)\s*ms\)")
@@ -180,7 +181,7 @@ def our_peers(options: PeersOptions, threads: int) -> list[Peer]:
     peers = []
     for dtype in SHORT:
         asked = BenchOptions(o.model, o.batch_size, o.sequence_length, o.steps, threads, dtype, json=True)
-        command = [sys.executable, "-m", "llmpy.cli", "bench", "step", *spelled(asked)]
+        command = [sys.executable, "-m", "llmpy", "bench", "step", *spelled(asked)]
         peers.append(Peer(f"{OURS} {SHORT[dtype]}", dtype, command, program=f"{OURS} {__version__}"))
     return peers
 

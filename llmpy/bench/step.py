@@ -24,13 +24,13 @@ import numpy as np
 import psutil
 
 from .. import backend
-from ..config import ModelConfig
 from ..errors import LlmpyError
-from ..gpt2 import GPT2
-from ..init import initialise
-from ..optimizer import AdamW
-from ..options import BenchOptions, spelled
-from ..preflight import Machine, memory_needed
+from ..model.config import ModelConfig
+from ..model.gpt2 import GPT2
+from ..model.initialise import initialise
+from ..options.options import BenchOptions, spelled
+from ..train.optimizer import AdamW
+from ..train.preflight import Machine, memory_needed
 from . import columns, peak_memory, process_age
 
 WARM_STEPS = 2  # the first touches every page for the first time
@@ -113,7 +113,7 @@ def in_a_cold_process(options: BenchOptions) -> dict[str, Any]:
     fault = ""
     with tempfile.TemporaryDirectory(prefix="llmpy-cold-") as folder, Path(folder, "answer").open("w+") as answer:
         process = subprocess.Popen(
-            [sys.executable, "-m", "llmpy.cli", "bench", "step", *asked],
+            [sys.executable, "-m", "llmpy", "bench", "step", *asked],
             env={**os.environ, "LLMPY_CACHE_DIR": folder},
             stdout=answer,
             stderr=subprocess.PIPE,

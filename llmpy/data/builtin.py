@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..command import command
 from ..errors import LlmpyError
+from ..system.command import command
 from .text import Document
 
 HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..cache import data_cache
-from ..download import fetch, hub
 from ..errors import LlmpyError
-from ..inputs import regular
+from ..system.cache import data_cache
+from ..system.download import fetch, hub
+from ..system.inputs import regular
 from .records import Document
 from .text import find_files, read_text, stream_files
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..tokenizer import Tokenizer
 from .records import Document
+from .tokenizer import Tokenizer
 
 BORDER = re.compile(r"(?<=\S)[ \n]")  # a word of GPT-2's pattern always begins here (not at \x1c!)
 BLANK = re.compile(r"(?<=\S) ")  # of other patterns: they let line ends belong to the sign before

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..durable import write_whole
 from ..errors import LlmpyError
-from ..inputs import regular
-from ..tokenizer import Tokenizer
+from ..system.durable import write_whole
+from ..system.inputs import regular
 from .records import json_lines
 from .shards import HEADER_BYTES
+from .tokenizer import Tokenizer
 
 MAGIC, VERSION = 20240522, 1
 DELIMITER, ENDINGS = 65535, 4

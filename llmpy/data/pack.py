@@ -23,20 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import data_cache
-from ..command import command
-from ..durable import made
 from ..errors import LlmpyError, did_you_mean
-from ..options import DATA_NAMES, DataOptions
-from ..ranks import LLMC_FILE, Ranks, write_llmc
-from ..runfolder import Lock
-from ..tokenizer import Tokenizer
+from ..options.options import DATA_NAMES, DataOptions
+from ..run.folder import Lock
+from ..system.cache import data_cache
+from ..system.command import command
+from ..system.durable import made
 from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
 from .encode import TOKENIZER_SEES, encode, pieces
 from .hellaswag import encode_examples, read_examples, write_examples
+from .rank_tables import LLMC_FILE, Ranks, write_llmc
 from .records import Document
 from .shards import FORMS, HEADER_BYTES, form_for, write_shard
 from .text import find_files, stream_files
+from .tokenizer import Tokenizer
 
 RECORD, MAKING = "dataset.json", ".making"
 HELD_OUT = 0.1  # of a user's own text

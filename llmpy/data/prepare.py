@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ..command import command
-from ..config import GPT2_VOCAB
 from ..errors import LlmpyError, count_of
 from ..formats import tokenizer_of
 from ..formats.source import Source
-from ..tokenizer import Tokenizer
+from ..model.config import GPT2_VOCAB
+from ..system.command import command
 from . import builtin, shards
 from .encode import TOKENIZER_SEES, pieces, tokenise
 from .pack import RECORD, find_dataset, is_dataset
 from .records import Document
 from .shards import Shard, form_for, is_shard, open_shard, write_shard
 from .text import LEAST_CHARACTERS, Found, find_files, read_files
+from .tokenizer import Tokenizer
 
 VALIDATION = 0.1  # share of the text that is held out
 CHARACTERS_PER_TOKEN = 300  # of training text for each token of the vocabulary: each is then seen ~100 times

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ..command import install
 from ..errors import LlmpyError
-from ..inputs import regular
-from ..tokenizer import Tokenizer
+from ..system.command import install
+from ..system.inputs import regular
 from .shards import CHUNK, Shard
+from .tokenizer import Tokenizer
 
 LINE_AT_MOST = 8 << 20  # bytes of a record
 SIGNS_FREELY = (

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import GPT2_VOCAB
-from ..durable import write_whole
 from ..errors import LlmpyError
+from ..model.config import GPT2_VOCAB
+from ..system.durable import write_whole
 
 HEADER_BYTES = 1024
 TOKENS_AT_MOST = 2**31 - 1  # what the header's int32 can say

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LlmpyError, asked, count_of, nearest
-from ..inputs import regular
-from ..options import DATA_NAMES
-from ..ranks import EOT
-from ..runfolder import CONFIG_FILE, LOCK, METRICS
+from ..options.options import DATA_NAMES
+from ..run.folder import CONFIG_FILE, LOCK, METRICS
+from ..system.inputs import regular
+from .rank_tables import EOT
 from .records import Document, NoRecords, kind_of, read_records
 
 LEAST_CHARACTERS = 1000

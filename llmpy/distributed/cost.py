@@ -24,8 +24,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..config import ModelConfig
-from ..gpt2 import PARAMS
+from ..model.config import ModelConfig
+from ..model.gpt2 import PARAMS
 from .zero import END, Bucket, buckets
 
 EFFICIENCY = 0.9  # of a line's rate that arrives as payload

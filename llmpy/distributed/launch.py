@@ -26,8 +26,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from ..command import install
 from ..errors import LlmpyError, Stopped
+from ..system.command import install
 
 PARENT = "LLMPY_LAUNCH"  # PID of who started the ranks, and the folder where they leave word for it
 # How many tasks there are, as launchers and schedulers tell it; the first that is set counts.

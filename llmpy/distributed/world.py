@@ -27,16 +27,16 @@ import numpy as np
 import psutil
 
 from .. import backend
-from ..command import command, install
 from ..errors import LlmpyError
-from ..gpt2 import GPT2
-from ..journal import Journal
-from ..options import TrainOptions
-from ..runfolder import RunFolder
+from ..model.gpt2 import GPT2
+from ..options.options import TrainOptions
+from ..run.folder import RunFolder
+from ..run.journal import Journal
+from ..system.command import command, install
+from ..train.single_process import Alone
 from . import launch
-from .alone import Alone
-from .shards import ShardedKeeper
-from .watch import Fault, Watch, end
+from .parts import ShardedKeeper
+from .watchdog import Fault, Watch, end
 from .zero import Zero
 
 T = TypeVar("T")

@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..arena import Tensor
-from ..gpt2 import GPT2
-from ..optimizer import EPSILON, AdamW
+from ..model.arena import Tensor
+from ..model.gpt2 import GPT2
+from ..train.optimizer import EPSILON, AdamW
 
 BUCKET = 8 << 20  # elements of a bucket: 32 MB of gradients, long against a network's latency, short against a step
 LINE = 16  # elements: parts begin on a cache line

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoint
-from ..command import command
-from ..config import GPT2_VOCAB
 from ..data.shards import OTHER_MAGICS
+from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, did_you_mean
-from ..inputs import regular
-from ..runfolder import METRICS, MODEL_FILE, TOKENIZER_FILE, finished
-from ..tokenizer import Tokenizer
+from ..model.config import GPT2_VOCAB
+from ..run import checkpoint
+from ..run.folder import METRICS, MODEL_FILE, TOKENIZER_FILE, finished
+from ..system.command import command
+from ..system.inputs import regular
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, tokenizer_named, unreadable
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..durable import made
+from ..data.rank_tables import LLMC_FILE, write_llmc
+from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..options import MODEL_FORMATS, ConvertOptions, TrainOptions
-from ..ranks import LLMC_FILE, write_llmc
-from ..tokenizer import Tokenizer
+from ..options.options import MODEL_FORMATS, ConvertOptions, TrainOptions
+from ..system.durable import made
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
 from .source import Source, tokenizer_named
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..command import install
-from ..durable import write_whole
+from ..data.rank_tables import LLAMA3
+from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..ranks import LLAMA3
-from ..tokenizer import Tokenizer
+from ..system.command import install
+from ..system.durable import write_whole
 from .source import DTYPES, Source, cast, shapes
 
 # ours → llama.cpp's; {} is the layer
@@ -86,7 +86,7 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
 
 
 def _table(source: Source) -> dict[str, Any]:
-    from ..gpt2 import PARAMS
+    from ..model.gpt2 import PARAMS
 
     return {t.name: t for t in PARAMS(source.config)}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cache import user_cache
-from ..download import fetch, hub
 from ..errors import LlmpyError
+from ..system.cache import user_cache
+from ..system.download import fetch, hub
 from .huggingface import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .. import __version__
-from ..checkpoint import opened
-from ..config import ModelConfig
-from ..durable import write_whole
+from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..runfolder import TOKENIZER_FILE
-from ..tokenizer import Tokenizer
+from ..model.config import ModelConfig
+from ..run.checkpoint import opened
+from ..run.folder import TOKENIZER_FILE
+from ..system.durable import write_whole
 from .llmc import padded
 from .source import DTYPES, Source, cast, damaged, read_json, shapes
 

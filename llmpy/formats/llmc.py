@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import ModelConfig
-from ..durable import write_whole
 from ..errors import LlmpyError
-from ..inputs import regular
+from ..model.config import ModelConfig
+from ..system.durable import write_whole
+from ..system.inputs import regular
 from .source import DTYPES, Source, cast, damaged, shapes, tokenizer_beside, unreadable
 
 MODEL, DEBUG = 20240326, 20240327  # magic numbers

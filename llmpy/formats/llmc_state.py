@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import checkpoint
-from ..config import ModelConfig
 from ..data.loader import Loader, Position
-from ..durable import write_whole
 from ..errors import LlmpyError
-from ..optimizer import AdamW
-from ..options import TrainOptions
+from ..model.config import ModelConfig
+from ..options.options import TrainOptions
 from ..rng import MTState, Xorshift64Star
-from ..runfolder import CHECKPOINTS, LLMC_DONE
-from ..snapshot import place_of
+from ..run import checkpoint
+from ..run.checkpoint_writer import place_of
+from ..run.folder import CHECKPOINTS, LLMC_DONE
+from ..system.durable import write_whole
+from ..train.optimizer import AdamW
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
 from .source import DTYPES, Source, damaged, shapes, unreadable

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import checkpoint
-from ..arena import Arena
 from ..errors import LlmpyError
-from ..runfolder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
+from ..model.arena import Arena
+from ..run import checkpoint
+from ..run.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from .huggingface import copy_tokenizer
 from .source import Look, Source, cast, shapes, tokenizer_beside, tokenizer_named
 

@@ -16,14 +16,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..arena import Arena
-from ..config import PAD_VOCAB_TO, ModelConfig
+from ..data.rank_tables import LLMC_FILE
+from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..gpt2 import PARAMS
-from ..inputs import regular
-from ..ranks import LLMC_FILE
-from ..runfolder import TOKENIZER_FILE
-from ..tokenizer import Tokenizer
+from ..model.arena import Arena
+from ..model.config import PAD_VOCAB_TO, ModelConfig
+from ..model.gpt2 import PARAMS
+from ..run.folder import TOKENIZER_FILE
+from ..system.inputs import regular
 
 DTYPES = {
     "float32": np.dtype("<f4"),

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..command import install
-from ..durable import write_whole
 from ..errors import LlmpyError
-from ..options import PlotOptions
-from ..terminal import coloured
+from ..options.options import PlotOptions
+from ..system.command import install
+from ..system.durable import write_whole
+from ..system.terminal import coloured
+from .letters import Line, chart, legend
 from .runs import Run, Runs, board
-from .terminal import Line, chart, legend
 
 PAGE_POINTS = 4000  # of a curve on a page that cannot ask for more
 TITLES = {

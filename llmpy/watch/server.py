@@ -25,7 +25,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import LlmpyError
-from ..options import WatchOptions
+from ..options.options import WatchOptions
 from .curves import CLOCKS, LARGEST_STEP
 from .runs import Runs, board
 

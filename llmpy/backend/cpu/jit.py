@@ -37,7 +37,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, codegen, extending
 
-from ...cache import user_cache
+from ...system.cache import user_cache
 from . import pool
 
 # Sums may be taken in vector order (the same one every time) and products fused into them; nothing is

@@ -1,0 +1,306 @@
+"""GPT-2: the tables of its tensors, forward, and the same list backwards.
+
+A layer, with residual stream r (B, T, C):
+
+    r_mid = r     + attn_proj(attention(attn_qkv(ln_1(r))))
+    r'    = r_mid + mlp_proj(GELU(mlp_fc(ln_2(r_mid))))
+
+and after the last one  loss = cross-entropy(ln_f(r) · wteᵀ): the head is the token embedding.
+Source: Radford et al. 2019; the numbers are those of llm.c and nanoGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..backend import Ops
+from ..errors import LlmpyError
+from .arena import Arena, Tensor
+from .config import ModelConfig
+
+# Activations that backward computes again instead of keeping, see ACTS. 1 costs half a percent of a step's time
+# (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
+RECOMPUTE = 1
+
+
+def PARAMS(c: ModelConfig) -> list[Tensor]:
+    """Every parameter. Matrices come first: weight decay then ends at one boundary (`matrix_elements`)."""
+    L, C, Vp = c.layers, c.channels, c.padded_vocab_size
+    std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
+
+    def matrix(name: str, shape: tuple[int, ...], std: float = std) -> Tensor:
+        return Tensor(name, shape, "normal", std, decay=True)
+
+    return [
+        matrix("wte", (Vp, C)),
+        matrix("wpe", (c.context, C)),
+        matrix("attn_qkv_w", (L, 3 * C, C)),
+        matrix("attn_proj_w", (L, C, C), std_resid),
+        matrix("mlp_fc_w", (L, 4 * C, C)),
+        matrix("mlp_proj_w", (L, C, 4 * C), std_resid),
+        Tensor("ln_1_w", (L, C), "ones"),
+        Tensor("ln_1_b", (L, C), "zeros"),
+        Tensor("attn_qkv_b", (L, 3 * C), "zeros"),
+        Tensor("attn_proj_b", (L, C), "zeros"),
+        Tensor("ln_2_w", (L, C), "ones"),
+        Tensor("ln_2_b", (L, C), "zeros"),
+        Tensor("mlp_fc_b", (L, 4 * C), "zeros"),
+        Tensor("mlp_proj_b", (L, C), "zeros"),
+        Tensor("ln_f_w", (C,), "ones"),
+        Tensor("ln_f_b", (C,), "zeros"),
+    ]
+
+
+# The steps of a batch, for tensors that live only in some: a layer forward, the end, a layer backward.
+QKV, ATTENTION, PROJECTION, FC, MLP_PROJECTION, FINAL_NORM, HEAD, MLP_BACKWARD, ATTENTION_BACKWARD = range(9)
+ALWAYS = frozenset[int]()
+
+
+def computed_again(c: ModelConfig, recomputed: int | None) -> range:
+    """The layers of which backward computes some activations again: the last `recomputed`, by default all.
+
+    Of fewer than all, the last one is spared: what it left is still there.
+    """
+    first = 0 if recomputed is None else max(0, c.layers - recomputed)
+    return range(first, c.layers - (first > 0))
+
+
+def ACTS(
+    c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, recomputed: int | None = None,
+    mixed: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Every activation, and in training what backward needs besides.
+
+    Training keeps those of all layers; evaluation has one place for each, which the layers use in turn. So has training
+    for what backward computes once more, see `computed_again`:
+
+    `recompute` 1: the GELU's output, a quarter of all activations;  2: also the LayerNorms' outputs.
+    """
+    C, NH, BT = c.channels, c.heads, B * T
+    L = c.layers if training else 1
+    again = len(computed_again(c, recomputed))
+    gelu, norm = (max(1, L - again) if recompute >= level else L for level in (1, 2))
+
+    def alive(*steps: int, level: int = 3) -> frozenset[int]:
+        """Where all layers use one place in turn, as they do for what is computed again from `level` on."""
+        return frozenset(steps) if not training or (recompute >= level and again == L) else ALWAYS
+
+    table = [
+        Tensor("resid", (L, BT, C), wide=True),  # what enters each layer; the first is the embedding
+        Tensor("resid_mid", (L, BT, C), wide=True),
+        Tensor("resid_out", (BT, C), wide=True, steps=frozenset({FINAL_NORM, HEAD})),  # what leaves the last layer
+        Tensor("ln_1", (norm, BT, C), steps=alive(QKV, ATTENTION_BACKWARD, level=2)),
+        Tensor("ln_1_mean", (L, BT), wide=True),
+        Tensor("ln_1_rstd", (L, BT), wide=True),
+        Tensor("qkv", (L, BT, 3 * C), steps=alive(QKV, ATTENTION)),
+        Tensor("attn_out", (L, BT, C), steps=alive(ATTENTION, PROJECTION)),
+        Tensor("attn_stats", (L, B, NH, T), wide=True),
+        Tensor("ln_2", (norm, BT, C), steps=alive(FC, MLP_BACKWARD, level=2)),
+        Tensor("ln_2_mean", (L, BT), wide=True),
+        Tensor("ln_2_rstd", (L, BT), wide=True),
+        Tensor("mlp_fc", (L, BT, 4 * C), steps=alive(FC)),
+        Tensor("mlp_gelu", (gelu, BT, 4 * C), steps=alive(FC, MLP_PROJECTION, MLP_BACKWARD, level=1)),
+        # output of the branch that joins the residual stream next
+        Tensor("branch", (BT, C), steps=frozenset(range(FINAL_NORM + 1))),
+        Tensor("ln_f", (BT, C), steps=frozenset({FINAL_NORM, HEAD})),
+        Tensor("ln_f_mean", (BT,), wide=True),
+        Tensor("ln_f_rstd", (BT,), wide=True),
+        Tensor("losses", (BT,), wide=True),
+    ]
+    if not training:
+        return table
+    backward = frozenset({HEAD, MLP_BACKWARD, ATTENTION_BACKWARD})
+    if mixed:
+        table.append(Tensor("dresid_stored", (BT, C), steps=backward))  # dresid rounded, as an operand of products
+    return [
+        *table,
+        Tensor("dresid", (BT, C), wide=True, steps=backward),
+        Tensor("dln", (BT, C), steps=backward),
+        Tensor("dattn_out", (BT, C), steps=frozenset({ATTENTION_BACKWARD})),
+        Tensor("dqkv", (BT, 3 * C), steps=frozenset({ATTENTION_BACKWARD})),
+        Tensor("dmlp_fc", (BT, 4 * C), steps=frozenset({MLP_BACKWARD})),
+    ]
+
+
+class GPT2:
+    """A model: its parameters, and loss and gradients over arenas that are made once per (B, T).
+
+    One that is not `trainable` keeps its matrices only as products read them, in a third of the memory where that is
+    bfloat16.
+    """
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, recomputed: int | None = None,
+        trainable: bool = True,
+    ) -> None:  # fmt: skip
+        """`recompute` and `recomputed`: see `ACTS`."""
+        self.config = config
+        self.ops = ops
+        self.recompute = recompute
+        self.recomputed = recomputed
+        self.trainable = trainable
+        table = PARAMS(config)
+        matrices = [t for t in table if t.decay]
+        self.matrix_elements = sum(t.size for t in matrices)
+        # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
+        self.mixed = ops.dtype != ops.wide
+        if trainable:
+            self.params = Arena(table, ops.empty, ops.wide)
+            self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
+        else:
+            self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
+            self.weights = self.params
+        self.grads: Arena | None = None
+        # Of several ranks, whose weights and gradients travel meanwhile: `needs(l)` before forward reads weights of
+        # layer l, `done(l)` when backward has its gradients; −1 stands for the embeddings.
+        self.needs: Callable[[int], None] | None = None
+        self.done: Callable[[int], None] | None = None
+        self._acts: dict[tuple[int, int, bool], Arena] = {}
+
+    def store_weights(self) -> None:
+        """Renew what products read; to be called when `params` were written by anyone but the optimizer."""
+        if self.weights is not self.params:
+            self.ops.narrow(self.weights.buffer, self.params.buffer[: self.matrix_elements])
+
+    def reserve(self, B: int, T: int, training: bool) -> Arena:
+        """Make the arenas for batches of (B, T), so that no step allocates; returns the activations."""
+        if not 1 <= T <= self.config.context:
+            raise LlmpyError(
+                f"a sequence of {T} tokens does not fit the model's context of {self.config.context}",
+                f"use -T between 1 and {self.config.context}",
+            )
+        if B < 1:
+            raise LlmpyError(f"batch size {B}", "use -B 1 or more")
+        if training and not self.trainable:
+            raise ValueError("this model was made without `trainable`: it has no float32 matrices to train")
+        ops = self.ops
+        if training and self.grads is None:
+            self.grads = Arena(self.params.table, ops.empty, ops.wide)
+        # A training arena serves evaluation too; evaluation alone keeps a single layer.
+        if (B, T, True) in self._acts:
+            training = True
+        if (B, T, training) not in self._acts:
+            table = ACTS(self.config, B, T, training, self.recompute, self.recomputed, self.mixed)
+            self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
+        return self._acts[B, T, training]
+
+    def release(self) -> None:
+        """Let go the arenas that `reserve` made, all but the gradients'."""
+        self._acts.clear()
+
+    def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
+        """Logits (B, V) of one position of tokens (B, T), as a new host array."""
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=False))
+        return self.head(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
+
+    def head(self, rows: np.ndarray) -> np.ndarray:
+        """Logits (n, V) of rows (n, C) that the final LayerNorm gave, as a new host array."""
+        out = self.ops.empty((len(rows), self.config.padded_vocab_size), self.ops.dtype)
+        self.ops.linear_forward(out, np.ascontiguousarray(rows), self.weights.wte, None)
+        return self.ops.to_host(out)[:, : self.config.vocab_size].astype(self.ops.wide)
+
+    def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
+        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=False))
+        self.ops.classifier(a.losses, None, None, a.ln_f, self.weights.wte, targets, self.config.vocab_size, 0.0, False)
+        return self._mean(a.losses, targets)
+
+    def loss_and_grads(
+        self, tokens: np.ndarray, targets: np.ndarray, accumulate: bool = False, micro_steps: float = 1
+    ) -> float:
+        """Mean loss of one micro-batch; gradients of (loss / micro_steps) into `self.grads`.
+
+        `accumulate` False overwrites the gradients (the first micro-step), True adds to them.
+        """
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=True))
+        counted = max(1, int(np.count_nonzero(targets >= 0)))
+        self.backward(a, tokens, targets, 1.0 / (counted * micro_steps), accumulate)
+        return self._mean(a.losses, targets)
+
+    def _mean(self, losses: Any, targets: np.ndarray) -> float:
+        counted = max(1, int(np.count_nonzero(targets >= 0)))
+        return float(self.ops.to_host(losses).real.sum(dtype=np.float64) / counted)
+
+    def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
+        """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
+        ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
+        if self.needs is not None:
+            self.needs(-1)
+        ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
+        for l in range(L):
+            if self.needs is not None:
+                self.needs(l)
+            resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
+            stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
+            if l == 0:
+                ops.layernorm_forward(ln_1, *stats, resid, p.ln_1_w[0], p.ln_1_b[0])
+            else:
+                before = at(a.resid_mid, l - 1), a.branch
+                ops.residual_layernorm_forward(resid, ln_1, *stats, *before, p.ln_1_w[l], p.ln_1_b[l])
+            qkv, attn_out = at(a.qkv, l), at(a.attn_out, l)
+            ops.linear_forward(qkv, ln_1, w.attn_qkv_w[l], p.attn_qkv_b[l])
+            ops.attention_forward(attn_out, at(a.attn_stats, l), qkv)
+            ops.linear_forward(a.branch, attn_out, w.attn_proj_w[l], p.attn_proj_b[l])
+            stats = at(a.ln_2_mean, l), at(a.ln_2_rstd, l)
+            ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, a.branch, p.ln_2_w[l], p.ln_2_b[l])
+            mlp_gelu = at(a.mlp_gelu, l)
+            ops.linear_forward(mlp_gelu, ln_2, w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=at(a.mlp_fc, l))
+            ops.linear_forward(a.branch, mlp_gelu, w.mlp_proj_w[l], p.mlp_proj_b[l])
+        stats = a.ln_f_mean, a.ln_f_rstd
+        before = at(a.resid_mid, L - 1), a.branch
+        ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, *before, p.ln_f_w, p.ln_f_b)
+        return a
+
+    def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
+        """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
+        ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
+        again = computed_again(c, self.recomputed)
+        assert g is not None
+        dresid = a.dresid_stored if self.mixed else a.dresid  # as an operand of products
+        ops.classifier(a.losses, a.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
+        ops.zero(a.dresid)
+        final = a.resid_out, a.ln_f_mean, a.ln_f_rstd
+        ops.layernorm_backward(a.dresid, g.ln_f_w, g.ln_f_b, a.dln, *final, p.ln_f_w, acc)
+        for l in reversed(range(c.layers)):
+            mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
+            if self.recompute >= 1 and l in again:
+                ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
+            ops.narrow(dresid, a.dresid)
+            d = g.mlp_proj_w[l], g.mlp_proj_b[l]
+            ops.linear_backward(a.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
+            stats = a.ln_2_mean[l], a.ln_2_rstd[l]
+            if self.recompute >= 2 and l in again:
+                ops.layernorm_forward(ln_2, *stats, a.resid_mid[l], p.ln_2_w[l], p.ln_2_b[l])
+            d = g.mlp_fc_w[l], g.mlp_fc_b[l]
+            ops.linear_backward(a.dln, *d, a.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
+            d = g.ln_2_w[l], g.ln_2_b[l]
+            ops.layernorm_backward(a.dresid, *d, a.dln, a.resid_mid[l], *stats, p.ln_2_w[l], acc)
+            ops.narrow(dresid, a.dresid)
+            d = g.attn_proj_w[l], g.attn_proj_b[l]
+            ops.linear_backward(a.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
+            ops.attention_backward(a.dqkv, a.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
+            stats = a.ln_1_mean[l], a.ln_1_rstd[l]
+            if self.recompute >= 2 and l in again:
+                ops.layernorm_forward(ln_1, *stats, a.resid[l], p.ln_1_w[l], p.ln_1_b[l])
+            d = g.attn_qkv_w[l], g.attn_qkv_b[l]
+            ops.linear_backward(a.dln, *d, a.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
+            d = g.ln_1_w[l], g.ln_1_b[l]
+            ops.layernorm_backward(a.dresid, *d, a.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
+            if self.done is not None:
+                self.done(l)
+        ops.embedding_backward(g.wte, g.wpe, a.dresid, tokens, acc)
+        if self.done is not None:
+            self.done(-1)
+
+
+def at(tensor: Any, l: int) -> Any:
+    """Layer l of an activation; those that have no place of their own use the last one in turn."""
+    return tensor[min(l, tensor.shape[0] - 1)]

@@ -1,0 +1,35 @@
+"""Parameters for training from scratch, drawn in llm.c's order, which is PyTorch's order of modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..rng import MT19937
+from .arena import Arena, Tensor
+from .config import ModelConfig
+
+CONSTANTS = {"ones": 1.0, "zeros": 0.0}
+
+
+def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
+    """Fill every tensor of `params` := what its row of the table says (`init`, `std`).
+
+    One generator draws wte (the V rows of the vocabulary; its padding gets 0), wpe, and then, layer
+    by layer, the matrices of a layer in the order of the table. Source: llm.c, `gpt2_build_from_random`.
+    """
+    rng = MT19937(seed)
+    stacked: list[tuple[Tensor, Any]] = []
+    for tensor, view in params.items():
+        if tensor.init in CONSTANTS:
+            view[...] = CONSTANTS[tensor.init]
+        elif tensor.name in ("wte", "wpe"):
+            rows = config.vocab_size if tensor.name == "wte" else config.context
+            rng.fill_normal(view[:rows].reshape(-1), 0.0, tensor.std)
+            view[rows:] = 0.0
+        elif tensor.init == "normal":
+            stacked.append((tensor, view))
+        else:
+            raise ValueError(f"{tensor.name}: the table says init {tensor.init!r}, use normal, ones or zeros")
+    for l in range(config.layers):
+        for tensor, view in stacked:
+            rng.fill_normal(view[l].reshape(-1), 0.0, tensor.std)

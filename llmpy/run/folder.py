@@ -1,0 +1,328 @@
+"""The folder of one run: where it is, that it can be written, that one process has it, and that nothing in it is lost.
+
+RUN/model.safetensors   the model as of the last checkpoint       config.json     options, machine, data
+    best.safetensors    the one of the best validation loss
+    tokenizer.json   train.bin   val.bin                          console.log     what was said
+    metrics.jsonl    numbers of every step                        main.log        some of them, as llm.c has it
+    samples.txt      what the model wrote                         checkpoints/    see checkpoint.py
+    events/          for TensorBoard, with --track                run.lock        held by the process that trains
+    start.safetensors   of `llmpy.Trainer`, until it ends: the model in memory that it began with
+
+A run begins in a folder that is new or empty: then every file of these names is its own, to be removed if the run
+is refused. An exception are the lock of a dead process and temporary files of a save that was cut off; the latter go
+when a run really begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import time
+from pathlib import Path
+
+from ..errors import LlmpyError
+
+TYPE_CHECKING = False  # `typing` and `options` take as long to import as all else here: see __main__.py
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Self
+
+    from ..options.options import TrainOptions
+
+MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
+    "model.safetensors",
+    "best.safetensors",
+    "start.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "checkpoints",
+    "events",
+    "run.lock",
+)
+LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cut back to a checkpoint by --resume
+CONSOLE = "console.log"
+PARTS = "train.bin", "val.bin"  # the tokens that a run made of text
+TOKENS = {*PARTS, "train.mask", "val.mask"}
+OURS = {MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
+LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
+CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
+
+
+PATIENCE = 0.2  # seconds between two looks at a lock that is waited for
+
+
+class InUse(LlmpyError):
+    """Another process is training in this folder."""
+
+
+class Lock:
+    """An exclusive hold on a file, which the system lets go when the process ends, in whatever way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+
+    def take(self) -> bool:
+        """Whether this process has it now. Raises OSError if the file cannot be made or locked."""
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                held = _hold(file)
+            except OSError:
+                os.close(file)
+                raise
+            if not held:
+                os.close(file)
+                return False
+            if _is(file, self.path):
+                self._file = file
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
+                return True
+            os.close(file)  # whoever had it removed the file between the two calls
+
+    def holder(self) -> str:
+        """Who has it, as far as the file says."""
+        try:
+            return f"process {int(self.path.read_text())}"
+        except (OSError, ValueError):
+            return "another process"
+
+    @contextlib.contextmanager
+    def waited(self, say: Callable[[str], None], what: str) -> Iterator[None]:
+        """Within, this process has it. Whoever has it is waited for: `say` tells who, and `what` they do.
+
+        Raises OSError as `take` does.
+        """
+        told = False
+        while not self.take():
+            if not told:
+                say(f"waiting for {self.holder()}, which {what}")
+            told = True
+            time.sleep(PATIENCE)
+        try:
+            yield
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Let it go."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                self.path.unlink()
+            os.close(self._file)
+            self._file = None
+
+
+def _hold(file: int) -> bool:
+    """Take the system's lock on an open file if nobody has it. Raises OSError where the file system has no locks."""
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            os.lseek(file, 1 << 30, os.SEEK_SET)  # a byte beyond the text, which others may read
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            os.lseek(file, 0, os.SEEK_SET)
+    except (BlockingIOError, PermissionError):  # the latter: Windows
+        return False
+    return True
+
+
+def _is(file: int, path: Path) -> bool:
+    """Whether the open file still has that name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+HELD: list[RunFolder] = []  # by this process: to be discarded by who ends it in the middle
+
+
+class RunFolder:
+    """A folder that this process alone writes to, until `discard`, which before `keep` also undoes its making."""
+
+    def __init__(self, path: Path, made: list[Path]) -> None:
+        self.path = path
+        self.resumed = False  # whether a run is there to go on with
+        self._early = False  # whether `early` has it, for `claim` to give out
+        self._made = made
+        self._kept = False
+        self._lock = Lock(path / LOCK)
+
+    @classmethod
+    def claim(cls, options: TrainOptions) -> Self:
+        """The folder that the options speak of: of a run to go on with, else a new one, also for a run of llm.c.
+
+        Raises LlmpyError if it cannot be had.
+        """
+        run, out, called = options.resume, options.out, options.called
+        if run is None and options.auto_resume and out is not None and _holds_run(out):
+            run = out
+        if run is not None and holds_llmc(run) and not _holds_run(run):
+            run, called = None, options.taking_over().called
+        for folder in [folder for folder in HELD if folder._early and isinstance(folder, cls)]:
+            folder._early = False
+            if folder.path == (run or out) and folder.resumed == (run is not None):
+                return folder
+            folder.discard()
+        return cls.open(out, called) if run is None else cls.reopen(run)
+
+    @classmethod
+    def early(cls, out: str | None, resume: str | None) -> None:
+        """Claim what the one of these that is given names, for `claim`. Raises LlmpyError if it cannot be had."""
+        folder = cls.reopen(Path(resume)) if resume else cls.open(Path(out or ""), "")
+        folder._early = True
+
+    @classmethod
+    def open(cls, out: Path | None, called: str) -> Self:
+        """Make the folder `out`, or one named for what is trained, date and time below `runs/`.
+
+        Raises LlmpyError for an existing folder with anything in it, for one that another run is writing to, and for
+        one that cannot be written.
+        """
+        run = cls(out or Path("runs"), made=[])
+        try:
+            while True:
+                path = out or _fresh(called)
+                run = cls(path, made=[p for p in (path, *path.parents) if not p.exists()])
+                path.mkdir(parents=True, exist_ok=True)
+                if run._take():
+                    break
+                if out is not None:
+                    raise _taken(path, run._lock)
+            import tempfile  # not before: of many runs at once all but one leave above, and soon
+
+            try:
+                _refuse_loss(path)
+                with tempfile.TemporaryFile(dir=path):
+                    pass  # the only test of permissions that every system and file system agrees on
+            except (OSError, LlmpyError):
+                run._let_go()
+                raise
+        except OSError as fault:
+            run._unmake()
+            raise LlmpyError(
+                f"cannot write to the run folder {run.path}: {fault.strerror or fault}", "choose another with --out"
+            ) from None
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """The folder of a run that is to go on. Raises LlmpyError if there is none, or if it is going on already."""
+        try:
+            if not _holds_run(path):
+                raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
+            run = cls(path, made=[])
+            if not run._take():
+                raise _taken(path, run._lock)
+        except OSError as fault:
+            raise LlmpyError(
+                f"cannot write to the run folder {path}: {fault.strerror or fault}", "check its permissions"
+            ) from None
+        run.resumed = True
+        run.keep()
+        return run
+
+    def keep(self) -> None:
+        """The run has begun: its log and metrics are worth keeping whatever comes."""
+        import shutil
+
+        self._kept = True
+        with contextlib.suppress(OSError):
+            for name in _entries(self.path):
+                if CUT_OFF.fullmatch(name):
+                    (self.path / name).unlink()
+        with contextlib.suppress(OSError):
+            for name in _entries(self.path / CHECKPOINTS):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    shutil.rmtree(self.path / CHECKPOINTS / name)
+
+    def discard(self) -> None:
+        """If the run never began, remove its files and the folders made for it. Let others have it."""
+        if not self._kept:
+            for name in OURS:
+                with contextlib.suppress(OSError):  # not there, or in use (Windows)
+                    (self.path / name).unlink()
+        self._let_go()
+
+    def _take(self) -> bool:
+        held = self._lock.take()
+        if held:
+            HELD.append(self)
+        return held
+
+    def _let_go(self) -> None:
+        self._lock.drop()
+        if not self._kept:
+            self._unmake()
+        if self in HELD:  # until here: a signal that ends the program amid this goes on with it
+            HELD.remove(self)
+
+    def _unmake(self) -> None:
+        for path in self._made:
+            with contextlib.suppress(OSError):  # somebody else put something into it: let it be
+                path.rmdir()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+
+def finished(below: Path = Path("runs")) -> list[Path]:
+    """The runs that hold a model, newest first."""
+    models = below.glob(f"*/{MODEL_FILE}")
+    return [m.parent for m in sorted(models, key=lambda m: m.stat().st_mtime, reverse=True)]
+
+
+def _fresh(called: str) -> Path:
+    """runs/d4-20261122-1503, with -2, -3 … after it where the minute already has one."""
+    stem = f"{called.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M')}"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 1_000_000))
+    return next(path for name in names if not (path := Path("runs", name)).exists())
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether a run ever began here."""
+    return (path / CONFIG_FILE).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def holds_llmc(path: Path) -> bool:
+    """Whether llm.c left a checkpoint here: then it is gone on with elsewhere, and nothing of it is touched."""
+    try:
+        return any(LLMC_DONE.fullmatch(name) for name in _entries(path))
+    except OSError:
+        return False
+
+
+def _taken(path: Path, lock: Lock) -> InUse:
+    return InUse(f"{path} is in use: {lock.holder()} is training in it", "wait for its end, or choose another --out")
+
+
+def _refuse_loss(path: Path) -> None:
+    """Raise LlmpyError if there is anything in `path` that training into it could overwrite or bury."""
+    names = [name for name in _entries(path) if name != LOCK and not CUT_OFF.fullmatch(name)]
+    if MODEL_FILE in names:
+        raise LlmpyError(
+            f"{path} already holds a trained model",
+            f"choose another --out, or go on with it: --resume {shlex.quote(str(path))}",
+        )
+    if _holds_run(path):
+        raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {shlex.quote(str(path))}")
+    if holds_llmc(path):
+        raise LlmpyError(
+            f"{path} holds a run of llm.c",
+            f"go on with it in another folder: --resume {shlex.quote(str(path))} --out …",
+        )
+    if names:
+        raise LlmpyError(f"{path} is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out")
+
+
+def _entries(path: Path) -> list[str]:
+    """Names in a folder, sorted; for a file NotADirectoryError, an OSError."""
+    return sorted(entry.name for entry in path.iterdir())

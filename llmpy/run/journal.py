@@ -1,0 +1,181 @@
+"""What a run says and records.
+
+the terminal and console.log   lines for people                    metrics.jsonl   every number, a JSON object a line
+main.log                       llm.c's lines, for its readers      samples.txt     what the model wrote
+
+On a terminal a progress bar stays below the lines; elsewhere (a log, a pipe) there are only lines. Nothing that
+fails here ends a run: a terminal that is gone (a closed window, a reader that left) is printed to no more, and
+of a full disk there is one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO, cast
+
+from ..errors import LlmpyError
+from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
+
+TAIL = 1 << 16  # bytes of metrics.jsonl that hold a step's lines for certain
+
+
+class Journal:
+    """The logs and the metrics of one run. Until `open` gives them files they are held. A context manager."""
+
+    def __init__(self) -> None:
+        self._held = io.StringIO()
+        self._console: TextIO = self._held
+        self._files: dict[str, TextIO] = {}  # METRICS, MAIN, SAMPLES
+        self._bar: Any = None
+        self._gone = False  # the terminal
+        self._warned = False  # of a file that cannot be written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_progress()
+        for file in (self._console, *self._files.values()):
+            with contextlib.suppress(OSError):  # a full disk, of which the user was warned
+                file.close()
+
+    def open(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
+        """Start the files; console.log with all that was said until now.
+
+        None of them may exist; but of a run that goes on, `sizes` tells the bytes of each one that remain, and
+        console.log all of them; of one that is shorter there is a warning. Raises LlmpyError if one cannot be written.
+        """
+        try:
+            new = sizes is None
+            for name in LOGS:
+                path = folder / name
+                if sizes is not None:
+                    self._cut(path, sizes.get(name, 0))
+                self._files[name] = _lines(path, new)
+            self._console = _lines(folder / CONSOLE, new)
+        except OSError as fault:
+            raise LlmpyError(
+                f"cannot write {fault.filename}: {fault.strerror}", "choose another folder with --out"
+            ) from fault
+        self._write(self._console, self._held.getvalue())
+
+    def _cut(self, path: Path, size: int) -> None:
+        """Leave the first `size` bytes of a file."""
+        path.touch()
+        found = path.stat().st_size
+        if found < size:
+            self.say(f"warning: {path} has {found:,} of the {size:,} bytes it had at the checkpoint; the rest is lost")
+        os.truncate(path, min(found, size))
+
+    def recorded(self, step: int) -> list[dict[str, Any]]:
+        """What the last lines of metrics.jsonl hold of a step."""
+        with open(self._files[METRICS].name, "rb") as file:
+            file.seek(-min(TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the first of them may be cut
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and row.get("step") == step]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of numbers or samples as of now, for `open`."""
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def sync(self) -> None:
+        """Wait until these are on the disk. Raises OSError if that fails; may run beside all else."""
+        from ..system import durable  # here, because the command line uses this module and must not wait for NumPy
+
+        for file in self._files.values():
+            durable.sync(file.fileno())
+
+    def say(self, line: str = "") -> None:
+        """Print a line, above the bar if there is one, and keep it in console.log."""
+        self._print(line)
+        self._write(self._console, line + "\n")
+
+    def record(self, **numbers: Any) -> None:
+        """One JSON object, one line of metrics.jsonl; it is in the file when this returns."""
+        self._keep(METRICS, json.dumps(numbers) + "\n")
+
+    def record_llmc(self, line: str) -> None:
+        """One line of main.log."""
+        self._keep(MAIN, line + "\n")
+
+    def record_sample(self, heading: str, text: str) -> None:
+        """What the model wrote, into samples.txt."""
+        self._keep(SAMPLES, f"{heading}\n{text}\n\n")
+
+    def _keep(self, name: str, text: str) -> None:
+        if name in self._files:
+            self._write(self._files[name], text)
+
+    def begin_progress(self) -> None:
+        """Show a bar if the output is a terminal."""
+
+        def begin() -> None:
+            if sys.stdout.isatty():
+                from tqdm import tqdm
+
+                shape = "{percentage:3.0f}% |{bar}| {desc}"
+                self._bar = tqdm(total=1.0, bar_format=shape, leave=False, file=sys.stdout, dynamic_ncols=True)
+
+        self._show(begin)
+
+    def progress(self, share: float, text: str) -> None:
+        """Move the bar to `share` (0 … 1) of the run, with `text` behind it."""
+        if self._bar is not None:
+            self._bar.n = min(1.0, share)
+            self._show(self._bar.set_description_str, text)
+
+    def end_progress(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            self._show(bar.close)
+
+    def _print(self, line: str) -> None:
+        if self._bar is None:
+            self._show(lambda: print(line, flush=True))
+        else:
+            self._show(self._bar.write, line)
+
+    def _show(self, act: Callable[..., object], *arguments: object) -> None:
+        """Do what prints. If that fails the terminal is gone, and nothing is shown from then on."""
+        if self._gone:
+            return
+        try:
+            act(*arguments)
+        except (OSError, ValueError):  # ValueError: a closed file
+            self._gone = True
+            silence()
+            if self._bar is not None:
+                self._bar.disable = True  # else it would print once more when it is deleted
+                self._bar = None
+
+    def _write(self, file: TextIO, text: str) -> None:
+        """Into a file. One that cannot be written is warned of once, and tried again at the next line."""
+        try:
+            file.write(text)
+        except OSError as fault:
+            if not self._warned:
+                self._warned = True
+                self._print(f"warning: cannot write {file.name}: {fault.strerror or fault}; the run goes on")
+
+
+def _lines(path: Path, new: bool) -> TextIO:
+    """A file that every line reaches at once; `new`: that must not exist, else to append to."""
+    file: Any = open(path, "x" if new else "a", encoding="utf-8", errors="replace", newline="\n", buffering=1)  # noqa: SIM115
+    return cast(TextIO, file)
+
+
+def silence() -> None:
+    """Send standard output nowhere, with what it still holds: else Python's last flush would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

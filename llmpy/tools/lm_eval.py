@@ -1,0 +1,229 @@
+"""The tasks of `lm_eval` on our models: EleutherAI's harness as an extra (`pip install 'llmpy[lm_eval]'`).
+
+    python -m llmpy.tools.lm_eval --model_args run=runs/NAME --tasks hellaswag,lambada_openai
+
+is lm_eval's own command with one model more, and in Python a model made here goes wherever lm_eval takes one:
+
+    lm_eval.simple_evaluate(Harness("runs/NAME"), tasks=["hellaswag"])
+
+log p(continuation | context) = Σ log softmax(logits)[token] over its tokens, each with as much text before it as the
+model has learnt to read. Rows are padded on the right, where no token sees them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import backend
+from ..errors import LlmpyError
+from ..generate.generation import Choice, Generation, TextStream, check_memory, encode_prompt, logprob, open_run
+from ..model.gpt2 import GPT2
+from ..rng import Xorshift64Star
+from ..system.command import install
+from ..train.preflight import Machine
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    MISSING = f"the tasks of lm_eval need the package lm_eval — {install('llmpy[lm_eval]')}"
+    if __name__ == "__main__":
+        sys.exit(f"llmpy: error: {MISSING}")
+    raise LlmpyError(MISSING) from None
+
+BATCH_SIZE = 8  # rows side by side
+SHORTEST_ROW = 32  # rows are padded to powers of two from here on: a few shapes, hence few arenas
+LOGITS_ROWS = 128  # rows of logits that exist at a time: 26 MB with GPT-2's vocabulary
+NEW_TOKENS = 256  # of a generation, unless the task says: lm_eval's default
+SEED = 1337  # of tasks that sample; the n-th text has the n-th after it
+
+
+@register_model("llmpy")
+class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is not installed
+    """A model as lm_eval wants it."""
+
+    def __init__(
+        self,
+        run: str,
+        batch_size: int | str | None = None,
+        dtype: str = "auto",
+        threads: int | None = None,
+        machine: Machine | None = None,
+        **_: object,
+    ) -> None:
+        """`run` is a run folder, or any model that `llmpy sample` takes; the rest of lm_eval's arguments is for others.
+
+        Raises LlmpyError for a model that is missing, damaged or too large.
+        """
+        super().__init__()
+        source, self.tokens = open_run(Path(run))
+        ops = machine or cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
+        self.reach = source.trained_length
+        told = str(batch_size)  # it may be "auto", or "auto:4"
+        self.batch_size = BATCH_SIZE if batch_size is None or told.startswith("auto") else _count(told)
+        check_memory(source.config, ops, self.batch_size, self.reach)
+        ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
+        self.model = GPT2(source.config, ops, trainable=False)
+        source.fill(self.model.params)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval tells caches of requests apart by."""
+        return f"llmpy-{self.tokens.vocab_size}"
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): the log-likelihood in nats, and whether greedy choice would give the same.
+
+        A context that is empty, or blank, is the end-of-text token, after which texts begin.
+        """
+        pairs = [self._pair(*request.args) for request in requests]
+        return self._answers("loglikelihood", requests, pairs, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text, in nats."""
+        pairs = [([self.tokens.eot], self.tokens.encode(request.args[0])) for request in requests]
+        return [value for value, _ in self._answers("loglikelihood_rolling", requests, pairs, disable_tqdm)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, to before a string of `until`, the end of text, or `max_gen_toks` tokens.
+
+        Greedy unless `do_sample`, then with `temperature` (1 unless told), `top_k`, `top_p` and `min_p`.
+        """
+        texts = [""] * len(requests)
+        told = [dict(request.args[1]) for request in requests]
+        bar = tqdm(total=len(requests), desc="generating", disable=disable_tqdm)
+        alike = sorted(range(len(requests)), key=lambda i: json.dumps(told[i], sort_keys=True))
+        for _, group in itertools.groupby(alike, key=lambda i: json.dumps(told[i], sort_keys=True)):
+            for rows in _batches(list(group), self.batch_size):
+                found = self._continue([requests[i].args[0] for i in rows], told[rows[0]], rows)
+                for i, text in zip(rows, found, strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                bar.update(len(rows))
+        bar.close()
+        return texts
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both, cut where the context's end: blanks at its end belong to the word that follows."""
+        if not context.strip():
+            return [self.tokens.eot], self.tokens.encode(context + continuation)
+        ids = self.tokens.encode(context.rstrip())
+        return ids, self.tokens.encode(context + continuation)[len(ids) :]
+
+    def _answers(
+        self, name: str, requests: Sequence[Any], pairs: Sequence[tuple[list[int], list[int]]], quiet: bool
+    ) -> list[tuple[float, bool]]:
+        """Sums over the windows of each pair."""
+        parts = [(i, *part) for i, pair in enumerate(pairs) for part in windows(*pair, self.reach)]
+        parts.sort(key=lambda part: -len(part[1]))  # what does not fit in memory shows at once, rows pad little
+        total, greedy, left = [0.0] * len(pairs), [True] * len(pairs), [0] * len(pairs)
+        for i, _, _ in parts:
+            left[i] += 1
+        bar = tqdm(total=len(parts), desc=name, disable=quiet)
+        for batch in _batches(parts, self.batch_size):
+            for (i, _, _), (value, same) in zip(batch, self._score([part[1:] for part in batch]), strict=True):
+                total[i] += value
+                greedy[i] &= same
+                left[i] -= 1
+                if not left[i]:
+                    answer = total[i] if name == "loglikelihood_rolling" else (total[i], greedy[i])
+                    self.cache_hook.add_partial(name, requests[i].args, answer)
+            bar.update(len(batch))
+        bar.close()
+        return list(zip(total, greedy, strict=True))
+
+    def _score(self, batch: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:
+        """Of each text's last n tokens: their log-likelihood, and whether each is the likeliest."""
+        model = self.model
+        T = SHORTEST_ROW
+        while max(len(ids) for ids, _ in batch) - 1 > T:
+            T *= 2
+        tokens = np.zeros((self.batch_size, min(T, self.reach)), np.int32)
+        for row, (ids, _) in enumerate(batch):
+            tokens[row, : len(ids) - 1] = ids[:-1]
+        acts = model.forward(tokens, model.reserve(*tokens.shape, training=False))
+        final = model.ops.to_host(acts.ln_f).reshape(*tokens.shape, -1)
+        for row, (ids, n) in enumerate(batch):
+            value, same = 0.0, True
+            for start in range(len(ids) - 1 - n, len(ids) - 1, LOGITS_ROWS):
+                wanted = ids[start + 1 : start + 1 + LOGITS_ROWS]
+                logits = model.head(final[row, start : start + len(wanted)])
+                value += sum(map(logprob, logits, wanted))
+                same &= bool(np.array_equal(logits.argmax(axis=1), wanted))
+            yield value, same
+
+    def _continue(self, contexts: Sequence[str], told: dict[str, Any], numbers: Sequence[int]) -> list[str]:
+        """Texts that follow these contexts, side by side, all by the same wishes."""
+        until = told.get("until") or []
+        until = [until] if isinstance(until, str) else [text for text in until if text]
+        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        count = int(next((told[name] for name in names if told.get(name) is not None), NEW_TOKENS))
+        temperature = told.get("temperature")
+        if temperature is None:
+            temperature = 1.0 if told.get("do_sample") else 0.0
+        if not told.get("do_sample", temperature > 0):
+            temperature = 0.0
+        choice = Choice(
+            float(temperature), **{k: told[k] for k in ("top_k", "top_p", "min_p") if told.get(k) is not None}
+        )
+        prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
+        coins = [Xorshift64Star(SEED + number) for number in numbers]
+        generation = Generation(self.model, prompts, count, self.reach, coins, choice)
+        streams = [TextStream(self.tokens.decode, until) for _ in prompts]
+        texts, live = [""] * len(prompts), list(range(len(prompts)))
+        for _ in range(count):
+            tokens = dict(zip(live, generation.step(live), strict=True))
+            live = [row for row in live if tokens[row].id != self.tokens.eot]
+            for row in live:
+                texts[row] += streams[row].feed(tokens[row].id)
+            live = [row for row in live if not streams[row].stopped]
+            if not live:
+                break
+        return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
+
+
+def windows(context: Sequence[int], continuation: Sequence[int], reach: int) -> Iterator[tuple[list[int], int]]:
+    """Pieces of a text of at most reach + 1 tokens, and how many at the end of each are asked for.
+
+    Every token of the continuation is asked for once, with as much before it as a piece that ends later allows.
+    """
+    text = [*context, *continuation]
+    done = len(context)
+    while done < len(text):
+        end = min(done + reach, len(text))
+        yield text[max(0, end - reach - 1) : end], end - done
+        done = end
+
+
+def _count(told: str) -> int:
+    """Rows side by side. Raises LlmpyError for what is no such number."""
+    if not told.isdecimal() or int(told) < 1:
+        raise LlmpyError(f"--batch_size {told}", "use a whole number from 1 on, or auto")
+    return int(told)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterable[Any]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def main() -> None:
+    """lm_eval's command, with --model llmpy."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[1:1] = ["--model", "llmpy"]
+    try:
+        cli_evaluate()
+    except LlmpyError as fault:
+        sys.exit(f"llmpy: error: {fault}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""HellaSwag's accuracy: how often the right ending of four is the one that the model finds likeliest.
+
+choice = argmin over the endings of the mean cross-entropy of their tokens, given context and ending so far
+
+The first of equals, as in llm.c (`llmc/dataloader.h`, EvalLoader); elsewhere this is called acc_norm. A row is as long
+as the longest example needs, whatever the batches of training are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..data.hellaswag import ENDINGS, Example, Examples
+from ..errors import LlmpyError
+from ..model.config import ModelConfig
+from ..model.gpt2 import GPT2
+
+
+def row_length(examples: Examples) -> int:
+    """Tokens of a row that holds any example."""
+    every = map(examples.__getitem__, range(len(examples)))
+    return max(e.context.size + max(ending.size for ending in e.endings) for e in every) - 1
+
+
+class MultipleChoice:
+    """The examples, and the two arrays that each in turn is written to."""
+
+    def __init__(self, examples: Examples, config: ModelConfig) -> None:
+        """Raises LlmpyError if an example is longer than the model's context."""
+        self.examples = examples
+        T = row_length(examples)
+        if config.context < T:
+            raise LlmpyError(
+                f"the longest example of --hellaswag has {T + 1:,} tokens, the model's context {config.context:,}",
+                "use a model with more, or a file without that example",
+            )
+        self._tokens = np.zeros((ENDINGS, T), np.int32)
+        self._targets = np.empty((ENDINGS, T), np.int32)
+
+    def right(self, model: GPT2, i: int) -> bool:
+        """Whether the model chooses the right ending of example i."""
+        tokens, targets = self._rows(self.examples[i])
+        model.loss(tokens, targets)
+        acts = model.reserve(ENDINGS, tokens.shape[1], training=False)
+        losses = model.ops.to_host(acts.losses).reshape(tokens.shape)  # 0 where there is no target
+        means = losses.sum(axis=1, dtype=np.float64) / np.count_nonzero(targets >= 0, axis=1)
+        return int(np.argmin(means)) == self.examples[i].label
+
+    def _rows(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets, int32 (4, T): a row for each ending, whose tokens alone are targets."""
+        self._targets.fill(-1)
+        start = example.context.size - 1
+        for row, ending in enumerate(example.endings):
+            stop = start + ending.size
+            self._tokens[row, : start + 1] = example.context
+            self._tokens[row, start + 1 : stop] = ending[:-1]
+            self._targets[row, start:stop] = ending
+        return self._tokens, self._targets

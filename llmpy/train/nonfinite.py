@@ -1,0 +1,66 @@
+"""Where NaN or infinity first arose in a step, read from the arenas that the step left behind.
+
+They are searched in the order in which they were written: parameters, activations layer by layer, gradients from the
+last layer back to the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..model.arena import Arena
+from ..model.gpt2 import GPT2
+
+PIECE = 1 << 20  # elements looked at in one go: the answer to "which are finite" needs memory too
+ENDS = ("wte", "wpe", "ln_f_w", "ln_f_b")  # parameters of no layer
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether an array, of any shape, holds neither NaN nor infinity."""
+    flat = x.reshape(-1)
+    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, flat.size, PIECE))
+
+
+def origin(model: GPT2, B: int, T: int) -> str:
+    """What to tell of the last step on (B, T): the first tensor that is not finite, and its layer."""
+    host = model.ops.to_host
+    for what, tensors in (
+        ("the parameter", _by_layer(model.params, model.config.layers)),
+        ("the activation", _activations(model.reserve(B, T, training=True), model.config.layers)),
+        ("the gradient of", _by_layer(model.grads, model.config.layers, backwards=True)),
+    ):
+        for name, layer, x in tensors:
+            if not all_finite(host(x)):
+                return f"{what} {name}" + ("" if layer is None else f" of layer {layer}")
+    return "no tensor that was kept"
+
+
+def _by_layer(arena: Arena | None, layers: int, backwards: bool = False) -> Iterator[tuple[str, int | None, Any]]:
+    """Name, layer and values of the parameters, or of their gradients in the order of backward."""
+    assert arena is not None
+    stacked = [(t.name, x) for t, x in arena.items() if t.name not in ENDS]
+    ends = [(name, getattr(arena, name)) for name in ENDS]
+    # wte's gradient begins at the head and is complete at the end: before the layers it would hide them all.
+    before, after = (ends[2:], ends[:2]) if backwards else (ends[:2], ends[2:])
+    yield from ((name, None, x) for name, x in before)
+    for l in reversed(range(layers)) if backwards else range(layers):
+        yield from ((name, l, x[l]) for name, x in (reversed(stacked) if backwards else stacked))
+    yield from ((name, None, x) for name, x in after)
+
+
+def _activations(arena: Arena, layers: int) -> Iterator[tuple[str, int | None, Any]]:
+    """Name, layer and values in the order of forward, of what is still there when the step has ended.
+
+    What shares memory is not, nor are the last layers of what is computed again in backward.
+    """
+    per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and not t.steps]
+    order = ("resid", "ln_1", "ln_1_mean", "ln_1_rstd", "qkv", "attn_stats", "attn_out", "resid_mid")
+    per_layer.sort(key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    for l in range(layers):
+        for name, x in per_layer:
+            if l < x.shape[0]:
+                yield name, l, x[l]
+    yield from ((name, None, getattr(arena, name)) for name in ("ln_f_mean", "ln_f_rstd", "losses"))

@@ -1,0 +1,277 @@
+"""`bench step` and `bench ops` on a machine that needs no compiling, and the stream kernel on the real one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import psutil
+import pytest
+from support.laptop import Laptop
+
+from llmpy import bench
+from llmpy.backend import Ops, load
+from llmpy.backend.cpu import peak
+from llmpy.bench import decoding as decode
+from llmpy.bench import ops as bench_ops_module
+from llmpy.bench import step
+from llmpy.bench.decoding import bench_decode, prefill_flops
+from llmpy.bench.ops import BENCH, BUILD, FLOPS, Case, Draw, bench_ops, moved_bytes
+from llmpy.bench.step import bench_step, table
+from llmpy.cli import main as cli
+from llmpy.errors import LlmpyError
+from llmpy.model.config import ModelConfig
+from llmpy.model.gpt2 import GPT2
+from llmpy.model.initialise import initialise
+from llmpy.options.options import BenchOptions, DecodeOptions, OpsOptions, spelled
+from llmpy.run import checkpoint
+
+# What acceptance checks read, and what was added to it.
+CONTRACT = {"median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb"}
+ADDED = {"first_step_ms", "seconds_to_first_step", "dtype", "threads", "step_ms"}
+TINY = Case(B=2, T=3, C=4, NH=2, OC=5, V=7, Vp=8, n=9)
+
+
+def test_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = bench_step(BenchOptions("d1", 1, 8, steps=4), Laptop())
+    monkeypatch.setattr(step, "bench_step", lambda _: numbers)
+    assert cli.main(["bench", "step", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(shown) == CONTRACT | ADDED
+    assert shown["peak_gflops"] == 10.0
+    assert shown["share_of_peak"] == pytest.approx(shown["gflops"] / 10)
+    assert shown["tokens_per_s"] == pytest.approx(8e3 / shown["median_ms"])
+    assert shown["min_ms"] == min(shown["step_ms"]) <= shown["median_ms"]
+    assert len(shown["step_ms"]) == 4
+    assert shown["peak_rss_mb"] > 30
+    assert shown["seconds_to_first_step"] > shown["first_step_ms"] / 1e3 > 0
+    assert (shown["dtype"], shown["threads"]) == ("float32", 1)
+    assert cli.main(["bench", "step"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == table(numbers)
+
+
+def test_step_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    with pytest.raises(LlmpyError, match=r"gpt2-xl with -B 4 -T 64 needs about \d\d\.\d GB of memory, and 1\.0 GB are"):
+        bench_step(BenchOptions("gpt2-xl"), Laptop())
+
+
+PROGRAM = """import json, os, sys
+print("compiling", file=sys.stderr)
+print(json.dumps({"folder": os.environ["LLMPY_CACHE_DIR"], "words": sys.argv[1:]}))
+"""
+
+
+def fake_interpreter(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that plays Python where this process starts another."""
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
+def test_cold_runs_another_process_with_an_empty_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_interpreter(tmp_path, PROGRAM, monkeypatch)
+    told: dict[str, Any] = bench_step(BenchOptions("d2", steps=3, cold=True))
+    assert told["words"] == ["-m", "llmpy", "bench", "step", "--model", "d2", "--steps", "3", "--json"]
+    assert "llmpy-cold-" in told["folder"]
+    assert not Path(told["folder"]).exists()
+    assert capsys.readouterr().err == "compiling\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("import sys; sys.exit('llmpy: error: no memory — use less')", "no memory — use less"),
+        ("raise SystemExit(3)", "the cold process ended with exit code 3"),
+    ],
+)
+def test_cold_that_fails_is_one_line(
+    body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_interpreter(tmp_path, body, monkeypatch)
+    assert cli.main(["bench", "step", "--cold"]) == 1
+    assert capsys.readouterr().err == f"llmpy: error: {said}\n"
+
+
+def test_spelled_options_are_parsed_back() -> None:
+    options = BenchOptions("d1", 2, 8, steps=3, threads=1, dtype="float32", json=True, cold=True)
+    found = cli.build_parser().parse_args(["bench", "step", *spelled(options)])
+    assert BenchOptions(**{f: getattr(found, f) for f in BenchOptions.__dataclass_fields__}) == options
+    assert spelled(BenchOptions()) == []
+
+
+def test_age_and_memory_of_this_process() -> None:
+    process = psutil.Process()
+    assert bench.process_age() == pytest.approx(time.time() - process.create_time(), abs=1.5)
+    assert process.memory_info().rss * 0.9 < bench.peak_memory() < 100 * process.memory_info().rss
+    assert bench.high_water(2**22 + 1) == 0
+
+
+def test_columns() -> None:
+    assert bench.columns([("a", "bb", "c"), ("aaa", "b", "ccc")]) == "a    bb    c\naaa   b  ccc"
+
+
+def operations() -> set[str]:
+    """What the seam does with arrays."""
+    others = {"empty", "zeros", "to_host", "packed_size", "capture"}
+    return {n for n, f in vars(Ops).items() if inspect.isfunction(f) and not n.startswith("_")} - others
+
+
+def test_every_operation_of_the_seam_has_cases() -> None:
+    assert set(BENCH) == set(BUILD) == operations()
+    assert all(BENCH.values())
+
+
+@pytest.mark.parametrize("op", BENCH)
+def test_arguments_are_those_of_the_seam(op: str) -> None:
+    args = BUILD[op][0](TINY, Draw(Laptop()))
+    assert list(args) == list(inspect.signature(getattr(Ops, op)).parameters)[1:]
+    assert set(BUILD[op][1].split()) <= set(args)
+    result = bench_ops_module.time_case(Laptop(), op, TINY, 0.0, 1)
+    assert result["unit"] == ("GFLOP/s" if op in FLOPS else "GB/s")
+    assert result["rate"] > 0
+    assert all(np.isfinite(x).all() for x in args.values() if isinstance(x, np.ndarray) and x.dtype.kind == "f")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ops_module, "BUDGET", 0.0)
+
+
+class Mixed(Laptop):
+    """A machine whose products read bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("op", "plain", "mixed"),
+    [
+        ("layernorm_forward", 4 * (24 + 2 * (24 + 6 + 6) + 4 + 4), 4 * (24 + 2 * (6 + 6) + 4 + 4) + 2 * 2 * 24),
+        ("embedding_forward", 4 * (6 + 24 + 12 + 2 * 24), 4 * (6 + 2 * 24) + 2 * (24 + 12)),
+        ("embedding_backward", 4 * (6 + 24 + 2 * 24 + 2 * 1024 * 4), 4 * (6 + 24 + 2 * 24 + 2 * 1024 * 4)),
+        ("adamw", 4 * 9 * 7, 4 * 9 * 7 + 2 * 2 * 9),
+        ("global_norm", 4 * 9, 4 * 9),
+        ("zero", 2 * 4 * 9, 2 * 4 * 9),
+        ("narrow", 3 * 4 * 9, 4 * 9 + 2 * 2 * 9),
+    ],
+)
+def test_bytes_that_are_moved(op: str, plain: int, mixed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, expected in ((Laptop(), plain), (Mixed(), mixed)):
+        assert moved_bytes(op, TINY, BUILD[op][0](TINY, Draw(machine))) == expected
+
+
+def test_flops() -> None:
+    assert FLOPS["linear_forward"](TINY) == 2 * 6 * 4 * 5
+    assert FLOPS["attention_backward"](TINY) == 2 * FLOPS["attention_forward"](TINY) == 4 * 2 * 9 * 4
+    assert FLOPS["classifier"](TINY) == 6 * 6 * 4 * 8
+
+
+def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench_ops_module, "BENCH", {op: [TINY] for op in BENCH})
+    numbers = bench_ops(OpsOptions(), lambda name, **_: Laptop())
+    assert [r["op"] for r in numbers["ops"]] == [op for op in BENCH if op != "narrow"]  # nothing to narrow
+    assert numbers["peaks"]["GB/s"] == {"one_thread": 20.0, "all_threads": 20.0}
+    for r in numbers["ops"]:
+        assert r["share_of_peak"] == pytest.approx(r["rate"] / (10.0 if r["unit"] == "GFLOP/s" else 20.0))
+        assert r["min_ms"] <= r["median_ms"]
+    monkeypatch.setattr(bench_ops_module, "bench_ops", lambda _: numbers)
+    assert cli.main(["bench", "ops", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == numbers
+    assert cli.main(["bench", "ops"]) == 0
+    shown = capsys.readouterr().out
+    assert "10.0 GFLOP/s" in shown
+    assert "caution" not in shown
+    assert "B2-T3-C4-NH2-OC5-V7-Vp8-n9" in shown
+
+
+@pytest.mark.parametrize(("last", "steady"), [(10.0, True), (9.0, True), (8.0, False), (13.0, False)])
+def test_a_peak_that_changed_meanwhile_is_told(monkeypatch: pytest.MonkeyPatch, last: float, steady: bool) -> None:
+    """Of one operation too: before it and after it."""
+    rates = iter([1.0, 10.0, last])  # one thread's, then those of all
+    monkeypatch.setattr(bench_ops_module, "BENCH", {"adamw": [TINY]})
+    monkeypatch.setattr(Laptop, "measure_peak", lambda _: next(rates))
+    numbers = bench_ops(OpsOptions(), lambda name, **_: Laptop())
+    assert numbers["steady"] is steady
+    caution = "caution  other programs ran meanwhile: measure again without them\n"
+    assert (caution in bench_ops_module.table(numbers)) is not steady
+
+
+def test_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ops_module, "BENCH", {op: [TINY] for op in BENCH})
+    numbers = bench_ops(OpsOptions(op="adamw"), lambda name, **_: Laptop())
+    assert [r["op"] for r in numbers["ops"]] == ["adamw"]
+    with pytest.raises(LlmpyError, match="--op adam — did you mean adamw"):
+        bench_ops(OpsOptions(op="adam"))
+    with pytest.raises(LlmpyError, match="nothing to do in float32 — use --dtype bfloat16"):
+        bench_ops(OpsOptions(op="narrow"), lambda name, **_: Laptop())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_stream_is_the_triad(threads: int) -> None:
+    load("cpu", threads=threads)  # starts the threads
+    n = 3 * peak.STREAM_BLOCK + 5
+    b, c = np.random.default_rng(0).standard_normal((2, n), np.float32)
+    a = np.full(n, np.nan, np.float32)
+    peak.triad(threads, a, b, c, np.float32(0.5))
+    np.testing.assert_allclose(a, b + np.float32(0.5) * c, rtol=1e-6, atol=1e-6)
+    assert peak.measure_bandwidth(threads, a, b, c, seconds=0.0) > 0
+
+
+def test_reading_is_the_sum() -> None:
+    load("cpu", threads=2)
+    a = np.random.default_rng(0).standard_normal(peak.READ_BLOCK + 7, np.float32)
+    sink = np.full(2, np.nan, np.float32)
+    peak.read(2, sink, a)
+    np.testing.assert_allclose(sink, [a[: peak.READ_BLOCK].sum(), a[peak.READ_BLOCK :].sum()], rtol=1e-3, atol=1e-3)
+    assert peak.measure_reading(2, sink, a, seconds=0.0) > 0
+
+
+def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(decode, "time_first_token", lambda *_: 900.0)
+    options = DecodeOptions("d1", batch_size=2, prompt_tokens=3, tokens=3, prefill=5)
+    numbers = bench_decode(options, Laptop())
+    config = ModelConfig.from_dial("d1")
+    assert numbers["weights_mb"] * 1e6 == 4 * config.matrix_parameters
+    assert numbers["tokens_per_s"] == pytest.approx(2e3 / numbers["ms_a_token"])
+    assert numbers["weights_gb_s"] == pytest.approx(numbers["weights_mb"] / numbers["ms_a_token"])
+    assert numbers["share_of_bandwidth"] == pytest.approx(numbers["weights_gb_s"] / 16)
+    assert numbers["prefill_share_of_peak"] == pytest.approx(prefill_flops(config, 5) / numbers["prefill_ms"] / 1e7)
+    assert (numbers["triad_gb_s"], numbers["ms_to_first_token"], len(numbers["token_ms"])) == (20.0, 900.0, 3)
+    monkeypatch.setattr(decode, "bench_decode", lambda _: numbers)
+    assert cli.main(["bench", "decode", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == numbers
+    assert cli.main(["bench", "decode"]) == 0
+    assert "share of reading" in capsys.readouterr().out
+    with pytest.raises(LlmpyError, match="--tokens: a text of 1036 tokens is longer than the model's context of 1024"):
+        bench_decode(DecodeOptions("d1", tokens=1000), Laptop())
+
+
+def test_the_first_token_comes_from_another_process(tmp_path: Path) -> None:
+    """The age of a process that loads kernels and a model, and speaks."""
+    ops = load("cpu", threads=1)
+    model = GPT2(ModelConfig(1, 1, 16, 128, 300), ops)
+    initialise(model.params, model.config)
+    checkpoint.save(tmp_path / "model.safetensors", model, 128)
+    assert 50 < decode.time_first_token(tmp_path / "model.safetensors", "float32", 1, 3) < 60_000
+    with pytest.raises(LlmpyError, match="failed: llmpy.errors.LlmpyError: unknown dtype 'int8'"):
+        decode.time_first_token(tmp_path / "model.safetensors", "int8", 1, 3)
+
+
+def test_flops_of_a_prefill() -> None:
+    config = ModelConfig(layers=2, heads=1, channels=8, context=16, vocab_size=128)
+    assert prefill_flops(config, 5) == 2 * 5 * 2 * 12 * 64 + 2 * 128 * 8 + 2 * 2 * 2 * 8 * 25 // 2

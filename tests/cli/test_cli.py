@@ -1,0 +1,386 @@
+"""The command line: names of flags, faults of one line with an exit code, nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpy import __version__
+from llmpy.cli import main as cli
+from llmpy.cli.completion import verbs
+from llmpy.data.prepare import VOCAB_AT_LEAST, VOCAB_AT_MOST
+from llmpy.model.config import GPT2_VOCAB
+from llmpy.options.options import BenchOptions, SampleOptions, TrainOptions, options_of
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Options that the verbs would have been called with."""
+    seen: list[Any] = []
+
+    def remember(options: Any) -> int:
+        seen.append(options)
+        return 0
+
+    for verb in ("train", "sample", "bench"):
+        remember.__doc__ = getattr(cli, verb).__doc__
+        monkeypatch.setattr(cli, verb, remember)
+    return seen
+
+
+def test_names_that_acceptance_checks_use(told: list[Any]) -> None:
+    line = (
+        "train --data a.txt b --data c --model gpt2 --out RUN -B 4 -T 64 --steps 5 --minutes 2 --lr 0.1 "
+        "--seed 3 --threads 2 --dtype float32 --no-shuffle"
+    )
+    assert cli.main(line.split()) == 0
+    assert told == [
+        TrainOptions(
+            data=(Path("a.txt"), Path("b"), Path("c")), model="gpt2", out=Path("RUN"), batch_size=4,
+            sequence_length=64, steps=5, minutes=2.0, lr=0.1, seed=3, threads=2, dtype="float32", shuffle=False,
+        )
+    ]  # fmt: skip
+    cli.main(["sample", "RUN", "--prompt", "a b", "--temperature", "0", "--top-k", "3", "--seed", "9"])
+    assert told[1] == SampleOptions(Path("RUN"), prompt=("a b",), temperature=0.0, top_k=3, seed=9)
+    cli.main(["bench", "step", "--model", "gpt2", "-B", "4", "-T", "64", "--dtype", "float32", "--json"])
+    assert told[2] == BenchOptions("gpt2", 4, 64, dtype="float32", json=True)
+
+
+def test_defaults_are_those_of_the_dataclasses(told: list[Any]) -> None:
+    cli.main(["train"])
+    cli.main(["sample", "RUN"])
+    cli.main(["bench", "step"])
+    assert told == [TrainOptions(), SampleOptions(Path("RUN")), BenchOptions()]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", "did you mean train?"),
+        ("plt", "did you mean plot?"),
+        ("evaluate", "unknown — use train, sample,"),  # nothing is near
+        ("generate", "— use sample ("),
+        ("train --modl d4", "did you mean --model?"),
+        ("train --bs 4", "did you mean --batch-size?"),
+        ("train --epoch 4", "use --steps N, -1 for one epoch"),
+        ("train --learn-rate 4", "use --lr ("),
+        ("train --gpu 4", "unknown argument --gpu ("),
+        ("watch --host 0.0.0.0", "unknown argument --host ("),
+        ("train --dtype float", "did you mean float32?"),
+        ("train --recipe gpt2_125M", "did you mean gpt2_124M or gpt3_125M?"),
+        ("train --bacth-size 4", "did you mean --batch-size?"),
+        ("train --batch_size=4", "did you mean --batch-size?"),
+        ("train --step 4", "did you mean --steps?"),
+        ("sample RUN --topk 4", "did you mean --top-k?"),
+        ("bench stap", "did you mean step?"),
+        ("bench step --jason", "did you mean --json?"),
+        ("train --dtype bf16", "did you mean bfloat16?"),
+        ("train --schedule x", "use cosine, linear, constant, wsd"),
+        ("train --lr fast", "--lr: invalid float value: 'fast'"),
+        ("train --steps", "--steps: expected one argument"),
+        ("train book.txt", "unknown argument book.txt — text is given with --data PATH"),
+        (f"train {__file__}", f"did you mean --data {__file__}?"),
+        ("train --epochs 3", "use --steps N, -1 for one epoch, or --minutes"),
+        ("train --learning_rate=1", "use --lr"),
+        ("sample", "required: RUN"),
+        ("bench", "required: WHAT"),
+        ("--zzzz train", "unknown argument --zzzz"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line.split())
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --model d4x", "unknown model"),
+        ("train --model gpt2-small", "did you mean gpt2? "),
+        ("train --resume RUN --out OTHER", "goes on in that folder, not in --out OTHER"),
+        ("train --lr -1", "--lr -1"),
+        ("train --data none.txt", "none.txt"),
+        ("train -T 2000", "use -T 1024 or less"),
+        ("sample none", "no run folder none"),
+        (f"sample {'x' * 300}", "xxx"),
+        (f"train --data {'x' * 300}", "xxx"),
+        (f"train --out {'x' * 300}", "xxx"),
+        ("train --minutes 1e307", "--minutes 1e+307"),
+        ("bench step --model x", "unknown model"),
+    ],
+)
+def test_faults_are_one_line_and_code_1(
+    line: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.split()) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("llmpy: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB — use a smaller"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (OSError(28, "No space left on device", "a file"), 1, "error: No space left on device: a file\n"),
+        (OSError("odd"), 1, "error: odd\n"),
+    ],
+)
+def test_other_ends(
+    fault: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: object) -> int:
+        raise fault
+
+    monkeypatch.setattr(cli, "run", failing)
+    assert cli.main(["train"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_help_tells_every_option_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in options_of(TrainOptions):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "130" in text
+    assert cli.main([]) == 2
+    assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "not_said"),
+    [
+        ("", ["3 training gave NaN", "no such option or verb"], ["143"]),
+        (
+            "train",
+            ["0 done, also at the end of --minutes", "3 training gave NaN", "143 by SIGTERM", "--resume RUN"],
+            [],
+        ),
+        ("plot", ["0 done", "1 a value", "130 stopped by Ctrl-C"], ["NaN", "--minutes", "SIGTERM", "--resume"]),
+        ("bench", ["0 done"], ["NaN", "--minutes"]),
+        ("bench ops", ["0 done"], ["NaN", "--minutes"]),
+        ("watch", ["0 ended by Ctrl-C"], ["130"]),
+        ("doctor", ["0 this machine can train", "1 something prevents that"], ["NaN"]),
+        ("selftest", ["1 one did not"], ["NaN"]),
+    ],
+)
+def test_exit_codes_are_those_of_the_verb(
+    verb: str, said: list[str], not_said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    codes = " ".join(capsys.readouterr().out.partition("exit codes: ")[2].split())
+    assert [text for text in said if text not in codes] == []
+    assert [text for text in not_said if text in codes] == []
+
+
+def test_plan_tells_which_vocabulary_it_counts_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """And which `train` has: the same --model is another one there."""
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"GPT-2's {GPT2_VOCAB}; of your own text train makes one of {VOCAB_AT_LEAST} to {VOCAB_AT_MOST}" in told
+    assert f"train takes {TrainOptions().sequence_length} unless told" in told
+
+
+def does_nothing(_: object) -> int:
+    """A verb."""
+    return 0
+
+
+@pytest.mark.parametrize("verb", sorted(cli.EXAMPLES_OF))
+def test_examples_are_commands(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*verb.split(), "--help"])
+    told = capsys.readouterr().out
+    for line, what in cli.EXAMPLES_OF[verb]:
+        assert line in told
+        assert what in told
+        words = shlex.split(line.removeprefix('eval "$(').removesuffix(')"').split(" > ")[0])
+        assert words.pop(0) == "llmpy"
+        assert " ".join(words).startswith(verb)
+        monkeypatch.setattr(cli, verb.replace(" ", "_").removesuffix("_step"), does_nothing)
+        assert cli.main(words) == 0  # parsed, and its values checked
+
+
+def test_every_verb_has_examples() -> None:
+    known = list(verbs(cli.build_parser()))
+    groups = {verb.words[:-1] for verb in known}
+    assert {verb.name for verb in known if verb.words not in groups} - {""} == set(cli.EXAMPLES_OF)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", timeout=60)
+
+
+def test_help_needs_neither_numpy_nor_numba() -> None:
+    program = (
+        "import sys; from llmpy import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'numba', 'llvmlite', 'tokenizers', 'tqdm', 'psutil'} & set(sys.modules)))"
+    )
+    assert python("-c", program).stdout.endswith("\n[]\n")
+
+
+def test_the_version() -> None:
+    assert python("-m", "llmpy", "--version").stdout == f"llmpy {__version__}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_was_asked_for_and_not_written_is_a_fault(unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for word in ("--version", "--help"):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [sys.executable, "-m", "llmpy", word], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+            )
+        assert (ended.returncode, ended.stderr) == (1, "llmpy: error: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_said_amid_work_and_not_heard_is_no_fault_of_its_files(tmp_path: Path, full: bool) -> None:
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 200, "utf-8")
+    reader, writer = (0, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if reader:
+        os.close(reader)  # who leaves
+    ended = subprocess.run(
+        [sys.executable, "-m", "llmpy", "data", "a.txt", "--tokenizer", "bytes"],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    said = "llmpy: error: cannot write to standard output: No space left on device\n" if full else ""
+    assert (ended.returncode, ended.stderr) == (1, said)
+    assert [p.name for p in tmp_path.rglob("*")] == ["a.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    program = "import sys; from llmpy import cli; cli.run = lambda a: print('x' * 100_000) or 0; sys.exit(cli.main([]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 1
+
+
+TRAINING = """
+import sys
+from support.laptop import Laptop
+from llmpy import cli, trainer
+cli.run = lambda words: trainer.train(cli.TrainOptions(
+    data=(cli.Path(words[0]),), model="d1", out=cli.Path(words[1]), batch_size=2, sequence_length=16,
+    steps=int(words[2]), eval_batches=2, sample_tokens=5, vocab_size=300), Laptop())
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows reports a closed pipe in another way")
+@pytest.mark.parametrize(("steps", "code"), [(20, 0), (100_000, 130)])
+def test_training_outlives_its_readers(tmp_path: Path, steps: int, code: int) -> None:
+    """`llmpy train 2>&1 | head` trains on; Ctrl-C at `llmpy train 2>&1 | tee log` kills tee and still saves."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(tmp_path / "text.txt"), str(tmp_path / "run"), str(steps)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step     2/"):
+            break
+    process.stdout.close()
+    if code:
+        process.send_signal(signal.SIGINT)
+    assert process.wait(60) == code
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert ("stopped after" if code else "trained 20 steps") in (tmp_path / "run" / "console.log").read_text("utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_closed_streams() -> None:
+    command = f"{shlex.quote(sys.executable)} -m llmpy sample none >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --init gpt2-mediun", "did you mean gpt2-medium?"),
+        ("chat runs/on", "did you mean runs/one?"),
+        ("bench ops --op linear_foward", "did you mean linear_forward?"),
+        ("train --model gpt-2", "did you mean gpt2?"),
+        ("train --model d0", "unknown model 'd0' — use d1"),
+        ("bench ops --op attention", "did you mean attention_forward, attention_backward or attention_decode?"),
+        ("data tinyshakespear", "no file or folder tinyshakespear — did you mean tinyshakespeare?"),
+        ("train --data fineweb_edu", "did you mean fineweb-edu?"),
+        ("data here.txt --tokenizer gtp2", "did you mean gpt2? use gpt2, bytes"),
+        ("sample runs/oen", "no run folder runs/oen — did you mean runs/one?"),
+        ("sample gtp2", "did you mean gpt2?"),
+        ("sample elsewhere", "no run folder elsewhere — there are: runs/one"),
+        ("convert runs/oen out", "no model runs/oen — did you mean runs/one?"),
+        ("convert nothing out", "no model nothing — use gpt2, "),
+        ("watch runs/one/model.safetensors", "runs/one/model.safetensors holds no run — "),
+        ("plot runs/oen", "no run folder runs/oen — did you mean runs/one?"),
+    ],
+)
+def test_values_too_have_neighbours(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "runs" / "one" / name).touch()
+    assert cli.main(line.split()) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_errors_are_red_where_a_person_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["train", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("\x1b[31mllmpy: error:\x1b[0m --lr -1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["train", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("llmpy: error: --lr -1")
+
+
+@pytest.mark.parametrize("words", [["train", "--data", ""], ["sample", ""], ["plot", "runs/NAME", "-o", ""]])
+def test_an_empty_name_is_no_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", ""], ["data", "--out", "tokens"]])
+def test_data_of_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 1
+    assert "nothing to prepare is named — name files" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""`make setup`, and the fine-tuning of GPT-2 that the README begins with, whole: against a server on this machine.
+
+What is served is small: a model, ranks and a text of our own, under the names and addresses of the real ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.laptop import Laptop
+from support.network import network, stands_for
+from support.samples import in_memory, with_tokenizer
+
+from llmpy import backend, formats
+from llmpy.cli import main as cli
+from llmpy.data import datasets, prepare, tokenizer
+from llmpy.formats import huggingface
+from llmpy.model.config import ModelConfig
+from llmpy.run import checkpoint
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+CONFIG = ModelConfig(layers=2, heads=2, channels=16, context=64, vocab_size=257)
+TEXT = "".join(f"Citizen {i}:\nSpeak, number {i * i}, before we proceed any further.\n\n" for i in range(1500))
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A network of one server; the paths that were asked for."""
+    huggingface.write_model(tmp_path / "gpt2", with_tokenizer(in_memory(CONFIG), tmp_path / "bytes.json"), "float32")
+    files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}
+    files["/text"] = TEXT.encode()
+    files["/ranks"] = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    with network(files, monkeypatch) as (here, found):
+        monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))
+        monkeypatch.chdir(tmp_path)
+        stands_for(monkeypatch, datasets, "SHAKESPEARE", f"{here}/text", files["/text"])
+        stands_for(monkeypatch, tokenizer, "GPT2", f"{here}/ranks", files["/ranks"])
+        for module in (prepare, formats):
+            monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
+        monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
+        yield found
+
+
+def run(line: str) -> None:
+    assert cli.main(shlex.split(line)) == 0
+
+
+def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = (ROOT / "Makefile").read_text("utf-8").split("\nsetup:")[1].split("\n\n")[0]
+    for line in re.findall(r"\$\(BIN\)/llmpy (.*)", recipe):
+        run(line)
+    assert "The weights are here, and" in capsys.readouterr().out
+    fetched = {path.rpartition("/")[2] for path in asked}
+    assert fetched == {"text", "ranks", "config.json", "tokenizer.json", "model.safetensors"}
+    asked.clear()
+    (line,) = re.findall(r"^\.venv/bin/llmpy (train --init gpt2 --data tinyshakespeare .*)$", README, re.MULTILINE)
+    run(f"{line} --out run")
+    assert asked == []
+    out = capsys.readouterr().out
+    assert "step    40/40" in out
+    rows = [json.loads(row) for row in Path("run/metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert checkpoint.read_header(Path("run/model.safetensors")).config == CONFIG
+    run("sample run --prompt Citizen --tokens 5")
+
+
+def test_fine_tuning_alone_fetches_what_it_needs(asked: list[str]) -> None:
+    run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 2 --out run")
+    assert {path.rpartition("/")[2] for path in asked} == {
+        "text", "ranks", "config.json", "tokenizer.json", "model.safetensors",
+    }  # fmt: skip

@@ -1,0 +1,73 @@
+"""Documents become tokens: the same however they are cut and batched, in order, with what counts marked."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llmpy.data import encode as encode_module
+from llmpy.data.encode import encode, pieces, tokenise
+from llmpy.data.records import Document
+from llmpy.data.tokenizer import EOT, Tokenizer
+from llmpy.errors import LlmpyError
+
+
+@pytest.fixture(scope="module")
+def blanks():
+    """A tokenizer that has merged blanks, so that a cut in a wrong place shows."""
+    return Tokenizer.train([" a  b\n\n a's \n b   !!  ab!\x1c ab\n" * 50], 300)
+
+
+@settings(max_examples=500, deadline=None)
+@example("ab!!!\x1c!!!")  # white space to Python, not to the tokenizer
+@given(text=st.text(max_size=100) | st.text(" \n\t ab'st日!\x1c\x85\u3000", max_size=60))
+def test_pieces_encode_as_the_whole(blanks, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_module, "PIECE", 3)
+        assert "".join(pieces(text)) == text
+        assert tokenise(blanks, [Document("", text)]).ids[1:].tolist() == blanks.encode(text)
+
+
+def test_batches_join_to_the_whole(blanks, monkeypatch):
+    texts = [f" a b{i}\n\n" * (1 + i % 7) for i in range(200)]
+    documents = [Document("", text) for text in texts]
+    expected = [i for text in texts for i in [blanks.eot, *blanks.encode(text)]]
+    assert tokenise(blanks, documents).ids.tolist() == expected
+    monkeypatch.setattr(encode_module, "BATCH", 50)
+    blocks = list(encode(blanks, iter(documents)))
+    assert len(blocks) > 20
+    assert np.concatenate([b.ids for b in blocks]).tolist() == expected
+    assert sum(b.characters for b in blocks) == sum(map(len, texts))
+    assert {b.ids.dtype for b in blocks} == {np.dtype(np.uint16)}
+
+
+def test_what_counts():
+    plain = Tokenizer.bytes()
+    spans = [Document("", "promptX", ((6, 7),)), Document("", "ab"), Document("", "uAuB", ((1, 2), (3, 4)))]
+    tokens = tokenise(plain, spans)
+    assert plain.decode(tokens.ids) == f"{EOT}promptX{EOT}ab{EOT}uAuB"
+    # EOT ends what is before it, so it counts
+    assert "".join(map(str, tokens.counted.astype(int))) == "1" + "0000001" + "1" + "11" + "1" + "0101"
+    assert tokenise(plain, spans[1:2]).counted is None
+
+
+def test_no_token_is_of_both_parts(blanks):
+    text = " a  b a  b"
+    tokens = tokenise(blanks, [Document("", text, ((5, 10),))])
+    assert blanks.decode(tokens.ids[1:][~tokens.counted[1:]]) == text[:5]
+    assert blanks.decode(tokens.ids[1:][tokens.counted[1:]]) == text[5:]
+
+
+def test_masked_and_plain_batches(monkeypatch):
+    monkeypatch.setattr(encode_module, "BATCH", 4)
+    tokens = tokenise(Tokenizer.bytes(), [Document("", "abcd"), Document("", "efgh", ((2, 4),))])
+    assert tokens.counted.tolist() == [True] * 6 + [False] * 2 + [True] * 2
+
+
+def test_no_documents():
+    assert tokenise(Tokenizer.bytes(), []).ids.size == 0
+
+
+def test_half_a_character_is_refused():
+    with pytest.raises(LlmpyError, match="was no UTF-8"):
+        tokenise(Tokenizer.bytes(), [Document("", "abc\udcff")])

@@ -1,0 +1,277 @@
+"""Damaged files of every kind that data come in: one exception with a sentence, never a crash, a second or much memory.
+
+Each campaign is a process of its own, so that a crash or a hang is seen and the memory is its alone.
+`make fuzz` runs a million mutations; the seed that failed is in the name of the test.
+"""
+
+from __future__ import annotations
+
+import base64
+import faulthandler
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.samples import llama_tokenizer
+
+from llmpy.data.hellaswag import read_examples
+from llmpy.data.rank_tables import EOT, KNOWN, O200K, Known, Ranks, write_llmc
+from llmpy.data.records import kind_of, read_records
+from llmpy.data.shards import is_shard, open_shard
+from llmpy.data.tokenizer import Tokenizer
+from llmpy.errors import LlmpyError
+
+resource = pytest.importorskip("resource")  # not on Windows
+
+NORMAL, EACH, CAMPAIGNS = 10_000, 10_000, 100
+V = 300
+SECONDS, MEGABYTES = 1.0, 64
+TEXT = "the cat, the hat: 12 naïve cafés\n\n日本 \U0001f642 it's\t"
+EXTREMES = (0, 1, 2, 255, 256, 2**15, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
+SIGNS = b'{}[]",:\\0123456789eE+-. \n\r\t\0\xff\x80=AaQg'
+
+
+def shard(path: Path) -> None:
+    is_shard(path)
+    opened = open_shard(path, V)
+    assert 0 <= int(opened.tokens.min()) <= int(opened.tokens.max()) < V
+    assert opened.counted is None or len(opened.counted) == len(opened)
+
+
+def tokenizer(path: Path) -> None:
+    loaded = Tokenizer.load(path)
+    assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    assert len(loaded.byte_lengths()) == loaded.vocab_size
+
+
+def records(path: Path) -> None:
+    with path.open("rb") as file:
+        kind = kind_of(path, file.read(16))
+    if kind is None:
+        raise LlmpyError(f"{path} is nothing known")
+    for document in read_records(path, kind):
+        document.text.encode("utf-8")
+
+
+def hellaswag(path: Path) -> None:
+    examples = read_examples(path, V)
+    for i in range(len(examples)):
+        example = examples[i]
+        assert 0 <= example.label < len(example.endings) == 4
+        assert max(int(part.max()) for part in (example.context, *example.endings)) < V
+
+
+def headed(magic: int, version: int, count: int, body: bytes) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, count
+    return header.tobytes() + body
+
+
+def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], int]]:
+    """Name → an undamaged file, its reader, and its share of the mutations."""
+    ids = np.arange(1, 200)
+    learnt = Tokenizer.train([TEXT * 50], V)
+    learnt.save(folder / "tokenizer.json")
+    write_llmc(folder / "tokenizer.bin", learnt.ranks())
+    llama_tokenizer(folder / "llama.json", names=["<tool>"])
+    single = tuple(bytes([i]) for i in range(256))
+    pairs = (*single, *(bytes([97 + i // 26, 97 + i % 26]) for i in range(40)))
+    write_llmc(folder / "v1.bin", Ranks((*pairs, EOT.encode()), len(pairs)))
+    version_1 = bytearray((folder / "v1.bin").read_bytes())
+    version_1[4] = 1
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(pairs))
+    KNOWN[len(pairs) + 1] = Known("a table with other words", len(pairs) + 2, O200K)
+    known = ranks + b"%s %d\n" % (base64.b64encode(b"no merge of two"), len(pairs))
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
+    rows = [{"text": TEXT}, {"prompt": "2+2=", "completion": "4", "n": 1.5e3}, {"messages": chat}, {"text": "end"}]
+    lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
+    example = [65535, 36, 0, 1, 4, 3, 5, 1, 2, 1, 7, 2, 6, 1, 1, 9, 1, 8]
+    stream = np.array([*example, 65535, 36, 1, *example[3:]], "<u2").tobytes()
+    choices = np.zeros(256, "<i4")
+    choices[:4] = 20240522, 1, 2, 36
+    files = {
+        "u16.bin": (headed(20240520, 1, len(ids), ids.astype("<u2").tobytes()), shard, 4),
+        "u32.bin": (headed(20240801, 7, len(ids), ids.astype("<u4").tobytes()), shard, 4),
+        "i32.bin": (ids.astype("<i4").tobytes(), shard, 4),
+        "masked.mask": (headed(20261122, 1, len(ids), bytes(i % 2 for i in range(len(ids)))), shard, 4),
+        "tokenizer.bin": ((folder / "tokenizer.bin").read_bytes(), tokenizer, 2),
+        "v1.bin": (bytes(version_1), tokenizer, 2),
+        "ranks.tiktoken": (ranks, tokenizer, 2),
+        "known.tiktoken": (known, tokenizer, 2),
+        "tokenizer.json": ((folder / "tokenizer.json").read_bytes(), tokenizer, 1),
+        "llama.json": ((folder / "llama.json").read_bytes(), tokenizer, 1),
+        "a.jsonl": (lines, records, 4),
+        "a.jsonl.gz": (gzip.compress(lines), records, 4),
+        "repacked.jsonl.gz": (lines, records, 4),  # damaged before it is packed
+        "hellaswag_val.bin": (choices.tobytes() + stream, hellaswag, 4),
+    }
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        return files
+    for name, compression in (("a.parquet", "snappy"), ("plain.parquet", "none")):
+        table = pyarrow.table({"id": [1, 2, 3], "text": [TEXT, "b" * 50, None]})
+        table = table.slice(0, 2) if compression == "none" else table
+        parquet.write_table(table, folder / name, compression=compression)
+        files[name] = (folder / name).read_bytes(), records, 1
+    return files
+
+
+def mutated(data: bytes, source: random.Random) -> bytes:
+    """`data` with one to four changes."""
+    changed = bytearray(data)
+    for _ in range(source.choice((1, 1, 1, 2, 4))):
+        n = len(changed)
+        at = source.choice(
+            (source.randrange(n + 1), min(n, 4 * source.randrange(12)), max(0, n - source.randrange(1, 64)))
+        )
+        match source.randrange(9):
+            case 0:
+                del changed[at:]
+            case 1:
+                del changed[at : at + source.choice((1, 2, 4, 100))]
+            case 2 if at < n:
+                changed[at] ^= 1 << source.randrange(8)
+            case 3:
+                changed[at : at + 1] = bytes([source.randrange(256)])
+            case 4:
+                width = source.choice((1, 2, 4, 8))
+                value = source.choice(EXTREMES) % (1 << 8 * width)
+                changed[at : at + width] = value.to_bytes(width, "little")
+            case 5:
+                changed[at:at] = changed[at : at + source.choice((1, 7, 200))]
+            case 6:
+                changed[at : at + 1] = bytes([source.choice(SIGNS)])
+            case 7:
+                changed[at:at] = source.choice((b"9" * 30, b'"', b"[" * 3000, b"\xed\xa0\x80", b"\\ud800", b"\0" * 64))
+            case _:
+                other = source.randrange(n + 1)
+                changed[at : at + 16] = changed[other : other + 16]
+    return bytes(changed)
+
+
+def read(path: Path, reader: Callable[[Path], None]) -> bool:
+    """Whether a file is read; refused with a sentence is the other thing that may happen."""
+    start = time.thread_time()
+    try:
+        reader(path)
+        good = True
+    except LlmpyError as fault:
+        good = False
+        assert path.with_suffix("").name in str(fault), f"no name: {fault}"
+        assert 10 < len(str(fault)) < 2000, f"no sentence: {fault}"
+    seconds = time.thread_time() - start
+    assert seconds < SECONDS, f"{seconds:.1f} s"
+    return good
+
+
+def campaign(seed: int, count: int, folder: Path) -> None:
+    """`count` mutations. Raises AssertionError, with the file left in `folder`, for one that is not refused well."""
+    source = random.Random(seed)
+    files = base_files(folder)
+    for old in folder.iterdir():
+        old.unlink()
+    names = [name for name, (_, _, share) in files.items() for _ in range(share)]
+    tokens = headed(20240520, 1, 199, np.arange(1, 200).astype("<u2").tobytes())
+    good = 0
+
+    def run(name: str, data: bytes) -> bool:
+        path = folder / name
+        path.write_bytes(gzip.compress(data, 1) if name.startswith("repacked") else data)
+        if name == "masked.mask":
+            path = path.with_suffix(".bin")
+            path.write_bytes(tokens)
+        try:
+            return read(path, files[name][1])
+        except Exception as fault:
+            raise AssertionError(f"{name}, seed {seed}, {path}: {type(fault).__name__}: {fault}") from fault
+
+    for name in files:
+        assert run(name, files[name][0]) == (name not in ("v1.bin", "a.parquet")), name
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(count):
+        if i % 1000 == 0:
+            faulthandler.dump_traceback_later(60, exit=True)
+        name = source.choice(names)
+        good += run(name, mutated(files[name][0], source))
+    faulthandler.cancel_dump_traceback_later()
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    assert grown < MEGABYTES, f"{grown:.0f} MB more"
+    print(f"{count:,} mutations, {good:,} of them read, {grown:.0f} MB more")
+
+
+def child(code: str, *arguments: object, seconds: float) -> str:
+    """The output of a process with this module in it. Fails if it does."""
+    command = [sys.executable, "-c", f"import test_fuzz_data as t; {code}", *map(str, arguments)]
+    paths = [str(Path(__file__).parent), *sys.path]
+    result = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "RUST_BACKTRACE": "0"},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=seconds,
+    )
+    assert result.returncode == 0, f"exit {result.returncode}: {result.stderr[-1500:]}"
+    return result.stdout
+
+
+def run_campaign(seed: int, count: int, seconds: float) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        code = "import sys, pathlib; t.campaign(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))"
+        return child(code, seed, count, folder, seconds=seconds)
+
+
+def test_mutations() -> None:
+    assert f"{NORMAL:,} mutations" in run_campaign(0, NORMAL, 120)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(1, CAMPAIGNS + 1))
+def test_many_mutations(seed: int) -> None:
+    print(run_campaign(seed, EACH, 300))
+
+
+BOMBS = {
+    "a line without end": (b'{"text": "', b"a" * 1000, 200_000),
+    "brackets without end": (b"", b"[" * 1000, 50_000),
+    "a list without end": (b'{"text": [', b"[]," * 1000, 50_000),
+    "many small texts": (b"", b'{"text": "' + b"word " * 200 + b'"}\n', 30_000),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs(tmp_path: Path, name: str) -> None:
+    """What unpacks to a thousand times its size needs no more memory."""
+    path = tmp_path / "bomb.jsonl.gz"
+    start, again, times = BOMBS[name]
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(start)
+        for _ in range(0, times, 1000):
+            file.write(again * 1000)
+    code = "import sys, pathlib; t.bomb(pathlib.Path(sys.argv[1]))"
+    assert child(code, path, seconds=60).split()[-1] == "MB"
+
+
+def bomb(path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        for _ in read_records(path, "jsonl.gz"):
+            pass
+    except LlmpyError as fault:
+        assert "line 1" in str(fault)
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    assert grown < MEGABYTES, f"{grown:.0f} MB more"
+    print(f"{grown:.0f} MB")

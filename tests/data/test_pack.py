@@ -1,0 +1,396 @@
+"""`llmpy data`: folders of tokens that are whole, that train, and that are llm.c's to the byte where it repeats."""
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.samples import in_memory, llama_tokenizer
+
+from llmpy.cli import main as cli
+from llmpy.data import pack
+from llmpy.data.datasets import SOURCES
+from llmpy.data.hellaswag import read_examples
+from llmpy.data.loader import Loader
+from llmpy.data.pack import data, find_dataset
+from llmpy.data.prepare import prepare
+from llmpy.data.rank_tables import parse_llmc
+from llmpy.data.records import Document
+from llmpy.data.shards import open_shard
+from llmpy.data.tokenizer import EOT, Tokenizer
+from llmpy.errors import LlmpyError
+from llmpy.options.options import DataOptions
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+SPEECHES = [f"Speaker {i}:\nLine {i * i} of the play, and another.\n\n" for i in range(300)]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("".join(SPEECHES) + "The end.\n")
+    return path
+
+
+def make(said, *what, **options):
+    return data(DataOptions(what=tuple(map(str, what)), **({"tokenizer": "bytes"} | options)), said.append)
+
+
+def tokens(folder, name):
+    return open_shard(folder / name, 50257).tokens
+
+
+def text(folder, *names):
+    ids = np.concatenate([tokens(folder, name) for name in names])
+    return Tokenizer.load(folder / "tokenizer.json").decode(ids)
+
+
+@pytest.mark.skipif(not (DATA / "gpt2.tiktoken").exists(), reason="tinyshakespeare is not here")
+@pytest.mark.parametrize("form", ["auto", "int32"])
+def test_tinyshakespeare_as_llmc_has_it(tmp_path, said, form):
+    options = {"source": DATA / "tinyshakespeare.txt", "tokenizer": str(DATA / "gpt2.tiktoken"), "format": form}
+    folder = make(said, "tinyshakespeare", out=tmp_path / "out", **options)
+    train, val = tokens(folder, "tiny_shakespeare_train.bin"), tokens(folder, "tiny_shakespeare_val.bin")
+    assert (len(train), len(val)) == (305_260, 32_768)
+    gpt2 = Tokenizer.load(DATA / "gpt2.tiktoken")
+    original = (DATA / "tinyshakespeare.txt").read_text("utf-8")
+    marked = EOT + original.replace("\n\n", "\n\n" + EOT)  # as llm.c prepares it
+    assert np.array_equal(np.concatenate([val, train]), gpt2.encode(marked))
+    size = (folder / "tiny_shakespeare_train.bin").stat().st_size
+    assert size == (611_544 if form == "auto" else 4 * 305_260)
+    if form == "int32":
+        assert parse_llmc((folder / "gpt2_tokenizer.bin").read_bytes()) == gpt2.ranks()
+
+
+def test_what_is_there_and_said(raw, tmp_path, said):
+    folder = make(said, "tinyshakespeare", source=raw, tokens=9000)
+    assert folder == tmp_path / "cache" / "tinyshakespeare" / "bytes-9000"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "dataset.json", "tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin", "tokenizer.json",
+    ]  # fmt: skip
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    whole = text(folder, "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin")
+    assert whole == (EOT + EOT.join(SPEECHES))[: len(whole)]
+    record = json.loads((folder / "dataset.json").read_text())
+    assert record["files"] == {"tiny_shakespeare_val.bin": 900, "tiny_shakespeare_train.bin": 8100}
+    assert sum(line.startswith("sample: 'Speaker") for line in said) == 3
+    assert said[-1] == "ready in " + str(folder) + f"; train on it:  llmpy train --data {folder}"
+    said.clear()
+    assert make(said, "tinyshakespeare", source=raw, tokens=9000) == folder
+    assert said == [f"tinyshakespeare is already in {folder}"]
+
+
+def test_another_source_of_what_is_there(raw, tmp_path, said):
+    other = tmp_path / "other.txt"
+    other.write_text("x" * 20_000 + "\n\nand more.\n")
+    folder = make(said, "tinyshakespeare", source=raw)
+    before = (folder / "tiny_shakespeare_train.bin").read_bytes()
+    said.clear()
+    make(said, "tinyshakespeare", source=other)
+    make(said, "tinyshakespeare")
+    assert (folder / "tiny_shakespeare_train.bin").read_bytes() == before
+    assert said == [
+        f"tinyshakespeare is already in {folder}; {other} is not read: to make it from that, remove the folder or name "
+        "another with --out",
+        f"tinyshakespeare is already in {folder}, made from {raw}",
+    ]
+
+
+def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
+    folder = make(said, raw, tokenizer="bpe:300", out=tmp_path / "out")
+    assert said[0] == f"1 file, {len(raw.read_text()):,} characters, UTF-8"
+    assert sum("characters, UTF-8" in line for line in said) == 1  # though it was read twice
+    assert text(folder, "train.bin", "val.bin") == EOT + raw.read_text()
+    share = len(tokens(folder, "val.bin")) / len(tokens(folder, "train.bin"))
+    assert 0.08 < share < 0.14
+    monkeypatch.chdir(tmp_path)
+    assert make(said, raw) == Path("data/input")
+    assert make(said, "in*.tx?") == Path("data/in")
+    assert make(said, raw, out=tmp_path / "a name") == tmp_path / "a name"
+    assert said[-1].endswith(f"--data '{tmp_path / 'a name'}'")
+    with pytest.raises(
+        LlmpyError, match=r"data/input has tokens already — train on them: llmpy train --data data/input; "
+    ):
+        make(said, raw)
+
+
+def test_many_documents_are_cut_between_two(tmp_path, said):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": s}) for s in SPEECHES).encode()))
+    folder = make(said, path, out=tmp_path / "out")
+    assert text(folder, "train.bin", "val.bin") == EOT + EOT.join(SPEECHES)
+    assert tokens(folder, "val.bin")[0] == 256
+    assert said[0].endswith("jsonl.gz, 300 documents")
+
+
+def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
+    monkeypatch.setattr(pack, "SHARD_TOKENS", 5000)
+    folder = make(said, raw, out=tmp_path / "out")
+    names = sorted(p.name for p in folder.glob("train_*.bin"))
+    assert names == ["train_000001.bin", "train_000002.bin", "train_000003.bin"]
+    assert text(folder, *names, "val.bin") == EOT + raw.read_text()
+    dataset = prepare([folder], tmp_path / "run", say=said.append)
+    assert (len(dataset.train), len(dataset.val), dataset.vocab_size) == (3, 1, 257)
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 8000])
+def test_llmcs_names_and_division(raw, tmp_path, said, monkeypatch, most):
+    """One file to train on, unless llm.c could not read it to its end; the web in shards."""
+    monkeypatch.setattr(pack, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(pack, "SEEKABLE", most)
+    folder = make(said, "tinyshakespeare", source=raw, out=tmp_path / "a")
+    names = sorted(p.name for p in folder.glob("*train*"))
+    assert names[0] == ("tiny_shakespeare_train.bin" if most > 8000 else "tiny_shakespeare_train_000001.bin")
+    assert text(folder, "tiny_shakespeare_val.bin", *names) == EOT + EOT.join([*SPEECHES, "The end.\n"])
+    pages = [Document("x", raw.read_text())] * 2
+    web = SOURCES["fineweb"]
+    layout = replace(web.layout, val=3000)
+    monkeypatch.setitem(SOURCES, "fineweb", replace(web, documents=lambda *_: iter(pages), layout=layout))
+    folder = make(said, "fineweb", source=raw, out=tmp_path / "b")
+    assert [p.name for p in sorted(folder.glob("*.bin"))][:2] == [
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
+    assert len(tokens(folder, "fineweb_val_000000.bin")) == len(tokens(folder, "fineweb_train_000001.bin")) == 3000
+
+
+def test_a_page_that_writes_the_end_of_a_text(tmp_path, said, monkeypatch):
+    """In llm.c's data sets it is text; in the user's own it ends one."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": f"They write {EOT} there. " * 50}) + "\n")
+    folder = make(said, "fineweb", source=path, out=tmp_path / "a")
+    ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"), reverse=True)])
+    assert np.count_nonzero(ids == 256) == 1
+    folder = make(said, path, out=tmp_path / "b")
+    ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"))])
+    assert np.count_nonzero(ids == 256) == 51
+
+
+def test_a_few_tokens_of_tinystories(tmp_path, said):
+    """As many as the held-out file alone has, and fewer, still leave something to train on."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(2):
+        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
+    folder = make(said, "tinystories", source=raw, out=tmp_path / "out", tokens=400)
+    assert (len(tokens(folder, "TinyStories_val.bin")), len(tokens(folder, "TinyStories_train.bin"))) == (40, 360)
+
+
+def test_stories_hold_the_first_file_out(tmp_path, said):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(3):
+        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
+    folder = make(said, "tinystories", source=raw, out=tmp_path / "out")
+    assert text(folder, "TinyStories_val.bin").count("Story 0.") == 50
+    assert "Story 0." not in text(folder, "TinyStories_train.bin")
+    assert text(folder, "TinyStories_train.bin").count(EOT + "Story") == 100
+
+
+def test_a_form_that_does_not_fit_the_tokenizer(raw, tmp_path, said, monkeypatch):
+    """Refused before anything is encoded."""
+    llama_tokenizer(tmp_path / "llama.json")
+    monkeypatch.setattr(pack, "_spool", None)
+    out, own = tmp_path / "out", str(tmp_path / "llama.json")
+    with pytest.raises(LlmpyError, match="int32 goes with llm.c's tokenizer file: the tokenizer splits words unlike"):
+        make(said, raw, out=out, tokenizer=own, format="int32")
+    monkeypatch.setattr(Tokenizer, "bytes", classmethod(lambda cls: SimpleNamespace(vocab_size=65_537)))
+    with pytest.raises(LlmpyError, match="--format uint16 cannot hold 65,537 tokens — leave --format out"):
+        make(said, raw, out=out, format="uint16")
+    assert not out.exists()
+
+
+def test_completions_alone_are_learnt(tmp_path, said):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "completion": f"{2 * i}"}) + "\n" for i in range(400)))
+    folder = make(said, path, out=tmp_path / "out")
+    shard = open_shard(folder / "train.bin", 257)
+    plain = Tokenizer.bytes()
+    assert any(line.startswith("the loss counts") for line in said)
+    inputs, targets = Loader([shard], 2, 64, shuffle=True, vocab_size=257).next()
+    assert (targets == -1).any()
+    for row, wanted in zip(inputs, targets, strict=True):
+        learnt = wanted[wanted >= 0]
+        assert "+" not in plain.decode(learnt)
+        assert "=" not in plain.decode(learnt)
+        assert np.array_equal(wanted[:-1][wanted[:-1] >= 0], row[1:][wanted[:-1] >= 0])
+    # the same from text, as `llmpy train --data pairs.jsonl` reads it
+    direct = prepare([path], tmp_path / "run", vocab_size=300, say=said.append)
+    counted = direct.train[0].tokens[direct.train[0].counted == 1]
+    words = direct.tokenizer.decode(counted).replace(EOT, " ").split()
+    assert words == [str(2 * i) for i in range(len(words))]
+    with_stream = make(said, path, out=tmp_path / "stream", format="int32")
+    assert any("has no mask" in line for line in said)
+    assert open_shard(with_stream / "train.bin", 257).counted is None
+
+
+def test_hellaswag(tmp_path, said):
+    raw = tmp_path / "val.jsonl"
+    rows = [{"ctx": f"Man {i}", "endings": ["runs", "sits", "eats", "is"], "label": i % 4} for i in range(20)]
+    raw.write_text("\n".join(map(json.dumps, rows)))
+    folder = make(said, "hellaswag", source=raw, out=tmp_path / "out")
+    examples = read_examples(folder / "hellaswag_val.bin", 257)
+    assert [examples[i].label for i in range(20)] == [i % 4 for i in range(20)]
+    assert "sample: 'Man 0' → ' runs'" in said
+    assert said[-1] == f"ready in {folder}"  # not to train on
+    with pytest.raises(LlmpyError, match="no text to train a tokenizer on"):
+        make(said, "hellaswag", source=raw, out=tmp_path / "b", tokenizer="bpe:300")
+
+
+def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
+    monkeypatch.chdir(tmp_path)
+    dataset = prepare([Path("tinyshakespeare")], tmp_path / "run", say=said.append)
+    assert dataset.train[0].path == cache / "tinyshakespeare" / "gpt2" / "tiny_shakespeare_train.bin"
+    assert dataset.vocab_size == 257
+    assert prepare([Path("tinyshakespeare")], tmp_path / "run", say=said.append).train[0].path.exists()
+    with pytest.raises(LlmpyError, match="hellaswag is there to evaluate on — train on one of tinyshakespeare"):
+        find_dataset("hellaswag", said.append)
+    raw.with_name("tinystories").mkdir()  # a folder of that name is meant by it
+    with pytest.raises(LlmpyError, match="0 files"):
+        prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+
+
+def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
+    """All of TinyStories, of the web a portion; and that is found again, until all of it is there."""
+    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    monkeypatch.setattr(
+        "llmpy.data.datasets._story_files", lambda _: iter([("data00.json", stories(0)), ("data01.json", stories(1))])
+    )
+    monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
+    monkeypatch.chdir(tmp_path)
+    dataset = prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+    assert dataset.train[0].path == cache / "tinystories" / "gpt2" / "TinyStories_train.bin"
+    assert dataset.tokenizer.decode(dataset.train[0].tokens).count("Story 1.") == 50
+    web = replace(SOURCES["fineweb"], documents=lambda *_: iter([Document("x", raw.read_text())] * 3), portion=5000)
+    monkeypatch.setitem(SOURCES, "fineweb", web)
+    for _ in range(2):
+        dataset = prepare([Path("fineweb")], tmp_path / "run", say=said.append)
+        assert (len(dataset.train[0]), len(dataset.val[0])) == (4500, 500)
+        assert dataset.train[0].path.parent == cache / "fineweb" / "gpt2-5000"
+    assert said.count("fineweb is not here yet: making its first 5,000 tokens (all of it: llmpy data fineweb)") == 1
+    monkeypatch.setattr("llmpy.data.pack.SHARD_TOKENS", 10_000)
+    monkeypatch.setitem(SOURCES, "fineweb", replace(web, layout=replace(web.layout, val=1000)))
+    whole = data(DataOptions(what=("fineweb",)), said.append)
+    assert find_dataset("fineweb", said.append) == whole == cache / "fineweb" / "gpt2"
+    # a model with another tokenizer reads it with its own, however that is spelled
+    own = Tokenizer.train([raw.read_text()], 300)
+    own.save(tmp_path / "own.json")
+    start = replace(in_memory(), tokenizer=tmp_path / "own.json")
+    first = prepare([Path("tinystories")], tmp_path / "run", say=said.append, start=start)
+    assert first.tokenizer.same_tokens(own)
+    (tmp_path / "own.json").write_text(json.dumps(json.loads((tmp_path / "own.json").read_text())))
+    again = prepare([Path("tinystories")], tmp_path / "run", say=said.append, start=start)
+    assert again.train[0].path == first.train[0].path
+
+
+def stories(i):
+    return json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]).encode()
+
+
+def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
+    """But not the work of one that lives."""
+    code = (
+        "import sys; from pathlib import Path; from llmpy.data import pack; out = Path(sys.argv[1])\n"
+        "with pack._alone(out, print), pack._workplace(out) as work:\n"
+        "    (work / 'ids.tmp').write_bytes(bytes(1000)); print(work, flush=True); sys.stdin.read()"
+    )
+    living, killed = (
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for name in ("other", "out")
+    )
+    works = [Path(process.stdout.readline().strip()) for process in (living, killed)]
+    (tmp_path / ".begins.making").touch()  # of one that has not taken it yet
+    killed.kill()
+    killed.communicate()
+    assert [work.is_dir() for work in works] == [True, True]
+    make(said, raw, out=tmp_path / "out")
+    assert [work.is_dir() for work in works] == [True, False]
+    living.communicate("")
+    left = [".begins.making", "input.txt", "other", "out"]  # and no locks of those that worked
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
+
+
+COMMAND = "import sys; from llmpy import cli; sys.exit(cli.main(sys.argv[1:]))"
+
+
+def test_two_processes_make_one_data_set(raw, tmp_path, said):
+    """The second waits for the first, and finds it made: of a named one, and of the user's own text."""
+    for name, what in (("named", ["tinyshakespeare", "--source", raw]), ("own", [raw])):
+        out = tmp_path / name
+        words = [sys.executable, "-c", COMMAND, "data", *what, "--tokenizer", "bytes", "--out", out]
+        with pack._alone(out, print):  # until both have begun
+            both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+            begun = [process.stdout.readline() for process in both]
+        ends = [process.communicate(timeout=60) for process in both]
+        assert all(line.startswith("waiting for ") and line.endswith(f"which makes {out}\n") for line in begun)
+        assert [process.returncode for process in both] == [0, 0], ends
+        last = next(end for end in ends if "train on it" not in end[0])
+        assert f"{what[0]} is already in {out}\n" in last[0]
+        whole = [tokens(out, p.name) for p in sorted(out.glob("*.bin"), key=lambda p: "val" in p.name)]
+        assert sum(map(len, whole)) > 10_000
+        assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llmpy.data.tokenizer.GPT2_RANKS", "http://127.0.0.1:9/x")
+    monkeypatch.setattr("llmpy.system.download.PAUSE", 0.0)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "input.txt"]) == 1
+    assert "or name another tokenizer: --tokenizer bpe:4096 learns one from the text" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["input.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tinyshakespeare", "fineweb"], "tinyshakespeare is a data set of its own"),
+        (["{raw}", "--source", "{raw}"], "--source goes with the name of a data set"),
+        (["tinyshakespeare", "--source", "nowhere"], "no file or folder nowhere"),
+        (["{raw}", "--tokenizer", "nowhere.json"], "cannot read the tokenizer nowhere.json"),
+        (["{raw}", "--tokenizer", "gpt3"], "use gpt2, bytes, bpe:N, or a file"),
+        (["{raw}", "--tokenizer", "bytes", "--out", "."], "--out . is a folder that is in use"),
+        (["{raw}", "--tokenizer", "bpe:5"], "--tokenizer bpe:5 — use bpe:N with N from 257"),
+        (["{raw}", "--tokenizer", "{raw}"], "is not a usable tokenizer.json"),
+        (["{raw}", "--tokens", "0"], "--tokens 0"),
+        (["{raw}", "--tokenizer", "bytes", "--out", "{raw}"], "is not empty"),
+        (["tiny"], "no file or folder tiny"),
+    ],
+)
+def test_refusals_leave_nothing(raw, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", *(word.format(raw=raw) for word in words)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["input.txt"]
+
+
+def test_a_full_disk(raw, tmp_path, said, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "_spool", full)
+    with pytest.raises(LlmpyError, match=r"cannot make .*out: No space left on device"):
+        make(said, raw, out=tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]
+
+
+def test_the_help_names_the_verb(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["data", "--help"])
+    out = capsys.readouterr().out
+    assert "--tokenizer" in out
+    assert "tinyshakespeare" in out

@@ -1,0 +1,291 @@
+"""From text or shards to a dataset: nothing lost, nothing in both parts, everything said."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmpy.data import builtin, encode
+from llmpy.data import prepare as prepare_module
+from llmpy.data.prepare import choose_vocab_size, prepare, split
+from llmpy.data.records import Document
+from llmpy.data.shards import open_shard, write_shard
+from llmpy.data.tokenizer import EOT, Tokenizer
+from llmpy.errors import LlmpyError
+
+SHAKESPEARE = Path(__file__).parents[2] / ".." / "shared" / "data" / "tinyshakespeare.txt"
+TEXT = "".join(f"Line {i}: the {'quick brown fox' if i % 3 else 'lazy dog'} — {i * 7919}.\n" for i in range(200))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "in" / "book.txt"
+    path.parent.mkdir()
+    path.write_text(TEXT, "utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "one"
+
+
+def whole(dataset, part):
+    return dataset.tokenizer.decode(np.concatenate([s.tokens for s in getattr(dataset, part)]))
+
+
+def test_text_round_trips_through_its_shards(text, folder, said):
+    dataset = prepare([text], folder, say=said.append)
+    assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "train.bin", "val.bin"]
+    train, val = whole(dataset, "train"), whole(dataset, "val")
+    assert train.startswith(EOT)
+    assert val.startswith(EOT)
+    assert train.removeprefix(EOT) + val.removeprefix(EOT) == TEXT
+    assert train.endswith("\n")  # cut after a line
+    assert 0.05 < len(val) / len(TEXT) < 0.15
+    assert dataset.vocab_size == dataset.tokenizer.vocab_size <= 512
+    assert dataset.bytes_per_token == pytest.approx(len(val.removeprefix(EOT).encode()) / sum(map(len, dataset.val)))
+    assert Tokenizer.load(folder / "tokenizer.json").encode(TEXT) == dataset.tokenizer.encode(TEXT)
+    assert len(open_shard(folder / "train.bin", dataset.vocab_size)) == len(dataset.train[0])
+
+
+def test_what_is_said(text, folder, said):
+    dataset = prepare([text], folder, vocab_size=300, say=said.append)
+    train, val = len(dataset.train[0]), len(dataset.val[0])
+    rate = len(whole(dataset, "train").removeprefix(EOT)) / train
+    assert said == dataset.description
+    assert said[:3] == [
+        f"1 file, {len(TEXT):,} characters, UTF-8",
+        f"tokenizer: byte-level BPE trained on this text, 300 tokens, {rate:.2f} characters per token",
+        f"{train:,} training tokens, {val:,} validation tokens",
+    ]
+    assert said[3].startswith("it begins: '<|endoftext|>Line 0: the lazy dog")
+
+
+def test_the_same_text_gives_the_same_files(text, tmp_path, said):
+    for name in ("a", "b"):
+        prepare([text], tmp_path / name, say=said.append)
+    for name in ("tokenizer.json", "train.bin", "val.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare is not here")
+def test_tinyshakespeare(folder, said):
+    dataset = prepare([SHAKESPEARE], folder, say=said.append)
+    original = SHAKESPEARE.read_text("utf-8")
+    assert whole(dataset, "train").removeprefix(EOT) + whole(dataset, "val").removeprefix(EOT) == original
+    assert dataset.vocab_size == 2048
+    assert len(dataset.train[0]) == pytest.approx(347_000, rel=0.02)
+    assert len(dataset.val[0]) == pytest.approx(43_500, rel=0.05)
+    assert 2.3 < dataset.bytes_per_token < 2.9
+    assert "1 file, 1,115,394 characters, UTF-8" in said
+
+
+def test_builtin(folder, said):
+    dataset = prepare(None, folder, say=said.append)
+    documents = builtin.builtin_documents()
+    assert said[0] == builtin.describe(documents)
+    assert "sha256" in said[0]
+    assert 200_000 < sum(len(d.text) for d in documents) < 1_000_000
+    assert len({d.text for d in documents}) == len(documents)
+    train, val = whole(dataset, "train"), whole(dataset, "val")
+    parts = train.split(EOT)[1:], val.split(EOT)[1:]
+    assert sorted(parts[0] + parts[1]) == sorted(d.text for d in documents)
+    assert 0.05 < len(val) / (len(train) + len(val)) < 0.2
+    # held out means unseen: no paragraph of the validation part stands in the training part
+    seen = {" ".join(p.split()) for p in train.split("\n\n")}
+    paragraphs = [" ".join(p.split()) for p in val.split("\n\n") if len(p) > 200]
+    assert len(paragraphs) > 20
+    assert sum(p in seen for p in paragraphs) <= len(paragraphs) // 50
+
+
+def test_builtin_without_topics(monkeypatch, folder, said, tmp_path):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    library = tmp_path / "lib"
+    library.mkdir()
+    for i in range(12):
+        code = f'"""Module {i}."""\ndef f{i}():\n    r"""Does {i} \\d.\n\n    {"Words. " * 20}\n    """\nx = "\\d"\n'
+        (library / f"m{i:02}.py").write_text(code)
+    (library / "silent.py").write_text("x = 1\n")
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(library))
+    documents = builtin.builtin_documents()
+    assert [d.source for d in documents] == [f"m{i:02}" for i in range(12)]
+    assert documents[1].text.startswith("m01\n\nModule 1.\n\n\nf1\n\nDoes 1 \\d.\n\nWords. Words.")
+    dataset = prepare(None, folder, say=said.append)
+    assert len(whole(dataset, "val").split(EOT)[1:]) == 1
+    for path in library.glob("m*.py"):
+        path.unlink()
+    with pytest.raises(LlmpyError, match="carries no text .* — give a text file"):
+        builtin.builtin_documents()
+
+
+def documents(*lengths):
+    return [Document(str(i), ("line\n" * n)[: n - 1] + "\n") for i, n in enumerate(lengths)]
+
+
+def test_split_at_the_border_nearest_to_nine_tenths():
+    many = documents(*[100] * 47)
+    train, val = split(many)
+    assert train + val == many
+    assert len(val) == 5
+
+
+@pytest.mark.parametrize("lengths", [[1000], [10, 1000], [1000, 2, 10], [500, 500], [300, 300, 300, 300]])
+def test_split_inside_a_document(lengths):
+    all_documents = documents(*lengths)
+    train, val = split(all_documents)
+    joined = "".join(d.text for d in all_documents)
+    assert "".join(d.text for d in train) + "".join(d.text for d in val) == joined
+    assert train[-1].text.endswith("\n")
+    assert 0.05 * len(joined) <= sum(len(d.text) for d in val) <= 0.16 * len(joined)
+
+
+def test_split_without_lines():
+    train, val = split([Document("a", "x" * 1000)])
+    assert (len(train[0].text), len(val[0].text)) == (900, 100)
+
+
+@given(st.lists(st.text("ab\n", min_size=10, max_size=60), min_size=1, max_size=12))
+def test_split_loses_nothing(texts):
+    all_documents = [Document(str(i), t) for i, t in enumerate(texts)]
+    train, val = split(all_documents)
+    assert "".join(d.text for d in train + val) == "".join(texts)
+    assert all(d.text for d in train + val)
+    assert train
+    assert val
+
+
+@pytest.mark.parametrize(
+    ("characters", "size"),
+    [(0, 512), (1000, 512), (335_000, 1024), (1_003_854, 2048), (2_600_000, 8192), (10**9, 8192)],
+)
+def test_choose_vocab_size(characters, size):
+    assert choose_vocab_size(characters) == size
+
+
+def test_a_large_text_trains_the_tokenizer_on_a_part(text, folder, said, monkeypatch):
+    monkeypatch.setattr(prepare_module, "TOKENIZER_SEES", 1000)
+    monkeypatch.setattr(encode, "PIECE", 100)
+    seen = []
+    train = Tokenizer.train
+
+    def watch(texts, vocab_size):
+        seen.extend(texts)
+        return train(seen, vocab_size)
+
+    monkeypatch.setattr(Tokenizer, "train", watch)
+    prepare([text], folder, say=said.append)
+    assert 500 < sum(map(len, seen)) <= 1100
+    assert seen[-1] in TEXT[len(TEXT) // 2 :]  # from the whole length of it
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(65536, "65,536 tokens does not fit 16 bits — use --vocab-size 65535"), (256, "--vocab-size 257 or more")],
+)
+def test_vocabularies_that_do_not_fit(text, folder, said, size, message):
+    with pytest.raises(LlmpyError, match=message):
+        prepare([text], folder, vocab_size=size, say=said.append)
+    assert not folder.parent.exists()
+
+
+def test_nothing_is_made_when_the_input_is_refused(tmp_path, folder, said):
+    (tmp_path / "bad.txt").write_bytes(b"\xff" * 2000)
+    for wrong in (tmp_path / "bad.txt", tmp_path / "missing.txt"):
+        with pytest.raises(LlmpyError):
+            prepare([wrong], folder, say=said.append)
+    assert not folder.parent.exists()
+
+
+def test_a_folder_that_cannot_be_made(text, tmp_path, said):
+    with pytest.raises(LlmpyError, match=r"cannot make .*: .+ — choose another folder"):
+        prepare([text], text / "run", say=said.append)
+
+
+# token shards
+
+
+def make_shards(folder, *names, size=1000):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        write_shard(folder / name, (np.arange(size) + i * size) % 50257)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["folder", "pattern", "files", "no suffix"])
+def test_shards(tmp_path, folder, said, how):
+    names = ["x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin"]
+    where = make_shards(tmp_path / "data", *names)
+    paths = {"folder": [where], "pattern": [where / "x_*.bin"], "files": [where / n for n in names]}
+    if how == "no suffix":  # the content decides, not the name
+        for name in names:
+            (where / name).rename(where / name.replace(".bin", ""))
+    dataset = prepare(paths.get(how, [where]), folder, say=said.append)
+    assert [s.tokens[0] for s in dataset.train] == [0, 1000]
+    assert [s.tokens[0] for s in dataset.val] == [2000]
+    assert (dataset.vocab_size, dataset.tokenizer, dataset.bytes_per_token) == (50257, None, None)
+    assert said == dataset.description
+    assert said[0] == "3 llm.c token shards, 3,000 tokens"
+    assert "no tokenizer.json beside them: vocabulary of 50,257 tokens (GPT-2's)" in said[1]
+    assert said[2] == "2,000 training tokens, 1,000 validation tokens"
+    assert said[3].startswith("it begins: [0, 1, 2")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "only_val.bin"])
+def test_a_single_shard_gives_both_parts(tmp_path, folder, said, name):
+    where = make_shards(tmp_path / "data", "a.bin", name) if name == "tokens.bin" else make_shards(tmp_path, name)
+    dataset = prepare([where], folder, say=said.append)
+    assert f"the last tenth of {name} is held out" in said[1]
+    assert len(dataset.train[-1]) == 900
+    assert len(dataset.val[0]) == 100
+    assert dataset.val[0].tokens[0] == dataset.train[-1].tokens[-1] + 1
+
+
+def test_shards_with_their_tokenizer(text, tmp_path, folder, said):
+    made = prepare([text], tmp_path / "made", say=said.append)
+    again = prepare([tmp_path / "made"], folder, say=said.append)
+    assert again.vocab_size == made.vocab_size
+    assert again.bytes_per_token == made.bytes_per_token
+    assert whole(again, "train") == whole(made, "train")
+    assert any(line.startswith("tokenizer: ") and "made" in line for line in again.description)
+    with pytest.raises(LlmpyError, match=r"tokenizer\.json has .* not the 999 .* — leave --vocab-size out"):
+        prepare([tmp_path / "made"], folder, vocab_size=999, say=said.append)
+
+
+def test_damaged_tokenizer_beside_shards(tmp_path, folder, said):
+    where = make_shards(tmp_path / "data", "a.bin")
+    (where / "tokenizer.json").write_text("{")
+    with pytest.raises(LlmpyError, match="not a usable tokenizer"):
+        prepare([where], folder, say=said.append)
+
+
+def test_shards_of_another_vocabulary(tmp_path, folder, said):
+    where = make_shards(tmp_path / "data", "a.bin")
+    with pytest.raises(LlmpyError, match="token 500 at position 500 is outside the vocabulary of 500 tokens"):
+        prepare([where], folder, vocab_size=500, say=said.append)
+    assert prepare([where], folder, vocab_size=1000, say=said.append).vocab_size == 1000
+
+
+def test_text_and_shards_together(text, tmp_path, folder, said):
+    where = make_shards(tmp_path / "data", "a.bin")
+    with pytest.raises(LlmpyError, match=r"both token shards \(.*a\.bin\) and text \(.*book\.txt\).* — give one"):
+        prepare([where, text], folder, say=said.append)
+    (where / "README.md").write_text("About these tokens.")
+    prepare([where], folder, say=said.append)
+    assert "skipped 1 file beside the shards: README.md …" in said
+    shutil.copy(text, where)
+    with pytest.raises(LlmpyError, match="both token shards"):
+        prepare([where], folder, say=said.append)
+
+
+def test_a_bin_that_is_no_shard_says_what_it_is(tmp_path, folder, said):
+    path = tmp_path / "train.bin"
+    path.write_bytes(b"<!DOCTYPE html>" + b" " * 5000)
+    with pytest.raises(LlmpyError, match=r"train\.bin is a web page"):
+        prepare([path], folder, say=said.append)
+    assert not folder.exists()

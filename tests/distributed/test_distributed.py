@@ -1,0 +1,814 @@
+"""Several ranks: their optimizer is AdamW, their checkpoints are anybody's, and who is gone is named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import psutil
+import pytest
+from support.fellows import Fellow, Fellows
+from support.laptop import TINY, AtOnce, Laptop, tiny_model
+
+from llmpy.cli.main import main
+from llmpy.data.loader import Loader
+from llmpy.data.shards import open_shard, write_shard
+from llmpy.distributed import launch
+from llmpy.distributed import parts as shards
+from llmpy.distributed import watchdog as watch
+from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
+from llmpy.distributed.parts import ShardedKeeper
+from llmpy.distributed.watchdog import Fault, Watch
+from llmpy.distributed.zero import BUCKET, Zero, buckets, cut, length
+from llmpy.formats import llmc_state
+from llmpy.model.config import ModelConfig
+from llmpy.model.gpt2 import GPT2, PARAMS
+from llmpy.model.initialise import initialise
+from llmpy.options.options import TrainOptions
+from llmpy.run import checkpoint
+from llmpy.run.checkpoint_writer import Keeper
+from llmpy.run.journal import Journal
+from llmpy.train import trainer
+from llmpy.train.optimizer import AdamW
+from llmpy.train.preflight import memory_parts
+
+needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
+SETTINGS = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 0.5}
+B, T = 2, 8
+RANK_MEMORY = Path(__file__).parents[2] / "bench" / "rank_memory.py"
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("limit", [300, 3000, 1 << 20])
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_every_parameter_has_one_owner(layers: int, limit: int, ranks: int) -> None:
+    table = PARAMS(ModelConfig(layers=layers, heads=2, channels=8, context=16, vocab_size=300))
+    seen = np.zeros(sum(t.size for t in table), np.int32)
+    found = buckets(table, layers, limit)
+    for bucket in found:
+        assert bucket.size <= max(limit, 1)
+        assert list(bucket.ranges) == sorted(bucket.ranges)
+        for rank in range(ranks):
+            for start, stop in bucket.part(rank, ranks):
+                seen[start:stop] += 1
+    assert (seen == 1).all()
+    assert [b.first for b in found] == sorted((b.first for b in found), reverse=True)
+
+
+def test_cut() -> None:
+    ranges = [(10, 14), (20, 21), (30, 40)]
+    assert cut(ranges, 0, 15) == ranges
+    assert cut(ranges, 3, 6) == [(13, 14), (20, 21), (30, 31)]
+    assert cut(ranges, 15, 20) == []
+
+
+def batches(steps: int, ranks: int) -> np.ndarray:
+    """Tokens and targets (steps, ranks, 2, B, T)."""
+    return np.random.default_rng(1).integers(0, TINY.vocab_size, (steps, ranks, 2, B, T), dtype=np.int32)
+
+
+def trained(fellow: Fellow, ranks: int, zero: bool, steps: int = 3, limit: int = 700) -> tuple[np.ndarray, ...]:
+    """Parameters of a rank after some steps of which the second is skipped; norms; and its own m."""
+    model = tiny_model(TINY, B, T)
+    optimizer = Zero(model, fellow, **SETTINGS, zero=zero, limit=limit)
+    norms = []
+    for step, rows in enumerate(batches(steps, ranks)):
+        optimizer.expect()
+        model.loss_and_grads(*rows[fellow.rank], micro_steps=ranks)
+        norms.append(optimizer.norm())
+        if step == 1:
+            optimizer.skip()
+        else:
+            optimizer.update(1e-2, norms[-1])
+    collected = np.empty(model.params.size, np.float32)
+    optimizer.collect(collected)
+    if fellow.rank == 0:
+        assert np.array_equal(collected, model.params.buffer)
+    return model.params.buffer, np.array(norms), optimizer.mine(optimizer.m)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_it_is_adamw_on_the_mean_gradient(ranks: int) -> None:
+    results = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=True))
+    model = tiny_model(TINY, B, T)
+    optimizer = AdamW(model, **SETTINGS)
+    for step, rows in enumerate(batches(3, ranks)):
+        for rank in range(ranks):
+            model.loss_and_grads(*rows[rank], accumulate=rank > 0, micro_steps=ranks)
+        norm = optimizer.norm()
+        assert norm == pytest.approx(results[0][1][step], rel=1e-6)
+        if step == 1:
+            optimizer.skip()
+        else:
+            optimizer.update(1e-2, norm)
+    for params, norms, _ in results:
+        # Adam divides by √v: where a gradient is near 0 its sign is a matter of rounding, and the step 1e-2 either way.
+        close = np.abs(params - model.params.buffer) < 1e-5
+        assert close.mean() > 0.999
+        assert np.array_equal(params, results[0][0])
+        assert np.array_equal(norms, results[0][1])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_zero_changes_no_bit(ranks: int) -> None:
+    divided = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=True))
+    again = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=True))
+    whole = Fellows(ranks).run(lambda fellow: trained(fellow, ranks, zero=False))
+    for one, other, third in zip(divided, whole, again, strict=True):
+        for x, y, z in zip(one, other, third, strict=True):
+            assert np.array_equal(x, y)
+            assert np.array_equal(x, z)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_state_is_divided(zero: bool) -> None:
+    def state(fellow: Fellow) -> tuple[int, int]:
+        optimizer = Zero(tiny_model(TINY, B, T), fellow, **SETTINGS, zero=zero, limit=700)
+        return sum(x.nbytes for x in (optimizer.m, optimizer.v, optimizer.master)), length(optimizer.owned)
+
+    parameters = sum(t.size for t in PARAMS(TINY))
+    for ranks in (2, 4):
+        states = Fellows(ranks).run(state)
+        assert sum(own for _, own in states) == parameters
+        whole = 12 * parameters
+        assert sum(size for size, _ in states) == (whole if zero else ranks * whole)
+        # parts are whole cache lines of each bucket, so the last ranks' are a little smaller
+        assert max(size for size, _ in states) < 1.25 * whole / (ranks if zero else 1)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_memory_is_what_the_optimizer_holds(dtype: Any, ranks: int, zero: bool) -> None:
+    machine = Laptop()
+    machine.dtype = np.dtype(dtype)  # nothing is computed here: what is wide stays float32
+
+    def held(fellow: Fellow) -> dict[str, int]:
+        model = GPT2(TINY, machine)
+        initialise(model.params, TINY)
+        model.reserve(B, T, training=True)
+        o = Zero(model, fellow, **SETTINGS, zero=zero)
+        messages = (o._stage, o._packed, o._theirs, o._arrivals)
+        return {
+            "moments": o.m.nbytes + o.v.nbytes,
+            "master weights": o.master.nbytes,
+            "reduced gradients": o.grad.nbytes,
+            "messages": sum(x.nbytes for x in messages),
+        }
+
+    first, *others = Fellows(ranks).run(held)
+    parts = memory_parts(TINY, B, T, machine, ranks=ranks, zero=zero)
+    assert first == {name: parts[name] for name in first}
+    assert all(other[name] <= first[name] for other in others for name in first)
+    copy = 4 * sum(t.size for t in PARAMS(TINY)) + memory_parts(TINY, B, T, machine, ranks=ranks)["moments"]
+    assert parts["copy for checkpoints"] == copy
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    write_shard(tmp_path / "train.bin", np.random.default_rng(0).integers(0, 300, 5000))
+    return tmp_path / "train.bin"
+
+
+def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[str, np.ndarray]:
+    """Train a little and write a checkpoint, or go on from it; what there is then."""
+    model = tiny_model(TINY, B, T)
+    alone = fellow is None
+    rank, ranks = (0, 1) if alone else (fellow.rank, fellow.size)
+    loader = Loader([open_shard(tokens, 300)], B, T, True, 42, rank, ranks)
+    optimizer = AdamW(model, **SETTINGS) if alone else Zero(model, fellow, **SETTINGS, zero=True, limit=700)
+    journal = Journal()
+    keeper: Keeper = (
+        Keeper(folder, model, optimizer, T, journal, 0, 2, 0)
+        if alone
+        else ShardedKeeper(fellow, folder, model, optimizer, T, journal, 0, 2, 0)
+    )
+    if resume:
+        path = folder / "checkpoints" / "step-00000003"
+        manifest = checkpoint.verify(path)
+        position = keeper.restore(path, manifest, 42)
+        loader.go_on(position, manifest["data"]["sample_tokens"])
+    else:
+        for _ in range(3):
+            optimizer.expect()
+            model.loss_and_grads(*loader.next(), micro_steps=ranks)
+            optimizer.update(1e-2, optimizer.norm())
+        place = loader.position
+        data = {"shard": place.shard, "sample": place.sample, "generator_used": place.rng.pos}
+        options = TrainOptions(batch_size=B, sequence_length=T, ranks=ranks, shuffle=True).as_record()
+        keeper.finish(3, {"data": {**data, "sample_tokens": B * T * ranks}, "options": options}, place)
+    ranges = [(0, model.params.size)] if alone else optimizer.owned  # type: ignore[union-attr]
+    where = np.concatenate([np.arange(*r) for r in ranges])
+    m, v = np.full((2, model.params.size), np.nan, np.float32)
+    m[where] = optimizer.m if alone else optimizer.mine(optimizer.m)  # type: ignore[union-attr]
+    v[where] = optimizer.v if alone else optimizer.mine(optimizer.v)  # type: ignore[union-attr]
+    return {"params": model.params.buffer.copy(), "m": m, "v": v, "next": loader.next()[0].copy()}
+
+
+def run_of(ranks: int, folder: Path, tokens: Path, resume: bool) -> dict[str, Any]:
+    """`kept` on so many ranks; the moments of all of them put together."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if ranks == 1:
+        return kept(None, folder, tokens, resume) | {"nexts": []}
+    each = Fellows(ranks).run(lambda fellow: kept(fellow, folder, tokens, resume))
+    whole = {name: np.nanmax([x[name] for x in each], axis=0) for name in ("m", "v")}
+    assert all(np.array_equal(x["params"], each[0]["params"]) for x in each)
+    return {**each[0], **whole, "nexts": [x["next"] for x in each]}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_any_number_of_ranks_goes_on_from_a_checkpoint(tmp_path: Path, tokens: Path, before: int, after: int) -> None:
+    left = run_of(before, tmp_path / "run", tokens, resume=False)
+    found = run_of(after, tmp_path / "run", tokens, resume=True)
+    for name in ("params", "m", "v"):
+        assert np.array_equal(left[name], found[name]), name
+    if before == after:  # each rank reads on where it was
+        assert all(map(np.array_equal, left["nexts"], found["nexts"]))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_of_several_ranks_moves_to_llm_c(
+    tmp_path: Path, tokens: Path, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = run_of(ranks, tmp_path / "run", tokens, resume=False)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "llm.c"), "--to", "llmc-run"]) == 0
+    assert f"-b {B * ranks} -t {T} -d {B * T * ranks} " in capsys.readouterr().out
+    _, state = llmc_state.read_checkpoint(tmp_path / "llm.c")
+    for name, found in (("params", state.master), ("m", state.m), ("v", state.v)):
+        assert np.array_equal(left[name], found), name
+    loader = Loader([open_shard(tokens, 300)], B * ranks, T, True)
+    llmc_state.restore_place(state, loader)
+    rows = loader.next()[0]
+    assert np.array_equal(rows[:B], left["next"])
+
+
+def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    write = checkpoint.durable.write_stretches
+
+    def refuse(path: Path, pieces: Any) -> Any:
+        if path.name.startswith("state-00001"):
+            raise OSError(28, "No space left on device")
+        return write(path, pieces)
+
+    monkeypatch.setattr(checkpoint.durable, "write_stretches", refuse)
+
+    def attempt(fellow: Fellow) -> str:
+        with pytest.raises(checkpoint.LlmpyError, match=r"No space left on device \(rank 1\)") as fault:
+            kept(fellow, tmp_path / "run", tokens)
+        return str(fault.value)
+
+    assert len(set(Fellows(2).run(attempt))) == 1
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_ranks_that_cannot_write_say_so_once_and_try_ever_later(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint.durable, "write_stretches", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(shards, "Thread", AtOnce)
+
+    def attempts(fellow: Fellow) -> tuple[list[int], list[str]]:
+        model, loader = tiny_model(TINY, B, T), Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, 2)
+        optimizer, said, tried = Zero(model, fellow, **SETTINGS, zero=True, limit=700), list[str](), list[int]()
+        journal = SimpleNamespace(say=said.append)
+        keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2, 0)  # type: ignore[arg-type]
+        keeper.begin(0)
+        for step in range(1, 60):
+            if keeper.due(step):
+                tried.append(step)
+                keeper.save(step, {}, loader.position)
+        return tried, said
+
+    for tried, said in Fellows(2).run(attempts):
+        assert tried == [20, 22, 26, 34, 50]
+        assert [line.partition(";")[0] for line in said] == [
+            "warning: cannot write a checkpoint: No space left on device (rank 0)"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "environment", "what"),
+    [
+        (1, False, {}, "alone"),
+        (4, True, {}, "launch"),
+        (4, False, {}, "launch"),  # from a file of options
+        (1, False, {"PMI_SIZE": "4"}, "join"),
+        (1, False, {"OMPI_COMM_WORLD_SIZE": "2"}, "join"),
+        (4, True, {"PMI_SIZE": "4"}, "join"),
+        (1, False, {"SLURM_NTASKS": "4"}, "join"),  # where it is refused if MPI sees one
+        (4, True, {"SLURM_NTASKS": "4"}, "launch"),  # in a batch script
+        (4, True, {"SLURM_NTASKS": "4", "PMIX_RANK": "0"}, "join"),  # under srun
+        (1, True, {"SLURM_NTASKS": "4"}, "alone"),
+        (1, False, {"SLURM_NTASKS": "1"}, "alone"),
+        (1, False, {"PMI_SIZE": "x"}, "alone"),
+        (4, True, {"LLMPY_LAUNCH": "1:/tmp/x"}, "join"),
+    ],
+)
+def test_who_starts_ranks(ranks: int, given: bool, environment: dict[str, str], what: str) -> None:
+    assert launch.needed(ranks, given, environment) == what
+
+
+def test_without_mpi4py_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(checkpoint.LlmpyError, match=r"mpi4py.*pip install 'llmpy\[mpi\]'"):
+        launch.run(2, [])
+
+
+OPEN: list[Watch] = []
+
+
+def watched(size: int, patience: float) -> list[Watch]:
+    ranks: list[Watch] = Fellows(size).run(lambda fellow: Watch(fellow.rank, size, patience, fellow.tell))
+    OPEN.extend(ranks)
+    return ranks
+
+
+def fault_of(one: Watch, within: float) -> Fault:
+    until = time.monotonic() + within
+    while one.fault is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert one.fault is not None
+    return one.fault
+
+
+@pytest.fixture
+def nobody_leaves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A watch ends its process some time after a fault: here that is the tests' own."""
+    monkeypatch.setattr(watch, "GRACE", 60.0)
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+@pytest.mark.usefixtures("nobody_leaves")
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_rank_that_dies_is_named(gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Watch._send_all
+    # The dead say nothing, not even that others seem to be dead.
+    monkeypatch.setattr(Watch, "_send_all", lambda self, m: None if self.rank == gone else send(self, m))
+    ranks = watched(3, 20.0)
+    for peer in ranks[gone]._peers:
+        peer.line.shutdown(2)
+    for q in {0, 1, 2} - {gone}:
+        fault = fault_of(ranks[q], 5)
+        assert (fault.rank, fault.lost) == (gone, True) or gone == 0 and q == 0
+        assert re.fullmatch(rf"rank {gone} \(process \d+ on .*\) has died", fault.text)
+
+
+@pytest.mark.usefixtures("nobody_leaves")
+def test_a_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Watch._send_all
+    monkeypatch.setattr(Watch, "_send_all", lambda self, m: None if self.rank == 2 and "beat" in m else send(self, m))
+    ranks = watched(3, 2.0)
+    for q in (0, 1):
+        assert "rank 2" in fault_of(ranks[q], 6).text
+        assert "no sign of life" in fault_of(ranks[q], 6).text
+
+
+@pytest.mark.usefixtures("nobody_leaves")
+def test_a_fault_is_known_to_all_and_a_farewell_is_none() -> None:
+    ranks = watched(3, 20.0)
+    ranks[2].say(Fault(2, "the disk is full", 5))
+    assert all(fault_of(one, 5) == Fault(2, "the disk is full", 5) for one in ranks)
+    ranks = watched(2, 20.0)
+    ranks[1].close()
+    time.sleep(0.5)  # for the other to see that the connection is closed
+    assert ranks[0].fault is None
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "llmpy", "train", *words]
+
+
+def told(text: Path, out: Path) -> list[str]:
+    return [
+        "--data", str(text), "--model", "d1", "--vocab-size", "300", "-B", "2", "-T", "16", "--no-shuffle", "--dtype",
+        "float32", "--total-batch", "128", "--sample-tokens", "5", "--eval-batches", "3", "--out", str(out),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], 20_000)
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 20_000, 12)), encoding="utf-8")
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def go(*words: str, code: int = 0, **environment: str) -> str:
+    result = subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr
+
+
+def same_run(text: Path, folder: Path, steps: int, ranks: list[int]) -> None:
+    """Runs of one, of several ranks, of the same twice, without ZeRO, and of fewer ranks that go on."""
+    go(*told(text, folder / "1"), "--steps", str(steps))
+    one = losses(folder / "1")
+    assert len(one) == steps
+    for n in ranks:
+        go(*told(text, folder / f"{n}"), "--steps", str(steps), "--ranks", str(n))
+        several = losses(folder / f"{n}")
+        assert max(abs(a - b) / a for a, b in zip(one, several, strict=True)) < 1e-5
+    last = ranks[-1]
+    for name, more in (("again", []), ("whole", ["--no-zero"])):
+        go(*told(text, folder / name), "--steps", str(steps), "--ranks", str(last), *more)
+        assert losses(folder / name) == losses(folder / f"{last}")
+        models = [(folder / run / "model.safetensors").read_bytes() for run in (name, f"{last}")]
+        assert models[0] == models[1]
+
+
+@needs_mpi
+def test_ranks_train_as_one_does(text: Path, tmp_path: Path) -> None:
+    same_run(text, tmp_path, 6, [2])
+    # one rank goes on with what two began, and two with what one did
+    for run, ranks in (("2", "1"), ("1", "2")):
+        go("--resume", str(tmp_path / run), "--steps", "9", "--ranks", ranks)
+    assert max(abs(a - b) / a for a, b in zip(*(losses(tmp_path / r) for r in "12"), strict=True)) < 1e-5
+
+
+@pytest.mark.mpi
+@needs_mpi
+def test_one_two_and_four_ranks_over_a_hundred_steps(text: Path, tmp_path: Path) -> None:
+    same_run(text, tmp_path, 100, [2, 4])
+
+
+@needs_mpi
+def test_one_mpi_process_of_many_tasks_is_refused(text: Path, tmp_path: Path) -> None:
+    error = go(*told(text, tmp_path / "run"), code=1, SLURM_NTASKS="4")
+    assert "the launcher says 4 tasks, but MPI sees one" in error
+    assert "--ranks 1" in error
+    assert not (tmp_path / "run").exists()
+
+
+@needs_mpi
+def test_all_that_ranks_are_refused_for_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = go(*told(tmp_path / "none.txt", tmp_path / "file" / "run"), "--ranks", "2", code=1)
+    assert error.count("llmpy: error: 2 problems: (1) cannot write to the run folder") == 1
+    assert "(2) no file or folder" in error
+
+
+@needs_mpi
+def test_the_launcher_of_another_mpi_is_refused(text: Path, tmp_path: Path) -> None:
+    if launch.flags(launch.mpiexec())[0]:
+        pytest.skip("it is this MPI's own")
+    error = go(*told(text, tmp_path / "run"), code=1, OMPI_COMM_WORLD_SIZE="2")
+    assert "the launcher is Open MPI's, but mpi4py has found another MPI: MPICH" in error
+    assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def endless(text: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A run that does not end by itself; nothing of it outlives the test."""
+    whole = [*command(*told(text, run)), "--steps", "1000000", "--eval-every", "0", *words]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    child.kill()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The ranks below a launching process."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one of the launcher's own that is done
+            words = child.environ()
+            rank = words.get("PMI_RANK", words.get("OMPI_COMM_WORLD_RANK"))
+            if rank is not None and "llmpy" in child.cmdline():
+                found[int(rank)] = child
+    return found
+
+
+def lose(text: Path, folder: Path, ranks: int, number: int, whom: int, patience: float = 15.0) -> float:
+    """Send a signal to one of the ranks of a run; seconds until all are gone. The run must then go on, on fewer."""
+    run = folder / "run"
+    words = ["--checkpoint-every", "10", "--ranks", str(ranks), "--rank-timeout", str(patience)]
+    with endless(text, run, *words) as process:
+        until = time.monotonic() + 100
+        while not (run / "checkpoints" / "step-00000010").is_dir():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        victims = ranks_of(process)
+        assert sorted(victims) == list(range(ranks))
+        start = time.monotonic()
+        victims[whom].send_signal(number)
+        _, error = process.communicate(timeout=60)
+        seconds = time.monotonic() - start
+    assert process.returncode == 1
+    line = next(line for line in error.splitlines() if line.startswith("llmpy: error:"))
+    assert f"rank {whom} (process {victims[whom].pid}" in line
+    assert f"llmpy train --resume {run}" in line
+    psutil.wait_procs(victims.values(), timeout=5)
+    assert not any(p.is_running() for p in victims.values())
+    newest = checkpoint.newest(run / "checkpoints", print)
+    assert newest is not None
+    go("--resume", str(run), "--steps", str(newest[1]["step"] + 2), "--ranks", str(ranks // 2))
+    return seconds
+
+
+@needs_mpi
+def test_a_killed_rank_stops_all(text: Path, tmp_path: Path) -> None:
+    assert lose(text, tmp_path, 2, signal.SIGKILL, 1) < 10
+
+
+@pytest.mark.mpi
+@needs_mpi
+@pytest.mark.parametrize("whom", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_of_four_that_is_lost_stops_all_within_30_seconds(
+    text: Path, tmp_path: Path, number: int, whom: int
+) -> None:
+    assert lose(text, tmp_path, 4, number, whom) < 30
+
+
+@pytest.mark.mpi
+@needs_mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells which pages are in memory")
+def test_the_optimizers_memory_is_divided() -> None:
+    launcher = launch.mpiexec()
+    options, environment = launch.flags(launcher)
+    held = {}
+    for n in (1, 2, 4):
+        words = [str(launcher), *options, "-n", str(n), sys.executable, str(RANK_MEMORY), "--model", "d1"]
+        result = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+        assert result.returncode == 0, result.stderr
+        held[n] = json.loads(result.stdout)
+    for n in (2, 4):
+        assert held[n]["moments"] == pytest.approx(held[1]["moments"] / n, rel=0.01)
+        assert held[n]["master weights"] == pytest.approx(held[n]["moments"] / 2, rel=0.01)
+
+
+@needs_mpi
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_no_death(text: Path, tmp_path: Path, number: int) -> None:
+    """Nothing says when ranks begin to compile and to load, so it comes as soon as one of them is there."""
+    with endless(text, tmp_path / "run", "--ranks", "2") as process:
+        until = time.monotonic() + 60
+        while not ranks_of(process):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    said = [line for line in error.splitlines() if line.startswith("llmpy: error:")]
+    assert said == [f"llmpy: error: stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}"]
+
+
+@needs_mpi
+def test_ctrl_c_stops_all_ranks_after_a_step(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with endless(text, run, "--ranks", "2") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step     3"):
+                process.send_signal(signal.SIGINT)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(checkpoint.listed(run / "checkpoints")) == 1
+
+
+@needs_mpi
+def test_ranks_end_with_who_started_them(text: Path, tmp_path: Path) -> None:
+    """Also where that one is dead and nobody took notice, for whoever would waits for the end of the output."""
+    with endless(text, tmp_path / "run", "--ranks", "2") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step     3"):
+                process.kill()
+                break
+        process.communicate(timeout=30)
+    assert len(checkpoint.listed(tmp_path / "run" / "checkpoints")) > 0
+
+
+def test_mixed_precision_gathers_what_products_read() -> None:
+    """The weights that arrive are the master weights rounded, as one process has them."""
+    from llmpy import backend
+
+    def run(fellow: Fellow) -> bool:
+        model = GPT2(TINY, backend.load("cpu", threads=1, dtype="bfloat16"))
+        model.params.buffer[...] = np.random.default_rng(0).standard_normal(model.params.size) / 50
+        model.store_weights()
+        model.reserve(B, T, training=True)
+        optimizer = Zero(model, fellow, **SETTINGS, zero=True, limit=700)
+        for rows in batches(2, 2):
+            optimizer.expect()
+            model.loss_and_grads(*rows[fellow.rank], micro_steps=2)
+            optimizer.update(1e-2, optimizer.norm())
+        master = np.zeros(model.params.size, np.float32)
+        optimizer.collect(master)
+        vectors = slice(model.matrix_elements, None)
+        if fellow.rank:
+            return True
+        rounded = np.empty_like(model.weights.buffer)
+        model.ops.narrow(rounded, master[: model.matrix_elements])
+        same = np.array_equal(rounded.view(np.uint16), model.weights.buffer.view(np.uint16))
+        return same and np.array_equal(master[vectors], model.params.buffer[vectors])
+
+    # Kernels of one process take turns; what is tested is what arrives.
+    assert all(Fellows(2).run(run))
+
+
+def test_a_chain_of_jobs() -> None:
+    assert chain([1, 2, 3], [0.5, 0.5, 0.5]) == [1.5, 2.5, 3.5]  # each is done before the next may begin
+    assert chain([1, 2, 3], [2, 2, 2]) == [3, 5, 7]  # never idle after the first
+    assert chain([3, 2, 1], [0, 0, 0]) == [3, 3, 3]
+
+
+GPT2_124M = ModelConfig.from_dial("gpt2")
+SIZE = sum(t.size for t in PARAMS(GPT2_124M))
+SLOW_LINE = Line(125e6, 1e-3)
+WORK = 0.95, 1.15, 1.9, 0.1  # seconds of forward, head, backward and update: a step of 4.1
+
+
+def test_bytes_are_as_few_as_any_algorithm_needs() -> None:
+    cost = communication(GPT2_124M, 4, SLOW_LINE, Work(1, 0, 2, 0), mixed=True)
+    vectors = sum(t.size for t in PARAMS(GPT2_124M) if not t.decay)
+    assert cost.reduce_bytes == 0.75 * 4 * SIZE
+    assert cost.gather_bytes == 0.75 * (2 * SIZE + 2 * vectors)
+    assert communication(GPT2_124M, 4, SLOW_LINE, Work(1, 0, 2, 0), mixed=False).gather_bytes == cost.reduce_bytes
+    assert communication(GPT2_124M, 1, SLOW_LINE, Work(1, 0, 2, 0), mixed=True).exposed_seconds == 0
+
+
+def test_a_line_that_is_never_idle_is_waited_for() -> None:
+    """Nothing is hidden but what goes beside backward's other layers, and beside forward's."""
+    L, backward, forward = GPT2_124M.layers, 6.0, 2.0
+    slow = communication(GPT2_124M, 2, Line(1e6, 0), Work(forward, 0, backward, 0, copying=math.inf), mixed=False)
+    seconds = 0.5 * 4 * SIZE / (EFFICIENCY * 1e6)
+    overhead = OVERHEAD * len(buckets(PARAMS(GPT2_124M), L))
+    assert slow.reduce_seconds == slow.gather_seconds == pytest.approx(seconds + overhead)
+    assert slow.gradients_exposed == pytest.approx(seconds + overhead - backward * (L - 1) / L)
+    assert slow.weights_exposed == pytest.approx(seconds + overhead - forward * (L - 1) / L)
+
+
+def test_a_fast_line_hides_all_but_the_first_layer_and_the_embeddings() -> None:
+    layer = 12 * 768 * 768 + 13 * 768
+    embeddings = SIZE - 12 * layer - 2 * 768
+    fast = communication(GPT2_124M, 2, Line(1e10, 0), Work(2.0, 0, 6.0, 0, copying=math.inf), mixed=False)
+    pieces = 1 + -(-embeddings // BUCKET)
+    exposed = 4 * (embeddings + layer) / 2 / 1e10 / EFFICIENCY + pieces * OVERHEAD
+    assert fast.gradients_exposed == pytest.approx(exposed)
+    assert fast.weights_exposed == pytest.approx(exposed)
+    # updated one after another, weights are on their way before forward begins
+    beside = communication(GPT2_124M, 2, Line(1e10, 0), Work(2.0, 0, 6.0, 1.0, copying=math.inf), mixed=False)
+    assert beside.weights_exposed < 0.1 * fast.weights_exposed
+
+
+def test_copying_takes_of_the_computing() -> None:
+    costs = [communication(GPT2_124M, 2, Line(1e12, 0), Work(2, 0, 4, 0, 1, n, 1e10), mixed=True) for n in (1, 4)]
+    assert costs[0].taken == pytest.approx(4 * costs[1].taken)
+    assert costs[0].seconds > costs[1].seconds  # the carrying thread has half a core, or four fifths of one
+
+
+def test_the_cost_is_that_of_what_was_measured() -> None:
+    """As docs/distributed.md has it: two hosts at 1 Gbit/s and 1 ms, and two ranks on the cores of one."""
+    cost = communication(GPT2_124M, 2, SLOW_LINE, Work(*WORK), mixed=True)
+    assert cost.seconds == pytest.approx(3.56, rel=0.05)
+    assert cost.exposed_seconds == pytest.approx(1.21, rel=0.05)
+    line = Line(66e9 / 8, 70e-6)  # memory, by bench/line.py
+    for model, mixed, step, ms, exposed in (
+        ("d8", True, 1.7, 0.155, 0.036),
+        ("gpt2", True, 4.0, 0.415, 0.050),
+        ("gpt2", False, 7.5, 0.484, 0.078),
+    ):
+        work = Work(*(step * part / sum(WORK) for part in WORK))
+        cost = communication(ModelConfig.from_dial(model), 2, line, work, mixed)
+        assert cost.seconds == pytest.approx(ms, rel=0.25)
+        assert cost.exposed_seconds == pytest.approx(exposed, rel=0.25)
+
+
+def test_the_table_of_a_thousand_nodes_is_that_of_the_model() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) Gbit/s, (\d+) µs; (\d+) threads? \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for gbit, latency, threads, shares in rows:
+        line, found = Line(int(gbit) * 1e9 / 8, int(latency) * 1e-6), []
+        for n in (2, 8, 64, 256, 1000):
+            forward, head, backward, update = (seconds / int(threads) for seconds in WORK)
+            work = Work(forward, head, backward, update / n, threads=int(threads))
+            cost = communication(GPT2_124M, n, line, work, mixed=True)
+            computing = forward + head + backward + update / n
+            found.append(f"{computing / (computing + cost.exposed_seconds + cost.taken):.0%}".replace("%", " %"))
+        assert [share.strip() for share in shares.split("|")] == found
+
+
+def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
+    d12 = ModelConfig.from_dial("d12")
+    exposed = [communication(d12, n, SLOW_LINE, Work(*WORK), True).exposed_seconds for n in (1, 2, 8, 64, 1000)]
+    assert exposed[0] == 0
+    assert exposed == sorted(exposed)
+    assert communication(d12, 8, Line(1e9, 1e-3), Work(*WORK), True).exposed_seconds < exposed[2]
+    assert communication(d12, 8, SLOW_LINE, Work(*(x / 8 for x in WORK)), True).exposed_seconds > exposed[2]
+
+
+@needs_mpi
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", None)])
+def test_a_signal_before_the_first_step_is_told_as_one(text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Of rank 0, that the launching process hands the signal to: no rank has died."""
+    run = tmp_path / "run"
+    if number is None or signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("there is no such signal here, as under nohup")
+    with endless(text, run, "--ranks", "2") as process:
+        until = time.monotonic() + 60
+        while not (run / "run.lock").exists():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert [line for line in error.splitlines() if line.startswith("llmpy: error")] == [
+        f"llmpy: error: stopped by {number.name}"
+    ]
+    assert not run.exists()
+
+
+@needs_mpi
+def test_sigterm_before_there_are_ranks_is_told_as_one(text: Path, tmp_path: Path) -> None:
+    with endless(text, tmp_path / "run", "--ranks", "2") as process:
+        until = time.monotonic() + 60
+        while not psutil.Process(process.pid).children():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.002)
+        time.sleep(0.1)  # for it to look after its child
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "llmpy: error: stopped by SIGTERM" in error.splitlines()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a launcher in sh")
+def test_a_signal_before_there_are_ranks_ends_a_launcher_that_hangs(tmp_path: Path) -> None:
+    launcher, children = tmp_path / "mpiexec", tmp_path / "children"
+    launcher.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exit
+trap '' TERM INT
+setsid sleep 1000 & echo $! > {children}
+sleep 1000
+""")
+    launcher.chmod(0o755)
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from llmpy.distributed import launch; from llmpy.errors import LlmpyError\n"
+        f"launch.mpiexec = lambda: Path({str(launcher)!r})\n"
+        "try: launch.run(2, [])\n"
+        "except LlmpyError as fault: print(fault); sys.exit(fault.code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    while not (children.exists() and children.read_text().endswith("\n")):
+        time.sleep(0.01)
+    time.sleep(0.2)  # for it to look after its child
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "stopped by SIGTERM\n")
+    child = int(children.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE  # nobody's child
+
+
+def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, tokens: Path) -> None:
+    """Training stops while the threads write: the checkpoint is committed before the word of it goes out."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+
+    def diverging(fellow: Fellow) -> str:
+        model = tiny_model(TINY, B, T)
+        loader = Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, fellow.size)
+        optimizer = Zero(model, fellow, **SETTINGS, zero=True, limit=700)
+        told = TrainOptions(checkpoint_every=1, ranks=fellow.size)
+        run = trainer.Trainer.__new__(trainer.Trainer)
+        run.keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
+        run.done, run.folder, run.options, run._bad = 3, tmp_path / "run", told, 0
+        run.keeper.begin(2)
+        assert run.keeper.due(3)
+        run.keeper.save(3, {"options": told.as_record()}, loader.position)
+        return str(run._diverged("the loss is nan"))
+
+    said = Fellows(2).run(diverging)
+    assert all("the last good checkpoint is of step 3" in text for text in said)
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000003")

@@ -1,0 +1,380 @@
+"""llm.c's checkpoints: to the byte by an independent description, by rank, and a run that goes on to the bit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support.laptop import TINY, AtOnce, Laptop, tiny_model
+from support.samples import in_memory, training_state
+
+from llmpy.cli.main import main
+from llmpy.data.loader import Loader
+from llmpy.data.shards import Shard, open_shard, write_shard
+from llmpy.errors import LlmpyError
+from llmpy.formats import llmc, llmc_state, native, open_model
+from llmpy.formats.llmc_state import TrainingState
+from llmpy.formats.source import shapes
+from llmpy.model.gpt2 import GPT2
+from llmpy.options.options import TrainOptions
+from llmpy.rng import MT19937, Xorshift64Star
+from llmpy.run import checkpoint
+from llmpy.run import checkpoint_writer as snapshot
+from llmpy.tools import golden
+from llmpy.train import trainer
+from llmpy.train.optimizer import AdamW
+
+SIZE = sum(math.prod(s) for s in shapes(TINY).values())
+
+
+def equal(a: TrainingState, b: TrainingState) -> bool:
+    scalars = ("step", "rng_state", "rng_state_last_update", "shuffle")
+    arrays = ("m", "v", "master")
+    return (
+        all(getattr(a, name) == getattr(b, name) for name in scalars)
+        and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in arrays if getattr(a, n) is not None)
+        and (a.master is None) == (b.master is None)
+        and len(a.places) == len(b.places)
+        and all(
+            (p.shard, p.sample, *p.shard_order, *p.sample_order) == (q.shard, q.sample, *q.shard_order, *q.sample_order)
+            and (not a.shuffle or (p.rng.pos == q.rng.pos and np.array_equal(p.rng.key, q.rng.key)))
+            for p, q in zip(a.places, b.places, strict=True)
+        )
+    )
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_round_trip(tmp_path: Path, ranks: int, master: bool, shuffle: bool) -> None:
+    state = training_state(TINY, ranks, shuffle, master)
+    for rank in range(ranks):
+        llmc_state.write_state(tmp_path / f"state_00000007_{rank:05d}.bin", TINY, state, rank)
+    assert equal(llmc_state.read_state(tmp_path / "state_00000007_00000.bin", TINY), state)
+
+
+def in_llmc_order(x: np.ndarray) -> np.ndarray:
+    """Our flat arena as llm.c has it, made with a dictionary of views."""
+    views, start = {}, 0
+    for name, shape in shapes(TINY).items():
+        views[name] = x[start : start + math.prod(shape)]
+        start += math.prod(shape)
+    return np.concatenate([views[name] for name in llmc.ORDER])
+
+
+def test_bytes_are_those_of_llm_c(tmp_path: Path) -> None:
+    """Every field packed by struct, from the description alone."""
+    state = training_state(TINY)
+    path = tmp_path / "state_00000007_00000.bin"
+    llmc_state.write_state(path, TINY, state)
+    place = state.places[0]
+    assert state.master is not None
+    header = struct.pack("<6i", 20240527, 1, 1, 0, 1, 1).ljust(40, b"\0") + struct.pack("<i", 7)
+    header = header.ljust(80, b"\0") + struct.pack("<2Q", state.rng_state, state.rng_state_last_update)
+    header = header.ljust(120, b"\0") + struct.pack("<2Q", 1, 4)
+    body = b"".join(in_llmc_order(x).astype("<f4").tobytes() for x in (state.m, state.v, state.master))
+    block = struct.pack("<Q3i", 3, *place.shard_order) + struct.pack("<Q11i", 11, *place.sample_order)
+    twister = struct.pack("<QiI624I2I", 0, 625 - place.rng.pos, place.rng.pos, *place.rng.key, 0, 0x9908B0DF)
+    assert len(twister) == 2520
+    assert path.read_bytes() == header.ljust(1024, b"\0") + body + block + twister
+
+
+def test_zero_1_is_put_together(tmp_path: Path) -> None:
+    """Rank r has the r-th part of each layer of each tensor."""
+    whole = training_state(TINY, ranks=2)
+    for rank in range(2):
+        parts = []
+        for x in (whole.m, whole.v, whole.master):
+            start, views = 0, {}
+            assert x is not None
+            for name, shape in shapes(TINY).items():
+                stacked = name not in ("wte", "wpe", "ln_f_w", "ln_f_b")
+                views[name] = x[start : (start := start + math.prod(shape))].reshape(shape[0] if stacked else 1, 2, -1)
+            parts += [views[name][:, rank].tobytes() for name in llmc.ORDER]
+        path = tmp_path / f"state_00000007_{rank:05d}.bin"
+        llmc_state.write_state(path, TINY, whole, rank)
+        content = path.read_bytes()
+        path.write_bytes(content[:1024] + b"".join(parts) + content[1024 + 12 * SIZE :])
+    assert equal(llmc_state.read_state(tmp_path / "state_00000007_00000.bin", TINY), whole)
+
+
+def test_a_generator_that_was_just_seeded(tmp_path: Path) -> None:
+    """llm.c has left 1 and next 0 there; NumPy's position is 624."""
+    path = tmp_path / "state_00000007_00000.bin"
+    place = replace(training_state(TINY).places[0], rng=MT19937(42).state)
+    llmc_state.write_state(path, TINY, replace(training_state(TINY), places=(place,)))
+    content = bytearray(path.read_bytes())
+    at = len(content) - 2520
+    assert struct.unpack_from("<iI", content, at + 8) == (1, 624)
+    content[at : at + 16] = struct.pack("<QiI", 0xDEADBEEF, 1, 0)  # the seed is garbage in llm.c's files
+    path.write_bytes(content)
+    rng = MT19937(0)
+    rng.state = llmc_state.read_state(path, TINY).places[0].rng
+    assert tuple(rng.uint32(6)) == golden.WORDS
+
+
+@pytest.mark.parametrize(("step", "micro_steps"), [(0, 1), (1, 1), (5, 3)])
+def test_rng_state_jumps_to_where_drawing_leads(step: int, micro_steps: int) -> None:
+    rng = Xorshift64Star(13371337)
+    before = rng.state
+    for _ in range(step):
+        for _ in range(micro_steps):
+            rng.uint32()
+        before = rng.state
+        for _ in range(16):
+            rng.uint32()
+    assert llmc_state.rng_states(step, micro_steps) == (rng.state, before)
+    assert llmc_state.jump(1337, len(golden.COINS)) == golden.COINS_STATE
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "said"),
+    [
+        (4, 2, "of version 2"),
+        (8, 0, "process 0 of 0"),
+        (8, 2, "cannot read .*00001.bin"),
+        (12, 5, "process 5 of 1"),
+        (16, 2, "master weights 2"),
+        (16, 0, "is longer than it says"),
+        (20, 0, "is longer than it says"),
+        (40, -1, "its step is -1"),
+        (1024 + 12 * SIZE, 2**31 - 1, "longer than it says"),
+        (1024 + 12 * SIZE + 8 + 12, 2**31 - 1, "longer than it says"),
+    ],
+)
+def test_damage(tmp_path: Path, offset: int, value: int, said: str) -> None:
+    path = tmp_path / "state_00000007_00000.bin"
+    llmc_state.write_state(path, TINY, training_state(TINY))
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 4] = struct.pack("<i", value)
+    path.write_bytes(content)
+    with pytest.raises(LlmpyError, match=said):
+        llmc_state.read_state(path, TINY)
+
+
+def test_cut_off_and_of_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "state_00000007_00000.bin"
+    llmc_state.write_state(path, TINY, training_state(TINY))
+    for config in (replace(TINY, layers=1), replace(TINY, layers=3)):
+        with pytest.raises(LlmpyError, match="make"):
+            llmc_state.read_state(path, config)
+    content = path.read_bytes()
+    for keep in (0, 3, 1023, 1024, 5000, len(content) - 1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(LlmpyError):
+            llmc_state.read_state(path, TINY)
+
+
+def test_sisters_must_fit(tmp_path: Path) -> None:
+    state = training_state(TINY, ranks=2)
+    for rank in range(2):
+        llmc_state.write_state(tmp_path / f"state_00000007_{rank:05d}.bin", TINY, replace(state, step=7 + rank), rank)
+    with pytest.raises(LlmpyError, match="do not fit those of its sisters"):
+        llmc_state.read_state(tmp_path / "state_00000007_00000.bin", TINY)
+
+
+def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
+    assert llmc_state.latest(tmp_path) is None
+    for step in (5, 10):
+        state = replace(training_state(TINY), step=step)
+        llmc_state.write_checkpoint(tmp_path, in_memory(), state, "bfloat16")
+    (tmp_path / "DONE_00000099").touch()  # a crash of llm.c while it deletes leaves this
+    (tmp_path / "DONE_junk").touch()
+    assert llmc_state.latest(tmp_path) == 10
+    assert (tmp_path / "DONE_00000010").read_bytes() == b""
+    (tmp_path / "DONE_00000010").unlink()
+    assert llmc_state.latest(tmp_path) == 5
+    source, state = llmc_state.read_checkpoint(tmp_path)
+    assert state.step == 5
+    assert open_model(tmp_path).what == "checkpoint of llm.c at step 5, master weights"
+    # the master weights, not the bfloat16 of the model file
+    assert state.master is not None
+    assert np.array_equal(source.read("wte").reshape(-1), state.master[: source.read("wte").size])
+    with pytest.raises(LlmpyError, match="no complete checkpoint"):
+        llmc_state.read_checkpoint(tmp_path / "..")
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_run_goes_on_to_the_bit(tmp_path: Path, shuffle: bool) -> None:
+    text = np.random.default_rng(0).integers(0, TINY.vocab_size, 400).astype(np.uint16)
+    shards = [Shard(Path("a"), text[:150]), Shard(Path("b"), text[150:])]
+
+    def begin() -> tuple[GPT2, AdamW, Loader]:
+        model = tiny_model()
+        return model, AdamW(model), Loader(shards, 2, 8, shuffle)
+
+    def go(model: GPT2, optimizer: AdamW, loader: Loader) -> list[float]:
+        losses = []
+        for _ in range(12):  # over the border of a shard
+            losses.append(model.loss_and_grads(*loader.next()))
+            optimizer.step(1e-2)
+        return losses
+
+    first = begin()
+    go(*first)
+    state = llmc_state.capture(first[1], first[2], first[0].params.buffer, micro_steps=1)
+    source = replace(in_memory(), read=lambda name: getattr(first[0].params, name).copy())
+    llmc_state.write_checkpoint(tmp_path, source, state)
+    want = go(*first)
+    source, state = llmc_state.read_checkpoint(tmp_path)
+    second = begin()
+    source.fill(second[0].params)
+    llmc_state.restore(state, *second[1:])
+    assert go(*second) == want
+    assert np.array_equal(second[0].params.buffer, first[0].params.buffer)
+
+
+def test_a_state_that_does_not_fit_the_run() -> None:
+    model = tiny_model()
+    optimizer = AdamW(model)
+    shard = Shard(Path("a"), np.arange(300, dtype=np.uint16))
+    cases: list[tuple[Any, Any, str]] = [
+        (training_state(replace(TINY, layers=1)), Loader([shard], 2, 8, True), "moments"),
+        (training_state(TINY, ranks=2), Loader([shard], 2, 8, True), "saved by 2 processes"),
+        (training_state(TINY), Loader([shard], 2, 8, False), "shuffling on"),
+        (training_state(TINY), Loader([shard], 2, 8, True), "does not fit these token shards"),
+        (training_state(TINY, shuffle=False), Loader([shard], 2, 8, False), "token shard 1 of 1"),
+    ]
+    for state, loader, said in cases:
+        with pytest.raises(LlmpyError, match=said):
+            llmc_state.restore(state, optimizer, loader)
+    assert optimizer.updates == 0
+    assert not optimizer.m.any()
+
+
+# A whole run: ours → llm.c's files → ours.
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> tuple[Path, ...]:
+    rng = np.random.default_rng(0)
+    paths = tuple(tmp_path / name for name in ("train_0.bin", "train_1.bin", "val.bin"))
+    for path, size in zip(paths, (300, 200, 100), strict=True):
+        write_shard(path, rng.integers(0, 300, size))
+    return paths
+
+
+def told(shards: tuple[Path, ...], **changes: Any) -> TrainOptions:
+    """Two batches a step: an epoch of 30 batches ends in the middle of step 15, a shard before."""
+    settings: dict[str, Any] = {
+        "data": shards, "batch_size": 2, "sequence_length": 8, "total_batch": 32, "steps": 24, "warmup": 3, "lr": 1e-2,
+        "eval_every": 6, "eval_batches": 2, "sample_tokens": 2, "checkpoint_every": 4, "keep": 0,
+    }  # fmt: skip
+    return TrainOptions(**settings | changes)
+
+
+def lines_after(run: Path, step: int) -> list[str]:
+    """What main.log says of the steps after so many updates; evaluations there included."""
+    lines = (run / "main.log").read_text("utf-8").splitlines()
+    return [line for line in lines if int(line.split()[0][2:]) >= step]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_run_moves_to_llm_c_and_back_to_the_bit(
+    shards: tuple[Path, ...], tmp_path: Path, shuffle: bool, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    whole, llm_c, back = tmp_path / "whole", tmp_path / "llm.c", tmp_path / "back"
+    options = told(shards, out=whole, model="d1", vocab_size=300, shuffle=shuffle)
+    assert trainer.train(options, Laptop()) == 0
+    shutil.copytree(whole, tmp_path / "cut", ignore=shutil.ignore_patterns("step-0000002*", "step-00000016"))
+    assert main(["convert", str(tmp_path / "cut"), str(llm_c), "--to", "llmc-run"]) == 0
+    assert f"-o {llm_c} -y 1 -b 2 -t 8 -d 32" in capsys.readouterr().out
+    assert sorted(p.name for p in llm_c.iterdir()) == [
+        "DONE_00000012",
+        "model_00000012.bin",
+        "state_00000012_00000.bin",
+    ]
+    assert trainer.train(told(shards, resume=llm_c, out=back), Laptop()) == 0
+    said = capsys.readouterr().out
+    assert "going on after step 12 of llm.c's run" in said
+    assert lines_after(back, 0) == lines_after(whole, 12)
+    for name in (checkpoint.MODEL, checkpoint.STATE):
+        a, b = (load_file(run / "checkpoints" / "step-00000024" / name) for run in (whole, back))
+        assert all(np.array_equal(a[key], b[key]) for key in a | b)
+    # and on from its own checkpoint, with the time of a step as measured here
+    assert trainer.train(TrainOptions(resume=back, steps=25, given=frozenset({"steps"})), Laptop()) == 0
+    manifest = checkpoint.verify(back / "checkpoints" / "step-00000025")
+    assert (manifest["step"], manifest["seconds"]["untimed"]) == (25, 12)
+    # and llm.c's files of both ends are the same
+    (back / "checkpoints" / "step-00000025").rename(tmp_path / "away")
+    for run, out in ((whole, "a"), (back, "b")):
+        assert main(["convert", str(run), str(tmp_path / out), "--to", "llmc-run"]) == 0
+    for name in ("model_00000024.bin", "state_00000024_00000.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "copy"), "--to", "llmc-run"]) == 0
+    assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_a_run_from_llm_c_that_is_cut_off_at_once_begins_there_again(shards: tuple[Path, ...], tmp_path: Path) -> None:
+    llm_c, run, cut = tmp_path / "llm.c", tmp_path / "run", tmp_path / "cut"
+    state = state_on(shards)
+    llmc_state.write_checkpoint(llm_c, in_memory(), state)
+    assert trainer.train(told(shards, resume=llm_c, out=run, steps=9), Laptop()) == 0
+    cut.mkdir()
+    shutil.copy(run / "config.json", cut)
+    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    assert (cut / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert lines_after(cut, 0) == lines_after(run, 7)
+
+
+def state_on(shards: tuple[Path, ...], B: int = 2, ranks: int = 1) -> TrainingState:
+    """A state after 7 updates whose loaders stand somewhere in these shards."""
+    opened = [open_shard(path, 300) for path in shards[:2]]
+    places = []
+    for rank in range(ranks):
+        loader = Loader(opened, B, 8, True, rank=rank, ranks=ranks)
+        loader.next()
+        places.append(loader.position)
+    state = training_state(TINY, ranks)
+    return replace(state, v=np.abs(state.v), places=tuple(places))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "said"),
+    [
+        ({"batch_size": 4}, 1, "does not fit these token shards and this batch size .* the same --data, -B"),
+        ({"shuffle": False, "given": frozenset({"shuffle"})}, 1, "shuffling on"),
+        ({}, 2, "saved by 2 processes.* or from the weights alone: --init"),
+        ({"init": "gpt2"}, 1, "both --resume .* and --init gpt2 — give one"),
+        ({"resume": None, "init_state": True}, 1, "--init-state without --init"),
+        ({"model": "d6"}, 1, "--model d6 is not what --init is"),
+        ({"resume": None, "init": "nowhere", "init_state": True}, 1, "cannot read nowhere"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused_before_anything_compiles(
+    shards: tuple[Path, ...], tmp_path: Path, changes: dict[str, Any], ranks: int, said: str
+) -> None:
+    llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), state_on(shards, ranks=ranks))
+    before = sorted(tmp_path.rglob("*"))
+    machine = Laptop()
+    with pytest.raises(LlmpyError, match=said):
+        trainer.train(told(shards, **{"resume": tmp_path / "llm.c", "out": tmp_path / "run"} | changes), machine)
+    assert machine.warmed == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_llm_c_is_not_written_to(shards: tuple[Path, ...], tmp_path: Path) -> None:
+    llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), state_on(shards))
+    for resume in (None, tmp_path / "llm.c"):
+        with pytest.raises(LlmpyError, match=r"holds a run of llm\.c — go on with it in another folder: --resume"):
+            trainer.train(told(shards, out=tmp_path / "llm.c", resume=resume, auto_resume=True), Laptop())
+
+
+def test_what_has_no_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    native.write_model(tmp_path / "m", in_memory())
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "out"), "--to", "llmc-run"]) == 1
+    assert "has no checkpoint, only a model — convert that alone: --to llmc" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), training_state(TINY))
+    (tmp_path / "llm.c" / "main.log").write_text("s:0 tel:11.0\n")  # which llm.c writes beside its checkpoints
+    assert main(["convert", str(tmp_path / "llm.c"), str(tmp_path / "out")]) == 0
+    assert "its moments and its place in the data stay behind" in capsys.readouterr().out

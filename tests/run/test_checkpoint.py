@@ -1,0 +1,123 @@
+"""A model survives the disk to the bit; whatever is wrong with a file is one error, and no file is half-written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.laptop import TINY, Laptop, tiny_model
+
+from llmpy.errors import LlmpyError
+from llmpy.model.gpt2 import GPT2
+from llmpy.run import checkpoint
+from llmpy.system import durable
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A good model file."""
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, tiny_model(), 8)
+    return path
+
+
+def test_round_trip_to_the_bit(saved: Path) -> None:
+    header = checkpoint.read_header(saved)
+    assert header == checkpoint.Header(TINY, 8)
+    model = GPT2(header.config, Laptop())
+    checkpoint.load_parameters(saved, model.params)
+    assert np.array_equal(model.params.buffer, tiny_model().params.buffer)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_names_are_those_of_the_table(saved: Path) -> None:
+    tensors = load_file(saved)
+    assert {k: v.shape for k, v in tensors.items()} == {t.name: t.shape for t in tiny_model().params.table}
+
+
+def metadata(**changes: object) -> dict[str, str]:
+    good = {"format": checkpoint.FORMAT, "config": asdict(TINY), "trained_length": 8}
+    return {checkpoint.KEY: json.dumps(good | changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 2}, "format 2, this program reads 1"),
+        ({"config": []}, "header cannot be read"),
+        ({"config": {"layers": 2}}, "header cannot be read"),
+        ({"config": asdict(TINY) | {"heads": 3}}, "header cannot be read"),
+        ({"config": asdict(TINY) | {"heads": "x"}}, "header cannot be read"),
+        ({"config": asdict(replace(TINY, channels=16))}, r"is F32 \("),
+        ({"trained_length": "x"}, "header cannot be read"),
+        ({"trained_length": 17}, "trained length 17"),
+        ({"trained_length": 0}, "trained length 0"),
+    ],
+)
+def test_a_wrong_header(saved: Path, changes: dict[str, object], said: str) -> None:
+    save_file(load_file(saved), saved, metadata(**changes))
+    with pytest.raises(LlmpyError, match=said):
+        checkpoint.read_header(saved)
+
+
+def test_tensors_missing_unknown_or_of_another_type(saved: Path) -> None:
+    good = load_file(saved)
+    for bad in (
+        {k: v for k, v in good.items() if k != "wpe"},
+        good | {"extra": np.zeros(1, np.float32)},
+        good | {"wpe": good["wpe"].astype(np.float16)},
+        good | {"wpe": np.ascontiguousarray(good["wpe"].T)},
+    ):
+        save_file(bad, saved, metadata())
+        with pytest.raises(LlmpyError, match="damaged"):
+            checkpoint.read_header(saved)
+
+
+def test_metadata_that_are_not_ours(saved: Path) -> None:
+    tensors = load_file(saved)
+    for other, said in ((None, "not a model of llmpy"), ({checkpoint.KEY: "{"}, "header cannot be read")):
+        save_file(tensors, saved, other)
+        with pytest.raises(LlmpyError, match=said):
+            checkpoint.read_header(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
+def test_a_file_that_was_cut(saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(LlmpyError, match="damaged"):
+        checkpoint.read_header(saved)
+
+
+def test_no_file_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(LlmpyError, match="no model at"):
+        checkpoint.read_header(tmp_path / "model.safetensors")
+    with pytest.raises(LlmpyError):
+        checkpoint.read_header(tmp_path)
+
+
+def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with pytest.raises(LlmpyError, match="No space left"):
+        checkpoint.save(saved, tiny_model(), 8)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_saving_into_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(LlmpyError, match="cannot write"):
+        checkpoint.save(tmp_path / "none" / "model.safetensors", tiny_model(), 8)
+
+
+def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("not a folder")
+    with pytest.raises(LlmpyError, match=r"cannot write .*taken.*model"):
+        durable.write_whole(tmp_path / "taken" / "model", lambda path: path.write_text("x"))

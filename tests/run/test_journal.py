@@ -1,0 +1,130 @@
+"""Lines go to the terminal and the log alike; the bar is for terminals only; neither can end a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmpy.errors import LlmpyError
+from llmpy.run.journal import Journal
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_numbers_and_the_bar(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    with Journal() as journal:
+        journal.say("before")
+        journal.open(tmp_path)
+        journal.begin_progress()
+        journal.progress(0.5, "step 1/2")
+        journal.say("during")
+        journal.record(step=1, loss=0.5)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text("utf-8")) == {"step": 1, "loss": 0.5}
+        journal.end_progress()
+        journal.say("after — ½")
+    assert (tmp_path / "console.log").read_text("utf-8") == "before\nduring\nafter — ½\n"
+    text = shown.getvalue()
+    assert [w for w in ("before", "during", "after — ½") if w in text] == ["before", "during", "after — ½"]
+    assert ("|" in text and "%" in text) == terminal
+
+
+class Mortal(Terminal):
+    """A terminal that dies."""
+
+    fault: Exception | None = None
+
+    def write(self, text: str) -> int:
+        if self.fault:
+            raise self.fault
+        return super().write(text)
+
+
+@pytest.mark.parametrize("fault", [BrokenPipeError(32, "Broken pipe"), OSError(5, "EIO"), ValueError("closed file")])
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_terminal_that_dies(bar: bool, fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Mortal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    with Journal() as journal:
+        journal.open(tmp_path)
+        if bar:
+            journal.begin_progress()
+        journal.say("seen")
+        shown.fault = fault
+        journal.progress(0.5, "half")
+        journal.say("unseen")
+        shown.fault = None
+        journal.begin_progress()
+        journal.progress(0.6, "more")
+        journal.say("still unseen")
+        journal.record(step=1)
+    assert (tmp_path / "console.log").read_text("utf-8") == "seen\nunseen\nstill unseen\n"
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8") == '{"step": 1}\n'
+    assert "seen" in shown.getvalue()
+    assert "unseen" not in shown.getvalue()
+
+
+def test_it_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious\n", "utf-8")
+    with Journal() as journal, pytest.raises(LlmpyError, match=r"cannot write .*metrics\.jsonl: File exists — choose"):
+        journal.open(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8") == "precious\n"
+
+
+def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Journal() as journal:
+        journal.open(tmp_path)
+        journal.record(step=1)
+        journal.record_llmc("s:0 trl:1")
+        journal.record_sample("--- step 1", "é")
+        sizes = journal.sizes()
+        journal.record(step=2)
+        journal.record_llmc("s:1 trl:1")
+        journal.say("first")
+    with Journal() as journal:
+        journal.open(tmp_path, sizes)
+        assert journal.sizes() == sizes
+        journal.record(step=3)
+        journal.say("second")
+        journal.sync()
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8") == '{"step": 1}\n{"step": 3}\n'
+    assert (tmp_path / "main.log").read_text("utf-8") == "s:0 trl:1\n"
+    assert (tmp_path / "samples.txt").read_text("utf-8") == "--- step 1\né\n\n"
+    assert (tmp_path / "console.log").read_text("utf-8") == "first\nsecond\n"
+    with Journal() as journal:
+        journal.open(tmp_path, sizes | {"main.log": 1000})
+    assert "main.log has 10 of the 1,000 bytes it had at the checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "main.log").read_text("utf-8") == "s:0 trl:1\n"
+
+
+def test_bytes_of_a_path_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Journal() as journal:
+        journal.open(tmp_path)
+        journal._show = lambda *_: None  # type: ignore[method-assign]  # the terminal is cli's matter
+        journal.say("run folder r\udcff")
+    assert (tmp_path / "console.log").read_text("utf-8") == "run folder r?\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Journal() as journal:
+        journal.open(tmp_path)
+        journal._files["metrics.jsonl"].close()
+        journal._files["metrics.jsonl"] = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        for step in range(3000):  # more than any buffer holds
+            journal.record(step=step)
+        journal.say("on it goes")
+    warning = "warning: cannot write /dev/full: No space left on device; the run goes on\n"
+    assert capsys.readouterr().out == warning + "on it goes\n"

@@ -1,0 +1,114 @@
+"""Trackers are told the numbers; one that is missing is named before a run, one that fails does not end it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.laptop import AtOnce, Laptop
+
+from llmpy.errors import LlmpyError
+from llmpy.options.options import TrainOptions
+from llmpy.run import checkpoint_writer as snapshot
+from llmpy.run import trackers
+from llmpy.system.command import install
+from llmpy.train import preflight, trainer
+
+
+class Fake(types.ModuleType):
+    """wandb and trackio have the same three functions, TensorBoard a writer."""
+
+    def __init__(self, name: str, fails: bool = False) -> None:
+        super().__init__(name)
+        self.seen: list[Any] = []
+        self.fails = fails
+        fake = self
+
+        class SummaryWriter:
+            def __init__(self, folder: str, purge_step: int | None) -> None:
+                fake.seen.append(("init", {"folder": folder, "purge_step": purge_step}))
+
+            def add_scalar(self, name: str, value: float, step: int) -> None:
+                fake.log({name: value}, step)
+
+            def close(self) -> None:
+                fake.finish()
+
+        self.SummaryWriter = SummaryWriter
+
+    def init(self, **settings: Any) -> None:
+        self.seen.append(("init", settings))
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        if self.fails:
+            raise ConnectionError("no network")
+        self.seen.append((step, numbers))
+
+    def finish(self) -> None:
+        self.seen.append("finish")
+
+
+@pytest.mark.parametrize("name", trackers.PACKAGES)
+def test_numbers_arrive(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(name)
+    monkeypatch.setitem(sys.modules, trackers.PACKAGES[name], fake)
+    said: list[str] = []
+    opened = trackers.Trackers([name], tmp_path, {"lr": 0.1}, said.append)
+    opened.log(3, {"step": 3, "loss": 1.5, "skipped": "why"})
+    opened.close()
+    (_, settings), *rest = fake.seen
+    assert rest == [(3, {"loss": 1.5}), "finish"]
+    if name == "tensorboard":
+        assert settings == {"folder": str(tmp_path / "events"), "purge_step": None}
+    else:
+        assert (settings["project"], settings["name"], settings["config"]) == ("llmpy", tmp_path.name, {"lr": 0.1})
+    assert said == []
+
+
+def test_one_that_fails_is_told_once_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Fake("wandb", fails=True))
+    said: list[str] = []
+    opened = trackers.Trackers(["wandb"], tmp_path, {}, said.append)
+    for step in range(3):
+        opened.log(step, {"loss": 1.0})
+    opened.close()
+    assert said == ["warning: wandb fails and is told no more: ConnectionError: no network"]
+
+
+def test_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(LlmpyError, match="--track trackio needs the package trackio — .*-m pip install trackio"):
+        trackers.package("trackio")
+    found = preflight.problems(TrainOptions(track=("trackio",)), tmp_path, Laptop())
+    assert [str(f) for f in found] == [f"--track trackio needs the package trackio — {install('trackio')}"]
+
+
+def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first process told beyond its last checkpoint is purged; what is purged too much is told again."""
+    fake = Fake("tensorboardX")
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    data = tmp_path / "text.txt"
+    data.write_text("the cat sat on the mat and the dog ran to the sea\n" * 100, "utf-8")
+    told = TrainOptions(
+        data=(data,), out=tmp_path / "run", model="d1", batch_size=2, sequence_length=16, steps=9, eval_every=2,
+        eval_batches=1, sample_tokens=1, checkpoint_every=4, track=("tensorboard",), keep=0,
+    )  # fmt: skip
+    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    assert trainer.train(told, Laptop()) == 0
+    whole, fake.seen = shown(fake.seen), []
+    for step in (8, 9):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08}")
+    assert trainer.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
+    assert fake.seen[0] == ("init", {"folder": str(tmp_path / "run" / "events"), "purge_step": 4})
+    again = shown(fake.seen)
+    assert again == [(step, name) for step, name in whole if step >= 4]
+    assert len(set(again)) == len(again)
+
+
+def shown(seen: list[Any]) -> list[tuple[int, str]]:
+    """Steps and names of the numbers, without those that differ from machine to machine."""
+    return [(told[0], *told[1]) for told in seen if isinstance(told, tuple) and isinstance(told[0], int)]

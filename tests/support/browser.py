@@ -1,0 +1,147 @@
+"""A headless Chromium for tests, told what to do by its devtools protocol over two pipes: no driver, no port."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+PROGRAM = next(
+    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None
+)
+WAIT_SECONDS = 30.0
+# The browser reads from 3 and writes to 4: a process puts the pipes there and becomes the browser.
+PIPES = """
+import os, sys
+ends = [os.dup(int(word)) for word in sys.argv[1:3] for _ in range(5)][4::5]  # beyond 4, whatever was open
+for place, end in zip((3, 4), ends):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+class Browser:
+    """One page. `faults` gathers what its scripts threw, what its console complained of, and dialogs that opened."""
+
+    def __init__(self, width: int = 1200, height: int = 900) -> None:
+        assert PROGRAM is not None
+        self.faults: list[str] = []
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        theirs, self._out = os.pipe()
+        self._in, answers = os.pipe()
+        command = [
+            PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+            "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}",
+            "about:blank",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PIPES, str(theirs), str(answers), *command], pass_fds=(theirs, answers),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(answers)
+        self._left = b""
+        self._number = 0
+        self._session = ""
+        try:
+            self._session = self._ask("Target.attachToTarget", targetId=self._page(), flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log"):
+                self._ask(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _page(self) -> str:
+        """The page that the browser opens; on a busy machine it answers before it has."""
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            for target in self._ask("Target.getTargets")["targetInfos"]:
+                if target["type"] == "page":
+                    return str(target["targetId"])
+            assert time.monotonic() < end, "the browser opens no page"
+            time.sleep(0.05)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+        self._profile.cleanup()
+
+    def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._left:
+                more = os.read(self._in, 1 << 20)
+                assert more, "the browser has ended"
+                self._left += more
+            answer, _, self._left = self._left.partition(b"\0")
+            told = json.loads(answer)
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                return dict(told["result"])
+            self._note(told.get("method", ""), told.get("params", {}))
+
+    def _note(self, event: str, told: Mapping[str, Any]) -> None:
+        if event == "Runtime.exceptionThrown":
+            self.faults.append(json.dumps(told["exceptionDetails"]))
+        elif event == "Log.entryAdded" and told["entry"]["level"] == "error":
+            self.faults.append(told["entry"]["text"])
+        elif event == "Page.javascriptDialogOpening":
+            self.faults.append(f"dialog: {told['message']}")
+
+    def go(self, address: str) -> None:
+        """Open an address and wait until its scripts have run."""
+        self._ask("Page.navigate", url=address)
+        self.until("location.href != 'about:blank' && document.readyState == 'complete'")
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page."""
+        told = self._ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in told, told["exceptionDetails"]
+        return told["result"].get("value")
+
+    def until(self, script: str, seconds: float = WAIT_SECONDS) -> Any:
+        """The value of an expression once it is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}\n{self.faults}"
+            time.sleep(0.05)
+        return value
+
+    def mouse(self, kind: str, x: float, y: float, button: str = "none") -> None:
+        """mouseMoved, mousePressed or mouseReleased at a place of the window."""
+        self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=int(button != "none"))
+
+    def dark(self, dark: bool) -> None:
+        """What the system is said to prefer."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+
+    def picture(self, path: Path) -> None:
+        """A screenshot."""
+        path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))
+
+
+def started(*words: str) -> tuple[subprocess.Popen[str], str]:
+    """`llmpy watch` as a process, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmpy", "watch", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().split()[0]

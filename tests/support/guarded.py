@@ -1,0 +1,58 @@
+"""Calls of operations whose arrays have guards on either side, and arrays compared as bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from support.cases import Call
+
+GUARD = 67  # elements on either side of every array; odd, so that arrays are not aligned to vectors
+
+
+CANARY = 12345.0
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """x as bytes: NaN equals itself, and 0 is not −0."""
+    return np.ascontiguousarray(x).view(np.uint8)
+
+
+class Guarded:
+    """A call whose arrays lie in the middle of larger buffers.
+
+    Around an output stands a canary that must survive; around an input NaN (or the largest int32), which
+    would show in the outputs if a kernel let what it reads beyond the end take part in a sum.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.before = call
+        self.buffers: dict[str, np.ndarray] = {}
+        self.call = call.map(self._surround)
+
+    def _surround(self, name: str, x: np.ndarray) -> np.ndarray:
+        edge: Any = CANARY if name in self.before.outputs else np.nan
+        if x.dtype.kind == "i":
+            edge = np.iinfo(x.dtype).max
+        buffer = np.full(x.size + 2 * GUARD, edge, x.dtype)
+        buffer[GUARD : GUARD + x.size] = x.reshape(-1)
+        self.buffers[name] = buffer
+        return buffer[GUARD : GUARD + x.size].reshape(x.shape)
+
+    def check(self) -> None:
+        """Guards and inputs have the bits that they had before the call."""
+        for name, buffer in self.buffers.items():
+            edge = np.full(GUARD, buffer[0], buffer.dtype)
+            if name in self.before.outputs:
+                edge[:] = CANARY
+            assert np.array_equal(bits(buffer[:GUARD]), bits(edge)), f"wrote before {name}"
+            assert np.array_equal(bits(buffer[-GUARD:]), bits(edge)), f"wrote beyond {name}"
+            if name not in self.before.outputs:
+                assert np.array_equal(bits(self.call.args[name]), bits(self.before.args[name])), f"changed {name}"
+
+
+def only(x: np.ndarray, where: Any) -> None:
+    """Exactly x[where] is NaN."""
+    expected = np.zeros(x.shape, bool)
+    expected[where] = True
+    assert np.array_equal(np.isnan(x), expected)

@@ -1,0 +1,145 @@
+"""Small models in memory and in every format, and a tokenizer, for tests of readers and writers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from support.laptop import TINY
+
+from llmpy import backend
+from llmpy.data.loader import Position
+from llmpy.data.rank_tables import LLAMA3
+from llmpy.data.tokenizer import Tokenizer
+from llmpy.formats import huggingface, llmc, llmc_state, native
+from llmpy.formats.source import DTYPES, Source, shapes
+from llmpy.model.config import ModelConfig
+from llmpy.model.gpt2 import GPT2
+from llmpy.rng import MT19937
+from llmpy.tools.selftest import all_logits
+
+
+def in_memory(config: ModelConfig = TINY, dtype: str = "float32", seed: int = 1) -> Source:
+    """A model of random numbers, exact in `dtype`; padding rows 0, and a few values at the edge."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        name: rng.normal(0, 0.3, s).astype(np.float32).astype(DTYPES[dtype]) for name, s in shapes(config).items()
+    }
+    tensors["ln_f_b"][:2] = -0.0, 1e-7
+    tensors["wte"][config.vocab_size :] = 0
+    return Source(Path("memory"), "model in memory", config, dtype, config.context, tensors.__getitem__)
+
+
+def same(a: Source, b: Source) -> bool:
+    """Whether two models are equal in shape, type and every bit."""
+    return (a.config, a.dtype) == (b.config, b.dtype) and all(
+        a.read(name).tobytes() == b.read(name).tobytes() for name in shapes(a.config)
+    )
+
+
+def llmc_version(path: Path, source: Source, version: int) -> None:
+    """Write a historic version, which the package only reads: byte by byte, from the description."""
+    c = source.config
+    rows = c.vocab_size if version in (1, 2) else c.padded_vocab_size
+    header = np.zeros(256, "<i4")
+    header[:7] = 20240326, version, c.context, c.vocab_size, c.layers, c.heads, c.channels
+    header[7] = 0 if version in (1, 2) else rows
+    body = b""
+    for name in llmc.ORDER:
+        x = source.read(name)[:rows] if name == "wte" else source.read(name)
+        wide = version in (1, 3) or (version in (2, 4) and name.startswith("ln_"))
+        body += x.astype(np.float32 if wide else DTYPES["bfloat16"]).tobytes()
+    path.write_bytes(header.tobytes() + body)
+
+
+def sharded(folder: Path, source: Source) -> None:
+    """A Hugging Face folder in two files with an index."""
+    huggingface.write_model(folder, source, source.dtype)
+    whole = folder / huggingface.WEIGHTS_FILE
+    tensors = load_file(whole)
+    whole.unlink()
+    weight_map = {}
+    for i, name in enumerate(sorted(tensors)):
+        weight_map[name] = f"model-{i % 2 + 1:05d}-of-00002.safetensors"
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / huggingface.INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+
+def with_tokenizer(source: Source, path: Path) -> Source:
+    """The same with a byte tokenizer, whose 257 tokens fit into its vocabulary."""
+    Tokenizer.bytes().save(path)
+    return replace(source, tokenizer=path)
+
+
+def llmc_debug(source: Source, model: Path, state: Path) -> None:
+    """Write a model and what llm.c's Python says of it, computed by the reference."""
+    twin = GPT2(source.config, backend.load("reference"))
+    source.fill(twin.params)
+    text = np.random.default_rng(2).integers(0, source.config.vocab_size, 4 * 8 + 1, dtype=np.int32)
+    tokens, targets = text[:-1].reshape(4, 8), text[1:].reshape(4, 8)
+    logits = all_logits(twin, tokens)
+    loss = twin.loss_and_grads(tokens, targets)
+    llmc.write_model(model, source, "float32")
+    llmc.write_debug(
+        state, source.config, llmc.DebugState(tokens, targets, logits, loss, lambda name: getattr(twin.grads, name))
+    )
+
+
+def training_state(
+    config: ModelConfig, ranks: int = 1, shuffle: bool = True, master: bool = True
+) -> llmc_state.TrainingState:
+    """A state of random numbers after 7 updates."""
+    rng = np.random.default_rng(5)
+    n = sum(int(np.prod(s)) for s in shapes(config).values())
+    places = []
+    for rank in range(ranks):
+        twister = MT19937(42 + rank)
+        orders = [np.arange(k, dtype=np.int32) for k in ((3, 11) if shuffle else (0, 0))]
+        for order in orders:
+            twister.permutation(order)
+        places.append(Position(1, 4, orders[0], orders[1], twister.state))
+    m, v, weights = rng.normal(size=(3, n)).astype(np.float32)
+    return llmc_state.TrainingState(
+        7, m, v, weights if master else None, *llmc_state.rng_states(7), shuffle, tuple(places)
+    )
+
+
+WRITERS: dict[str, Callable[[Path, Source], object]] = {
+    "llmc": lambda path, source: llmc.write_model(path, source, source.dtype),
+    "native": native.write_model,
+    "hf": lambda path, source: huggingface.write_model(path, source, source.dtype),
+    "hf sharded": sharded,
+}
+
+
+def llama_tokenizer(
+    path: Path,
+    specials: Sequence[str] = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    names: Sequence[str] = (),
+) -> Any:
+    """A tokenizer.json like Llama 3's: its words, taken whole, special tokens after all, one of them put in front."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["the cat, the dog: 12 naïve cafés and 日本語, it's\n" * 20], trainer)
+    library.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    library.add_tokens([AddedToken(token, special=False, normalized=False) for token in names])
+    first = [(specials[0], library.token_to_id(specials[0]))]
+    library.post_processor = processors.TemplateProcessing(f"{specials[0]} $A", special_tokens=first)
+    library.save(str(path))
+    return library

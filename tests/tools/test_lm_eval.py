@@ -1,0 +1,216 @@
+"""The adapter for lm_eval against sums by hand; with lm_eval itself where it is installed, else with its base class
+played by two lines.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.laptop import TINY, Laptop, tiny_model
+
+from llmpy.data.tokenizer import Tokenizer
+from llmpy.errors import LlmpyError
+from llmpy.generate.generation import Choice, generate, logprob
+from llmpy.rng import Xorshift64Star
+from llmpy.run import checkpoint
+from llmpy.system.command import install
+
+REAL = importlib.util.find_spec("lm_eval") is not None
+REACH = 12
+pytestmark = pytest.mark.filterwarnings("default" if REAL else "error")  # of lm_eval's own packages
+
+
+class Hook:
+    """What lm_eval keeps of a run that is cut off."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def add_partial(self, *told: Any) -> None:
+        self.seen.append(told)
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module, over lm_eval or its stand-in."""
+    if not REAL:
+        model, registry = types.ModuleType("lm_eval.api.model"), types.ModuleType("lm_eval.api.registry")
+        vars(model)["LM"] = type("LM", (), {"__init__": lambda self: setattr(self, "cache_hook", Hook())})
+        vars(registry)["register_model"] = lambda name: lambda kind: kind
+        for name, module in (("lm_eval", types.ModuleType("lm_eval")), ("lm_eval.api", types.ModuleType("lm_eval.api")),
+                             ("lm_eval.api.model", model), ("lm_eval.api.registry", registry)):  # fmt: skip
+            monkeypatch.setitem(sys.modules, name, module)
+    yield importlib.import_module("llmpy.tools.lm_eval")
+    if not REAL:
+        del sys.modules["llmpy.tools.lm_eval"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path / "model.safetensors", tiny_model(), REACH)
+    Tokenizer.train(["The cat sat on the mat, and the dog ran. " * 20], TINY.vocab_size).save(
+        tmp_path / "tokenizer.json"
+    )
+    return tmp_path
+
+
+def asked(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
+
+
+def by_hand(made: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One token after another, each from a text of its own."""
+    text, total, greedy = [*context, *continuation], 0.0, True
+    for i in range(len(context), len(text)):
+        # Pieces end after every REACH tokens of the continuation, and at its end; a token sees its piece.
+        end = min(len(context) + ((i - len(context)) // REACH + 1) * REACH, len(text))
+        logits = made.model.logits(np.array([text[max(0, end - REACH - 1) : i]], np.int32))[0]
+        total += logprob(logits, text[i])
+        greedy &= int(logits.argmax()) == text[i]
+    return total, greedy
+
+
+PAIRS = [
+    ("The cat", " sat"),
+    ("The cat ", "sat on the mat"),
+    ("", "dog"),
+    (" \n", "dog"),
+    ("a" * 40, "and the dog ran" * 4),
+    ("x", ""),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, "auto"])
+def test_likelihoods_are_those_by_hand(harness: Any, run: Path, batch_size: Any) -> None:
+    made = harness.Harness(str(run), batch_size=batch_size, machine=Laptop(np.float64))
+    found = made.loglikelihood([asked(*pair) for pair in PAIRS], disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
+        cut = context.rstrip()
+        ids = made.tokens.encode(cut) if cut else [made.tokens.eot]
+        rest = made.tokens.encode(context + continuation)[len(ids) if cut else 0 :]
+        want = by_hand(made, ids, rest)
+        assert value == pytest.approx(want[0], rel=1e-12)
+        assert greedy == want[1]
+    assert found[-1] == (0.0, True)
+    texts = ["The cat sat on the mat, and the dog ran. " * 3, "x", ""]
+    rolling = made.loglikelihood_rolling([asked(text) for text in texts], disable_tqdm=True)
+    want_rolling = [by_hand(made, [made.tokens.eot], made.tokens.encode(text))[0] for text in texts]
+    assert rolling == pytest.approx(want_rolling, rel=1e-12)
+
+
+def test_what_greedy_choice_would_give_is_greedy(harness: Any, run: Path) -> None:
+    made = harness.Harness(str(run), machine=Laptop())
+    ids = made.tokens.encode("The cat")
+    follows = list(generate(made.model, ids, 4, REACH, Xorshift64Star(1), Choice(0)))
+    assert list(made._score([([*ids, *follows], 4)]))[0][1]
+    assert not list(made._score([([*ids, *follows[:3], (follows[3] + 1) % 256], 4)]))[0][1]
+
+
+def test_every_token_is_asked_for_once(harness: Any) -> None:
+    for context in (1, 5, 20):
+        for length in (0, 1, 4, 5, 13, 40):
+            text = list(range(context + length))
+            pieces = list(harness.windows(text[:context], text[context:], 5))
+            assert [i for ids, n in pieces for i in ids[len(ids) - n :]] == text[context:]
+            assert all(n < len(ids) <= 6 for ids, n in pieces)
+            assert all(len(ids) == 6 for ids, _ in pieces if context >= 5)
+
+
+def test_generation_is_that_of_sample(harness: Any, run: Path) -> None:
+    made = harness.Harness(str(run), batch_size=2, machine=Laptop())
+    encode, decode = made.tokens.encode, made.tokens.decode
+
+    def alone(text: str, count: int) -> str:
+        return decode(list(generate(made.model, encode(text), count, REACH, Xorshift64Star(1), Choice(0))))
+
+    contexts = ["The cat", "and the", "x"]
+    found = made.generate_until([asked(c, {"until": [], "max_gen_toks": 9}) for c in contexts], disable_tqdm=True)
+    assert found == [alone(c, 9) for c in contexts]
+    stop = found[0][2:4]
+    told = {"until": stop, "max_gen_toks": 9, "do_sample": False, "temperature": 1.0}
+    assert made.generate_until([asked("The cat", told)], disable_tqdm=True) == [found[0].partition(stop)[0]]
+    drawn = {"max_gen_toks": 30, "do_sample": True, "temperature": 1.0, "top_k": 50}
+    once, again = (made.generate_until([asked("x", drawn), asked("x", drawn)], disable_tqdm=True) for _ in range(2))
+    assert once == again
+    assert once[0] != once[1]
+    del drawn["temperature"]  # whose default is 1 where tokens are drawn
+    assert made.generate_until([asked("x", drawn), asked("x", drawn)], disable_tqdm=True) == once
+    made.model.params.wte[made.tokens.eot] = 10 * made.model.logits(np.array([encode("x")], np.int32)).max()
+    made.model.params.ln_f_w[...], made.model.params.ln_f_b[...] = 0, 1
+    assert made.generate_until([asked("x", {})], disable_tqdm=True) == [""]
+
+
+@pytest.mark.parametrize("batch_size", [0, "0", -1, "many"])
+def test_a_batch_of_no_rows(harness: Any, run: Path, batch_size: Any) -> None:
+    with pytest.raises(LlmpyError, match=f"--batch_size {batch_size} — use a whole number from 1 on, or auto"):
+        harness.Harness(str(run), batch_size=batch_size, machine=Laptop())
+
+
+def test_what_was_answered_is_kept_in_time(harness: Any, run: Path) -> None:
+    made = harness.Harness(str(run), machine=Laptop())
+    made.cache_hook = Hook()
+    found = made.loglikelihood([asked("a", "b")], disable_tqdm=True)
+    rolling = made.loglikelihood_rolling([asked("a b")], disable_tqdm=True)
+    made.generate_until([asked("a", {"max_gen_toks": 1})], disable_tqdm=True)
+    assert made.cache_hook.seen[:2] == [
+        ("loglikelihood", ("a", "b"), found[0]), ("loglikelihood_rolling", ("a b",), rolling[0])
+    ]  # fmt: skip
+    assert made.cache_hook.seen[2][:2] == ("generate_until", ("a", {"max_gen_toks": 1}))
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "llmpy.tools.lm_eval", raising=False)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(LlmpyError, match=r"need the package lm_eval — .*-m pip install 'llmpy\[lm_eval\]'"):
+        importlib.import_module("llmpy.tools.lm_eval")
+    program = (
+        "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('llmpy.tools.lm_eval', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert ended.returncode == 1
+    said = f"llmpy: error: the tasks of lm_eval need the package lm_eval — {install('llmpy[lm_eval]')}\n"
+    assert ended.stderr == said
+
+
+TASK = """
+task: cats
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.skipif(not REAL, reason="no lm_eval")
+def test_the_command_runs_a_task(run: Path, tmp_path: Path) -> None:
+    """lm_eval's command, from a file of questions to its table."""
+    file, tasks = tmp_path / "cats.jsonl", tmp_path / "tasks"
+    questions = [{"question": f"The cat {i}", "choices": [" sat", " ran"], "answer": i % 2} for i in range(6)]
+    file.write_text("".join(json.dumps(q) + "\n" for q in questions), "utf-8")
+    tasks.mkdir()
+    (tasks / "cats.yaml").write_text(TASK.replace("FILE", str(file)), "utf-8")
+    words = ["--model_args", f"run={run},dtype=float32", "--tasks", "cats", "--include_path", str(tasks)]
+    command = [sys.executable, "-m", "llmpy.tools.lm_eval", *words]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "|cats |" in ended.stdout
+    ended = subprocess.run([*command[:4], "run=nowhere", *command[5:]], capture_output=True, encoding="utf-8")
+    assert ended.returncode == 1
+    assert "no run folder nowhere" in ended.stderr

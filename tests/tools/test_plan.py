@@ -1,0 +1,261 @@
+"""What is predicted follows the model: its calls, its tables, the arithmetic of the network. Times: docs/plan.md."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from support.laptop import Laptop
+
+from llmpy.bench.ops import FLOPS
+from llmpy.cli import main as cli
+from llmpy.distributed.cost import Line, Work, communication
+from llmpy.distributed.zero import BUCKET
+from llmpy.errors import LlmpyError
+from llmpy.model.config import ModelConfig
+from llmpy.model.gpt2 import GPT2, PARAMS
+from llmpy.model.initialise import initialise
+from llmpy.options.options import PlanOptions
+from llmpy.tools import plan
+from llmpy.tools.plan import smaller, step_parts, table
+from llmpy.train.preflight import memory_needed
+
+GPT2_124M = ModelConfig.from_dial("gpt2")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured longer than the test needs."""
+    monkeypatch.setattr(plan, "BUCKET", 1000)
+    monkeypatch.setattr(plan, "BUDGET", 0.0)
+    monkeypatch.setattr(plan, "REPEATS", 1)
+    monkeypatch.setattr(plan, "CACHES", 10)
+
+
+class Counted:
+    """Operations that count how often each is called, and their FLOPs by the shapes that come."""
+
+    def __init__(self, ops: Any) -> None:
+        self.ops, self.calls = ops, collections.Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.ops, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.calls[name] += 1
+            return found(*arguments, **named)
+
+        return call if callable(found) and name not in ("empty", "zeros", "to_host", "zero") else found
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_the_parts_are_what_a_step_calls(recompute: int) -> None:
+    config, B, T = ModelConfig(layers=3, heads=2, channels=8, context=16, vocab_size=40), 2, 6
+    ops = Counted(Laptop())
+    model = GPT2(config, ops, recompute)  # type: ignore[arg-type]
+    initialise(model.params, config)
+    model.reserve(B, T, training=True)
+    tokens = np.zeros((B, T), np.int32)
+    model.loss_and_grads(tokens, tokens)
+    calls = collections.Counter[str]()
+    for part in step_parts(config, B, T, recompute, mixed=False):
+        if part.stage != "update":
+            calls[part.op] += part.calls
+    narrow = ops.calls.pop("narrow")  # nothing to do in float32
+    assert calls == ops.calls
+    (mixed,) = (p for p in step_parts(config, B, T, recompute, mixed=True) if p.op == "narrow")
+    assert mixed.calls == narrow
+    assert mixed.case.n == B * T * config.channels
+
+
+@pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])
+def test_the_parts_hold_all_flops(B: int, T: int) -> None:
+    found = sum(p.calls * FLOPS[p.op](p.case) for p in step_parts(GPT2_124M, B, T, 1, True) if p.op in FLOPS)
+    assert found == GPT2_124M.flops_per_token(T) * B * T
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gpt2-xl", "gpt3:c12288"])
+def test_what_is_measured_is_as_much_work_as_it_stands_for(model: str) -> None:
+    for part in step_parts(ModelConfig.from_dial(model), 48, 512, 1, True):
+        case, times = smaller(part)
+        assert case.OC * case.C <= plan.MATRIX
+        assert case.Vp * case.C <= plan.MATRIX
+        if part.op in FLOPS:
+            assert times * FLOPS[part.op](case) == pytest.approx(FLOPS[part.op](part.case))
+            assert case.rows <= plan.PRODUCT_ROWS
+            assert part.kind != "attention" or case.T == 512
+        elif part.case.n > 1:
+            assert times * case.n == pytest.approx(part.case.n)
+        else:
+            assert times * case.rows == part.case.rows
+
+
+def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = PlanOptions("d1", 2, 8, vocab_size=300, total_batch=64, tokens=6400, price_per_hour=2.0, memory=0.5)
+    numbers = plan.plan(options, Laptop())
+    config = ModelConfig.from_dial("d1", vocab_size=300)
+    assert numbers["model"]["parameters"] == sum(t.size for t in PARAMS(config))
+    assert numbers["memory"]["total"] == memory_needed(config, 2, 8, Laptop(), copied=True)
+    assert numbers["batch"] == {"batch_size": 2, "sequence_length": 8, "gathered": 4, "nodes": 1, "tokens": 64}
+    step = numbers["step"]
+    once = step["ms_a_batch"].pop("update")
+    assert step["ms"] == pytest.approx(4 * sum(step["ms_a_batch"].values()) + once)
+    assert step["gflop"] == pytest.approx(config.flops_per_token(8) * 64 / 1e9)
+    assert step["share_of_peak"] == pytest.approx(step["gflop"] / (step["ms"] / 1e3) / 10)
+    asked, chinchilla = numbers["training"]
+    assert (asked["tokens"], asked["steps"]) == (6400, 100)
+    assert asked["seconds"] == pytest.approx(100 * step["ms"] / 1e3)
+    assert asked["cost"] == pytest.approx(2 * asked["seconds"] / 3600)
+    assert chinchilla["tokens"] == 20 * numbers["model"]["parameters"]
+    assert numbers["disk"] == numbers["disk"] | {"checkpoint": 12 * numbers["model"]["parameters"]}
+    models = 2 * 4 * numbers["model"]["parameters"]  # the last and the best
+    assert numbers["disk"]["total"] == 3 * numbers["disk"]["checkpoint"] + models  # two kept, one being written
+    step["ms_a_batch"]["update"] = once
+    monkeypatch.setattr(plan, "plan", lambda _: numbers)
+    assert cli.main(["plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == numbers
+    assert cli.main(["plan"]) == 0
+    for part in ("1 layers", "2 x 8, 4 gathered: 64 tokens a step", "gradients", "Chinchilla", "of one of 4 batches"):
+        assert part in table(numbers)
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(small: None) -> None:
+    memory = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.5), Laptop())["memory"]
+    config = ModelConfig.from_dial("d1", vocab_size=300)
+    needed = [memory_needed(config, memory["largest_batch"] + more, 64, Laptop(), copied=True) for more in (0, 1)]
+    assert needed[0] <= 0.5e9 < needed[1]
+    for batch, told in (
+        (memory["largest_batch"], "\nlargest batch"),
+        (memory["largest_batch"] + 1, "\nthis does not fit; l"),
+    ):
+        assert told in table(plan.plan(PlanOptions("d1", batch, 64, vocab_size=300, memory=0.5), Laptop()))
+    none = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300, memory=0.01), Laptop())
+    assert none["memory"]["largest_batch"] == 0
+    assert "no batch fits" in table(none)
+
+
+def test_another_machine_has_the_shares_of_this_one(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
+    here = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300), Laptop())
+    there = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40, memory_bandwidth=10), Laptop())
+    for kind, times in (("products", 1 / 4), ("attention", 1 / 4), ("rest", 2), ("update", 2)):
+        ms = [p["step"]["ms_a_batch"][kind] for p in (here, there)]
+        assert ms[1] == pytest.approx(times * ms[0])
+    assert "10 GFLOP/s (measured), 20 GB/s (measured)" in table(here)
+    assert "40 GFLOP/s (given), 10 GB/s (given)" in table(there)
+    half = plan.plan(PlanOptions("d1", 1, 8, vocab_size=300, peak=40), Laptop())
+    assert "40 GFLOP/s (given), 20 GB/s (measured)" in table(half)
+
+
+def test_a_machine_that_others_use(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(Laptop):
+        peaks = itertools.cycle([10.0, 10.0, 5.0, 10.0])
+
+        def measure_peak(self) -> float:
+            return next(self.peaks)
+
+    options = PlanOptions("d1", 1, 8, vocab_size=300)
+    monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
+    shared, alone = plan.plan(options, Shared()), plan.plan(options, Laptop())
+    assert "other programs ran" in table(shared)
+    assert "other programs ran" not in table(alone)
+    assert shared["machine"]["peak_gflops"] == 10
+
+
+@pytest.mark.parametrize("slow", range(plan.ROUNDS))
+def test_a_disturbance_of_one_round_changes_no_time(slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = step_parts(ModelConfig.from_dial("d1", vocab_size=300), 1, 8, 0, False)
+    calls = itertools.count()
+
+    def timed(*_: object) -> dict[str, float]:
+        return {"median_ms": 50.0 if next(calls) // len(parts) == slow else 1.0}
+
+    monkeypatch.setattr(plan, "time_case", timed)
+    seconds, rates = plan.measure(Laptop(), parts)
+    assert seconds == pytest.approx([p.calls * smaller(p)[1] / 1e3 for p in parts])
+    assert not rates.steady
+
+
+def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "time_case", lambda *_: {"median_ms": 1.0})
+    told = {"vocab_size": 300, "memory": 0.5}
+    one = plan.plan(PlanOptions("d2", 1, 8, total_batch=16, **told), Laptop())  # type: ignore[arg-type]
+    four = PlanOptions("d2", 1, 8, total_batch=64, nodes=4, bandwidth=0.01, latency=100.0, **told)  # type: ignore[arg-type]
+    config = ModelConfig.from_dial("d2", vocab_size=300)
+    stages = {
+        stage: 1e-3 * sum(p.calls * smaller(p)[1] for p in step_parts(config, 1, 8, 1, False) if p.stage == stage)
+        for stage in ("forward", "loss", "backward", "update")
+    }
+    copying = 1e9
+    monkeypatch.setattr(plan, "measure_copying", lambda: copying)
+    several = plan.plan(four, Laptop())
+    work = Work(stages["forward"], stages["loss"], stages["backward"], stages["update"] / 4, 2, Laptop.threads, copying)
+    cost = communication(config, 4, Line(1.25e6, 1e-4), work, False)
+    network = several["network"]
+    assert network["sent_mb"] == pytest.approx((cost.reduce_bytes + cost.gather_bytes) / 1e6)
+    assert network["comm_ms"] == pytest.approx(1e3 * cost.seconds)
+    assert network["exposed_ms"] == pytest.approx(1e3 * cost.exposed_seconds)
+    assert sum(network["waits_ms"].values()) == pytest.approx(1e3 * (cost.exposed_seconds + cost.taken))
+    once = stages["forward"] + stages["loss"] + stages["backward"]
+    assert several["step"]["ms"] == pytest.approx(
+        1e3 * (2 * once + stages["update"] / 4) + sum(network["waits_ms"].values())
+    )
+    assert network["efficiency"] == pytest.approx(one["step"]["ms"] / several["step"]["ms"])
+    assert several["step"]["ms_a_batch"]["update"] == pytest.approx(one["step"]["ms_a_batch"]["update"] / 4)
+
+
+def test_copying_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate([0, 9, 0, 0.5, 0, 0.25])  # the first copy meets new memory
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    assert plan.measure_copying() == 4 * BUCKET / 0.5
+
+
+def test_moments_are_divided(small: None) -> None:
+    options = {"vocab_size": 300, "memory": 0.5}
+    one = plan.plan(PlanOptions("d1", 1, 8, **options), Laptop())  # type: ignore[arg-type]
+    four = plan.plan(PlanOptions("d1", 1, 8, nodes=4, bandwidth=10, **options), Laptop())  # type: ignore[arg-type]
+    alone, divided = one["memory"]["parts"], four["memory"]["parts"]
+    assert divided["moments"] == pytest.approx(alone["moments"] / 4, rel=1e-3)  # parts are whole cache lines
+    assert divided["master weights"] == divided["reduced gradients"] == divided["moments"] // 2
+    assert divided["gradients"] == alone["gradients"]
+    assert four["batch"]["tokens"] == 32
+    assert "waiting for gradients" in table(four)
+    assert four["training"][0]["machine_hours"] == pytest.approx(4 * four["training"][0]["seconds"] / 3600)
+
+
+def test_what_llmc_trains_on() -> None:
+    found = dict(plan.targets(GPT2_124M, PlanOptions(), 124_475_904))
+    assert found["Chinchilla, 20 a parameter"] == 2_489_518_080
+    assert found["llm.c's gpt2_124M"] == 10_000_000_000
+    assert found["llm.c's gpt3_125M"] == 572_204 * 524_288
+    assert dict(plan.targets(ModelConfig.from_dial("d24"), PlanOptions(), 1)) == {
+        "Chinchilla, 20 a parameter": 20,
+        "llm.c's gpt2_350M": 60_000 * 524_288,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan --nodes 2", "--bandwidth GBIT"),
+        ("plan --total-batch 5000", "use --total-batch 4096"),
+        ("plan -T 2048", "use -T 1024 or less"),
+        ("plan --model gpt3", "unknown model"),
+        ("plan --price-per-hour 0", "--price-per-hour 0"),
+    ],
+)
+def test_what_is_refused(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split()) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_recipe_fills_what_is_left_open() -> None:
+    options = PlanOptions.gather({"recipe": "gpt3_125M", "batch_size": 2})
+    assert (options.model, options.sequence_length, options.total_batch) == ("gpt3:c768", 2048, 524_288)
+    assert options.batch_size == 2
+    with pytest.raises(LlmpyError, match="unknown model"):
+        ModelConfig.from_dial("gpt2-small")

@@ -1,0 +1,232 @@
+"""The self-test passes on a machine that is right, and fails on every fault that is put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.laptop import TINY, Laptop
+from support.samples import in_memory, llmc_debug
+
+from llmpy import backend
+from llmpy.cli.main import main
+from llmpy.data.loader import Loader
+from llmpy.formats import llmc, llmc_state
+from llmpy.formats.source import Source
+from llmpy.options.options import SelftestOptions
+from llmpy.rng import MT19937, Xorshift64Star
+from llmpy.tools import selftest
+from llmpy.train.optimizer import AdamW
+from llmpy.train.outliers import OutlierDetector
+
+LOAD = backend.load
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> type[Laptop]:
+    """What plays the CPU: the reference in float32, in a class of its own that may be broken."""
+
+    class Machine(Laptop):
+        pass
+
+    def load(name: str = "cpu", **options: Any) -> Any:
+        if name != "cpu":
+            return LOAD(name, **options)
+        made = Machine()
+        made.threads = options.get("threads") or 1
+        return made
+
+    monkeypatch.setattr(backend, "load", load)
+    # the vectors are checked elsewhere: only their fault belongs here
+    monkeypatch.setattr(selftest, "golden_checks", lambda: iter(()))
+    return Machine
+
+
+@dataclass
+class Result:
+    code: int
+    lines: list[str]
+
+    @property
+    def failed(self) -> list[str]:
+        return [line for line in self.lines if line.endswith("FAILED") and "checks," not in line]
+
+
+def run(**options: Any) -> Result:
+    lines: list[str] = []
+    return Result(selftest.selftest(SelftestOptions(**options), lines.append), lines)
+
+
+def test_a_right_machine_passes(machine: type[Laptop]) -> None:
+    result = run()
+    assert (result.code, result.failed) == (0, [])
+    assert result.lines[-1] == f"{len(result.lines) - 1} checks, all passed"
+    assert len(result.lines) == 12
+
+
+FAULTS = [
+    # operation, what to multiply by 1 + 1e-3 after it, and a row that must notice
+    ("layernorm_forward", 0, "logits"),
+    ("embedding_forward", 0, "logits"),
+    ("attention_forward", 0, "logits"),
+    ("linear_forward", 0, "logits"),
+    ("layernorm_backward", 1, "gradients, layer 0"),
+    ("layernorm_backward", 2, "gradients, embeddings"),
+    ("linear_backward", 1, "gradients, layer 2"),
+    ("linear_backward", 2, "gradients, layer 1"),
+    ("attention_backward", 0, "gradients, layer 0"),
+    ("embedding_backward", 1, "gradients, embeddings"),
+    ("classifier", 0, "float32: loss"),
+    ("classifier", 2, "gradients, embeddings"),
+    ("adamw", 0, "AdamW"),
+]
+
+
+@pytest.mark.parametrize(("operation", "output", "row"), FAULTS)
+def test_a_wrong_kernel_is_noticed(machine: type[Laptop], operation: str, output: int, row: str) -> None:
+    right: Callable[..., Any] = getattr(Laptop, operation)
+
+    def wrong(self: Laptop, *arguments: Any, **named: Any) -> Any:
+        result = right(self, *arguments, **named)
+        if arguments[output] is not None:
+            arguments[output][...] *= np.float32(1 + 1e-3)
+        return result
+
+    setattr(machine, operation, wrong)
+    result = run()
+    assert result.code == 1
+    assert any(row in line for line in result.failed), result.failed
+
+
+def test_a_kernel_that_overwrites_where_it_should_add(machine: type[Laptop]) -> None:
+    right = Laptop.linear_backward
+    machine.linear_backward = lambda self, *a: right(self, *a[:-1], False)  # type: ignore[method-assign]
+    assert any("micro-batches" in line for line in run().failed)
+
+
+def test_bits_that_depend_on_threads(machine: type[Laptop]) -> None:
+    right = Laptop.linear_backward
+
+    def wrong(self: Laptop, dinp: Any, dweight: Any, *rest: Any) -> None:
+        right(self, dinp, dweight, *rest)
+        if self.threads == 3:
+            dweight[0, 0] = np.nextafter(dweight[0, 0], np.float32(9))
+
+    machine.linear_backward = wrong  # type: ignore[method-assign]
+    assert any("threads" in line for line in run().failed)
+
+
+def test_a_norm_or_an_output_that_is_nan(machine: type[Laptop]) -> None:
+    right = Laptop.global_norm
+    machine.global_norm = lambda self, g: right(self, g) * (1 + 1e-4)  # type: ignore[method-assign]
+    assert any("norm of all gradients" in line for line in run().failed)
+    machine.gelu_forward = lambda self, out, inp: out.fill(np.nan)  # type: ignore[method-assign]
+    assert any("gradients, layer" in line for line in run().failed)
+
+
+def test_a_state_that_forgets(machine: type[Laptop], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = llmc_state.restore
+
+    def forget(state: Any, optimizer: AdamW, loader: Loader) -> None:
+        right(state, optimizer, loader)
+        optimizer.updates -= 1
+
+    monkeypatch.setattr(llmc_state, "restore", forget)
+    assert any("save, load and go on" in line for line in run().failed)
+
+
+# With llm.c's files: made here by the reference in float64
+
+
+def files(folder: Path, source: Source) -> dict[str, Path]:
+    """A model and its debug state, as llm.c's Python writes them."""
+    paths = {"model": folder / "m.bin", "debug_state": folder / "d.bin"}
+    llmc_debug(source, *paths.values())
+    return paths
+
+
+def test_llm_cs_files(machine: type[Laptop], tmp_path: Path) -> None:
+    result = run(**files(tmp_path, in_memory()))
+    assert (result.code, result.failed) == (0, [])
+    assert sum("gradient of" in line for line in result.lines) == 16
+    assert sum("loss of step" in line for line in result.lines) == 10
+
+
+def test_what_is_not_checked_is_a_row(machine: type[Laptop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "REFERENCE_AT_MOST", 1000)
+    result = run(**files(tmp_path, in_memory()))
+    assert (result.code, result.failed) == (0, [])
+    (row,) = (line for line in result.lines if "not checked" in line)
+    assert row.startswith("losses of 10 steps")
+    assert row.endswith("not checked: the reference would take too long for more than 1,000 parameters")
+    assert result.lines[-1].endswith("all passed; 1 not made")
+
+
+@pytest.mark.parametrize("operation", ["layernorm_backward", "attention_backward", "linear_forward", "adamw"])
+def test_llm_cs_files_notice_a_wrong_kernel(machine: type[Laptop], tmp_path: Path, operation: str) -> None:
+    right: Callable[..., Any] = getattr(Laptop, operation)
+
+    def wrong(self: Laptop, *arguments: Any, **named: Any) -> Any:
+        result = right(self, *arguments, **named)
+        arguments[0][...] *= np.float32(1 + 1e-2)
+        return result
+
+    setattr(machine, operation, wrong)
+    result = run(**files(tmp_path, in_memory()))
+    assert result.code == 1
+    assert result.failed
+
+
+def test_a_model_and_a_debug_state_of_another(
+    machine: type[Laptop], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = files(tmp_path, in_memory(seed=1))
+    llmc.write_model(paths["model"], in_memory(seed=2), "float32")
+    assert run(**paths).code == 1
+    assert main(["selftest", "--model", str(paths["model"])]) == 1
+    assert "--model without --debug-state" in capsys.readouterr().err
+    assert main(["selftest", "--debug-state", str(paths["debug_state"])]) == 1
+    assert "--debug-state without --model" in capsys.readouterr().err
+
+
+# llm.c's numbers
+
+
+def test_the_golden_numbers_hold() -> None:
+    assert [c.row() for c in selftest.golden_checks() if not c.passed] == []
+
+
+def shuffled(a: np.ndarray) -> None:
+    a[:] = a[::-1].copy()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "wrong", "row"),
+    [
+        (MT19937, "permutation", lambda self, a: shuffled(a), "loader: samples"),
+        (MT19937, "uint32", lambda self, n: np.zeros(n, np.uint32), "MT19937: words"),
+        (MT19937, "fill_normal", lambda self, out, mean, std: out.fill(std), "initialisation: d6"),
+        (MT19937, "fill_normal", lambda self, out, mean, std: out.fill(np.nan), "initialisation: d6"),
+        (Xorshift64Star, "uniform", lambda self: 0.5, "xorshift64*: coins"),
+        (OutlierDetector, "update", lambda self, x: x, "outlier detector"),
+        (selftest, "learning_rate", lambda *a: 6e-4, "schedule: cosine"),
+        (llmc, "ORDER", llmc.ORDER[::-1], "model .bin version 3"),
+    ],
+)
+def test_a_wrong_number_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, wrong: Any, row: str
+) -> None:
+    monkeypatch.setattr(where, name, wrong)
+    if name != "fill_normal":
+        monkeypatch.setattr(selftest, "_golden_init", lambda dial: iter(()))
+    failed = [c.row() for c in selftest.golden_checks() if not c.passed]
+    assert any(line.startswith(row) for line in failed)
+
+
+def test_the_reference_shape_is_small() -> None:
+    assert selftest.OWN != TINY
+    assert llmc.ORDER[0] == "wte"

@@ -1,0 +1,517 @@
+"""A run that is stopped at any step and goes on is, to the bit, the one that was never stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.laptop import CLOCKED, AtOnce, Laptop
+
+from llmpy import backend
+from llmpy.data.shards import write_shard
+from llmpy.errors import LlmpyError
+from llmpy.options.options import TrainOptions
+from llmpy.run import checkpoint
+from llmpy.run import checkpoint_writer as snapshot
+from llmpy.run.folder import Lock
+from llmpy.system import durable
+from llmpy.train import trainer
+from llmpy.train.preflight import Machine
+
+STEPS = 200
+# Shards of 62, 46 and 31 batches of 2 x 16: with two batches a step an epoch ends in the middle of step 70, and shards
+# in between; evaluations at multiples of 50, detectors full from 128 on.
+SIZES = (2000, 1500, 1000)
+EDGES = (50, 69, 129)
+
+
+def data(folder: Path) -> tuple[Path, ...]:
+    """Three training shards and one for validation, as seen from anywhere."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"train_{i}.bin" for i in range(len(SIZES))] + [folder / "val.bin"]
+    for path, size in zip(paths, (*SIZES, 600), strict=True):
+        write_shard(path, rng.integers(0, 300, size))
+    return tuple(paths)
+
+
+def options(folder: Path, **changes: Any) -> TrainOptions:
+    told: dict[str, Any] = {
+        "data": tuple(sorted(folder.glob("*.bin"))) or data(folder), "out": folder / "run", "model": "d1",
+        "vocab_size": 300, "batch_size": 2, "sequence_length": 16, "total_batch": 64, "steps": STEPS, "eval_every": 50,
+        "eval_batches": 2, "sample_every": 70, "sample_tokens": 2, "checkpoint_every": 1, "keep": 0, "lr": 3e-3,
+        "skip_norm": 2.0,
+    }  # fmt: skip
+    return TrainOptions(**told | changes)
+
+
+def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
+    """All of a run that must be equal: everything but times."""
+    last = run / "checkpoints" / f"step-{steps:08}"
+    found: dict[str, Any] = {name: (last / name).read_bytes() for name in (checkpoint.MODEL, checkpoint.STATE)}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
+    found |= {name: (run / name).read_bytes() for name in ("main.log", "samples.txt", "model.safetensors")}
+    manifest = checkpoint.verify(last)
+    for name in ("seconds", "logs", "options"):  # times, their lengths, what was told anew
+        del manifest[name]
+    return found | {"manifest": manifest}
+
+
+def cut_to(run: Path, step: int, to: Path) -> Path:
+    """The run folder as a kill after the checkpoint of `step` leaves it; checkpoints, never written to, are linked."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if Path(source).parent.parent.name == "checkpoints" else shutil.copy2)(source, target)
+
+    shutil.copytree(run, to, copy_function=copy, ignore=lambda folder, names: [
+        name for name in names if (match := checkpoint.NAME.fullmatch(name)) and int(match[1]) > step
+    ])  # fmt: skip
+    return to
+
+
+def resumed(run: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(resume=run, given=frozenset(changes), **changes)
+
+
+def resume_everywhere(folder: Path, places: Any, machine: Callable[[], Machine], **changes: Any) -> None:
+    """One run with a checkpoint at every step; from each of `places` it is taken up again."""
+    told = options(folder, **changes)
+    assert trainer.train(told, machine()) == 0
+    last = told.steps or 0
+    expected = outcome(folder / "run", last)
+    for step in places:
+        run = cut_to(folder / "run", step, folder / "cut")
+        assert trainer.train(resumed(run, checkpoint_every=0), machine()) == 0
+        found = outcome(run, last)
+        assert [name for name in expected if found[name] != expected[name]] == [], f"after step {step}"
+        shutil.rmtree(run)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written before the next step begins, so that there is one of every step."""
+    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+
+
+@pytest.mark.parametrize("every", [50, 0])
+def test_resume_at_the_edges(tmp_path: Path, every: int) -> None:
+    resume_everywhere(tmp_path, EDGES if every else (127,), Laptop, eval_every=every)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_on_the_cpu(tmp_path: Path, dtype: str) -> None:
+    resume_everywhere(tmp_path, (1, 4), lambda: backend.load("cpu", dtype=dtype), steps=6, eval_every=3, dtype=dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("every", [50, 0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_at_every_step(tmp_path: Path, dtype: str, every: int) -> None:
+    machine = backend.load("cpu", dtype=dtype)
+    resume_everywhere(tmp_path, range(1, STEPS), lambda: machine, eval_every=every, dtype=dtype)
+
+
+def test_the_first_step_after_it_tells_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As its milliseconds do: the mean of the process before it says nothing of this one."""
+    assert trainer.train(options(tmp_path, steps=5), Laptop()) == 0
+    run = cut_to(tmp_path / "run", 4, tmp_path / "cut")
+    capsys.readouterr()
+    assert trainer.train(resumed(run), Laptop()) == 0
+    rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    row = next(r for r in rows if r["step"] == 5 and "ms" in r)
+    told = f"| {row['ms']:.0f} ms | {row['tokens_per_s']:,.0f} tok/s |"
+    assert told in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step     5/5 | loss"))
+
+
+def test_text_goes_on_with_the_tokens_of_its_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(400)), "utf-8")
+    told = options(tmp_path, data=(text,), steps=12, total_batch=None, checkpoint_every=5, sample_every=0)
+    assert trainer.train(told, Laptop()) == 0
+    run = cut_to(tmp_path / "run", 5, tmp_path / "cut")
+    text.unlink()
+    assert trainer.train(TrainOptions(resume=run), Laptop()) == 0
+    assert outcome(run, 12) == outcome(tmp_path / "run", 12)
+
+
+def steps_of(run: Path) -> list[int]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [r["step"] for r in rows if "loss" in r]
+
+
+def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert trainer.train(options(tmp_path, steps=6, checkpoint_every=0), Laptop()) == 0
+    before = outcome(run, 6)
+    assert trainer.train(resumed(run), Laptop()) == 0
+    assert "the run is at its end, with 6 steps" in capsys.readouterr().out
+    assert outcome(run, 6) == before
+    assert trainer.train(resumed(run, steps=8), Laptop()) == 0
+    assert steps_of(run) == [*range(1, 9)]
+    told = resumed(run, steps=10, batch_size=4, threads=3, lr=1e-4, total_batch=128)
+    assert trainer.train(told, Laptop()) == 0
+    assert steps_of(run) == [*range(1, 11)]
+    out = capsys.readouterr().out
+    assert "batches of 4 x 16 instead of 2 x 16: the rest of the data comes in the old order, cut anew" in out
+    assert "another number of threads: neither" in out
+    assert "lr is 0.0001 instead of 0.003 from here on" in out
+    config = json.loads((run / "config.json").read_text("utf-8"))["options"]
+    assert (config["batch_size"], config["steps"], config["lr"]) == (4, 10, 1e-4)
+
+
+def test_what_cannot_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert trainer.train(options(tmp_path, steps=2), Laptop()) == 0
+    for name, value in (("model", "d2"), ("seed", 7), ("vocab_size", 400)):
+        with pytest.raises(LlmpyError, match=f"--{name.replace('_', '-')} cannot change within a run"):
+            trainer.train(resumed(run, **{name: value}), Laptop())
+    write_shard(tmp_path / "train_1.bin", np.arange(1500) % 300)
+    with pytest.raises(LlmpyError, match="the data are not those that"):
+        trainer.train(resumed(run), Laptop())
+    with pytest.raises(LlmpyError, match="no run in .*nowhere"):
+        trainer.train(resumed(tmp_path / "nowhere"), Laptop())
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert trainer.train(options(tmp_path, steps=6), Laptop()) == 0
+    expected = outcome(run, 6)
+    for step, name in ((6, checkpoint.STATE), (5, checkpoint.MANIFEST)):
+        path = run / "checkpoints" / f"step-{step:08}" / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    assert trainer.train(resumed(run), Laptop()) == 0
+    out = capsys.readouterr().out
+    assert "step-00000006/state.safetensors is damaged" in out
+    assert "step-00000005/manifest.json is damaged" in out
+    assert "going back to step 4; what is damaged was renamed to damaged-…" in out
+    assert outcome(run, 6) == expected
+    assert len(list((run / "checkpoints").glob("damaged-*"))) == 2
+    for path in run.glob("checkpoints/step-*/manifest.json"):
+        path.write_bytes(b"{}")
+    with pytest.raises(LlmpyError, match="every checkpoint in .* is damaged"):
+        trainer.train(resumed(run), Laptop())
+
+
+def test_auto_resume_begins_or_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.train(options(tmp_path, steps=2, auto_resume=True), Laptop()) == 0
+    told = options(tmp_path, steps=4, auto_resume=True)
+    told = TrainOptions(
+        **{n: getattr(told, n) for n in ("data", "out", "auto_resume", "steps")}, given=frozenset({"steps"})
+    )
+    assert trainer.train(told, Laptop()) == 0
+    assert "going on after step 2" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def test_a_stop_and_the_clock_leave_a_run_that_goes_on(tmp_path: Path) -> None:
+    class Stopping(Laptop):
+        updates = 0
+
+        def adamw(self, *arguments: Any) -> None:
+            super().adamw(*arguments)
+            self.updates += 1
+            if self.updates == 6:  # two a step
+                signal.raise_signal(signal.SIGTERM)
+
+    assert trainer.train(options(tmp_path, steps=8, out=tmp_path / "whole"), Laptop()) == 0
+    run = tmp_path / "run"
+    assert trainer.train(options(tmp_path, steps=8, checkpoint_every=0), Stopping()) == 143
+    assert [p.name for p in checkpoint.listed(run / "checkpoints")] == ["step-00000003"]
+    assert trainer.train(resumed(run, checkpoint_every=1), Laptop()) == 0
+    assert outcome(run, 8)["metrics"] == outcome(tmp_path / "whole", 8)["metrics"]
+    timed = options(tmp_path, out=tmp_path / "timed", steps=None, minutes=0.01)
+    assert trainer.train(timed, Laptop()) == 0
+    made = len(steps_of(tmp_path / "timed"))
+    assert trainer.train(resumed(tmp_path / "timed", steps=made + 5), Laptop()) == 0
+    assert len(steps_of(tmp_path / "timed")) == made + 5
+
+
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("what", ["evaluation", "sample"])
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_stop_between_steps_leaves_no_gap_and_no_double(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, what: str, every: int
+) -> None:
+    """What is due between two steps and was begun, or done but for the step after it, is done once in the end."""
+    told = {"steps": 8, "eval_every": 2, "sample_every": 2, "sample_tokens": 6}
+    assert trainer.train(options(tmp_path, out=tmp_path / "whole", **told), Laptop()) == 0
+    if what == "evaluation":
+        true_loss = trainer.GPT2.loss
+
+        def loss(model: Any, *arguments: Any) -> float:
+            signal.raise_signal(signal.SIGTERM)
+            return true_loss(model, *arguments)
+
+        def chosen(model: Any, *arguments: Any) -> float:
+            return (loss if here() else true_loss)(model, *arguments)
+
+        monkeypatch.setattr(trainer.GPT2, "loss", chosen)
+    else:
+        true_generate = trainer.generate
+
+        def generate(*arguments: Any, **more: Any) -> Any:
+            for i, token in enumerate(true_generate(*arguments, **more)):
+                if i == 2 and here():
+                    signal.raise_signal(signal.SIGTERM)
+                yield token
+
+        monkeypatch.setattr(trainer, "generate", generate)
+    made: list[trainer.Trainer] = []
+    true_run = trainer.Trainer.run
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: (made.append(self), true_run(self))[1])
+
+    def here() -> bool:
+        return len(made) == 1 and made[0].done == step and not made[0].stop_signal
+
+    stopped = trainer.train(options(tmp_path, checkpoint_every=every, **told), Laptop())
+    run = tmp_path / "run"
+    if what == "sample" and step == 0:
+        assert stopped == 0  # no sample is due before the first step
+    else:
+        assert stopped == 143
+        assert [p.name for p in checkpoint.listed(run / "checkpoints")][0] == f"step-{step:08}"
+    assert trainer.train(resumed(run, checkpoint_every=1), Laptop()) == 0
+    assert outcome(run, 8) == outcome(tmp_path / "whole", 8)
+
+
+def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it leaves open stays as the run has it."""
+    from llmpy.options.options import as_yaml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    data(tmp_path / "shards")
+    told = options(tmp_path, steps=3, lr=None, data=(Path("shards"),), model="")
+    (tmp_path / "run.yaml").write_text(as_yaml(told), "utf-8")
+    assert trainer.train(TrainOptions.gather({"config": tmp_path / "run.yaml", "out": tmp_path / "run"}), Laptop()) == 0
+    again = TrainOptions.gather({"config": tmp_path / "run.yaml", "resume": tmp_path / "run", "steps": 5})
+    assert trainer.train(again, Laptop()) == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))["options"]["data"] == [
+        str(tmp_path / "shards")
+    ]
+
+
+def test_data_that_were_moved_and_data_that_cannot_be_read_again(tmp_path: Path) -> None:
+    assert trainer.train(options(tmp_path, steps=2), Laptop()) == 0
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in tmp_path.glob("*.bin"):
+        path.rename(moved / f"my_{path.name}")
+    with pytest.raises(LlmpyError):
+        trainer.train(resumed(tmp_path / "run", steps=4), Laptop())
+    assert trainer.train(resumed(tmp_path / "run", steps=4, data=(moved,)), Laptop()) == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(400)), "utf-8")
+    of_text = tmp_path / "of text"
+    assert trainer.train(options(tmp_path, data=(text,), steps=2, out=of_text), Laptop()) == 0
+    assert trainer.train(resumed(of_text, data=(text,), steps=3), Laptop()) == 0
+    (tmp_path / "other.txt").write_text("another text\n" * 1000, "utf-8")
+    for changes, said in (({"data": (tmp_path / "other.txt",)}, "--data"), ({"init": str(tmp_path / "run")}, "--init")):
+        with pytest.raises(LlmpyError, match=f"{said} cannot change within a run"):
+            trainer.train(resumed(of_text, steps=4, **changes), Laptop())
+
+
+crash = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks, and reads Linux's list of open files")
+
+
+def campaign(folder: Path, mode: str, first: int, stride: int) -> dict[str, int]:
+    """See crash.py."""
+    result = subprocess.run(
+        [sys.executable, "-m", "support.crash", str(folder), mode, str(first), str(stride)],
+        capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+@crash
+@pytest.mark.parametrize("mode", ["kill", "power", "full"])
+def test_some_crashes(tmp_path: Path, mode: str) -> None:
+    assert campaign(tmp_path, mode, 1, 8)["disturbed"] > 8
+
+
+@crash
+def test_some_random_kills(tmp_path: Path) -> None:
+    assert campaign(tmp_path, "random", 15, 1)["disturbed"] >= 15
+
+
+@crash
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["kill", "power", "full"])
+def test_crashes_at_every_operation(tmp_path: Path, mode: str) -> None:
+    found = campaign(tmp_path, mode, 1, 1)
+    assert found["disturbed"] == 2 * found["operations"]
+
+
+@crash
+@pytest.mark.long
+def test_a_thousand_random_kills(tmp_path: Path) -> None:
+    assert campaign(tmp_path, "random", 1000, 2)["disturbed"] >= 1000
+
+
+def test_many_runs_at_once_in_one_folder(tmp_path: Path) -> None:
+    """All but one leave before they have imported NumPy, or even the options."""
+    count = 20 if os.name == "posix" else 4
+    run = tmp_path / "run"
+    started = [begun(run, "--steps", "3", "--out", str(run), PYTHONPROFILEIMPORTTIME="1") for _ in range(count)]
+    ended = [(process.communicate()[1], process.returncode) for process in started]
+    assert [code for _, code in ended if code] == [1] * (count - 1)
+    for text, code in ended:
+        if code:
+            assert re.search(r"llmpy: error: .*run (is in use: .* is training in it|already holds)", text), text[-500:]
+            assert not re.search(r"\| +(numpy|numba|argparse|llmpy.options.options)$", text, re.MULTILINE)
+    assert steps_of(run) == [1, 2, 3]
+    assert not (run / "run.lock").exists()
+
+
+def test_a_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
+    told = options(tmp_path, steps=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").write_text("4194999\n")
+    assert trainer.train(told, Laptop()) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run = tmp_path / "run"
+    assert trainer.train(options(tmp_path, steps=3), Laptop()) == 0
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    true = durable.stretches_differ
+
+    def refuse(path: Path, *told: Any) -> str:
+        if path.parent.name == "step-00000003":
+            raise OSError(number, os.strerror(number), str(path))
+        return true(path, *told)
+
+    monkeypatch.setattr(durable, "stretches_differ", refuse)
+    with pytest.raises(LlmpyError, match=rf"cannot read .*{os.strerror(number)} — mend that and try again"):
+        trainer.train(resumed(run, steps=4), Laptop())
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    number = errno.EIO
+    assert trainer.train(resumed(run, steps=4), Laptop()) == 0
+    assert (run / "checkpoints" / "damaged-step-00000003").is_dir()
+
+
+SMALL = "--model d1 -T 16 -B 1 --eval-batches 1 --sample-tokens 1 --dtype float32"
+
+
+def begun(run: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """`llmpy train` in another process."""
+    text = run.with_name("text.txt")
+    text.write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
+    command = [sys.executable, "-m", "llmpy", "train", *SMALL.split(), "--data", str(text), *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=os.environ | environment, **quiet)  # type: ignore[call-overload, no-any-return]
+
+
+def test_a_signal_amid_an_import_is_told() -> None:
+    program = (
+        "import sys, types; from llmpy import __main__\n"
+        "sys.modules['llmpy.distributed.launch'] = types.ModuleType('begun, and empty as yet')\n"
+        "__main__.leave(15, None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert (ended.returncode, ended.stderr) == (143, "llmpy: error: stopped by SIGTERM\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+@pytest.mark.parametrize("after", [0.0, 0.03, 0.1, 0.25, 0.45, 0.7])
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, after: float, number: int, said: str) -> None:
+    """Or a run that goes on, if it came later than was meant."""
+    run = tmp_path / "below" / "run"
+    run.parent.mkdir()
+    process = begun(run, "--out", str(run), "--steps", "1000000")
+    while not (run / "run.lock").exists():
+        time.sleep(0.002)
+        assert process.poll() is None
+    time.sleep(after)
+    process.send_signal(number)
+    err = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    if (run / "console.log").exists():
+        assert (run / "checkpoints").is_dir()
+        assert "stopping after this step" in err
+    else:
+        assert err == f"llmpy: error: stopped by {said}\n"
+        assert [path.name for path in run.parent.iterdir()] == ["text.txt"]
+    assert not (run / "run.lock").exists()
+
+
+def test_the_way_in_is_for_one_process(tmp_path: Path) -> None:
+    """What was claimed there is let go where the command line is wrong, and is what the run gets where it is right."""
+    run = tmp_path / "run"
+    for words in (("--out", str(run), "--bacth-size", "4"), (f"--out={run}", "--lr", "-1")):
+        process = begun(run, *words)
+        assert "Traceback" not in process.communicate()[1]
+        assert process.returncode in (1, 2)
+        assert not run.exists()
+    lock = Lock(run / "run.lock")
+    run.mkdir()
+    assert lock.take()
+    for words in (("--out", str(run)), ("-o", str(run)), (f"--resume={run}",), ("--out", str(run), "-y", "1")):
+        process = begun(run, *words)
+        err = process.communicate()[1]
+        assert "in use" in err or "no run in" in err
+        assert process.returncode == 1
+    lock.drop()
+    for word, launched in (("--out", {"PMI_RANK": "0"}), ("--resume", {})):
+        process = begun(run, word, str(run), "--steps", "2" if launched else "3", **launched)
+        process.communicate()
+        assert process.returncode == 0
+    assert steps_of(run) == [1, 2, 3]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fcntl")
+def test_a_file_system_without_locks_is_not_a_run_that_is_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(LlmpyError, match=r"cannot write to the run folder .*run: No locks available"):
+        trainer.train(options(tmp_path), Laptop())
+
+
+@pytest.mark.parametrize("B", [1, 4, 6])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_other_batches_read_what_is_left_of_a_shard_once(B: int, shuffle: bool) -> None:
+    from llmpy.data.loader import Loader
+    from llmpy.data.shards import Shard
+
+    shard = Shard(Path("s"), np.arange(16 * 120 + 1, dtype=np.uint16))
+    old = Loader([shard], 2, 16, shuffle)
+    seen = [int(t) for _ in range(23) for t in old.next()[0].reshape(-1)]
+    new = Loader([shard], B, 16, shuffle)
+    new.go_on(old.position, 32)
+    left = (len(new._sample_order) - new._sample) * B * 16
+    assert abs(left - (1920 - len(seen))) <= B * 16 * (23 if shuffle else 1)
+    first = new.next()[0].reshape(-1).tolist()
+    if not shuffle:
+        assert abs(first[0] - len(seen)) < B * 16
+    if B == 1:
+        later = [int(t) for _ in range(left // 16 - 1) for t in new.next()[0].reshape(-1)]
+        assert sorted([*first, *later, *seen]) == list(range(1920))

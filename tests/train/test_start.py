@@ -1,0 +1,61 @@
+"""What a run starts from: the size it is of, paths that hold anywhere, what a change of options is said to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.laptop import Laptop
+from support.samples import in_memory
+
+from llmpy.errors import LlmpyError
+from llmpy.model.config import ModelConfig
+from llmpy.options.options import DEFAULT_MODEL, TrainOptions
+from llmpy.run.folder import RunFolder
+from llmpy.train.single_process import Alone
+from llmpy.train.start import anywhere, changed, dial, of, read_config
+
+
+def test_a_model_that_agrees_may_be_named() -> None:
+    gpt2 = ModelConfig.from_dial("gpt2")
+    for named in ("gpt2", "d12", ""):
+        assert dial(named, replace(in_memory(), config=gpt2)) == (named or "d12")
+    assert dial("", None) == "d3"
+    assert dial("d6", None) == "d6"
+    with pytest.raises(LlmpyError, match="--model d6 is not what --init is"):
+        dial("d6", replace(in_memory(), config=gpt2))
+
+
+def test_paths_hold_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = anywhere(TrainOptions(data=(Path("a.txt"),), init="model", hellaswag=Path("h.bin")))
+    assert (told.data, told.init, told.hellaswag) == ((tmp_path / "a.txt",), f"{tmp_path}/model", tmp_path / "h.bin")
+    told = anywhere(TrainOptions(data=(Path("tinyshakespeare"),), init="gpt2"))
+    assert (told.data, told.init) == ((Path("tinyshakespeare"),), "gpt2")
+
+
+def test_what_changes_is_told() -> None:
+    before = TrainOptions(batch_size=2, sequence_length=16, total_batch=64)
+    assert list(changed(before, before)) == []
+    said = list(changed(before, replace(before, total_batch=128, threads=3, lr=1e-4)))
+    assert [line.partition(":")[0] for line in said[:2]] == [
+        "4 batches a step instead of 2",
+        "another number of threads",
+    ]
+    assert said[2:] == ["lr is 0.0001 instead of None from here on"]
+    (ranks,) = changed(before, replace(before, ranks=2))
+    assert ranks.startswith("2 ranks instead of 1: ")
+
+
+def test_a_new_run_leaves_its_record_at_once(tmp_path: Path) -> None:
+    """Before data are read: killed from then on it can be resumed."""
+    folder = RunFolder.open(tmp_path / "run", "")
+    start = of(TrainOptions(), folder, Laptop(), Alone(), print)
+    assert (start.source, start.checkpoint, start.done, start.elapsed) == (None, None, 0, 0.0)
+    assert start.options.model == read_config(tmp_path / "run" / "config.json")["model"] == DEFAULT_MODEL
+    folder.discard()
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(LlmpyError, match=r"config\.json cannot be read"):
+        read_config(tmp_path / "config.json")
