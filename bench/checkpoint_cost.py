@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from llmpy.backend.machine import Machine
 from llmpy.data.shards import write_shard
 from llmpy.model.config import ModelConfig
 from llmpy.options.options import TrainOptions
 from llmpy.run.folder import RunFolder
 from llmpy.run.journal import Journal
 from llmpy.train import start, trainer
-from llmpy.train.preflight import Machine
 
 STEPS, EVERY, WARM = 40, 20, 2
 

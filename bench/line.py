@@ -17,7 +17,7 @@ from mpi4py import MPI
 
 from llmpy.distributed.cost import EFFICIENCY, OVERHEAD
 from llmpy.distributed.world import World
-from llmpy.distributed.zero import BUCKET, LINE
+from llmpy.model.partition import BUCKET, LINE
 
 REPEATS = {LINE: 300, BUCKET: 15}  # elements of a bucket → how often it is exchanged
 

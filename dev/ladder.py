@@ -29,7 +29,7 @@ from llmpy.backend.cpu.gemm import EDGE, PANEL, multiply_panel, pack_transposed
 from llmpy.backend.cpu.jit import kernel
 from llmpy.backend.cpu.simd import ADD, KC, LANES, MR, NR, NV, WRITE, address, microkernel
 from llmpy.backend.reference import gelu
-from llmpy.bench import columns
+from llmpy.system.words import columns
 
 SHAPE = (256, 768, 3072)  # BT, C, OC: the first product of the MLP in GPT-2 124M, four rows of 64 tokens
 PYTHON_ROWS = 2  # rows of out that rung 0 computes; all 256 would take minutes

@@ -22,10 +22,11 @@ from mpi4py import MPI
 
 from llmpy import backend
 from llmpy.distributed.world import World
-from llmpy.distributed.zero import END, Zero
+from llmpy.distributed.zero import Zero
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.model.initialise import initialise
+from llmpy.model.partition import END
 
 WAIT, COMPUTE, REDUCE, GATHER, UPDATE = "#d6604d", "#c6d5e3", "#4393c3", "#5aae61", "#8da0cb"
 

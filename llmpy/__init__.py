@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .errors import LlmpyError
     from .model.config import ModelConfig
 
-__version__ = "0.1.0"
+from .version import __version__
+
 __all__ = ["GPT2", "LlmpyError", "ModelConfig", "Tokenizer", "Trainer", "__version__"]
 _WHERE = {
     "GPT2": "api",

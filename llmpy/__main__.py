@@ -13,7 +13,8 @@ import signal
 import sys
 
 from .errors import LlmpyError, Stopped
-from .run.folder import HELD, InUse, RunFolder
+from .run.folder import HELD, RunFolder
+from .system.lock import InUse
 
 TYPE_CHECKING = False  # `typing` takes as long to import as all else here
 if TYPE_CHECKING:

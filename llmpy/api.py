@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import backend, formats
+from .backend.machine import Machine
 from .data.prepare import VALIDATION
 from .data.shards import form_for, open_shard, write_shard
 from .data.tokenizer import Tokenizer
-from .errors import LlmpyError, did_you_mean
+from .errors import LlmpyError
 from .formats import convert
 from .formats.source import Source
 from .generate.generation import Choice, Generation, TextStream, check_memory, choice_of, encode_prompt
@@ -35,7 +36,8 @@ from .rng import Xorshift64Star
 from .run import checkpoint
 from .run.folder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder
 from .system.command import command
-from .train.preflight import Machine, crowded
+from .system.resources import crowded
+from .system.words import did_you_mean
 from .train.trainer import train
 
 IGNORED = -1  # a target that does not count

@@ -209,10 +209,3 @@ def load(name: str = "cpu", **options: Any) -> Ops:
 
         return Reference(**options)
     raise LlmpyError(f"unknown backend {name!r}", "use cpu or reference")
-
-
-def cores() -> int:
-    """Cores that this process may use, and the CPU backend takes if it is not told otherwise."""
-    from .cpu import default_threads
-
-    return default_threads()

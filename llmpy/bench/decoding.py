@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
 from .. import backend
+from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..formats import native
 from ..generate.generation import Choice, check_memory, choose, generate
@@ -34,8 +35,8 @@ from ..options.options import DecodeOptions
 from ..rng import Xorshift64Star
 from ..run import checkpoint
 from ..run.folder import MODEL_FILE
-from ..train.preflight import Machine
-from . import columns, peak_memory, process_age
+from ..system.words import columns
+from . import peak_memory, process_age
 
 WARM_TOKENS = 4  # the first packs the matrices
 TOKENS_A_PEAK = 16  # between two measurements of the memory
@@ -44,17 +45,7 @@ FIRST_TOKENS = 3  # processes
 GREEDY = Choice(temperature=0)
 
 
-class Reader(Machine, Protocol):
-    """A machine that also knows how fast its memory is."""
-
-    def measure_bandwidth(self) -> float:
-        """GB/s of a triad far larger than the caches over all threads, measured now."""
-
-    def measure_reading(self, x: Any) -> float:
-        """GB/s of reading x (n,), far more than the caches hold, over all threads, measured now."""
-
-
-def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[str, Any]:
+def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict[str, Any]:
     """Rates in tokens/s, GB/s (10⁹ bytes) and GFLOP/s, times in ms, memory in MB of 10⁶ bytes."""
     o, config = options, ModelConfig.from_dial(options.model)
     length = o.prompt_tokens + WARM_TOKENS + o.tokens
@@ -63,7 +54,7 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
             raise LlmpyError(
                 f"{name}: a text of {needed} tokens is longer than the model's context of {config.context}", "use less"
             )
-    ops = machine or cast(Reader, backend.load("cpu", threads=o.threads, dtype=o.dtype))
+    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, max(length, o.prefill))
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
     with tempfile.TemporaryDirectory(prefix="llmpy-decode-") as folder:
@@ -105,7 +96,7 @@ def bench_decode(options: DecodeOptions, machine: Reader | None = None) -> dict[
     }
 
 
-def time_prefill(decoder: Decoder, ops: Reader, text: list[int]) -> tuple[float, float]:
+def time_prefill(decoder: Decoder, ops: Machine, text: list[int]) -> tuple[float, float]:
     """Median ms of a prefill, and of the peak of multiply-adds between, GFLOP/s."""
     peaks, times = [ops.measure_peak()], []
     for _ in range(PREFILLS):
@@ -117,7 +108,7 @@ def time_prefill(decoder: Decoder, ops: Reader, text: list[int]) -> tuple[float,
 
 
 def time_tokens(
-    decoder: Decoder, ops: Reader, batch: int, prompt: list[int], count: int
+    decoder: Decoder, ops: Machine, batch: int, prompt: list[int], count: int
 ) -> tuple[list[float], float, float]:
     """The ms of each token after the first ones; medians of reading and of the triad meanwhile, GB/s."""
     slots = range(batch)

@@ -19,27 +19,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from .. import backend
-from ..errors import LlmpyError, did_you_mean
+from ..backend.machine import Machine
+from ..errors import LlmpyError
 from ..options.options import OpsOptions
-from ..train.preflight import Machine
-from . import columns
+from ..system.words import columns, did_you_mean
 
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them
 BUDGET = 0.4  # seconds of repetitions of a case
 REPEATS = 5  # at least
 UNSTEADY = 1.15  # the highest peak by the lowest, or of a plan's rounds: other programs came or went
-
-
-class Meter(Machine, Protocol):
-    """A machine that also knows how fast its memory is."""
-
-    def measure_bandwidth(self) -> float:
-        """GB/s of a stream far larger than the caches over all threads, measured now (about 0.5 s)."""
 
 
 @dataclass(frozen=True)
@@ -345,8 +338,8 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     """
     if options.op is not None and options.op not in BENCH:
         raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
-    ops: Meter = load("cpu", threads=options.threads, dtype=options.dtype)
-    single: Meter = load("cpu", threads=1, dtype=options.dtype)
+    ops: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
+    single: Machine = load("cpu", threads=1, dtype=options.dtype)
     peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}
     one = {"GFLOP/s": single.measure_peak(), "GB/s": single.measure_bandwidth()}
     results = []

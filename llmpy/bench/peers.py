@@ -35,12 +35,14 @@ from typing import Any
 
 import psutil
 
-from .. import __version__
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..options.options import BenchOptions, PeersOptions, spelled
 from ..system.durable import write_whole
-from . import RUSAGE_UNIT, columns, high_water
+from ..system.resources import cpu_name
+from ..system.words import columns
+from ..version import __version__
+from . import RUSAGE_UNIT, high_water
 from . import picture as plot
 from .step import WARM_STEPS
 
@@ -261,15 +263,6 @@ def probe_machine(threads: int | None) -> dict[str, str]:
     if done.returncode:
         raise LlmpyError(f"the CPU backend cannot be started: {ending(done.returncode, done.stderr)}")
     return {**json.loads(done.stdout), "cpu": cpu_name(), "python": platform.python_version()}
-
-
-def cpu_name() -> str:
-    """The CPU as its maker calls it, where that can be read."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str, Any]:

@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 
 from .. import backend
+from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.options import BenchOptions, spelled
+from ..system.resources import available_memory
+from ..system.words import columns
+from ..train.memory import memory_needed
 from ..train.optimizer import AdamW
-from ..train.preflight import Machine, memory_needed
-from . import columns, peak_memory, process_age
+from . import peak_memory, process_age
 
 WARM_STEPS = 2  # the first touches every page for the first time
 STEPS_A_PEAK = 3  # steps between two measurements of the peak
@@ -80,7 +82,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
 
 def refuse_what_does_not_fit(options: BenchOptions, needed: int) -> None:
     """Raise LlmpyError if `needed` bytes are more than what is available."""
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if needed > available:
         raise LlmpyError(
             f"{options.model} with -B {options.batch_size} -T {options.sequence_length} needs about "

@@ -20,19 +20,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..api import GPT2
+from ..backend.machine import Machine
 from ..data.encode import tokenise
 from ..data.records import ASSISTANT, conversation, holds_answers
 from ..data.shards import mask_path, open_shard
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError, did_you_mean
+from ..errors import LlmpyError
 from ..formats import hub
 from ..generate.generation import choice_of
 from ..options.options import ChatOptions, TrainOptions
-from ..run.folder import CONFIG_FILE
+from ..run.folder import CONFIG_FILE, own_tokens, read_config
 from ..system.command import command
 from ..system.terminal import paint
-from ..train.preflight import Machine
-from ..train.start import own_tokens, read_config
+from ..system.words import did_you_mean
 
 STOPS = tuple(f"\n\n{role}:" for role in ("system", "user", ASSISTANT))
 HELP = {

@@ -22,8 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
-from .. import __version__
-from ..errors import LlmpyError, Unheard, asked, nearest
+from ..errors import LlmpyError, Unheard
 from ..options.options import (
     MEANINGLESS,
     REFUSED,
@@ -46,10 +45,13 @@ from ..options.options import (
     flag,
     options_of,
 )
-from ..run.folder import HELD, InUse, RunFolder
+from ..run.folder import HELD, RunFolder
 from ..run.journal import silence
 from ..system.command import called
+from ..system.lock import InUse
 from ..system.terminal import paint
+from ..system.words import asked, nearest
+from ..version import __version__
 
 # Exit codes: of every verb, and what some say otherwise or beside.
 CODES = {

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import LlmpyError, did_you_mean
+from ..errors import LlmpyError
 from ..options.options import DATA_NAMES, DataOptions
-from ..run.folder import Lock
 from ..system.cache import data_cache
 from ..system.command import command
 from ..system.durable import made
+from ..system.lock import Lock
+from ..system.words import did_you_mean
 from .datasets import SHARD_TOKENS, SOURCES, Layout, hellaswag_lines
 from .encode import TOKENIZER_SEES, encode, pieces
 from .hellaswag import encode_examples, read_examples, write_examples

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LlmpyError, count_of
+from ..errors import LlmpyError
 from ..formats import tokenizer_of
 from ..formats.source import Source
 from ..model.config import GPT2_VOCAB
 from ..system.command import command
+from ..system.words import count_of
 from . import builtin, shards
 from .encode import TOKENIZER_SEES, pieces, tokenise
 from .pack import RECORD, find_dataset, is_dataset

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LlmpyError, asked, count_of, nearest
+from ..errors import LlmpyError
 from ..options.options import DATA_NAMES
 from ..run.folder import CONFIG_FILE, LOCK, METRICS
 from ..system.inputs import regular
+from ..system.words import asked, count_of, nearest
 from .rank_tables import EOT
 from .records import Document, NoRecords, kind_of, read_records
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from ..model.config import ModelConfig
 from ..model.gpt2 import PARAMS
-from .zero import END, Bucket, buckets
+from ..model.partition import END, Bucket, buckets
 
 EFFICIENCY = 0.9  # of a line's rate that arrives as payload
 OVERHEAD = 20e-6  # seconds of a message at its two ends

@@ -22,13 +22,15 @@ import numpy as np
 from ..data.loader import Position
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
+from ..model.partition import length
 from ..run import checkpoint
 from ..run.checkpoint import MODEL
-from ..run.checkpoint_writer import Keeper, check_shape, page_aligned, place_of, places
+from ..run.checkpoint_writer import Keeper, check_shape, page_aligned
 from ..run.journal import Journal
+from ..run.place import place_of, places
 from ..system import durable
 from ..system.command import command
-from .zero import Zero, length
+from .zero import Zero
 
 
 class ShardedKeeper(Keeper):

@@ -26,13 +26,13 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import psutil
 
-from .. import backend
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
 from ..options.options import TrainOptions
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install
+from ..system.resources import cores
 from ..train.single_process import Alone
 from . import launch
 from .parts import ShardedKeeper
@@ -59,8 +59,8 @@ class World(Alone):
         self._threaded = mpi.Query_thread() >= mpi.THREAD_SERIALIZED
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="courier")
         self._carried = self._waited = 0.0  # seconds
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._ranks = self.tell({"host": socket.gethostname(), "cores": cores, "available": backend.cores()})
+        mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._ranks = self.tell({"host": socket.gethostname(), "cores": mine, "available": cores()})
         local = [q for q, about in enumerate(self._ranks) if about["host"] == self._ranks[self.rank]["host"]]
         self.local_rank, self.local_size = local.index(self.rank), len(local)
         self._watch = Watch(self.rank, self.size, patience, self.tell)
@@ -217,8 +217,8 @@ class World(Alone):
         hosts = Counter[str]()
         for (count,), about in zip(self.gather(threads), self._ranks, strict=True):
             hosts[about["host"]] += int(count)
-        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        counts = {about["host"]: count for about, count in zip(self._ranks, self.tell(cores), strict=True)}
+        physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        counts = {about["host"]: count for about, count in zip(self._ranks, self.tell(physical), strict=True)}
         return [
             f"warning: the ranks on {host} have {count} threads together and {counts[host]} cores: they will wait for "
             "each other; use fewer --ranks or --threads"

@@ -16,12 +16,13 @@ import numpy as np
 
 from ..data.shards import OTHER_MAGICS
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError, did_you_mean
+from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..run import checkpoint
 from ..run.folder import METRICS, MODEL_FILE, TOKENIZER_FILE, finished
 from ..system.command import command
 from ..system.inputs import regular
+from ..system.words import did_you_mean
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, tokenizer_named, unreadable
 

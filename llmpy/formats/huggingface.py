@@ -15,15 +15,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .. import __version__
-from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..run.checkpoint import opened
 from ..run.folder import TOKENIZER_FILE
 from ..system.durable import write_whole
-from .llmc import padded
-from .source import DTYPES, Source, cast, damaged, read_json, shapes
+from ..version import __version__
+from .source import DTYPES, Source, cast, copy_tokenizer, damaged, padded, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 # ours → theirs, and whether it is transposed; {} is the layer
@@ -170,13 +168,6 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         temporary.chmod((folder / CONFIG_FILE).stat().st_mode)  # the library makes files that only their owner may read
 
     write_whole(folder / WEIGHTS_FILE, write)
-
-
-def copy_tokenizer(source: Path, target: Path) -> Tokenizer:
-    """Copy a tokenizer.json, and return it. Raises LlmpyError if it is not one of ours."""
-    tokenizer = Tokenizer.load(source)
-    tokenizer.save(target)
-    return tokenizer
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, int]:

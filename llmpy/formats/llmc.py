@@ -22,7 +22,7 @@ from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..system.durable import write_whole
 from ..system.inputs import regular
-from .source import DTYPES, Source, cast, damaged, shapes, tokenizer_beside, unreadable
+from .source import DTYPES, Source, cast, damaged, padded, shapes, tokenizer_beside, unreadable
 
 MODEL, DEBUG = 20240326, 20240327  # magic numbers
 HEADER = np.dtype(("<i4", 256))
@@ -174,15 +174,6 @@ def read_at(path: Path, place: Place) -> np.ndarray:
     if found.size != count:
         raise damaged(path, "it became shorter while it was read")
     return found.reshape(place.shape)
-
-
-def padded(wte: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The V rows of the vocabulary from wte (≥V, C), and zeros up to our own padding: (Vp, C)."""
-    V, Vp = config.vocab_size, config.padded_vocab_size
-    out = wte if len(wte) == Vp else np.empty((Vp, config.channels), wte.dtype)
-    out[:V] = wte[:V]
-    out[V:] = 0
-    return out
 
 
 def wrong_size(path: Path, size: int, expected: int, why: str) -> LlmpyError:

@@ -31,8 +31,8 @@ from ..model.config import ModelConfig
 from ..options.options import TrainOptions
 from ..rng import MTState, Xorshift64Star
 from ..run import checkpoint
-from ..run.checkpoint_writer import place_of
 from ..run.folder import CHECKPOINTS, LLMC_DONE
+from ..run.place import place_of
 from ..system.durable import write_whole
 from ..train.optimizer import AdamW
 from . import native

@@ -10,8 +10,7 @@ from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..run import checkpoint
 from ..run.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
-from .huggingface import copy_tokenizer
-from .source import Look, Source, cast, shapes, tokenizer_beside, tokenizer_named
+from .source import Look, Source, cast, copy_tokenizer, shapes, tokenizer_beside, tokenizer_named
 
 
 def read_model(path: Path) -> Source:

@@ -143,3 +143,19 @@ def unreadable(path: Path, fault: OSError) -> LlmpyError:
 def damaged(path: Path, why: str) -> LlmpyError:
     """What to raise for a file that is not what it claims to be."""
     return LlmpyError(f"{path} is damaged: {why}", "download or write it again")
+
+
+def copy_tokenizer(source: Path, target: Path) -> Tokenizer:
+    """Copy a tokenizer.json, and return it. Raises LlmpyError if it is not one of ours."""
+    tokenizer = Tokenizer.load(source)
+    tokenizer.save(target)
+    return tokenizer
+
+
+def padded(wte: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The V rows of the vocabulary from wte (≥V, C), and zeros up to our own padding: (Vp, C)."""
+    V, Vp = config.vocab_size, config.padded_vocab_size
+    out = wte if len(wte) == Vp else np.empty((Vp, config.channels), wte.dtype)
+    out[:V] = wte[:V]
+    out[V:] = 0
+    return out

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
-import psutil
 
 from .. import backend
+from ..backend.machine import Machine
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError, did_you_mean
+from ..errors import LlmpyError
 from ..formats import hub, resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
@@ -34,7 +34,8 @@ from ..rng import Xorshift64Star
 from ..run.folder import finished
 from ..system.command import command
 from ..system.inputs import regular
-from ..train.preflight import Machine, crowded
+from ..system.resources import available_memory, crowded
+from ..system.words import did_you_mean
 from .kv_cache import CACHE, PACKED, PREFILL, ROWS, Decoder
 
 SLIDE = 4  # the window slides by reach / SLIDE
@@ -338,7 +339,7 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
     parameters = sum((stored if t.decay else wide) * t.size for t in PARAMS(config))
     tables = PACKED(config, ops), CACHE(config, B, S), PREFILL(config, S), ROWS(config, B)
     needed = (0 if loaded else parameters) + sum(memory(table, stored, wide) for table in tables)
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if needed > available:
         raise LlmpyError(
             f"{B} text{'s' * (B > 1)} of {S:,} tokens need about {needed / 1e9:.1f} GB of memory, and "

@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+PIECE = 1 << 20  # elements looked at in one go: the answer to "which are finite" needs memory too
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -113,3 +117,9 @@ class Arena:
     def size(self) -> int:
         """Number of elements in the whole arena."""
         return sum(buffer.size for buffer in self.buffers)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether an array, of any shape, holds neither NaN nor infinity."""
+    flat = x.reshape(-1)
+    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, flat.size, PIECE))

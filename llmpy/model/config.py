@@ -6,7 +6,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from ..errors import LlmpyError, count_of, did_you_mean
+from ..errors import LlmpyError
+from ..system.words import count_of, did_you_mean
 
 GPT2_VOCAB = 50257
 

@@ -12,13 +12,14 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import LlmpyError, did_you_mean
+from ..errors import LlmpyError
 from ..model.config import NAMES
-from ..run.folder import holds_llmc
 from ..system.command import command
 from ..system.inputs import regular
-from ..train.schedule import KINDS
+from ..system.words import did_you_mean
 from .recipes import RECIPES
+
+KINDS = ("cosine", "linear", "constant", "wsd")
 
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
@@ -202,16 +203,6 @@ class TrainOptions:
                 raise _refusal(name, value, "use a number from 0 to 1" + ("" if top == 1 else ", below 1"))
         known(self, "schedule", KINDS)
         known(self, "dtype", DTYPES)
-        if (
-            self.resume is not None
-            and self.out is not None
-            and os.path.realpath(self.resume) != os.path.realpath(self.out)
-            and not holds_llmc(self.resume)
-        ):
-            raise LlmpyError(
-                f"--resume {self.resume} goes on in that folder, not in --out {self.out}",
-                f"leave one of them out, or begin a new run from its model: --init {self.resume} --out {self.out}",
-            )
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:

@@ -16,20 +16,19 @@ when a run really begins.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
 import time
 from pathlib import Path
+from typing import Any, Self
 
 from ..errors import LlmpyError
-
-TYPE_CHECKING = False  # `typing` and `options` take as long to import as all else here: see __main__.py
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import Self
-
-    from ..options.options import TrainOptions
+from ..options.options import TrainOptions
+from ..system.durable import write_whole
+from ..system.lock import InUse, Lock
+from ..version import __version__
 
 MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
     "model.safetensors",
@@ -48,98 +47,6 @@ TOKENS = {*PARTS, "train.mask", "val.mask"}
 OURS = {MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
 LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
-
-
-PATIENCE = 0.2  # seconds between two looks at a lock that is waited for
-
-
-class InUse(LlmpyError):
-    """Another process is training in this folder."""
-
-
-class Lock:
-    """An exclusive hold on a file, which the system lets go when the process ends, in whatever way."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: int | None = None
-
-    def take(self) -> bool:
-        """Whether this process has it now. Raises OSError if the file cannot be made or locked."""
-        while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                held = _hold(file)
-            except OSError:
-                os.close(file)
-                raise
-            if not held:
-                os.close(file)
-                return False
-            if _is(file, self.path):
-                self._file = file
-                os.ftruncate(file, 0)
-                os.write(file, f"{os.getpid()}\n".encode())
-                return True
-            os.close(file)  # whoever had it removed the file between the two calls
-
-    def holder(self) -> str:
-        """Who has it, as far as the file says."""
-        try:
-            return f"process {int(self.path.read_text())}"
-        except (OSError, ValueError):
-            return "another process"
-
-    @contextlib.contextmanager
-    def waited(self, say: Callable[[str], None], what: str) -> Iterator[None]:
-        """Within, this process has it. Whoever has it is waited for: `say` tells who, and `what` they do.
-
-        Raises OSError as `take` does.
-        """
-        told = False
-        while not self.take():
-            if not told:
-                say(f"waiting for {self.holder()}, which {what}")
-            told = True
-            time.sleep(PATIENCE)
-        try:
-            yield
-        finally:
-            self.drop()
-
-    def drop(self) -> None:
-        """Let it go."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                self.path.unlink()
-            os.close(self._file)
-            self._file = None
-
-
-def _hold(file: int) -> bool:
-    """Take the system's lock on an open file if nobody has it. Raises OSError where the file system has no locks."""
-    try:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            os.lseek(file, 1 << 30, os.SEEK_SET)  # a byte beyond the text, which others may read
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-            os.lseek(file, 0, os.SEEK_SET)
-    except (BlockingIOError, PermissionError):  # the latter: Windows
-        return False
-    return True
-
-
-def _is(file: int, path: Path) -> bool:
-    """Whether the open file still has that name."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 HELD: list[RunFolder] = []  # by this process: to be discarded by who ends it in the middle
@@ -163,6 +70,11 @@ class RunFolder:
         Raises LlmpyError if it cannot be had.
         """
         run, out, called = options.resume, options.out, options.called
+        if run and out and os.path.realpath(run) != os.path.realpath(out) and not holds_llmc(run):
+            raise LlmpyError(
+                f"--resume {run} goes on in that folder, not in --out {out}",
+                f"leave one of them out, or begin a new run from its model: --init {run} --out {out}",
+            )
         if run is None and options.auto_resume and out is not None and _holds_run(out):
             run = out
         if run is not None and holds_llmc(run) and not _holds_run(run):
@@ -326,3 +238,27 @@ def _refuse_loss(path: Path) -> None:
 def _entries(path: Path) -> list[str]:
     """Names in a folder, sorted; for a file NotADirectoryError, an OSError."""
     return sorted(entry.name for entry in path.iterdir())
+
+
+def own_tokens(folder: Path) -> tuple[Path, ...]:
+    """The tokens that a run made of text, if it did."""
+    own = tuple(folder / part for part in PARTS)
+    return own if all(path.is_file() for path in own) else ()
+
+
+def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
+    """What was trained, how and on what, for people and later tools; loading a model does not read it."""
+    text = json.dumps({"llmpy": __version__, "options": options.as_record(), **more}, indent=2, ensure_ascii=False)
+    # errors: a path may hold bytes that are no text
+    write_whole(
+        folder / CONFIG_FILE,
+        lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="surrogateescape"),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a config.json. Raises LlmpyError if there are none."""
+    try:
+        return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise LlmpyError(f"{path} cannot be read: {fault}", "begin a new run") from None

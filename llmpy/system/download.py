@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from .. import __version__
 from ..errors import LlmpyError
-from ..run.folder import Lock
+from ..version import __version__
 from .durable import put_in_place
+from .lock import Lock
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte

@@ -23,13 +23,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import psutil
 
-from .. import __version__, backend
-from ..bench.ops import Meter
-from ..bench.peers import cpu_name
+from .. import backend
+from ..backend.machine import Machine
 from ..distributed import launch
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
@@ -38,9 +37,12 @@ from ..run.trackers import PACKAGES
 from ..system.cache import data_cache, user_cache
 from ..system.command import command, install
 from ..system.download import hub
+from ..system.resources import container_cores, container_memory, cpu_name
 from ..system.terminal import paint
-from ..train.preflight import PROGRAM_BYTES, disk_needed, gigabytes, memory_of
+from ..system.words import gigabytes
+from ..train.memory import PROGRAM_BYTES, disk_needed, memory_of
 from ..train.start import BUILTIN_VOCAB
+from ..version import __version__
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 STYLES = {OK: "green", NOTE: "yellow", FAULT: "red"}
@@ -64,18 +66,14 @@ class Check:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-class Load(Protocol):
-    """`backend.load`."""
-
-    def __call__(self, name: str, **options: Any) -> Any:
-        """A machine by name."""
+Load = Callable[..., Any]  # `backend.load`
 
 
 def doctor(options: DoctorOptions, load: Load = backend.load) -> list[Check]:
     """Every check, in the order of the report; one that raises a fault of the system is one."""
     o = options
     checks: list[Check] = []
-    machine: list[Meter] = []
+    machine: list[Machine] = []
 
     def look(name: str, check: Callable[..., Iterator[Check]], *arguments: Any) -> None:
         try:
@@ -147,9 +145,9 @@ def version(package: str) -> str:
         return ""
 
 
-def cpu(load: Load, options: DoctorOptions, machine: list[Meter]) -> Iterator[Check]:
+def cpu(load: Load, options: DoctorOptions, machine: list[Machine]) -> Iterator[Check]:
     """The CPU and the row of the table of instruction sets that its kernels are compiled for."""
-    ops = cast(Meter, load("cpu", threads=options.threads, dtype=options.dtype))
+    ops = cast(Machine, load("cpu", threads=options.threads, dtype=options.dtype))
     machine.append(ops)
     cores, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
     found = f"{cpu_name()}, {cores} cores ({logical} logical); kernels for {ops.isa}, products in {ops.dtype}"
@@ -163,14 +161,14 @@ def cpu(load: Load, options: DoctorOptions, machine: list[Meter]) -> Iterator[Ch
         yield Check("cpu", OK, found, numbers=numbers)
 
 
-def threads(machine: Meter) -> Iterator[Check]:
+def threads(machine: Machine) -> Iterator[Check]:
     """How many threads there are, and what bounds them: affinity, the container's share, other programs."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    share = cgroup_cpus()
+    share = container_cores()
     n = machine.threads
     found = f"{n} of {cores} cores"
-    numbers = {"threads": n, "cores": cores, "affinity": allowed, "cgroup_cpus": share}
+    numbers = {"threads": n, "cores": cores, "affinity": allowed, "container_cores": share}
     if allowed < cores:
         found += f"; this process may run on {allowed} (taskset, scheduler)"
     if share is not None:
@@ -189,7 +187,7 @@ def threads(machine: Meter) -> Iterator[Check]:
         yield Check("other programs", NOTE, f"other programs use {used:.1f} cores now", fix, {"busy_cores": used})
 
 
-def peaks(machine: Meter, load: Load) -> Iterator[Check]:
+def peaks(machine: Machine, load: Load) -> Iterator[Check]:
     """What the machine reaches now, and whether all threads of the pool take part."""
     lines: list[str] = []
 
@@ -198,7 +196,7 @@ def peaks(machine: Meter, load: Load) -> Iterator[Check]:
         print(line, file=sys.stderr, flush=True)
 
     machine.warm_up(say)
-    single = cast(Meter, load("cpu", threads=1, dtype=str(machine.dtype)))
+    single = cast(Machine, load("cpu", threads=1, dtype=str(machine.dtype)))
     one, all_, stream = single.measure_peak(), machine.measure_peak(), machine.measure_bandwidth()
     times = all_ / one
     found = (
@@ -215,11 +213,11 @@ def peaks(machine: Meter, load: Load) -> Iterator[Check]:
         yield Check("kernels", NOTE, f"{lines[0]}: done just now", "", {"compiled": True})
 
 
-def memory(machine: Meter) -> Iterator[Check]:
+def memory(machine: Machine) -> Iterator[Check]:
     """Whether the default training fits into what is free, and into the container."""
     needed = memory_of(TrainOptions(), ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB), machine)
     told = psutil.virtual_memory()
-    limit = cgroup_memory()
+    limit = container_memory()
     free = told.available
     found = f"{gigabytes(told.available)} of {gigabytes(told.total)} free"
     if limit is not None and limit[0] < told.total:
@@ -233,33 +231,6 @@ def memory(machine: Meter) -> Iterator[Check]:
         yield Check("memory", NOTE, f"{found}: room for little more than the default training", "", numbers)
     else:
         yield Check("memory", OK, found, numbers=numbers)
-
-
-def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores whose time the container may use, by either version of Linux's control groups; None: no limit."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass  # version 1, or none
-    try:
-        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Bytes that the container may take, and has taken; None: no limit that can be read."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return int((root / limit).read_text()), int((root / used).read_text())
-        except (OSError, ValueError):  # ValueError: "max"
-            continue
-    return None
 
 
 def kernel_cache() -> Iterator[Check]:

@@ -23,12 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import backend
+from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..generate.generation import Choice, Generation, TextStream, check_memory, encode_prompt, logprob, open_run
 from ..model.gpt2 import GPT2
 from ..rng import Xorshift64Star
 from ..system.command import install
-from ..train.preflight import Machine
 
 try:
     from lm_eval.api.model import LM

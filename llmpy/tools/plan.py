@@ -26,19 +26,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 
 from .. import backend
-from ..bench import columns
-from ..bench.ops import FLOPS, UNSTEADY, Case, Meter, time_case
+from ..backend.machine import Machine
+from ..bench.ops import FLOPS, UNSTEADY, Case, time_case
 from ..distributed.cost import Communication, Line, Work, communication
-from ..distributed.zero import BUCKET
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import PARAMS, computed_again
+from ..model.partition import BUCKET
 from ..options.options import PlanOptions, TrainOptions
 from ..options.recipes import RECIPES
-from ..train.preflight import LOGITS_ROWS, check_length, disk_needed, duration, gigabytes, memory_parts
+from ..system.resources import available_memory
+from ..system.words import columns, duration, gigabytes
+from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
+from ..train.preflight import check_length
 
 CHINCHILLA = 20  # tokens a parameter
 FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": FineWeb's sample of 10B
@@ -133,7 +135,7 @@ class Rates:
     steady: bool = True
 
 
-def measure(machine: Meter, parts: Sequence[Part]) -> tuple[list[float], Rates]:
+def measure(machine: Machine, parts: Sequence[Part]) -> tuple[list[float], Rates]:
     """Seconds of all calls of each part on this machine, and its rates.
 
     Medians of rounds over all parts: what disturbs the machine for some seconds disturbs one of them.
@@ -181,7 +183,7 @@ class Timed:
         return sum(seconds for part, seconds in self.parts if part.stage == stage or part.kind == kind)
 
 
-def time_batch(config: ModelConfig, o: PlanOptions, ops: Meter) -> Timed:
+def time_batch(config: ModelConfig, o: PlanOptions, ops: Machine) -> Timed:
     """Measured here, and counted over to the machine that the options tell of."""
     mixed = ops.dtype != ops.wide
     parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed, o.recompute_layers)
@@ -192,7 +194,7 @@ def time_batch(config: ModelConfig, o: PlanOptions, ops: Meter) -> Timed:
     return Timed(counted, there, measure_copying() / slower[1] if o.nodes > 1 else math.inf)
 
 
-def messages(config: ModelConfig, o: PlanOptions, ops: Meter, timed: Timed, gathered: int) -> Communication:
+def messages(config: ModelConfig, o: PlanOptions, ops: Machine, timed: Timed, gathered: int) -> Communication:
     """What the messages of a step cost each machine."""
     line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
     work = Work(
@@ -220,7 +222,7 @@ def gathered_batches(o: PlanOptions) -> int:
     return total // batch
 
 
-def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
+def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]:
     """What `--json` tells: bytes, seconds, GFLOP/s, GB/s (10⁹), money as given. Raises LlmpyError for what cannot be.
 
     `machine` None: the CPU.
@@ -229,7 +231,7 @@ def plan(options: PlanOptions, machine: Meter | None = None) -> dict[str, Any]:
     config = ModelConfig.from_dial(o.model, vocab_size=o.vocab_size)
     check_length(o.sequence_length, config.context)
     gathered = gathered_batches(o)
-    ops = machine or cast(Meter, backend.load("cpu", threads=o.threads, dtype=o.dtype))
+    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
     memory = memory_of(config, options, ops)
     timed = time_batch(config, options, ops)
@@ -291,10 +293,10 @@ def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, co
     }  # fmt: skip
 
 
-def memory_of(config: ModelConfig, options: PlanOptions, ops: Meter) -> dict[str, Any]:
+def memory_of(config: ModelConfig, options: PlanOptions, ops: Machine) -> dict[str, Any]:
     """Bytes by part and in all, what is available, and the largest batch that fits into it (0: none does)."""
     o = options
-    available = psutil.virtual_memory().available if o.memory is None else int(o.memory * 1e9)
+    available = available_memory() if o.memory is None else int(o.memory * 1e9)
 
     def parts(B: int) -> dict[str, int]:
         copied = o.checkpoint_every > 0

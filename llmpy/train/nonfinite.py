@@ -9,19 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from ..model.arena import Arena
+from ..model.arena import Arena, all_finite
 from ..model.gpt2 import GPT2
 
-PIECE = 1 << 20  # elements looked at in one go: the answer to "which are finite" needs memory too
 ENDS = ("wte", "wpe", "ln_f_w", "ln_f_b")  # parameters of no layer
-
-
-def all_finite(x: np.ndarray) -> bool:
-    """Whether an array, of any shape, holds neither NaN nor infinity."""
-    flat = x.reshape(-1)
-    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, flat.size, PIECE))
 
 
 def origin(model: GPT2, B: int, T: int) -> str:

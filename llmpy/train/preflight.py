@@ -1,73 +1,33 @@
 """Before training: what will run, what it needs, how long it will take; and one refusal that names all that is wrong.
 
-memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
-         of N ranks: wide · (2 + 4/N) · parameters: also master weights and reduced gradients; (1 + 2/N) more for
-         checkpoints, of the first; three buffers of a bucket; in mixed precision no matrices but the stored ones,
-         and wide/N · parameters for those that travel (distributed/zero.py, distributed/shards.py)
-         + activations of training (without what backward computes again, with what it needs besides), activations and
-           cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
-         + stored · (the matrices once more, in mixed precision, + the chunk of logits)
-         + the program itself, and what the compiler leaves where kernels have to be compiled first
-         with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
-disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written;
-         wide · 2 · parameters for the best model
 time   = FLOPs a token · tokens / (0.6 · measured peak)
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import psutil
-
-from ..backend import Ops, cores
-from ..data.hellaswag import ENDINGS, read_examples
+from ..backend.machine import Machine
+from ..data.hellaswag import read_examples
 from ..data.pack import is_dataset
 from ..data.prepare import choose_vocab_size
 from ..data.shards import count_tokens, is_shard
 from ..data.text import Found, find_files
-from ..distributed.zero import most_kept
-from ..errors import LlmpyError, count_of
-from ..generate.kv_cache import CACHE, PREFILL
-from ..model.arena import Tensor, memory
+from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
-from ..model.gpt2 import ACTS, PARAMS, RECOMPUTE
-from ..options.options import BUILTIN_PROMPT, DEFAULT_MODEL, TrainOptions
-from ..run.folder import BEST_FILE, CHECKPOINTS, MODEL_FILE
+from ..model.gpt2 import PARAMS
+from ..options.options import DEFAULT_MODEL, TrainOptions
 from ..run.trackers import package
-from .multiple_choice import row_length
+from ..system.resources import available_memory
+from ..system.words import count_of, duration, gigabytes
+from .memory import check_disk, check_memory, memory_of
 
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
-PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache
-COMPILER_BYTES = 240 << 20  # what compiling all of them adds, and keeps (dev/LOG.md)
-LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
-
-
-class Machine(Ops, Protocol):
-    """A backend that can also tell what it runs on: the shipped one."""
-
-    threads: int
-    isa: str
-
-    def compiled(self) -> bool:
-        """Whether the kernels of training are in the cache."""
-
-    def measure_peak(self) -> float:
-        """GFLOP/s of multiply-adds in its dtype over all threads, measured now (about 0.2 s)."""
-
-    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
-        """Compile the kernels of training, or of decoding, that are not cached, telling what is being done."""
-
-    def version_info(self) -> dict[str, str]:
-        """Versions of what computes, for the run's records."""
 
 
 @dataclass(frozen=True)
@@ -236,62 +196,6 @@ def check_length(T: int, context: int) -> None:
         raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
 
 
-def check_memory(
-    options: TrainOptions, config: ModelConfig, machine: Machine, available: int | None = None, beside: int = 1,
-    ranks: int = 1,
-) -> None:  # fmt: skip
-    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free.
-
-    `beside`: those of its `ranks` that are on this machine; each may take an equal share of what is free.
-    """
-    o = options
-    needed = memory_of(options, config, machine, ranks)
-    available = psutil.virtual_memory().available // beside if available is None else available
-    if needed > available:
-        copy = (
-            ""
-            if o.checkpoint_every == 0 or ranks > 1
-            else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
-        )
-        raise LlmpyError(
-            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
-            f"{gigabytes(available)} are available",
-            f"use a smaller -B, -T or --model, or close other programs{copy}",
-        )
-
-
-def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None:
-    """Raise LlmpyError if the checkpoints of the run will not fit beside what is on the disk.
-
-    What an earlier life of the run left counts as free: its checkpoints and best model are among those that are needed,
-    its model is either a checkpoint's or gives way to one.
-    """
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    files = [*folder.glob(f"{CHECKPOINTS}/step-*/*"), *folder.glob(MODEL_FILE), *folder.glob(BEST_FILE)]
-    left = {about.st_ino: about.st_size for about in map(Path.stat, files)}  # a file may have two names
-    free = shutil.disk_usage(there).free + sum(left.values())
-    needed = disk_needed(options, config)
-    if needed > free:
-        raise LlmpyError(
-            f"the checkpoints of this run need up to {gigabytes(needed)} on the disk of {folder}, and "
-            f"{gigabytes(free)} are free",
-            "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every or --keep-every",
-        )
-
-
-def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
-    """Bytes that the checkpoints of a run take at most, with the one that is being written."""
-    o = options
-    steps = o.steps if o.steps is not None and o.steps > 0 else 0
-    if not o.checkpoint_every:
-        count = 1
-    elif o.keep:
-        count = o.keep + 1 + (steps // o.keep_every if o.keep_every else 0)
-    else:
-        count = steps // o.checkpoint_every + 1
-    return (count * 12 + 8) * sum(t.size for t in PARAMS(config))
-
-
 def inspect(
     config: ModelConfig,
     options: TrainOptions,
@@ -311,109 +215,7 @@ def inspect(
         val_tokens,
         machine.measure_peak(),
         memory_of(options, config, machine, ranks),
-        psutil.virtual_memory().available,
+        available_memory(),
         done,
         elapsed,
     )
-
-
-def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, ranks: int = 1) -> int:
-    """Bytes that each rank of a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
-    o = options
-    prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
-    sampled = prompt + o.sample_tokens
-    apart = []
-    if o.hellaswag is not None:
-        rows = ENDINGS, min(_row_length(o.hellaswag), config.context)
-        apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
-    shape = o.batch_size, o.sequence_length
-    copied = o.checkpoint_every > 0
-    again = o.recompute, o.recompute_layers
-    needed = memory_needed(config, *shape, machine, again, copied, sampled, apart, ranks, o.zero)
-    return needed + (0 if machine.compiled() else COMPILER_BYTES)
-
-
-@functools.cache
-def _row_length(path: Path) -> int:
-    """Of a file of HellaSwag; its ten thousand examples take a third of a second, and memory is asked for thrice."""
-    return row_length(read_examples(path, 1 << 16))
-
-
-def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
-    copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
-    zero: bool = True,
-) -> int:  # fmt: skip
-    """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
-    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart, ranks, zero).values())
-
-
-def memory_parts(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
-    copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
-    zero: bool = True,
-) -> dict[str, int]:  # fmt: skip
-    """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
-
-    `recompute`: its level and layers, see `ACTS`. `copied`: with the copy that checkpoints in the background are made
-    from. `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
-    shapes that are evaluated. Of several `ranks`: what the first one holds, which has most; `zero` as `Zero` takes it.
-    """
-    S = min(T, sampled or T)
-    wide, stored = machine.wide.itemsize, machine.dtype.itemsize
-    mixed = stored != wide
-
-    def size(table: list[Tensor]) -> int:
-        return memory(table, stored, wide)
-
-    table = PARAMS(config)
-    parameters, matrices = wide * sum(t.size for t in table), sum(t.size for t in table if t.decay)
-    if ranks == 1:
-        state = {"moments": 2 * parameters, "copy for checkpoints": 3 * parameters if copied else 0}
-    else:
-        kept, part = (wide * elements for elements in most_kept(table, config.layers, ranks, zero))
-        own, _ = most_kept(table, config.layers, ranks)
-        state = {
-            "moments": 2 * kept,
-            "master weights": kept,
-            "reduced gradients": kept,
-            "messages": 3 * ranks * part + (kept if mixed else 0),
-            "copy for checkpoints": parameters + 2 * wide * own,  # the last checkpoint is written from it too
-        }
-    rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
-    return {
-        # of several ranks the master weights take the place of the wide matrices, whose memory goes back (`release`)
-        "weights": parameters - (wide * matrices if mixed and ranks > 1 and sys.platform == "linux" else 0),
-        "weights for products": stored * matrices if mixed else 0,
-        "gradients": parameters,
-        **state,
-        "activations": size(ACTS(config, B, T, True, *recompute, mixed)),
-        "logits chunk": stored * rows * config.padded_vocab_size,
-        "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
-        "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),
-        "program": PROGRAM_BYTES,
-    }
-
-
-def crowded(threads: int) -> list[str]:
-    """A note where one process has more threads than it may use cores."""
-    n = cores()
-    if threads <= n:
-        return []
-    return [f"note: {threads} threads on {count_of(n, 'core')}: more than cores are slower; --threads {n} is best"]
-
-
-def duration(seconds: float) -> str:
-    """45 s, 2 min 30 s, 3 h 20 min, 12 d 4 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400:,} d {whole % 86400 // 3600} h"
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import math
 
-KINDS = ("cosine", "linear", "constant", "wsd")
-
 
 def learning_rate(
     step: int, total: int, warmup: int, peak: float, final_fraction: float = 0.0, kind: str = "cosine"

@@ -11,8 +11,8 @@ from ..options.options import TrainOptions
 from ..run.checkpoint_writer import Keeper
 from ..run.folder import RunFolder
 from ..run.journal import Journal
+from ..system.resources import crowded
 from .optimizer import AdamW
-from .preflight import crowded
 
 T = TypeVar("T")
 

@@ -7,7 +7,6 @@ goes on    the newest sound checkpoint                + the same data    options
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from .. import __version__, backend, formats
+from .. import backend, formats
+from ..backend.machine import Machine
 from ..data.pack import is_dataset
 from ..data.prepare import Dataset, prepare, text_for
 from ..data.shards import fingerprint
-from ..errors import LlmpyError, count_of
+from ..errors import LlmpyError
 from ..formats import hub, llmc_state, native
 from ..formats.source import Source
 from ..model.config import ModelConfig
@@ -27,9 +27,9 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.options import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
-from ..run.folder import CHECKPOINTS, CONFIG_FILE, PARTS, RunFolder
-from ..system.durable import write_whole
-from .preflight import Machine, duration, problems, together
+from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, own_tokens, read_config, write_config
+from ..system.words import count_of, duration
+from .preflight import problems, together
 from .single_process import Alone
 
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
@@ -275,12 +275,6 @@ def data_of(options: TrainOptions, folder: Path) -> tuple[Path, ...]:
     return options.data
 
 
-def own_tokens(folder: Path) -> tuple[Path, ...]:
-    """The tokens that a run made of text, if it did."""
-    own = tuple(folder / part for part in PARTS)
-    return own if all(path.is_file() for path in own) else ()
-
-
 def described(machine: Machine) -> dict[str, Any]:
     """The machine and what runs on it, for the run's records."""
     # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
@@ -289,21 +283,3 @@ def described(machine: Machine) -> dict[str, Any]:
         "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
         "python": platform.python_version(), "platform": system, "command": sys.argv,
     }  # fmt: skip
-
-
-def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
-    """What was trained, how and on what, for people and later tools; loading a model does not read it."""
-    text = json.dumps({"llmpy": __version__, "options": options.as_record(), **more}, indent=2, ensure_ascii=False)
-    # errors: a path may hold bytes that are no text
-    write_whole(
-        folder / CONFIG_FILE,
-        lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="surrogateescape"),
-    )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a config.json. Raises LlmpyError if there are none."""
-    try:
-        return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise LlmpyError(f"{path} cannot be read: {fault}", "begin a new run") from None

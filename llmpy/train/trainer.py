@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
+from ..backend.machine import Machine
 from ..data.hellaswag import read_examples
 from ..data.loader import Loader
 from ..data.prepare import VALIDATION, Dataset
 from ..data.records import holds_answers, question
-from ..errors import Diverged, LlmpyError, count_of
+from ..errors import Diverged, LlmpyError
 from ..formats import llmc_state
 from ..generate.generation import Choice, TextStream, encode_prompt, generate
 from ..model.config import ModelConfig
@@ -44,12 +44,15 @@ from ..run.journal import Journal
 from ..run.trackers import Trackers
 from ..system.command import command
 from ..system.durable import sync_folder
+from ..system.words import count_of, duration
+from ..version import __version__
 from . import start
+from .memory import check_disk, check_memory
 from .multiple_choice import MultipleChoice
 from .nonfinite import origin
 from .optimizer import AdamW
 from .outliers import OutlierDetector
-from .preflight import Machine, all_of, check_disk, check_length, check_memory, duration, inspect
+from .preflight import all_of, check_length, inspect
 from .schedule import horizon, learning_rate
 from .single_process import Alone
 

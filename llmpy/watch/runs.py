@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..errors import LlmpyError, did_you_mean
+from ..errors import LlmpyError
 from ..run.folder import CONFIG_FILE, LOCK, METRICS, SAMPLES
 from ..system.command import command
+from ..system.words import did_you_mean
 from .curves import CLOCKS, KEPT, POINTS, Metrics, finite, open_regular, smoothed, width_of
 
 BELOW = Path("runs")  # where runs are sought when none is named

@@ -23,9 +23,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import LlmpyError
 from ..options.options import WatchOptions
+from ..version import __version__
 from .curves import CLOCKS, LARGEST_STEP
 from .runs import Runs, board
 

@@ -89,7 +89,7 @@ EXTRAS = {"plot": "matplotlib", "parquet": "pyarrow", "gguf": "gguf"}  # whoever
 SITE = """
 import sys, types
 from support.laptop import in_place_of_the_cpu
-sys.modules["llmpy.backend.cpu"] = types.SimpleNamespace(CPU=in_place_of_the_cpu, default_threads=lambda: 1)
+sys.modules["llmpy.backend.cpu"] = types.SimpleNamespace(CPU=in_place_of_the_cpu)
 """
 
 

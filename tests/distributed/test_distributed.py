@@ -33,18 +33,19 @@ from llmpy.distributed import watchdog as watch
 from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
 from llmpy.distributed.parts import ShardedKeeper
 from llmpy.distributed.watchdog import Fault, Watch
-from llmpy.distributed.zero import BUCKET, Zero, buckets, cut, length
+from llmpy.distributed.zero import Zero
 from llmpy.formats import llmc_state
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2, PARAMS
 from llmpy.model.initialise import initialise
+from llmpy.model.partition import BUCKET, buckets, cut, length
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run.checkpoint_writer import Keeper
 from llmpy.run.journal import Journal
 from llmpy.train import trainer
+from llmpy.train.memory import memory_parts
 from llmpy.train.optimizer import AdamW
-from llmpy.train.preflight import memory_parts
 
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 0.5}

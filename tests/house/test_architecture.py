@@ -39,7 +39,7 @@ FLOORS = (
     ("model",),  # handed its operations: it imports no kernel
     ("backend",),  # kernels take arrays and scalars, never a config
     ("system",),  # files, terminals, downloads: nothing of this project's subject
-    ("errors", "rng", ""),  # everything may use them
+    ("errors", "rng", "version", ""),  # everything may use them
 )
 ENTRANCES = {"llmpy", "llmpy.__main__"}  # they show what lies above; asked for, they are no more than a version
 HEIGHT_OF = {name: -height for height, names in enumerate(FLOORS) for name in names}
@@ -55,18 +55,11 @@ FORBIDDEN = [
 ]
 # Imports that run up the floors. To be emptied.
 UPWARD: set[tuple[str, str]] = {
-    ("llmpy.data.pack", "llmpy.run.folder"),
     ("llmpy.data.prepare", "llmpy.formats"),
     ("llmpy.data.prepare", "llmpy.formats.source"),
     ("llmpy.data.text", "llmpy.run.folder"),
     ("llmpy.formats.llmc_state", "llmpy.train.optimizer"),
-    ("llmpy.generate.generation", "llmpy.train.preflight"),
-    ("llmpy.options.options", "llmpy.run.folder"),
-    ("llmpy.options.options", "llmpy.train.schedule"),
-    ("llmpy.run.checkpoint_writer", "llmpy.train.nonfinite"),
     ("llmpy.run.checkpoint_writer", "llmpy.train.optimizer"),
-    ("llmpy.system.download", "llmpy.run.folder"),
-    ("llmpy.train.preflight", "llmpy.distributed.zero"),
 }
 # Height inside the CPU backend: a module imports only from below. Everything else is an operation.
 HEIGHT = {"pool": -1, "jit": 0, "simd": 1, "gelu": 2, "gemm": 2, "decode": 4, "": 9}
@@ -160,7 +153,10 @@ def test_imports_point_one_way() -> None:
 
 
 def test_no_import_cycles() -> None:
-    assert cycle(imports(top_level_only=True)) == []
+    graph = imports()
+    # The seam loads a backend when it is asked for one, by name; that is no import of the seam's own.
+    graph["llmpy.backend"] -= {"llmpy.backend.cpu", "llmpy.backend.reference"}
+    assert cycle(graph) == []
 
 
 def test_nothing_unpickles() -> None:

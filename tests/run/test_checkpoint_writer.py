@@ -20,8 +20,9 @@ from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run.checkpoint import MANIFEST, MODEL, STATE
-from llmpy.run.checkpoint_writer import Keeper, position_of, restore
+from llmpy.run.checkpoint_writer import Keeper, restore
 from llmpy.run.journal import Journal
+from llmpy.run.place import position_of
 from llmpy.system import durable
 from llmpy.train.optimizer import AdamW
 

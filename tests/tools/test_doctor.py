@@ -20,9 +20,10 @@ from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.options.options import DEFAULT_MODEL, DoctorOptions, TrainOptions
 from llmpy.system.command import install
+from llmpy.system.resources import container_cores, container_memory
 from llmpy.tools import doctor
-from llmpy.tools.doctor import FAULT, NOTE, OK, Check, cgroup_cpus, cgroup_memory
-from llmpy.train.preflight import memory_of
+from llmpy.tools.doctor import FAULT, NOTE, OK, Check
+from llmpy.train.memory import memory_of
 
 
 class Meter(Laptop):
@@ -108,12 +109,12 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.state == OK
     trained = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=512)  # as `llmpy train` takes for its own text
     assert check.numbers["default_training"] == memory_of(TrainOptions(), trained, Meter())
-    monkeypatch.setattr(doctor, "cgroup_memory", lambda: (100 << 20, 50 << 20))
+    monkeypatch.setattr(doctor, "container_memory", lambda: (100 << 20, 50 << 20))
     (check,) = doctor.memory(Meter())
     assert check.state == FAULT
     assert "the container may take 0.1 GB" in check.found
     needed = check.numbers["default_training"]
-    monkeypatch.setattr(doctor, "cgroup_memory", lambda: (needed + 1, 0))
+    monkeypatch.setattr(doctor, "container_memory", lambda: (needed + 1, 0))
     assert next(doctor.memory(Meter())).state == NOTE
 
 
@@ -121,10 +122,10 @@ def test_threads_that_cannot_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_percent", lambda _: 0.0)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(doctor, "cgroup_cpus", lambda: None)
+    monkeypatch.setattr(doctor, "container_cores", lambda: None)
     assert next(doctor.threads(Meter(8))).state == OK
     assert next(doctor.threads(Meter(4))).state == NOTE
-    monkeypatch.setattr(doctor, "cgroup_cpus", lambda: 2.5)
+    monkeypatch.setattr(doctor, "container_cores", lambda: 2.5)
     check = next(doctor.threads(Meter(8)))
     assert (check.state, check.fix) == (NOTE, "use --threads 2")
     monkeypatch.setattr(psutil, "cpu_percent", lambda _: 50.0)
@@ -143,27 +144,27 @@ def test_cores_that_are_shared() -> None:
 
 
 def test_limits_of_containers(tmp_path: Path) -> None:
-    assert cgroup_cpus(tmp_path) is None
-    assert cgroup_memory(tmp_path) is None
+    assert container_cores(tmp_path) is None
+    assert container_memory(tmp_path) is None
     (tmp_path / "cpu").mkdir()
     (tmp_path / "memory").mkdir()
     for name, text in (("quota", "150000"), ("period", "100000")):
         (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(text)
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000\n")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("40\n")
-    assert cgroup_cpus(tmp_path) == 1.5
-    assert cgroup_memory(tmp_path) == (5000, 40)
+    assert container_cores(tmp_path) == 1.5
+    assert container_memory(tmp_path) == (5000, 40)
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1")
-    assert cgroup_cpus(tmp_path) is None
+    assert container_cores(tmp_path) is None
     (tmp_path / "cpu.max").write_text("300000 100000\n")
     (tmp_path / "memory.max").write_text("7000\n")
     (tmp_path / "memory.current").write_text("70\n")
-    assert cgroup_cpus(tmp_path) == 3
-    assert cgroup_memory(tmp_path) == (7000, 70)
+    assert container_cores(tmp_path) == 3
+    assert container_memory(tmp_path) == (7000, 70)
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert cgroup_cpus(tmp_path) is None
-    assert cgroup_memory(tmp_path) == (5000, 40)
+    assert container_cores(tmp_path) is None
+    assert container_memory(tmp_path) == (5000, 40)
 
 
 def test_the_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

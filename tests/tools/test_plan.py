@@ -14,15 +14,15 @@ from support.laptop import Laptop
 from llmpy.bench.ops import FLOPS
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import Line, Work, communication
-from llmpy.distributed.zero import BUCKET
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2, PARAMS
 from llmpy.model.initialise import initialise
+from llmpy.model.partition import BUCKET
 from llmpy.options.options import PlanOptions
 from llmpy.tools import plan
 from llmpy.tools.plan import smaller, step_parts, table
-from llmpy.train.preflight import memory_needed
+from llmpy.train.memory import memory_needed
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
 

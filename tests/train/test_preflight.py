@@ -21,20 +21,18 @@ from llmpy.model.arena import memory
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import ACTS, PARAMS, RECOMPUTE
 from llmpy.options.options import TrainOptions
+from llmpy.system.words import duration
 from llmpy.train import preflight
-from llmpy.train.preflight import (
+from llmpy.train.memory import (
     COMPILER_BYTES,
     PROGRAM_BYTES,
-    Preflight,
     check_disk,
     check_memory,
     disk_needed,
-    duration,
-    inspect,
     memory_needed,
     memory_of,
-    problems,
 )
+from llmpy.train.preflight import Preflight, inspect, problems
 from llmpy.train.start import begin
 
 GPT2_124M = ModelConfig.from_dial("gpt2")

@@ -20,15 +20,15 @@ import pytest
 from support.laptop import CLOCKED, AtOnce, Laptop
 
 from llmpy import backend
+from llmpy.backend.machine import Machine
 from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
-from llmpy.run.folder import Lock
 from llmpy.system import durable
+from llmpy.system.lock import Lock
 from llmpy.train import trainer
-from llmpy.train.preflight import Machine
 
 STEPS = 200
 # Shards of 62, 46 and 31 batches of 2 x 16: with two batches a step an epoch ends in the middle of step 70, and shards

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from llmpy.options.options import KINDS
 from llmpy.tools.golden import RATE_STEPS, RATES
-from llmpy.train.schedule import KINDS, horizon, learning_rate
+from llmpy.train.schedule import horizon, learning_rate
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,9 +13,9 @@ from support.samples import in_memory
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.options.options import DEFAULT_MODEL, TrainOptions
-from llmpy.run.folder import RunFolder
+from llmpy.run.folder import RunFolder, read_config
 from llmpy.train.single_process import Alone
-from llmpy.train.start import anywhere, changed, dial, of, read_config
+from llmpy.train.start import anywhere, changed, dial, of
 
 
 def test_a_model_that_agrees_may_be_named() -> None:

@@ -367,7 +367,7 @@ def test_more_threads_than_cores_are_told_of(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once, and they are taken."""
-    monkeypatch.setattr(preflight, "cores", lambda: 2)
+    monkeypatch.setattr("llmpy.system.resources.cores", lambda: 2)
     told = "note: 99 threads on 2 cores: more than cores are slower; --threads 2 is best\n"
     machine = Laptop()
     for threads, count in ((99, 1), (2, 0)):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 
 from ...errors import LlmpyError
+from ...system.resources import cores
 from . import adamw as adamw_
 from . import (
     attention,
@@ -46,20 +44,6 @@ REPLAYED = {
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
-def default_threads() -> int:
-    """Cores that this process may use: physical ones, within its affinity and its container's share."""
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no container limit that can be read
-    return max(1, cores)
-
-
 def native_dtype() -> str:
     """What dtype "auto" takes: bfloat16 where the CPU multiplies it natively, else float32."""
     return "bfloat16" if simd.HOST.bf16 else "float32"
@@ -77,7 +61,7 @@ class CPU:
         if dtype not in ("float32", "bfloat16"):
             raise LlmpyError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
-        self.threads = default_threads() if threads is None else threads
+        self.threads = cores() if threads is None else threads
         if not 1 <= self.threads <= pool.MOST:
             raise LlmpyError(f"{self.threads} threads", f"use --threads between 1 and {pool.MOST}")
         self.isa = simd.HOST.name
