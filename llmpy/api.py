@@ -38,7 +38,7 @@ from .run.folder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, 
 from .system.command import command
 from .system.resources import crowded
 from .system.words import did_you_mean
-from .train.trainer import train
+from .train.assemble import train
 
 IGNORED = -1  # a target that does not count
 CHOICES = {"stop", "seed", *(f.name for f in fields(Choice))}  # of what `llmpy sample` can be told

@@ -196,7 +196,7 @@ def train(options: TrainOptions) -> int:
         raise
     except LlmpyError:
         folder = None  # asked again below, where it is told together with whatever else is wrong
-    from ..train.trainer import train
+    from ..train.assemble import train
 
     return train(options, folder=folder)
 
@@ -205,7 +205,7 @@ def train_together(options: TrainOptions) -> int:
     """Train a model as one of several ranks."""
     from ..distributed import launch
     from ..distributed.world import join
-    from ..train.trainer import train
+    from ..train.assemble import train
 
     joined = join(options)
     if joined is None:

@@ -111,11 +111,11 @@ class Loader:
 
     @property
     def position(self) -> Position:
-        """A copy of where the loader stands; set it to continue from there.
+        """Where the loader stands; set it to continue from there. What it holds is never changed by reading on.
 
         Raises LlmpyError (on setting) for a position of other shards or other -B, -T.
         """
-        return Position(self._shard, self._sample, self._shard_order.copy(), self._sample_order.copy(), self._rng.state)
+        return Position(self._shard, self._sample, self._shard_order.copy(), self._sample_order, self._rng.state)
 
     @position.setter
     def position(self, position: Position) -> None:

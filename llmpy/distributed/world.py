@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -33,20 +33,19 @@ from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install
 from ..system.resources import cores
-from ..train.single_process import Alone
+from ..train.single_process import SingleProcess
 from . import launch
 from .parts import ShardedKeeper
 from .watchdog import Fault, Watch, end
 from .zero import Zero
 
-T = TypeVar("T")
 LOOKS = 50  # at a request in a row before sleeping: an answer from this host mostly comes sooner
 NAP = 1e-4  # seconds
 WORD_OF_DEATH = 3.0  # to learn from the watch whose fault it is when MPI finds one
 MESSAGE = 1 << 28  # bytes of one message: MPI counts in 32 bits
 
 
-class World(Alone):
+class World(SingleProcess):
     """All ranks of a run. A context manager: whatever fault leaves it on one rank ends all of them."""
 
     def __init__(self, mpi: Any, patience: float) -> None:
@@ -117,7 +116,7 @@ class World(Alone):
         raise LlmpyError(f"MPI: {fault}", "see what mpiexec printed") from fault
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """See `Alone`, as for all that have no text here."""
+        """See `SingleProcess`, as for all that have no text here."""
         start = time.perf_counter()
         mine = np.asarray(numbers, np.float64)
         all_of_them = np.empty((self.size, mine.size))
@@ -179,25 +178,26 @@ class World(Alone):
         self._carried = self._waited = 0.0
         return {"comm_ms": 1e3 * carried, "exposed_ms": 1e3 * waited}
 
-    def in_turn(self, lead: Callable[[], T], others: Callable[[], T] | None = None) -> T:
-        if self.rank == 0:
-            value = lead()
+    @contextlib.contextmanager
+    def first_rank_first(self) -> Iterator[None]:
+        yield from self._after(self.rank == 0)
+
+    @contextlib.contextmanager
+    def each_host_once(self) -> Iterator[None]:
+        yield from self._after(self.local_rank == 0)
+
+    def _after(self, first: bool) -> Iterator[None]:
+        """Let the `first` ranks through, and the others when those are done."""
+        if not first:
             self.gather(0)
-            return value
-        self.gather(0)
-        return (others or lead)()
+        yield
+        if first:
+            self.gather(0)
 
-    def on_each_host(self, prepare: Callable[[], object]) -> None:
-        if self.local_rank == 0:
-            prepare()
-        self.gather(0)
-        if self.local_rank:
-            prepare()
-
-    def while_others_wait(self, act: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def others_waiting(self) -> Iterator[bool]:
         self.result(self.submit(lambda: None))  # all messages of before are delivered
-        if self.rank == 0:
-            act()
+        yield self.rank == 0
         self.gather(0)
 
     def threads(self, options: TrainOptions) -> int | None:

@@ -46,7 +46,7 @@ class Courier(Protocol):
         """Wait for a job. Raises what it raised, or what ended the world."""
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """As `Alone.gather`."""
+        """As `SingleProcess.gather`."""
 
 
 def pack(out: np.ndarray, flat: np.ndarray, ranges: Sequence[Range]) -> None:

@@ -8,9 +8,11 @@ The sums of the window are carried along, so a value costs the same at any lengt
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 WINDOW = 128
+GIVE_UP_AFTER = 5  # steps in a row whose loss or norm is not finite
 
 
 class OutlierDetector:
@@ -46,3 +48,24 @@ class OutlierDetector:
     def state(self, state: dict[str, Any]) -> None:
         self._values, self._next = list(state["values"]), state["next"]
         self._sum, self._squares = state["sum"], state["squares"]
+
+
+class UpdateGuard:
+    """Decides whether a step's gradients reach the parameters."""
+
+    def __init__(self, most: Mapping[str, float]) -> None:
+        """`most`: of loss and norm, the deviations above the mean that are let through; 0: any."""
+        self.most = most
+        self.detectors = {name: OutlierDetector() for name in ("loss", "norm")}
+        self.bad_steps = 0  # in a row, with a loss or norm that is not finite
+
+    def judge(self, loss: float, norm: float) -> tuple[dict[str, float], str]:
+        """Return the deviations of loss and norm from their means, and why to skip the update, or ""."""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.bad_steps += 1
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+            return {"loss": math.nan, "norm": math.nan}, what
+        self.bad_steps = 0
+        z = {"loss": self.detectors["loss"].update(loss), "norm": self.detectors["norm"].update(norm)}
+        found = next((name for name, value in z.items() if self.most[name] and value > self.most[name]), "")
+        return z, f"the {found} is {z[found]:.1f} deviations above its mean" if found else ""

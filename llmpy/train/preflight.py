@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..backend.machine import Machine
 from ..data.hellaswag import read_examples
@@ -21,11 +21,14 @@ from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
 from ..model.gpt2 import PARAMS
 from ..options.options import DEFAULT_MODEL, TrainOptions
+from ..run.folder import own_tokens
 from ..run.trackers import package
 from ..system.resources import available_memory
 from ..system.words import count_of, duration, gigabytes
 from .memory import check_disk, check_memory, memory_of
+from .start import RunStart
 
+T = TypeVar("T")
 MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
 SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
 
@@ -104,75 +107,57 @@ class Preflight:
         return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
 
 
-def problems(
-    options: TrainOptions, folder: Path, machine: Machine, start: ModelConfig | None = None, beside: int = 1
-) -> list[LlmpyError]:
-    """All that can be known to be wrong before the data are read: in milliseconds, and nothing is compiled.
+class Problems:
+    """Collects what is wrong, so that all of it is reported together."""
 
-    `start` is the shape of the model that the run starts from, if it does not start from scratch; `beside` as of
-    `check_memory`.
-    """
-    found: list[LlmpyError] = []
-    options = replace(options, model=options.model or DEFAULT_MODEL)
+    def __init__(self, *known: LlmpyError) -> None:
+        self.found = list(known)
 
-    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(self, check: Callable[..., T], *arguments: Any) -> T | None:
+        """Return what the check returns; None, and its error is kept, if it raises one."""
         try:
             return check(*arguments)
-        except LlmpyError as fault:
-            found.append(fault)
+        except LlmpyError as error:
+            self.found.append(error)
+            return None
 
-    config = start or attempt(ModelConfig.from_dial, options.model)
+    def report(self) -> None:
+        """Raise the one error, or one that lists all of them; nothing if there are none."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            listed = "; ".join(f"({n}) {error}" for n, error in enumerate(self.found, 1))
+            raise LlmpyError(f"{len(self.found)} problems: {listed}")
+
+
+def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, *known: LlmpyError) -> None:
+    """Check all that can be known before anything is downloaded, compiled or read: in milliseconds.
+
+    `local_size` ranks are on this machine. Raises one LlmpyError for everything found, and for what was `known`.
+    """
+    o, problems = start.options, Problems(*known, *start.errors)
+    config = start.config or (None if o.init else problems.attempt(ModelConfig.from_dial, o.model or DEFAULT_MODEL))
     if config is not None:
-        attempt(check_length, options.sequence_length, config.context)
-    attempt(lambda: options.micro_steps)
-    for name in options.track or ():
-        attempt(package, name)
-    if options.hellaswag is not None:
-        attempt(read_examples, options.hellaswag, 1 << 16)
+        problems.attempt(check_length, o.sequence_length, config.context)
+    problems.attempt(lambda: o.micro_steps)
+    for name in o.track or ():
+        problems.attempt(package, name)
+    if o.hellaswag is not None:
+        problems.attempt(read_examples, o.hellaswag, 1 << 16)
     files: list[Found] = []
-    for path in options.data or ():
-        if not is_dataset(path):
-            files += attempt(find_files, [path], lambda _: None) or []
+    for path in o.data or ():
+        if not is_dataset(path) and not own_tokens(folder):
+            files += problems.attempt(find_files, [path], lambda _: None) or []
     for file in files:
-        attempt(_check_readable, file.path)
-    if found or config is None:
-        attempt(check_disk, options, config, folder) if config is not None else None
-        return found
-    tokens, vocab_size = _seen(files, options)
-    config = start or ModelConfig.from_dial(options.model, vocab_size=vocab_size)
-    least = options.batch_tokens + 1 + (0 if options.overfit else options.sequence_length + 1)
-    take = "takes" if options.overfit else "and a row to validate take"
-    if tokens is not None and tokens < least:
-        found.append(
-            LlmpyError(
-                f"all data together have {tokens:,} tokens, a batch of -B {options.batch_size} "
-                f"-T {options.sequence_length} {take} {least:,}",
-                "use a smaller -B or -T, or more text",
-            )
-        )
-    attempt(check_memory, options, config, machine, None, beside, options.ranks)
-    attempt(check_disk, options, config, folder)
-    return found
-
-
-def together(faults: Sequence[LlmpyError]) -> LlmpyError:
-    """The one fault, or one that tells all of them."""
-    if len(faults) == 1:
-        return faults[0]
-    return LlmpyError(f"{len(faults)} problems: " + "; ".join(f"({n}) {f}" for n, f in enumerate(faults, 1)))
-
-
-def all_of(*checks: Callable[[], Any]) -> list[Any]:
-    """What each returns. Raises LlmpyError, which tells all faults, if any raises one."""
-    results, faults = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except LlmpyError as fault:
-            faults.append(fault)
-    if faults:
-        raise together(faults)
-    return results
+        problems.attempt(_check_readable, file.path)
+    if config is not None and not problems.found:  # else their sizes are not known
+        tokens, vocab_size = _seen(files, o)
+        config = start.config or ModelConfig.from_dial(o.model, vocab_size=vocab_size)
+        problems.attempt(_check_tokens, tokens, o)
+        problems.attempt(check_memory, o, config, machine, None, local_size, o.ranks)
+    if config is not None:
+        problems.attempt(check_disk, o, config, folder)
+    problems.report()
 
 
 def _check_readable(path: Path) -> None:
@@ -180,8 +165,20 @@ def _check_readable(path: Path) -> None:
         raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions")
 
 
+def _check_tokens(tokens: int | None, o: TrainOptions) -> None:
+    """Raise LlmpyError if so many tokens, in all shards, do not make a batch."""
+    least = o.batch_tokens + 1 + (0 if o.overfit else o.sequence_length + 1)
+    if tokens is not None and tokens < least:
+        take = "takes" if o.overfit else "and a row to validate take"
+        raise LlmpyError(
+            f"all data together have {tokens:,} tokens, a batch of -B {o.batch_size} -T {o.sequence_length} {take} "
+            f"{least:,}",
+            "use a smaller -B or -T, or more text",
+        )
+
+
 def _seen(files: Sequence[Found], options: TrainOptions) -> tuple[int | None, int]:
-    """Tokens of the data if they are shards, and the vocabulary, by the sizes of the files."""
+    """Return the tokens of the data if they are shards, and the vocabulary, by the sizes of the files."""
     shards = [f.path for f in files if is_shard(f.path)]
     if shards:
         return sum(map(count_tokens, shards)), options.vocab_size or GPT2_VOCAB
@@ -196,26 +193,10 @@ def check_length(T: int, context: int) -> None:
         raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
 
 
-def inspect(
-    config: ModelConfig,
-    options: TrainOptions,
-    machine: Machine,
-    train_tokens: int,
-    val_tokens: int,
-    done: int = 0,
-    elapsed: float = 0.0,
-    ranks: int = 1,
-) -> Preflight:
-    """Measure the machine and compute the needs of a run, or of one that goes on after `done` steps."""
+def inspect(start: RunStart, config: ModelConfig, options: TrainOptions, machine: Machine, tokens: tuple[int, int],
+    ranks: int = 1) -> Preflight:  # fmt: skip
+    """Measure the machine and compute the needs of a run. `tokens`: to train on and to validate."""
+    peak, memory = machine.measure_peak(), memory_of(options, config, machine, ranks)
     return Preflight(
-        config,
-        options,
-        machine,
-        train_tokens,
-        val_tokens,
-        machine.measure_peak(),
-        memory_of(options, config, machine, ranks),
-        available_memory(),
-        done,
-        elapsed,
-    )
+        config, options, machine, *tokens, peak, memory, available_memory(), start.done, start.elapsed
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""From options to a finished run: claim → resolve → check → load → build → run.
+
+claim     the run's folder                        resolve   options and what the run starts from (start.py)
+check     all that can be wrong, at once          load      parameters and data
+build     the parts of a trainer (trainer.py)     run       its loop
+
+Whatever can be refused is refused before anything compiles, and then nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from .. import backend
+from ..backend.machine import Machine
+from ..data.prepare import Dataset
+from ..errors import LlmpyError
+from ..formats import llmc_state
+from ..model.gpt2 import GPT2
+from ..options.options import TrainOptions
+from ..run.folder import TOKENIZER_FILE, RunFolder, write_config
+from ..run.journal import Journal
+from ..run.trackers import Trackers
+from ..system.durable import sync_folder
+from ..version import __version__
+from .memory import check_disk, check_memory
+from .preflight import Problems, check, check_length, inspect
+from .report import Report
+from .single_process import SINGLE_PROCESS, SingleProcess
+from .start import RunStart, resolve
+from .trainer import Trainer
+from .training_data import TrainingData
+
+
+def train(
+    options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None,
+    world: SingleProcess = SINGLE_PROCESS,
+) -> int:  # fmt: skip
+    """Train as the options say; return the exit code. `machine` None: the CPU.
+
+    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already. `world`: the ranks that train
+    together, each of which calls this. Raises LlmpyError for all that is wrong.
+    """
+    options = replace(options, ranks=world.size)
+    try:
+        folder = folder or world.claim(options)
+    except LlmpyError as error:
+        if world.rank == 0 and not options.resume:  # what else is wrong with that its folder would say
+            start = resolve(options, None, lambda _: None)
+            check(start, Path(), machine or load_machine(options, world), world.local_size, error)
+        raise
+    try:
+        with world.journal() as journal:
+            journal.say(f"llm.py {__version__}")
+            with world.first_rank_first():
+                start = resolve(options, folder, journal.say)
+            machine = machine or load_machine(start.options, world)
+            if start.manifest is None:
+                check(start, folder.path, machine, world.local_size)
+                if world.rank == 0:
+                    write_config(folder.path, start.options)  # from here on the run can be resumed
+            with world.first_rank_first():
+                start = start.load(journal.say)
+                data = start.read_data(folder.path, journal.say)
+            return build(start, data, folder, journal, machine, world).run()
+    finally:
+        if folder is not None:
+            folder.discard()
+
+
+def load_machine(options: TrainOptions, world: SingleProcess = SINGLE_PROCESS) -> Machine:
+    """Return the CPU as the options want it."""
+    return cast(Machine, backend.load("cpu", threads=world.threads(options), dtype=options.dtype))
+
+
+def build(
+    start: RunStart, data: Dataset, folder: RunFolder, journal: Journal, machine: Machine,
+    world: SingleProcess = SINGLE_PROCESS,
+) -> Trainer:  # fmt: skip
+    """Return a trainer, ready to run; of a run that is resumed, as it was. Its folder is kept from here on."""
+    config = start.shape(data)
+    options = start.options.settled(config.channels, sum(map(len, data.train)))
+    problems = Problems()
+    fed = problems.attempt(TrainingData, data, options, config, world)
+    problems.attempt(check_length, options.sequence_length, config.context)
+    problems.attempt(check_memory, options, config, machine, None, world.local_size, world.size)
+    problems.attempt(check_disk, options, config, folder.path)
+    problems.report()
+    assert fed is not None
+    if start.state is not None:
+        llmc_state.restore_place(start.state, fed.train)  # before anything compiles
+    if start.manifest is not None:
+        fed.check_same(start.manifest["data"], folder.path)
+    flight = inspect(start, config, options, machine, fed.tokens, world.size)
+    for line in [*flight.lines(), *world.lines(machine.threads)]:
+        journal.say(line)
+    with world.each_host_once():
+        machine.warm_up(journal.say)
+    model = GPT2(config, machine, options.recompute, options.recompute_layers)
+    start.fill(model)
+    model.reserve(options.batch_size, options.sequence_length, training=True)
+    optimizer = world.optimizer(model, options)
+    since = start.done if folder.resumed else None
+    tracked = (options.track or ()) if world.rank == 0 else ()
+    trackers = Trackers(tracked, folder.path, options.as_record(), journal.say, since)
+    peak = sum(part for (part,) in world.gather(flight.peak))
+    flops = config.flops_per_token(options.sequence_length)
+    report = Report(journal, trackers, peak, flops, flight.step_seconds, world)
+    # Positions beyond the longest T that the model was trained at are untrained.
+    length = max(options.sequence_length, start.source.trained_length if start.source else 0)
+    checkpoints = world.keeper(folder.path, model, optimizer, length, journal, options)
+    trainer = Trainer(model, optimizer, fed, options, checkpoints, report, world)
+    if start.checkpoint is not None and start.manifest is not None:
+        trainer.resume(start.checkpoint, start.manifest)
+    if start.state is not None:
+        trainer.take_over(start.state)
+    if world.rank == 0:
+        if data.tokenizer is not None:
+            data.tokenizer.save(folder / TOKENIZER_FILE)
+        about = {"model": asdict(config), "machine": described(machine), "data": fed.fingerprints}
+        write_config(folder.path, options, **about)
+    journal.open(folder.path, None if not folder.resumed else start.manifest["logs"] if start.manifest else {})
+    if tracked and since:  # they forget this step with what came after it
+        for row in journal.recorded(since):
+            trackers.log(since, row)
+    folder.keep()
+    journal.say(f"run folder {folder.path}")
+    sync_folder(folder.path)
+    sync_folder(folder.path.absolute().parent)
+    return trainer
+
+
+def described(machine: Machine) -> dict[str, Any]:
+    """Return the machine and what runs on it, for the run's records."""
+    # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
+    system = "-".join((platform.system(), platform.release(), platform.machine()))
+    return {
+        "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),
+        "python": platform.python_version(), "platform": system, "command": sys.argv,
+    }  # fmt: skip

@@ -1,0 +1,85 @@
+"""How good the model is: its mean loss on the validation text, and its accuracy on HellaSwag."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import numpy as np
+
+from ..model.gpt2 import GPT2
+from ..options.options import ALL_BATCHES, TrainOptions
+from ..run.checkpoint import Score
+from .multiple_choice import MultipleChoice
+from .report import Report
+from .signals import StopSignals
+from .single_process import SINGLE_PROCESS, SingleProcess
+from .training_data import TrainingData, contents
+
+
+class Evaluation:
+    """Evaluates the model after a step: always on the same batches, which the ranks divide among them."""
+
+    def __init__(
+        self, model: GPT2, data: TrainingData, options: TrainOptions, report: Report, stop: StopSignals,
+        world: SingleProcess = SINGLE_PROCESS,
+    ) -> None:  # fmt: skip
+        self._model, self._data, self._report, self._stop, self._world = model, data, report, stop, world
+        wanted, most = options.eval_batches, data.val.batches_per_epoch
+        self._batches = most if wanted == ALL_BATCHES else max(1, min(wanted, most))
+        digest = hashlib.blake2b(json.dumps(contents(data.fingerprints["val"])).encode(), digest_size=6).hexdigest()
+        # What a loss is the mean of: another one is not to be compared with it.
+        self._measured_on = f"{self._batches:,} batches of {data.val.B} x {data.val.T} of text {digest}"
+        self.loss = math.nan  # the last one
+
+    def run(self, step: int) -> Score | None:
+        """Evaluate and report; None if a stop signal came meanwhile or nothing counts. The loss may be NaN."""
+        score = self._validate(step)
+        if self._data.choices is not None and not self._stop.signal:
+            self._choose(step, self._data.choices)
+        return score
+
+    def _validate(self, step: int) -> Score | None:
+        """Batches weigh by their targets that count: without a mask alike, as in llm.c."""
+        val, world, report = self._data.val, self._world, self._report
+        val.reset()
+        total = weight = 0.0
+        for first in range(0, self._batches, world.size):  # a batch for each rank: the same sum for any number of them
+            mine = 0.0, 0.0
+            for i in range(first, min(first + world.size, self._batches)):
+                tokens, targets = val.next()
+                if i - first == world.rank:
+                    share = np.count_nonzero(targets >= 0) / targets.size
+                    mine = share * self._model.loss(tokens, targets), share
+            for part, counted in self._stop.agree(*mine):
+                total += part
+                weight += counted
+            if self._stop.signal:
+                return None
+        if not weight:
+            report.journal.say(f"step {step:>5} | no target of the {self._batches:,} validation batches counts")
+            return None
+        loss = total / weight
+        if not math.isfinite(loss):
+            return Score(step, loss, self._measured_on)
+        numbers, line = {"val_loss": loss}, f"step {step:>5} | validation loss {loss:.4f}"
+        if self._data.bytes_per_token:
+            numbers["val_bits_per_byte"] = loss / math.log(2) / self._data.bytes_per_token
+            line += f" | {numbers['val_bits_per_byte']:.3f} bits a byte"
+        report.record(step, **numbers)
+        report.journal.record_llmc(f"s:{step} tel:{loss:.4f}")
+        report.journal.say(line)
+        self.loss = loss
+        return Score(step, loss, self._measured_on)
+
+    def _choose(self, step: int, choices: MultipleChoice) -> None:
+        world, count, right = self._world, len(choices.examples), 0
+        for first in range(0, count, world.size):
+            mine = first + world.rank
+            right += int(sum(r for (r,) in self._stop.agree(mine < count and choices.right(self._model, mine))))
+            if self._stop.signal:
+                return
+        self._report.record(step, hellaswag=right / count)
+        self._report.journal.record_llmc(f"s:{step} eval:{right / count:.4f}")
+        self._report.journal.say(f"step {step:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")

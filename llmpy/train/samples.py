@@ -1,0 +1,35 @@
+"""What the model writes while it is trained: always with the same coins, so that samples compare."""
+
+from __future__ import annotations
+
+import itertools
+
+from ..generate.generation import Choice, TextStream, generate
+from ..model.gpt2 import GPT2
+from ..options.options import TrainOptions
+from ..rng import Xorshift64Star
+from ..run.journal import Journal
+from .signals import StopSignals
+from .training_data import TrainingData
+
+SEED = 1337  # llm.c's
+CHOICE = Choice(temperature=0.5, top_k=50)  # as `llmpy sample` has them
+
+
+def write_sample(
+    model: GPT2, data: TrainingData, options: TrainOptions, step: int, journal: Journal, stop: StopSignals
+) -> None:
+    """Print what the model writes after the prompt, until a stop signal comes."""
+    o, stream = options, TextStream(data.tokenizer.decode if data.tokenizer else token_ids)
+    # Packed matrices would take memory that training needs; a sample is soon done without.
+    tokens = generate(model, data.prompt, o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE, pack=False)
+    until_asked = itertools.takewhile(lambda _: not stop.asked, tokens)
+    text = (data.opening + "".join(map(stream.feed, until_asked)) + stream.finish()).strip("\n")
+    for line in (f"--- sample at step {step}", text, "---"):
+        journal.say(line)
+    journal.record_sample(f"--- step {step}", text)
+
+
+def token_ids(ids: list[int]) -> str:
+    """Return what stands for text where there is no tokenizer."""
+    return "".join(f"{i} " for i in ids)
