@@ -24,7 +24,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.options.options import TrainOptions
 from llmpy.run.folder import RunFolder
 from llmpy.run.journal import Journal
-from llmpy.train import start, trainer
+from llmpy.train import assemble, start, trainer
 
 STEPS, EVERY, WARM = 40, 20, 2
 
@@ -42,7 +42,7 @@ def seconds(told: argparse.Namespace, every: int, machine: Machine) -> tuple[flo
             data=(folder / "train.bin", folder / "val.bin"), model=told.model, batch_size=told.B, keep=1,
             sequence_length=told.T, dtype=told.dtype, steps=1000, checkpoint_every=every,
         )  # fmt: skip
-        made, waits = trainer.assemble(options, run, journal, machine), []
+        made, waits = assemble.build(options, run, journal, machine), []
         for _ in range(WARM):
             made.step()
         made.keeper.begin(0)

@@ -24,7 +24,7 @@ from llmpy.generate.generation import Choice
 from llmpy.model.config import ModelConfig
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
-from llmpy.train.trainer import train
+from llmpy.train.assemble import train
 
 ROWS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 

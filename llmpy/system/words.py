@@ -46,10 +46,11 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
     def plain(w: str) -> str:
         return w.lower().replace("_", "-").strip("-")
 
-    by_plain = {plain(k): k for k in known}
-    started = [k for p, k in by_plain.items() if len(plain(word)) > 1 and p.startswith(plain(word))]
-    close = difflib.get_close_matches(plain(word), by_plain, SUGGESTIONS, 0.7)
-    return started[:SUGGESTIONS] or [by_plain[p] for p in close]
+    word, by_plain = plain(word), {plain(k): k for k in known}
+    started = [k for p, k in by_plain.items() if len(word) > 1 and p.startswith(word)]
+    alike = {p: difflib.SequenceMatcher(None, p, word).ratio() for p in by_plain}
+    best = max(0.7, *alike.values(), 0.0) - 0.1
+    return (started or [by_plain[p] for p in difflib.get_close_matches(word, alike, SUGGESTIONS, best)])[:SUGGESTIONS]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -56,20 +56,27 @@ def train(
     try:
         with world.journal() as journal:
             journal.say(f"llm.py {__version__}")
-            with world.first_rank_first():
-                start = resolve(options, folder, journal.say)
-            machine = machine or load_machine(start.options, world)
-            if start.manifest is None:
-                check(start, folder.path, machine, world.local_size)
-                if world.rank == 0:
-                    write_config(folder.path, start.options)  # from here on the run can be resumed
-            with world.first_rank_first():
-                start = start.load(journal.say)
-                data = start.read_data(folder.path, journal.say)
-            return build(start, data, folder, journal, machine, world).run()
+            return assemble(options, folder, journal, machine, world).run()
     finally:
-        if folder is not None:
-            folder.discard()
+        folder.discard()
+
+
+def assemble(
+    options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None = None,
+    world: SingleProcess = SINGLE_PROCESS,
+) -> Trainer:  # fmt: skip
+    """Return a trainer, ready to run, in a folder that is claimed. When this returns the folder is kept."""
+    with world.first_rank_first():
+        start = resolve(options, folder, journal.say)
+    machine = machine or load_machine(start.options, world)
+    if start.manifest is None:
+        check(start, folder.path, machine, world.local_size)
+        if world.rank == 0:
+            write_config(folder.path, start.options)  # from here on the run can be resumed
+    with world.first_rank_first():
+        start = start.load(journal.say)
+        data = start.read_data(folder.path, journal.say)
+    return build(start, data, folder, journal, machine, world)
 
 
 def load_machine(options: TrainOptions, world: SingleProcess = SINGLE_PROCESS) -> Machine:
@@ -81,7 +88,7 @@ def build(
     start: RunStart, data: Dataset, folder: RunFolder, journal: Journal, machine: Machine,
     world: SingleProcess = SINGLE_PROCESS,
 ) -> Trainer:  # fmt: skip
-    """Return a trainer, ready to run; of a run that is resumed, as it was. Its folder is kept from here on."""
+    """Return a trainer of a model and data that are at hand; of a run that is resumed, as it was."""
     config = start.shape(data)
     options = start.options.settled(config.channels, sum(map(len, data.train)))
     problems = Problems()

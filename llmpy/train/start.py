@@ -53,9 +53,12 @@ class RunStart:
 
     def load(self, say: Callable[[str], None]) -> RunStart:
         """Return the same with its parameters at hand: downloaded, if they are a hub's."""
-        if self.source is None and self.options.init is not None:
-            return replace(self, source=formats.resolve(self.options.init, say))
-        return self
+        source = self.source
+        if source is None and self.options.init is not None:
+            source = formats.resolve(self.options.init, say)
+        if source is not None and self.manifest is None:
+            say(f"init     {source.describe()}")
+        return replace(self, source=source)
 
     def read_data(self, folder: Path, say: Callable[[str], None]) -> Dataset:
         """Return the data: the tokens that the run made of text, or the shards or text that it was given."""
@@ -63,10 +66,12 @@ class RunStart:
         if self.manifest is not None and o.data is None and not own:
             raise LlmpyError(f"train.bin or val.bin in {folder} is missing", "restore them, or begin a new run")
         vocab_size = o.vocab_size
-        if self.source is None and o.data is None:
+        if own and {path.absolute() for path in own} != {*(o.data or ())}:  # made of text, as was their tokenizer
+            vocab_size = None
+        elif self.source is None and o.data is None:
             vocab_size = vocab_size or BUILTIN_VOCAB
         wanted = text_for(o.batch_size * o.ranks, o.sequence_length, o.overfit)
-        return prepare(own or o.data, folder, None if own else vocab_size, say, self.source, wanted)
+        return prepare(own or o.data, folder, vocab_size, say, self.source, wanted)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model."""

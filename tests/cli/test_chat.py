@@ -25,7 +25,7 @@ from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
 from llmpy.formats import hub
 from llmpy.options.options import ChatOptions, TrainOptions
-from llmpy.train.trainer import train
+from llmpy.train.assemble import train
 
 BYTES = Tokenizer.bytes()
 

@@ -291,8 +291,9 @@ def test_a_reader_that_leaves_gets_no_traceback() -> None:
 TRAINING = """
 import sys
 from support.laptop import Laptop
-from llmpy import cli, trainer
-cli.run = lambda words: trainer.train(cli.TrainOptions(
+from llmpy.cli import main as cli
+from llmpy.train import assemble
+cli.run = lambda words: assemble.train(cli.TrainOptions(
     data=(cli.Path(words[0]),), model="d1", out=cli.Path(words[1]), batch_size=2, sequence_length=16,
     steps=int(words[2]), eval_batches=2, sample_tokens=5, vocab_size=300), Laptop())
 sys.exit(cli.main())

@@ -28,7 +28,7 @@ from llmpy.rng import MT19937, Xorshift64Star
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.tools import golden
-from llmpy.train import trainer
+from llmpy.train import assemble
 from llmpy.train.optimizer import AdamW
 
 SIZE = sum(math.prod(s) for s in shapes(TINY).values())
@@ -284,7 +284,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
     monkeypatch.setattr(snapshot, "Thread", AtOnce)
     whole, llm_c, back = tmp_path / "whole", tmp_path / "llm.c", tmp_path / "back"
     options = told(shards, out=whole, model="d1", vocab_size=300, shuffle=shuffle)
-    assert trainer.train(options, Laptop()) == 0
+    assert assemble.train(options, Laptop()) == 0
     shutil.copytree(whole, tmp_path / "cut", ignore=shutil.ignore_patterns("step-0000002*", "step-00000016"))
     assert main(["convert", str(tmp_path / "cut"), str(llm_c), "--to", "llmc-run"]) == 0
     assert f"-o {llm_c} -y 1 -b 2 -t 8 -d 32" in capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
         "model_00000012.bin",
         "state_00000012_00000.bin",
     ]
-    assert trainer.train(told(shards, resume=llm_c, out=back), Laptop()) == 0
+    assert assemble.train(told(shards, resume=llm_c, out=back), Laptop()) == 0
     said = capsys.readouterr().out
     assert "going on after step 12 of llm.c's run" in said
     assert lines_after(back, 0) == lines_after(whole, 12)
@@ -301,7 +301,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
         a, b = (load_file(run / "checkpoints" / "step-00000024" / name) for run in (whole, back))
         assert all(np.array_equal(a[key], b[key]) for key in a | b)
     # and on from its own checkpoint, with the time of a step as measured here
-    assert trainer.train(TrainOptions(resume=back, steps=25, given=frozenset({"steps"})), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=back, steps=25, given=frozenset({"steps"})), Laptop()) == 0
     manifest = checkpoint.verify(back / "checkpoints" / "step-00000025")
     assert (manifest["step"], manifest["seconds"]["untimed"]) == (25, 12)
     # and llm.c's files of both ends are the same
@@ -318,10 +318,10 @@ def test_a_run_from_llm_c_that_is_cut_off_at_once_begins_there_again(shards: tup
     llm_c, run, cut = tmp_path / "llm.c", tmp_path / "run", tmp_path / "cut"
     state = state_on(shards)
     llmc_state.write_checkpoint(llm_c, in_memory(), state)
-    assert trainer.train(told(shards, resume=llm_c, out=run, steps=9), Laptop()) == 0
+    assert assemble.train(told(shards, resume=llm_c, out=run, steps=9), Laptop()) == 0
     cut.mkdir()
     shutil.copy(run / "config.json", cut)
-    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=cut), Laptop()) == 0
     assert (cut / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     assert lines_after(cut, 0) == lines_after(run, 7)
 
@@ -357,7 +357,7 @@ def test_what_cannot_be_gone_on_with_is_refused_before_anything_compiles(
     before = sorted(tmp_path.rglob("*"))
     machine = Laptop()
     with pytest.raises(LlmpyError, match=said):
-        trainer.train(told(shards, **{"resume": tmp_path / "llm.c", "out": tmp_path / "run"} | changes), machine)
+        assemble.train(told(shards, **{"resume": tmp_path / "llm.c", "out": tmp_path / "run"} | changes), machine)
     assert machine.warmed == 0
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -366,7 +366,7 @@ def test_a_folder_of_llm_c_is_not_written_to(shards: tuple[Path, ...], tmp_path:
     llmc_state.write_checkpoint(tmp_path / "llm.c", in_memory(), state_on(shards))
     for resume in (None, tmp_path / "llm.c"):
         with pytest.raises(LlmpyError, match=r"holds a run of llm\.c — go on with it in another folder: --resume"):
-            trainer.train(told(shards, out=tmp_path / "llm.c", resume=resume, auto_resume=True), Laptop())
+            assemble.train(told(shards, out=tmp_path / "llm.c", resume=resume, auto_resume=True), Laptop())
 
 
 def test_what_has_no_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

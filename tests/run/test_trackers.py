@@ -15,8 +15,9 @@ from llmpy.errors import LlmpyError
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run import trackers
-from llmpy.system.command import install
-from llmpy.train import preflight, trainer
+from llmpy.train import assemble
+from llmpy.train.preflight import check
+from llmpy.train.start import RunStart
 
 
 class Fake(types.ModuleType):
@@ -83,8 +84,8 @@ def test_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(LlmpyError, match="--track trackio needs the package trackio — .*-m pip install trackio"):
         trackers.package("trackio")
-    found = preflight.problems(TrainOptions(track=("trackio",)), tmp_path, Laptop())
-    assert [str(f) for f in found] == [f"--track trackio needs the package trackio — {install('trackio')}"]
+    with pytest.raises(LlmpyError, match="--track trackio needs the package trackio"):
+        check(RunStart(TrainOptions(track=("trackio",))), tmp_path, Laptop())
 
 
 def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +99,11 @@ def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path, monk
         eval_batches=1, sample_tokens=1, checkpoint_every=4, track=("tensorboard",), keep=0,
     )  # fmt: skip
     monkeypatch.setattr(snapshot, "Thread", AtOnce)
-    assert trainer.train(told, Laptop()) == 0
+    assert assemble.train(told, Laptop()) == 0
     whole, fake.seen = shown(fake.seen), []
     for step in (8, 9):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08}")
-    assert trainer.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
     assert fake.seen[0] == ("init", {"folder": str(tmp_path / "run" / "events"), "purge_step": 4})
     again = shown(fake.seen)
     assert again == [(step, name) for step, name in whole if step >= 4]

@@ -40,7 +40,7 @@ from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run.folder import LOGS
 from llmpy.system import durable
-from llmpy.train import trainer
+from llmpy.train import assemble
 
 STEPS, EVERY = 12, 3
 OPERATIONS = ("write", "sync", "sync_folder", "replace", "link", "remove")
@@ -146,7 +146,7 @@ def child(options: TrainOptions, log: Path, shim: Callable[[], object] = lambda:
         os.dup2(out, 1)
         os.dup2(out, 2)
         shim()
-        code = trainer.train(options, Laptop())
+        code = assemble.train(options, Laptop())
     except BaseException as fault:
         print(f"{type(fault).__name__}: {fault}", flush=True)
         code = getattr(fault, "code", 71)

@@ -26,7 +26,7 @@ from llmpy.generate.generation import open_run, sample
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import SampleOptions, TrainOptions
 from llmpy.run import checkpoint
-from llmpy.train import trainer
+from llmpy.train import assemble
 
 Options = Callable[..., TrainOptions]
 
@@ -76,7 +76,7 @@ def llm_c(source: Source, shard: Path, steps: int, lr: float) -> list[float]:
 def test_a_run_from_every_format_follows_llm_c(options: Options, tmp_path: Path, form: str) -> None:
     source = in_memory(seed=4)
     WRITERS[form](tmp_path / "start", source)
-    assert trainer.train(options(init=str(tmp_path / "start")), Laptop()) == 0
+    assert assemble.train(options(init=str(tmp_path / "start")), Laptop()) == 0
     # float32 against float64 over five updates
     assert losses(tmp_path / "run") == pytest.approx(llm_c(source, tmp_path / "train.bin", 5, 1e-2), rel=2e-5)
     header = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
@@ -89,13 +89,13 @@ def test_a_checkpoint_of_llm_c_starts_from_its_master_weights(options: Options, 
     flat = np.concatenate([weights.read(t.name).reshape(-1) for t in GPT2(TINY, Laptop()).params.table])
     coarse = in_memory(dtype="bfloat16", seed=8)
     llmc_state.write_checkpoint(tmp_path / "log", coarse, replace(state, master=flat), "bfloat16")
-    assert trainer.train(options(init=str(tmp_path / "log")), Laptop()) == 0
+    assert assemble.train(options(init=str(tmp_path / "log")), Laptop()) == 0
     assert losses(tmp_path / "run") == pytest.approx(llm_c(weights, tmp_path / "train.bin", 5, 1e-2), rel=2e-5)
 
 
 def test_the_run_says_where_it_starts(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llmc.write_model(tmp_path / "m.bin", in_memory(), "float32")
-    trainer.train(options(init=str(tmp_path / "m.bin"), steps=1), Laptop())
+    assemble.train(options(init=str(tmp_path / "m.bin"), steps=1), Laptop())
     said = capsys.readouterr().out
     assert "m.bin: model of llm.c, version 3, float32, 2 layers, 2 heads, 8 channels, context 16" in said
     assert "model    d2: 2 layers" in said
@@ -115,7 +115,7 @@ def test_what_does_not_agree_is_refused_and_leaves_nothing(
 ) -> None:
     llmc.write_model(tmp_path / "m.bin", in_memory(), "float32")
     with pytest.raises(LlmpyError, match=said):
-        trainer.train(options(**{"init": str(tmp_path / "m.bin")} | changes), Laptop())
+        assemble.train(options(**{"init": str(tmp_path / "m.bin")} | changes), Laptop())
     assert not (tmp_path / "run").exists()
 
 
@@ -140,7 +140,7 @@ def on_text(folder: Path, **changes: Any) -> TrainOptions:
 
 
 def test_text_is_read_with_the_tokenizer_of_the_model(folder: Path) -> None:
-    assert trainer.train(on_text(folder), Laptop()) == 0
+    assert assemble.train(on_text(folder), Laptop()) == 0
     run = folder.parent / "run"
     train = open_shard(run / "train.bin", 257)
     assert bytes(train.tokens[1:40].tolist()) == TEXT.encode()[:39]  # after end-of-text: a token is a byte
@@ -150,29 +150,29 @@ def test_text_is_read_with_the_tokenizer_of_the_model(folder: Path) -> None:
 
 
 def test_a_run_from_a_model_goes_on_without_it(folder: Path) -> None:
-    assert trainer.train(on_text(folder), Laptop()) == 0
+    assert assemble.train(on_text(folder), Laptop()) == 0
     run, cut = folder.parent / "run", folder.parent / "cut"
     shutil.copytree(run, cut, ignore=shutil.ignore_patterns("step-00000004"))
     shutil.rmtree(folder)
-    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=cut), Laptop()) == 0
     for name in ("model.safetensors", "main.log"):
         assert (cut / name).read_bytes() == (run / name).read_bytes()
     assert losses(cut) == losses(run)
 
 
 def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_from_the_model_again(folder: Path) -> None:
-    assert trainer.train(on_text(folder), Laptop()) == 0
+    assert assemble.train(on_text(folder), Laptop()) == 0
     run, cut = folder.parent / "run", folder.parent / "cut"
     cut.mkdir()
     shutil.copy(run / "config.json", cut)
-    assert trainer.train(TrainOptions(resume=cut), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=cut), Laptop()) == 0
     assert (cut / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
 def test_text_for_a_model_without_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(LlmpyError, match="small came without a tokenizer, which text needs"):
-        trainer.train(on_text(folder), Laptop())
+        assemble.train(on_text(folder), Laptop())
     assert not (folder.parent / "run").exists()
 
 
@@ -182,7 +182,7 @@ def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
     write_shard(tokens / "train.bin", np.arange(250))
     Tokenizer.train([TEXT], 257).save(tokens / "tokenizer.json")  # as many tokens, other ids
     with pytest.raises(LlmpyError, match="holds tokens of another tokenizer than that of the model"):
-        trainer.train(on_text(folder, data=(tokens,)), Laptop())
+        assemble.train(on_text(folder, data=(tokens,)), Laptop())
 
 
 def test_the_option_e_of_llm_c_takes_a_file_too() -> None:
@@ -210,7 +210,7 @@ def test_a_vocabulary_that_is_padded_is_cut_to_that_of_the_tokenizer(
     np.testing.assert_array_equal(wte[:257], whole.read("wte")[:257])
     assert not wte[257:].any()
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    assert trainer.train(on_text(tmp_path / "wide"), Laptop()) == 0
+    assert assemble.train(on_text(tmp_path / "wide"), Laptop()) == 0
     assert open_run(tmp_path / "run")[0].config == WORDS
     Tokenizer.bytes().save(tmp_path / "wide" / "tokenizer.json")
     narrow = with_tokenizer(in_memory(replace(WORDS, vocab_size=200)), tmp_path / "bytes.json")
@@ -222,7 +222,7 @@ def test_a_vocabulary_that_is_padded_is_cut_to_that_of_the_tokenizer(
 def test_a_missing_model_and_missing_data_are_told_together(folder: Path) -> None:
     wrong = on_text(folder, init="none.bin", data=(folder / "none.txt",))
     with pytest.raises(LlmpyError, match=r"2 problems: \(1\) no model none\.bin.*\(2\) no file or folder .*none\.txt"):
-        trainer.train(wrong, Laptop())
+        assemble.train(wrong, Laptop())
 
 
 def test_a_folder_without_safetensors_is_told_so(folder: Path) -> None:

@@ -12,7 +12,7 @@ from llmpy.data.hellaswag import Example, read_examples, write_examples
 from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
 from llmpy.options.options import TrainOptions
-from llmpy.train import trainer
+from llmpy.train import assemble
 from llmpy.train.multiple_choice import MultipleChoice
 
 
@@ -84,9 +84,9 @@ def test_a_run_tells_the_accuracy(tmp_path, path, capsys):
             if self.losses == 9 and arguments[-2] == 0.0:  # 1 + 5, then in the midst of the next
                 signal.raise_signal(signal.SIGTERM)
 
-    assert trainer.train(TrainOptions(**told, out=tmp_path / "whole"), Laptop()) == 0
-    assert trainer.train(TrainOptions(**told, out=tmp_path / "run"), Stopping()) == 143
-    assert trainer.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
+    assert assemble.train(TrainOptions(**told, out=tmp_path / "whole"), Laptop()) == 0
+    assert assemble.train(TrainOptions(**told, out=tmp_path / "run"), Stopping()) == 143
+    assert assemble.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text("utf-8").splitlines()]
     found = {row["step"]: row["hellaswag"] for row in rows if "hellaswag" in row}
     assert list(found) == [0, 2, 4]
@@ -96,5 +96,5 @@ def test_a_run_tells_the_accuracy(tmp_path, path, capsys):
     assert (tmp_path / "run" / "main.log").read_text("utf-8") == log
     assert "of 5 right: " in capsys.readouterr().out
     with pytest.raises(LlmpyError, match="cannot read .*none"):
-        trainer.train(TrainOptions(**told | {"hellaswag": tmp_path / "none"}, out=tmp_path / "bad"), Laptop())
+        assemble.train(TrainOptions(**told | {"hellaswag": tmp_path / "none"}, out=tmp_path / "bad"), Laptop())
     assert not (tmp_path / "bad").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import ACTS, PARAMS, RECOMPUTE
 from llmpy.options.options import TrainOptions
 from llmpy.system.words import duration
-from llmpy.train import preflight
 from llmpy.train.memory import (
     COMPILER_BYTES,
     PROGRAM_BYTES,
@@ -32,16 +32,17 @@ from llmpy.train.memory import (
     memory_needed,
     memory_of,
 )
-from llmpy.train.preflight import Preflight, inspect, problems
-from llmpy.train.start import begin
+from llmpy.train.preflight import Preflight, check, inspect
+from llmpy.train.start import RunStart
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
+TOKENS = 305_260, 32_768  # to train on, to validate
 
 
 def flight(**options: object) -> Preflight:
     told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, **options)  # type: ignore[arg-type]
     told = told.settled(768, 305_260)
-    return inspect(GPT2_124M, told, Laptop(), 305_260, 32_768)
+    return inspect(RunStart(told), GPT2_124M, told, Laptop(), TOKENS)
 
 
 def test_memory_follows_the_tables() -> None:
@@ -87,14 +88,19 @@ def test_a_step_that_reads_more_than_there_is_is_told_of() -> None:
 
 def test_of_a_run_that_goes_on_the_rest_is_told() -> None:
     told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, steps=100).settled(768, 305_260)
-    rest = inspect(GPT2_124M, told, Laptop(), 305_260, 32_768, done=90, elapsed=1e4)
+
+    def after_90(elapsed: float) -> Preflight:
+        start = RunStart(told, manifest={"step": 90, "seconds": {"elapsed": elapsed}})
+        return inspect(start, GPT2_124M, told, Laptop(), TOKENS)
+
+    rest = after_90(1e4)
     assert rest.steps == 10
     assert "10 steps of" in "\n".join(rest.lines())
     assert " after the 90 that are made, 0.1 epochs" in "\n".join(rest.lines())
     told = replace(told, steps=None, minutes=10)
-    left = inspect(GPT2_124M, told, Laptop(), 305_260, 32_768, done=90, elapsed=540.0)
+    left = after_90(540.0)
     assert left.steps == int(60 / left.step_seconds)
-    assert inspect(GPT2_124M, told, Laptop(), 305_260, 32_768, done=90, elapsed=600.0).steps == 0
+    assert after_90(600.0).steps == 0
 
 
 def test_memory_of_hellaswag_and_of_the_compiler(tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ def test_memory_of_hellaswag_and_of_the_compiler(tmp_path: Path) -> None:
     cold = Laptop()
     cold.compiled = lambda: False  # type: ignore[method-assign]
     assert memory_of(told, GPT2_124M, cold) == plain + COMPILER_BYTES
-    flown = inspect(GPT2_124M, told.settled(768, 305_260), cold, 305_260, 32_768)
+    flown = inspect(RunStart(told), GPT2_124M, told.settled(768, 305_260), cold, TOKENS)
     assert "available, with what compiling the kernels takes" in "\n".join(flown.lines())
 
 
@@ -153,19 +159,19 @@ MEASURE = """
 import contextlib, io, sys
 from pathlib import Path
 import numpy as np
-from llmpy import preflight, trainer
+from llmpy.train import assemble, memory
 from llmpy.bench import peak_memory
 from llmpy.data.shards import write_shard
 from llmpy.options.options import TrainOptions
 
 folder, model, dtype, T, every = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 needed = []
-true = preflight.memory_needed
-preflight.memory_needed = lambda *told: needed.append(true(*told)) or needed[-1]
+true = memory.memory_needed
+memory.memory_needed = lambda *told: needed.append(true(*told)) or needed[-1]
 for name in ("train.bin", "val.bin"):
     write_shard(folder / name, np.arange(20_000) % 50_257)
 with contextlib.redirect_stdout(io.StringIO()):
-    trainer.train(TrainOptions(
+    assemble.train(TrainOptions(
         data=(folder / "train.bin", folder / "val.bin"), out=folder / "run", model=model, dtype=dtype,
         sequence_length=T, steps=3, checkpoint_every=every, eval_batches=1, sample_tokens=4))
 print(needed[-1], peak_memory())
@@ -204,14 +210,13 @@ def test_of_several_ranks_each_has_its_share_of_memory(tmp_path: Path, monkeypat
     told = TrainOptions(model="d4", batch_size=4, sequence_length=64, ranks=4, total_batch=1024)
     needed = memory_of(told, ModelConfig.from_dial("d4", vocab_size=512), Laptop(), ranks=4)
 
-    def checked(available: int) -> str:
+    def checked(available: int) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-        return " ".join(map(str, problems(replace(told, vocab_size=512), tmp_path, Laptop(), beside=4)))
+        check(RunStart(replace(told, vocab_size=512)), tmp_path, Laptop(), 4)
 
-    assert checked(4 * needed) == ""
-    assert "of memory" in checked(4 * needed - 4)
+    checked(4 * needed)
     with pytest.raises(LlmpyError, match="of memory"):
-        begin(replace(told, vocab_size=512), tmp_path, Laptop(), print, beside=4)
+        checked(4 * needed - 4)
 
 
 def test_what_an_earlier_life_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,10 +230,10 @@ def test_what_an_earlier_life_left_is_room(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(bytes(size))
     (tmp_path / "model.safetensors").hardlink_to(step / "model.safetensors")
 
-    def check(free: int) -> None:
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    def check_with(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         check_disk(told, config, tmp_path)
 
-    check(needed - 1500)
+    check_with(needed - 1500)
     with pytest.raises(LlmpyError, match="the checkpoints of this run need up to"):
-        check(needed - 1501)
+        check_with(needed - 1501)

@@ -23,12 +23,13 @@ from llmpy import backend
 from llmpy.backend.machine import Machine
 from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
+from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.system import durable
 from llmpy.system.lock import Lock
-from llmpy.train import trainer
+from llmpy.train import assemble, samples, trainer
 
 STEPS = 200
 # Shards of 62, 46 and 31 batches of 2 x 16: with two batches a step an epoch ends in the middle of step 70, and shards
@@ -88,12 +89,12 @@ def resumed(run: Path, **changes: Any) -> TrainOptions:
 def resume_everywhere(folder: Path, places: Any, machine: Callable[[], Machine], **changes: Any) -> None:
     """One run with a checkpoint at every step; from each of `places` it is taken up again."""
     told = options(folder, **changes)
-    assert trainer.train(told, machine()) == 0
+    assert assemble.train(told, machine()) == 0
     last = told.steps or 0
     expected = outcome(folder / "run", last)
     for step in places:
         run = cut_to(folder / "run", step, folder / "cut")
-        assert trainer.train(resumed(run, checkpoint_every=0), machine()) == 0
+        assert assemble.train(resumed(run, checkpoint_every=0), machine()) == 0
         found = outcome(run, last)
         assert [name for name in expected if found[name] != expected[name]] == [], f"after step {step}"
         shutil.rmtree(run)
@@ -125,10 +126,10 @@ def test_resume_at_every_step(tmp_path: Path, dtype: str, every: int) -> None:
 
 def test_the_first_step_after_it_tells_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As its milliseconds do: the mean of the process before it says nothing of this one."""
-    assert trainer.train(options(tmp_path, steps=5), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=5), Laptop()) == 0
     run = cut_to(tmp_path / "run", 4, tmp_path / "cut")
     capsys.readouterr()
-    assert trainer.train(resumed(run), Laptop()) == 0
+    assert assemble.train(resumed(run), Laptop()) == 0
     rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
     row = next(r for r in rows if r["step"] == 5 and "ms" in r)
     told = f"| {row['ms']:.0f} ms | {row['tokens_per_s']:,.0f} tok/s |"
@@ -139,10 +140,10 @@ def test_text_goes_on_with_the_tokens_of_its_run(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(400)), "utf-8")
     told = options(tmp_path, data=(text,), steps=12, total_batch=None, checkpoint_every=5, sample_every=0)
-    assert trainer.train(told, Laptop()) == 0
+    assert assemble.train(told, Laptop()) == 0
     run = cut_to(tmp_path / "run", 5, tmp_path / "cut")
     text.unlink()
-    assert trainer.train(TrainOptions(resume=run), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=run), Laptop()) == 0
     assert outcome(run, 12) == outcome(tmp_path / "run", 12)
 
 
@@ -153,15 +154,15 @@ def steps_of(run: Path) -> list[int]:
 
 def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert trainer.train(options(tmp_path, steps=6, checkpoint_every=0), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=6, checkpoint_every=0), Laptop()) == 0
     before = outcome(run, 6)
-    assert trainer.train(resumed(run), Laptop()) == 0
+    assert assemble.train(resumed(run), Laptop()) == 0
     assert "the run is at its end, with 6 steps" in capsys.readouterr().out
     assert outcome(run, 6) == before
-    assert trainer.train(resumed(run, steps=8), Laptop()) == 0
+    assert assemble.train(resumed(run, steps=8), Laptop()) == 0
     assert steps_of(run) == [*range(1, 9)]
     told = resumed(run, steps=10, batch_size=4, threads=3, lr=1e-4, total_batch=128)
-    assert trainer.train(told, Laptop()) == 0
+    assert assemble.train(told, Laptop()) == 0
     assert steps_of(run) == [*range(1, 11)]
     out = capsys.readouterr().out
     assert "batches of 4 x 16 instead of 2 x 16: the rest of the data comes in the old order, cut anew" in out
@@ -173,27 +174,27 @@ def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pyte
 
 def test_what_cannot_change(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert trainer.train(options(tmp_path, steps=2), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=2), Laptop()) == 0
     for name, value in (("model", "d2"), ("seed", 7), ("vocab_size", 400)):
         with pytest.raises(LlmpyError, match=f"--{name.replace('_', '-')} cannot change within a run"):
-            trainer.train(resumed(run, **{name: value}), Laptop())
+            assemble.train(resumed(run, **{name: value}), Laptop())
     write_shard(tmp_path / "train_1.bin", np.arange(1500) % 300)
     with pytest.raises(LlmpyError, match="the data are not those that"):
-        trainer.train(resumed(run), Laptop())
+        assemble.train(resumed(run), Laptop())
     with pytest.raises(LlmpyError, match="no run in .*nowhere"):
-        trainer.train(resumed(tmp_path / "nowhere"), Laptop())
+        assemble.train(resumed(tmp_path / "nowhere"), Laptop())
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert trainer.train(options(tmp_path, steps=6), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=6), Laptop()) == 0
     expected = outcome(run, 6)
     for step, name in ((6, checkpoint.STATE), (5, checkpoint.MANIFEST)):
         path = run / "checkpoints" / f"step-{step:08}" / name
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-    assert trainer.train(resumed(run), Laptop()) == 0
+    assert assemble.train(resumed(run), Laptop()) == 0
     out = capsys.readouterr().out
     assert "step-00000006/state.safetensors is damaged" in out
     assert "step-00000005/manifest.json is damaged" in out
@@ -203,16 +204,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, capsys: py
     for path in run.glob("checkpoints/step-*/manifest.json"):
         path.write_bytes(b"{}")
     with pytest.raises(LlmpyError, match="every checkpoint in .* is damaged"):
-        trainer.train(resumed(run), Laptop())
+        assemble.train(resumed(run), Laptop())
 
 
 def test_auto_resume_begins_or_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trainer.train(options(tmp_path, steps=2, auto_resume=True), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=2, auto_resume=True), Laptop()) == 0
     told = options(tmp_path, steps=4, auto_resume=True)
     told = TrainOptions(
         **{n: getattr(told, n) for n in ("data", "out", "auto_resume", "steps")}, given=frozenset({"steps"})
     )
-    assert trainer.train(told, Laptop()) == 0
+    assert assemble.train(told, Laptop()) == 0
     assert "going on after step 2" in capsys.readouterr().out
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
 
@@ -227,16 +228,16 @@ def test_a_stop_and_the_clock_leave_a_run_that_goes_on(tmp_path: Path) -> None:
             if self.updates == 6:  # two a step
                 signal.raise_signal(signal.SIGTERM)
 
-    assert trainer.train(options(tmp_path, steps=8, out=tmp_path / "whole"), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=8, out=tmp_path / "whole"), Laptop()) == 0
     run = tmp_path / "run"
-    assert trainer.train(options(tmp_path, steps=8, checkpoint_every=0), Stopping()) == 143
+    assert assemble.train(options(tmp_path, steps=8, checkpoint_every=0), Stopping()) == 143
     assert [p.name for p in checkpoint.listed(run / "checkpoints")] == ["step-00000003"]
-    assert trainer.train(resumed(run, checkpoint_every=1), Laptop()) == 0
+    assert assemble.train(resumed(run, checkpoint_every=1), Laptop()) == 0
     assert outcome(run, 8)["metrics"] == outcome(tmp_path / "whole", 8)["metrics"]
     timed = options(tmp_path, out=tmp_path / "timed", steps=None, minutes=0.01)
-    assert trainer.train(timed, Laptop()) == 0
+    assert assemble.train(timed, Laptop()) == 0
     made = len(steps_of(tmp_path / "timed"))
-    assert trainer.train(resumed(tmp_path / "timed", steps=made + 5), Laptop()) == 0
+    assert assemble.train(resumed(tmp_path / "timed", steps=made + 5), Laptop()) == 0
     assert len(steps_of(tmp_path / "timed")) == made + 5
 
 
@@ -248,9 +249,9 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
 ) -> None:
     """What is due between two steps and was begun, or done but for the step after it, is done once in the end."""
     told = {"steps": 8, "eval_every": 2, "sample_every": 2, "sample_tokens": 6}
-    assert trainer.train(options(tmp_path, out=tmp_path / "whole", **told), Laptop()) == 0
+    assert assemble.train(options(tmp_path, out=tmp_path / "whole", **told), Laptop()) == 0
     if what == "evaluation":
-        true_loss = trainer.GPT2.loss
+        true_loss = GPT2.loss
 
         def loss(model: Any, *arguments: Any) -> float:
             signal.raise_signal(signal.SIGTERM)
@@ -259,9 +260,9 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
         def chosen(model: Any, *arguments: Any) -> float:
             return (loss if here() else true_loss)(model, *arguments)
 
-        monkeypatch.setattr(trainer.GPT2, "loss", chosen)
+        monkeypatch.setattr(GPT2, "loss", chosen)
     else:
-        true_generate = trainer.generate
+        true_generate = samples.generate
 
         def generate(*arguments: Any, **more: Any) -> Any:
             for i, token in enumerate(true_generate(*arguments, **more)):
@@ -269,22 +270,22 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
                     signal.raise_signal(signal.SIGTERM)
                 yield token
 
-        monkeypatch.setattr(trainer, "generate", generate)
+        monkeypatch.setattr(samples, "generate", generate)
     made: list[trainer.Trainer] = []
     true_run = trainer.Trainer.run
     monkeypatch.setattr(trainer.Trainer, "run", lambda self: (made.append(self), true_run(self))[1])
 
     def here() -> bool:
-        return len(made) == 1 and made[0].done == step and not made[0].stop_signal
+        return len(made) == 1 and made[0].done == step and not made[0].stop.signal
 
-    stopped = trainer.train(options(tmp_path, checkpoint_every=every, **told), Laptop())
+    stopped = assemble.train(options(tmp_path, checkpoint_every=every, **told), Laptop())
     run = tmp_path / "run"
     if what == "sample" and step == 0:
         assert stopped == 0  # no sample is due before the first step
     else:
         assert stopped == 143
         assert [p.name for p in checkpoint.listed(run / "checkpoints")][0] == f"step-{step:08}"
-    assert trainer.train(resumed(run, checkpoint_every=1), Laptop()) == 0
+    assert assemble.train(resumed(run, checkpoint_every=1), Laptop()) == 0
     assert outcome(run, 8) == outcome(tmp_path / "whole", 8)
 
 
@@ -297,9 +298,10 @@ def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytes
     data(tmp_path / "shards")
     told = options(tmp_path, steps=3, lr=None, data=(Path("shards"),), model="")
     (tmp_path / "run.yaml").write_text(as_yaml(told), "utf-8")
-    assert trainer.train(TrainOptions.gather({"config": tmp_path / "run.yaml", "out": tmp_path / "run"}), Laptop()) == 0
+    given = TrainOptions.gather({"config": tmp_path / "run.yaml", "out": tmp_path / "run"})
+    assert assemble.train(given, Laptop()) == 0
     again = TrainOptions.gather({"config": tmp_path / "run.yaml", "resume": tmp_path / "run", "steps": 5})
-    assert trainer.train(again, Laptop()) == 0
+    assert assemble.train(again, Laptop()) == 0
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5]
     assert json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))["options"]["data"] == [
         str(tmp_path / "shards")
@@ -307,24 +309,24 @@ def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_data_that_were_moved_and_data_that_cannot_be_read_again(tmp_path: Path) -> None:
-    assert trainer.train(options(tmp_path, steps=2), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=2), Laptop()) == 0
     moved = tmp_path / "moved"
     moved.mkdir()
     for path in tmp_path.glob("*.bin"):
         path.rename(moved / f"my_{path.name}")
     with pytest.raises(LlmpyError):
-        trainer.train(resumed(tmp_path / "run", steps=4), Laptop())
-    assert trainer.train(resumed(tmp_path / "run", steps=4, data=(moved,)), Laptop()) == 0
+        assemble.train(resumed(tmp_path / "run", steps=4), Laptop())
+    assert assemble.train(resumed(tmp_path / "run", steps=4, data=(moved,)), Laptop()) == 0
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(400)), "utf-8")
     of_text = tmp_path / "of text"
-    assert trainer.train(options(tmp_path, data=(text,), steps=2, out=of_text), Laptop()) == 0
-    assert trainer.train(resumed(of_text, data=(text,), steps=3), Laptop()) == 0
+    assert assemble.train(options(tmp_path, data=(text,), steps=2, out=of_text), Laptop()) == 0
+    assert assemble.train(resumed(of_text, data=(text,), steps=3), Laptop()) == 0
     (tmp_path / "other.txt").write_text("another text\n" * 1000, "utf-8")
     for changes, said in (({"data": (tmp_path / "other.txt",)}, "--data"), ({"init": str(tmp_path / "run")}, "--init")):
         with pytest.raises(LlmpyError, match=f"{said} cannot change within a run"):
-            trainer.train(resumed(of_text, steps=4, **changes), Laptop())
+            assemble.train(resumed(of_text, steps=4, **changes), Laptop())
 
 
 crash = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks, and reads Linux's list of open files")
@@ -385,7 +387,7 @@ def test_a_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
     told = options(tmp_path, steps=2)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_text("4194999\n")
-    assert trainer.train(told, Laptop()) == 0
+    assert assemble.train(told, Laptop()) == 0
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
@@ -393,7 +395,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     run = tmp_path / "run"
-    assert trainer.train(options(tmp_path, steps=3), Laptop()) == 0
+    assert assemble.train(options(tmp_path, steps=3), Laptop()) == 0
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
     true = durable.stretches_differ
 
@@ -404,10 +406,10 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
 
     monkeypatch.setattr(durable, "stretches_differ", refuse)
     with pytest.raises(LlmpyError, match=rf"cannot read .*{os.strerror(number)} — mend that and try again"):
-        trainer.train(resumed(run, steps=4), Laptop())
+        assemble.train(resumed(run, steps=4), Laptop())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
     number = errno.EIO
-    assert trainer.train(resumed(run, steps=4), Laptop()) == 0
+    assert assemble.train(resumed(run, steps=4), Laptop()) == 0
     assert (run / "checkpoints" / "damaged-step-00000003").is_dir()
 
 
@@ -493,7 +495,7 @@ def test_a_file_system_without_locks_is_not_a_run_that_is_going_on(
 
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(LlmpyError, match=r"cannot write to the run folder .*run: No locks available"):
-        trainer.train(options(tmp_path), Laptop())
+        assemble.train(options(tmp_path), Laptop())
 
 
 @pytest.mark.parametrize("B", [1, 4, 6])

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 from support.laptop import Laptop
-from support.samples import in_memory
 
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.options.options import DEFAULT_MODEL, TrainOptions
 from llmpy.run.folder import RunFolder, read_config
-from llmpy.train.single_process import Alone
-from llmpy.train.start import anywhere, changed, dial, of
+from llmpy.run.journal import Journal
+from llmpy.train.assemble import assemble
+from llmpy.train.start import RunStart, anywhere, changed, dial, resolve
 
 
 def test_a_model_that_agrees_may_be_named() -> None:
     gpt2 = ModelConfig.from_dial("gpt2")
     for named in ("gpt2", "d12", ""):
-        assert dial(named, replace(in_memory(), config=gpt2)) == (named or "d12")
+        assert dial(named, gpt2) == (named or "d12")
     assert dial("", None) == "d3"
     assert dial("d6", None) == "d6"
     with pytest.raises(LlmpyError, match="--model d6 is not what --init is"):
-        dial("d6", replace(in_memory(), config=gpt2))
+        dial("d6", gpt2)
 
 
 def test_paths_hold_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,11 +49,18 @@ def test_what_changes_is_told() -> None:
     assert ranks.startswith("2 ranks instead of 1: ")
 
 
-def test_a_new_run_leaves_its_record_at_once(tmp_path: Path) -> None:
+def half_way(*_: object) -> None:
+    raise LlmpyError("half way")
+
+
+def test_a_new_run_leaves_its_record_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before data are read: killed from then on it can be resumed."""
     folder = RunFolder.open(tmp_path / "run", "")
-    start = of(TrainOptions(), folder, Laptop(), Alone(), print)
+    start = resolve(TrainOptions(), folder, print)
     assert (start.source, start.checkpoint, start.done, start.elapsed) == (None, None, 0, 0.0)
+    monkeypatch.setattr(RunStart, "read_data", half_way)
+    with Journal() as journal, pytest.raises(LlmpyError, match="half way"):
+        assemble(TrainOptions(), folder, journal, Laptop())
     assert start.options.model == read_config(tmp_path / "run" / "config.json")["model"] == DEFAULT_MODEL
     folder.discard()
     (tmp_path / "config.json").write_text(json.dumps({}))

@@ -24,13 +24,16 @@ from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
 from llmpy.errors import Diverged, LlmpyError
 from llmpy.generate.generation import open_run, sample
+from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import BUILTIN_PROMPT, SampleOptions, TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run.folder import RunFolder
 from llmpy.run.journal import Journal
 from llmpy.system.durable import write_whole
-from llmpy.train import preflight, trainer
+from llmpy.train import assemble, memory
+from llmpy.train.signals import StopSignals
+from llmpy.train.training_data import check_enough
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "old", "red", "house", "by", "sea", "."]
 
@@ -71,7 +74,7 @@ def test_validation_batches_weigh_by_what_counts_in_them(
     def val_loss(name: str, batches: int, counted: np.ndarray) -> float:
         write_shard(tmp_path / "val.bin", tokens, counted=counted)
         data = tmp_path / "train.bin", tmp_path / "val.bin"
-        trainer.train(options(data=data, out=tmp_path / name, eval_batches=batches, steps=1), Laptop())
+        assemble.train(options(data=data, out=tmp_path / name, eval_batches=batches, steps=1), Laptop())
         return next((r["val_loss"] for r in metrics(tmp_path / name) if "val_loss" in r), math.nan)
 
     everywhere = np.ones(tokens.size, bool)
@@ -94,25 +97,25 @@ def test_the_name_of_a_data_set_stays_one(options: Options, tmp_path: Path, monk
     (made / "dataset.json").write_text("{}", "utf-8")
     for name in ("train.bin", "val.bin"):
         write_shard(made / name, np.arange(250))
-    assert trainer.train(options(data=(Path("tinyshakespeare"),), checkpoint_every=2), Laptop()) == 0
+    assert assemble.train(options(data=(Path("tinyshakespeare"),), checkpoint_every=2), Laptop()) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text("utf-8"))
     assert config["options"]["data"] == ["tinyshakespeare"]
-    assert trainer.train(TrainOptions(resume=tmp_path / "run", steps=6, given=frozenset({"steps"})), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=tmp_path / "run", steps=6, given=frozenset({"steps"})), Laptop()) == 0
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
 def test_a_run_on_records_goes_on_with_its_masks(options: Options, tmp_path: Path) -> None:
     rows = [{"prompt": f"How much is {i} and 1?", "completion": f" It is {i + 1}."} for i in range(200)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    assert trainer.train(options(data=(tmp_path / "sums.jsonl",)), Laptop()) == 0
+    assert assemble.train(options(data=(tmp_path / "sums.jsonl",)), Laptop()) == 0
     run = tmp_path / "run"
     assert (run / "train.mask").exists()
     more = TrainOptions(resume=run, steps=6, given=frozenset({"steps"}))
-    assert trainer.train(more, Laptop()) == 0
+    assert assemble.train(more, Laptop()) == 0
     mask = (run / "train.mask").read_bytes()
     (run / "train.mask").write_bytes(mask[:1024] + bytes(len(mask) - 1024))
     with pytest.raises(LlmpyError, match="the data are not those"):
-        trainer.train(more, Laptop())
+        assemble.train(more, Laptop())
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -126,7 +129,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Laptop()
-    assert trainer.train(options(eval_every=2, sample_every=3), machine) == 0
+    assert assemble.train(options(eval_every=2, sample_every=3), machine) == 0
     run = tmp_path / "run"
     assert machine.warmed == 1
     whole = [
@@ -169,12 +172,12 @@ def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys:
 def test_a_peak_that_was_measured_too_low_is_told_once(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Laptop()
     machine.measure_peak = lambda: 1e-9  # type: ignore[method-assign]
-    assert trainer.train(options(), machine) == 0
+    assert assemble.train(options(), machine) == 0
     assert capsys.readouterr().out.count("more than the measured peak") == 1
 
 
 def test_it_learns_and_the_result_can_be_sampled(options: Options, tmp_path: Path) -> None:
-    assert trainer.train(options(steps=60, lr=1e-2), Laptop()) == 0
+    assert assemble.train(options(steps=60, lr=1e-2), Laptop()) == 0
     losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
     assert losses[-1] < 0.6 * losses[0]
     out: list[str] = []
@@ -185,10 +188,10 @@ def test_it_learns_and_the_result_can_be_sampled(options: Options, tmp_path: Pat
 def test_two_runs_are_the_same(options: Options, tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):
-        trainer.train(options(out=tmp_path / name), Laptop())
+        assemble.train(options(out=tmp_path / name), Laptop())
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]
-    trainer.train(options(out=tmp_path / "c", seed=7), Laptop())
+    assemble.train(options(out=tmp_path / "c", seed=7), Laptop())
     assert (tmp_path / "c" / "model.safetensors").read_bytes() != files[0]
 
 
@@ -206,11 +209,13 @@ def updates_with(folder: Path, micro_steps: int, masked: bool) -> tuple[np.ndarr
         sequence_length=16, total_batch=48 * 16, steps=3, shuffle=False, eval_every=0,
     )  # fmt: skip
     with Journal() as journal:
-        made = trainer.assemble(told, run, journal, machine)
-        made._gradients()
+        made = assemble.assemble(told, run, journal, machine)
+        made.update = made.data.read()
+        made.agree(loss=0.0)
+        made.gradients()
         assert made.model.grads is not None
         gradients = made.model.grads.buffer.copy()
-        made.feed.train.reset()
+        made.data.train.reset()
         made.run()
     run.discard()
     return gradients, [r["loss"] for r in metrics(run.path) if "loss" in r]
@@ -228,7 +233,7 @@ def test_micro_batches_are_one_batch(tmp_path: Path, micro_steps: int, masked: b
 
 
 def test_one_of_a_kind_is_told_so(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trainer.train(options(steps=1, minutes=1), Laptop()) == 0
+    assert assemble.train(options(steps=1, minutes=1), Laptop()) == 0
     out = capsys.readouterr().out
     for part in (
         "d1: 1 layer, 1 head, 64 channels",
@@ -240,7 +245,7 @@ def test_one_of_a_kind_is_told_so(options: Options, capsys: pytest.CaptureFixtur
 
 
 def test_overfitting_reads_one_batch(options: Options, tmp_path: Path) -> None:
-    assert trainer.train(options(overfit=True, steps=30, lr=1e-2, schedule="constant"), Laptop()) == 0
+    assert assemble.train(options(overfit=True, steps=30, lr=1e-2, schedule="constant"), Laptop()) == 0
     losses = [r["loss"] for r in metrics(tmp_path / "run") if "loss" in r]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -255,7 +260,7 @@ def test_an_outlier_is_skipped_and_told(options: Options, tmp_path: Path, capsys
             if dinp is not None and self.batches == 140:
                 losses[...] += 100
 
-    assert trainer.train(options(steps=142, lr=1e-9, skip_loss=5.0), Spiking()) == 0
+    assert assemble.train(options(steps=142, lr=1e-9, skip_loss=5.0), Spiking()) == 0
     rows = {r["step"]: r for r in metrics(tmp_path / "run") if "loss" in r}
     assert [step for step, r in rows.items() if "skipped" in r] == [140]
     assert rows[140]["loss_z"] > 5
@@ -268,7 +273,7 @@ def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     told = options(out=tmp_path / "file" / "run", data=(tmp_path / "a", tmp_path / "b"), model="d4x", total_batch=33)
     with pytest.raises(LlmpyError, match="^5 problems: ") as caught:
-        trainer.train(told, Laptop())
+        assemble.train(told, Laptop())
     for part in (
         "(1) cannot write to the run folder",
         "unknown model",
@@ -286,12 +291,12 @@ def test_all_problems_are_told_at_once_of_a_model_too(
     """And none is downloaded in vain."""
     (tmp_path / "file").touch()
     if init == "run":
-        trainer.train(options(), Laptop())
+        assemble.train(options(), Laptop())
         monkeypatch.chdir(tmp_path)
     model = "d4" if init == "run" else ""
     told = options(out=tmp_path / "file" / "run", init=init, model=model, hellaswag=tmp_path / "file")
     with pytest.raises(LlmpyError, match="^. problems: ") as caught:
-        trainer.train(told, Laptop())
+        assemble.train(told, Laptop())
     parts = ["(1) cannot write to the run folder", "is not a multiple-choice file"]
     of_init = {"nowhere": "no model nowhere", "gpt2": "", "run": "--model d4 is not what --init is"}
     for part in (*parts, of_init[init]):
@@ -313,15 +318,15 @@ def test_too_little_text_is_told_what_these_options_take(
     text.write_text("\n".join(whole[:lines]), "utf-8")
     told = {"batch_size": 4, "sequence_length": 128}
     with pytest.raises(LlmpyError, match=said) as caught:
-        trainer.train(options(**told), Laptop())
+        assemble.train(options(**told), Laptop())
     assert "run" not in capsys.readouterr().out and not (tmp_path / "run").exists()
     smaller = re.search(r"use -B (\d+) -T (\d+)$", str(caught.value))
     if smaller:
         B, T = map(int, smaller.groups())
-        assert trainer.train(options(batch_size=B, sequence_length=T), Laptop()) == 0
+        assert assemble.train(options(batch_size=B, sequence_length=T), Laptop()) == 0
         times = float(re.search(r"about ([\d.]+) times", str(caught.value))[1])  # type: ignore[index]
         text.write_text("\n".join(whole[: math.ceil(times * lines) + 1]), "utf-8")
-        assert trainer.train(options(**told, out=tmp_path / "again"), Laptop()) == 0
+        assert assemble.train(options(**told, out=tmp_path / "again"), Laptop()) == 0
     assert bool(smaller) == (lines == 30)
 
 
@@ -342,7 +347,7 @@ def test_what_serves_where_there_is_too_little(
         write_shard(file, np.zeros(size, np.uint16))
     data = prepare([tmp_path / "a"], tmp_path / "run", say=lambda _: None)
     with pytest.raises(LlmpyError, match=said):
-        trainer.check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **told))
+        check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **told))
 
 
 def test_what_learns_to_answer_is_asked(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,11 +360,11 @@ def test_what_learns_to_answer_is_asked(options: Options, tmp_path: Path, capsys
         file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in told))
 
     write("assistant")
-    assert trainer.train(options(data=(file,), steps=1, sample_every=1, sequence_length=64), Laptop()) == 0
+    assert assemble.train(options(data=(file,), steps=1, sample_every=1, sequence_length=64), Laptop()) == 0
     assert re.search(r"--- sample at step 1\nuser: How much is \d+ \+ 1\?\n\nassistant: ", capsys.readouterr().out)
     write("user")
     with pytest.raises(LlmpyError, match="no message of the assistant, no completion — give records with"):
-        trainer.train(options(data=(file,), out=tmp_path / "again"), Laptop())
+        assemble.train(options(data=(file,), out=tmp_path / "again"), Laptop())
     assert not (tmp_path / "again").exists()
 
 
@@ -372,7 +377,7 @@ def test_more_threads_than_cores_are_told_of(
     machine = Laptop()
     for threads, count in ((99, 1), (2, 0)):
         machine.threads = threads
-        trainer.train(options(out=tmp_path / str(threads)), machine)
+        assemble.train(options(out=tmp_path / str(threads)), machine)
         assert capsys.readouterr().out.count(told) == count
         sample(SampleOptions(tmp_path / str(threads), tokens=2), print, machine)
         assert capsys.readouterr().err.count(told) == count
@@ -380,13 +385,13 @@ def test_more_threads_than_cores_are_told_of(
 
 def test_checkpoints_that_the_disk_has_no_room_for(options: Options, tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match=r"the checkpoints of this run need up to .* GB on the disk of .*run"):
-        trainer.train(options(model="d48", keep=0, checkpoint_every=1, steps=10**6, sequence_length=16), Laptop())
+        assemble.train(options(model="d48", keep=0, checkpoint_every=1, steps=10**6, sequence_length=16), Laptop())
     assert not (tmp_path / "run").exists()
 
 
 def test_minutes_bound_a_run_and_its_learning_rate(options: Options, tmp_path: Path) -> None:
     start = time.perf_counter()
-    assert trainer.train(options(steps=None, minutes=0.02, eval_every=0), Laptop()) == 0
+    assert assemble.train(options(steps=None, minutes=0.02, eval_every=0), Laptop()) == 0
     assert time.perf_counter() - start < 30
     rates = [r["lr"] for r in metrics(tmp_path / "run") if "lr" in r]
     assert len(rates) > 5
@@ -394,7 +399,7 @@ def test_minutes_bound_a_run_and_its_learning_rate(options: Options, tmp_path: P
 
 
 def test_evaluation_is_always_of_the_same_batches(options: Options, tmp_path: Path) -> None:
-    trainer.train(options(lr=1e-30, weight_decay=0.0, eval_every=1), Laptop())
+    assemble.train(options(lr=1e-30, weight_decay=0.0, eval_every=1), Laptop())
     losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
 
@@ -437,7 +442,7 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_model(
         hangup(signal.SIG_DFL)
     before = signal.getsignal(number)
     machine = Interrupting(number)
-    assert trainer.train(options(steps=100), machine) == code
+    assert assemble.train(options(steps=100), machine) == code
     assert signal.getsignal(number) is before
     assert machine.updates == 4
     assert [r["step"] for r in metrics(tmp_path / "run")] == [0, 1, 2]
@@ -448,25 +453,23 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_model(
 
 
 def test_the_second_ctrl_c_is_the_systems_own() -> None:
-    asked: list[int] = []
-    with trainer.stop_signals(asked.append):
+    with StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert asked == [signal.SIGINT]
+    assert stop.signal == signal.SIGINT
 
 
 @needs_hangup
 def test_a_closing_terminal_may_hang_up_twice_and_nohup_holds(hangup: Callable[[Any], object]) -> None:
-    asked: list[int] = []
     hangup(signal.SIG_DFL)
-    with trainer.stop_signals(asked.append):
+    with StopSignals() as stop:
         signal.raise_signal(HANGUP)
         signal.raise_signal(HANGUP)
-    assert asked == [HANGUP]
+    assert stop.signal == HANGUP
     hangup(signal.SIG_IGN)
-    with trainer.stop_signals(asked.append):
+    with StopSignals() as stop:
         signal.raise_signal(HANGUP)
-    assert asked == [HANGUP]
+    assert stop.signal == 0
 
 
 class Leaving(io.TextIOWrapper):
@@ -496,7 +499,7 @@ def test_a_dead_terminal_ends_no_run(
 ) -> None:
     with Leaving(lines, terminal) as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert trainer.train(options(sample_every=2), Laptop()) == 0
+        assert assemble.train(options(sample_every=2), Laptop()) == 0
         assert out.reader is None
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     log = (tmp_path / "run" / "console.log").read_text("utf-8")
@@ -522,7 +525,7 @@ def test_ctrl_c_when_the_terminal_dies_with_it(
             super().adamw(*arguments)
 
     with Leaving(0) as out:
-        assert trainer.train(options(steps=100), Dying(signal.SIGINT)) == 130
+        assert assemble.train(options(steps=100), Dying(signal.SIGINT)) == 130
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     assert "stopped after 2 steps" in (tmp_path / "run" / "console.log").read_text("utf-8")
 
@@ -536,7 +539,7 @@ def test_a_full_disk_loses_the_log_but_not_the_model(
         journal._files = {"metrics.jsonl": metrics, "main.log": main}
 
     monkeypatch.setattr(Journal, "open", full)
-    assert trainer.train(options(), Laptop()) == 0
+    assert assemble.train(options(), Laptop()) == 0
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     out = capsys.readouterr().out
     assert out.count("warning: cannot write /dev/full: No space left on device; the run goes on\n") == 1
@@ -557,7 +560,7 @@ def test_a_checkpoint_that_fails_is_tried_again(
 
     monkeypatch.setattr(checkpoint, "write", full)
     monkeypatch.setattr(snapshot, "Thread", AtOnce)
-    assert trainer.train(options(checkpoint_every=20, steps=102), Laptop()) == 0
+    assert assemble.train(options(checkpoint_every=20, steps=102), Laptop()) == 0
     assert times == [20, 40, 42, 46, 54, 70, 80, 82, 100, 102]
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "written again" in line] == [
@@ -586,11 +589,11 @@ def test_a_full_disk_at_the_end_is_told_and_nothing_is_lost(
     with pytest.raises(
         LlmpyError, match=r"of step 6 could not be written: No space .* of step 4 is kept; the model of"
     ):
-        trainer.train(options(checkpoint_every=4, steps=6), Laptop())
+        assemble.train(options(checkpoint_every=4, steps=6), Laptop())
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     assert [r["step"] for r in metrics(tmp_path / "run") if "val_loss" in r] == [0, 6]
     monkeypatch.setattr(checkpoint, "write", write)
-    assert trainer.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
     assert checkpoint.listed(tmp_path / "run" / "checkpoints")[0].name == "step-00000006"
 
 
@@ -605,7 +608,7 @@ def test_tokens_that_change_during_training_reach_no_kernel(options: Options, tm
                 file.write(b"\xff" * 4000)
 
     with pytest.raises(LlmpyError, match=r"tokens\.bin was changed .* 65535 now, outside the vocabulary of 300"):
-        trainer.train(options(data=(path,)), Meddling())
+        assemble.train(options(data=(path,)), Meddling())
 
 
 class Diverging(Laptop):
@@ -626,7 +629,7 @@ class Diverging(Laptop):
 def test_steps_that_are_not_finite_are_skipped_and_told(
     options: Options, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert trainer.train(options(steps=9, shuffle=False), Diverging(what, (4, 5, 8))) == 0
+    assert assemble.train(options(steps=9, shuffle=False), Diverging(what, (4, 5, 8))) == 0
     rows = {r["step"]: r for r in metrics(tmp_path / "run") if "val_loss" not in r}
     assert [n for n, r in rows.items() if "skipped" in r] == [4, 5, 8]
     assert rows[5]["skipped"] == f"the {what} is nan"
@@ -645,10 +648,10 @@ def test_after_some_in_a_row_the_run_stops_and_says_where(
 ) -> None:
     machine = Diverging(what, range(4, 100))
     told = (
-        rf"step 6: the {what} is nan, as in 3 steps in a row; it first arose in {where}; the last good checkpoint is "
+        rf"step 8: the {what} is nan, as in 5 steps in a row; it first arose in {where}; the last good checkpoint is "
     )
     with pytest.raises(Diverged, match=rf"{told}of step 3 — use a smaller --lr .* --resume ") as caught:
-        trainer.train(options(steps=100, checkpoint_every=3, give_up_after=3), machine)
+        assemble.train(options(steps=100, checkpoint_every=3), machine)
     assert caught.value.code == 3
     assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     out: list[str] = []
@@ -667,22 +670,22 @@ class Ruined(Diverging):
 def test_a_checkpoint_amid_such_steps_is_not_called_good(options: Options) -> None:
     told = "the checkpoint of step 6 came after steps that had to be skipped, and is no better — use a smaller"
     with pytest.raises(Diverged, match=told) as caught:
-        trainer.train(options(steps=6, give_up_after=5), Ruined("loss", range(5, 100)))
+        assemble.train(options(steps=6), Ruined("loss", range(5, 100)))
     assert "--resume" not in str(caught.value)
 
 
 def test_divergence_before_any_checkpoint(options: Options, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="no checkpoint was made yet"):
-        trainer.train(options(steps=10), Diverging("loss", range(100)))
+        assemble.train(options(steps=10), Diverging("loss", range(100)))
     assert not (tmp_path / "run" / "model.safetensors").exists()
     before = contents(tmp_path / "run")
     assert {"metrics.jsonl", "main.log", "train.bin"} <= set(before)
     with pytest.raises(LlmpyError, match="holds a run that was cut off — go on with it: --resume "):
-        trainer.train(options(), Laptop())
+        assemble.train(options(), Laptop())
     with pytest.raises(LlmpyError, match=r"is a run that has no checkpoint yet — go on: .*train --resume "):
         sample(SampleOptions(tmp_path / "run", tokens=3), print, Laptop())
     assert contents(tmp_path / "run") == before
-    assert trainer.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0  # from the start
+    assert assemble.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0  # from the start
     assert [r["step"] for r in metrics(tmp_path / "run") if "loss" in r] == [*range(1, 11)]
 
 
@@ -700,15 +703,15 @@ def test_parameters_that_are_not_finite_are_never_checkpointed(
 
     told = "step 4: .* no longer finite; the last good .* of step 2" if every else "step 10: .* finite; no checkpoint"
     with pytest.raises(Diverged, match=told):
-        trainer.train(options(checkpoint_every=every, steps=10), Rotten())
+        assemble.train(options(checkpoint_every=every, steps=10), Rotten())
     assert len(list((tmp_path / "run").glob("checkpoints/*"))) == bool(every)
 
 
 def test_a_trained_model_is_not_overwritten(options: Options, tmp_path: Path) -> None:
-    trainer.train(options(), Laptop())
+    assemble.train(options(), Laptop())
     before = contents(tmp_path / "run")
     with pytest.raises(LlmpyError, match="already holds a trained model — .* --resume "):
-        trainer.train(options(seed=3), Laptop())
+        assemble.train(options(seed=3), Laptop())
     assert contents(tmp_path / "run") == before
 
 
@@ -716,7 +719,7 @@ def test_a_folder_with_other_files_is_left_alone(options: Options, tmp_path: Pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.bin").write_bytes(b"mine")
     with pytest.raises(LlmpyError, match=r"is not empty \(train.bin\)"):
-        trainer.train(options(), Laptop())
+        assemble.train(options(), Laptop())
     assert (tmp_path / "run" / "train.bin").read_bytes() == b"mine"
 
 
@@ -730,7 +733,7 @@ def test_input_inside_the_run_folder_survives(options: Options, tmp_path: Path, 
     (run / "main.log").write_text("precious\n")
     before = contents(run)
     with pytest.raises(LlmpyError):
-        trainer.train(options(data=(run,), sequence_length=16 if fault == "good" else 1000), Laptop())
+        assemble.train(options(data=(run,), sequence_length=16 if fault == "good" else 1000), Laptop())
     assert contents(run) == before
 
 
@@ -747,14 +750,14 @@ def test_what_a_cut_off_save_left_goes_when_a_run_begins(
     assert [p.name for p in run.iterdir()] == [f".model.safetensors.{os.getpid()}.tmp"]
     before = contents(run)
     with pytest.raises(LlmpyError):
-        trainer.train(options(data=(tmp_path / "missing.txt",)), Laptop())
+        assemble.train(options(data=(tmp_path / "missing.txt",)), Laptop())
     assert contents(run) == before
-    assert trainer.train(options(), Laptop()) == 0
+    assert assemble.train(options(), Laptop()) == 0
     assert not any(p.name.endswith(".tmp") for p in run.iterdir())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".notes.tmp").touch()  # not ours
     with pytest.raises(LlmpyError, match=r"is not empty \(\.notes\.tmp\)"):
-        trainer.train(options(out=tmp_path / "other"), Laptop())
+        assemble.train(options(out=tmp_path / "other"), Laptop())
 
 
 def half_written(path: Path) -> None:
@@ -765,21 +768,21 @@ def half_written(path: Path) -> None:
 
 def test_a_name_that_no_disk_takes(options: Options, tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match="cannot write to the run folder .*File name too long — choose another"):
-        trainer.train(options(out=tmp_path / ("x" * 300)), Laptop())
+        assemble.train(options(out=tmp_path / ("x" * 300)), Laptop())
 
 
 def test_an_empty_folder_is_welcome_and_stays_empty_after_a_refusal(options: Options, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(LlmpyError):
-        trainer.train(options(data=(tmp_path / "missing.txt",)), Laptop())
+        assemble.train(options(data=(tmp_path / "missing.txt",)), Laptop())
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made(options: Options, text: Path) -> None:
     with pytest.raises(LlmpyError, match="cannot write to the run folder"):
-        trainer.train(options(out=text / "run"), Laptop())
+        assemble.train(options(out=text / "run"), Laptop())
     with pytest.raises(LlmpyError, match="cannot write to the run folder"):
-        trainer.train(options(out=text), Laptop())
+        assemble.train(options(out=text), Laptop())
 
 
 def test_a_folder_that_cannot_be_written(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -788,7 +791,7 @@ def test_a_folder_that_cannot_be_written(options: Options, tmp_path: Path, monke
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(LlmpyError, match="Permission denied — choose another with --out"):
-        trainer.train(options(), Laptop())
+        assemble.train(options(), Laptop())
     assert not (tmp_path / "run").exists()
 
 
@@ -858,7 +861,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(options: Options, tmp_path: P
 
     machine = Unmeasured()
     with pytest.raises(LlmpyError) as caught:
-        trainer.train(options(**make(tmp_path)), machine)
+        assemble.train(options(**make(tmp_path)), machine)
     assert machine.warmed == 0
     assert said in str(caught.value)
     assert " — " in str(caught.value), "an error names the fix"
@@ -866,10 +869,10 @@ def test_bad_input_is_one_error_and_leaves_nothing(options: Options, tmp_path: P
 
 
 def test_memory_that_is_not_there(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "PROGRAM_BYTES", 1 << 60)
+    monkeypatch.setattr(memory, "PROGRAM_BYTES", 1 << 60)
     machine = Laptop()
     with pytest.raises(LlmpyError, match="smaller -B, -T or --model"):
-        trainer.train(options(), machine)
+        assemble.train(options(), machine)
     assert machine.warmed == 0
     assert not (tmp_path / "run").exists()
 
@@ -878,7 +881,7 @@ def test_shards_without_a_tokenizer_train_and_sample_as_numbers(
     options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = shard_with(tmp_path, np.arange(2000) % 300)
-    assert trainer.train(options(data=(path,)), Laptop()) == 0
+    assert assemble.train(options(data=(path,)), Laptop()) == 0
     lines = capsys.readouterr().out.splitlines()
     ids = lines[lines.index("--- sample at step 4") + 1].split()
     assert len(ids) == 5
@@ -930,9 +933,9 @@ def test_the_best_model_is_kept_beside_the_last(
 ) -> None:
     run = tmp_path / "run"
     worse = iter([1.0, 1.0, 1.0, 5.0, 6.0])  # of the evaluations at 0, 2, 4, 6, 8
-    true_loss = trainer.GPT2.loss
-    monkeypatch.setattr(trainer.GPT2, "loss", lambda self, *told: next(worse) * true_loss(self, *told))
-    assert trainer.train(options(steps=8, eval_every=2, eval_batches=1, checkpoint_every=4, keep=0), Laptop()) == 0
+    true_loss = GPT2.loss
+    monkeypatch.setattr(GPT2, "loss", lambda self, *told: next(worse) * true_loss(self, *told))
+    assert assemble.train(options(steps=8, eval_every=2, eval_batches=1, checkpoint_every=4, keep=0), Laptop()) == 0
     score = checkpoint.read_score(run / "best.safetensors")
     losses = {r["step"]: r["val_loss"] for r in metrics(run) if "val_loss" in r}
     assert score is not None
@@ -944,8 +947,8 @@ def test_the_best_model_is_kept_beside_the_last(
     out = capsys.readouterr().out
     assert f"it was better before, after step 4, with validation loss {losses[4]:.4f}: {run}/best.safetensors" in out
     # A run that goes on from before that step finds it again, and one that is better replaces it.
-    monkeypatch.setattr(trainer.GPT2, "loss", true_loss)
-    assert trainer.train(TrainOptions(resume=run, steps=10, given=frozenset({"steps"})), Laptop()) == 0
+    monkeypatch.setattr(GPT2, "loss", true_loss)
+    assert assemble.train(TrainOptions(resume=run, steps=10, given=frozenset({"steps"})), Laptop()) == 0
     score = checkpoint.read_score(run / "best.safetensors")
     assert score is not None
     assert (score.step, score.val_loss) == (10, metrics(run)[-1]["val_loss"])
@@ -958,13 +961,13 @@ def test_the_best_model_on_another_text_is_not_compared(
     changes: dict[str, Any],
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
-    true_loss = trainer.GPT2.loss
-    monkeypatch.setattr(trainer.GPT2, "loss", lambda self, *told: true_loss(self, *told) / 10)
-    assert trainer.train(options(steps=4, eval_every=2, eval_batches=1), Laptop()) == 0
-    monkeypatch.setattr(trainer.GPT2, "loss", true_loss)
+    true_loss = GPT2.loss
+    monkeypatch.setattr(GPT2, "loss", lambda self, *told: true_loss(self, *told) / 10)
+    assert assemble.train(options(steps=4, eval_every=2, eval_batches=1), Laptop()) == 0
+    monkeypatch.setattr(GPT2, "loss", true_loss)
     capsys.readouterr()
     changes = {"steps": 6, **changes}
-    assert trainer.train(TrainOptions(resume=run, given=frozenset(changes), **changes), Laptop()) == 0
+    assert assemble.train(TrainOptions(resume=run, given=frozenset(changes), **changes), Laptop()) == 0
     out = capsys.readouterr().out
     assert re.search(
         r"validation now takes .*; the best model so far, of step 4 with .*: it gives way to this one", out
@@ -982,7 +985,7 @@ def test_a_best_model_that_cannot_be_written_ends_no_run(
         raise LlmpyError("cannot write best.safetensors: No space left on device", "free some space")
 
     monkeypatch.setattr(checkpoint, "write_model", full)
-    assert trainer.train(options(steps=2), Laptop()) == 0
+    assert assemble.train(options(steps=2), Laptop()) == 0
     assert "warning: the best model so far is not kept: cannot write best.safetensors" in capsys.readouterr().out
 
 
@@ -994,15 +997,15 @@ def test_runs_within_the_data_are_no_data(
     texts.mkdir()
     shutil.copy(text, texts)
     for name in ("one", "two"):
-        assert trainer.train(options(data=(texts,), out=texts / "runs" / name, steps=2), Laptop()) == 0
+        assert assemble.train(options(data=(texts,), out=texts / "runs" / name, steps=2), Laptop()) == 0
         assert "1 file, 17," in capsys.readouterr().out
     shards = tmp_path / "shards"
     shards.mkdir()
     for part in ("train.bin", "val.bin"):
         shutil.copy(texts / "runs" / "one" / part, shards)
-    assert trainer.train(options(data=(shards,), vocab_size=300, out=shards / "run", steps=2), Laptop()) == 0
+    assert assemble.train(options(data=(shards,), vocab_size=300, out=shards / "run", steps=2), Laptop()) == 0
     again = TrainOptions(resume=shards / "run", steps=4, given=frozenset({"steps"}))
-    assert trainer.train(again, Laptop()) == 0
+    assert assemble.train(again, Laptop()) == 0
     assert metrics(shards / "run")[-1]["step"] == 4
 
 

@@ -29,7 +29,8 @@ FIRST_PAINT_MS = 2000
 TRAINING = """
 import sys, time
 from support.laptop import Laptop
-from llmpy import cli, trainer
+from llmpy.cli import main as cli
+from llmpy.train import assemble
 class Slow(Laptop):
     def global_norm(self, *arguments):
         time.sleep(0.02)
@@ -38,7 +39,7 @@ given = [cli.TrainOptions(resume=cli.Path(words[1])) if words[0] == "resume" els
     data=(cli.Path(words[0]),), model="d1", out=cli.Path(words[1]), batch_size=2, sequence_length=16, steps=2000,
     eval_every=20, eval_batches=2, sample_tokens=5, sample_every=15, vocab_size=300, checkpoint_every=10, lr=1e-3)
     for words in [sys.argv[1:]]]
-sys.exit(trainer.train(given[0], Slow()))
+sys.exit(assemble.train(given[0], Slow()))
 """
 
 

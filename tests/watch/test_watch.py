@@ -24,7 +24,7 @@ from support.laptop import Laptop
 
 from llmpy.errors import LlmpyError
 from llmpy.options.options import TrainOptions
-from llmpy.train.trainer import train
+from llmpy.train.assemble import train
 from llmpy.watch import curves
 from llmpy.watch.curves import CHUNK, LEVEL, Curve, Metrics, smoothed, survey, width_of
 from llmpy.watch.runs import Runs, board
