@@ -43,9 +43,10 @@ from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run.checkpoint_writer import Keeper
 from llmpy.run.journal import Journal
-from llmpy.train import trainer
 from llmpy.train.memory import memory_parts
 from llmpy.train.optimizer import AdamW
+from llmpy.train.outliers import UpdateGuard
+from llmpy.train.trainer import Trainer
 
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 0.5}
@@ -802,13 +803,13 @@ def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, token
         loader = Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, fellow.size)
         optimizer = Zero(model, fellow, **SETTINGS, zero=True, limit=700)
         told = TrainOptions(checkpoint_every=1, ranks=fellow.size)
-        run = trainer.Trainer.__new__(trainer.Trainer)
-        run.keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
-        run.done, run.folder, run.options, run._bad = 3, tmp_path / "run", told, 0
-        run.keeper.begin(2)
-        assert run.keeper.due(3)
-        run.keeper.save(3, {"options": told.as_record()}, loader.position)
-        return str(run._diverged("the loss is nan"))
+        run = Trainer.__new__(Trainer)
+        run.checkpoints = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
+        run.done, run.options, run.guard = 3, told, UpdateGuard({})
+        run.checkpoints.begin(2)
+        assert run.checkpoints.due(3)
+        run.checkpoints.save(3, {"options": told.as_record()}, loader.position)
+        return str(run.diverged("the loss is nan"))
 
     said = Fellows(2).run(diverging)
     assert all("the last good checkpoint is of step 3" in text for text in said)
