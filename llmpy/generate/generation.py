@@ -28,7 +28,7 @@ from ..formats import hub, resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, PARAMS
+from ..model.gpt2 import GPT2, params_table
 from ..options.options import ChatOptions, SampleOptions
 from ..rng import Xorshift64Star
 from ..run.folder import finished
@@ -36,7 +36,7 @@ from ..system.command import command
 from ..system.inputs import regular
 from ..system.resources import available_memory, crowded
 from ..system.words import did_you_mean
-from .kv_cache import CACHE, PACKED, PREFILL, ROWS, Decoder
+from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
 
 SLIDE = 4  # the window slides by reach / SLIDE
 
@@ -336,8 +336,8 @@ def read_prompts(options: SampleOptions) -> list[str]:
 def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool = False) -> None:
     """Raise LlmpyError if B texts of S positions need more memory than there is; a `loaded` model has its own."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
-    parameters = sum((stored if t.decay else wide) * t.size for t in PARAMS(config))
-    tables = PACKED(config, ops), CACHE(config, B, S), PREFILL(config, S), ROWS(config, B)
+    parameters = sum((stored if t.decay else wide) * t.size for t in params_table(config))
+    tables = packed_table(config, ops), cache_table(config, B, S), prefill_table(config, S), rows_table(config, B)
     needed = (0 if loaded else parameters) + sum(memory(table, stored, wide) for table in tables)
     available = available_memory()
     if needed > available:

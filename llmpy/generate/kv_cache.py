@@ -19,11 +19,11 @@ import numpy as np
 from ..backend import Ops
 from ..model.arena import Arena, Tensor
 from ..model.config import ModelConfig
-from ..model.gpt2 import ACTS, ALWAYS, GPT2, at
+from ..model.gpt2 import ALWAYS, GPT2, activations_table, at
 
 
-def PACKED(c: ModelConfig, ops: Ops) -> list[Tensor]:
-    """The matrices of every product, packed, named as in `gpt2.PARAMS`; the head is the token embedding."""
+def packed_table(c: ModelConfig, ops: Ops) -> list[Tensor]:
+    """The matrices of every product, packed, named as in `gpt2.params_table`; the head is the token embedding."""
     L, C, Vp = c.layers, c.channels, c.padded_vocab_size
     return [
         Tensor("attn_qkv_w", (L, ops.packed_size(3 * C, C))),
@@ -34,20 +34,23 @@ def PACKED(c: ModelConfig, ops: Ops) -> list[Tensor]:
     ]
 
 
-def CACHE(c: ModelConfig, B: int, S: int) -> list[Tensor]:
+def cache_table(c: ModelConfig, B: int, S: int) -> list[Tensor]:
     """Keys and values of B texts of up to S positions, by layer."""
     return [Tensor("keys_values", (c.layers, B, c.heads, 2, S, c.head_size))]
 
 
-def PREFILL(c: ModelConfig, T: int) -> list[Tensor]:
+def prefill_table(c: ModelConfig, T: int) -> list[Tensor]:
     """The activations of a text of T tokens, with the keys and values of every layer."""
     every = (c.layers, T, 3 * c.channels)
-    return [replace(t, shape=every, steps=ALWAYS) if t.name == "qkv" else t for t in ACTS(c, 1, T, training=False)]
+    return [
+        replace(t, shape=every, steps=ALWAYS) if t.name == "qkv" else t
+        for t in activations_table(c, 1, T, training=False)
+    ]
 
 
-def ROWS(c: ModelConfig, B: int) -> list[Tensor]:
+def rows_table(c: ModelConfig, B: int) -> list[Tensor]:
     """What a token of each of B texts is computed in."""
-    return [*ACTS(c, B, 1, training=False), Tensor("logits", (B, c.padded_vocab_size))]
+    return [*activations_table(c, B, 1, training=False), Tensor("logits", (B, c.padded_vocab_size))]
 
 
 def lender(table: list[Tensor], ops: Ops) -> Callable[[int, Any], Any]:
@@ -79,7 +82,7 @@ class Decoder:
         self.model, self.ops, self.length = model, model.ops, S
         self.matrices = model.weights
         self.multiply: Callable[..., None] = model.ops.linear_forward
-        self.cache = Arena(CACHE(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values
+        self.cache = Arena(cache_table(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values
         self.positions = np.zeros(B, np.int32)  # where the next token of each slot goes
         self._to_pack = pack
         self._layers = self._by_layer()
@@ -89,7 +92,7 @@ class Decoder:
         """Copy the matrices of the model as they are now; from here on products read the copy."""
         ops, w = self.ops, self.model.weights
         self._to_pack = False
-        self.matrices = Arena(PACKED(self.model.config, ops), ops.empty, ops.dtype)
+        self.matrices = Arena(packed_table(self.model.config, ops), ops.empty, ops.dtype)
         self.multiply = ops.packed_linear_forward
         ops.pack(self.matrices.wte, w.wte)
         for name in ("attn_qkv_w", "attn_proj_w", "mlp_fc_w", "mlp_proj_w"):
@@ -112,7 +115,7 @@ class Decoder:
     def prefill(self, slot: int, text: Sequence[int]) -> np.ndarray:
         """Begin a slot anew with a text of 1 … S tokens; the logits (V,) of what follows it."""
         T, c, ops = len(text), self.model.config, self.ops
-        a = Arena(PREFILL(c, T), self._room_of_texts, ops.dtype, ops.wide)
+        a = Arena(prefill_table(c, T), self._room_of_texts, ops.dtype, ops.wide)
         self.model.forward(np.array([text], np.int32), a)
         for l in range(c.layers):
             ops.cache_fill(self.cache[l, slot : slot + 1], a.qkv[l])
@@ -130,7 +133,7 @@ class Decoder:
             self.pack()
         ops, w, B = self.ops, self.model.weights, len(slots)
         if B not in self._rows:
-            acts = Arena(ROWS(self.model.config, B), self._room_of_tokens, ops.dtype, ops.wide)
+            acts = Arena(rows_table(self.model.config, B), self._room_of_tokens, ops.dtype, ops.wide)
             self._rows[B] = _Rows(acts, B)
         rows = self._rows[B]
         rows.slots[:], rows.tokens[:, 0] = slots, tokens
@@ -171,8 +174,8 @@ class Decoder:
 
     @cached_property
     def _room_of_texts(self) -> Callable[[int, Any], Any]:
-        return lender(PREFILL(self.model.config, self.length), self.ops)
+        return lender(prefill_table(self.model.config, self.length), self.ops)
 
     @cached_property
     def _room_of_tokens(self) -> Callable[[int, Any], Any]:
-        return lender(ROWS(self.model.config, len(self.positions)), self.ops)
+        return lender(rows_table(self.model.config, len(self.positions)), self.ops)

@@ -23,12 +23,12 @@ from ..errors import LlmpyError
 from .arena import Arena, Tensor
 from .config import ModelConfig
 
-# Activations that backward computes again instead of keeping, see ACTS. 1 costs half a percent of a step's time
+# Activations that backward computes again instead of keeping, see activations_table. 1 costs half a percent of a step's time
 # (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
 RECOMPUTE = 1
 
 
-def PARAMS(c: ModelConfig) -> list[Tensor]:
+def params_table(c: ModelConfig) -> list[Tensor]:
     """Every parameter. Matrices come first: weight decay then ends at one boundary (`matrix_elements`)."""
     L, C, Vp = c.layers, c.channels, c.padded_vocab_size
     std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
@@ -70,7 +70,7 @@ def computed_again(c: ModelConfig, recomputed: int | None) -> range:
     return range(first, c.layers - (first > 0))
 
 
-def ACTS(
+def activations_table(
     c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, recomputed: int | None = None,
     mixed: bool = False,
 ) -> list[Tensor]:  # fmt: skip
@@ -138,13 +138,13 @@ class GPT2:
         self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, recomputed: int | None = None,
         trainable: bool = True,
     ) -> None:  # fmt: skip
-        """`recompute` and `recomputed`: see `ACTS`."""
+        """`recompute` and `recomputed`: see `activations_table`."""
         self.config = config
         self.ops = ops
         self.recompute = recompute
         self.recomputed = recomputed
         self.trainable = trainable
-        table = PARAMS(config)
+        table = params_table(config)
         matrices = [t for t in table if t.decay]
         self.matrix_elements = sum(t.size for t in matrices)
         # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
@@ -156,10 +156,10 @@ class GPT2:
             self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
             self.weights = self.params
         self.grads: Arena | None = None
-        # Of several ranks, whose weights and gradients travel meanwhile: `needs(l)` before forward reads weights of
-        # layer l, `done(l)` when backward has its gradients; −1 stands for the embeddings.
-        self.needs: Callable[[int], None] | None = None
-        self.done: Callable[[int], None] | None = None
+        # Of several ranks, whose weights and gradients travel meanwhile: `before_layer(l)` before forward reads weights of
+        # layer l, `after_layer(l)` when backward has its gradients; −1 stands for the embeddings.
+        self.before_layer: Callable[[int], None] | None = None
+        self.after_layer: Callable[[int], None] | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
 
     def store_weights(self) -> None:
@@ -185,7 +185,7 @@ class GPT2:
         if (B, T, True) in self._acts:
             training = True
         if (B, T, training) not in self._acts:
-            table = ACTS(self.config, B, T, training, self.recompute, self.recomputed, self.mixed)
+            table = activations_table(self.config, B, T, training, self.recompute, self.recomputed, self.mixed)
             self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
@@ -232,12 +232,12 @@ class GPT2:
     def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
         """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
         ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
-        if self.needs is not None:
-            self.needs(-1)
+        if self.before_layer is not None:
+            self.before_layer(-1)
         ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
         for l in range(L):
-            if self.needs is not None:
-                self.needs(l)
+            if self.before_layer is not None:
+                self.before_layer(l)
             resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
             stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
             if l == 0:
@@ -294,11 +294,11 @@ class GPT2:
             ops.linear_backward(a.dln, *d, a.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
             d = g.ln_1_w[l], g.ln_1_b[l]
             ops.layernorm_backward(a.dresid, *d, a.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
-            if self.done is not None:
-                self.done(l)
+            if self.after_layer is not None:
+                self.after_layer(l)
         ops.embedding_backward(g.wte, g.wpe, a.dresid, tokens, acc)
-        if self.done is not None:
-            self.done(-1)
+        if self.after_layer is not None:
+            self.after_layer(-1)
 
 
 def at(tensor: Any, l: int) -> Any:

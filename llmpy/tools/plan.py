@@ -33,7 +33,7 @@ from ..bench.ops import FLOPS, UNSTEADY, Case, time_case
 from ..distributed.cost import Communication, Line, Work, communication
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..model.gpt2 import PARAMS, computed_again
+from ..model.gpt2 import computed_again, params_table
 from ..model.partition import BUCKET
 from ..options.options import PlanOptions, TrainOptions
 from ..options.recipes import RECIPES
@@ -71,7 +71,7 @@ def step_parts(
     L, C, NH = config.layers, config.channels, config.heads
     rows = Case(B, T, C=C)
     embedding = Case(B, T, C=C, V=config.vocab_size, Vp=config.padded_vocab_size)
-    flat = Case(n=sum(t.size for t in PARAMS(config)))
+    flat = Case(n=sum(t.size for t in params_table(config)))
 
     def product(stage: str, i: int, o: int, variant: str) -> Part:
         return Part(stage, "products", f"linear_{stage}", Case(B, T, C=i, OC=o, variant=variant), L)
@@ -236,7 +236,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     memory = memory_of(config, options, ops)
     timed = time_batch(config, options, ops)
     step = step_of(config, options, gathered, timed, messages(config, options, ops, timed, gathered))
-    parameters, tokens = sum(t.size for t in PARAMS(config)), step["batch"]["tokens"]
+    parameters, tokens = sum(t.size for t in params_table(config)), step["batch"]["tokens"]
     return {
         "model": {
             "name": o.model, "layers": config.layers, "heads": config.heads, "channels": config.channels,
@@ -331,13 +331,13 @@ def bill(seconds: float, options: PlanOptions) -> dict[str, Any]:
 def disk_of(config: ModelConfig, options: PlanOptions, tokens: int) -> dict[str, Any]:
     """Bytes of a checkpoint and of all that are there at once, and what is free where runs are written."""
     o = options
-    parameters = sum(t.size for t in PARAMS(config))
+    parameters = sum(t.size for t in params_table(config))
     steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
     told = TrainOptions(
         model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep, keep_every=o.keep_every
     )
     return {
-        "checkpoint": 12 * sum(t.size for t in PARAMS(config)),  # float32 weights and two moments
+        "checkpoint": 12 * sum(t.size for t in params_table(config)),  # float32 weights and two moments
         "total": disk_needed(told, config),
         "free": shutil.disk_usage(Path()).free,
     }

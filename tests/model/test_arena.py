@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmpy.backend import load
 from llmpy.model.arena import Arena, Tensor, memory, placed
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import ACTS, ALWAYS, GPT2
+from llmpy.model.gpt2 import ALWAYS, GPT2, activations_table
 from llmpy.model.initialise import initialise
 
 SMALL = ModelConfig(layers=3, heads=2, channels=24, context=16, vocab_size=37)
@@ -59,7 +59,7 @@ def test_sharing_changes_no_bit(dtype: str, recompute: int, layers: int | None) 
         initialise(model.params, SMALL)
         model.store_weights()
         for training in (False, True):
-            table = ACTS(SMALL, B, T, training, recompute, layers, model.mixed)
+            table = activations_table(SMALL, B, T, training, recompute, layers, model.mixed)
             table = table if shared else [replace(t, steps=ALWAYS) for t in table]
             arena = model._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
             for buffer in arena.buffers:

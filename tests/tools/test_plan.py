@@ -16,7 +16,7 @@ from llmpy.cli import main as cli
 from llmpy.distributed.cost import Line, Work, communication
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import GPT2, PARAMS
+from llmpy.model.gpt2 import GPT2, params_table
 from llmpy.model.initialise import initialise
 from llmpy.model.partition import BUCKET
 from llmpy.options.options import PlanOptions
@@ -98,7 +98,7 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     options = PlanOptions("d1", 2, 8, vocab_size=300, total_batch=64, tokens=6400, price_per_hour=2.0, memory=0.5)
     numbers = plan.plan(options, Laptop())
     config = ModelConfig.from_dial("d1", vocab_size=300)
-    assert numbers["model"]["parameters"] == sum(t.size for t in PARAMS(config))
+    assert numbers["model"]["parameters"] == sum(t.size for t in params_table(config))
     assert numbers["memory"]["total"] == memory_needed(config, 2, 8, Laptop(), copied=True)
     assert numbers["batch"] == {"batch_size": 2, "sequence_length": 8, "gathered": 4, "nodes": 1, "tokens": 64}
     step = numbers["step"]
