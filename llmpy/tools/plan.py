@@ -1,11 +1,10 @@
 """`llmpy plan`: what a run will need and take, before it starts, on this machine or on several like it.
 
-memory   the tables of the model, as `preflight` counts them
-step     = G · Σ calls · time of each operation    (forward, loss, backward: `step_parts`; G batches gathered)
-         + norm and AdamW
+memory   the tables of the model, as `train.memory` counts them
+step     = G · Σ calls · time of each operation    (forward, loss, backward; G batches gathered) + norm and AdamW
+         The calls are those that the model and the optimizer make on a recording backend.
 time     of an operation: measured now, by `bench ops`, on the sizes of this model (rows beyond what products need
-         to reach their rate are not computed but multiplied). Of another machine: by its peak, at the share of
-         the peak that was measured here; what memory bounds by its bandwidth.
+         to reach their rate are not computed but multiplied)
 tokens   Chinchilla's 20 a parameter (Hoffmann et al. 2022), and what llm.c's script for this size trains on
 
 step     of N machines: G · (forward, loss, backward) + update/N + what `distributed.cost` says that training waits for
@@ -20,6 +19,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,18 +28,21 @@ from typing import Any, cast
 import numpy as np
 
 from .. import backend
+from ..backend import Ops
 from ..backend.machine import Machine
-from ..bench.ops import FLOPS, UNSTEADY, Case, time_case
+from ..backend.recorder import Recorder
+from ..bench.ops import UNSTEADY, Case, time_case
 from ..distributed.cost import Communication, Line, Work, communication
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..model.gpt2 import computed_again, params_table
+from ..model.gpt2 import GPT2, params_table
 from ..model.partition import BUCKET
 from ..options.options import PlanOptions, TrainOptions
 from ..options.recipes import RECIPES
 from ..system.resources import available_memory
 from ..system.words import columns, duration, gigabytes
 from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
+from ..train.optimizer import AdamW
 from ..train.preflight import check_length
 
 CHINCHILLA = 20  # tokens a parameter
@@ -50,59 +53,60 @@ ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls o
 CACHES = 24 << 20  # floats that are read between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
 SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
+KINDS = {
+    "linear_forward": "products", "linear_backward": "products", "attention_forward": "attention",
+    "attention_backward": "attention", "classifier": "head", "global_norm": "update", "adamw": "update",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Part:
-    """An operation of a step on one size, and how often it is called; `stage`: when, `kind`: what it is called."""
+    """An operation of a step on one size, and how often it is called; `stage`: when."""
 
     stage: str  # forward, loss, backward or update
-    kind: str  # products, attention, head, rest, update
     op: str
     case: Case
     calls: int
 
+    @property
+    def kind(self) -> str:
+        """What the time of a step is divided by: products, attention, head, update, rest."""
+        return KINDS.get(self.op, "rest")
 
-def step_parts(
-    config: ModelConfig, B: int, T: int, recompute: int, mixed: bool, recomputed: int | None = None
-) -> list[Part]:
-    """Every call of `GPT2.loss_and_grads` on (B, T), and of the optimizer."""
-    again = len(computed_again(config, recomputed))
-    L, C, NH = config.layers, config.channels, config.heads
-    rows = Case(B, T, C=C)
-    embedding = Case(B, T, C=C, V=config.vocab_size, Vp=config.padded_vocab_size)
-    flat = Case(n=sum(t.size for t in params_table(config)))
 
-    def product(stage: str, i: int, o: int, variant: str) -> Part:
-        return Part(stage, "products", f"linear_{stage}", Case(B, T, C=i, OC=o, variant=variant), L)
+def step_parts(config: ModelConfig, B: int, T: int, recompute: int, dtype: Any) -> list[Part]:
+    """Return every call of a step on (B, T), as the model and the optimizer make them on a recording backend."""
+    recorder = Recorder(dtype)
+    model = GPT2(config, cast(Ops, recorder), recompute)
+    tokens = np.zeros((B, T), np.int32)
+    model.loss_and_grads(tokens, tokens)
+    AdamW(model).step(lr=0.0)
+    ops = [op for op, _ in recorder.calls]
+    loss, update = ops.index("classifier"), ops.index("global_norm")
+    found: Counter[tuple[str, str, Case]] = Counter()
+    for i, (op, arguments) in enumerate(recorder.calls):
+        stage = "update" if i >= update else "backward" if i > loss else "loss" if i == loss else "forward"
+        found[stage, op, case_of(op, arguments)] += 1
+    return [Part(*call, count) for call, count in found.items()]
 
-    parts = [
-        Part("forward", "rest", "embedding_forward", embedding, 1),
-        Part("forward", "rest", "layernorm_forward", rows, 1),
-        Part("forward", "rest", "residual_layernorm_forward", rows, 2 * L),
-        product("forward", C, 3 * C, "bias"),
-        product("forward", C, C, "bias"),
-        product("forward", C, 4 * C, "bias gelu"),
-        product("forward", 4 * C, C, "bias"),
-        Part("forward", "attention", "attention_forward", Case(B, T, C=C, NH=NH), L),
-        Part("loss", "head", "classifier", embedding, 1),
-        Part("backward", "rest", "layernorm_backward", rows, 2 * L + 1),
-        product("backward", 4 * C, C, "bias gelu"),
-        product("backward", C, 4 * C, "bias"),
-        product("backward", C, C, "bias"),
-        product("backward", C, 3 * C, "bias"),
-        Part("backward", "attention", "attention_backward", Case(B, T, C=C, NH=NH), L),
-        Part("backward", "rest", "embedding_backward", embedding, 1),
-        Part("update", "update", "global_norm", flat, 1),
-        Part("update", "update", "adamw", flat, 1),
-    ]
-    if recompute >= 1:
-        parts.append(Part("backward", "rest", "gelu_forward", replace(rows, C=4 * C), again))
-    if recompute >= 2:
-        parts.append(Part("backward", "rest", "layernorm_forward", rows, 2 * again))
-    if mixed:
-        parts.append(Part("backward", "rest", "narrow", Case(n=B * T * C), 2 * L))
-    return parts
+
+def case_of(op: str, arguments: dict[str, Any]) -> Case:
+    """Return the size of a recorded call as `bench ops` has it; all rows are of one sequence, except attention's."""
+    shape = {name: x.shape for name, x in arguments.items() if isinstance(x, np.ndarray)}
+    if op in ("adamw", "global_norm", "narrow", "zero"):
+        return Case(n=math.prod(next(iter(shape.values()))))
+    *rows, C = next(shape[name] for name in ("inp", "inp1", "out", "dout") if name in shape)
+    if "stats" in shape:
+        B, NH, T = shape["stats"]
+        return Case(B, T, C, NH)
+    case = Case(T=math.prod(rows), C=C)
+    if op.startswith("linear"):
+        words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre_gelu" in shape)
+        return replace(case, OC=len(arguments["weight"]), variant=" ".join(word for word, there in words if there))
+    if "wte" in shape or "dwte" in shape:
+        Vp = len(arguments["wte"] if "wte" in shape else arguments["dwte"])
+        return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp)
+    return case
 
 
 def smaller(part: Part) -> tuple[Case, float]:
@@ -184,14 +188,10 @@ class Timed:
 
 
 def time_batch(config: ModelConfig, o: PlanOptions, ops: Machine) -> Timed:
-    """Measured here, and counted over to the machine that the options tell of."""
-    mixed = ops.dtype != ops.wide
-    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed, o.recompute_layers)
-    seconds, here = measure(ops, parts)
-    there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth, here.steady)
-    slower = here.peak / there.peak, here.bandwidth / there.bandwidth
-    counted = [(part, s * slower[part.op not in FLOPS]) for part, s in zip(parts, seconds, strict=True)]
-    return Timed(counted, there, measure_copying() / slower[1] if o.nodes > 1 else math.inf)
+    """Measure the parts of a batch and an update on this machine."""
+    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
+    seconds, rates = measure(ops, parts)
+    return Timed(list(zip(parts, seconds, strict=True)), rates, measure_copying() if o.nodes > 1 else math.inf)
 
 
 def messages(config: ModelConfig, o: PlanOptions, ops: Machine, timed: Timed, gathered: int) -> Communication:
@@ -223,7 +223,7 @@ def gathered_batches(o: PlanOptions) -> int:
 
 
 def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]:
-    """What `--json` tells: bytes, seconds, GFLOP/s, GB/s (10⁹), money as given. Raises LlmpyError for what cannot be.
+    """Return what `--json` prints: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an impossible batch.
 
     `machine` None: the CPU.
     """
@@ -237,6 +237,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     timed = time_batch(config, options, ops)
     step = step_of(config, options, gathered, timed, messages(config, options, ops, timed, gathered))
     parameters, tokens = sum(t.size for t in params_table(config)), step["batch"]["tokens"]
+    rate = step["step"]["tokens_per_s"]
     return {
         "model": {
             "name": o.model, "layers": config.layers, "heads": config.heads, "channels": config.channels,
@@ -244,13 +245,15 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         },
         "machine": {
             "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": timed.rates.peak,
-            "bandwidth_gb_s": timed.rates.bandwidth, "peak_measured": o.peak is None,
-            "bandwidth_measured": o.memory_bandwidth is None, "steady": timed.rates.steady,
+            "bandwidth_gb_s": timed.rates.bandwidth, "steady": timed.rates.steady,
         },
         "memory": memory,
         **step,
         "training": [
-            {"what": what, "tokens": n, "steps": math.ceil(n / tokens), **bill(n / step["step"]["tokens_per_s"], o)}
+            {
+                "what": what, "tokens": n, "steps": math.ceil(n / tokens), "seconds": n / rate,
+                "machine_hours": o.nodes * n / rate / 3600,
+            }
             for what, n in targets(config, options, parameters)
         ],
         "disk": disk_of(config, options, tokens),
@@ -296,12 +299,11 @@ def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, co
 def memory_of(config: ModelConfig, options: PlanOptions, ops: Machine) -> dict[str, Any]:
     """Bytes by part and in all, what is available, and the largest batch that fits into it (0: none does)."""
     o = options
-    available = available_memory() if o.memory is None else int(o.memory * 1e9)
+    available = available_memory()
 
     def parts(B: int) -> dict[str, int]:
         copied = o.checkpoint_every > 0
-        again = o.recompute, o.recompute_layers
-        return memory_parts(config, B, o.sequence_length, ops, again, copied, SAMPLED, ranks=o.nodes)
+        return memory_parts(config, B, o.sequence_length, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
 
     needed = parts(o.batch_size)
     largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(parts(B).values()))
@@ -321,21 +323,12 @@ def targets(config: ModelConfig, options: PlanOptions, parameters: int) -> list[
     return found
 
 
-def bill(seconds: float, options: PlanOptions) -> dict[str, Any]:
-    """What so long a training costs: machine hours, and money if there is a price."""
-    hours = options.nodes * seconds / 3600
-    price = options.price_per_hour
-    return {"seconds": seconds, "machine_hours": hours, "cost": None if price is None else hours * price}
-
-
 def disk_of(config: ModelConfig, options: PlanOptions, tokens: int) -> dict[str, Any]:
     """Bytes of a checkpoint and of all that are there at once, and what is free where runs are written."""
     o = options
     parameters = sum(t.size for t in params_table(config))
     steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
-    told = TrainOptions(
-        model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep, keep_every=o.keep_every
-    )
+    told = TrainOptions(model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep)
     return {
         "checkpoint": 12 * sum(t.size for t in params_table(config)),  # float32 weights and two moments
         "total": disk_needed(told, config),
@@ -348,12 +341,11 @@ def table(n: dict[str, Any]) -> str:
     m, b, machine, memory, step, disk = (n[k] for k in ("model", "batch", "machine", "memory", "step", "disk"))
     gathered = f", {b['gathered']} gathered" if b["gathered"] > 1 else ""
     nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
-    peak, stream = ("measured" if machine[f"{rate}_measured"] else "given" for rate in ("peak", "bandwidth"))
     lines = [
         f"model    {m['name']}: {m['layers']} layers, {m['heads']} heads, {m['channels']} channels, context "
         f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
         f"machine  {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['isa']}, {machine['dtype']}; "
-        f"{machine['peak_gflops']:,.0f} GFLOP/s ({peak}), {machine['bandwidth_gb_s']:,.0f} GB/s ({stream})",
+        f"{machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
         f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
         *([] if machine["steady"] else ["caution  other programs ran meanwhile: plan again without them"]),
         "",
@@ -376,14 +368,14 @@ def table(n: dict[str, Any]) -> str:
             f"each machine sends {n['network']['sent_mb']:,.0f} MB a step and is as fast as "
             f"{100 * n['network']['efficiency']:.0f} % of one that is alone"
         )
-    rows = [("training", "tokens", "steps", "time", "machine hours", "cost")]
-    for t in n["training"]:
-        cost = "" if t["cost"] is None else f"{t['cost']:,.2f}"
-        rows.append((t["what"], f"{t['tokens']:,}", f"{t['steps']:,}", duration(t["seconds"]),
-                     f"{t['machine_hours']:,.1f}", cost))  # fmt: skip
+    rows = [("training", "tokens", "steps", "time", "machine hours")]
+    rows += [
+        (t["what"], f"{t['tokens']:,}", f"{t['steps']:,}", duration(t["seconds"]), f"{t['machine_hours']:,.1f}")
+        for t in n["training"]
+    ]
     lines += [
         "",
-        columns([row if n["training"][0]["cost"] is not None else row[:5] for row in rows]),
+        columns(rows),
         "",
         f"disk     {gigabytes(disk['checkpoint'])} a checkpoint, {gigabytes(disk['total'])} at most; "
         f"{gigabytes(disk['free'])} are free here",

@@ -108,8 +108,7 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, rank
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
     shape = o.batch_size, o.sequence_length
     copied = o.checkpoint_every > 0
-    again = o.recompute, o.recompute_layers
-    needed = memory_needed(config, *shape, machine, again, copied, sampled, apart, ranks, o.zero)
+    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks, o.zero)
     return needed + (0 if machine.compiled() else COMPILER_BYTES)
 
 
@@ -120,7 +119,7 @@ def _row_length(path: Path) -> int:
 
 
 def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
     zero: bool = True,
 ) -> int:  # fmt: skip
@@ -129,14 +128,14 @@ def memory_needed(
 
 
 def memory_parts(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
     zero: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
-    `recompute`: its level and layers, see `activations_table`. `copied`: with the copy that checkpoints in the background are made
-    from. `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
+    `recompute`: see `activations_table`. `copied`: with the copy that checkpoints in the background are made from.
+    `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
     shapes that are evaluated. Of several `ranks`: what the first one holds, which has most; `zero` as `Zero` takes it.
     """
     S = min(T, sampled or T)
@@ -167,7 +166,7 @@ def memory_parts(
         "weights for products": stored * matrices if mixed else 0,
         "gradients": parameters,
         **state,
-        "activations": size(activations_table(config, B, T, True, *recompute, mixed)),
+        "activations": size(activations_table(config, B, T, True, recompute, mixed)),
         "logits chunk": stored * rows * config.padded_vocab_size,
         "samples": size(prefill_table(config, S)) + size(cache_table(config, 1, S)),
         "evaluation apart": sum(size(activations_table(config, *shape, False)) for shape in apart),

@@ -626,7 +626,7 @@ def assemble(
     for line in [*flight.lines(), *world.lines(ops.threads)]:
         journal.say(line)
     world.on_each_host(lambda: ops.warm_up(journal.say))
-    model = GPT2(config, ops, options.recompute, options.recompute_layers)
+    model = GPT2(config, ops, options.recompute)
     begun.fill(model, options.seed)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)

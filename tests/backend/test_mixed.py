@@ -499,8 +499,8 @@ def test_gradients_do_not_depend_on_what_was_there() -> None:
 def test_recomputing_activations_changes_no_bit() -> None:
     tokens, targets = batch(ODD, B, T)
     ops, results = load("cpu", threads=2, dtype="bfloat16"), []
-    for recompute, layers in [(0, None), (1, None), (2, None), (2, 1), (1, 0), (2, 9)]:
-        model = GPT2(ODD, ops, recompute, layers)
+    for recompute in (0, 1, 2):
+        model = GPT2(ODD, ops, recompute)
         fill(model)
         model.store_weights()
         loss = model.loss_and_grads(tokens, targets)

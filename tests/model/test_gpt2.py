@@ -218,8 +218,8 @@ def test_batches_that_do_not_fit() -> None:
 def test_recomputing_activations_changes_no_bit() -> None:
     tokens, targets = batch(SMALL, B=2, T=33)
     found = []
-    for recompute, layers in [(0, None), (1, None), (2, None), (2, 1), (1, 0), (2, 9)]:
-        model = GPT2(SMALL, cpu(), recompute, layers)
+    for recompute in (0, 1, 2):
+        model = GPT2(SMALL, cpu(), recompute)
         initialise(model.params, SMALL)
         losses = [model.loss(tokens, targets), model.loss_and_grads(tokens, targets)]
         assert model.grads is not None
