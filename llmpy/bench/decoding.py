@@ -25,8 +25,9 @@ from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..formats import native
-from ..generate.generation import Choice, check_memory, choose, generate
+from ..generate.generation import check_memory, generate
 from ..generate.kv_cache import Decoder
+from ..generate.sampling import Choice, choose
 from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table

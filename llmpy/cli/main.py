@@ -216,7 +216,7 @@ def train_together(options: TrainOptions) -> int:
 
 def sample(options: SampleOptions) -> int:
     """Continue a text with a trained model."""
-    from ..generate.generation import sample
+    from .sample import sample
 
     sample(options, write)
     return 0

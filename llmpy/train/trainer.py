@@ -33,7 +33,8 @@ from ..data.prepare import VALIDATION, Dataset
 from ..data.records import holds_answers, question
 from ..errors import Diverged, LlmpyError
 from ..formats import llmc_state
-from ..generate.generation import Choice, TextStream, encode_prompt, generate
+from ..generate.generation import TextStream, encode_prompt, generate
+from ..generate.sampling import Choice
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..options.options import ALL_BATCHES, TrainOptions

@@ -17,22 +17,12 @@ from support.models import fill
 
 from llmpy import backend
 from llmpy.cli import main as cli
+from llmpy.cli.sample import sample
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
 from llmpy.generate import generation as generate_module
-from llmpy.generate.generation import (
-    Choice,
-    Generation,
-    TextStream,
-    choose,
-    encode_prompt,
-    generate,
-    likeliest,
-    logprob,
-    open_run,
-    sample,
-    window_start,
-)
+from llmpy.generate.generation import Generation, TextStream, encode_prompt, generate, open_run, window_start
+from llmpy.generate.sampling import Choice, choose, likeliest, logprob
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import SampleOptions
