@@ -18,12 +18,11 @@ import math
 import shutil
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -32,11 +31,9 @@ from ..backend import Ops
 from ..backend.machine import Machine
 from ..backend.recorder import Recorder
 from ..bench.ops import UNSTEADY, Case, time_case
-from ..distributed.cost import Communication, Line, Work, communication
-from ..errors import LlmpyError
+from ..distributed.cost import Line, Work, communication
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
-from ..model.partition import BUCKET
 from ..options.options import PlanOptions, TrainOptions
 from ..options.recipes import RECIPES
 from ..system.resources import available_memory
@@ -110,37 +107,31 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
 
 
 def smaller(part: Part) -> tuple[Case, float]:
-    """A size on which the operation is as fast, and how many times as much work its own is."""
+    """Return a size on which the operation is as fast, and how many times as much work its own is."""
     case = part.case
     if case.n > 1:
         return replace(case, n=min(case.n, FLAT)), case.n / min(case.n, FLAT)
     if part.kind == "attention":  # its work goes with T²
         B = min(case.B, max(1, PRODUCT_ROWS // case.T))
         return replace(case, B=B), case.B / B
-    most = LOGITS_ROWS if part.kind == "head" else PRODUCT_ROWS if part.kind == "products" else OTHER_ROWS
-    rows = min(case.rows, most)
-    small, times = replace(case, B=1, T=rows), case.rows / rows
-    if small.Vp * small.C > MATRIX:
-        Vp = max(1, MATRIX // small.C)
-        small = replace(small, V=min(small.V, Vp), Vp=Vp)
-        times *= case.Vp / Vp if part.kind == "head" else 1  # of the embedding only rows are touched
-    if small.OC * small.C > MATRIX:
-        OC = MATRIX // small.C
-        small, times = replace(small, OC=OC), times * case.OC / OC
-    return small, times
+    rows = min(case.T, {"head": LOGITS_ROWS, "products": PRODUCT_ROWS}.get(part.kind, OTHER_ROWS))
+    Vp, OC = (min(width, max(1, MATRIX // case.C)) for width in (case.Vp, case.OC))
+    small = replace(case, T=rows, V=min(case.V, Vp), Vp=Vp, OC=OC)
+    # of the embedding only the rows of tokens are touched
+    return small, case.T / rows * (case.OC / OC) * (case.Vp / Vp if part.kind == "head" else 1)
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What bounds a machine, GFLOP/s and GB/s; not `steady`: it changed while it was measured."""
+class Measured(NamedTuple):
+    """Seconds of each part with all its calls, and the rates of the machine; not `steady`: it changed meanwhile."""
 
-    peak: float
-    bandwidth: float
-    steady: bool = True
+    seconds: list[float]
+    peak: float  # GFLOP/s
+    bandwidth: float  # GB/s
+    steady: bool
 
 
-def measure(machine: Machine, parts: Sequence[Part]) -> tuple[list[float], Rates]:
-    """Seconds of all calls of each part on this machine, and its rates.
+def measure(machine: Machine, parts: Sequence[Part]) -> Measured:
+    """Time the parts on this machine.
 
     Medians of rounds over all parts: what disturbs the machine for some seconds disturbs one of them.
     """
@@ -159,67 +150,8 @@ def measure(machine: Machine, parts: Sequence[Part]) -> tuple[list[float], Rates
         peaks.append(machine.measure_peak())
         streams.append(machine.measure_bandwidth())
     steady = all(max(x) < UNSTEADY * min(x) for x in (peaks, [sum(r) for r in rounds]))
-    rates = Rates(statistics.median(peaks), statistics.median(streams), steady)
-    return [statistics.median(x) for x in zip(*rounds, strict=True)], rates
-
-
-def measure_copying() -> float:
-    """Bytes/s at which one thread copies a bucket of gradients, as the one that carries messages does."""
-    bucket, packed = np.ones(BUCKET, np.float32), np.ones(BUCKET, np.float32)
-    found = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        packed[...] = bucket
-        found.append(bucket.nbytes / (time.perf_counter() - start))
-    return statistics.median(found)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A batch and an update of one machine: (part, seconds of all its calls), and the rates they hold for."""
-
-    parts: list[tuple[Part, float]]
-    rates: Rates
-    copying: float  # bytes/s of the thread that carries messages
-
-    def of(self, *, stage: str = "", kind: str = "") -> float:
-        """Seconds of the parts of a stage, or of a kind."""
-        return sum(seconds for part, seconds in self.parts if part.stage == stage or part.kind == kind)
-
-
-def time_batch(config: ModelConfig, o: PlanOptions, ops: Machine) -> Timed:
-    """Measure the parts of a batch and an update on this machine."""
-    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
-    seconds, rates = measure(ops, parts)
-    return Timed(list(zip(parts, seconds, strict=True)), rates, measure_copying() if o.nodes > 1 else math.inf)
-
-
-def messages(config: ModelConfig, o: PlanOptions, ops: Machine, timed: Timed, gathered: int) -> Communication:
-    """What the messages of a step cost each machine."""
-    line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
-    work = Work(
-        forward=timed.of(stage="forward"),
-        head=timed.of(stage="loss"),
-        backward=timed.of(stage="backward"),
-        update=timed.of(stage="update") / o.nodes,
-        batches=gathered,
-        threads=ops.threads,
-        copying=timed.copying,
-    )
-    return communication(config, o.nodes, line, work, ops.dtype != ops.wide)
-
-
-def gathered_batches(o: PlanOptions) -> int:
-    """Batches of every machine for an update. Raises LlmpyError if --total-batch is no multiple of a batch."""
-    batch = o.batch_size * o.sequence_length * o.nodes
-    total = o.total_batch or batch
-    if total % batch:
-        raise LlmpyError(
-            f"--total-batch {total} is no multiple of -B {o.batch_size} x -T {o.sequence_length} on {o.nodes} "
-            f"machine{'s' * (o.nodes > 1)} = {batch}",
-            f"use --total-batch {max(1, round(total / batch)) * batch}, or another -B",
-        )
-    return total // batch
+    medians = [statistics.median(x) for x in zip(*rounds, strict=True)]
+    return Measured(medians, statistics.median(peaks), statistics.median(streams), steady)
 
 
 def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]:
@@ -227,55 +159,49 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
 
     `machine` None: the CPU.
     """
-    o = options
-    config = ModelConfig.from_dial(o.model, vocab_size=o.vocab_size)
+    o, config = options, ModelConfig.from_dial(options.model, vocab_size=options.vocab_size)
     check_length(o.sequence_length, config.context)
-    gathered = gathered_batches(o)
+    run = TrainOptions(
+        model=o.model, batch_size=o.batch_size, sequence_length=o.sequence_length, total_batch=o.total_batch,
+        checkpoint_every=o.checkpoint_every, keep=o.keep, ranks=o.nodes,
+    )  # fmt: skip
+    gathered = run.micro_steps
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
-    memory = memory_of(config, options, ops)
-    timed = time_batch(config, options, ops)
-    step = step_of(config, options, gathered, timed, messages(config, options, ops, timed, gathered))
-    parameters, tokens = sum(t.size for t in params_table(config)), step["batch"]["tokens"]
-    rate = step["step"]["tokens_per_s"]
+    memory = memory_of(config, o, ops)
+    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
+    measured = measure(ops, parts)
+
+    def took(**of: str) -> float:
+        """Seconds of the parts whose `stage` or `kind` this is."""
+        return sum(s for p, s in zip(parts, measured.seconds, strict=True) if all(getattr(p, k) == of[k] for k in of))
+
+    forward, loss, backward, update = (took(stage=stage) for stage in ("forward", "loss", "backward", "update"))
+    line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
+    work = Work(forward, loss, backward, update / o.nodes, gathered, ops.threads)
+    cost = communication(config, o.nodes, line, work, ops.dtype != ops.wide)
+    once = forward + loss + backward
+    seconds = gathered * once + update / o.nodes + cost.exposed_seconds + cost.taken
+    tokens = run.batch_tokens * gathered
+    flops, rate = config.flops_per_token(o.sequence_length) * tokens, tokens / seconds
+    kinds = {kind: took(kind=kind) for kind in ("products", "attention", "head", "rest")} | {"update": update / o.nodes}
+    waits = {
+        "waiting for gradients": cost.gradients_exposed, "waiting for weights": cost.weights_exposed,
+        "waiting for agreement": cost.agreements, "waiting for the slowest": cost.slowest,
+        "carrying messages": cost.taken,
+    }  # fmt: skip
+    parameters = sum(t.size for t in params_table(config))
+    steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
     return {
         "model": {
             "name": o.model, "layers": config.layers, "heads": config.heads, "channels": config.channels,
             "context": config.context, "vocab_size": config.vocab_size, "parameters": parameters,
         },
         "machine": {
-            "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": timed.rates.peak,
-            "bandwidth_gb_s": timed.rates.bandwidth, "steady": timed.rates.steady,
+            "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": measured.peak,
+            "bandwidth_gb_s": measured.bandwidth, "steady": measured.steady,
         },
         "memory": memory,
-        **step,
-        "training": [
-            {
-                "what": what, "tokens": n, "steps": math.ceil(n / tokens), "seconds": n / rate,
-                "machine_hours": o.nodes * n / rate / 3600,
-            }
-            for what, n in targets(config, options, parameters)
-        ],
-        "disk": disk_of(config, options, tokens),
-    }  # fmt: skip
-
-
-def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, cost: Communication) -> dict[str, Any]:
-    """The "batch" and "step" of a plan, and its "network" where there is one."""
-    once = sum(timed.of(stage=stage) for stage in ("forward", "loss", "backward"))
-    update = timed.of(stage="update")
-    seconds = gathered * once + update / o.nodes + cost.exposed_seconds + cost.taken
-    tokens = o.batch_size * o.sequence_length * o.nodes * gathered
-    flops = config.flops_per_token(o.sequence_length) * tokens
-    kinds = {kind: timed.of(kind=kind) for kind in ("products", "attention", "head", "rest")} | {
-        "update": update / o.nodes
-    }
-    waits = {
-        "waiting for gradients": cost.gradients_exposed, "waiting for weights": cost.weights_exposed,
-        "waiting for agreement": cost.agreements, "waiting for the slowest": cost.slowest,
-        "carrying messages": cost.taken,
-    }  # fmt: skip
-    return {
         "batch": {
             "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
             "tokens": tokens,
@@ -284,8 +210,8 @@ def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, co
             "ms": 1e3 * seconds,
             "ms_a_batch": {name: 1e3 * s for name, s in kinds.items()},
             "gflop": flops / 1e9,
-            "tokens_per_s": tokens / seconds,
-            "share_of_peak": flops / seconds / o.nodes / timed.rates.peak / 1e9,
+            "tokens_per_s": rate,
+            "share_of_peak": flops / seconds / o.nodes / measured.peak / 1e9,
         },
         "network": None if o.nodes == 1 else {
             "gbit_s": o.bandwidth, "latency_us": o.latency, "comm_ms": 1e3 * cost.seconds,
@@ -293,12 +219,23 @@ def step_of(config: ModelConfig, o: PlanOptions, gathered: int, timed: Timed, co
             "sent_mb": (cost.reduce_bytes + cost.gather_bytes) / 1e6,
             "efficiency": (gathered * once + update) / seconds,
         },
+        "training": [
+            {
+                "what": what, "tokens": n, "steps": math.ceil(n / tokens), "seconds": n / rate,
+                "machine_hours": o.nodes * n / rate / 3600,
+            }
+            for what, n in targets(config, o, parameters)
+        ],
+        "disk": {
+            "checkpoint": 12 * parameters,  # float32 weights and two moments
+            "total": disk_needed(replace(run, steps=steps), config),
+            "free": shutil.disk_usage(Path()).free,
+        },
     }  # fmt: skip
 
 
-def memory_of(config: ModelConfig, options: PlanOptions, ops: Machine) -> dict[str, Any]:
-    """Bytes by part and in all, what is available, and the largest batch that fits into it (0: none does)."""
-    o = options
+def memory_of(config: ModelConfig, o: PlanOptions, ops: Machine) -> dict[str, Any]:
+    """Return bytes by part and in all, what is available, and the largest batch that fits into it (0: none does)."""
     available = available_memory()
 
     def parts(B: int) -> dict[str, int]:
@@ -310,9 +247,9 @@ def memory_of(config: ModelConfig, options: PlanOptions, ops: Machine) -> dict[s
     return {"parts": needed, "total": sum(needed.values()), "available": available, "largest_batch": largest}
 
 
-def targets(config: ModelConfig, options: PlanOptions, parameters: int) -> list[tuple[str, int]]:
-    """On how many tokens to train, by whose word."""
-    found = [("--tokens", options.tokens)] if options.tokens else []
+def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[str, int]]:
+    """Return numbers of tokens to train on, with who recommends them."""
+    found = [("--tokens", o.tokens)] if o.tokens else []
     found.append((f"Chinchilla, {CHINCHILLA} a parameter", CHINCHILLA * parameters))
     for name in SHOWN_RECIPES:
         recipe = RECIPES[name]
@@ -323,61 +260,47 @@ def targets(config: ModelConfig, options: PlanOptions, parameters: int) -> list[
     return found
 
 
-def disk_of(config: ModelConfig, options: PlanOptions, tokens: int) -> dict[str, Any]:
-    """Bytes of a checkpoint and of all that are there at once, and what is free where runs are written."""
-    o = options
-    parameters = sum(t.size for t in params_table(config))
-    steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
-    told = TrainOptions(model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep)
-    return {
-        "checkpoint": 12 * sum(t.size for t in params_table(config)),  # float32 weights and two moments
-        "total": disk_needed(told, config),
-        "free": shutil.disk_usage(Path()).free,
-    }
-
-
 def table(n: dict[str, Any]) -> str:
-    """The same for a reader."""
-    m, b, machine, memory, step, disk = (n[k] for k in ("model", "batch", "machine", "memory", "step", "disk"))
+    """Return the same for a reader."""
+    m, b, machine, memory, step, network, disk = (
+        n[k] for k in ("model", "batch", "machine", "memory", "step", "network", "disk")
+    )
     gathered = f", {b['gathered']} gathered" if b["gathered"] > 1 else ""
     nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
+    sizes = [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])]
+    times = [*step["ms_a_batch"].items(), *(network["waits_ms"] if network else {}).items(), ("a step", step["ms"])]
+    largest = f"largest batch that fits: -B {memory['largest_batch']}"
+    if not memory["largest_batch"]:
+        largest = "no batch fits: use a smaller -T or --model, or --checkpoint-every 0"
+    elif memory["total"] > memory["available"]:
+        largest = f"this does not fit; {largest}"
+    trainings = [
+        (t["what"], f"{t['tokens']:,}", f"{t['steps']:,}", duration(t["seconds"]), f"{t['machine_hours']:,.1f}")
+        for t in n["training"]
+    ]
     lines = [
         f"model    {m['name']}: {m['layers']} layers, {m['heads']} heads, {m['channels']} channels, context "
         f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
         f"machine  {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['isa']}, {machine['dtype']}; "
         f"{machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
         f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
-        *([] if machine["steady"] else ["caution  other programs ran meanwhile: plan again without them"]),
-        "",
-        columns([("memory", "MB"), *((k, f"{v / 1e6:,.0f}") for k, v in
-                 [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])] if v)]),
-        f"{'' if memory['total'] <= memory['available'] else 'this does not fit; '}"
-        f"largest batch that fits: -B {memory['largest_batch']}" if memory["largest_batch"] else
-        "no batch fits: use a smaller -T or --model, or --checkpoint-every 0",
-        "",
-        columns([("time", "ms"), *((k, f"{v:,.1f}") for k, v in
-                 [*step["ms_a_batch"].items(), *(n["network"]["waits_ms"] if n["network"] else {}).items(),
-                  ("a step", step["ms"])])]),
+        "" if machine["steady"] else "caution  other programs ran meanwhile: plan again without them\n",
+        columns([("memory", "MB"), *((name, f"{bytes_ / 1e6:,.0f}") for name, bytes_ in sizes if bytes_)]),
+        largest + "\n",
+        columns([("time", "ms"), *((name, f"{ms:,.1f}") for name, ms in times)]),
         f"{step['tokens_per_s']:,.0f} tokens/s, {step['gflop']:,.0f} GFLOP a step, "
         f"{100 * step['share_of_peak']:.0f} % of the peak",
-    ]  # fmt: skip
+    ]
     if b["gathered"] > 1:
         lines.append(f"products, attention, head and rest are of one of {b['gathered']} batches")
-    if n["network"]:
+    if network:
         lines.append(
-            f"each machine sends {n['network']['sent_mb']:,.0f} MB a step and is as fast as "
-            f"{100 * n['network']['efficiency']:.0f} % of one that is alone"
+            f"each machine sends {network['sent_mb']:,.0f} MB a step and is as fast as "
+            f"{100 * network['efficiency']:.0f} % of one that is alone"
         )
-    rows = [("training", "tokens", "steps", "time", "machine hours")]
-    rows += [
-        (t["what"], f"{t['tokens']:,}", f"{t['steps']:,}", duration(t["seconds"]), f"{t['machine_hours']:,.1f}")
-        for t in n["training"]
-    ]
     lines += [
-        "",
-        columns(rows),
-        "",
-        f"disk     {gigabytes(disk['checkpoint'])} a checkpoint, {gigabytes(disk['total'])} at most; "
+        "\n" + columns([("training", "tokens", "steps", "time", "machine hours"), *trainings]),
+        f"\ndisk     {gigabytes(disk['checkpoint'])} a checkpoint, {gigabytes(disk['total'])} at most; "
         f"{gigabytes(disk['free'])} are free here",
     ]
     return "\n".join(lines)

@@ -17,7 +17,6 @@ from llmpy.distributed.cost import Line, Work, communication
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import params_table
-from llmpy.model.partition import BUCKET
 from llmpy.options.options import PlanOptions
 from llmpy.tools import plan
 from llmpy.tools.plan import smaller, step_parts, table
@@ -29,7 +28,6 @@ GPT2_124M = ModelConfig.from_dial("gpt2")
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured longer than the test needs."""
-    monkeypatch.setattr(plan, "BUCKET", 1000)
     monkeypatch.setattr(plan, "BUDGET", 0.0)
     monkeypatch.setattr(plan, "REPEATS", 1)
     monkeypatch.setattr(plan, "CACHES", 10)
@@ -150,9 +148,9 @@ def test_a_disturbance_of_one_round_changes_no_time(slow: int, monkeypatch: pyte
         return {"median_ms": 50.0 if next(calls) // len(parts) == slow else 1.0}
 
     monkeypatch.setattr(plan, "time_case", timed)
-    seconds, rates = plan.measure(Laptop(), parts)
-    assert seconds == pytest.approx([p.calls * smaller(p)[1] / 1e3 for p in parts])
-    assert not rates.steady
+    measured = plan.measure(Laptop(), parts)
+    assert measured.seconds == pytest.approx([p.calls * smaller(p)[1] / 1e3 for p in parts])
+    assert not measured.steady
 
 
 def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +163,8 @@ def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
         stage: 1e-3 * sum(p.calls * smaller(p)[1] for p in step_parts(config, 1, 8, 1, np.float32) if p.stage == stage)
         for stage in ("forward", "loss", "backward", "update")
     }
-    copying = 1e9
-    monkeypatch.setattr(plan, "measure_copying", lambda: copying)
     several = plan.plan(four, Laptop())
-    work = Work(stages["forward"], stages["loss"], stages["backward"], stages["update"] / 4, 2, Laptop.threads, copying)
+    work = Work(stages["forward"], stages["loss"], stages["backward"], stages["update"] / 4, 2, Laptop.threads)
     cost = communication(config, 4, Line(1.25e6, 1e-4), work, False)
     network = several["network"]
     assert network["sent_mb"] == pytest.approx((cost.reduce_bytes + cost.gather_bytes) / 1e6)
@@ -181,12 +177,6 @@ def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert network["efficiency"] == pytest.approx(one["step"]["ms"] / several["step"]["ms"])
     assert several["step"]["ms_a_batch"]["update"] == pytest.approx(one["step"]["ms_a_batch"]["update"] / 4)
-
-
-def test_copying_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.accumulate([0, 9, 0, 0.5, 0, 0.25])  # the first copy meets new memory
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
-    assert plan.measure_copying() == 4 * BUCKET / 0.5
 
 
 def test_moments_are_divided(small: None) -> None:
