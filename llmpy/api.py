@@ -27,7 +27,8 @@ from .data.tokenizer import Tokenizer
 from .errors import LlmpyError
 from .formats import convert
 from .formats.source import Source
-from .generate.generation import Choice, Generation, TextStream, check_memory, choice_of, encode_prompt
+from .generate.generation import Generation, TextStream, check_memory, encode_prompt
+from .generate.sampling import Choice, choice_of
 from .model import gpt2
 from .model.config import GPT2_VOCAB, ModelConfig
 from .model.initialise import initialise

@@ -20,7 +20,7 @@ import llmpy
 from llmpy import GPT2, LlmpyError, Tokenizer, Trainer
 from llmpy.data.shards import write_shard
 from llmpy.formats import open_model
-from llmpy.generate.generation import Choice
+from llmpy.generate.sampling import Choice
 from llmpy.model.config import ModelConfig
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint

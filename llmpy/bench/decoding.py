@@ -25,11 +25,12 @@ from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..formats import native
-from ..generate.generation import Choice, check_memory, choose, generate
+from ..generate.generation import check_memory, generate
 from ..generate.kv_cache import Decoder
+from ..generate.sampling import Choice, choose
 from ..model.arena import Arena
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, PARAMS
+from ..model.gpt2 import GPT2, params_table
 from ..model.initialise import initialise
 from ..options.options import DecodeOptions
 from ..rng import Xorshift64Star
@@ -59,7 +60,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
     with tempfile.TemporaryDirectory(prefix="llmpy-decode-") as folder:
         path = Path(folder, MODEL_FILE)
-        params = Arena(PARAMS(config), np.empty, np.float32)
+        params = Arena(params_table(config), np.empty, np.float32)
         initialise(params, config)
         checkpoint.write_model(path, config, config.context, params.buffer)
         del params

@@ -27,7 +27,7 @@ from ..data.shards import mask_path, open_shard
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..formats import hub
-from ..generate.generation import choice_of
+from ..generate.sampling import choice_of
 from ..options.options import ChatOptions, TrainOptions
 from ..run.folder import CONFIG_FILE, own_tokens, read_config
 from ..system.command import command

@@ -138,8 +138,7 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     "plan": (
         ("llmpy plan --model gpt2 -B 4 -T 1024", "on this machine"),
         ("llmpy plan --model d3 --vocab-size 1024 -T 128", "as on text of your own: a vocabulary and rows of train's"),
-        ("llmpy plan --recipe gpt2_124M --nodes 8 --bandwidth 10 --price-per-hour 0.40", "llm.c's run on eight"),
-        ("llmpy plan --model d24 --peak 4000 --memory-bandwidth 400 --memory 256", "on a larger machine"),
+        ("llmpy plan --recipe gpt2_124M --nodes 8 --bandwidth 10", "llm.c's run on eight"),
     ),
     "doctor": (
         ("llmpy doctor", "everything"),
@@ -217,7 +216,7 @@ def train_together(options: TrainOptions) -> int:
 
 def sample(options: SampleOptions) -> int:
     """Continue a text with a trained model."""
-    from ..generate.generation import sample
+    from .sample import sample
 
     sample(options, write)
     return 0

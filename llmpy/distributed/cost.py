@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig
-from ..model.gpt2 import PARAMS
+from ..model.gpt2 import params_table
 from ..model.partition import END, Bucket, buckets
 
 EFFICIENCY = 0.9  # of a line's rate that arrives as payload
@@ -95,7 +95,7 @@ def communication(config: ModelConfig, ranks: int, line: Line, work: Work, mixed
     """The costs of a step in whose last forward and backward messages travel. `mixed`: weights are sent as bfloat16."""
     if ranks == 1:
         return Communication()
-    table, L = PARAMS(config), config.layers
+    table, L = params_table(config), config.layers
     total, edge = sum(t.size for t in table), sum(t.size for t in table if t.decay)
     sent = (ranks - 1) / ranks
     crowd = 1 + CROWD / work.threads

@@ -112,7 +112,7 @@ class Zero(AdamW):
         self._next = 0  # the first bucket that is not on its way
         self._gathered: list[Future[None] | None] = [None] * len(self.buckets)
         self.log: list[tuple[str, float, float]] | None = None  # what was done from when to when, for a picture
-        model.needs = self._wait_for
+        model.before_layer = self._wait_for
 
     @property
     def owned(self) -> list[Range]:
@@ -149,7 +149,7 @@ class Zero(AdamW):
     def expect(self) -> None:
         """The backward that comes now is the step's last: send each bucket when its gradients are done."""
         self._reduced, self._next = [], 0
-        self.model.done = self._layer_done
+        self.model.after_layer = self._layer_done
 
     def _layer_done(self, layer: int) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].first >= layer:
@@ -183,7 +183,7 @@ class Zero(AdamW):
 
     def norm(self) -> float:
         """The global norm over all ranks, when all gradients are reduced."""
-        self.model.done = None
+        self.model.after_layer = None
         for future in self._reduced:
             self.courier.result(future)
         rank, own = self.courier.rank, 0.0

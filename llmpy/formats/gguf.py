@@ -86,9 +86,9 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
 
 
 def _table(source: Source) -> dict[str, Any]:
-    from ..model.gpt2 import PARAMS
+    from ..model.gpt2 import params_table
 
-    return {t.name: t for t in PARAMS(source.config)}
+    return {t.name: t for t in params_table(source.config)}
 
 
 def _theirs(name: str, shape: tuple[int, ...], V: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -21,7 +21,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..model.config import PAD_VOCAB_TO, ModelConfig
-from ..model.gpt2 import PARAMS
+from ..model.gpt2 import params_table
 from ..run.folder import TOKENIZER_FILE
 from ..system.inputs import regular
 
@@ -75,7 +75,7 @@ class Source:
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of our table."""
-    return {t.name: t.shape for t in PARAMS(config)}
+    return {t.name: t.shape for t in params_table(config)}
 
 
 def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:

@@ -12,9 +12,9 @@ Source: Radford et al. 2019; the numbers are those of llm.c and nanoGPT.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,12 +23,12 @@ from ..errors import LlmpyError
 from .arena import Arena, Tensor
 from .config import ModelConfig
 
-# Activations that backward computes again instead of keeping, see ACTS. 1 costs half a percent of a step's time
-# (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
+# Which activations backward recomputes instead of keeping, see `activations_table`. 1 costs half a percent of a step's
+# time (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
 RECOMPUTE = 1
 
 
-def PARAMS(c: ModelConfig) -> list[Tensor]:
+def params_table(c: ModelConfig) -> list[Tensor]:
     """Every parameter. Matrices come first: weight decay then ends at one boundary (`matrix_elements`)."""
     L, C, Vp = c.layers, c.channels, c.padded_vocab_size
     std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
@@ -56,75 +56,71 @@ def PARAMS(c: ModelConfig) -> list[Tensor]:
     ]
 
 
-# The steps of a batch, for tensors that live only in some: a layer forward, the end, a layer backward.
+# The steps of a batch, for tensors that are needed in some only: a layer forward, the end, a layer backward.
 QKV, ATTENTION, PROJECTION, FC, MLP_PROJECTION, FINAL_NORM, HEAD, MLP_BACKWARD, ATTENTION_BACKWARD = range(9)
-ALWAYS = frozenset[int]()
 
 
-def computed_again(c: ModelConfig, recomputed: int | None) -> range:
-    """The layers of which backward computes some activations again: the last `recomputed`, by default all.
+def activations_table(
+    c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, mixed: bool = False
+) -> list[Tensor]:
+    """Return every activation, and for training what backward needs as well.
 
-    Of fewer than all, the last one is spared: what it left is still there.
-    """
-    first = 0 if recomputed is None else max(0, c.layers - recomputed)
-    return range(first, c.layers - (first > 0))
-
-
-def ACTS(
-    c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, recomputed: int | None = None,
-    mixed: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """Every activation, and in training what backward needs besides.
-
-    Training keeps those of all layers; evaluation has one place for each, which the layers use in turn. So has training
-    for what backward computes once more, see `computed_again`:
-
-    `recompute` 1: the GELU's output, a quarter of all activations;  2: also the LayerNorms' outputs.
+    `recompute` 0 keeps all activations for backward;  1 recomputes the GELU's output, a quarter of them;  2 also the
+    LayerNorms' outputs.
     """
     C, NH, BT = c.channels, c.heads, B * T
     L = c.layers if training else 1
-    again = len(computed_again(c, recomputed))
-    gelu, norm = (max(1, L - again) if recompute >= level else L for level in (1, 2))
 
-    def alive(*steps: int, level: int = 3) -> frozenset[int]:
-        """Where all layers use one place in turn, as they do for what is computed again from `level` on."""
-        return frozenset(steps) if not training or (recompute >= level and again == L) else ALWAYS
+    def kept(name: str, *shape: int, steps: tuple[int, ...], unless: int = 3) -> Tensor:
+        """One place per layer for backward, unless `recompute` is at least that; else one that all layers share."""
+        if training and recompute < unless:
+            return Tensor(name, (L, *shape))
+        return Tensor(name, (1, *shape), steps=frozenset(steps))
+
+    def shared(name: str, *shape: int, steps: Iterable[int], wide: bool = False) -> Tensor:
+        return Tensor(name, shape, wide=wide, steps=frozenset(steps))
 
     table = [
         Tensor("resid", (L, BT, C), wide=True),  # what enters each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),
-        Tensor("resid_out", (BT, C), wide=True, steps=frozenset({FINAL_NORM, HEAD})),  # what leaves the last layer
-        Tensor("ln_1", (norm, BT, C), steps=alive(QKV, ATTENTION_BACKWARD, level=2)),
+        shared("resid_out", BT, C, steps=(FINAL_NORM, HEAD), wide=True),  # what leaves the last layer
+        kept("ln_1", BT, C, steps=(QKV, ATTENTION_BACKWARD), unless=2),
         Tensor("ln_1_mean", (L, BT), wide=True),
         Tensor("ln_1_rstd", (L, BT), wide=True),
-        Tensor("qkv", (L, BT, 3 * C), steps=alive(QKV, ATTENTION)),
-        Tensor("attn_out", (L, BT, C), steps=alive(ATTENTION, PROJECTION)),
+        kept("qkv", BT, 3 * C, steps=(QKV, ATTENTION)),
+        kept("attn_out", BT, C, steps=(ATTENTION, PROJECTION)),
         Tensor("attn_stats", (L, B, NH, T), wide=True),
-        Tensor("ln_2", (norm, BT, C), steps=alive(FC, MLP_BACKWARD, level=2)),
+        kept("ln_2", BT, C, steps=(FC, MLP_BACKWARD), unless=2),
         Tensor("ln_2_mean", (L, BT), wide=True),
         Tensor("ln_2_rstd", (L, BT), wide=True),
-        Tensor("mlp_fc", (L, BT, 4 * C), steps=alive(FC)),
-        Tensor("mlp_gelu", (gelu, BT, 4 * C), steps=alive(FC, MLP_PROJECTION, MLP_BACKWARD, level=1)),
-        # output of the branch that joins the residual stream next
-        Tensor("branch", (BT, C), steps=frozenset(range(FINAL_NORM + 1))),
-        Tensor("ln_f", (BT, C), steps=frozenset({FINAL_NORM, HEAD})),
+        kept("mlp_fc", BT, 4 * C, steps=(FC,)),
+        kept("mlp_gelu", BT, 4 * C, steps=(FC, MLP_PROJECTION, MLP_BACKWARD), unless=1),
+        shared("branch", BT, C, steps=range(FINAL_NORM + 1)),  # the output that joins the residual stream next
+        shared("ln_f", BT, C, steps=(FINAL_NORM, HEAD)),
         Tensor("ln_f_mean", (BT,), wide=True),
         Tensor("ln_f_rstd", (BT,), wide=True),
         Tensor("losses", (BT,), wide=True),
     ]
-    if not training:
-        return table
-    backward = frozenset({HEAD, MLP_BACKWARD, ATTENTION_BACKWARD})
-    if mixed:
-        table.append(Tensor("dresid_stored", (BT, C), steps=backward))  # dresid rounded, as an operand of products
-    return [
-        *table,
-        Tensor("dresid", (BT, C), wide=True, steps=backward),
-        Tensor("dln", (BT, C), steps=backward),
-        Tensor("dattn_out", (BT, C), steps=frozenset({ATTENTION_BACKWARD})),
-        Tensor("dqkv", (BT, 3 * C), steps=frozenset({ATTENTION_BACKWARD})),
-        Tensor("dmlp_fc", (BT, 4 * C), steps=frozenset({MLP_BACKWARD})),
-    ]
+    if training:
+        backward = HEAD, MLP_BACKWARD, ATTENTION_BACKWARD
+        if mixed:
+            table.append(shared("dresid_stored", BT, C, steps=backward))  # dresid rounded, as an operand of products
+        table += [
+            shared("dresid", BT, C, steps=backward, wide=True),
+            shared("dln", BT, C, steps=backward),
+            shared("dattn_out", BT, C, steps=(ATTENTION_BACKWARD,)),
+            shared("dqkv", BT, 3 * C, steps=(ATTENTION_BACKWARD,)),
+            shared("dmlp_fc", BT, 4 * C, steps=(MLP_BACKWARD,)),
+        ]
+    return table
+
+
+class ForwardOps(NamedTuple):
+    """The operations in which training, prefill and decoding differ; all else in `GPT2.layers` is the same."""
+
+    weights: Any  # the matrices as `linear` reads them, named as in `params_table`
+    linear: Callable[..., None]  # Ops.linear_forward or Ops.packed_linear_forward
+    attention: Callable[[int, Any, Any, Any], None]  # layer, and Ops.attention_forward's arguments
 
 
 class GPT2:
@@ -134,17 +130,13 @@ class GPT2:
     bfloat16.
     """
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, recomputed: int | None = None,
-        trainable: bool = True,
-    ) -> None:  # fmt: skip
-        """`recompute` and `recomputed`: see `ACTS`."""
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
+        """`recompute`: see `activations_table`."""
         self.config = config
         self.ops = ops
         self.recompute = recompute
-        self.recomputed = recomputed
         self.trainable = trainable
-        table = PARAMS(config)
+        table = params_table(config)
         matrices = [t for t in table if t.decay]
         self.matrix_elements = sum(t.size for t in matrices)
         # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
@@ -156,10 +148,10 @@ class GPT2:
             self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
             self.weights = self.params
         self.grads: Arena | None = None
-        # Of several ranks, whose weights and gradients travel meanwhile: `needs(l)` before forward reads weights of
-        # layer l, `done(l)` when backward has its gradients; −1 stands for the embeddings.
-        self.needs: Callable[[int], None] | None = None
-        self.done: Callable[[int], None] | None = None
+        # Hooks of several ranks, which exchange weights and gradients meanwhile: called before forward reads the
+        # weights of layer l, and after backward has its gradients; −1 stands for the embeddings.
+        self.before_layer: Callable[[int], None] | None = None
+        self.after_layer: Callable[[int], None] | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
 
     def store_weights(self) -> None:
@@ -185,12 +177,12 @@ class GPT2:
         if (B, T, True) in self._acts:
             training = True
         if (B, T, training) not in self._acts:
-            table = ACTS(self.config, B, T, training, self.recompute, self.recomputed, self.mixed)
+            table = activations_table(self.config, B, T, training, self.recompute, self.mixed)
             self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
         return self._acts[B, T, training]
 
     def release(self) -> None:
-        """Let go the arenas that `reserve` made, all but the gradients'."""
+        """Free the arenas that `reserve` made, all but the gradients'."""
         self._acts.clear()
 
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
@@ -229,15 +221,28 @@ class GPT2:
         counted = max(1, int(np.count_nonzero(targets >= 0)))
         return float(self.ops.to_host(losses).real.sum(dtype=np.float64) / counted)
 
-    def forward(self, tokens: np.ndarray, a: Arena) -> Arena:
-        """Run every layer on tokens (B, T); fills and returns the activations, up to `ln_f`."""
-        ops, p, w, L = self.ops, self.params, self.weights, self.config.layers
-        if self.needs is not None:
-            self.needs(-1)
-        ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
+    def forward(
+        self, tokens: np.ndarray, a: Arena, attention: Callable[[int, Any, Any, Any], None] | None = None
+    ) -> Arena:
+        """Run the model on tokens (B, T); fills and returns the activations, up to `ln_f`.
+
+        `attention`: see `ForwardOps`, by default Ops.attention_forward.
+        """
+        w = self.weights
+        if self.before_layer is not None:
+            self.before_layer(-1)
+        self.ops.embedding_forward(a.resid[0], tokens, w.wte, w.wpe)
+        return self.layers(a, ForwardOps(w, self.ops.linear_forward, attention or self._attention))
+
+    def _attention(self, l: int, out: Any, stats: Any, qkv: Any) -> None:
+        self.ops.attention_forward(out, stats, qkv)
+
+    def layers(self, a: Arena, by: ForwardOps) -> Arena:
+        """Run every layer on the embedded tokens in `resid[0]`; fills and returns the activations, up to `ln_f`."""
+        ops, p, w, linear, L = self.ops, self.params, by.weights, by.linear, self.config.layers
         for l in range(L):
-            if self.needs is not None:
-                self.needs(l)
+            if self.before_layer is not None:
+                self.before_layer(l)
             resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
             stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
             if l == 0:
@@ -246,14 +251,14 @@ class GPT2:
                 before = at(a.resid_mid, l - 1), a.branch
                 ops.residual_layernorm_forward(resid, ln_1, *stats, *before, p.ln_1_w[l], p.ln_1_b[l])
             qkv, attn_out = at(a.qkv, l), at(a.attn_out, l)
-            ops.linear_forward(qkv, ln_1, w.attn_qkv_w[l], p.attn_qkv_b[l])
-            ops.attention_forward(attn_out, at(a.attn_stats, l), qkv)
-            ops.linear_forward(a.branch, attn_out, w.attn_proj_w[l], p.attn_proj_b[l])
+            linear(qkv, ln_1, w.attn_qkv_w[l], p.attn_qkv_b[l])
+            by.attention(l, attn_out, at(a.attn_stats, l), qkv)
+            linear(a.branch, attn_out, w.attn_proj_w[l], p.attn_proj_b[l])
             stats = at(a.ln_2_mean, l), at(a.ln_2_rstd, l)
             ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, a.branch, p.ln_2_w[l], p.ln_2_b[l])
             mlp_gelu = at(a.mlp_gelu, l)
-            ops.linear_forward(mlp_gelu, ln_2, w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=at(a.mlp_fc, l))
-            ops.linear_forward(a.branch, mlp_gelu, w.mlp_proj_w[l], p.mlp_proj_b[l])
+            linear(mlp_gelu, ln_2, w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=at(a.mlp_fc, l))
+            linear(a.branch, mlp_gelu, w.mlp_proj_w[l], p.mlp_proj_b[l])
         stats = a.ln_f_mean, a.ln_f_rstd
         before = at(a.resid_mid, L - 1), a.branch
         ops.residual_layernorm_forward(a.resid_out, a.ln_f, *stats, *before, p.ln_f_w, p.ln_f_b)
@@ -262,7 +267,6 @@ class GPT2:
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
         """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
         ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
-        again = computed_again(c, self.recomputed)
         assert g is not None
         dresid = a.dresid_stored if self.mixed else a.dresid  # as an operand of products
         ops.classifier(a.losses, a.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
@@ -271,13 +275,13 @@ class GPT2:
         ops.layernorm_backward(a.dresid, g.ln_f_w, g.ln_f_b, a.dln, *final, p.ln_f_w, acc)
         for l in reversed(range(c.layers)):
             mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
-            if self.recompute >= 1 and l in again:
+            if self.recompute >= 1:
                 ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
             ops.narrow(dresid, a.dresid)
             d = g.mlp_proj_w[l], g.mlp_proj_b[l]
             ops.linear_backward(a.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
             stats = a.ln_2_mean[l], a.ln_2_rstd[l]
-            if self.recompute >= 2 and l in again:
+            if self.recompute >= 2:
                 ops.layernorm_forward(ln_2, *stats, a.resid_mid[l], p.ln_2_w[l], p.ln_2_b[l])
             d = g.mlp_fc_w[l], g.mlp_fc_b[l]
             ops.linear_backward(a.dln, *d, a.dmlp_fc, ln_2, w.mlp_fc_w[l], None, acc)
@@ -288,17 +292,17 @@ class GPT2:
             ops.linear_backward(a.dattn_out, *d, dresid, a.attn_out[l], w.attn_proj_w[l], None, acc)
             ops.attention_backward(a.dqkv, a.dattn_out, a.qkv[l], a.attn_out[l], a.attn_stats[l])
             stats = a.ln_1_mean[l], a.ln_1_rstd[l]
-            if self.recompute >= 2 and l in again:
+            if self.recompute >= 2:
                 ops.layernorm_forward(ln_1, *stats, a.resid[l], p.ln_1_w[l], p.ln_1_b[l])
             d = g.attn_qkv_w[l], g.attn_qkv_b[l]
             ops.linear_backward(a.dln, *d, a.dqkv, ln_1, w.attn_qkv_w[l], None, acc)
             d = g.ln_1_w[l], g.ln_1_b[l]
             ops.layernorm_backward(a.dresid, *d, a.dln, a.resid[l], *stats, p.ln_1_w[l], acc)
-            if self.done is not None:
-                self.done(l)
+            if self.after_layer is not None:
+                self.after_layer(l)
         ops.embedding_backward(g.wte, g.wpe, a.dresid, tokens, acc)
-        if self.done is not None:
-            self.done(-1)
+        if self.after_layer is not None:
+            self.after_layer(-1)
 
 
 def at(tensor: Any, l: int) -> Any:

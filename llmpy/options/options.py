@@ -463,17 +463,11 @@ class PlanOptions(OnMachine):
         "says so)",
     )  # fmt: skip
     recompute: int = option(1, "activations computed again in backward, as in train", "-r")
-    recompute_layers: int | None = option(None, "of so many layers, the last ones; by default of all")
     checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", "-n")
     keep: int = option(2, "newest checkpoints to keep, 0: all", "-nk")
-    keep_every: int = option(0, "never remove checkpoints of steps that this divides, 0: none", "-nm")
     nodes: int = option(1, "machines like this one: data parallel, moments divided among them (ZeRO-1)")
     bandwidth: float | None = option(None, "of the network: Gbit/s of each machine, in and out at once")
     latency: float = option(50.0, "of the network: microseconds of a message")
-    price_per_hour: float | None = option(None, "of one machine, in any currency")
-    peak: float | None = option(None, "of a machine other than this one: GFLOP/s of multiply-adds")
-    memory_bandwidth: float | None = option(None, "of that machine: GB/s of a stream")
-    memory: float | None = option(None, "of that machine: GB (default: what is free here)")
     recipe: str | None = option(None, "options of a script of llm.c; others given win", choices=tuple(RECIPES))
     threads: int | None = option(None, "threads (default: one a core)")
     dtype: str = option("auto", DTYPE_TEXT, choices=DTYPES)
@@ -482,8 +476,7 @@ class PlanOptions(OnMachine):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "batch_size", "sequence_length", "total_batch", "tokens", "vocab_size", "nodes", "bandwidth")
-        positive(self, "price_per_hour", "peak", "memory_bandwidth", "memory")
-        not_negative(self, "latency", "checkpoint_every", "keep", "keep_every", "recompute", "recompute_layers")
+        not_negative(self, "latency", "checkpoint_every", "keep", "recompute")
         below(self, "nodes", 1 << 20)
         below(self, "tokens", 1 << 62)
         if self.recompute > 2:

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import LlmpyError
 from ..model.arena import Arena, Tensor
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, PARAMS
+from ..model.gpt2 import GPT2, params_table
 from ..system import durable
 from ..system.command import command
 from ..system.inputs import regular
@@ -108,12 +108,12 @@ def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, s
     # One entry of metadata and a fixed order: equal models make equal files.
     about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
     about |= asdict(score) if score else {}
-    return [_header([(t.name, t.shape, "float32") for t in PARAMS(config)], {KEY: json.dumps(about)}), params]
+    return [_header([(t.name, t.shape, "float32") for t in params_table(config)], {KEY: json.dumps(about)}), params]
 
 
 def state_pieces(config: ModelConfig, moments: Pieces, others: Mapping[str, np.ndarray]) -> Pieces:
     """The state file: m and v, flat in the order of the table (one piece or two), and further arrays."""
-    entries = [(f"{letter}.{t.name}", t.shape, "float32") for letter in "mv" for t in PARAMS(config)]
+    entries = [(f"{letter}.{t.name}", t.shape, "float32") for letter in "mv" for t in params_table(config)]
     entries += [(name, x.shape, x.dtype.name) for name, x in others.items()]
     return [_header(entries), *moments, *others.values()]
 
@@ -149,7 +149,7 @@ def read_header(path: Path) -> Header:
             raise _damaged(path, f"its header cannot be read: {fault}") from fault
         if not 1 <= header.trained_length <= header.config.context:
             raise _damaged(path, f"trained length {header.trained_length}")
-        _check_tensors(path, file, {t.name: t.shape for t in PARAMS(header.config)})
+        _check_tensors(path, file, {t.name: t.shape for t in params_table(header.config)})
         return header
 
 

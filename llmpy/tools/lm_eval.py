@@ -25,7 +25,8 @@ from tqdm import tqdm
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
-from ..generate.generation import Choice, Generation, TextStream, check_memory, encode_prompt, logprob, open_run
+from ..generate.generation import Generation, TextStream, check_memory, encode_prompt, open_run
+from ..generate.sampling import Choice, logprob
 from ..model.gpt2 import GPT2
 from ..rng import Xorshift64Star
 from ..system.command import install

@@ -27,7 +27,7 @@ from ..formats import llmc, llmc_state, native, open_model
 from ..formats.source import Source
 from ..model.arena import Arena
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, PARAMS
+from ..model.gpt2 import GPT2, params_table
 from ..model.initialise import initialise
 from ..options.options import SelftestOptions
 from ..rng import MT19937, Xorshift64Star
@@ -273,7 +273,7 @@ def _ten_losses(source: Source, debug: llmc.DebugState) -> tuple[tuple[float, ..
     config = source.config
     if config == ModelConfig.from_dial("gpt2") and abs(debug.loss - golden.LOSSES[0]) < PUBLISHED_ERROR:
         return golden.LOSSES, PUBLISHED_ERROR
-    if sum(t.size for t in PARAMS(config)) > REFERENCE_AT_MOST:
+    if sum(t.size for t in params_table(config)) > REFERENCE_AT_MOST:
         return (), LOSSES_ERROR
     twin = GPT2(config, backend.load("reference"))
     source.fill(twin.params)
@@ -342,7 +342,7 @@ def _golden_loader() -> Iterator[Check]:
 def _golden_init(dial: str) -> Iterator[Check]:
     """Parameters from scratch: first values, sum, and sum of squares of each matrix."""
     config = ModelConfig.from_dial(dial)
-    params = Arena(PARAMS(config), np.empty, np.float32)
+    params = Arena(params_table(config), np.empty, np.float32)
     initialise(params, config)
     errors = []
     for name, (*first, total, squares) in golden.INIT[dial].items():
@@ -363,7 +363,7 @@ def _golden_layout() -> Iterator[Check]:
         if version == 3:
             wrong += _mismatches([layout[name].offset for name in llmc.ORDER], golden.MODEL_OFFSETS)
         yield Check(f"model .bin version {version}: layout of 124M", wrong, 0)
-    parameters = sum(t.size for t in PARAMS(config))
+    parameters = sum(t.size for t in params_table(config))
     yield Check("state .bin: size of 124M", abs(1024 + 12 * parameters - golden.STATE_BYTES), 0)
     yield Check("state .bin: the generator's 2520 bytes", abs(llmc_state.TWISTER.itemsize - 2520), 0)
 

@@ -107,7 +107,7 @@ def build(
         journal.say(line)
     with world.each_host_once():
         machine.warm_up(journal.say)
-    model = GPT2(config, machine, options.recompute, options.recompute_layers)
+    model = GPT2(config, machine, options.recompute)
     start.fill(model)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)

@@ -25,10 +25,10 @@ from ..backend import Ops
 from ..backend.machine import Machine
 from ..data.hellaswag import ENDINGS, read_examples
 from ..errors import LlmpyError
-from ..generate.kv_cache import CACHE, PREFILL
+from ..generate.kv_cache import cache_table, prefill_table
 from ..model.arena import Tensor, memory
 from ..model.config import ModelConfig
-from ..model.gpt2 import ACTS, PARAMS, RECOMPUTE
+from ..model.gpt2 import RECOMPUTE, activations_table, params_table
 from ..model.partition import most_kept
 from ..options.options import BUILTIN_PROMPT, TrainOptions
 from ..run.folder import BEST_FILE, CHECKPOINTS, MODEL_FILE
@@ -94,7 +94,7 @@ def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
         count = o.keep + 1 + (steps // o.keep_every if o.keep_every else 0)
     else:
         count = steps // o.checkpoint_every + 1
-    return (count * 12 + 8) * sum(t.size for t in PARAMS(config))
+    return (count * 12 + 8) * sum(t.size for t in params_table(config))
 
 
 def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, ranks: int = 1) -> int:
@@ -108,8 +108,7 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, rank
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
     shape = o.batch_size, o.sequence_length
     copied = o.checkpoint_every > 0
-    again = o.recompute, o.recompute_layers
-    needed = memory_needed(config, *shape, machine, again, copied, sampled, apart, ranks, o.zero)
+    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks, o.zero)
     return needed + (0 if machine.compiled() else COMPILER_BYTES)
 
 
@@ -120,7 +119,7 @@ def _row_length(path: Path) -> int:
 
 
 def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
     zero: bool = True,
 ) -> int:  # fmt: skip
@@ -129,14 +128,14 @@ def memory_needed(
 
 
 def memory_parts(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: tuple[int, int | None] = (RECOMPUTE, None),
+    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
     zero: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
-    `recompute`: its level and layers, see `ACTS`. `copied`: with the copy that checkpoints in the background are made
-    from. `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
+    `recompute`: see `activations_table`. `copied`: with the copy that checkpoints in the background are made from.
+    `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
     shapes that are evaluated. Of several `ranks`: what the first one holds, which has most; `zero` as `Zero` takes it.
     """
     S = min(T, sampled or T)
@@ -146,7 +145,7 @@ def memory_parts(
     def size(table: list[Tensor]) -> int:
         return memory(table, stored, wide)
 
-    table = PARAMS(config)
+    table = params_table(config)
     parameters, matrices = wide * sum(t.size for t in table), sum(t.size for t in table if t.decay)
     if ranks == 1:
         state = {"moments": 2 * parameters, "copy for checkpoints": 3 * parameters if copied else 0}
@@ -167,9 +166,9 @@ def memory_parts(
         "weights for products": stored * matrices if mixed else 0,
         "gradients": parameters,
         **state,
-        "activations": size(ACTS(config, B, T, True, *recompute, mixed)),
+        "activations": size(activations_table(config, B, T, True, recompute, mixed)),
         "logits chunk": stored * rows * config.padded_vocab_size,
-        "samples": size(PREFILL(config, S)) + size(CACHE(config, 1, S)),
-        "evaluation apart": sum(size(ACTS(config, *shape, False)) for shape in apart),
+        "samples": size(prefill_table(config, S)) + size(cache_table(config, 1, S)),
+        "evaluation apart": sum(size(activations_table(config, *shape, False)) for shape in apart),
         "program": PROGRAM_BYTES,
     }

@@ -19,7 +19,7 @@ from ..data.shards import count_tokens, is_shard
 from ..data.text import Found, find_files
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
-from ..model.gpt2 import PARAMS
+from ..model.gpt2 import params_table
 from ..options.options import DEFAULT_MODEL, TrainOptions
 from ..run.folder import own_tokens
 from ..run.trackers import package
@@ -51,7 +51,7 @@ class Preflight:
     @property
     def parameters(self) -> int:
         """Number of parameters, padded head included."""
-        return sum(t.size for t in PARAMS(self.config))
+        return sum(t.size for t in params_table(self.config))
 
     @property
     def step_seconds(self) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from ..generate.generation import Choice, TextStream, generate
+from ..generate.generation import TextStream, generate
+from ..generate.sampling import Choice
 from ..model.gpt2 import GPT2
 from ..options.options import TrainOptions
 from ..rng import Xorshift64Star

@@ -207,6 +207,6 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
     alone = ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle")
-    for name in (*alone, "recompute", "recompute_layers"):
+    for name in (*alone, "recompute"):
         if getattr(now, name) != getattr(before, name):
             yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"

@@ -76,7 +76,6 @@ ADDED = {
 ELSEWHERE = {
     "dev/ladder.py": "test_ladder runs it, on small products",
     "bench/rank_memory.py": "test_distributed runs it",
-    "bench/plan_check.py": "it trains models of its own choice, for minutes",
     "bench/torch_decode.py": "it needs PyTorch, and takes GPT-2 alone",
     "llmpy.tools.lm_eval": "lm_eval downloads the tasks; test_harness runs one of its own",
     "srun": "it needs a cluster that Slurm manages",

@@ -36,7 +36,7 @@ from llmpy.distributed.watchdog import Fault, Watch
 from llmpy.distributed.zero import Zero
 from llmpy.formats import llmc_state
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import GPT2, PARAMS
+from llmpy.model.gpt2 import GPT2, params_table
 from llmpy.model.initialise import initialise
 from llmpy.model.partition import BUCKET, buckets, cut, length
 from llmpy.options.options import TrainOptions
@@ -58,7 +58,7 @@ RANK_MEMORY = Path(__file__).parents[2] / "bench" / "rank_memory.py"
 @pytest.mark.parametrize("limit", [300, 3000, 1 << 20])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_every_parameter_has_one_owner(layers: int, limit: int, ranks: int) -> None:
-    table = PARAMS(ModelConfig(layers=layers, heads=2, channels=8, context=16, vocab_size=300))
+    table = params_table(ModelConfig(layers=layers, heads=2, channels=8, context=16, vocab_size=300))
     seen = np.zeros(sum(t.size for t in table), np.int32)
     found = buckets(table, layers, limit)
     for bucket in found:
@@ -142,7 +142,7 @@ def test_state_is_divided(zero: bool) -> None:
         optimizer = Zero(tiny_model(TINY, B, T), fellow, **SETTINGS, zero=zero, limit=700)
         return sum(x.nbytes for x in (optimizer.m, optimizer.v, optimizer.master)), length(optimizer.owned)
 
-    parameters = sum(t.size for t in PARAMS(TINY))
+    parameters = sum(t.size for t in params_table(TINY))
     for ranks in (2, 4):
         states = Fellows(ranks).run(state)
         assert sum(own for _, own in states) == parameters
@@ -176,7 +176,7 @@ def test_memory_is_what_the_optimizer_holds(dtype: Any, ranks: int, zero: bool) 
     parts = memory_parts(TINY, B, T, machine, ranks=ranks, zero=zero)
     assert first == {name: parts[name] for name in first}
     assert all(other[name] <= first[name] for other in others for name in first)
-    copy = 4 * sum(t.size for t in PARAMS(TINY)) + memory_parts(TINY, B, T, machine, ranks=ranks)["moments"]
+    copy = 4 * sum(t.size for t in params_table(TINY)) + memory_parts(TINY, B, T, machine, ranks=ranks)["moments"]
     assert parts["copy for checkpoints"] == copy
 
 
@@ -645,14 +645,14 @@ def test_a_chain_of_jobs() -> None:
 
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
-SIZE = sum(t.size for t in PARAMS(GPT2_124M))
+SIZE = sum(t.size for t in params_table(GPT2_124M))
 SLOW_LINE = Line(125e6, 1e-3)
 WORK = 0.95, 1.15, 1.9, 0.1  # seconds of forward, head, backward and update: a step of 4.1
 
 
 def test_bytes_are_as_few_as_any_algorithm_needs() -> None:
     cost = communication(GPT2_124M, 4, SLOW_LINE, Work(1, 0, 2, 0), mixed=True)
-    vectors = sum(t.size for t in PARAMS(GPT2_124M) if not t.decay)
+    vectors = sum(t.size for t in params_table(GPT2_124M) if not t.decay)
     assert cost.reduce_bytes == 0.75 * 4 * SIZE
     assert cost.gather_bytes == 0.75 * (2 * SIZE + 2 * vectors)
     assert communication(GPT2_124M, 4, SLOW_LINE, Work(1, 0, 2, 0), mixed=False).gather_bytes == cost.reduce_bytes
@@ -664,7 +664,7 @@ def test_a_line_that_is_never_idle_is_waited_for() -> None:
     L, backward, forward = GPT2_124M.layers, 6.0, 2.0
     slow = communication(GPT2_124M, 2, Line(1e6, 0), Work(forward, 0, backward, 0, copying=math.inf), mixed=False)
     seconds = 0.5 * 4 * SIZE / (EFFICIENCY * 1e6)
-    overhead = OVERHEAD * len(buckets(PARAMS(GPT2_124M), L))
+    overhead = OVERHEAD * len(buckets(params_table(GPT2_124M), L))
     assert slow.reduce_seconds == slow.gather_seconds == pytest.approx(seconds + overhead)
     assert slow.gradients_exposed == pytest.approx(seconds + overhead - backward * (L - 1) / L)
     assert slow.weights_exposed == pytest.approx(seconds + overhead - forward * (L - 1) / L)

@@ -5,14 +5,14 @@ import pytest
 
 from llmpy.model.arena import Arena, Tensor
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import PARAMS
+from llmpy.model.gpt2 import params_table
 from llmpy.model.initialise import initialise
 from llmpy.rng import MT19937
 from llmpy.tools import golden
 
 
 def arena(config, dtype=np.float32):
-    params = Arena(PARAMS(config), np.empty, dtype)
+    params = Arena(params_table(config), np.empty, dtype)
     params.buffer.fill(np.nan)
     return params
 

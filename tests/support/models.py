@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.laptop import TINY, tiny_model
 
+from llmpy.data.tokenizer import Tokenizer
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
+from llmpy.run import checkpoint
 
 
 def fill(model: GPT2, seed: int = 1) -> None:
@@ -29,3 +35,21 @@ def build(config: ModelConfig, ops: Any) -> GPT2:
     model = GPT2(config, ops)
     fill(model)
     return model
+
+
+class Coins:
+    """Given numbers in turn."""
+
+    def __init__(self, *numbers: float) -> None:
+        self._numbers: Iterator[float] = iter(numbers)
+
+    def uniform(self) -> float:
+        return next(self._numbers)
+
+
+def untrained_run(folder: Path) -> Path:
+    """A run folder with an untrained model over bytes that sees 8 tokens."""
+    tokenizer = Tokenizer.bytes()
+    checkpoint.save(folder / "model.safetensors", tiny_model(replace(TINY, vocab_size=tokenizer.vocab_size)), 8)
+    tokenizer.save(folder / "tokenizer.json")
+    return folder

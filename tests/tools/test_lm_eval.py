@@ -21,7 +21,8 @@ from support.laptop import TINY, Laptop, tiny_model
 
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
-from llmpy.generate.generation import Choice, generate, logprob
+from llmpy.generate.generation import generate
+from llmpy.generate.sampling import Choice, logprob
 from llmpy.rng import Xorshift64Star
 from llmpy.run import checkpoint
 from llmpy.system.command import install

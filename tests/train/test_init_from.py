@@ -16,13 +16,14 @@ from support.samples import WRITERS, in_memory, training_state, with_tokenizer
 
 from llmpy import formats
 from llmpy.backend.reference import Reference
+from llmpy.cli.sample import sample
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, resolve
 from llmpy.formats.source import Source
-from llmpy.generate.generation import open_run, sample
+from llmpy.generate.generation import open_run
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import SampleOptions, TrainOptions
 from llmpy.run import checkpoint

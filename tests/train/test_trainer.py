@@ -20,10 +20,11 @@ import pytest
 from safetensors.numpy import load_file
 from support.laptop import CLOCKED, AtOnce, Laptop
 
+from llmpy.cli.sample import sample
 from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
 from llmpy.errors import Diverged, LlmpyError
-from llmpy.generate.generation import open_run, sample
+from llmpy.generate.generation import open_run
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import BUILTIN_PROMPT, SampleOptions, TrainOptions
 from llmpy.run import checkpoint

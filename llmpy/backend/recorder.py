@@ -1,0 +1,59 @@
+"""A backend that computes nothing: it notes which operations are asked of it, and on arrays of which shapes.
+
+    ops = Recorder(np.float32)
+    GPT2(config, cast(Ops, ops)).loss_and_grads(tokens, targets)
+    ops.calls → [("embedding_forward", {"out": …, "tokens": …, "wte": …, "wpe": …}), …]
+
+Its arrays have a shape and a dtype but no memory, so that a model of any size can be recorded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import Ops
+
+
+class Recorder:
+    """The operations of `backend.Ops`; `calls` holds (operation, arguments by their names in the seam)."""
+
+    name = "recorder"
+    wide = np.dtype(np.float32)
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return a read-only array whose elements are all one zero."""
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    zeros = empty
+
+    def to_host(self, x: np.ndarray) -> np.ndarray:
+        """Return x."""
+        return x
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], object]:
+        """Run it, and return it."""
+        run()
+        return run
+
+    def narrow(self, out: np.ndarray, x: np.ndarray) -> None:
+        """Note a call, but for arrays that are one: there is nothing to do."""
+        if out is not x:
+            self.calls.append(("narrow", {"out": out, "x": x}))
+
+    def __getattr__(self, name: str) -> Callable[..., float]:
+        """Return an operation that notes its calls; the number it returns stands for a global norm."""
+        signature = inspect.signature(getattr(Ops, name))
+
+        def note(*arguments: Any, **named: Any) -> float:
+            self.calls.append((name, signature.bind(self, *arguments, **named).arguments))
+            return 1.0
+
+        return note

@@ -1,0 +1,100 @@
+"""`llmpy sample`: continue prompts with a model, and print them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+from .. import backend
+from ..backend.machine import Machine
+from ..errors import LlmpyError
+from ..generate.generation import Generation, TextStream, Token, aside, check_memory, encode_prompt, open_run
+from ..generate.sampling import choice_of
+from ..model.gpt2 import GPT2
+from ..options.options import SampleOptions
+from ..rng import Xorshift64Star
+from ..system.inputs import regular
+from ..system.resources import crowded
+
+
+def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
+    """Continue prompts with a model; text goes to `write`, all else to stderr.
+
+    A text ends before <|endoftext|>, unless `options.ignore_eot`, at `options.stop`, or after `options.tokens`. The
+    text of a single prompt is written token by token; several are written at the end, in their order, as is the one
+    JSON object of `options.json`.
+    Raises LlmpyError if the model is missing, corrupt, or does not fit its tokenizer.
+    """
+    o = options
+    source, tokenizer = open_run(o.run)
+    openings = read_prompts(o)
+    prompts = [encode_prompt(tokenizer, opening) for opening in openings]
+    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
+    for line in crowded(ops.threads):
+        aside(line)
+    reach = source.trained_length
+    check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + o.tokens))
+    ops.warm_up(aside, decoding=True)
+    model = GPT2(source.config, ops, trainable=False)
+    source.fill(model.params)
+    # Each text has a generator of its own; the first has that of a text alone.
+    coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
+    generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), o.cache, logprobs=o.json)
+    streams = [TextStream(tokenizer.decode, o.stop or ()) for _ in prompts]
+    eot = None if o.ignore_eot else tokenizer.eot
+    pieces: list[list[str]] = [[opening] for opening in openings]
+    added: list[list[Token]] = [[] for _ in prompts]
+    streaming = len(prompts) == 1 and not o.json
+    if streaming:
+        write(openings[0])
+    live = list(range(len(prompts)))
+    for _ in range(o.tokens):
+        for row, token in zip(live, generation.step(live), strict=True):
+            added[row].append(token)
+            pieces[row].append(streams[row].feed(token.id) if token.id != eot else "")
+            if streaming:
+                write(pieces[row][-1])
+        live = [row for row in live if not streams[row].stopped and added[row][-1].id != eot]
+        if not live:
+            break
+    for row, stream in enumerate(streams):
+        pieces[row].append(stream.finish())
+    if o.json:
+        texts = [record(*row, eot) for row in zip(prompts, pieces, added, streams, strict=True)]
+        write(json.dumps({"texts": texts}) + "\n")
+    elif streaming:
+        write(pieces[0][-1] + "\n")
+    else:
+        write("\n---\n".join(map("".join, pieces)) + "\n")
+
+
+def record(
+    prompt: list[int], pieces: list[str], added: list[Token], stream: TextStream, eot: int | None
+) -> dict[str, Any]:
+    """Return what --json prints of a text: ids, texts, log-probabilities (nats) and why it ended."""
+    return {
+        "prompt": pieces[0],
+        "prompt_tokens": prompt,
+        "text": "".join(pieces[1:]),
+        "tokens": [token.id for token in added],
+        "logprobs": [token.logprob for token in added],
+        "ended": "stop" if stream.stopped else "eot" if added[-1].id == eot else "length",
+    }
+
+
+def read_prompts(options: SampleOptions) -> list[str]:
+    """Return the prompts of the command line, then those of the file, one per line; if there are none, an empty one."""
+    prompts = list(options.prompt or ())
+    if options.prompts_file is not None:
+        try:
+            lines = regular(options.prompts_file).read_text("utf-8").splitlines()
+        except OSError as error:
+            raise LlmpyError(f"cannot read {options.prompts_file}: {error.strerror}", "check the path") from None
+        except UnicodeDecodeError:
+            raise LlmpyError(f"{options.prompts_file} is not UTF-8", "save it as UTF-8 text") from None
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise LlmpyError(f"{options.prompts_file} has no prompts", "write one on each line")
+        prompts += found
+    return prompts or [""]

@@ -1,0 +1,126 @@
+"""The operations of decoding: to the bit those of training, on every odd size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from support.cases import ATTENTION, LINEAR, Case, Draw, prepare
+from support.guarded import CANARY, GUARD, bits
+
+from llmpy.backend import load
+
+DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def machines(request: pytest.FixtureRequest) -> list[Any]:
+    """The same backend with 1, 2 and 3 threads."""
+    return [load("cpu", threads=n, dtype=str(request.param)) for n in (1, 2, 3)]
+
+
+def guarded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of x between canaries, and the bytes of all of it; in front stand 2 or 4 bytes more than a line."""
+    buffer = np.full(x.size + 2 * GUARD, CANARY, x.dtype)
+    buffer[GUARD : GUARD + x.size] = x.reshape(-1)
+    return buffer[GUARD : GUARD + x.size].reshape(x.shape), buffer
+
+
+def unharmed(buffer: np.ndarray) -> bool:
+    edge = bits(np.full(GUARD, CANARY, buffer.dtype))
+    return np.array_equal(bits(buffer[:GUARD]), edge) and np.array_equal(bits(buffer[-GUARD:]), edge)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_packed_linear_has_the_bits_of_linear(machines: list[Any], case: Case) -> None:
+    """At any number of threads; NaN around the inputs and canaries around the outputs stay where they are."""
+    call = prepare("linear_forward", case, dtype=machines[0].dtype)
+    call.run(machines[1])
+    want, a = call.args, prepare("linear_forward", case, dtype=machines[0].dtype).args
+    inp, around = guarded(a["inp"])
+    around[:GUARD] = around[-GUARD:] = np.nan
+    for ops in machines:
+        packed, edges = guarded(np.full(ops.packed_size(case.OC, case.C), np.nan, ops.dtype))
+        ops.pack(packed, a["weight"])
+        assert unharmed(edges)
+        assert not np.isnan(packed).any()
+        out, out_edges = guarded(np.full(a["out"].shape, np.nan, ops.dtype))
+        pre, pre_edges = guarded(np.full(a["out"].shape, np.nan, ops.dtype))
+        ops.packed_linear_forward(out, inp, packed, a["bias"], None if a["pre_gelu"] is None else pre)
+        assert unharmed(out_edges)
+        assert unharmed(pre_edges)
+        assert np.array_equal(bits(out), bits(want["out"]))
+        if a["pre_gelu"] is not None:
+            assert np.array_equal(bits(pre), bits(want["pre_gelu"]))
+
+
+def rows_of(case: Case, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """qkv (B, T, 3C), and what attention makes of it: out (B, T, C) in NaN yet, stats."""
+    B, T = case.B, case.T
+    qkv = Draw(dtype, 1).normal(B, T, 3 * case.C, std=1.5)
+    return qkv, np.full((B, T, case.C), np.nan, qkv.dtype), np.full((B, case.NH, T), np.nan, np.float32)
+
+
+@pytest.mark.parametrize("case", [*ATTENTION, Case(T=400, C=128, NH=2)], ids=str)
+def test_attention_of_one_query_has_the_bits_of_all(machines: list[Any], case: Case) -> None:
+    """Token by token into a cache of NaN, in slots of another order; nothing else of it is written."""
+    qkv, want, stats = rows_of(case, machines[0].dtype)
+    machines[1].attention_forward(want, stats, qkv)
+    B, T, NH, HS = case.B, case.T, case.NH, case.C // case.NH
+    filled = np.full((B + 1, NH, 2, T + 3, HS), np.nan, qkv.dtype)
+    machines[0].cache_fill(filled[:B], qkv)
+    slots = np.arange(B, dtype=np.int32)[::-1].copy()
+    for ops in machines:
+        cache, edges = guarded(np.full(filled.shape, np.nan, qkv.dtype))
+        for t in range(T):
+            out, out_edges = guarded(np.full((B, case.C), np.nan, qkv.dtype))
+            ops.attention_decode(out, cache, qkv[:, t].copy(), slots, np.full(B, t, np.int32))
+            assert np.array_equal(bits(out), bits(want[:, t])), f"position {t}"
+            assert unharmed(out_edges)
+        assert unharmed(edges)
+        assert np.array_equal(bits(cache[slots]), bits(filled[:B]))
+        assert np.isnan(cache[B]).all()
+
+
+def test_each_text_at_its_own_position(machines: list[Any]) -> None:
+    case = Case(B=3, T=130, C=36, NH=3)
+    qkv, want, stats = rows_of(case, machines[0].dtype)
+    ops = machines[1]
+    ops.attention_forward(want, stats, qkv)
+    cache = np.full((3, 3, 2, 130, 12), np.nan, qkv.dtype)
+    ops.cache_fill(cache, qkv)
+    slots, positions = np.array([2, 0], np.int32), np.array([129, 7], np.int32)
+    out = np.full((2, 36), np.nan, qkv.dtype)
+    ops.attention_decode(out, cache, qkv[slots, positions], slots, positions)
+    assert np.array_equal(bits(out), bits(want[slots, positions]))
+
+
+def test_nan_stays_in_its_head(machines: list[Any]) -> None:
+    ops, case = machines[1], Case(B=2, T=9, C=24, NH=2)
+    qkv, _, _ = rows_of(case, ops.dtype)
+    cache = np.zeros((2, 2, 2, 9, 12), qkv.dtype)
+    ops.cache_fill(cache, qkv)
+    cache[1, 0, 0, 3, 5] = np.nan
+    out = np.zeros((2, 24), qkv.dtype)
+    ops.attention_decode(out, cache, qkv[:, 8].copy(), np.arange(2, dtype=np.int32), np.full(2, 8, np.int32))
+    assert np.isnan(out[1, :12]).all()
+    assert not np.isnan(out[0]).any()
+    assert not np.isnan(out[1, 12:]).any()
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_the_reference_agrees_with_itself(case: Case) -> None:
+    ops = load("reference")
+    qkv, want, stats = rows_of(case, np.float64)
+    ops.attention_forward(want, stats.astype(np.float64), qkv)
+    cache = np.full((case.B, case.NH, 2, case.T, case.C // case.NH), np.nan)
+    slots = np.arange(case.B, dtype=np.int32)
+    for t in range(case.T):
+        out = np.full((case.B, case.C), np.nan)
+        ops.attention_decode(out, cache, qkv[:, t], slots, np.full(case.B, t, np.int32))
+        np.testing.assert_allclose(out, want[:, t], rtol=1e-12, atol=1e-12)
+    filled = np.full_like(cache, np.nan)
+    ops.cache_fill(filled, qkv)
+    assert np.array_equal(filled, cache)
