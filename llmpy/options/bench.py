@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import Reported, known, option, positive, refusal
+from .fields import POSITIVE, Options, Reported, option, refusal
 
 ATTENTIONS = ("sdpa", "plain")
 OPS = (
@@ -20,14 +20,10 @@ class DecodeOptions(Reported):
     """`llmpy bench decode`."""
 
     model: str = option("gpt2", "size, as in train")
-    batch_size: int = option(1, "texts side by side", "-B")
-    prompt_tokens: int = option(32, "tokens of each text before decoding begins")
-    tokens: int = option(64, "tokens to decode and time")
-    prefill: int = option(512, "tokens of a prefill to time against the peak of multiply-adds")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "batch_size", "prompt_tokens", "tokens", "prefill")
+    batch_size: int = option(1, "texts side by side", "-B", within=POSITIVE)
+    prompt_tokens: int = option(32, "tokens of each text before decoding begins", within=POSITIVE)
+    tokens: int = option(64, "tokens to decode and time", within=POSITIVE)
+    prefill: int = option(512, "tokens of a prefill to time against the peak of multiply-adds", within=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,10 @@ class BenchOptions(Reported):
     """`llmpy bench step`."""
 
     model: str = option("gpt2", "size, as in train")
-    batch_size: int = option(4, "rows of a batch", "-B")
-    sequence_length: int = option(64, "tokens of a row", "-T")
-    steps: int = option(10, "steps to time")
+    batch_size: int = option(4, "rows of a batch", "-B", within=POSITIVE)
+    sequence_length: int = option(64, "tokens of a row", "-T", within=POSITIVE)
+    steps: int = option(10, "steps to time", within=POSITIVE)
     cold: bool = option(False, "in a fresh process that has to compile every kernel first")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "batch_size", "sequence_length", "steps")
 
 
 @dataclass(frozen=True)
@@ -53,15 +45,15 @@ class OpsOptions(Reported):
 
 
 @dataclass(frozen=True)
-class PeersOptions:
+class PeersOptions(Options):
     """`llmpy bench peers`."""
 
     model: str = option("gpt2", "size, as in train")
-    batch_size: int = option(4, "rows of a batch", "-B")
-    sequence_length: int = option(64, "tokens of a row", "-T")
-    steps: int = option(5, "steps of each program to time in a round")
-    rounds: int = option(3, "times that each program runs, by turns")
-    threads: int | None = option(None, "threads of every program (default: one a core)")
+    batch_size: int = option(4, "rows of a batch", "-B", within=POSITIVE)
+    sequence_length: int = option(64, "tokens of a row", "-T", within=POSITIVE)
+    steps: int = option(5, "steps of each program to time in a round", within=POSITIVE)
+    rounds: int = option(3, "times that each program runs, by turns", within=POSITIVE)
+    threads: int | None = option(None, "threads of every program (default: one a core)", within=POSITIVE)
     peer: tuple[str, ...] | None = option(
         None,
         "further programs, each as 'name=command', that print llm.c's line 'step N: train loss X (took Y ms)'; "
@@ -77,8 +69,7 @@ class PeersOptions:
     plot: Path | None = option(None, "draw a box for each program into this file", metavar="FILE.png")
 
     def __post_init__(self) -> None:
-        positive(self, "batch_size", "sequence_length", "steps", "rounds", "threads")
-        known(self, "attention", ATTENTIONS)
+        super().__post_init__()
         for text in self.peer or ():
             name, equals, command = text.partition("=")
             if not (equals and name.strip() and command.strip()):

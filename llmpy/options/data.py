@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import known, option, positive, refusal
+from .fields import POSITIVE, Options, option, refusal
 
 TRAINING_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu")
 DATA_NAMES = (*TRAINING_NAMES, "hellaswag")
@@ -13,7 +13,7 @@ TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """`llmpy data WHAT`."""
 
     what: tuple[str, ...] = option(
@@ -31,12 +31,11 @@ class DataOptions:
     )
     source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
     out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
-    tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)")
+    tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)", within=POSITIVE)
     format: str = option("auto", "int32: the stream without header of llm.rs and llm.mojo", choices=TOKEN_FORMATS)
 
     def __post_init__(self) -> None:
-        positive(self, "tokens")
-        known(self, "format", TOKEN_FORMATS)
+        super().__post_init__()
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):

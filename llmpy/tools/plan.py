@@ -35,9 +35,9 @@ from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import PARAMS, computed_again
 from ..model.partition import BUCKET
-from ..options.recipes import RECIPES
 from ..options.tools import PlanOptions
 from ..options.train import TrainOptions
+from ..options.yaml_files import SCRIPTS, read_recipe
 from ..system.resources import available_memory
 from ..system.words import columns, duration, gigabytes
 from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
@@ -50,7 +50,6 @@ MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
 CACHES = 24 << 20  # floats that are read between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
-SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class Timed:
 def time_batch(config: ModelConfig, o: PlanOptions, ops: Machine) -> Timed:
     """Measured here, and counted over to the machine that the options tell of."""
     mixed = ops.dtype != ops.wide
-    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed, o.recompute_layers)
+    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, mixed)
     seconds, here = measure(ops, parts)
     there = Rates(o.peak or here.peak, o.memory_bandwidth or here.bandwidth, here.steady)
     slower = here.peak / there.peak, here.bandwidth / there.bandwidth
@@ -301,7 +300,7 @@ def memory_of(config: ModelConfig, options: PlanOptions, ops: Machine) -> dict[s
 
     def parts(B: int) -> dict[str, int]:
         copied = o.checkpoint_every > 0
-        again = o.recompute, o.recompute_layers
+        again = o.recompute, None
         return memory_parts(config, B, o.sequence_length, ops, again, copied, SAMPLED, ranks=o.nodes)
 
     needed = parts(o.batch_size)
@@ -313,8 +312,8 @@ def targets(config: ModelConfig, options: PlanOptions, parameters: int) -> list[
     """On how many tokens to train, by whose word."""
     found = [("--tokens", options.tokens)] if options.tokens else []
     found.append((f"Chinchilla, {CHINCHILLA} a parameter", CHINCHILLA * parameters))
-    for name in SHOWN_RECIPES:
-        recipe = RECIPES[name]
+    for name in SCRIPTS:
+        recipe = read_recipe(TrainOptions, name)
         of = ModelConfig.from_dial(recipe["model"])
         if (of.layers, of.channels) == (config.layers, config.channels):
             steps = recipe["steps"]
@@ -334,9 +333,7 @@ def disk_of(config: ModelConfig, options: PlanOptions, tokens: int) -> dict[str,
     o = options
     parameters = sum(t.size for t in PARAMS(config))
     steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
-    told = TrainOptions(
-        model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep, keep_every=o.keep_every
-    )
+    told = TrainOptions(model=o.model, steps=steps, checkpoint_every=o.checkpoint_every, keep=o.keep)
     return {
         "checkpoint": 12 * sum(t.size for t in PARAMS(config)),  # float32 weights and two moments
         "total": disk_needed(told, config),

@@ -61,7 +61,7 @@ class Alone:
 
     def keeper(self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions) -> Keeper:
         """Who writes the checkpoints."""
-        return Keeper(run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return Keeper(run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
 
     def times(self) -> dict[str, float]:
         """Milliseconds of communication since the last call, and how many of them training waited for."""

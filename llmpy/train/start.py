@@ -141,9 +141,6 @@ def begin(
             raise together(faults)
 
     start, state, init, model = None, None, options.init, dial(options.model, None)
-    if options.init_state and init is None:
-        fault = LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
-        raise together([*known, fault])
     if init in hub.NAMES and not options.init_state:
         check(init, ModelConfig.from_dial(init))
     if init is not None:
@@ -261,7 +258,7 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
     if now.threads != before.threads:
         yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
     alone = ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle")
-    for name in (*alone, "recompute", "recompute_layers"):
+    for name in (*alone, "recompute"):
         if getattr(now, name) != getattr(before, name):
             yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"
 

@@ -59,6 +59,7 @@ from .single_process import Alone
 SAMPLE_SEED = 1337  # llm.c's; the same coins for every sample of a run, so that samples compare
 SAMPLE_CHOICE = Choice(temperature=0.5, top_k=50)  # as `llmpy sample` has them
 WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at most 50 steps
+GIVE_UP_AFTER = 5  # steps in a row with NaN or infinity; each is skipped
 EVERY_LINE_UNTIL = 10  # the first steps are all told, later ones at most one in
 LINE_SECONDS = 2.0
 SMOOTHING = 0.95  # of the displayed tokens per second
@@ -216,7 +217,7 @@ class Trainer:
     def step(self) -> None:
         """One update, or one that is skipped; one line of metrics.
 
-        A loss or norm that is not finite never reaches the parameters; after `give_up_after` of them in a row this
+        A loss or norm that is not finite never reaches the parameters; after GIVE_UP_AFTER of them in a row this
         raises Diverged.
         """
         lr = self.world.gather(self._learning_rate())[0][0]  # of a run by the clock, the first rank's
@@ -260,7 +261,7 @@ class Trainer:
             **self.world.times(),
         )  # fmt: skip
         if self._bad:
-            if self._bad >= self.options.give_up_after:
+            if self._bad >= GIVE_UP_AFTER:
                 where = origin(self.model, self.options.batch_size, self.options.sequence_length)
                 raise self._diverged(f"{why}, as in {count_of(self._bad, 'step')} in a row; it first arose in {where}")
             return
@@ -626,7 +627,7 @@ def assemble(
     for line in [*flight.lines(), *world.lines(ops.threads)]:
         journal.say(line)
     world.on_each_host(lambda: ops.warm_up(journal.say))
-    model = GPT2(config, ops, options.recompute, options.recompute_layers)
+    model = GPT2(config, ops, options.recompute)
     begun.fill(model, options.seed)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)

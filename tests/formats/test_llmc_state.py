@@ -345,7 +345,6 @@ def state_on(shards: tuple[Path, ...], B: int = 2, ranks: int = 1) -> TrainingSt
         ({"shuffle": False, "given": frozenset({"shuffle"})}, 1, "shuffling on"),
         ({}, 2, "saved by 2 processes.* or from the weights alone: --init"),
         ({"init": "gpt2"}, 1, "both --resume .* and --init gpt2 — give one"),
-        ({"resume": None, "init_state": True}, 1, "--init-state without --init"),
         ({"model": "d6"}, 1, "--model d6 is not what --init is"),
         ({"resume": None, "init": "nowhere", "init_state": True}, 1, "cannot read nowhere"),
     ],

@@ -115,12 +115,10 @@ def test_memory_of_hellaswag_and_of_the_compiler(tmp_path: Path) -> None:
 
 
 def test_memory_follows_recompute() -> None:
-    settings = [(0, None), (1, 4), (1, None), (2, 4), (2, None)]
-    told = (TrainOptions(model="gpt2", recompute=level, recompute_layers=n) for level, n in settings)
-    sizes = [memory_of(o, GPT2_124M, Laptop()) for o in told]
-    acts = [memory(ACTS(GPT2_124M, 4, 128, True, *setting), 4, 4) for setting in settings]
+    sizes = [memory_of(TrainOptions(model="gpt2", recompute=level), GPT2_124M, Laptop()) for level in range(3)]
+    acts = [memory(ACTS(GPT2_124M, 4, 128, True, level), 4, 4) for level in range(3)]
     assert [a - sizes[0] for a in sizes] == [a - acts[0] for a in acts]
-    assert sizes[0] > sizes[1] > sizes[2] > sizes[4] and sizes[1] > sizes[3] > sizes[4]
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 def test_time_is_estimated_from_the_peak() -> None:

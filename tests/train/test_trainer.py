@@ -646,10 +646,10 @@ def test_after_some_in_a_row_the_run_stops_and_says_where(
 ) -> None:
     machine = Diverging(what, range(4, 100))
     told = (
-        rf"step 6: the {what} is nan, as in 3 steps in a row; it first arose in {where}; the last good checkpoint is "
+        rf"step 8: the {what} is nan, as in 5 steps in a row; it first arose in {where}; the last good checkpoint is "
     )
     with pytest.raises(Diverged, match=rf"{told}of step 3 — use a smaller --lr .* --resume ") as caught:
-        trainer.train(options(steps=100, checkpoint_every=3, give_up_after=3), machine)
+        trainer.train(options(steps=100, checkpoint_every=3), machine)
     assert caught.value.code == 3
     assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     out: list[str] = []
@@ -668,7 +668,7 @@ class Ruined(Diverging):
 def test_a_checkpoint_amid_such_steps_is_not_called_good(options: Options) -> None:
     told = "the checkpoint of step 6 came after steps that had to be skipped, and is no better — use a smaller"
     with pytest.raises(Diverged, match=told) as caught:
-        trainer.train(options(steps=6, give_up_after=5), Ruined("loss", range(5, 100)))
+        trainer.train(options(steps=6), Ruined("loss", range(5, 100)))
     assert "--resume" not in str(caught.value)
 
 
