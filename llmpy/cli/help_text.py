@@ -13,7 +13,7 @@ CODES_OF = {
 }
 EXAMPLES = {
     "": """\
-  llmpy train                              on built-in text, for 3.5 minutes at most
+  llmpy train                              on built-in text, at most 3.5 minutes
   llmpy train --data my.txt --minutes 10   on your own files or folders
   llmpy train --init gpt2 --data my.txt    fine-tune GPT-2 124M
   llmpy train --resume runs/NAME           resume a run

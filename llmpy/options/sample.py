@@ -8,6 +8,7 @@ from pathlib import Path
 from ..model.config import NAMES
 from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, option, refusal
 
+TEMPERATURE_TEXT = "0: always the likeliest token; 1: as the model has it"
 RUN_TEXT = "a run folder, any model that --init takes, or gpt2 …"
 
 
@@ -16,15 +17,12 @@ RUN_TEXT = "a run folder, any model that --init takes, or gpt2 …"
 class Sampling(OnMachine):
     """How tokens are chosen."""
 
-    temperature: float = option(0.5, "0: always the likeliest token; 1: as the model has it", within=NOT_NEGATIVE)
     top_k: int = option(50, "choose among this many likeliest tokens, 0: among all", within=NOT_NEGATIVE)
     top_p: float = option(
         1.0, "choose among the fewest that together have this probability", within=Range(POSITIVE.low, 1, "from 0 to 1")
     )
     min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest", within=SHARE)
-    repetition_penalty: float = option(
-        1.0, "above 1: make tokens of the text so far less likely", within=POSITIVE
-    )
+    repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely", within=POSITIVE)
     seed: int = option(  # from seed 0 the generator would only draw zeros
         1337, "seed of the choices; the next text or answer has the next one, and so on",
         within=Range(1, (1 << 64) - 1, "above 0 and below 2^64"),
@@ -41,6 +39,7 @@ class SampleOptions(Sampling):
     )
     prompts_file: Path | None = option(None, "file of further prompts, one a line", metavar="FILE")
     tokens: int = option(200, "tokens to add", within=POSITIVE)
+    temperature: float = option(0.5, TEMPERATURE_TEXT, within=NOT_NEGATIVE)
     stop: tuple[str, ...] | None = option(
         None, "end before this text; give it again for further ones (default: at <|endoftext|> alone)", each=True
     )
@@ -61,5 +60,5 @@ class ChatOptions(Sampling):
     run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True, names=tuple(NAMES))
     system: str | None = option(None, "what the model is told before the talk begins")
     tokens: int = option(256, "tokens of an answer at most", within=POSITIVE)
-    temperature: float = option(0.7, "0: always the likeliest token; 1: as the model has it", within=NOT_NEGATIVE)
+    temperature: float = option(0.7, TEMPERATURE_TEXT, within=NOT_NEGATIVE)
 # fmt: on
