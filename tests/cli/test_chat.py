@@ -137,7 +137,8 @@ def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
 
 TALK = """
 import sys, time
-from llmpy import GPT2, chat, cli
+from llmpy import GPT2
+from llmpy.cli import chat, main as cli
 from support.laptop import Laptop
 def continued(self, ids, *_):
     print("(", end="", flush=True)

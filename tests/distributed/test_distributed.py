@@ -114,7 +114,7 @@ def test_it_is_adamw_on_the_mean_gradient(ranks: int) -> None:
             model.loss_and_grads(*rows[rank], micro_steps=ranks)
             total = total + model.grads.buffer  # type: ignore[union-attr]
         model.grads.buffer[...] = total  # type: ignore[union-attr]
-        norm = results[0][1][step]
+        norm = float(results[0][1][step])
         assert norm == pytest.approx(optimizer.norm(), rel=1e-6)
         if step == 1:
             optimizer.skip()
