@@ -23,10 +23,15 @@ class Range(NamedTuple):
     high: float
     text: str
 
+    def hint(self, value: float) -> str:
+        """Return what to use instead of a value that is out of it."""
+        large = value > self.high >= 1 << 16
+        return f"use a number below 2^{round(math.log2(self.high))}" if large else f"use {self.text}"
 
-POSITIVE = Range(math.ulp(0.0), 2.0**62, "above 0")
-NOT_NEGATIVE = Range(0, 2.0**62, "from 0 on")
-SHARE = Range(0, 1, "from 0 to 1")
+
+POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0")
+NOT_NEGATIVE = Range(0, 2.0**62, "0 or a number above")
+SHARE = Range(0, 1, "a number from 0 to 1")
 
 
 def option(
@@ -53,8 +58,7 @@ class Options:
             if value is None:
                 continue
             if within and value != f.metadata["special"] and not within.low <= value <= within.high:
-                hint = f"use at most {within.high:g}" if value > within.high else f"use a number {within.text}"
-                raise refusal(f.name, value, hint)
+                raise refusal(f.name, value, within.hint(value))
             for word in (value if isinstance(value, tuple) else (value,)) if choices else ():
                 if word not in choices:
                     hint = f"{did_you_mean(str(word), choices)} use one of {', '.join(choices)}".lstrip()

@@ -19,13 +19,14 @@ class Sampling(OnMachine):
 
     top_k: int = option(50, "choose among this many likeliest tokens, 0: among all", within=NOT_NEGATIVE)
     top_p: float = option(
-        1.0, "choose among the fewest that together have this probability", within=Range(POSITIVE.low, 1, "from 0 to 1")
+        1.0, "choose among the fewest that together have this probability",
+        within=Range(POSITIVE.low, 1, "a number above 0, up to 1"),
     )
     min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest", within=SHARE)
     repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely", within=POSITIVE)
     seed: int = option(  # from seed 0 the generator would only draw zeros
         1337, "seed of the choices; the next text or answer has the next one, and so on",
-        within=Range(1, (1 << 64) - 1, "above 0 and below 2^64"),
+        within=Range(1, (1 << 64) - 1, POSITIVE.text),
     )
 
 

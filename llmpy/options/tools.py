@@ -39,7 +39,7 @@ class PlanOptions(Reported):
     keep: int = option(2, "newest checkpoints to keep, 0: all", within=NOT_NEGATIVE)
     nodes: int = option(
         1, "machines like this one: data parallel, moments divided among them (ZeRO-1)",
-        within=Range(1, 1 << 20, "from 1 to 2^20"),
+        within=Range(1, 1 << 20, POSITIVE.text),
     )  # fmt: skip
     bandwidth: float | None = option(
         None, "of the network: Gbit/s of each machine, in and out at once", within=POSITIVE

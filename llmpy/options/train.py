@@ -28,8 +28,9 @@ from .fields import (
 from .yaml_files import RECIPE_NAMES, read_recipe, read_yaml
 
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
-RECOMPUTE = Range(0, 2, "from 0 to 2")
-BETA = Range(0, math.nextafter(1.0, 0.0), "from 0 to 1, below 1")
+SEED = Range(0, (1 << 32) - 1, NOT_NEGATIVE.text)
+RECOMPUTE = Range(0, 2, "0, 1 or 2")
+BETA = Range(0, math.nextafter(1.0, 0.0), "a number from 0 to 1, below 1")
 KINDS = ("cosine", "linear", "constant", "wsd")
 DEFAULT_MODEL = "d3"
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -72,7 +73,8 @@ class TrainOptions(OnMachine):
         within=POSITIVE, special=ONE_EPOCH,
     )
     minutes: float | None = option(
-        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)", within=POSITIVE
+        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)",
+        within=Range(POSITIVE.low, 1 << 30, POSITIVE.text),  # two thousand years, and no arithmetic overflows
     )
     lr: float | None = option(
         None, "peak learning rate (default: 6e-4 * 768 / channels; with --init a sixth of that)", within=POSITIVE
@@ -94,7 +96,7 @@ class TrainOptions(OnMachine):
     recompute: int = option(
         1, "activations computed again in backward, 0: none; 1: GELU; 2: LayerNorm too", within=RECOMPUTE
     )
-    seed: int = option(42, "seed of initialisation and shuffling", within=Range(0, (1 << 32) - 1, "from 0 to 2^32 - 1"))
+    seed: int = option(42, "seed of initialisation and shuffling", within=SEED)
     ranks: int = option(1, "processes that train together, over MPI; each has batches of -B rows", within=POSITIVE)
     rank_timeout: float = option(
         15.0, "seconds without a sign of life after which a rank is given up, 0: never", within=NOT_NEGATIVE

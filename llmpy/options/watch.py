@@ -20,7 +20,9 @@ class WatchOptions(Options):
         None, "run folders, or folders of them, where new runs appear by themselves (default: runs)", metavar="RUN",
         word=True,
     )  # fmt: skip
-    port: int = option(8642, "where the page is, or the next free one", within=Range(1, 65535, "from 1 to 65535"))
+    port: int = option(
+        8642, "where the page is, or the next free one", within=Range(1, 65535, "a port from 1 to 65535")
+    )
     open: bool = option(False, "show it in the browser")
 
 

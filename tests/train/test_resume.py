@@ -290,7 +290,7 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
 
 def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that it leaves open stays as the run has it."""
-    from llmpy.options.train import as_yaml
+    from llmpy.options.yaml_files import as_yaml
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
