@@ -26,7 +26,7 @@ from ..options.tools import CompletionOptions, ConvertOptions, DoctorOptions, Pl
 from ..options.train import TrainOptions
 from ..options.watch import PlotOptions, WatchOptions
 from ..options.yaml_files import as_yaml
-from ..system.terminal import paint
+from ..system.terminal import paint, silence
 from ..version import __version__
 from .help_text import epilog
 from .parser import Parser, meant
@@ -199,8 +199,6 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as fault:
-        from ..run.journal import silence
-
         silence()
         raise Unheard(f"cannot write to standard output: {fault.strerror}") from fault
 
@@ -237,8 +235,6 @@ def flush() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        from ..run.journal import silence
-
         silence()
         raise
 
