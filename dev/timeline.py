@@ -125,7 +125,7 @@ def main() -> None:
     initialise(model.params, model.config, 42)
     model.store_weights()
     model.reserve(told.B, told.T, training=True)
-    zero = Zero(model, world, 0.9, 0.95, 0.1, 1.0, True)
+    zero = Zero(model, world, 0.9, 0.95, 0.1, 1.0)
     early = [b for b, bucket in enumerate(zero.buckets) if bucket.first != END]
     apart = tuple(f"{what} {b}" for what in ("reduce", "gather") for b in early)
     modes = {}

@@ -12,7 +12,7 @@ from ..errors import LlmpyError
 from ..generate.generation import Generation, TextStream, Token, aside, check_memory, encode_prompt, open_run
 from ..generate.sampling import choice_of
 from ..model.gpt2 import GPT2
-from ..options.options import SampleOptions
+from ..options.sample_chat import SampleOptions
 from ..rng import Xorshift64Star
 from ..system.inputs import regular
 from ..system.resources import crowded

@@ -40,9 +40,9 @@ class ShardedKeeper(Keeper):
 
     def __init__(
         self, world: Any, run: Path, model: GPT2, optimizer: Zero, trained_length: int, journal: Journal, every: int,
-        keep: int, keep_every: int,
+        keep: int,
     ) -> None:  # fmt: skip
-        super().__init__(run, model, optimizer, trained_length, journal, 0, keep, keep_every)
+        super().__init__(run, model, optimizer, trained_length, journal, 0, keep)
         self.world, self.every = world, every
         own = length(optimizer.owned)
         # What the thread writes: copies, for training goes on meanwhile.
@@ -65,8 +65,7 @@ class ShardedKeeper(Keeper):
         self.model.store_weights()
         optimizer = self.optimizer
         optimizer.adopt_weights()
-        parts = [(ranges, optimizer.m[at], optimizer.v[at]) for ranges, at in optimizer.kept_ranges()]
-        checkpoint.load_moments(path, manifest, parts)
+        checkpoint.load_moments(path, manifest, [(optimizer.owned, optimizer.m, optimizer.v)])
         return place_of(path, manifest, self.world.rank, self.world.size, seed)
 
     def due(self, step: int) -> bool:
@@ -119,8 +118,8 @@ class ShardedKeeper(Keeper):
         self._step, self._state, self._written, self._fault = step, state, {}, None
         optimizer = self.optimizer
         own = self._moments.size // 2
-        self._moments[:own] = optimizer.mine(optimizer.m)
-        self._moments[own:] = optimizer.mine(optimizer.v)
+        self._moments[:own] = optimizer.m
+        self._moments[own:] = optimizer.v
         optimizer.collect(self._params)
         fault = ""
         if self.world.rank == 0:
@@ -172,7 +171,7 @@ class ShardedKeeper(Keeper):
                     files = {name: about for t in told for name, about in t["files"].items()}
                     state = {**self._state, "ranks": self.world.size}
                     self._publish(checkpoint.commit(self.folder, self._step, state, files))
-                    checkpoint.prune(self.folder, self.keep, self.keep_every)
+                    checkpoint.prune(self.folder, self.keep)
             except OSError as refused:
                 fault = fault or refused.strerror or str(refused)
         fault = str(self.world.tell(fault)[0])

@@ -28,7 +28,7 @@ import psutil
 
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install
@@ -246,7 +246,7 @@ class World(SingleProcess):
         return Lent(Path(path), resumed)
 
     def optimizer(self, model: GPT2, o: TrainOptions) -> Zero:
-        return Zero(model, self, o.beta1, o.beta2, o.weight_decay, o.clip, o.zero)
+        return Zero(model, self, o.beta1, o.beta2, o.weight_decay, o.clip)
 
     def keeper(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
@@ -255,7 +255,7 @@ class World(SingleProcess):
         self._watch.hint = f" — go on, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:
             launch.leave_word("hint", self._watch.hint)
-        return ShardedKeeper(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return ShardedKeeper(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
 
 
 class Ended(LlmpyError):

@@ -7,14 +7,14 @@ A step     backward, layer by layer           a bucket of layers is done → its
            gather   each part's new weights to all ranks, as products read them: bfloat16 bits, or float32
            forward of the next step waits for the buckets of a layer when it comes to it
 
-Sums are taken over ranks 0, 1, 2 … in this order, whatever the network does: the same bits on every run. Sums, norm and
-update are those of `zero` False, where every rank gathers the reduced gradients and updates everything, to the bit.
+Sums are taken over ranks 0, 1, 2 … in this order, whatever the network does: the same bits on every run.
 Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import sys
@@ -78,26 +78,21 @@ class Zero(AdamW):
     """AdamW whose state is divided among the ranks. The buffers are flat, part after part, buckets in order."""
 
     def __init__(
-        self, model: GPT2, courier: Courier, beta1: float, beta2: float, weight_decay: float, clip: float, zero: bool,
+        self, model: GPT2, courier: Courier, beta1: float, beta2: float, weight_decay: float, clip: float,
         limit: int = BUCKET,
     ) -> None:  # fmt: skip
-        """`zero` False: every rank keeps all parts. The model must have its weights, the same on all ranks."""
+        """The model must have its weights, the same on all ranks."""
         assert model.grads is not None
-        self.model, self.ops, self.courier, self.zero = model, model.ops, courier, zero
+        self.model, self.ops, self.courier = model, model.ops, courier
         self.betas, self.decay, self.clip, self.updates = (beta1, beta2), weight_decay, clip, 0
         self.grads, self.params = model.grads.buffer, model.params.buffer
         self.edge = model.matrix_elements
         rank, size = courier.rank, courier.size
         self.buckets = buckets(model.params.table, model.config.layers, limit)
         self.parts = [[b.part(q, size) for q in range(size)] for b in self.buckets]
-        self.kept = [rank] if zero else list(range(size))  # whose parts this rank updates
-        self._at: dict[tuple[int, int], slice] = {}
-        total = 0
-        for b, parts in enumerate(self.parts):
-            for q in self.kept:
-                count = length(parts[q])
-                self._at[b, q] = slice(total, total + count)
-                total += count
+        ends = [0, *itertools.accumulate(length(parts[rank]) for parts in self.parts)]
+        self._at = list(map(slice, ends, ends[1:]))  # the own part of each bucket, in the buffers of parts
+        total = ends[-1]
         empty, wide = self.ops.empty, self.ops.wide
         self.grad, self.m, self.v = (self.ops.zeros(total, wide) for _ in range(3))
         self.master = empty(total, wide)
@@ -116,33 +111,20 @@ class Zero(AdamW):
 
     @property
     def owned(self) -> list[Range]:
-        """The ranges that this rank answers for, in the order of `mine`."""
+        """The ranges that this rank answers for, in the order of the buffers."""
         return [r for parts in self.parts for r in parts[self.courier.rank]]
-
-    def mine(self, x: np.ndarray) -> np.ndarray:
-        """Of a buffer of parts, those that this rank answers for."""
-        if self.zero:
-            return x
-        rank = self.courier.rank
-        return np.concatenate([x[self._at[b, rank]] for b in range(len(self.buckets))])
-
-    def kept_ranges(self) -> list[tuple[list[Range], slice]]:
-        """Every part that is kept: where it lies in the flat arenas, and in the buffers of parts."""
-        return [(self.parts[b][q], at) for (b, q), at in self._at.items()]
 
     @property
     def parameters(self) -> int:
         return int(self.params.size)
 
     def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
-        for ranges, at in self.kept_ranges():
-            pack(self.m[at], m, ranges)
-            pack(self.v[at], v, ranges)
+        pack(self.m, m, self.owned)
+        pack(self.v, v, self.owned)
 
     def adopt_weights(self) -> None:
         """The master weights := the model's parameters, which were written by anyone else."""
-        for ranges, at in self.kept_ranges():
-            pack(self.master[at], self.params, ranges)
+        pack(self.master, self.params, self.owned)
         if self.model.mixed:  # products read the bfloat16 copy, the optimizer its parts: nobody reads these any more
             release(self.params[: self.edge])
 
@@ -166,7 +148,7 @@ class Zero(AdamW):
         incoming = [self._theirs[q, :count] for q in range(size)]
         incoming[rank] = outgoing[rank]
         self.courier.exchange(b, outgoing, incoming)
-        total = self.grad[self._at[b, rank]]
+        total = self.grad[self._at[b]]
         np.add(incoming[0], incoming[1], out=total)
         for q in range(2, size):
             np.add(total, incoming[q], out=total)
@@ -186,56 +168,46 @@ class Zero(AdamW):
         self.model.after_layer = None
         for future in self._reduced:
             self.courier.result(future)
-        rank, own = self.courier.rank, 0.0
-        for b in range(len(self.buckets)):
-            part = self.grad[self._at[b, rank]]
+        own = 0.0
+        for part in (self.grad[at] for at in self._at):
             own += float(self.ops.global_norm(part)) ** 2 if part.size else 0.0
         return math.sqrt(sum(squares for (squares,) in self.courier.gather(own)))
 
     def update(self, lr: float, norm: float) -> None:
-        """Update the kept parts, and send the new weights, the embeddings' first, for forward needs them first."""
+        """Update the own parts, and send the new weights, the embeddings' first, for forward needs them first."""
         scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
         self.updates += 1
-        order = list(reversed(range(len(self.buckets))))
-        if not self.zero:  # all gradients everywhere first, then all that follows is local
-            for future in [self.courier.submit(lambda b=b: self._gather_gradients(b)) for b in order]:  # type: ignore[misc]
-                self.courier.result(future)
-        for b in order:
-            for q in self.kept:
-                self._update(b, q, lr, scale)
-            if self.zero:
-                self._gathered[b] = self.courier.submit(lambda b=b: self._gather(b))  # type: ignore[misc]
-            else:
-                for q in self.kept:
-                    self._deliver(b, q, self._outgoing(b, q))
+        for b in reversed(range(len(self.buckets))):
+            self._update(b, lr, scale)
+            self._gathered[b] = self.courier.submit(lambda b=b: self._gather(b))  # type: ignore[misc]
 
-    def _update(self, b: int, q: int, lr: float, scale: float) -> None:
+    def _update(self, b: int, lr: float, scale: float) -> None:
         start = time.perf_counter()
-        at, (beta1, beta2) = self._at[b, q], self.betas
+        at, (beta1, beta2) = self._at[b], self.betas
         flat = [x[at] for x in (self.master, self.grad, self.m, self.v)]
-        matrices = self._matrices(self.parts[b][q])
+        matrices = self._matrices(self.parts[b][self.courier.rank])
         stored = None
         if self.model.mixed:
-            stored = self._outgoing(b, q)[: matrices * self.ops.dtype.itemsize].view(self.ops.dtype)
+            stored = self._outgoing(b)[: matrices * self.ops.dtype.itemsize].view(self.ops.dtype)
         for part, decay, narrow in ((slice(matrices), self.decay, stored), (slice(matrices, None), 0.0, None)):
             param, grad, m, v = (x[part] for x in flat)
             if param.size:
                 self.ops.adamw(param, grad, m, v, lr, beta1, beta2, EPSILON, decay, scale, self.updates, narrow)
         if self.model.mixed:
             vectors = flat[0][matrices:]
-            self._outgoing(b, q)[matrices * self.ops.dtype.itemsize :] = vectors.view(np.uint8)
+            self._outgoing(b)[matrices * self.ops.dtype.itemsize :] = vectors.view(np.uint8)
         self._note(f"update {b}", start)
 
     def _matrices(self, ranges: Sequence[Range]) -> int:
         """How many elements of a part are of matrices, which come first."""
         return sum(max(0, min(stop, self.edge) - start) for start, stop in ranges)
 
-    def _outgoing(self, b: int, q: int) -> np.ndarray:
-        """The new weights of a part as bytes, as they travel."""
-        at, size = self._at[b, q], self.ops.wide.itemsize
+    def _outgoing(self, b: int) -> np.ndarray:
+        """The new weights of the own part as bytes, as they travel."""
+        at, size = self._at[b], self.ops.wide.itemsize
         if not self.model.mixed:
             return self.master[at].view(np.uint8)
-        return self._stage[at.start * size :][: self._bytes(self.parts[b][q])]
+        return self._stage[at.start * size :][: self._bytes(self.parts[b][self.courier.rank])]
 
     def _bytes(self, ranges: Sequence[Range]) -> int:
         matrices = self._matrices(ranges)
@@ -245,19 +217,13 @@ class Zero(AdamW):
         """The new weights of bucket b from all ranks, into the model."""
         start = time.perf_counter()
         rank, size, parts = self.courier.rank, self.courier.size, self.parts[b]
-        own = self._outgoing(b, rank)
+        own = self._outgoing(b)
         incoming = [self._arrivals[q][: self._bytes(parts[q])] for q in range(size)]
         self.courier.exchange(b, [own] * size, incoming)
         incoming[rank] = own
         for q in range(size):
             self._deliver(b, q, incoming[q])
         self._note(f"gather {b}", start)
-
-    def _gather_gradients(self, b: int) -> None:
-        """The reduced gradients of bucket b from all ranks, into the buffer of parts."""
-        rank, size = self.courier.rank, self.courier.size
-        incoming = [self.grad[self._at[b, q]] for q in range(size)]
-        self.courier.exchange(b, [incoming[rank]] * size, incoming)
 
     def _deliver(self, b: int, q: int, message: np.ndarray) -> None:
         """Weights of part q, as they travel, to where the model reads them."""
@@ -276,14 +242,13 @@ class Zero(AdamW):
         self.settle()
         rank, size = self.courier.rank, self.courier.size
         for b, parts in enumerate(self.parts):
-            incoming = [self._theirs[q, : length(parts[q]) if rank == 0 and self.zero else 0] for q in range(size)]
-            own = self.master[self._at[b, rank]]
-            outgoing = [own[: own.size if q == 0 and self.zero else 0] for q in range(size)]
+            incoming = [self._theirs[q, : length(parts[q]) if rank == 0 else 0] for q in range(size)]
+            own = self.master[self._at[b]]
+            outgoing = [own[: own.size if q == 0 else 0] for q in range(size)]
             self.courier.exchange(b, outgoing, incoming)
             if rank == 0:
                 for q in range(size):
-                    here = (b, q) in self._at
-                    unpack(out, parts[q], self.master[self._at[b, q]] if here else incoming[q])
+                    unpack(out, parts[q], incoming[q] if q else own)
 
     def _wait_for(self, layer: int) -> None:
         """The weights of a layer, or of the embeddings, are there when this returns."""

@@ -78,11 +78,11 @@ def _pieces(first: int, last: int, ranges: Sequence[Range], limit: int) -> list[
     return [Bucket(first, last, tuple(cut(ranges, i * each, (i + 1) * each))) for i in range(count)]
 
 
-def most_kept(table: Sequence[Tensor], layers: int, ranks: int, zero: bool = True) -> tuple[int, int]:
+def most_kept(table: Sequence[Tensor], layers: int, ranks: int) -> tuple[int, int]:
     """Elements of the parts that the first rank keeps, which has most, and of its largest one."""
     found = buckets(table, layers)
     parts = [length(b.part(0, ranks)) for b in found]
-    return sum(parts if zero else (b.size for b in found)), max(parts)
+    return sum(parts), max(parts)
 
 
 def length(ranges: Sequence[Range]) -> int:

@@ -405,14 +405,12 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     return None
 
 
-def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the `keep` newest checkpoints (0: none) and those of steps that `keep_every` divides."""
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints (0: none)."""
     for path in listed(folder)[keep:] if keep else []:
-        step = int(path.name.removeprefix("step-"))
-        if not (keep_every and step % keep_every == 0):
-            gone = path.with_name(f".{path.name}.tmp")  # renamed first: half of one must not look like one
-            durable.replace(path, gone)
-            durable.remove(gone)
+        gone = path.with_name(f".{path.name}.tmp")  # renamed first: half of one must not look like one
+        durable.replace(path, gone)
+        durable.remove(gone)
 
 
 @contextlib.contextmanager

@@ -35,12 +35,11 @@ class Keeper:
 
     def __init__(
         self, run: Path, model: GPT2, optimizer: AdamW, trained_length: int, journal: Journal, every: int, keep: int,
-        keep_every: int,
     ) -> None:  # fmt: skip
         """`every` 0: only when told, by `finish`; then there is no copy."""
         self.run, self.folder = run, run / CHECKPOINTS
         self.model, self.optimizer, self.trained_length, self.journal = model, optimizer, trained_length, journal
-        self.every, self.keep, self.keep_every = every, keep, keep_every
+        self.every, self.keep = every, keep
         self.last: int | None = None  # step of the newest checkpoint that is whole
         self._next: int | None = None  # step from which one is due
         self._tried = 0  # step of the last attempt
@@ -205,7 +204,7 @@ class Keeper:
         written = checkpoint.write(self.folder, step, state, files)
         self.last = step
         self._publish(written)
-        checkpoint.prune(self.folder, self.keep, self.keep_every)
+        checkpoint.prune(self.folder, self.keep)
 
     def _publish(self, written: Path) -> None:
         """The checkpoint's model becomes the run's."""
@@ -221,7 +220,7 @@ class Keeper:
             return False
         before = len(checkpoint.listed(self.folder))
         with contextlib.suppress(OSError):
-            checkpoint.prune(self.folder, 1, self.keep_every)
+            checkpoint.prune(self.folder, 1)
         return len(checkpoint.listed(self.folder)) < before
 
     def _files(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO, cast
 
 from ..errors import LlmpyError
+from ..system.terminal import silence
 from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
 TAIL = 1 << 16  # bytes of metrics.jsonl that hold a step's lines for certain
@@ -173,9 +174,3 @@ def _lines(path: Path, new: bool) -> TextIO:
     """A file that every line reaches at once; `new`: that must not exist, else to append to."""
     file: Any = open(path, "x" if new else "a", encoding="utf-8", errors="replace", newline="\n", buffering=1)  # noqa: SIM115
     return cast(TextIO, file)
-
-
-def silence() -> None:
-    """Send standard output nowhere, with what it still holds: else Python's last flush would fail once more."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,9 @@ length above 0 (no-color.org).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from typing import TextIO
 
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
@@ -25,3 +27,9 @@ def coloured(stream: TextIO) -> bool:
 def paint(text: str, style: str, stream: TextIO) -> str:
     """`text` in one of STYLES where `stream` shows colour, else as it is."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if coloured(stream) else text
+
+
+def silence() -> None:
+    """Send standard output nowhere, with what it still holds: else Python's last flush would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,8 +34,9 @@ from ..bench.ops import UNSTEADY, Case, time_case
 from ..distributed.cost import Line, Work, communication
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
-from ..options.options import PlanOptions, TrainOptions
-from ..options.recipes import RECIPES
+from ..options.tools import PlanOptions
+from ..options.train import TrainOptions
+from ..options.yaml_files import SCRIPTS, read_recipe
 from ..system.resources import available_memory
 from ..system.words import columns, duration, gigabytes
 from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
@@ -49,7 +50,6 @@ MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
 CACHES = 24 << 20  # floats that are read between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
-SHOWN_RECIPES = tuple(name for name in RECIPES if name.startswith("gpt"))  # each has a short name too
 KINDS = {
     "linear_forward": "products", "linear_backward": "products", "attention_forward": "attention",
     "attention_backward": "attention", "classifier": "head", "global_norm": "update", "adamw": "update",
@@ -251,8 +251,8 @@ def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[
     """Return numbers of tokens to train on, with who recommends them."""
     found = [("--tokens", o.tokens)] if o.tokens else []
     found.append((f"Chinchilla, {CHINCHILLA} a parameter", CHINCHILLA * parameters))
-    for name in SHOWN_RECIPES:
-        recipe = RECIPES[name]
+    for name in SCRIPTS:
+        recipe = read_recipe(TrainOptions, name)
         of = ModelConfig.from_dial(recipe["model"])
         if (of.layers, of.channels) == (config.layers, config.channels):
             steps = recipe["steps"]

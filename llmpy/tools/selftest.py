@@ -29,7 +29,7 @@ from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
 from ..model.initialise import initialise
-from ..options.options import SelftestOptions
+from ..options.tools import SelftestOptions
 from ..rng import MT19937, Xorshift64Star
 from ..run import checkpoint
 from ..train.optimizer import EPSILON, AdamW

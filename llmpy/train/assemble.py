@@ -21,7 +21,7 @@ from ..data.prepare import Dataset
 from ..errors import LlmpyError
 from ..formats import llmc_state
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..run.folder import TOKENIZER_FILE, RunFolder, write_config
 from ..run.journal import Journal
 from ..run.trackers import Trackers

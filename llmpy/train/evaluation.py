@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from ..model.gpt2 import GPT2
-from ..options.options import ALL_BATCHES, TrainOptions
+from ..options.train import ALL_BATCHES, TrainOptions
 from ..run.checkpoint import Score
 from .multiple_choice import MultipleChoice
 from .report import Report

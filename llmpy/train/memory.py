@@ -30,7 +30,7 @@ from ..model.arena import Tensor, memory
 from ..model.config import ModelConfig
 from ..model.gpt2 import RECOMPUTE, activations_table, params_table
 from ..model.partition import most_kept
-from ..options.options import BUILTIN_PROMPT, TrainOptions
+from ..options.train import BUILTIN_PROMPT, TrainOptions
 from ..run.folder import BEST_FILE, CHECKPOINTS, MODEL_FILE
 from ..system.resources import available_memory
 from ..system.words import gigabytes
@@ -80,7 +80,7 @@ def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None
         raise LlmpyError(
             f"the checkpoints of this run need up to {gigabytes(needed)} on the disk of {folder}, and "
             f"{gigabytes(free)} are free",
-            "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every or --keep-every",
+            "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every",
         )
 
 
@@ -91,7 +91,7 @@ def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
     if not o.checkpoint_every:
         count = 1
     elif o.keep:
-        count = o.keep + 1 + (steps // o.keep_every if o.keep_every else 0)
+        count = o.keep + 1
     else:
         count = steps // o.checkpoint_every + 1
     return (count * 12 + 8) * sum(t.size for t in params_table(config))
@@ -108,7 +108,7 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, rank
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
     shape = o.batch_size, o.sequence_length
     copied = o.checkpoint_every > 0
-    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks, o.zero)
+    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks)
     return needed + (0 if machine.compiled() else COMPILER_BYTES)
 
 
@@ -121,22 +121,20 @@ def _row_length(path: Path) -> int:
 def memory_needed(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
-    zero: bool = True,
 ) -> int:  # fmt: skip
     """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
-    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart, ranks, zero).values())
+    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart, ranks).values())
 
 
 def memory_parts(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
-    zero: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
 
     `recompute`: see `activations_table`. `copied`: with the copy that checkpoints in the background are made from.
     `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
-    shapes that are evaluated. Of several `ranks`: what the first one holds, which has most; `zero` as `Zero` takes it.
+    shapes that are evaluated. Of several `ranks`: what the first one holds, which has most.
     """
     S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
@@ -150,7 +148,7 @@ def memory_parts(
     if ranks == 1:
         state = {"moments": 2 * parameters, "copy for checkpoints": 3 * parameters if copied else 0}
     else:
-        kept, part = (wide * elements for elements in most_kept(table, config.layers, ranks, zero))
+        kept, part = (wide * elements for elements in most_kept(table, config.layers, ranks))
         own, _ = most_kept(table, config.layers, ranks)
         state = {
             "moments": 2 * kept,

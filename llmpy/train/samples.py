@@ -7,7 +7,7 @@ import itertools
 from ..generate.generation import TextStream, generate
 from ..generate.sampling import Choice
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..rng import Xorshift64Star
 from ..run.journal import Journal
 from .signals import StopSignals

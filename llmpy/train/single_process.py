@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..run.checkpoint_writer import Keeper
 from ..run.folder import RunFolder
 from ..run.journal import Journal
@@ -63,7 +63,7 @@ class SingleProcess:
 
     def keeper(self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions) -> Keeper:
         """Return the writer of the run's checkpoints."""
-        return Keeper(run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return Keeper(run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
 
     def times(self) -> dict[str, float]:
         """Return milliseconds of communication since the last call, and how many of them training waited for."""

@@ -21,7 +21,7 @@ from ..formats.source import Source
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
-from ..options.options import DEFAULT_MODEL, TrainOptions
+from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, own_tokens, read_config
 from ..system.words import count_of, duration
@@ -58,7 +58,7 @@ class RunStart:
             source = formats.resolve(self.options.init, say)
         if source is not None and self.manifest is None:
             say(f"init     {source.describe()}")
-        return replace(self, source=source)
+        return replace(self, source=source, config=self.config if source is None else source.config)
 
     def read_data(self, folder: Path, say: Callable[[str], None]) -> Dataset:
         """Return the data: the tokens that the run made of text, or the shards or text that it was given."""
@@ -110,9 +110,7 @@ def fresh(options: TrainOptions, say: Callable[[str], None]) -> RunStart:
     init, source, state, config = options.init, None, None, None
     try:
         if options.init_state:
-            if init is None:
-                raise LlmpyError("--init-state without --init", "name the checkpoint folder of llm.c: --init FOLDER")
-            source, state = llmc_state.read_checkpoint(Path(init))
+            source, state = llmc_state.read_checkpoint(Path(str(init)))
         elif init in hub.NAMES:
             config = ModelConfig.from_dial(str(init))
         elif init is not None:

@@ -17,7 +17,7 @@ from ..data.loader import Position
 from ..errors import Diverged
 from ..formats import llmc_state
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..run.checkpoint_writer import Keeper
 from ..run.folder import BEST_FILE
 from ..system.command import command

@@ -16,7 +16,7 @@ from ..data.shards import fingerprint
 from ..errors import LlmpyError
 from ..generate.generation import encode_prompt
 from ..model.config import ModelConfig
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from .multiple_choice import MultipleChoice
 from .single_process import SINGLE_PROCESS, SingleProcess
 

@@ -17,7 +17,7 @@ from llmpy.bench import picture as plot
 from llmpy.bench.peers import Peer, PeerFault, bench_peers
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
-from llmpy.options.options import PeersOptions
+from llmpy.options.bench import PeersOptions
 from llmpy.system.command import install
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="shell lines of a POSIX shell")

@@ -24,7 +24,8 @@ from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
 from llmpy.formats import hub
-from llmpy.options.options import ChatOptions, TrainOptions
+from llmpy.options.sample_chat import ChatOptions
+from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train
 
 BYTES = Tokenizer.bytes()
@@ -136,7 +137,8 @@ def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
 
 TALK = """
 import sys, time
-from llmpy import GPT2, chat, cli
+from llmpy import GPT2
+from llmpy.cli import chat, main as cli
 from support.laptop import Laptop
 def continued(self, ids, *_):
     print("(", end="", flush=True)

@@ -19,7 +19,7 @@ from llmpy.errors import LlmpyError
 from llmpy.generate import generation
 from llmpy.generate.generation import open_run, window_start
 from llmpy.model.gpt2 import GPT2
-from llmpy.options.options import SampleOptions
+from llmpy.options.sample_chat import SampleOptions
 from llmpy.run import checkpoint
 
 
@@ -134,9 +134,9 @@ def test_more_texts_than_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("options", "said"),
     [
         ({"top_p": 0.0}, "--top-p 0.0 — use a number above 0"),
-        ({"top_p": 1.5}, "--top-p 1.5 — use a number from 0 to 1"),
+        ({"top_p": 1.5}, "--top-p 1.5 — use a number above 0, up to 1"),
         ({"min_p": 2.0}, "--min-p 2.0 — use a number from 0 to 1"),
-        ({"min_p": -1.0}, "--min-p -1.0 — use 0 or"),
+        ({"min_p": -1.0}, "--min-p -1.0 — use a number from 0 to 1"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0 — use a number above 0"),
         ({"stop": ("",)}, "--stop '' — name a text"),
     ],

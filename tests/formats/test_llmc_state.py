@@ -23,7 +23,7 @@ from llmpy.formats import llmc, llmc_state, native, open_model
 from llmpy.formats.llmc_state import TrainingState
 from llmpy.formats.source import shapes
 from llmpy.model.gpt2 import GPT2
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.rng import MT19937, Xorshift64Star
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
@@ -345,7 +345,6 @@ def state_on(shards: tuple[Path, ...], B: int = 2, ranks: int = 1) -> TrainingSt
         ({"shuffle": False, "given": frozenset({"shuffle"})}, 1, "shuffling on"),
         ({}, 2, "saved by 2 processes.* or from the weights alone: --init"),
         ({"init": "gpt2"}, 1, "both --resume .* and --init gpt2 — give one"),
-        ({"resume": None, "init_state": True}, 1, "--init-state without --init"),
         ({"model": "d6"}, 1, "--model d6 is not what --init is"),
         ({"resume": None, "init": "nowhere", "init_state": True}, 1, "cannot read nowhere"),
     ],

@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 from support.laptop import TINY
-from support.pages import FENCE, PAGES, ROOT, fences, name
-from support.reader import TEXT
+from support.pages import FENCE, PAGES, ROOT, TEXT, fences, name
 from support.samples import in_memory, with_tokenizer
 
 from llmpy.formats import hub, huggingface
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 
 OPTIONAL = {"torch", "transformers", "matplotlib"}
 

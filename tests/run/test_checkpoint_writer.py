@@ -30,14 +30,14 @@ from llmpy.train.optimizer import AdamW
 class Run:
     """A tiny model in training, and its keeper."""
 
-    def __init__(self, folder: Path, every: int = 2, keep: int = 2, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, every: int = 2, keep: int = 2) -> None:
         self.model = tiny_model()
         self.optimizer = AdamW(self.model)
         rng = np.random.default_rng(0)
         for x in (self.optimizer.m, self.optimizer.v):
             x[...] = rng.normal(size=x.size)
         self.loader = Loader([Shard(Path("a"), rng.integers(0, 300, 500).astype(np.uint16))], 2, 8, shuffle=True)
-        self.keeper = Keeper(folder, self.model, self.optimizer, 8, Journal(), every, keep, keep_every)
+        self.keeper = Keeper(folder, self.model, self.optimizer, 8, Journal(), every, keep)
         self.keeper.begin(0)
 
     def state(self) -> dict[str, Any]:
@@ -147,12 +147,12 @@ def test_other_damage(tmp_path: Path) -> None:
         checkpoint.verify(folder)
 
 
-def test_the_newest_and_majors_are_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path, keep=2, keep_every=6)
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=2)
     for step in range(2, 21, 2):
         run.save(step)
     kept = [int(p.name[5:]) for p in checkpoint.listed(tmp_path / "checkpoints")]
-    assert kept == [20, 18, 12, 6]
+    assert kept == [20, 18]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 

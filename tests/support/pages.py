@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT = "the cat sat on the mat and the dog ran to the sea. it was a good day for a dog.\n" * 600  # a reader's my.txt
 SHELLS = ("", "sh", "bash", "shell", "console")
 # Of a fence in no language only such lines are commands; the rest is output, tables and trees.
 COMMAND = re.compile(r"\s*(\$ |\w+=|\S*llmpy |mpiexec |mpirun |srun |\S*python )")

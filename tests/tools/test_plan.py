@@ -17,7 +17,7 @@ from llmpy.distributed.cost import Line, Work, communication
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import params_table
-from llmpy.options.options import PlanOptions
+from llmpy.options.tools import PlanOptions
 from llmpy.tools import plan
 from llmpy.tools.plan import smaller, step_parts, table
 from llmpy.train.memory import memory_needed

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llmpy.options.options import KINDS
+from llmpy.options.train import KINDS
 from llmpy.tools.golden import RATE_STEPS, RATES
 from llmpy.train.schedule import horizon, learning_rate
 

@@ -11,7 +11,7 @@ from support.laptop import Laptop
 
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import DEFAULT_MODEL, TrainOptions
+from llmpy.options.train import DEFAULT_MODEL, TrainOptions
 from llmpy.run.folder import RunFolder, read_config
 from llmpy.run.journal import Journal
 from llmpy.train.assemble import assemble

@@ -26,7 +26,8 @@ from llmpy.data.shards import write_shard
 from llmpy.errors import Diverged, LlmpyError
 from llmpy.generate.generation import open_run
 from llmpy.model.gpt2 import GPT2
-from llmpy.options.options import BUILTIN_PROMPT, SampleOptions, TrainOptions
+from llmpy.options.sample_chat import SampleOptions
+from llmpy.options.train import BUILTIN_PROMPT, TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run.folder import RunFolder

@@ -1,0 +1,144 @@
+"""What an option is: a dataclass field with its flag, help and range; checks, and values of JSON and YAML."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+import types
+import typing
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import LlmpyError
+from ..system.words import did_you_mean
+
+NO_FLAG = ""  # instead of help: a field that records hold and no flag sets
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes: lowest and highest, and how an error names them."""
+
+    low: float
+    high: float
+    text: str
+
+    def hint(self, value: float) -> str:
+        """Return what to use instead of a value that is out of it."""
+        large = value > self.high >= 1 << 16
+        return f"use a number below 2^{round(math.log2(self.high))}" if large else f"use {self.text}"
+
+
+POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0")
+NOT_NEGATIVE = Range(0, 2.0**62, "0 or a number above")
+SHARE = Range(0, 1, "a number from 0 to 1")
+
+
+def option(
+    default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), within: Range | None = None,
+    special: int | None = None, metavar: str = "", word: bool = False, each: bool = False, names: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """Return a dataclass field that is also a flag, `--its-name`.
+
+    `flags` are further spellings; a `word` has none. A flag of a tuple takes all values that follow it, or with `each`
+    one, and may come again. Numbers are `within` a range, or `special`. `names` are words that have a meaning, besides
+    paths if `metavar` is one.
+    """
+    about = {"help": text, "flags": flags, "choices": choices, "within": within, "special": special}
+    return field(default=default, metadata=about | {"metavar": metavar, "word": word, "each": each, "names": names})
+
+
+class Options:
+    """A dataclass of options, checked when it is made."""
+
+    def __post_init__(self) -> None:
+        """Raise LlmpyError for a value that is out of its range or no choice."""
+        for f in options_of(self):
+            value, within, choices = getattr(self, f.name), f.metadata["within"], f.metadata["choices"]
+            if value is None:
+                continue
+            if within and value != f.metadata["special"] and not within.low <= value <= within.high:
+                raise refusal(f.name, value, within.hint(value))
+            for word in (value if isinstance(value, tuple) else (value,)) if choices else ():
+                if word not in choices:
+                    hint = f"{did_you_mean(str(word), choices)} use one of {', '.join(choices)}".lstrip()
+                    raise refusal(f.name, word, hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnMachine(Options):
+    """What verbs that compute have in common; --help lists it last."""
+
+    threads: int | None = option(None, "threads (default: one a core)", within=POSITIVE)
+    dtype: str = option(
+        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported(OnMachine):
+    """What verbs that print a table have in common."""
+
+    json: bool = option(False, "print one JSON object")
+
+
+def options_of(kind: Any) -> list[Field[Any]]:
+    """Return the fields of a dataclass of options that a record holds, those of mixins last."""
+    return sorted((f for f in fields(kind) if f.metadata), key=lambda f: bool(f.kw_only))
+
+
+def flags_of(kind: Any) -> list[Field[Any]]:
+    """Return the fields that are flags, in the order of --help."""
+    return [f for f in options_of(kind) if f.metadata["help"] != NO_FLAG]
+
+
+def flag_of(name: str) -> str:
+    """`batch_size` → `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def spelled(options: Any) -> list[str]:
+    """Return the words of the command line for what differs from the defaults."""
+    words: list[str] = []
+    for f in flags_of(options):
+        value = getattr(options, f.name)
+        if value != f.default:
+            words += [flag_of(f.name)] if value is True else [flag_of(f.name), str(value)]
+    return words
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON and YAML have it."""
+    if isinstance(value, tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def converted(options: type, name: str, value: Any) -> Any:
+    """Return a value of JSON or YAML as the field has it. Raises LlmpyError if it is of another kind."""
+    hints = typing.get_type_hints(options)
+    known = [f.name for f in options_of(options)]
+    if name not in known:
+        raise LlmpyError(f"unknown option {name!r}", did_you_mean(name, known) or "see llmpy train --help")
+    kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    try:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            return tuple(inner(v) for v in (value if isinstance(value, list) else [value]))
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is int and (isinstance(value, bool) or int(value) != float(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        what = f"option {name}: {reprlib.repr(value)} is no {kind.__name__}"
+        raise LlmpyError(what, "give it as for the flag") from None
+
+
+def refusal(name: str, value: Any, hint: str) -> LlmpyError:
+    """Return the error of an option's value."""
+    return LlmpyError(f"{flag_of(name)} {value}", hint)

@@ -1,0 +1,88 @@
+"""Options in YAML, recipes among them; records of runs, of 0.1.0 too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from support.heard import hear
+
+from llmpy.cli import main as cli
+from llmpy.errors import LlmpyError
+from llmpy.options.train import TrainOptions
+from llmpy.options.yaml_files import RECIPE_NAMES, read_recipe
+
+
+def test_a_file_of_options_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 1e-4\nbatch-size: 8\ndata: [a, b]\nsteps: 7\nshuffle: false\nrecipe: gpt2_350M\n", "utf-8")
+    heard = hear(monkeypatch)
+    assert cli.main(["train", "--config", str(path), "--steps", "9"]) == 0
+    (found,) = heard
+    assert (found.lr, found.batch_size, found.steps, found.shuffle, found.model) == (1e-4, 8, 9, False, "d24")
+    assert found.data == (Path("a"), Path("b"))
+    assert {"lr", "batch_size", "steps"} <= found.given
+    record = yaml.safe_load(yaml.safe_dump(found.as_record()))
+    assert TrainOptions.from_record(record).as_record() == found.as_record()
+
+
+def test_print_config_is_such_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--recipe", "gpt3_125M", "--print-config", "--data", "x"]) == 0
+    path = tmp_path / "run.yaml"
+    path.write_text(capsys.readouterr().out, "utf-8")
+    again = TrainOptions.gather({"config": path})
+    assert again.as_record() == TrainOptions.gather({"recipe": "gpt3_125M", "data": (Path("x"),)}).as_record()
+
+
+def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    heard = hear(monkeypatch)
+    assert {"124M", "350M", "774M", "1558M", "gpt3_125M"} <= set(RECIPE_NAMES)
+    assert cli.main(["train", "--recipe", "124M", "--data", "d", "--lr", "1", "-B", "8"]) == 0
+    assert (heard[0].lr, heard[0].batch_size, heard[0].warmup) == (1.0, 8, 700)
+    assert cli.main(["train", "--recipe", "124M"]) == 1
+    assert "--recipe 124M needs --data" in capsys.readouterr().err
+    with pytest.raises(LlmpyError, match="--recipe d12 — use one of gpt2_124M, "):
+        read_recipe(TrainOptions, "d12")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rate: 1", "unknown option 'learning_rate'"),
+        ("stepz: 1", "did you mean steps?"),
+        ("lr: fast", "option lr: 'fast' is no float"),
+        ("steps: 1.5", "option steps: 1.5 is no int"),
+        ("steps: true", "is no int"),
+        ("shuffle: 1", "is no bool"),
+        ("- a", "holds no options"),
+        ("a: [", "is no YAML"),
+        ("schedule: step", "--schedule step"),
+        (None, "cannot read .*run.yaml: No such file"),
+    ],
+)
+def test_files_with_errors(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text, "utf-8")
+    with pytest.raises(LlmpyError, match=said):
+        TrainOptions.gather({"config": path})
+
+
+def test_records_of_an_older_version() -> None:
+    record = TrainOptions(steps=3).as_record()
+    old = record | {"give_up_after": 5, "recompute_layers": None, "keep_every": 0}
+    assert TrainOptions.from_record(old) == TrainOptions(steps=3)
+    with pytest.raises(LlmpyError, match="started with --keep-every 100, an option that no longer exists"):
+        TrainOptions.from_record(old | {"keep_every": 100})
+
+
+def test_a_total_that_batches_do_not_fill() -> None:
+    for total in (500, 1):
+        with pytest.raises(
+            LlmpyError, match="use --total-batch 512, or another -B" if total > 1 else "use --total-batch"
+        ):
+            _ = TrainOptions(total_batch=total).micro_steps
+    assert TrainOptions(total_batch=2048).micro_steps == 4
+    assert TrainOptions().micro_steps == 1
+    assert TrainOptions(steps=-1, total_batch=512).settled(64, 10_000).steps == 19
