@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from support import golden
 
 from llmpy.model.arena import Arena, Tensor
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import PARAMS
 from llmpy.model.initialise import initialise
 from llmpy.rng import MT19937
-from llmpy.tools import golden
 
 
 def arena(config, dtype=np.float32):
