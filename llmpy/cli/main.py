@@ -168,9 +168,7 @@ EXAMPLES_OF: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "bench ops": (("llmpy bench ops --op linear_forward --dtype bfloat16", "one operation"),),
     "bench decode": (("llmpy bench decode --model gpt2 --dtype float32 --json", "generation, batch 1"),),
-    "bench peers": (
-        ("llmpy bench peers --rounds 2 --steps 6 --plot peers.png", "against what is installed, with a picture"),
-    ),
+    "bench peers": (("llmpy bench peers --rounds 2 --steps 6", "against what is installed"),),
 }
 
 

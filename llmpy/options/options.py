@@ -23,7 +23,6 @@ KINDS = ("cosine", "linear", "constant", "wsd")
 
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_TEXT = "arithmetic of the products (auto: bfloat16 where the CPU has it natively)"
-ATTENTIONS = ("sdpa", "plain")
 MODEL_FORMATS = ("llmc", "llmc-run", "hf", "native", "gguf")
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "d3"
@@ -565,13 +564,10 @@ class PeersOptions:
         None, "leave out the programs whose name contains one of these words", metavar="WORD"
     )
     torch_python: Path | None = option(None, "the Python that has PyTorch (default: this one)", metavar="PYTHON")
-    attention: str = option("sdpa", "PyTorch's attention", choices=ATTENTIONS)
     json: Path | None = option(None, "write everything measured to this file", metavar="FILE")
-    plot: Path | None = option(None, "draw a box for each program into this file", metavar="FILE.png")
 
     def __post_init__(self) -> None:
         positive(self, "batch_size", "sequence_length", "steps", "rounds", "threads")
-        known(self, "attention", ATTENTIONS)
         for text in self.peer or ():
             name, equals, command = text.partition("=")
             if not (equals and name.strip() and command.strip()):
