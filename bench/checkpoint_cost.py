@@ -21,7 +21,7 @@ import numpy as np
 from llmpy.backend.machine import Machine
 from llmpy.data.shards import write_shard
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run.folder import RunFolder
 from llmpy.run.journal import Journal
 from llmpy.train import start, trainer

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from llmpy.bench import peak_memory
 from llmpy.data.shards import write_shard
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.train.trainer import train
 folder, model, B, T, dtype, steps = Path(sys.argv[1]), *sys.argv[2:]
 for name in ("train.bin", "val.bin"):

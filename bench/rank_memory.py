@@ -19,7 +19,7 @@ from llmpy.distributed.zero import Zero
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.model.initialise import initialise
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.train.single_process import Alone
 
 PRESENT = np.uint64(1 << 63)  # a page's word in /proc/self/pagemap: whether it is in memory

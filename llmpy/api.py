@@ -31,7 +31,9 @@ from .generate.generation import Choice, Generation, TextStream, check_memory, c
 from .model import gpt2
 from .model.config import GPT2_VOCAB, ModelConfig
 from .model.initialise import initialise
-from .options.options import SampleOptions, TrainOptions, converted
+from .options.fields import converted
+from .options.sample import SampleOptions
+from .options.train import TrainOptions
 from .rng import Xorshift64Star
 from .run import checkpoint
 from .run.folder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder

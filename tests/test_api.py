@@ -22,7 +22,7 @@ from llmpy.data.shards import write_shard
 from llmpy.formats import open_model
 from llmpy.generate.generation import Choice
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.train.trainer import train
 

@@ -31,7 +31,7 @@ from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, PARAMS
 from ..model.initialise import initialise
-from ..options.options import DecodeOptions
+from ..options.bench import DecodeOptions
 from ..rng import Xorshift64Star
 from ..run import checkpoint
 from ..run.folder import MODEL_FILE

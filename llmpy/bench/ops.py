@@ -26,7 +26,7 @@ import numpy as np
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
-from ..options.options import OpsOptions
+from ..options.bench import OpsOptions
 from ..system.words import columns, did_you_mean
 
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them

@@ -35,7 +35,8 @@ import psutil
 
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..options.options import BenchOptions, PeersOptions, spelled
+from ..options.bench import BenchOptions, PeersOptions
+from ..options.fields import spelled
 from ..system.durable import write_whole
 from ..system.resources import cores, cpu_name
 from ..system.words import columns
@@ -147,7 +148,7 @@ def our_peers(options: PeersOptions, threads: int) -> list[Peer]:
     o = options
     peers = []
     for dtype in SHORT:
-        step = BenchOptions(o.model, o.batch_size, o.sequence_length, o.steps, threads, dtype, json=True)
+        step = BenchOptions(o.model, o.batch_size, o.sequence_length, o.steps, threads=threads, dtype=dtype, json=True)
         command = [sys.executable, "-m", "llmpy", "bench", "step", *spelled(step)]
         peers.append(Peer(f"{OURS} {SHORT[dtype]}", dtype, command, program=f"{OURS} {__version__}"))
     return peers

@@ -28,7 +28,8 @@ from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
-from ..options.options import BenchOptions, spelled
+from ..options.bench import BenchOptions
+from ..options.fields import spelled
 from ..system.resources import available_memory
 from ..system.words import columns
 from ..train.memory import memory_needed

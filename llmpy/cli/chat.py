@@ -28,7 +28,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..formats import hub
 from ..generate.generation import choice_of
-from ..options.options import ChatOptions, TrainOptions
+from ..options.sample import ChatOptions
+from ..options.train import TrainOptions
 from ..run.folder import CONFIG_FILE, own_tokens, read_config
 from ..system.command import command
 from ..system.terminal import paint

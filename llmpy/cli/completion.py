@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..model.config import LADDER, NAMES
-from ..options.options import options_of
+from ..options.fields import options_of
 
 PROGRAM = "llmpy"
 FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "FILE.png", "DIR", "MODEL", "IN", "OUT", "WHAT", "PYTHON"}  # metavars

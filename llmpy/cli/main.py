@@ -23,28 +23,13 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from ..errors import LlmpyError, Unheard
-from ..options.options import (
-    MEANINGLESS,
-    REFUSED,
-    BenchOptions,
-    ChatOptions,
-    CompletionOptions,
-    ConvertOptions,
-    DataOptions,
-    DecodeOptions,
-    DoctorOptions,
-    OpsOptions,
-    PeersOptions,
-    PlanOptions,
-    PlotOptions,
-    SampleOptions,
-    SelftestOptions,
-    TrainOptions,
-    WatchOptions,
-    as_yaml,
-    flag,
-    options_of,
-)
+from ..options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
+from ..options.data import DataOptions
+from ..options.fields import flag, options_of
+from ..options.sample import ChatOptions, SampleOptions
+from ..options.tools import CompletionOptions, ConvertOptions, DoctorOptions, PlanOptions, SelftestOptions
+from ..options.train import MEANINGLESS, REFUSED, TrainOptions, as_yaml
+from ..options.watch import PlotOptions, WatchOptions
 from ..run.folder import HELD, RunFolder
 from ..run.journal import silence
 from ..system.command import called

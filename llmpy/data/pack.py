@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LlmpyError
-from ..options.options import DATA_NAMES, DataOptions
+from ..options.data import DATA_NAMES, DataOptions
 from ..system.cache import data_cache
 from ..system.command import command
 from ..system.durable import made

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LlmpyError
-from ..options.options import DATA_NAMES
+from ..options.data import DATA_NAMES
 from ..run.folder import CONFIG_FILE, LOCK, METRICS
 from ..system.inputs import regular
 from ..system.words import asked, count_of, nearest

@@ -28,7 +28,7 @@ import psutil
 
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install

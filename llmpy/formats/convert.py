@@ -11,7 +11,8 @@ from typing import Any
 from ..data.rank_tables import LLMC_FILE, write_llmc
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..options.options import MODEL_FORMATS, ConvertOptions, TrainOptions
+from ..options.tools import MODEL_FORMATS, ConvertOptions
+from ..options.train import TrainOptions
 from ..system.durable import made
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
 from .source import Source, tokenizer_named

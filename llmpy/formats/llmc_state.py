@@ -28,7 +28,7 @@ import numpy as np
 from ..data.loader import Loader, Position
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..rng import MTState, Xorshift64Star
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, LLMC_DONE

@@ -29,7 +29,7 @@ from ..formats.source import Source
 from ..model.arena import memory
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, PARAMS
-from ..options.options import ChatOptions, SampleOptions
+from ..options.sample import ChatOptions, SampleOptions
 from ..rng import Xorshift64Star
 from ..run.folder import finished
 from ..system.command import command

@@ -1,4 +1,4 @@
-"""What a model is (one dial: `d12`) and nothing else. Training's options are in `options.py`."""
+"""What a model is (one dial: `d12`) and nothing else. Training's options are in `options/`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import LlmpyError
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..system.durable import write_whole
 from ..system.lock import InUse, Lock
 from ..version import __version__

@@ -32,7 +32,8 @@ from ..backend.machine import Machine
 from ..distributed import launch
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..options.options import DEFAULT_MODEL, DoctorOptions, TrainOptions
+from ..options.tools import DoctorOptions
+from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run.trackers import PACKAGES
 from ..system.cache import data_cache, user_cache
 from ..system.command import command, install

@@ -35,8 +35,9 @@ from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import PARAMS, computed_again
 from ..model.partition import BUCKET
-from ..options.options import PlanOptions, TrainOptions
 from ..options.recipes import RECIPES
+from ..options.tools import PlanOptions
+from ..options.train import TrainOptions
 from ..system.resources import available_memory
 from ..system.words import columns, duration, gigabytes
 from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts

@@ -26,7 +26,7 @@ from ..formats import llmc, llmc_state, native, open_model
 from ..formats.source import Source
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, PARAMS
-from ..options.options import SelftestOptions
+from ..options.tools import SelftestOptions
 from ..run import checkpoint
 from ..train.optimizer import EPSILON, AdamW
 

@@ -30,7 +30,7 @@ from ..model.arena import Tensor, memory
 from ..model.config import ModelConfig
 from ..model.gpt2 import ACTS, PARAMS, RECOMPUTE
 from ..model.partition import most_kept
-from ..options.options import BUILTIN_PROMPT, TrainOptions
+from ..options.train import BUILTIN_PROMPT, TrainOptions
 from ..run.folder import BEST_FILE, CHECKPOINTS, MODEL_FILE
 from ..system.resources import available_memory
 from ..system.words import gigabytes

@@ -20,7 +20,7 @@ from ..data.text import Found, find_files
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
 from ..model.gpt2 import PARAMS
-from ..options.options import DEFAULT_MODEL, TrainOptions
+from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run.trackers import package
 from ..system.resources import available_memory
 from ..system.words import count_of, duration, gigabytes

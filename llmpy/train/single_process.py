@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..model.gpt2 import GPT2
-from ..options.options import TrainOptions
+from ..options.train import TrainOptions
 from ..run.checkpoint_writer import Keeper
 from ..run.folder import RunFolder
 from ..run.journal import Journal

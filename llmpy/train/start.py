@@ -25,7 +25,7 @@ from ..formats.source import Source
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
-from ..options.options import DEFAULT_MODEL, TrainOptions
+from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, own_tokens, read_config, write_config
 from ..system.words import count_of, duration

@@ -36,7 +36,7 @@ from ..formats import llmc_state
 from ..generate.generation import Choice, TextStream, encode_prompt, generate
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
-from ..options.options import ALL_BATCHES, TrainOptions
+from ..options.train import ALL_BATCHES, TrainOptions
 from ..rng import Xorshift64Star
 from ..run import checkpoint
 from ..run.folder import BEST_FILE, TOKENIZER_FILE, RunFolder

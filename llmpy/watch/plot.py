@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LlmpyError
-from ..options.options import PlotOptions
+from ..options.watch import PlotOptions
 from ..system.command import install
 from ..system.durable import write_whole
 from ..system.terminal import coloured

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlmpyError
-from ..options.options import WatchOptions
+from ..options.watch import WatchOptions
 from ..version import __version__
 from .curves import CLOCKS, LARGEST_STEP
 from .runs import Runs, board

@@ -30,7 +30,8 @@ from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.model.initialise import initialise
-from llmpy.options.options import BenchOptions, DecodeOptions, OpsOptions, spelled
+from llmpy.options.bench import BenchOptions, DecodeOptions, OpsOptions
+from llmpy.options.fields import spelled
 from llmpy.run import checkpoint
 from llmpy.system.words import columns
 

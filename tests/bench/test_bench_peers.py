@@ -14,7 +14,7 @@ from llmpy.bench import peers
 from llmpy.bench.peers import Peer, PeerError
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
-from llmpy.options.options import PeersOptions
+from llmpy.options.bench import PeersOptions
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="shell lines of a POSIX shell")
 LINES = 'for n in 1 2 3 4 5 6 7; do echo "step $n: train loss 5.3 (took ${n}0.5 ms)"; done'
@@ -39,7 +39,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_are_compared(pretended: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "peers.json"
     line = ["bench", "peers", "-B", "2", "-T", "8", "--steps", "3", "--rounds", "2", "--json", str(file)]
-    assert cli.main([*line, "--peer", f"llm.c={LINES}", "--without", "Torch fp32"]) == 0
+    assert cli.main([*line, "--peer", f"llm.c={LINES}; sleep 60", "--without", "Torch fp32"]) == 0
     shown = capsys.readouterr()
     numbers = json.loads(file.read_text())
     by_name = {p["name"]: p for p in numbers["peers"]}

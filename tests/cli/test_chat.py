@@ -24,7 +24,8 @@ from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
 from llmpy.formats import hub
-from llmpy.options.options import ChatOptions, TrainOptions
+from llmpy.options.sample import ChatOptions
+from llmpy.options.train import TrainOptions
 from llmpy.train.trainer import train
 
 BYTES = Tokenizer.bytes()

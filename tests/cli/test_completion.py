@@ -15,8 +15,8 @@ from llmpy.cli.completion import SHELLS, SIZES, script, verbs
 from llmpy.data.datasets import SOURCES
 from llmpy.formats import hub
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import DATA_NAMES, TRAINING_NAMES
-from llmpy.options.options import SHELLS as NAMES
+from llmpy.options.data import DATA_NAMES, TRAINING_NAMES
+from llmpy.options.tools import SHELLS as NAMES
 
 VERBS = {verb.name: verb for verb in verbs(cli.build_parser())}
 

@@ -24,7 +24,7 @@ from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
 from llmpy.data.tokenizer import EOT, Tokenizer
 from llmpy.errors import LlmpyError
-from llmpy.options.options import DataOptions
+from llmpy.options.data import DataOptions
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 SPEECHES = [f"Speaker {i}:\nLine {i * i} of the play, and another.\n\n" for i in range(300)]

@@ -39,7 +39,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2, PARAMS
 from llmpy.model.initialise import initialise
 from llmpy.model.partition import BUCKET, buckets, cut, length
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run.checkpoint_writer import Keeper
 from llmpy.run.journal import Journal

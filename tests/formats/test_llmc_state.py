@@ -24,7 +24,7 @@ from llmpy.formats import llmc, llmc_state, native, open_model
 from llmpy.formats.llmc_state import TrainingState
 from llmpy.formats.source import shapes
 from llmpy.model.gpt2 import GPT2
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.rng import MT19937, Xorshift64Star
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot

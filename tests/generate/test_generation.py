@@ -35,7 +35,7 @@ from llmpy.generate.generation import (
 )
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
-from llmpy.options.options import SampleOptions
+from llmpy.options.sample import SampleOptions
 from llmpy.rng import Xorshift64Star
 from llmpy.run import checkpoint
 

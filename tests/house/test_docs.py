@@ -22,7 +22,7 @@ from support.reader import TEXT
 from support.samples import in_memory, with_tokenizer
 
 from llmpy.formats import hub, huggingface
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 
 OPTIONAL = {"torch", "transformers", "matplotlib"}
 

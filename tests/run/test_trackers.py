@@ -12,7 +12,7 @@ import pytest
 from support.laptop import AtOnce, Laptop
 
 from llmpy.errors import LlmpyError
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run import trackers
 from llmpy.system.command import install

@@ -36,7 +36,7 @@ import numpy as np
 from support.laptop import CLOCKED, Laptop
 
 from llmpy.data.shards import write_shard
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run.folder import LOGS
 from llmpy.system import durable

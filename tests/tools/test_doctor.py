@@ -18,7 +18,8 @@ from support.laptop import Laptop
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import DEFAULT_MODEL, DoctorOptions, TrainOptions
+from llmpy.options.tools import DoctorOptions
+from llmpy.options.train import DEFAULT_MODEL, TrainOptions
 from llmpy.system.command import install
 from llmpy.system.resources import container_cores, container_memory
 from llmpy.tools import doctor

@@ -19,7 +19,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2, PARAMS
 from llmpy.model.initialise import initialise
 from llmpy.model.partition import BUCKET
-from llmpy.options.options import PlanOptions
+from llmpy.options.tools import PlanOptions
 from llmpy.tools import plan
 from llmpy.tools.plan import smaller, step_parts, table
 from llmpy.train.memory import memory_needed

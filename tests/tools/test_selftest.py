@@ -17,7 +17,7 @@ from llmpy.cli.main import main
 from llmpy.data.loader import Loader
 from llmpy.formats import llmc, llmc_state
 from llmpy.formats.source import Source
-from llmpy.options.options import SelftestOptions
+from llmpy.options.tools import SelftestOptions
 from llmpy.tools import selftest
 from llmpy.train.optimizer import AdamW
 

@@ -24,7 +24,8 @@ from llmpy.formats import huggingface, llmc, llmc_state, native, resolve
 from llmpy.formats.source import Source
 from llmpy.generate.generation import open_run, sample
 from llmpy.model.gpt2 import GPT2
-from llmpy.options.options import SampleOptions, TrainOptions
+from llmpy.options.sample import SampleOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.train import trainer
 

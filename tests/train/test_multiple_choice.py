@@ -11,7 +11,7 @@ from support.laptop import TINY, Laptop, tiny_model
 from llmpy.data.hellaswag import Example, read_examples, write_examples
 from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.train import trainer
 from llmpy.train.multiple_choice import MultipleChoice
 

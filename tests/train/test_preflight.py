@@ -20,7 +20,7 @@ from llmpy.errors import LlmpyError
 from llmpy.model.arena import memory
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import ACTS, PARAMS, RECOMPUTE
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.system.words import duration
 from llmpy.train import preflight
 from llmpy.train.memory import (
@@ -156,7 +156,7 @@ import numpy as np
 from llmpy import preflight, trainer
 from llmpy.bench import peak_memory
 from llmpy.data.shards import write_shard
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 
 folder, model, dtype, T, every = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 needed = []

@@ -12,8 +12,8 @@ import yaml
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import TrainOptions
 from llmpy.options.recipes import RECIPES
+from llmpy.options.train import TrainOptions
 
 # The lines of llm.c's scripts, but for what is about several GPUs.
 SCRIPTS = {

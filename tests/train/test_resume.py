@@ -23,7 +23,7 @@ from llmpy import backend
 from llmpy.backend.machine import Machine
 from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.system import durable
@@ -290,7 +290,7 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
 
 def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that it leaves open stays as the run has it."""
-    from llmpy.options.options import as_yaml
+    from llmpy.options.train import as_yaml
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
@@ -376,7 +376,7 @@ def test_many_runs_at_once_in_one_folder(tmp_path: Path) -> None:
     for text, code in ended:
         if code:
             assert re.search(r"llmpy: error: .*run (is in use: .* is training in it|already holds)", text), text[-500:]
-            assert not re.search(r"\| +(numpy|numba|argparse|llmpy.options.options)$", text, re.MULTILINE)
+            assert not re.search(r"\| +(numpy|numba|argparse|llmpy.options.train)$", text, re.MULTILINE)
     assert steps_of(run) == [1, 2, 3]
     assert not (run / "run.lock").exists()
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from support.golden import RATE_STEPS, RATES
 
-from llmpy.options.options import KINDS
+from llmpy.options.train import KINDS
 from llmpy.train.schedule import horizon, learning_rate
 
 

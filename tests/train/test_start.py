@@ -12,7 +12,7 @@ from support.samples import in_memory
 
 from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
-from llmpy.options.options import DEFAULT_MODEL, TrainOptions
+from llmpy.options.train import DEFAULT_MODEL, TrainOptions
 from llmpy.run.folder import RunFolder, read_config
 from llmpy.train.single_process import Alone
 from llmpy.train.start import anywhere, changed, dial, of

@@ -24,7 +24,8 @@ from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
 from llmpy.errors import Diverged, LlmpyError
 from llmpy.generate.generation import open_run, sample
-from llmpy.options.options import BUILTIN_PROMPT, SampleOptions, TrainOptions
+from llmpy.options.sample import SampleOptions
+from llmpy.options.train import BUILTIN_PROMPT, TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run.folder import RunFolder

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmpy.cli import main as cli
-from llmpy.options.options import CURVES
+from llmpy.options.watch import CURVES
 from llmpy.watch import letters as terminal
 from llmpy.watch import plot
 

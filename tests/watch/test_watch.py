@@ -23,7 +23,7 @@ from support.browser import started
 from support.laptop import Laptop
 
 from llmpy.errors import LlmpyError
-from llmpy.options.options import TrainOptions
+from llmpy.options.train import TrainOptions
 from llmpy.train.trainer import train
 from llmpy.watch import curves
 from llmpy.watch.curves import CHUNK, LEVEL, Curve, Metrics, smoothed, survey, width_of

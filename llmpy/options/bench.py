@@ -1,0 +1,81 @@
+"""Options of `llmpy bench step|ops|decode|peers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .fields import Reported, option, positive, refusal
+
+OPS = (
+    "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
+    "residual_layernorm_forward", "layernorm_backward", "gelu_forward", "embedding_forward", "embedding_backward",
+    "adamw", "global_norm", "narrow", "zero", "pack", "packed_linear_forward", "cache_fill", "attention_decode",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodeOptions(Reported):
+    """`llmpy bench decode`."""
+
+    model: str = option("gpt2", "size, as in train")
+    batch_size: int = option(1, "texts side by side", "-B")
+    prompt_tokens: int = option(32, "tokens of each text before decoding begins")
+    tokens: int = option(64, "tokens to decode and time")
+    prefill: int = option(512, "tokens of a prefill to time against the peak of multiply-adds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "batch_size", "prompt_tokens", "tokens", "prefill")
+
+
+@dataclass(frozen=True)
+class BenchOptions(Reported):
+    """`llmpy bench step`."""
+
+    model: str = option("gpt2", "size, as in train")
+    batch_size: int = option(4, "rows of a batch", "-B")
+    sequence_length: int = option(64, "tokens of a row", "-T")
+    steps: int = option(10, "steps to time")
+    cold: bool = option(False, "in a fresh process that has to compile every kernel first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "batch_size", "sequence_length", "steps")
+
+
+@dataclass(frozen=True)
+class OpsOptions(Reported):
+    """`llmpy bench ops`."""
+
+    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME", names=OPS)
+
+
+@dataclass(frozen=True)
+class PeersOptions:
+    """`llmpy bench peers`."""
+
+    model: str = option("gpt2", "size, as in train")
+    batch_size: int = option(4, "rows of a batch", "-B")
+    sequence_length: int = option(64, "tokens of a row", "-T")
+    steps: int = option(5, "steps of each program to time in a round")
+    rounds: int = option(3, "times that each program runs, by turns")
+    threads: int | None = option(None, "threads of every program (default: one a core)")
+    peer: tuple[str, ...] | None = option(
+        None,
+        "further programs, each as 'name=command', that print llm.c's line 'step N: train loss X (took Y ms)'; "
+        "the command may use $B, $T, $STEPS and $THREADS",
+        metavar="NAME=COMMAND",
+    )
+    without: tuple[str, ...] | None = option(
+        None, "leave out the programs whose name contains one of these words", metavar="WORD"
+    )
+    torch_python: Path | None = option(None, "the Python that has PyTorch (default: this one)", metavar="PYTHON")
+    json: Path | None = option(None, "write everything measured to this file", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "sequence_length", "steps", "rounds", "threads")
+        for text in self.peer or ():
+            name, equals, command = text.partition("=")
+            if not (equals and name.strip() and command.strip()):
+                raise refusal("peer", repr(text), "use --peer 'name=command'")

@@ -1,0 +1,43 @@
+"""Options of `llmpy data`, and the data sets known by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .fields import known, option, positive, refusal
+
+TRAINING_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu")
+DATA_NAMES = (*TRAINING_NAMES, "hellaswag")
+TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """`llmpy data WHAT`."""
+
+    what: tuple[str, ...] = option(
+        (),
+        f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
+        metavar="WHAT",
+        word=True,
+        names=DATA_NAMES,
+    )
+    tokenizer: str = option(
+        "gpt2",
+        "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file",
+        metavar="WHAT",
+        names=("gpt2", "bytes"),
+    )
+    source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
+    out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
+    tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)")
+    format: str = option("auto", "int32: the stream without header of llm.rs and llm.mojo", choices=TOKEN_FORMATS)
+
+    def __post_init__(self) -> None:
+        positive(self, "tokens")
+        known(self, "format", TOKEN_FORMATS)
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):
+                raise refusal("tokenizer", self.tokenizer, "use bpe:N with N from 257 to 65536")
