@@ -69,14 +69,10 @@ ADDED = {
     "bench ops": "",
     "bench decode": "--model d1 --prompt-tokens 2 --tokens 2 --prefill 8",
     "bench peers": f"{STEP} --rounds 1 --without PyTorch torch",
-    "bench/checkpoint_cost.py": "--model d1 -B 1 -T 8 --rounds 1",
     "bench/line.py": "",
-    "bench/ranks.py": "--model d1 -B 1 -T 8 --steps 1",
 }
 ELSEWHERE = {
     "dev/ladder.py": "test_ladder runs it, on small products",
-    "bench/rank_memory.py": "test_distributed runs it",
-    "bench/plan_check.py": "it trains models of its own choice, for minutes",
     "bench/torch_decode.py": "it needs PyTorch, and takes GPT-2 alone",
     "llmpy.tools.lm_eval": "lm_eval downloads the tasks; test_harness runs one of its own",
     "srun": "it needs a cluster that Slurm manages",
@@ -288,7 +284,7 @@ def script(command: Command) -> str | None:
 
 
 def of_ranks(command: Command) -> bool:
-    return command.words[0] in LAUNCHERS or not {"--ranks", "bench/ranks.py"}.isdisjoint(command.words)
+    return command.words[0] in LAUNCHERS or "--ranks" in command.words
 
 
 def is_elsewhere(command: Command) -> bool:
