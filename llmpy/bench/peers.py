@@ -177,18 +177,14 @@ def torch_peers(options: PeersOptions, threads: int, say: Callable[[str], object
     say(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc: not found")
     config = ModelConfig.from_dial(o.model)
     size = dataclasses.asdict(config) | {"padded_vocab_size": config.padded_vocab_size}
-    work = ["--model", json.dumps(size), "-B", str(o.batch_size), "-T", str(o.sequence_length)]
-    work += ["--steps", str(o.steps), "--warm-steps", str(WARM_STEPS), "--threads", str(threads)]
-    return [
-        Peer(
-            f"{name} {SHORT[dtype]}",
-            dtype,
-            [python, str(TORCH_STEP), *work, "--dtype", dtype, *extra],
-            environment,
-        )
-        for name, extra in (("PyTorch", []), ("torch.compile", ["--compile"]))
-        for dtype in SHORT
-    ]
+    work = {"model": size, "B": o.batch_size, "T": o.sequence_length, "steps": o.steps, "warm_steps": WARM_STEPS}
+    peers = []
+    for compiled in (False, True):
+        for dtype in SHORT:
+            words = json.dumps({**work, "threads": threads, "dtype": dtype, "compile": compiled})
+            name = f"{'torch.compile' if compiled else 'PyTorch'} {SHORT[dtype]}"
+            peers.append(Peer(name, dtype, [python, str(TORCH_STEP), words], environment))
+    return peers
 
 
 def tcmalloc() -> str | None:

@@ -1,7 +1,7 @@
 """A GPT-2 training step in PyTorch, for `llmpy bench peers`. Run as a script by any Python that has PyTorch;
 nothing of the package imports it.
 
-    python llmpy/bench/torch_step.py --model '{"layers": 12, …}' -B 4 -T 64 --dtype bfloat16 --compile
+    python llmpy/bench/torch_step.py '{"model": {"layers": 12, …}, "B": 4, "T": 64, "dtype": "bfloat16", …}'
 
 Written to be fast: fused AdamW, scaled_dot_product_attention, the tied head padded to a multiple of 128,
 bfloat16 by autocast over float32 parameters, gradients set to None. It does less than llm.py, which also
@@ -10,13 +10,12 @@ takes the global norm of the gradients and clips by it. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +82,7 @@ def peak_memory() -> float | None:
 
 def main() -> None:
     """Time the steps, in ms."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=json.loads, required=True)
-    parser.add_argument("-B", type=int, required=True)
-    parser.add_argument("-T", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warm-steps", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--compile", action="store_true")
-    o = parser.parse_args()
+    o = SimpleNamespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
 
@@ -121,8 +111,6 @@ def main() -> None:
         "program": f"PyTorch {torch.__version__}, sdpa{', fused AdamW' * fused}",
         "step_ms": times[o.warm_steps :],
         "peak_rss_mb": peak_memory(),
-        "loss": loss.item(),
-        "preloaded": os.environ.get("LD_PRELOAD", ""),
     }
     print(json.dumps(numbers))
 

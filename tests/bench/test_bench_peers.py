@@ -163,11 +163,9 @@ def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path
     names = ["PyTorch fp32", "PyTorch bf16", "torch.compile fp32", "torch.compile bf16"]
     assert [p.name for p in found] == names
     command: Any = found[3].command
-    assert json.loads(command[3]) == {
-        "layers": 2, "heads": 2, "channels": 128, "context": 1024, "vocab_size": 50257, "padded_vocab_size": 50304
-    }  # fmt: skip
-    work = "-B 3 -T 16 --steps 4 --warm-steps 2 --threads 2 --dtype bfloat16 --compile"
-    assert " ".join(command[4:]) == work
+    size = {"layers": 2, "heads": 2, "channels": 128, "context": 1024, "vocab_size": 50257, "padded_vocab_size": 50304}
+    work = {"model": size, "B": 3, "T": 16, "steps": 4, "warm_steps": 2, "threads": 2, "dtype": "bfloat16"}
+    assert json.loads(command[2]) == {**work, "compile": True}
     assert found[0].environment["LD_PRELOAD"] == "liba.so libtcmalloc_minimal.so.4"
     assert found[0].environment["OMP_NUM_THREADS"] == "2"
     assert peers.TORCH_STEP.is_file()
@@ -180,8 +178,8 @@ def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_torch_program_trains(dtype: str) -> None:
     size = {"layers": 1, "heads": 2, "channels": 8, "context": 8, "vocab_size": 60, "padded_vocab_size": 64}
-    work = ["-B", "2", "-T", "8", "--steps", "2", "--warm-steps", "1", "--threads", "1", "--dtype", dtype]
-    peer = Peer("x", dtype, [sys.executable, str(peers.TORCH_STEP), "--model", json.dumps(size), *work])
+    work = {"B": 2, "T": 8, "steps": 2, "warm_steps": 1, "threads": 1, "dtype": dtype, "compile": False}
+    peer = Peer("x", dtype, [sys.executable, str(peers.TORCH_STEP), json.dumps({"model": size, **work})])
     assert len(peer.run(2)) == 2
     assert peer.memory is not None
     assert peer.memory > 50
