@@ -1,4 +1,4 @@
-"""`bench step` and `bench ops` on a machine that needs no compiling, and the stream kernel on the real one."""
+"""`bench step`, `ops` and `decode` on a machine that needs no compiling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from support.laptop import Laptop
 
 from llmpy import bench
 from llmpy.backend import Ops, load
-from llmpy.backend.cpu import peak
 from llmpy.bench import decoding as decode
 from llmpy.bench import ops as bench_ops_module
 from llmpy.bench import step
@@ -33,7 +32,6 @@ from llmpy.model.initialise import initialise
 from llmpy.options.bench import BenchOptions, DecodeOptions, OpsOptions
 from llmpy.options.fields import spelled
 from llmpy.run import checkpoint
-from llmpy.system.words import columns
 
 # What acceptance checks read, and what was added to it.
 CONTRACT = {"median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb"}
@@ -65,37 +63,30 @@ def test_step_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
         bench_step(BenchOptions("gpt2-xl"), Laptop())
 
 
-PROGRAM = """import json, os, sys
-print("compiling", file=sys.stderr)
-print(json.dumps({"folder": os.environ["LLMPY_CACHE_DIR"], "words": sys.argv[1:]}))
+PROGRAM = """#!{python}
+import json, os, sys
+print("llmpy: error: no memory — use less" if {code} else "compiling", file=sys.stderr)
+print(json.dumps({{"folder": os.environ["LLMPY_CACHE_DIR"], "words": sys.argv[1:]}}))
+sys.exit({code})
 """
-
-
-def fake_interpreter(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that plays Python where this process starts another."""
-    path = folder / "python"
-    path.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
-    path.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(path))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
 def test_cold_runs_another_process_with_an_empty_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fake_interpreter(tmp_path, PROGRAM, monkeypatch)
+    programs = []
+    for code in (0, 1):  # they play Python where this process starts another
+        programs.append(tmp_path / f"python-{code}")
+        programs[-1].write_text(PROGRAM.format(python=sys.executable, code=code), encoding="utf-8")
+        programs[-1].chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(programs[0]))
     told: dict[str, Any] = bench_step(BenchOptions("d2", steps=3, cold=True))
     assert told["words"] == ["-m", "llmpy", "bench", "step", "--model", "d2", "--steps", "3", "--json"]
     assert "llmpy-cold-" in told["folder"]
     assert not Path(told["folder"]).exists()
     assert capfd.readouterr().err == "compiling\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
-def test_cold_that_fails_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    fake_interpreter(tmp_path, "import sys; sys.exit('llmpy: error: no memory — use less')", monkeypatch)
+    monkeypatch.setattr(sys, "executable", str(programs[1]))
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", "step", "--cold"])
     assert ended.value.code == 1
@@ -114,10 +105,6 @@ def test_age_and_memory_of_this_process() -> None:
     assert bench.process_age() == pytest.approx(time.time() - process.create_time(), abs=1.5)
     assert process.memory_info().rss * 0.9 < bench.peak_memory() < 100 * process.memory_info().rss
     assert bench.high_water(2**22 + 1) == 0
-
-
-def test_columns() -> None:
-    assert columns([("a", "bb", "c"), ("aaa", "b", "ccc")]) == "a    bb    c\naaa   b  ccc"
 
 
 def operations() -> set[str]:
@@ -215,26 +202,6 @@ def test_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_ops(OpsOptions(op="adam"))
     with pytest.raises(LlmpyError, match="nothing to do in float32 — use --dtype bfloat16"):
         bench_ops(OpsOptions(op="narrow"), lambda name, **_: Laptop())
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_stream_is_the_triad(threads: int) -> None:
-    load("cpu", threads=threads)  # starts the threads
-    n = 3 * peak.STREAM_BLOCK + 5
-    b, c = np.random.default_rng(0).standard_normal((2, n), np.float32)
-    a = np.full(n, np.nan, np.float32)
-    peak.triad(threads, a, b, c, np.float32(0.5))
-    np.testing.assert_allclose(a, b + np.float32(0.5) * c, rtol=1e-6, atol=1e-6)
-    assert peak.measure_bandwidth(threads, a, b, c, seconds=0.0) > 0
-
-
-def test_reading_is_the_sum() -> None:
-    load("cpu", threads=2)
-    a = np.random.default_rng(0).standard_normal(peak.READ_BLOCK + 7, np.float32)
-    sink = np.full(2, np.nan, np.float32)
-    peak.read(2, sink, a)
-    np.testing.assert_allclose(sink, [a[: peak.READ_BLOCK].sum(), a[peak.READ_BLOCK :].sum()], rtol=1e-3, atol=1e-3)
-    assert peak.measure_reading(2, sink, a, seconds=0.0) > 0
 
 
 def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

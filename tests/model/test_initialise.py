@@ -17,7 +17,7 @@ def arena(config, dtype=np.float32):
     return params
 
 
-@pytest.mark.parametrize("dial", ["d6", "d12"])
+@pytest.mark.parametrize("dial", ["d6", pytest.param("d12", marks=pytest.mark.long)])
 def test_golden(dial, monkeypatch):
     generators = []
 
