@@ -34,6 +34,7 @@ check: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python dev/size.py | tail -1
 
 bench: $(INSTALLED)
 	@$(BIN)/llmpy bench step $(ARGS)

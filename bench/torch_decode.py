@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_step import GPT2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "llmpy" / "bench"))
+from torch_step import GPT2  # noqa: E402 - as a file: this Python may have no other package of llm.py's
 
 SIZE = {"layers": 12, "heads": 12, "channels": 768, "context": 1024, "vocab_size": 50257, "padded_vocab_size": 50304}
 WARM_TOKENS = 4
@@ -56,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, o.dtype)
-    model = GPT2(SIZE, "sdpa").to(dtype).eval()
+    model = GPT2(SIZE).to(dtype).eval()
     shape = (2, o.B, SIZE["heads"], SIZE["context"], SIZE["channels"] // SIZE["heads"])
     caches = [torch.zeros(shape, dtype=dtype) for _ in model.blocks]
     text = torch.randint(0, SIZE["vocab_size"], (o.B, max(o.prefill, o.prompt_tokens)))

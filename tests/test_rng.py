@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from support import golden
 
 from llmpy.errors import LlmpyError
 from llmpy.rng import CHUNK, MT19937, Xorshift64Star
-from llmpy.tools import golden
 
 
 def test_raw_stream():

@@ -44,6 +44,7 @@ TOKENS_A_PEAK = 16  # between two measurements of the memory
 PREFILLS = 5
 FIRST_TOKENS = 3  # processes
 GREEDY = Choice(temperature=0)
+COIN = Xorshift64Star(1)  # greedy choices do not ask it
 
 
 def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def time_tokens(
 ) -> tuple[list[float], float, float]:
     """The ms of each token after the first ones; medians of reading and of the triad meanwhile, GB/s."""
     slots = range(batch)
-    tokens = [choose(decoder.prefill(slot, prompt), NoCoin(), GREEDY) for slot in slots]
+    tokens = [choose(decoder.prefill(slot, prompt), COIN, GREEDY) for slot in slots]
     reading, triad, times = [], [], []
     for n in range(-WARM_TOKENS, count + 1):
         if n >= 0 and n % TOKENS_A_PEAK == 0 or n == count:
@@ -122,18 +123,10 @@ def time_tokens(
         if n == count:
             break
         start = time.perf_counter()
-        tokens = [choose(logits, NoCoin(), GREEDY) for logits in decoder.decode(slots, tokens)]
+        tokens = [choose(logits, COIN, GREEDY) for logits in decoder.decode(slots, tokens)]
         if n >= 0:
             times.append(1e3 * (time.perf_counter() - start))
     return times, statistics.median(reading), statistics.median(triad)
-
-
-class NoCoin:
-    """For choices that leave nothing to chance."""
-
-    def uniform(self) -> float:
-        """Is not asked."""
-        raise AssertionError("greedy choices need no coin")
 
 
 def prefill_flops(config: ModelConfig, T: int) -> int:
@@ -173,7 +166,7 @@ def first_token(path: Path, dtype: str, threads: int, prompt_tokens: int) -> flo
     ops = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
     model = load(path, ops)
-    next(generate(model, [0] * prompt_tokens, 64, model.config.context, Xorshift64Star(1), GREEDY))
+    next(generate(model, [0] * prompt_tokens, 64, model.config.context, COIN, GREEDY))
     return 1e3 * process_age()
 
 

@@ -105,195 +105,102 @@ FLOPS: dict[str, Callable[[Case], int]] = {
 }
 
 
-class Draw:
-    """Arrays of a machine: `wide` and `stored` ones of its two types, filled with small random numbers."""
-
-    def __init__(self, ops: Any) -> None:
-        self.ops = ops
-        self.rng = np.random.default_rng(1)
-
-    def _filled(self, shape: tuple[int, ...], dtype: Any, std: float) -> Any:
-        x = self.ops.empty(shape, dtype)
-        drawn = std * self.rng.standard_normal(min(x.size, DRAWN), np.float32)
-        x[...] = np.resize(drawn.astype(x.dtype), shape)
-        return x
-
-    def wide(self, *shape: int, std: float = 1.0) -> Any:
-        return self._filled(shape, self.ops.wide, std)
-
-    def stored(self, *shape: int, std: float = 1.0) -> Any:
-        return self._filled(shape, self.ops.dtype, std)
-
-    def tokens(self, c: Case) -> np.ndarray:
-        return self.rng.integers(0, c.V, (c.B, c.T), dtype=np.int32)
-
-
+# The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
+# and `+=` mark what is written. S: rows of wpe, or positions of a cache.
+ARGUMENTS = {
+    "embedding_forward": "out (BT,C) wide :=; tokens; wte (Vp,C); wpe (S,C)",
+    "embedding_backward": "dwte (Vp,C) wide +=; dwpe (S,C) wide :=; dout (BT,C) wide; tokens; accumulate",
+    "layernorm_forward": (
+        "out (BT,C) :=; mean (BT) wide :=; rstd (BT) wide :=; inp (BT,C) wide; weight (C) wide; bias (C) wide"
+    ),
+    "residual_layernorm_forward": (
+        "resid (BT,C) wide :=; out (BT,C) :=; mean (BT) wide :=; rstd (BT) wide :=; inp1 (BT,C) wide; inp2 (BT,C); "
+        "weight (C) wide; bias (C) wide"
+    ),
+    "layernorm_backward": (
+        "dinp (BT,C) wide +=; dweight (C) wide :=; dbias (C) wide :=; dout (BT,C); inp (BT,C) wide; mean (BT) wide; "
+        "rstd (BT) wide; weight (C) wide; accumulate"
+    ),
+    "gelu_forward": "out (BT,C) :=; inp (BT,C)",
+    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre_gelu (BT,OC) :=",
+    "linear_backward": (
+        "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
+        "pre_gelu (BT,C); accumulate"
+    ),
+    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,3C)",
+    "attention_backward": "dqkv (B,T,3C) :=; dout (B,T,C); qkv (B,T,3C); out (B,T,C); stats (B,NH,T) wide",
+    "classifier": (
+        "losses (BT) wide :=; dinp (BT,C) :=; dwte (Vp,C) wide :=; inp (BT,C); wte (Vp,C); targets; vocab_size; scale; "
+        "accumulate"
+    ),
+    "adamw": (
+        "param (n) wide :=; grad (n) wide; m (n) wide :=; v (n) wide :=; lr; beta1; beta2; eps; weight_decay; "
+        "grad_scale; step; stored (n) :="
+    ),
+    "global_norm": "grad (n) wide",
+    "narrow": "out (n) :=; x (n) wide",
+    "zero": "x (n) wide :=",
+    "pack": "packed (packed) :=; weight (OC,C)",
+    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre_gelu (BT,OC) :=",
+    "cache_fill": "cache (B,NH,2,T,HS) :=; qkv (B,T,3C)",
+    "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
+}
+# What makes an operation's inputs: it is called first, on the arguments that both have.
+BEFORE = {
+    "layernorm_backward": "layernorm_forward",
+    "attention_backward": "attention_forward",
+    "packed_linear_forward": "pack",
+}
 Args = dict[str, Any]
 
 
-def embedding_forward(c: Case, d: Draw) -> Args:
-    wpe = d.stored(max(CONTEXT, c.T), c.C)
-    return {"out": d.wide(c.rows, c.C), "tokens": d.tokens(c), "wte": d.stored(c.Vp, c.C), "wpe": wpe}
-
-
-def embedding_backward(c: Case, d: Draw) -> Args:
-    gradients = {"dwte": d.wide(c.Vp, c.C), "dwpe": d.wide(max(CONTEXT, c.T), c.C)}
-    return {**gradients, "dout": d.wide(c.rows, c.C), "tokens": d.tokens(c), "accumulate": False}
-
-
-def layernorm_forward(c: Case, d: Draw) -> Args:
-    statistics_ = {"mean": d.wide(c.rows), "rstd": d.wide(c.rows)}
-    inputs = {"inp": d.wide(c.rows, c.C), "weight": d.wide(c.C), "bias": d.wide(c.C)}
-    return {"out": d.stored(c.rows, c.C), **statistics_, **inputs}
-
-
-def residual_layernorm_forward(c: Case, d: Draw) -> Args:
-    plain = layernorm_forward(c, d)
-    inputs = {"inp1": plain.pop("inp"), "inp2": d.stored(c.rows, c.C)}
-    after = {"weight": plain.pop("weight"), "bias": plain.pop("bias")}
-    return {"resid": d.wide(c.rows, c.C), **plain, **inputs, **after}
-
-
-def layernorm_backward(c: Case, d: Draw) -> Args:
-    forward = layernorm_forward(c, d)
-    d.ops.layernorm_forward(*forward.values())
-    outputs = {"dinp": d.wide(c.rows, c.C), "dweight": d.wide(c.C), "dbias": d.wide(c.C)}
-    kept = {name: forward[name] for name in ("inp", "mean", "rstd", "weight")}
-    return {**outputs, "dout": d.stored(c.rows, c.C), **kept, "accumulate": False}
-
-
-def gelu_forward(c: Case, d: Draw) -> Args:
-    return {"out": d.stored(c.rows, c.C), "inp": d.stored(c.rows, c.C)}
-
-
-def linear_forward(c: Case, d: Draw) -> Args:
-    return {
-        "out": d.stored(c.rows, c.OC),
-        "inp": d.stored(c.rows, c.C),
-        "weight": d.stored(c.OC, c.C, std=c.C**-0.5),
-        "bias": d.wide(c.OC) if "bias" in c.variant else None,
-        "pre_gelu": d.stored(c.rows, c.OC) if "gelu" in c.variant else None,
-    }
-
-
-def linear_backward(c: Case, d: Draw) -> Args:
-    return {
-        "dinp": d.stored(c.rows, c.C),
-        "dweight": d.wide(c.OC, c.C),
-        "dbias": d.wide(c.OC),
-        "dout": d.stored(c.rows, c.OC),
-        "inp": d.stored(c.rows, c.C),
-        "weight": d.stored(c.OC, c.C, std=c.C**-0.5),
-        "pre_gelu": d.stored(c.rows, c.C) if "gelu" in c.variant else None,
-        "accumulate": False,
-    }
-
-
-def attention_forward(c: Case, d: Draw) -> Args:
-    return {
-        "out": d.stored(c.B, c.T, c.C),
-        "stats": d.wide(c.B, c.NH, c.T),
-        "qkv": d.stored(c.B, c.T, 3 * c.C),
-    }
-
-
-def attention_backward(c: Case, d: Draw) -> Args:
-    forward = attention_forward(c, d)
-    d.ops.attention_forward(*forward.values())
-    gradients = {"dqkv": d.stored(c.B, c.T, 3 * c.C), "dout": d.stored(c.B, c.T, c.C)}
-    return {**gradients, "qkv": forward["qkv"], "out": forward["out"], "stats": forward["stats"]}
-
-
-def classifier(c: Case, d: Draw) -> Args:
-    wanted = c.variant != "losses"
-    return {
-        "losses": d.wide(c.rows),
-        "dinp": d.stored(c.rows, c.C) if wanted else None,
-        "dwte": d.wide(c.Vp, c.C) if wanted else None,
-        "inp": d.stored(c.rows, c.C),
-        "wte": d.stored(c.Vp, c.C, std=c.C**-0.5),
-        "targets": d.tokens(c).reshape(-1),
-        "vocab_size": c.V,
-        "scale": 1 / c.rows,
-        "accumulate": False,
-    }
-
-
-def adamw(c: Case, d: Draw) -> Args:
-    state = {"param": d.wide(c.n), "grad": d.wide(c.n), "m": d.wide(c.n, std=0.1), "v": d.wide(c.n)}
-    np.square(state["v"], out=state["v"])
-    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5}
-    return {**state, **settings, "step": 3, "stored": d.stored(c.n) if d.ops.dtype != d.ops.wide else None}
-
-
-def global_norm(c: Case, d: Draw) -> Args:
-    return {"grad": d.wide(c.n)}
-
-
-def narrow(c: Case, d: Draw) -> Args:
-    return {"out": d.stored(c.n), "x": d.wide(c.n)}
-
-
-def zero(c: Case, d: Draw) -> Args:
-    return {"x": d.wide(c.n)}
-
-
-def pack(c: Case, d: Draw) -> Args:
-    return {"packed": d.stored(d.ops.packed_size(c.OC, c.C)), "weight": d.stored(c.OC, c.C)}
-
-
-def packed_linear_forward(c: Case, d: Draw) -> Args:
-    plain, ready = linear_forward(c, d), pack(c, d)
-    d.ops.pack(*ready.values())
-    given = {"out": plain["out"], "inp": plain["inp"], "packed": ready["packed"]}
-    return {**given, "bias": plain["bias"], "pre_gelu": plain["pre_gelu"]}
-
-
-def cache_fill(c: Case, d: Draw) -> Args:
-    return {"cache": d.stored(c.B, c.NH, 2, c.T, c.C // c.NH), "qkv": d.stored(c.B, c.T, 3 * c.C)}
-
-
-def attention_decode(c: Case, d: Draw) -> Args:
-    """The last of T positions."""
-    cache = d.stored(c.B, c.NH, 2, c.T, c.C // c.NH)
-    where = {"slots": np.arange(c.B, dtype=np.int32), "positions": np.full(c.B, c.T - 1, np.int32)}
-    return {"out": d.stored(c.B, c.C), "cache": cache, "qkv": d.stored(c.B, 3 * c.C), **where}
-
-
-# Of each operation: how to draw its arguments, in the seam's order, and which of them it writes.
-BUILD: dict[str, tuple[Callable[[Case, Draw], Args], str]] = {
-    "embedding_forward": (embedding_forward, "out"),
-    "embedding_backward": (embedding_backward, "dwte dwpe"),
-    "layernorm_forward": (layernorm_forward, "out mean rstd"),
-    "residual_layernorm_forward": (residual_layernorm_forward, "resid out mean rstd"),
-    "layernorm_backward": (layernorm_backward, "dinp dweight dbias"),
-    "gelu_forward": (gelu_forward, "out"),
-    "linear_forward": (linear_forward, "out pre_gelu"),
-    "linear_backward": (linear_backward, "dinp dweight dbias"),
-    "attention_forward": (attention_forward, "out stats"),
-    "attention_backward": (attention_backward, "dqkv"),
-    "classifier": (classifier, "losses dinp dwte"),
-    "adamw": (adamw, "param m v stored"),
-    "global_norm": (global_norm, ""),
-    "narrow": (narrow, "out"),
-    "zero": (zero, "x"),
-    "pack": (pack, "packed"),
-    "packed_linear_forward": (packed_linear_forward, "out pre_gelu"),
-    "cache_fill": (cache_fill, "cache"),
-    "attention_decode": (attention_decode, "out"),
-}
+def arguments(op: str, c: Case, ops: Any) -> Args:
+    """Draw the arguments of an operation, by name, in the order of the seam: small random numbers."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, c.V, (c.B, c.T), dtype=np.int32)
+    others: Args = {
+        "tokens": tokens, "targets": tokens.reshape(-1), "vocab_size": c.V, "scale": 1 / c.rows, "accumulate": False,
+        "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5, "step": 3,
+        "slots": np.arange(c.B, dtype=np.int32), "positions": np.full(c.B, c.T - 1, np.int32),
+    }  # fmt: skip
+    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "HS": c.C // c.NH}
+    sizes |= {"S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
+    unused = set()
+    if op.startswith("linear"):
+        unused = {name for name, word in (("bias", "bias"), ("pre_gelu", "gelu")) if word not in c.variant}
+    elif op == "packed_linear_forward":
+        unused = {"bias", "pre_gelu"}
+    elif op == "classifier" and c.variant == "losses":
+        unused = {"dinp", "dwte"}
+    elif op == "adamw" and ops.dtype == ops.wide:
+        unused = {"stored"}
+    args: Args = {}
+    for text in ARGUMENTS[op].split("; "):
+        name, *marks = text.split()
+        if name in unused or not marks:
+            args[name] = None if name in unused else others[name]
+            continue
+        shape = tuple(sizes[dimension] for dimension in marks[0][1:-1].split(","))
+        x = args[name] = ops.empty(shape, ops.wide if "wide" in marks else ops.dtype)
+        std = c.C**-0.5 if len(shape) == 2 and name in ("weight", "wte") else 1.0  # of matrices
+        drawn = std * rng.standard_normal(min(x.size, DRAWN), np.float32)
+        x[...] = np.resize(np.square(drawn) if name == "v" else drawn, shape).astype(x.dtype)
+    if op in BEFORE:
+        before = arguments(BEFORE[op], c, ops)
+        getattr(ops, BEFORE[op])(*(before | {k: v for k, v in args.items() if k in before}).values())
+    return args
 
 
 def moved_bytes(op: str, c: Case, args: Args) -> int:
     """Bytes that pass between memory and caches in one call: every input once, every output twice."""
-    outputs = BUILD[op][1].split()
+    written = {text.split()[0] for text in ARGUMENTS[op].split("; ") if text.endswith("=")}
     total = 0
     for name, x in args.items():
         if isinstance(x, np.ndarray):
             # Of the token embedding only the rows of the tokens are touched; of wpe only the first T.
             rows = {"wte": c.rows, "dwte": c.rows, "wpe": c.T}.get(name) if op.startswith("embedding") else None
             size = x.nbytes if rows is None else rows * c.C * x.itemsize
-            total += (2 if name in outputs else 1) * size
+            total += (2 if name in written else 1) * size
     return total
 
 
@@ -309,7 +216,7 @@ def time_case(
 
     It is called for `budget` seconds, but at least `repeats` times; `before` each of them, untimed, something else.
     """
-    args = BUILD[op][0](case, Draw(ops))
+    args = arguments(op, case, ops)
     call, values = getattr(ops, op), tuple(args.values())
     call(*values)
     times: list[float] = []

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -111,28 +110,15 @@ def summary(config: ModelConfig, B: int, T: int, times: list[float], peaks: list
 
 
 def in_a_cold_process(options: BenchOptions) -> dict[str, Any]:
-    """The same by another process, which has to compile every kernel first; its progress goes to stderr."""
-    asked = spelled(dataclasses.replace(options, cold=False, json=True))
-    fault = ""
-    with tempfile.TemporaryDirectory(prefix="llmpy-cold-") as folder, Path(folder, "answer").open("w+") as answer:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmpy", "bench", "step", *asked],
-            env={**os.environ, "LLMPY_CACHE_DIR": folder},
-            stdout=answer,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        with process:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if line.startswith("llmpy: error: "):
-                    fault = line.removeprefix("llmpy: error: ").strip()
-                else:
-                    print(line, end="", file=sys.stderr)
-        if process.returncode:
-            raise LlmpyError(fault or f"the cold process ended with exit code {process.returncode}")
-        answer.seek(0)
-        return cast(dict[str, Any], json.load(answer))
+    """The same by another process, which has to compile every kernel first; its progress and errors go to stderr."""
+    words = spelled(dataclasses.replace(options, cold=False, json=True))
+    command = [sys.executable, "-m", "llmpy", "bench", "step", *words]
+    with tempfile.TemporaryDirectory(prefix="llmpy-cold-") as folder:
+        environment = {**os.environ, "LLMPY_CACHE_DIR": folder}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(done.returncode)  # it has printed its error
+    return cast(dict[str, Any], json.loads(done.stdout))
 
 
 def table(numbers: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ EXAMPLES = {
     "bench step": "  llmpy bench step --model gpt2 -B 4 -T 64 --dtype float32",
     "bench ops": "  llmpy bench ops --op linear_forward --dtype bfloat16",
     "bench decode": "  llmpy bench decode --model gpt2 --dtype float32 --json",
-    "bench peers": "  llmpy bench peers --rounds 2 --steps 6 --plot peers.png",
+    "bench peers": "  llmpy bench peers --rounds 2 --steps 6",
 }
 # What other programs call verbs (""), and options of a verb.
 ELSEWHERE = {

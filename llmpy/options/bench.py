@@ -7,7 +7,6 @@ from pathlib import Path
 
 from .fields import POSITIVE, Options, Reported, option, refusal
 
-ATTENTIONS = ("sdpa", "plain")
 OPS = (
     "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
     "residual_layernorm_forward", "layernorm_backward", "gelu_forward", "embedding_forward", "embedding_backward",
@@ -64,9 +63,7 @@ class PeersOptions(Options):
         None, "leave out the programs whose name contains one of these words", metavar="WORD"
     )
     torch_python: Path | None = option(None, "the Python that has PyTorch (default: this one)", metavar="PYTHON")
-    attention: str = option("sdpa", "PyTorch's attention", choices=ATTENTIONS)
     json: Path | None = option(None, "write everything measured to this file", metavar="FILE")
-    plot: Path | None = option(None, "draw a box for each program into this file", metavar="FILE.png")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,10 +12,9 @@ model has learnt to read. Rows are padded on the right, where no token sees them
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,17 +67,14 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         source, self.tokens = open_run(Path(run))
         ops = machine or cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
         self.reach = source.trained_length
-        told = str(batch_size)  # it may be "auto", or "auto:4"
-        self.batch_size = BATCH_SIZE if batch_size is None or told.startswith("auto") else _count(told)
+        count = str(BATCH_SIZE if batch_size is None else batch_size)
+        if not count.isdecimal() and not count.startswith("auto") or count == "0":  # "auto", or "auto:4"
+            raise LlmpyError(f"--batch_size {count}", "use a whole number from 1 on, or auto")
+        self.batch_size = int(count) if count.isdecimal() else BATCH_SIZE
         check_memory(source.config, ops, self.batch_size, self.reach)
         ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
         self.model = GPT2(source.config, ops, trainable=False)
         source.fill(self.model.params)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """What lm_eval tells caches of requests apart by."""
-        return f"llmpy-{self.tokens.vocab_size}"
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-likelihood in nats, and whether greedy choice would give the same.
@@ -99,17 +95,15 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         Greedy unless `do_sample`, then with `temperature` (1 unless told), `top_k`, `top_p` and `min_p`.
         """
         texts = [""] * len(requests)
-        told = [dict(request.args[1]) for request in requests]
-        bar = tqdm(total=len(requests), desc="generating", disable=disable_tqdm)
-        alike = sorted(range(len(requests)), key=lambda i: json.dumps(told[i], sort_keys=True))
-        for _, group in itertools.groupby(alike, key=lambda i: json.dumps(told[i], sort_keys=True)):
-            for rows in _batches(list(group), self.batch_size):
-                found = self._continue([requests[i].args[0] for i in rows], told[rows[0]], rows)
-                for i, text in zip(rows, found, strict=True):
-                    texts[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                bar.update(len(rows))
-        bar.close()
+        alike: dict[str, list[int]] = {}  # requests with the same settings go side by side
+        for i, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        batches = [rows for group in alike.values() for rows in _batches(group, self.batch_size)]
+        for rows in tqdm(batches, desc="generating", disable=disable_tqdm):
+            found = self._continue([requests[i].args[0] for i in rows], requests[rows[0]].args[1], rows)
+            for i, text in zip(rows, found, strict=True):
+                texts[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return texts
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -128,8 +122,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         total, greedy, left = [0.0] * len(pairs), [True] * len(pairs), [0] * len(pairs)
         for i, _, _ in parts:
             left[i] += 1
-        bar = tqdm(total=len(parts), desc=name, disable=quiet)
-        for batch in _batches(parts, self.batch_size):
+        for batch in tqdm(_batches(parts, self.batch_size), desc=name, disable=quiet):
             for (i, _, _), (value, same) in zip(batch, self._score([part[1:] for part in batch]), strict=True):
                 total[i] += value
                 greedy[i] &= same
@@ -137,8 +130,6 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
                 if not left[i]:
                     answer = total[i] if name == "loglikelihood_rolling" else (total[i], greedy[i])
                     self.cache_hook.add_partial(name, requests[i].args, answer)
-            bar.update(len(batch))
-        bar.close()
         return list(zip(total, greedy, strict=True))
 
     def _score(self, batch: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:
@@ -168,13 +159,10 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
         count = int(next((told[name] for name in names if told.get(name) is not None), NEW_TOKENS))
         temperature = told.get("temperature")
-        if temperature is None:
-            temperature = 1.0 if told.get("do_sample") else 0.0
-        if not told.get("do_sample", temperature > 0):
+        if not told.get("do_sample", bool(temperature)):
             temperature = 0.0
-        choice = Choice(
-            float(temperature), **{k: told[k] for k in ("top_k", "top_p", "min_p") if told.get(k) is not None}
-        )
+        limits = {name: told[name] for name in ("top_k", "top_p", "min_p") if told.get(name) is not None}
+        choice = Choice(1.0 if temperature is None else float(temperature), **limits)
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
         generation = Generation(self.model, prompts, count, self.reach, coins, choice)
@@ -204,15 +192,8 @@ def windows(context: Sequence[int], continuation: Sequence[int], reach: int) -> 
         done = end
 
 
-def _count(told: str) -> int:
-    """Rows side by side. Raises LlmpyError for what is no such number."""
-    if not told.isdecimal() or int(told) < 1:
-        raise LlmpyError(f"--batch_size {told}", "use a whole number from 1 on, or auto")
-    return int(told)
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterable[Any]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def _batches(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def main() -> None:
@@ -222,8 +203,8 @@ def main() -> None:
     sys.argv[1:1] = ["--model", "llmpy"]
     try:
         cli_evaluate()
-    except LlmpyError as fault:
-        sys.exit(f"llmpy: error: {fault}")
+    except LlmpyError as error:
+        sys.exit(f"llmpy: error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`bench step` and `bench ops` on a machine that needs no compiling, and the stream kernel on the real one."""
+"""`bench step`, `ops` and `decode` on a machine that needs no compiling."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from support.laptop import Laptop
 
 from llmpy import bench
 from llmpy.backend import Ops, load
-from llmpy.backend.cpu import peak
 from llmpy.bench import decoding as decode
 from llmpy.bench import ops as bench_ops_module
 from llmpy.bench import step
 from llmpy.bench.decoding import bench_decode, prefill_flops
-from llmpy.bench.ops import BENCH, BUILD, FLOPS, Case, Draw, bench_ops, moved_bytes
+from llmpy.bench.ops import ARGUMENTS, BENCH, FLOPS, Case, arguments, bench_ops, moved_bytes
 from llmpy.bench.step import bench_step, table
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
@@ -64,46 +63,34 @@ def test_step_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
         bench_step(BenchOptions("gpt2-xl"), Laptop())
 
 
-PROGRAM = """import json, os, sys
-print("compiling", file=sys.stderr)
-print(json.dumps({"folder": os.environ["LLMPY_CACHE_DIR"], "words": sys.argv[1:]}))
+PROGRAM = """#!{python}
+import json, os, sys
+print("llmpy: error: no memory — use less" if {code} else "compiling", file=sys.stderr)
+print(json.dumps({{"folder": os.environ["LLMPY_CACHE_DIR"], "words": sys.argv[1:]}}))
+sys.exit({code})
 """
-
-
-def fake_interpreter(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that plays Python where this process starts another."""
-    path = folder / "python"
-    path.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
-    path.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(path))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
 def test_cold_runs_another_process_with_an_empty_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fake_interpreter(tmp_path, PROGRAM, monkeypatch)
+    programs = []
+    for code in (0, 1):  # they play Python where this process starts another
+        programs.append(tmp_path / f"python-{code}")
+        programs[-1].write_text(PROGRAM.format(python=sys.executable, code=code), encoding="utf-8")
+        programs[-1].chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(programs[0]))
     told: dict[str, Any] = bench_step(BenchOptions("d2", steps=3, cold=True))
     assert told["words"] == ["-m", "llmpy", "bench", "step", "--model", "d2", "--steps", "3", "--json"]
     assert "llmpy-cold-" in told["folder"]
     assert not Path(told["folder"]).exists()
-    assert capsys.readouterr().err == "compiling\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("import sys; sys.exit('llmpy: error: no memory — use less')", "no memory — use less"),
-        ("raise SystemExit(3)", "the cold process ended with exit code 3"),
-    ],
-)
-def test_cold_that_fails_is_one_line(
-    body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake_interpreter(tmp_path, body, monkeypatch)
-    assert cli.main(["bench", "step", "--cold"]) == 1
-    assert capsys.readouterr().err == f"llmpy: error: {said}\n"
+    assert capfd.readouterr().err == "compiling\n"
+    monkeypatch.setattr(sys, "executable", str(programs[1]))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "step", "--cold"])
+    assert ended.value.code == 1
+    assert capfd.readouterr() == ("", "llmpy: error: no memory — use less\n")
 
 
 def test_spelled_options_are_parsed_back() -> None:
@@ -120,10 +107,6 @@ def test_age_and_memory_of_this_process() -> None:
     assert bench.high_water(2**22 + 1) == 0
 
 
-def test_columns() -> None:
-    assert bench.columns([("a", "bb", "c"), ("aaa", "b", "ccc")]) == "a    bb    c\naaa   b  ccc"
-
-
 def operations() -> set[str]:
     """What the seam does with arrays."""
     others = {"empty", "zeros", "to_host", "packed_size", "capture"}
@@ -131,15 +114,14 @@ def operations() -> set[str]:
 
 
 def test_every_operation_of_the_seam_has_cases() -> None:
-    assert set(BENCH) == set(BUILD) == operations()
+    assert set(BENCH) == set(ARGUMENTS) == operations()
     assert all(BENCH.values())
 
 
 @pytest.mark.parametrize("op", BENCH)
 def test_arguments_are_those_of_the_seam(op: str) -> None:
-    args = BUILD[op][0](TINY, Draw(Laptop()))
+    args = arguments(op, TINY, Laptop())
     assert list(args) == list(inspect.signature(getattr(Ops, op)).parameters)[1:]
-    assert set(BUILD[op][1].split()) <= set(args)
     result = bench_ops_module.time_case(Laptop(), op, TINY, 0.0, 1)
     assert result["unit"] == ("GFLOP/s" if op in FLOPS else "GB/s")
     assert result["rate"] > 0
@@ -173,7 +155,7 @@ class Mixed(Laptop):
 )
 def test_bytes_that_are_moved(op: str, plain: int, mixed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for machine, expected in ((Laptop(), plain), (Mixed(), mixed)):
-        assert moved_bytes(op, TINY, BUILD[op][0](TINY, Draw(machine))) == expected
+        assert moved_bytes(op, TINY, arguments(op, TINY, machine)) == expected
 
 
 def test_flops() -> None:
@@ -222,26 +204,6 @@ def test_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_ops(OpsOptions(op="narrow"), lambda name, **_: Laptop())
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_stream_is_the_triad(threads: int) -> None:
-    load("cpu", threads=threads)  # starts the threads
-    n = 3 * peak.STREAM_BLOCK + 5
-    b, c = np.random.default_rng(0).standard_normal((2, n), np.float32)
-    a = np.full(n, np.nan, np.float32)
-    peak.triad(threads, a, b, c, np.float32(0.5))
-    np.testing.assert_allclose(a, b + np.float32(0.5) * c, rtol=1e-6, atol=1e-6)
-    assert peak.measure_bandwidth(threads, a, b, c, seconds=0.0) > 0
-
-
-def test_reading_is_the_sum() -> None:
-    load("cpu", threads=2)
-    a = np.random.default_rng(0).standard_normal(peak.READ_BLOCK + 7, np.float32)
-    sink = np.full(2, np.nan, np.float32)
-    peak.read(2, sink, a)
-    np.testing.assert_allclose(sink, [a[: peak.READ_BLOCK].sum(), a[peak.READ_BLOCK :].sum()], rtol=1e-3, atol=1e-3)
-    assert peak.measure_reading(2, sink, a, seconds=0.0) > 0
-
-
 def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(decode, "time_first_token", lambda *_: 900.0)
     options = DecodeOptions("d1", batch_size=2, prompt_tokens=3, tokens=3, prefill=5)
@@ -262,12 +224,13 @@ def test_decode_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         bench_decode(DecodeOptions("d1", tokens=1000), Laptop())
 
 
-def test_the_first_token_comes_from_another_process(tmp_path: Path) -> None:
+def test_the_first_token_comes_from_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The age of a process that loads kernels and a model, and speaks."""
     ops = load("cpu", threads=1)
     model = GPT2(ModelConfig(1, 1, 16, 128, 300), ops)
     initialise(model.params, model.config)
     checkpoint.save(tmp_path / "model.safetensors", model, 128)
+    monkeypatch.setattr(decode, "FIRST_TOKENS", 1)
     assert 50 < decode.time_first_token(tmp_path / "model.safetensors", "float32", 1, 3) < 60_000
     with pytest.raises(LlmpyError, match="failed: llmpy.errors.LlmpyError: unknown dtype 'int8'"):
         decode.time_first_token(tmp_path / "model.safetensors", "int8", 1, 3)

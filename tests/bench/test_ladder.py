@@ -79,19 +79,6 @@ def test_the_check_notices(ladder: Any, wrong: str) -> None:
         ladder.check(rung, problem, (out, pre_gelu))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"), [(["9"], "there is no rung 9"), (["--shape", "1", "1", "1"], "is smaller than a tile")]
-)
-def test_bad_arguments(
-    ladder: Any, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        ladder.main()
-    assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
-
-
 def test_commands_of_the_chapter_run(ladder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """On the smallest product; those of llmpy run in test_docs_commands."""
     monkeypatch.setattr(ladder, "climb", partial(ladder.climb, budget=0.0))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.golden import FIRST_TOKENS, LAST_SAMPLE, SAMPLES
 
 from llmpy.data.loader import Loader
 from llmpy.data.shards import Shard
 from llmpy.errors import LlmpyError
-from llmpy.tools.golden import FIRST_TOKENS, LAST_SAMPLE, SAMPLES
 
 
 def shard(size, first=0, name="shard.bin"):

@@ -51,7 +51,6 @@ from llmpy.train.trainer import Trainer
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 0.5}
 B, T = 2, 8
-RANK_MEMORY = Path(__file__).parents[2] / "bench" / "rank_memory.py"
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
@@ -543,23 +542,6 @@ def test_one_of_four_that_is_lost_stops_all_within_30_seconds(
     text: Path, tmp_path: Path, number: int, whom: int
 ) -> None:
     assert lose(text, tmp_path, 4, number, whom) < 30
-
-
-@pytest.mark.mpi
-@needs_mpi
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells which pages are in memory")
-def test_the_optimizers_memory_is_divided() -> None:
-    launcher = launch.mpiexec()
-    options, environment = launch.flags(launcher)
-    held = {}
-    for n in (1, 2, 4):
-        words = [str(launcher), *options, "-n", str(n), sys.executable, str(RANK_MEMORY), "--model", "d1"]
-        result = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
-        assert result.returncode == 0, result.stderr
-        held[n] = json.loads(result.stdout)
-    for n in (2, 4):
-        assert held[n]["moments"] == pytest.approx(held[1]["moments"] / n, rel=0.01)
-        assert held[n]["master weights"] == pytest.approx(held[n]["moments"] / 2, rel=0.01)
 
 
 @needs_mpi

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support import golden
 from support.laptop import TINY, Laptop
 from support.samples import (
     WRITERS,
@@ -35,7 +36,6 @@ from llmpy.formats.source import DTYPES, cast, shapes
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
-from llmpy.tools import golden
 
 
 def test_float32_goes_through_every_format_and_back(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support import golden
 from support.laptop import TINY, AtOnce, Laptop, tiny_model
 from support.samples import in_memory, training_state
 
@@ -27,7 +28,6 @@ from llmpy.options.train import TrainOptions
 from llmpy.rng import MT19937, Xorshift64Star
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
-from llmpy.tools import golden
 from llmpy.train import assemble
 from llmpy.train.optimizer import AdamW
 

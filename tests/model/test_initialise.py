@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from support import golden
 
 from llmpy.model.arena import Arena, Tensor
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import params_table
 from llmpy.model.initialise import initialise
 from llmpy.rng import MT19937
-from llmpy.tools import golden
 
 
 def arena(config, dtype=np.float32):
@@ -17,7 +17,7 @@ def arena(config, dtype=np.float32):
     return params
 
 
-@pytest.mark.parametrize("dial", ["d6", "d12"])
+@pytest.mark.parametrize("dial", ["d6", pytest.param("d12", marks=pytest.mark.long)])
 def test_golden(dial, monkeypatch):
     generators = []
 

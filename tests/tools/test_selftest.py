@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.laptop import TINY, Laptop
+from support.laptop import Laptop
 from support.samples import in_memory, llmc_debug
 
 from llmpy import backend
@@ -18,10 +18,8 @@ from llmpy.data.loader import Loader
 from llmpy.formats import llmc, llmc_state
 from llmpy.formats.source import Source
 from llmpy.options.tools import SelftestOptions
-from llmpy.rng import MT19937, Xorshift64Star
 from llmpy.tools import selftest
 from llmpy.train.optimizer import AdamW
-from llmpy.train.outliers import OutlierDetector
 
 LOAD = backend.load
 
@@ -41,8 +39,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> type[Laptop]:
         return made
 
     monkeypatch.setattr(backend, "load", load)
-    # the vectors are checked elsewhere: only their fault belongs here
-    monkeypatch.setattr(selftest, "golden_checks", lambda: iter(()))
     return Machine
 
 
@@ -136,7 +132,7 @@ def test_a_state_that_forgets(machine: type[Laptop], monkeypatch: pytest.MonkeyP
         optimizer.updates -= 1
 
     monkeypatch.setattr(llmc_state, "restore", forget)
-    assert any("save, load and go on" in line for line in run().failed)
+    assert any("save, load and resume" in line for line in run().failed)
 
 
 # With llm.c's files: made here by the reference in float64
@@ -160,10 +156,10 @@ def test_what_is_not_checked_is_a_row(machine: type[Laptop], tmp_path: Path, mon
     monkeypatch.setattr(selftest, "REFERENCE_AT_MOST", 1000)
     result = run(**files(tmp_path, in_memory()))
     assert (result.code, result.failed) == (0, [])
-    (row,) = (line for line in result.lines if "not checked" in line)
+    (row,) = (line for line in result.lines if "skipped: " in line)
     assert row.startswith("losses of 10 steps")
-    assert row.endswith("not checked: the reference would take too long for more than 1,000 parameters")
-    assert result.lines[-1].endswith("all passed; 1 not made")
+    assert row.endswith("skipped: the reference would take too long for more than 1,000 parameters")
+    assert result.lines[-1].endswith("all passed; 1 skipped")
 
 
 @pytest.mark.parametrize("operation", ["layernorm_backward", "attention_backward", "linear_forward", "adamw"])
@@ -191,42 +187,3 @@ def test_a_model_and_a_debug_state_of_another(
     assert "--model without --debug-state" in capsys.readouterr().err
     assert main(["selftest", "--debug-state", str(paths["debug_state"])]) == 1
     assert "--debug-state without --model" in capsys.readouterr().err
-
-
-# llm.c's numbers
-
-
-def test_the_golden_numbers_hold() -> None:
-    assert [c.row() for c in selftest.golden_checks() if not c.passed] == []
-
-
-def shuffled(a: np.ndarray) -> None:
-    a[:] = a[::-1].copy()
-
-
-@pytest.mark.parametrize(
-    ("where", "name", "wrong", "row"),
-    [
-        (MT19937, "permutation", lambda self, a: shuffled(a), "loader: samples"),
-        (MT19937, "uint32", lambda self, n: np.zeros(n, np.uint32), "MT19937: words"),
-        (MT19937, "fill_normal", lambda self, out, mean, std: out.fill(std), "initialisation: d6"),
-        (MT19937, "fill_normal", lambda self, out, mean, std: out.fill(np.nan), "initialisation: d6"),
-        (Xorshift64Star, "uniform", lambda self: 0.5, "xorshift64*: coins"),
-        (OutlierDetector, "update", lambda self, x: x, "outlier detector"),
-        (selftest, "learning_rate", lambda *a: 6e-4, "schedule: cosine"),
-        (llmc, "ORDER", llmc.ORDER[::-1], "model .bin version 3"),
-    ],
-)
-def test_a_wrong_number_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, wrong: Any, row: str
-) -> None:
-    monkeypatch.setattr(where, name, wrong)
-    if name != "fill_normal":
-        monkeypatch.setattr(selftest, "_golden_init", lambda dial: iter(()))
-    failed = [c.row() for c in selftest.golden_checks() if not c.passed]
-    assert any(line.startswith(row) for line in failed)
-
-
-def test_the_reference_shape_is_small() -> None:
-    assert selftest.OWN != TINY
-    assert llmc.ORDER[0] == "wte"

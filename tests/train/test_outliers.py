@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from support.golden import Z_SCORES
 
-from llmpy.tools.golden import Z_SCORES
 from llmpy.train.outliers import WINDOW, OutlierDetector
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from support.golden import RATE_STEPS, RATES
 
 from llmpy.options.train import KINDS
-from llmpy.tools.golden import RATE_STEPS, RATES
 from llmpy.train.schedule import horizon, learning_rate
 
 

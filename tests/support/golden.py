@@ -1,6 +1,6 @@
 """Numbers that llm.c's own headers gave: what random generators, loader, schedules and outlier detector must give.
 
-Made by small programs around `llmc/*.h` (gcc 12.2, glibc 2.36), except LOSSES, which llm.c's tests publish.
+Made by small programs around `llmc/*.h` (gcc 12.2, glibc 2.36).
 """
 
 from __future__ import annotations
@@ -80,17 +80,10 @@ INIT = {
 }
 INIT_WORDS = {"d6": 1836928635, "d12": 361737367}
 
-# model of 124M: sizes of llm.c's files by version, and of a state of one process without a shuffle block
+# model of 124M: sizes of llm.c's files by version
 MODEL_BYTES = {3: 497_904_640, 5: 248_952_832}
-STATE_BYTES = 1_493_711_872
 # byte offset of each of its tensors in version 3, in llm.c's order
 MODEL_OFFSETS = (
     1024, 154534912, 157680640, 157717504, 157754368, 242689024, 242799616, 271111168, 271148032, 271184896,
     271221760, 384467968, 384615424, 497861632, 497898496, 497901568,
-)  # fmt: skip
-
-# GPT-2 124M on the batch of gpt2_124M_debug_state.bin: ten steps, lr 1e-4, betas 0.9 and 0.999, decay 0.01 of all
-LOSSES = (
-    5.270007133, 4.059706688, 3.375123024, 2.800782681, 2.315382242, 1.849028587, 1.394656420, 0.999146521,
-    0.624080420, 0.376510978,
 )  # fmt: skip

@@ -1,6 +1,7 @@
-"""A GPT-2 training step in PyTorch, for `llmpy bench peers`. The package itself never imports PyTorch.
+"""A GPT-2 training step in PyTorch, for `llmpy bench peers`. Run as a script by any Python that has PyTorch;
+nothing of the package imports it.
 
-    python bench/torch_step.py --model '{"layers": 12, …}' -B 4 -T 64 --dtype bfloat16 --compile
+    python llmpy/bench/torch_step.py '{"model": {"layers": 12, …}, "B": 4, "T": 64, "dtype": "bfloat16", …}'
 
 Written to be fast: fused AdamW, scaled_dot_product_attention, the tied head padded to a multiple of 128,
 bfloat16 by autocast over float32 parameters, gradients set to None. It does less than llm.py, which also
@@ -9,13 +10,12 @@ takes the global norm of the gradients and clips by it. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +25,19 @@ from torch.nn import functional as F
 class Block(nn.Module):
     """A layer."""
 
-    def __init__(self, channels: int, heads: int, attention: str) -> None:
+    def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.attention = heads, attention
+        self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.fc = nn.Linear(channels, 4 * channels)
         self.mlp_proj = nn.Linear(4 * channels, channels)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            scores = (q @ k.transpose(-2, -1)) * (C // self.heads) ** -0.5
-            y = scores.masked_fill(mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
 
@@ -49,13 +45,12 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """Forward and loss; `size` is the fields of llm.py's ModelConfig and its padded vocabulary."""
 
-    def __init__(self, size: dict[str, int], attention: str) -> None:
+    def __init__(self, size: dict[str, int]) -> None:
         super().__init__()
         self.wte = nn.Embedding(size["padded_vocab_size"], size["channels"])
         self.wpe = nn.Embedding(size["context"], size["channels"])
-        self.blocks = nn.ModuleList(Block(size["channels"], size["heads"], attention) for _ in range(size["layers"]))
+        self.blocks = nn.ModuleList(Block(size["channels"], size["heads"]) for _ in range(size["layers"]))
         self.ln_f = nn.LayerNorm(size["channels"])
-        self.plain = attention == "plain"
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 scale = (2 * size["layers"]) ** -0.5 if "proj" in name else 1.0
@@ -66,9 +61,8 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         T = tokens.shape[1]
         x = self.wte(tokens) + self.wpe.weight[:T]
-        mask = torch.ones(T, T, dtype=torch.bool).triu(1) if self.plain else None
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -88,21 +82,11 @@ def peak_memory() -> float | None:
 
 def main() -> None:
     """Time the steps, in ms."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=json.loads, required=True)
-    parser.add_argument("-B", type=int, required=True)
-    parser.add_argument("-T", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warm-steps", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--attention", choices=("sdpa", "plain"), default="sdpa")
-    parser.add_argument("--compile", action="store_true")
-    o = parser.parse_args()
+    o = SimpleNamespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
 
-    model = GPT2(o.model, o.attention)
+    model = GPT2(o.model)
     run = torch.compile(model) if o.compile else model
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -124,11 +108,9 @@ def main() -> None:
         loss.item()
         times.append(1e3 * (time.perf_counter() - start))
     numbers = {
-        "program": f"PyTorch {torch.__version__}, {o.attention}{', fused AdamW' * fused}",
+        "program": f"PyTorch {torch.__version__}, sdpa{', fused AdamW' * fused}",
         "step_ms": times[o.warm_steps :],
         "peak_rss_mb": peak_memory(),
-        "loss": loss.item(),
-        "preloaded": os.environ.get("LD_PRELOAD", ""),
     }
     print(json.dumps(numbers))
 
