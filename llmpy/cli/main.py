@@ -47,7 +47,6 @@ from ..options.options import (
 )
 from ..run.folder import HELD, RunFolder
 from ..run.journal import silence
-from ..system.command import called
 from ..system.lock import InUse
 from ..system.terminal import paint
 from ..system.words import asked, nearest
@@ -466,7 +465,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmpy",
         description="GPT-2 training in Python alone.",
-        epilog=EXAMPLES.replace("  llmpy ", f"  {called()} ") + exit_codes(),
+        epilog=EXAMPLES + exit_codes(),
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}")

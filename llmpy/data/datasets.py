@@ -30,7 +30,6 @@ from typing import IO, Any
 from ..errors import LlmpyError
 from ..system.cache import data_cache
 from ..system.download import fetch, hub
-from ..system.inputs import regular
 from .records import Document
 from .text import find_files, read_text, stream_files
 
@@ -117,7 +116,7 @@ def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
     An archive is decompressed once: a file that comes before its turn waits in a temporary one.
     """
     try:
-        if regular(path).is_dir() or path.suffix == ".json":
+        if path.is_dir() or path.suffix == ".json":
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             yield from ((file.name, file.read_bytes()) for file in files if STORIES_FILE.fullmatch(file.name))
             return

@@ -19,7 +19,6 @@ import numpy as np
 from ..errors import LlmpyError
 from ..system.cache import data_cache
 from ..system.durable import write_whole
-from ..system.inputs import regular
 from .rank_tables import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
@@ -78,7 +77,7 @@ class Tokenizer:
         Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
         """
         try:
-            if regular(path).stat().st_size > LARGEST_FILE:
+            if path.stat().st_size > LARGEST_FILE:
                 raise LlmpyError(
                     f"{path} has {path.stat().st_size / 1e6:,.0f} MB: no tokenizer is so large", "check the path"
                 )

@@ -33,7 +33,6 @@ from ..options.options import ChatOptions, SampleOptions
 from ..rng import Xorshift64Star
 from ..run.folder import finished
 from ..system.command import command
-from ..system.inputs import regular
 from ..system.resources import available_memory, crowded
 from ..system.words import did_you_mean
 from .kv_cache import CACHE, PACKED, PREFILL, ROWS, Decoder
@@ -321,7 +320,7 @@ def read_prompts(options: SampleOptions) -> list[str]:
     prompts = list(options.prompt or ())
     if options.prompts_file is not None:
         try:
-            lines = regular(options.prompts_file).read_text("utf-8").splitlines()
+            lines = options.prompts_file.read_text("utf-8").splitlines()
         except OSError as fault:
             raise LlmpyError(f"cannot read {options.prompts_file}: {fault.strerror}", "check the path") from None
         except UnicodeDecodeError:

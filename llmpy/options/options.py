@@ -15,7 +15,6 @@ from typing import Any, Self
 from ..errors import LlmpyError
 from ..model.config import NAMES
 from ..system.command import command
-from ..system.inputs import regular
 from ..system.words import did_you_mean
 from .recipes import RECIPES
 
@@ -728,7 +727,7 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(regular(path).read_text("utf-8")) or {}
+        found = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
