@@ -22,7 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
-from ..errors import LlmpyError, Unheard
+from ..errors import LlmpyError, Stopped, Unheard
 from ..options.options import (
     MEANINGLESS,
     REFUSED,
@@ -45,9 +45,9 @@ from ..options.options import (
     flag,
     options_of,
 )
-from ..run.folder import HELD, RunFolder
+from ..run.folder import HELD
 from ..run.journal import silence
-from ..system.lock import InUse
+from ..system.interrupts import on_signal
 from ..system.terminal import paint
 from ..system.words import asked, nearest
 from ..version import __version__
@@ -180,24 +180,32 @@ def train(options: TrainOptions) -> int:
         return 0
     from ..distributed import launch
 
-    what = launch.needed(options.ranks, "ranks" in options.given)
-    if what == "launch":
-        for claimed in [*HELD]:  # the ranks claim it for themselves
-            claimed.discard()
-        return launch.run(options.ranks, sys.argv[1:])
-    if what == "join":
-        return train_together(options)
+    with on_signal(end):  # until the trainer handles them
+        what = launch.needed(options.ranks, "ranks" in options.given)
+        if what == "launch":
+            return launch.run(options.ranks, sys.argv[1:])
+        if what == "join":
+            return train_together(options)
+        from ..train.trainer import train
 
-    # Before the heavy imports: of many runs that begin in one folder all but one leave at once.
-    try:
-        folder = RunFolder.claim(options)
-    except InUse:
-        raise
-    except LlmpyError:
-        folder = None  # asked again below, where it is told together with whatever else is wrong
-    from ..train.trainer import train
+        return train(options)
 
-    return train(options, folder=folder)
+
+def end(number: int, _frame: Any) -> NoReturn:
+    """End a run that has not started, and remove its folder.
+
+    An exception would not do: libraries catch them, and LLVM's callbacks lose them.
+    """
+    from ..distributed import launch
+
+    with on_signal(lambda *_: None):
+        for folder in [*HELD]:
+            folder.discard()
+        stopped = Stopped(number)
+        if not launch.leave_word("stopped", str(number)):
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(2, f"llmpy: error: {stopped}\n".encode())
+        os._exit(stopped.code)
 
 
 def train_together(options: TrainOptions) -> int:
