@@ -29,8 +29,10 @@ class Lock:
 
     def holder(self) -> str:
         """Return who has it, as far as the file says."""
-        pid = pid_in(self.path)
-        return "another process" if pid is None else f"process {pid}"
+        with contextlib.suppress(OSError, ValueError), self.path.open("rb", buffering=0) as file:
+            file.seek(1)
+            return f"process {int(file.read(20))}"
+        return "another process"
 
     @contextlib.contextmanager
     def waited(self, say: Callable[[str], None], what: str) -> Iterator[None]:
@@ -49,16 +51,6 @@ class Lock:
             with contextlib.suppress(OSError):  # Windows removes no open file; there filelock does, later
                 self.path.unlink()
             self._lock.release()
-
-
-def pid_in(path: Path) -> int | None:
-    """Return the PID that signed a lock file; None if nobody did, or nobody can read it."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(1)
-            return int(file.read(20))
-    except (OSError, ValueError):
-        return None
 
 
 def _sign(file: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import gzip
 import hashlib
@@ -22,7 +21,7 @@ from support.samples import in_memory, llmc_debug, with_tokenizer
 
 from llmpy import formats
 from llmpy.cli import main as cli
-from llmpy.data import datasets, prepare, tokenizer
+from llmpy.data import datasets, prepare
 from llmpy.formats import hub, huggingface, llmc
 
 TEXT = "the cat sat on the mat and the dog ran to the sea. it was a good day for a dog.\n" * 600
@@ -62,29 +61,25 @@ def internet(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models and data sets that are known by name, and GPT-2's tokenizer; `folder` is a furnished one."""
     ending = [{"ctx": "A cat", "endings": ["sat", "ran", "is", "was"], "label": 2}]
     known = {
-        (tokenizer, "GPT2"): b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)),
         (datasets, "SHAKESPEARE"): TEXT.replace(".", ".\n\n").encode(),
         (datasets, "HELLASWAG"): "\n".join(map(json.dumps, 3 * ending)).encode(),
-        (datasets, "STORIES"): stories(),
     }
     files = {f"/{name}": content for (_, name), content in known.items()}
-    files[f"/{datasets.STORIES}"] = files.pop("/STORIES")  # of the hub, as is all else
     files |= {
         f"/openai-community/{model}/resolve/main/{name}": (folder / "my-gpt2" / name).read_bytes()
         for model in MODELS
         for name in hub.FILES
     }
-    page, content = "sample/10BT/000_00000.parquet", web(folder)
-    entry = {"path": page, "size": len(content), "lfs": {"oid": hashlib.sha256(content).hexdigest()}}
+    tar = stories()
     files |= {
         "/": b"the hub",
-        f"/api/datasets/{WEB}/tree/main/sample/10BT": json.dumps([entry]).encode(),
-        f"/datasets/{WEB}/resolve/main/{page}": content,
+        f"/datasets/{datasets.STORIES}/resolve/main/{datasets.STORIES_ARCHIVE}": tar,
+        f"/datasets/{WEB}/resolve/main/sample/10BT/000_00000.parquet": web(folder),
     }
-    with network(files, patch) as (here, _):
+    with network(files, folder / ".hub", patch) as (here, _):
         for (module, name), content in known.items():
-            address = datasets.STORIES if name == "STORIES" else f"{here}/{name}"
-            stands_for(patch, module, name, address, content)
+            stands_for(patch, module, name, f"{here}/{name}", content)
+        patch.setattr(datasets, "STORIES_SHA256", hashlib.sha256(tar).hexdigest())
         for module in (prepare, formats):
             patch.setattr(module, "GPT2_VOCAB", WORDS.vocab_size)
         yield
