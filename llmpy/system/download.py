@@ -89,19 +89,18 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # also those of its HTTP client, whichever that is
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-        why = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        cause = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
+        why = next(filter(str.strip, str(cause).splitlines()), type(cause).__name__)
         status = getattr(getattr(error, "response", None), "status_code", None)
-        hint = "check the network (and HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY), or download it elsewhere"
-        if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        hint = (
+            "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY), or download it elsewhere and give its path"
+        )
+        if status in (401, 403):
             hint = "accept its terms on its page, then log in: hf auth login, or set HF_TOKEN"
         elif status == 404:
             hint = "check the name, and HF_ENDPOINT if it is set"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            why, hint = (
-                f"{error.strerror}: {constants.HF_HUB_CACHE}",
-                "free some space, or set HF_HOME to another folder",
-            )
+            why, hint = f"{error.strerror}: {constants.HF_HUB_CACHE}", "free some space, or set HF_HOME"
         raise LlmpyError(f"cannot download {what}: {why}", hint) from error
 
 

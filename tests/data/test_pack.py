@@ -348,7 +348,10 @@ def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "input.txt"]) == 1
-    assert "or download it elsewhere: --tokenizer bpe:4096 learns one from the text" in capsys.readouterr().err
+    assert (
+        "or download it elsewhere and give its path: --tokenizer bpe:4096 learns one from the text"
+        in capsys.readouterr().err
+    )
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["input.txt"]
 
 

@@ -62,8 +62,9 @@ def network(files: dict[str, bytes], cache: Path, patch: pytest.MonkeyPatch) -> 
 
 
 def hub_is(address: str, cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Have the hub's library ask at this address and download into `cache`; it read its environment when imported."""
+    """Have the hub's library ask at this address and download into `cache`; it read the environment when imported."""
     patch.setenv("HF_ENDPOINT", address + "/")
+    patch.setenv("HF_HUB_CACHE", str(cache))
     patch.setenv("no_proxy", "*")
     patch.setattr(constants, "ENDPOINT", address)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")

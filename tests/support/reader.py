@@ -76,7 +76,7 @@ def internet(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
         f"/datasets/{datasets.STORIES}/resolve/main/{datasets.STORIES_ARCHIVE}": tar,
         f"/datasets/{WEB}/resolve/main/sample/10BT/000_00000.parquet": web(folder),
     }
-    with network(files, folder / ".hub", patch) as (here, _):
+    with network(files, folder.parent / "hub", patch) as (here, _):
         for (module, name), content in known.items():
             stands_for(patch, module, name, f"{here}/{name}", content)
         patch.setattr(datasets, "STORIES_SHA256", hashlib.sha256(tar).hexdigest())
