@@ -142,9 +142,9 @@ class RunFolder:
     def discard(self) -> None:
         """If the run never began, remove its files and the folders made for it. Let others have it."""
         with signals_held_back():
-            if not self._kept:
-                for name in OURS:
-                    with contextlib.suppress(OSError):  # not there, or in use (Windows)
+            if not self._kept and self.path.is_dir():
+                for name in [name for name in os.listdir(self.path) if name in OURS or CUT_OFF.fullmatch(name)]:
+                    with contextlib.suppress(OSError):  # in use (Windows)
                         (self.path / name).unlink()
             self._let_go()
 
