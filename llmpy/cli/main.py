@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..errors import LlmpyError, Stopped, Unheard
 from ..options.options import (
@@ -45,14 +45,12 @@ from ..options.options import (
     flag,
     options_of,
 )
+from ..run.folder import HELD
 from ..run.journal import silence
 from ..system.interrupts import on_signal
 from ..system.terminal import paint
 from ..system.words import asked, nearest
 from ..version import __version__
-
-if TYPE_CHECKING:  # it imports NumPy
-    from ..run.folder import RunFolder
 
 # Exit codes: of every verb, and what some say otherwise or beside.
 CODES = {
@@ -181,9 +179,8 @@ def train(options: TrainOptions) -> int:
         write(as_yaml(options))
         return 0
     from ..distributed import launch
-    from ..run.folder import HELD
 
-    with on_signal(lambda number, _: end(number, HELD)):  # until the trainer handles them
+    with on_signal(end):  # until the trainer handles them
         what = launch.needed(options.ranks, "ranks" in options.given)
         if what == "launch":
             return launch.run(options.ranks, sys.argv[1:])
@@ -194,15 +191,15 @@ def train(options: TrainOptions) -> int:
         return train(options)
 
 
-def end(number: int, folders: Sequence[RunFolder]) -> NoReturn:
-    """End a run that has not started, and discard the folders that it holds.
+def end(number: int, _frame: Any) -> NoReturn:
+    """End a run that has not started, and discard its folder.
 
     An exception would not do: libraries catch them, and LLVM's callbacks lose them.
     """
     from ..distributed import launch
 
     with on_signal(lambda *_: None):
-        for folder in [*folders]:
+        for folder in [*HELD]:
             folder.discard()
         stopped = Stopped(number)
         if not launch.leave_word("stopped", str(number)):
