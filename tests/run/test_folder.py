@@ -56,6 +56,19 @@ def test_a_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [] and HELD == []
 
 
+def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
+    """Neither its files nor those that it was writing; of another's, everything."""
+    folder = RunFolder.open(tmp_path / "new" / "run", "")
+    for name in (MODEL_FILE, f".{MODEL_FILE}.123.tmp"):
+        (folder / name).write_bytes(b"")
+    folder.discard()
+    assert list(tmp_path.iterdir()) == []
+    folder = RunFolder.open(tmp_path / "run", "")
+    (folder / "notes.txt").write_text("")
+    folder.discard()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="fcntl")
 def test_a_file_system_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
