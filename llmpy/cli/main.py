@@ -14,9 +14,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from ..errors import LlmpyError, Unheard
+from ..errors import LlmpyError, Stopped, Unheard
 from ..options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
 from ..options.data import DataOptions
 from ..options.fields import flags_of
@@ -26,6 +26,7 @@ from ..options.tools import CompletionOptions, ConvertOptions, DoctorOptions, Pl
 from ..options.train import TrainOptions
 from ..options.watch import PlotOptions, WatchOptions
 from ..options.yaml_files import as_yaml
+from ..system.interrupts import on_signal
 from ..system.terminal import paint, silence
 from ..version import __version__
 from .help_text import epilog
@@ -38,27 +39,34 @@ def train(options: TrainOptions) -> int:
         write(as_yaml(options))
         return 0
     from ..distributed import launch
-    from ..run.folder import HELD, RunFolder
-    from ..system.lock import InUse
 
-    what = launch.needed(options.ranks, "ranks" in options.given)
-    if what == "launch":
-        for claimed in [*HELD]:  # the ranks claim it for themselves
-            claimed.discard()
-        return launch.run(options.ranks, sys.argv[1:])
-    if what == "join":
-        return train_together(options)
+    with on_signal(end):  # until the trainer handles them
+        what = launch.needed(options.ranks, "ranks" in options.given)
+        if what == "launch":
+            return launch.run(options.ranks, sys.argv[1:])
+        if what == "join":
+            return train_together(options)
+        from ..train.assemble import train
 
-    # Before the heavy imports: of many runs that begin in one folder all but one leave at once.
-    try:
-        folder = RunFolder.claim(options)
-    except InUse:
-        raise
-    except LlmpyError:
-        folder = None  # asked again below, where it is told together with whatever else is wrong
-    from ..train.assemble import train
+        return train(options)
 
-    return train(options, folder=folder)
+
+def end(number: int, _frame: Any) -> NoReturn:
+    """End a run that has not started, and discard its folder.
+
+    An exception would not do: libraries catch them, and LLVM's callbacks lose them.
+    """
+    from ..distributed import launch
+    from ..run.folder import HELD
+
+    with on_signal(lambda *_: None):
+        for folder in [*HELD]:
+            folder.discard()
+        stopped = Stopped(number)
+        if not launch.leave_word("stopped", str(number)):
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(2, f"llmpy: error: {stopped}\n".encode())
+        os._exit(stopped.code)
 
 
 def train_together(options: TrainOptions) -> int:

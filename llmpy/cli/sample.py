@@ -14,7 +14,6 @@ from ..generate.sampling import choice_of
 from ..model.gpt2 import GPT2
 from ..options.sample_chat import SampleOptions
 from ..rng import Xorshift64Star
-from ..system.inputs import regular
 from ..system.resources import crowded
 
 
@@ -88,7 +87,7 @@ def read_prompts(options: SampleOptions) -> list[str]:
     prompts = list(options.prompt or ())
     if options.prompts_file is not None:
         try:
-            lines = regular(options.prompts_file).read_text("utf-8").splitlines()
+            lines = options.prompts_file.read_text("utf-8").splitlines()
         except OSError as error:
             raise LlmpyError(f"cannot read {options.prompts_file}: {error.strerror}", "check the path") from None
         except UnicodeDecodeError:

@@ -16,7 +16,6 @@ import numpy as np
 
 from ..errors import LlmpyError
 from ..system.durable import write_whole
-from ..system.inputs import regular
 from .records import json_lines
 from .shards import HEADER_BYTES
 from .tokenizer import Tokenizer
@@ -83,7 +82,7 @@ def read_examples(path: Path, vocab_size: int) -> Examples:
     Raises LlmpyError, naming the example, for any damage.
     """
     try:
-        size = regular(path).stat().st_size
+        size = path.stat().st_size
         if size < HEADER_BYTES + 2 or size % 2:
             raise _damaged(path, f"{size:,} bytes cannot be whole")
         header = np.fromfile(path, "<i4", 4)

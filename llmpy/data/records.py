@@ -23,7 +23,6 @@ import numpy as np
 
 from ..errors import LlmpyError
 from ..system.command import install
-from ..system.inputs import regular
 from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
@@ -86,7 +85,7 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
     try:
-        with gzip.open(regular(path), "rb") if packed else regular(path).open("rb") as file:
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
             number = 0
             while line := file.readline(LINE_AT_MOST + 1):
                 number += 1

@@ -20,7 +20,6 @@ from pathlib import Path
 from ..errors import LlmpyError
 from ..options.data import DATA_NAMES
 from ..run.folder import CONFIG_FILE, LOCK, METRICS
-from ..system.inputs import regular
 from ..system.words import asked, count_of, nearest
 from .rank_tables import EOT
 from .records import Document, NoRecords, kind_of, read_records
@@ -78,8 +77,8 @@ def _add(real: Path, found: dict[Path, Found]) -> int:
     if real.is_file():
         found[real.resolve()] = Found(real, named=True)
         return 0
-    if not regular(real).is_dir():
-        raise LlmpyError(f"{real} is gone", "check the path")
+    if not real.is_dir():  # a pipe cannot be read twice, and a device may never end
+        raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
     files, hidden = _walk(real)
     for file in files:
         found.setdefault(file.resolve(), Found(file, named=False))
@@ -208,7 +207,7 @@ def _unreadable(fault: OSError) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return regular(path).read_bytes()
+        return path.read_bytes()
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
 

@@ -19,7 +19,6 @@ import numpy as np
 from ..errors import LlmpyError
 from ..system.cache import data_cache
 from ..system.durable import write_whole
-from ..system.inputs import regular
 from .rank_tables import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
@@ -28,8 +27,7 @@ if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --
 SMALLEST_VOCAB = 257  # every byte, and EOT
 LARGEST_ID = 1 << 20  # a file may claim any id, and tables are as long as the largest
 LARGEST_FILE = 64 << 20  # bytes; Llama 3's tokenizer.json has 9 MB
-GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-GPT2_BYTES, GPT2_SHA256 = 835_554, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2 = "openai-community/gpt2"
 # What every text holds somewhere; a tokenizer that changes any of it (lower case, no accents) loses text. But one that
 # composes accents (NFC, as Qwen's and GPT-NeoX's do) loses nothing that can be seen. The second begins without a blank.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
@@ -78,7 +76,7 @@ class Tokenizer:
         Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
         """
         try:
-            if regular(path).stat().st_size > LARGEST_FILE:
+            if path.stat().st_size > LARGEST_FILE:
                 raise LlmpyError(
                     f"{path} has {path.stat().st_size / 1e6:,.0f} MB: no tokenizer is so large", "check the path"
                 )
@@ -97,18 +95,11 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, say: Callable[[str], None] = print) -> Tokenizer:
-        """GPT-2's, from its ranks: downloaded once (0.8 MB). Raises LlmpyError if that fails."""
-        from ..system.download import fetch
+        """Return GPT-2's, downloaded once from the hub (1.4 MB). Raises LlmpyError if that fails."""
+        from ..system.download import from_hub
 
-        path = data_cache() / "gpt2.tiktoken"
-        try:
-            return cls.load(fetch(GPT2_RANKS, path, size=GPT2_BYTES, sha256=GPT2_SHA256, say=say))
-        except LlmpyError as fault:
-            why = str(fault).partition(" — ")[0]
-            raise LlmpyError(
-                f"no GPT-2 tokenizer: {why}",
-                f"put its ranks (gpt2.tiktoken, r50k_base.tiktoken) at {path}, or name another tokenizer",
-            ) from fault
+        kept = data_cache() / "gpt2.tiktoken"  # where llmpy 0.1.0 put its ranks
+        return cls.load(kept if kept.is_file() else from_hub(GPT2, "tokenizer.json", say))
 
     @classmethod
     def from_ranks(cls, ranks: Ranks) -> Tokenizer:

@@ -21,7 +21,6 @@ from ..model.config import GPT2_VOCAB
 from ..run import checkpoint
 from ..run.folder import METRICS, MODEL_FILE, TOKENIZER_FILE, finished
 from ..system.command import command
-from ..system.inputs import regular
 from ..system.words import did_you_mean
 from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, tokenizer_named, unreadable
@@ -91,7 +90,7 @@ def open_model(path: Path) -> Source:
     try:
         if path.is_dir():
             return _open_folder(path)
-        with regular(path).open("rb") as file:
+        with path.open("rb") as file:
             start = file.read(9)
     except OSError as fault:
         raise unreadable(path, fault) from fault

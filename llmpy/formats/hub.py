@@ -1,13 +1,12 @@
-"""GPT-2's weights from the Hugging Face hub, kept in the user's cache. `$HF_ENDPOINT` names a mirror."""
+"""GPT-2's weights from the Hugging Face hub, in its own cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import LlmpyError
 from ..system.cache import user_cache
-from ..system.download import fetch, hub
+from ..system.download import from_hub
 from .huggingface import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -15,18 +14,8 @@ FILES = (CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE)
 
 
 def download(name: str, say: Callable[[str], None]) -> Path:
-    """The folder of one of NAMES, with what is not there yet downloaded into it.
-
-    Raises LlmpyError if the network or the disk fails; what has arrived is kept, and continued from next time.
-    """
-    folder = user_cache() / "models" / name
-    try:
-        for file in FILES:
-            if not (folder / file).is_file():
-                fetch(f"{hub()}/openai-community/{name}/resolve/main/{file}", folder / file, say=say)
-    except LlmpyError as fault:
-        why = str(fault).partition(" — ")[0]
-        raise LlmpyError(
-            f"no {name}: {why}", "check the network, or download the folder elsewhere and give its path"
-        ) from fault
-    return folder
+    """Return the folder of one of NAMES, downloaded if it is missing. Raises LlmpyError as `from_hub` does."""
+    folder = user_cache() / "models" / name  # where llmpy 0.1.0 put it
+    if all((folder / file).is_file() for file in FILES):
+        return folder
+    return [from_hub(f"openai-community/{name}", file, say).parent for file in FILES][0]

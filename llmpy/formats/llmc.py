@@ -21,7 +21,6 @@ import numpy as np
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..system.durable import write_whole
-from ..system.inputs import regular
 from .source import DTYPES, Source, cast, damaged, padded, shapes, tokenizer_beside, unreadable
 
 MODEL, DEBUG = 20240326, 20240327  # magic numbers
@@ -151,7 +150,7 @@ def write_debug(path: Path, config: ModelConfig, state: DebugState) -> None:
 def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
     """The 256 int32 of a file that must begin with `magic`, and the file's size in bytes."""
     try:
-        with regular(path).open("rb") as file:
+        with path.open("rb") as file:
             start = file.read(HEADER.itemsize)
             size = file.seek(0, 2)
     except OSError as fault:

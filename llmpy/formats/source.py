@@ -23,7 +23,6 @@ from ..model.arena import Arena
 from ..model.config import PAD_VOCAB_TO, ModelConfig
 from ..model.gpt2 import params_table
 from ..run.folder import TOKENIZER_FILE
-from ..system.inputs import regular
 
 DTYPES = {
     "float32": np.dtype("<f4"),
@@ -95,7 +94,7 @@ def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def read_json(path: Path, at_most: int) -> Any:
     """The object of a JSON file. Raises LlmpyError if it is missing, larger than `at_most` bytes, or no JSON."""
     try:
-        size = regular(path).stat().st_size
+        size = path.stat().st_size
         if size > at_most:
             raise LlmpyError(f"{path} has {size:,} bytes, and such a file has at most {at_most:,}", "restore the file")
         found = json.loads(path.read_bytes())

@@ -36,7 +36,6 @@ from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
 from ..system import durable
 from ..system.command import command
-from ..system.inputs import regular
 
 KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
@@ -430,7 +429,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 def _check_header(path: Path) -> None:
     """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
-    with regular(path).open("rb") as file:
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > HEADER_AT_MOST:
         raise _damaged(path, f"a header of {length:,} bytes")

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +28,8 @@ from typing import Any, Self
 from ..errors import LlmpyError
 from ..options.train import TrainOptions
 from ..system.durable import write_whole
-from ..system.lock import InUse, Lock
+from ..system.interrupts import signals_held_back
+from ..system.lock import Lock
 from ..version import __version__
 
 MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
@@ -49,7 +51,7 @@ LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c o
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
 
 
-HELD: list[RunFolder] = []  # by this process: to be discarded by who ends it in the middle
+HELD: list[RunFolder] = []  # by this process: whoever ends it discards them
 
 
 class RunFolder:
@@ -58,7 +60,6 @@ class RunFolder:
     def __init__(self, path: Path, made: list[Path]) -> None:
         self.path = path
         self.resumed = False  # whether a run is there to go on with
-        self._early = False  # whether `early` has it, for `claim` to give out
         self._made = made
         self._kept = False
         self._lock = Lock(path / LOCK)
@@ -79,18 +80,8 @@ class RunFolder:
             run = out
         if run is not None and holds_llmc(run) and not _holds_run(run):
             run, called = None, options.taking_over().called
-        for folder in [folder for folder in HELD if folder._early and isinstance(folder, cls)]:
-            folder._early = False
-            if folder.path == (run or out) and folder.resumed == (run is not None):
-                return folder
-            folder.discard()
-        return cls.open(out, called) if run is None else cls.reopen(run)
-
-    @classmethod
-    def early(cls, out: str | None, resume: str | None) -> None:
-        """Claim what the one of these that is given names, for `claim`. Raises LlmpyError if it cannot be had."""
-        folder = cls.reopen(Path(resume)) if resume else cls.open(Path(out or ""), "")
-        folder._early = True
+        with signals_held_back():  # one that ends the program finds the folder in HELD, or not made
+            return cls.open(out, called) if run is None else cls.reopen(run)
 
     @classmethod
     def open(cls, out: Path | None, called: str) -> Self:
@@ -106,24 +97,18 @@ class RunFolder:
                 run = cls(path, made=[p for p in (path, *path.parents) if not p.exists()])
                 path.mkdir(parents=True, exist_ok=True)
                 if run._take():
-                    break
+                    _refuse_loss(path)
+                    return run
                 if out is not None:
                     raise _taken(path, run._lock)
-            import tempfile  # not before: of many runs at once all but one leave above, and soon
-
-            try:
-                _refuse_loss(path)
-                with tempfile.TemporaryFile(dir=path):
-                    pass  # the only test of permissions that every system and file system agrees on
-            except (OSError, LlmpyError):
-                run._let_go()
-                raise
         except OSError as fault:
-            run._unmake()
+            run._let_go()
             raise LlmpyError(
                 f"cannot write to the run folder {run.path}: {fault.strerror or fault}", "choose another with --out"
             ) from None
-        return run
+        except LlmpyError:
+            run._let_go()
+            raise
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
@@ -144,8 +129,6 @@ class RunFolder:
 
     def keep(self) -> None:
         """The run has begun: its log and metrics are worth keeping whatever comes."""
-        import shutil
-
         self._kept = True
         with contextlib.suppress(OSError):
             for name in _entries(self.path):
@@ -158,11 +141,12 @@ class RunFolder:
 
     def discard(self) -> None:
         """If the run never began, remove its files and the folders made for it. Let others have it."""
-        if not self._kept:
-            for name in OURS:
-                with contextlib.suppress(OSError):  # not there, or in use (Windows)
-                    (self.path / name).unlink()
-        self._let_go()
+        with signals_held_back():
+            if not self._kept and self.path.is_dir():
+                for name in [name for name in os.listdir(self.path) if name in OURS or CUT_OFF.fullmatch(name)]:
+                    with contextlib.suppress(OSError):  # in use (Windows)
+                        (self.path / name).unlink()
+            self._let_go()
 
     def _take(self) -> bool:
         held = self._lock.take()
@@ -171,16 +155,13 @@ class RunFolder:
         return held
 
     def _let_go(self) -> None:
+        """Drop the lock, and remove the folders made for a run that never started."""
         self._lock.drop()
-        if not self._kept:
-            self._unmake()
-        if self in HELD:  # until here: a signal that ends the program amid this goes on with it
-            HELD.remove(self)
-
-    def _unmake(self) -> None:
-        for path in self._made:
+        for path in [] if self._kept else self._made:
             with contextlib.suppress(OSError):  # somebody else put something into it: let it be
                 path.rmdir()
+        if self in HELD:
+            HELD.remove(self)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -212,8 +193,10 @@ def holds_llmc(path: Path) -> bool:
         return False
 
 
-def _taken(path: Path, lock: Lock) -> InUse:
-    return InUse(f"{path} is in use: {lock.holder()} is training in it", "wait for its end, or choose another --out")
+def _taken(path: Path, lock: Lock) -> LlmpyError:
+    return LlmpyError(
+        f"{path} is in use: {lock.holder()} is training in it", "wait for its end, or choose another --out"
+    )
 
 
 def _refuse_loss(path: Path) -> None:

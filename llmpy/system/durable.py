@@ -15,10 +15,12 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..errors import LlmpyError
+
+if TYPE_CHECKING:  # the command line needs this module, and answers --help without NumPy
+    import numpy as np
 
 STRETCH = 4 << 20  # bytes of one write and of one checksum
 PAGE = 4096  # what direct input and output wants addresses and lengths to be multiples of
@@ -141,6 +143,8 @@ def write_stretches(path: Path, pieces: Sequence[np.ndarray]) -> tuple[int, list
 
 
 def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> tuple[int, list[int]]:
+    import numpy as np
+
     sums: list[int] = []
     size = held = 0
     gathered = np.frombuffer(mmap.mmap(-1, STRETCH), np.uint8)  # begins on a page

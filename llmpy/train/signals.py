@@ -5,26 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any, Self
 
+from ..system.interrupts import on_signal
 from .single_process import SINGLE_PROCESS, SingleProcess
 
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 class StopSignals:
-    """A context manager: within, the first SIGINT, SIGTERM or SIGHUP asks the run to stop after its step.
-
-    A further SIGINT or SIGTERM ends the process at once. A further SIGHUP does nothing, for a closing terminal may send
-    two; under nohup none does.
-    """
+    """Whether the run was asked to stop, by a signal to any of its ranks."""
 
     def __init__(self, world: SingleProcess = SINGLE_PROCESS) -> None:
         self.asked = 0  # the signal that came to this rank
         self._agreed = 0  # the one that all ranks know of
         self._world = world
-        self._before: dict[int, Any] = {}
 
     @property
     def signal(self) -> int:
@@ -37,20 +33,17 @@ class StopSignals:
         self._agreed = int(max(row[0] for row in rows))
         return [row[1:] for row in rows]
 
-    def __enter__(self) -> Self:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:
-            numbers.append(HANGUP)
-        self._before = {n: signal.signal(n, self._handle) for n in numbers}
-        return self
+    def handled(self) -> AbstractContextManager[None]:
+        """Within, the first signal asks the run to stop after its step; a further SIGINT or SIGTERM ends the process.
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        A further SIGHUP does nothing, for a closing terminal may send two; under nohup none does.
+        """
+        return on_signal(self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        for n in self._before:
-            signal.signal(n, signal.SIG_IGN if n == HANGUP else signal.SIG_DFL)
+        for n in (signal.SIGINT, signal.SIGTERM, HANGUP):
+            if n is not None and signal.getsignal(n) == self._handle:
+                signal.signal(n, signal.SIG_IGN if n == HANGUP else signal.SIG_DFL)
         self.asked = number
         if self._world.rank == 0:
             again = b"; press Ctrl-C again to quit at once" if number == signal.SIGINT else b""

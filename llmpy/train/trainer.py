@@ -61,7 +61,7 @@ class Trainer:
         Raises LlmpyError if the last checkpoint cannot be written, Diverged if training gives NaN or infinity.
         """
         with contextlib.closing(self.checkpoints), self.report:
-            with self.stop:
+            with self.stop.handled():
                 self.train()
                 self.save_last()
             self.report.close()  # from here on a signal ends the program at once

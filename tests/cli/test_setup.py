@@ -1,11 +1,10 @@
 """`make setup`, and the fine-tuning of GPT-2 that the README begins with, whole: against a server on this machine.
 
-What is served is small: a model, ranks and a text of our own, under the names and addresses of the real ones.
+What is served is small: a model and a text of our own, under the names and addresses of the real ones.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shlex
@@ -20,7 +19,7 @@ from support.samples import in_memory, with_tokenizer
 
 from llmpy import backend, formats
 from llmpy.cli import main as cli
-from llmpy.data import datasets, prepare, tokenizer
+from llmpy.data import datasets, prepare
 from llmpy.formats import huggingface
 from llmpy.model.config import ModelConfig
 from llmpy.run import checkpoint
@@ -37,12 +36,10 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     huggingface.write_model(tmp_path / "gpt2", with_tokenizer(in_memory(CONFIG), tmp_path / "bytes.json"), "float32")
     files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}
     files["/text"] = TEXT.encode()
-    files["/ranks"] = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
-    with network(files, monkeypatch) as (here, found):
+    with network(files, tmp_path / "hub", monkeypatch) as (here, found):
         monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))
         monkeypatch.chdir(tmp_path)
         stands_for(monkeypatch, datasets, "SHAKESPEARE", f"{here}/text", files["/text"])
-        stands_for(monkeypatch, tokenizer, "GPT2", f"{here}/ranks", files["/ranks"])
         for module in (prepare, formats):
             monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
         monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
@@ -59,7 +56,7 @@ def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: py
         run(line)
     assert "The weights are here, and" in capsys.readouterr().out
     fetched = {path.rpartition("/")[2] for path in asked}
-    assert fetched == {"text", "ranks", "config.json", "tokenizer.json", "model.safetensors"}
+    assert fetched == {"text", "config.json", "tokenizer.json", "model.safetensors"}
     asked.clear()
     (line,) = re.findall(r"^\.venv/bin/llmpy (train --init gpt2 --data tinyshakespeare .*)$", README, re.MULTILINE)
     run(f"{line} --out run")
@@ -77,5 +74,5 @@ def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: py
 def test_fine_tuning_alone_fetches_what_it_needs(asked: list[str]) -> None:
     run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 2 --out run")
     assert {path.rpartition("/")[2] for path in asked} == {
-        "text", "ranks", "config.json", "tokenizer.json", "model.safetensors",
+        "text", "config.json", "tokenizer.json", "model.safetensors",
     }  # fmt: skip

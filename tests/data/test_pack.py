@@ -263,7 +263,7 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
     monkeypatch.setattr(
         "llmpy.data.datasets._story_files", lambda _: iter([("data00.json", stories(0)), ("data01.json", stories(1))])
     )
-    monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
+    monkeypatch.setattr("llmpy.data.datasets.from_hub", lambda *_, **__: raw)
     monkeypatch.chdir(tmp_path)
     dataset = prepare([Path("tinystories")], tmp_path / "run", say=said.append)
     assert dataset.train[0].path == cache / "tinystories" / "gpt2" / "TinyStories_train.bin"
@@ -344,12 +344,14 @@ def test_two_processes_make_one_data_set(raw, tmp_path, said):
 
 
 def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("llmpy.data.tokenizer.GPT2_RANKS", "http://127.0.0.1:9/x")
-    monkeypatch.setattr("llmpy.system.download.PAUSE", 0.0)
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "input.txt"]) == 1
-    assert "or name another tokenizer: --tokenizer bpe:4096 learns one from the text" in capsys.readouterr().err
+    assert (
+        "or download it elsewhere and give its path: --tokenizer bpe:4096 learns one from the text"
+        in capsys.readouterr().err
+    )
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["input.txt"]
 
 

@@ -148,5 +148,5 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(LlmpyError, match=r"needs the pyarrow library — .*-m pip install 'llmpy\[parquet\]'"):
+    with pytest.raises(LlmpyError, match=r"needs the pyarrow library — install it: pip install 'llmpy\[parquet\]'"):
         list(read_records(tmp_path / "a.parquet", "parquet"))

@@ -1,11 +1,24 @@
-"""Where a run lives."""
+"""Where a run lives: one process has the folder, and nothing in it is lost."""
 
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmpy.errors import LlmpyError
-from llmpy.run.folder import MODEL_FILE, RunFolder
+from llmpy.run.folder import HELD, MODEL_FILE, RunFolder
+from llmpy.system.lock import Lock
+
+CLAIM = (
+    "import sys; from pathlib import Path; from llmpy.run.folder import RunFolder\n"
+    "folder = RunFolder.open(Path(sys.argv[1]), ''); print('mine', flush=True); sys.stdin.read(); folder.discard()"
+)
 
 
 def test_a_command_that_is_told_can_be_pasted(tmp_path: Path) -> None:
@@ -14,3 +27,67 @@ def test_a_command_that_is_told_can_be_pasted(tmp_path: Path) -> None:
     (run / MODEL_FILE).write_bytes(b"")
     with pytest.raises(LlmpyError, match=r"--resume '.*/my run'"):
         RunFolder.open(run, "d1")
+    assert [path.name for path in run.iterdir()] == [MODEL_FILE]
+
+
+def test_one_of_many_processes_has_the_folder(tmp_path: Path) -> None:
+    """The others are refused with one line that names it; and nothing is left when the run never started."""
+    run = tmp_path / "new" / "run"
+    command = [sys.executable, "-c", CLAIM, str(run)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    tried = [subprocess.Popen(command, encoding="utf-8", **pipes) for _ in range(4)]  # type: ignore[call-overload]
+    (mine,) = (process for process in tried if process.stdout.readline() == "mine\n")
+    for process in tried:
+        if process is not mine:
+            assert f"run is in use: process {mine.pid} is training in it" in process.communicate()[1]
+    with pytest.raises(LlmpyError, match=f"process {mine.pid}"):
+        RunFolder.open(run, "")
+    mine.communicate("")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_a_dead_process_is_no_lock(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CLAIM, str(tmp_path)], stdin=-1, stdout=-1, encoding="utf-8")
+    assert process.stdout is not None and process.stdout.readline() == "mine\n"
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "run.lock").read_text() == f"\n{process.pid}\n"
+    RunFolder.open(tmp_path, "").discard()
+    assert list(tmp_path.iterdir()) == [] and HELD == []
+
+
+def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
+    """Neither its files nor those that it was writing; of another's, everything."""
+    folder = RunFolder.open(tmp_path / "new" / "run", "")
+    for name in (MODEL_FILE, f".{MODEL_FILE}.123.tmp"):
+        (folder / name).write_bytes(b"")
+    folder.discard()
+    assert list(tmp_path.iterdir()) == []
+    folder = RunFolder.open(tmp_path / "run", "")
+    (folder / "notes.txt").write_text("")
+    folder.discard()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fcntl")
+def test_a_file_system_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(LlmpyError, match=r"cannot write to the run folder .*run: No locks available"):
+        RunFolder.open(tmp_path / "run", "")
+
+
+def test_who_waits_says_for_whom(tmp_path: Path, said: list[str]) -> None:
+    lock = Lock(tmp_path / "a.lock")
+    with lock.waited(said.append, "makes a"):
+        assert said == []
+        other = Lock(lock.path)
+        assert not other.take()
+        say = lambda line: (said.append(line), lock.drop())  # noqa: E731
+        with other.waited(say, "makes a"):
+            assert said == [f"waiting for process {os.getpid()}, which makes a"]
+    assert not lock.path.exists()

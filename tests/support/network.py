@@ -5,27 +5,46 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from huggingface_hub import constants
 
 
 @contextlib.contextmanager
-def network(files: dict[str, bytes], patch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """Serve path → content until the end, as the hub and to `stands_for`; its address and the paths asked for."""
+def network(files: dict[str, bytes], cache: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
+    """Serve path → content until the end, as the hub and to `stands_for`; its address and the paths asked for.
+
+    `cache`: the folder that the hub's library downloads into.
+    """
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
-            content = files.get(self.path)
-            self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Length", str(len(content or b"")))
+            path = unquote(self.path.partition("?")[0])
+            if not path.startswith("/api/agent-"):  # the library asks for these of its own accord
+                asked.append(path)
+            content = files.get(path)
+            if "/tree/" in path:  # a folder of the hub, by the names of its files
+                start = path.removeprefix("/api").replace("/tree/", "/resolve/") + "/"
+                names = [name.partition("/main/")[2] for name in files if name.startswith(start)]
+                entries = [{"type": "file", "path": name, "size": 1, "oid": ""} for name in names]
+                content = json.dumps(entries).encode() if entries else None
+            body = b"" if content is None else content
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", hashlib.sha1(body).hexdigest())
+            self.send_header("X-Repo-Commit", 40 * "0")
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content or b"")
+                self.wfile.write(body)
 
         do_HEAD = do_GET
 
@@ -35,8 +54,7 @@ def network(files: dict[str, bytes], patch: pytest.MonkeyPatch) -> Iterator[tupl
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         here = f"http://127.0.0.1:{server.server_address[1]}"
-        patch.setenv("HF_ENDPOINT", here + "/")
-        patch.setenv("no_proxy", "*")
+        hub_is(here, cache, patch)
         try:
             yield here, asked
         finally:
@@ -44,9 +62,19 @@ def network(files: dict[str, bytes], patch: pytest.MonkeyPatch) -> Iterator[tupl
             thread.join()
 
 
+def hub_is(address: str, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have the hub's library ask at this address and download into `cache`; it read the environment when imported."""
+    patch.setenv("HF_ENDPOINT", address + "/")
+    patch.setenv("HF_HUB_CACHE", str(cache))
+    patch.setenv("no_proxy", "*")
+    patch.setattr(constants, "ENDPOINT", address)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
 def stands_for(patch: pytest.MonkeyPatch, module: Any, name: str, address: str, content: bytes) -> None:
     """Have a download that `module` knows by address, size and sha256 be this one instead."""
     sha256 = hashlib.sha256(content).hexdigest()
-    for what, value in (("", address), ("_RANKS", address), ("_BYTES", len(content)), ("_SHA256", sha256)):
+    for what, value in (("", address), ("_BYTES", len(content)), ("_SHA256", sha256)):
         if hasattr(module, name + what):
             patch.setattr(module, name + what, value)

@@ -1,0 +1,37 @@
+"""The signals that end a program: SIGINT (Ctrl-C), SIGTERM and SIGHUP."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def on_signal(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Call `handler(number, frame)` within, except for signals that are ignored, as SIGHUP is under nohup.
+
+    Python handles signals in the main thread: in another one this changes nothing.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Let signals wait within; they are raised again at the end."""
+    came: list[int] = []
+    try:
+        with on_signal(lambda number, _: came.append(number)):
+            yield
+    finally:
+        for number in came:
+            signal.raise_signal(number)
