@@ -21,20 +21,12 @@ import numpy as np
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
+from . import magic
+from .magic import HEADER_BYTES, magic_of
 
-HEADER_BYTES = 1024
 TOKENS_AT_MOST = 2**31 - 1  # what the header's int32 can say
 MARKS, MARK_TOKENS = 64, 2048  # stretches that make a fingerprint, and their length
 CHUNK = 1 << 22  # tokens checked or written at a time: 8 MiB
-OTHER_MAGICS = {
-    20240326: "an llm.c model checkpoint",
-    20240327: "an llm.c debug state",
-    20240328: "an llm.c tokenizer",
-    20240522: "an llm.c multiple-choice evaluation file",
-    20240527: "an llm.c optimizer state",
-    20240803: "a LLaMA-3 model of llm.c",
-    20261122: "the mask of a token shard",
-}
 
 
 @dataclass(frozen=True)
@@ -52,11 +44,11 @@ class Form:
 
 
 FORMS = {
-    "uint16": Form(20240520, 1, np.dtype("<u2"), "llm.c token shard"),
-    "uint32": Form(20240801, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
+    "uint16": Form(magic.TOKENS, 1, np.dtype("<u2"), "llm.c token shard"),
+    "uint32": Form(magic.WIDE_TOKENS, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
     "int32": Form(0, 0, np.dtype("<i4"), "int32 token stream without header"),
 }
-MASK = Form(20261122, 1, np.dtype("u1"), "token mask")
+MASK = Form(magic.MASK, 1, np.dtype("u1"), "token mask")
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,7 @@ def is_shard(path: Path) -> bool:
         size = path.stat().st_size
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
-    if int.from_bytes(start[:4], "little") in (FORMS["uint16"].magic, FORMS["uint32"].magic):
+    if magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS):
         return True
     return path.suffix == ".bin" and _is_stream(start, size)
 
@@ -191,8 +183,7 @@ def _form(path: Path) -> Form:
     with path.open("rb") as file:
         start = file.read(HEADER_BYTES)
         size = file.seek(0, io.SEEK_END)
-    magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
-    form = next((f for f in FORMS.values() if f.magic and f.magic == magic), None)
+    form = next((f for f in FORMS.values() if f.magic and f.magic == magic_of(start)), None)
     if form is None and _is_stream(start, size):
         form = FORMS["int32"]
     if form is None:
@@ -211,8 +202,8 @@ def _map(path: Path, form: Form) -> np.ndarray:
         raise LlmpyError(
             f"{path} is cut off in its header: {size:,} bytes of at least {HEADER_BYTES:,}", "download it again"
         )
-    magic, version, count = (int(word) for word in header)
-    if magic != form.magic:
+    number, version, count = (int(word) for word in header)
+    if number != form.magic:
         raise LlmpyError(f"{path} is no {form.what}", "write it again, or remove it")
     if version != form.version:
         raise LlmpyError(
@@ -258,14 +249,13 @@ def _like_tokens(values: np.ndarray) -> bool:
 
 def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
     """What a file without the magic number seems to be, and what to do about it."""
-    magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
     text = start.lstrip()[:64].lower()
     if size == 0:
         what, fix = "is empty", "download or write it again"
-    elif magic in OTHER_MAGICS:
-        what, fix = f"is {OTHER_MAGICS[magic]}, not a token shard", "give token shards, or text"
-    elif text.startswith(b"version https://git-lfs"):
-        what, fix = "is a git-lfs pointer, not the data", "fetch the data: git lfs pull"
+    elif magic_of(start) in magic.WHAT:
+        what, fix = f"is {magic.WHAT[magic_of(start)]}, not a token shard", "give token shards, or text"
+    elif pointer := magic.lfs_pointer(start):
+        what, fix = pointer
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
         what, fix = "is a web page, not a token shard", "download the file itself, not its page"
     elif _is_text(start):

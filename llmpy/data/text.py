@@ -22,6 +22,7 @@ from ..options.options import DATA_NAMES
 from ..run.folder import CONFIG_FILE, LOCK, METRICS
 from ..system.inputs import regular
 from ..system.words import asked, count_of, nearest
+from .magic import lfs_pointer
 from .rank_tables import EOT
 from .records import Document, NoRecords, kind_of, read_records
 
@@ -220,8 +221,8 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
     for magic, name in ARCHIVES.items():
         if data.startswith(magic):
             raise NotText(f"{path} is {name}, not text", "unpack it or save it as plain text first")
-    if data.startswith(b"version https://git-lfs"):
-        raise NotText(f"{path} is a git-lfs pointer, not the text", "fetch the text: git lfs pull")
+    if pointer := lfs_pointer(data):
+        raise NotText(f"{path} {pointer[0]}", pointer[1])
     if encoding == "UTF-8" and b"\0" in data:
         offset = data.index(b"\0")
         raise NotText(

@@ -185,7 +185,7 @@ WRONG = {
     "html": (b"  <!DOCTYPE html><html><body>Not found" + b" " * 2000, "web page"),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "git-lfs pointer, not the data — fetch the data: git lfs pull",
+        "git-lfs pointer, not the file itself — fetch it: git lfs pull",
     ),
     "text": (b"To be, or not to be, that is the question.\n" * 50, "plain text"),
     "text cut in a character": ("é".encode() * 2 + b"a" + "é".encode() * 1000, "plain text"),

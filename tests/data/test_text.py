@@ -134,7 +134,10 @@ def test_records_are_recognised(tmp_path, said):
         (LONG.encode("utf-16-le"), r"is binary, not text: byte 0x00 at offset 1 — .*UTF-16 without a mark"),
         (b"\x1f\x8b\x08\0" + LONG.encode(), r"is gzip, not text — unpack"),
         (b"%PDF-1.7\n" + LONG.encode(), r"is PDF, not text — .*plain text"),
-        (b"version https://git-lfs.github.com/spec/v1\n", r"is a git-lfs pointer, not the text — .*git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            r"is a git-lfs pointer, not the file itself — .*git lfs pull",
+        ),
     ],
 )
 def test_what_is_no_text(tmp_path, said, content, message, through_folder):
