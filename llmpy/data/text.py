@@ -19,8 +19,6 @@ from pathlib import Path
 
 from ..errors import LlmpyError
 from ..options.options import DATA_NAMES
-from ..run.folder import CONFIG_FILE, LOCK, METRICS
-from ..system.inputs import regular
 from ..system.words import asked, count_of, nearest
 from .magic import lfs_pointer
 from .rank_tables import EOT
@@ -54,17 +52,33 @@ class Found:
     named: bool
 
 
-def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Found]:
-    """Files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
+def nothing(_: Path) -> bool:
+    """Skip no folder."""
+    return False
 
-    A file that is reached twice counts once. Raises LlmpyError for a path that leads nowhere.
+
+def find_files(
+    paths: Sequence[Path], say: Callable[[str], None] = print, skip: Callable[[Path], bool] = nothing
+) -> list[Found]:
+    """Find the files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
+
+    A file that is reached twice counts once. Folders within `paths` that are to `skip` are not searched.
+    Raises LlmpyError for a path that leads nowhere, and for pipes and devices: data are read more than once.
     """
     found: dict[Path, Found] = {}
     hidden = 0
     for path in paths:
         try:
             for real in _expand(path):
-                hidden += _add(real, found)
+                if real.is_dir():
+                    files, more = _walk(real, skip)
+                    hidden += more
+                    for file in files:
+                        found.setdefault(file.resolve(), Found(file, named=False))
+                elif real.is_file():
+                    found[real.resolve()] = Found(real, named=True)
+                else:
+                    raise LlmpyError(f"{real} is a pipe or a device, not a file", "save its content to a file")
         except OSError as fault:  # a name too long, a folder that may not be entered
             raise LlmpyError(
                 f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
@@ -74,37 +88,11 @@ def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> lis
     return list(found.values())
 
 
-def _add(real: Path, found: dict[Path, Found]) -> int:
-    """Note a file, or every file of a folder; how many hidden ones were passed over."""
-    if real.is_file():
-        found[real.resolve()] = Found(real, named=True)
-        return 0
-    if not regular(real).is_dir():
-        raise LlmpyError(f"{real} is gone", "check the path")
-    files, hidden = _walk(real)
-    for file in files:
-        found.setdefault(file.resolve(), Found(file, named=False))
-    return hidden
-
-
-def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Document]:
-    """All text of `paths` (see `find_files`), in order.
-
-    Raises LlmpyError for a path that leads nowhere, a named file or a .txt or .md that is no text, and if
-    the whole is shorter than 1,000 characters.
-    """
-    return read_files(find_files(paths, say), say)
-
-
-def read_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> list[Document]:
-    """`read_documents` of files that are already found."""
-    return list(stream_files(files, say, wanted))
-
-
 def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> Iterator[Document]:
-    """`read_files`, a file of text or a record at a time. What was understood is said at the end.
+    """Yield the documents of `files` in order, a file of text or a record at a time; `say` at the end what they were.
 
-    Of too little text `wanted` tells how much there should be.
+    Raises LlmpyError for a named file or a .txt or .md that is no text, and if the whole is shorter than 1,000
+    characters, where `wanted` tells how much there should be.
     """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
@@ -128,7 +116,7 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wan
             documents += 1
             yield document
     if skipped:
-        say(f"skipped {count_of(len(skipped), 'file')} that {_are(len(skipped))} not text: {_some(skipped)}")
+        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {_some(skipped)}")
     for suffix, count in sorted(markup.items()):
         say(f"note: {count_of(count, f'{suffix} file')} read as plain text, markup included")
     read = sum(kinds.values())
@@ -181,35 +169,31 @@ def _expand(path: Path) -> list[Path]:
     raise LlmpyError(f"no file or folder {path}", hint)
 
 
-def _walk(folder: Path) -> tuple[list[Path], int]:
-    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over.
-
-    Run folders below it are no text: what they say and sample would be trained on, and change from start to start.
-    """
+def _walk(folder: Path, skip: Callable[[Path], bool]) -> tuple[list[Path], int]:
+    """Every regular file below `folder`, sorted by path, and how many hidden entries were skipped."""
     hidden = 0
 
     def entries() -> Iterator[Path]:
         nonlocal hidden
         for where, folders, names in os.walk(folder, onerror=_unreadable):
-            if Path(where) != folder and (LOCK in names or {CONFIG_FILE, METRICS} <= {*names}):
+            if Path(where) != folder and skip(Path(where)):
                 folders.clear()
                 continue
-            visible = [n for n in folders if not n.startswith(".")]
-            hidden += len(folders) - len(visible) + sum(n.startswith(".") for n in names)
-            folders[:] = visible
-            yield from (Path(where, n) for n in names if not n.startswith("."))
+            hidden += sum(name.startswith(".") for name in folders + names)
+            folders[:] = (name for name in folders if not name.startswith("."))
+            yield from (Path(where, name) for name in names if not name.startswith("."))
 
     files = sorted(path for path in entries() if path.is_file())
     return files, hidden
 
 
 def _unreadable(fault: OSError) -> None:
-    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check its permissions") from fault
+    raise fault
 
 
 def _read(path: Path) -> bytes:
     try:
-        return regular(path).read_bytes()
+        return path.read_bytes()
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
 
@@ -238,10 +222,6 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
             f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
         ) from fault
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
-
-
-def _are(n: int) -> str:
-    return "is" if n == 1 else "are"
 
 
 def _some(paths: Sequence[Path]) -> str:

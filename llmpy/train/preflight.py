@@ -14,13 +14,14 @@ from typing import Any
 from ..backend.machine import Machine
 from ..data.hellaswag import read_examples
 from ..data.pack import is_dataset
-from ..data.prepare import choose_vocab_size
+from ..data.pipeline import choose_vocab_size
 from ..data.shards import count_tokens, is_shard
 from ..data.text import Found, find_files
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
 from ..model.gpt2 import PARAMS
 from ..options.options import DEFAULT_MODEL, TrainOptions
+from ..run.folder import is_run
 from ..run.trackers import package
 from ..system.resources import available_memory
 from ..system.words import count_of, duration, gigabytes
@@ -132,7 +133,7 @@ def problems(
     files: list[Found] = []
     for path in options.data or ():
         if not is_dataset(path):
-            files += attempt(find_files, [path], lambda _: None) or []
+            files += attempt(find_files, [path], lambda _: None, is_run) or []
     for file in files:
         attempt(_check_readable, file.path)
     if found or config is None:

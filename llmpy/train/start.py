@@ -11,13 +11,14 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from .. import backend, formats
 from ..backend.machine import Machine
 from ..data.pack import is_dataset
-from ..data.prepare import Dataset, prepare, text_for
+from ..data.prepare import Dataset, Vocabulary, prepare, text_for
 from ..data.shards import fingerprint
 from ..errors import LlmpyError
 from ..formats import hub, llmc_state, native
@@ -27,7 +28,7 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.options import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
-from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, own_tokens, read_config, write_config
+from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, is_run, own_tokens, read_config, write_config
 from ..system.words import count_of, duration
 from .preflight import problems, together
 from .single_process import Alone
@@ -62,13 +63,18 @@ class Start:
     def read(self, folder: Path, world: Alone, say: Callable[[str], None]) -> Dataset:
         """The data, made into tokens by the first rank if they are text."""
 
+        model = None
+        if (source := self.source) is not None:
+            load = partial(formats.tokenizer_of, source, say)
+            model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
+
         def made() -> Dataset:  # what the first rank has made of text, or the shards
             own = own_tokens(folder)
-            return prepare(own or self.paths, folder, None if own else self.vocab_size, say, self.source)
+            return prepare(own or self.paths, folder, None if own else self.vocab_size, say, model, skip=is_run)
 
         o = self.options
         wanted = text_for(o.batch_size * o.ranks, o.sequence_length, o.overfit)
-        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, self.source, wanted), made)
+        return world.in_turn(lambda: prepare(self.paths, folder, self.vocab_size, say, model, wanted, is_run), made)
 
     def recognised(self, data: Dataset, folder: Path) -> Marks:
         """Fingerprints of the data. Raises LlmpyError if those of a run that goes on are others than before."""

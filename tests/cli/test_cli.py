@@ -15,7 +15,7 @@ import pytest
 from llmpy import __version__
 from llmpy.cli import main as cli
 from llmpy.cli.completion import verbs
-from llmpy.data.prepare import VOCAB_AT_LEAST, VOCAB_AT_MOST
+from llmpy.data.pipeline import VOCAB_AT_LEAST, VOCAB_AT_MOST
 from llmpy.model.config import GPT2_VOCAB
 from llmpy.options.options import BenchOptions, SampleOptions, TrainOptions, options_of
 

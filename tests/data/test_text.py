@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llmpy.data.text import find_files, read_documents
+from llmpy.data.text import find_files, stream_files
 from llmpy.errors import LlmpyError
 
 LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
 
 
 def read(said, *paths):
-    return read_documents(paths, said.append)
+    return list(stream_files(find_files(paths, said.append), said.append))
 
 
 def write(folder, name, content=LONG):
@@ -181,7 +181,7 @@ def test_dead_link_and_pipe(tmp_path, said):
     with pytest.raises(LlmpyError, match="link to something that is gone — mend"):
         read(said, tmp_path / "link")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LlmpyError, match="is a pipe, not a file — save"):
+    with pytest.raises(LlmpyError, match="is a pipe or a device, not a file — save"):
         read(said, tmp_path / "pipe")
     write(tmp_path, "a.txt")
     assert len(read(said, tmp_path)) == 1  # in a folder they are passed over
