@@ -137,13 +137,14 @@ def parse_tiktoken(data: bytes) -> Ranks:
     eot, pattern = (known.eot, known.pattern) if known else (count, "")
     tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines(keepends=True)):
-        if not TIKTOKEN_LINE.fullmatch(line):
-            raise LlmpyError(f"line {number + 1} is not base64 and a rank: {line[:40]!r}", "download it again")
         text, _, rank = line.partition(b" ")
         try:
+            if not TIKTOKEN_LINE.fullmatch(line):
+                raise ValueError
             tokens.append(base64.b64decode(text, validate=True))
-        except ValueError as fault:
-            raise LlmpyError(f"line {number + 1} is not base64: {text[:40]!r}", "download it again") from fault
+        except ValueError:
+            fix = "download it again"
+            raise LlmpyError(f"line {number + 1} is not base64 and a rank: {line[:40]!r}", fix) from None
         expected = number + (number >= eot)
         if int(rank) != expected:
             raise LlmpyError(f"line {number + 1} has rank {int(rank)}, not {expected}", "download it again")

@@ -96,29 +96,29 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wan
     """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
-    markup: Counter[str] = Counter()
+    markup: list[Path] = []
     characters = documents = 0
     for found in files:
+        suffix = found.path.suffix.lower()
         try:
             kind, parts = _open(found.path)
             first = next(parts, None)
         except LlmpyError as fault:
-            text = found.path.suffix.lower() in TEXT_SUFFIXES
-            if found.named or text or not isinstance(fault, NotText | NoRecords):
+            if found.named or suffix in TEXT_SUFFIXES or not isinstance(fault, NotText | NoRecords):
                 raise
             skipped.append(found.path)
             continue
         kinds[kind] += 1
-        if found.path.suffix.lower() in MARKUP_SUFFIXES:
-            markup[found.path.suffix.lower()] += 1
+        if suffix in MARKUP_SUFFIXES:
+            markup.append(found.path)
         for document in itertools.chain([first] if first else [], parts):
             characters += len(document.text)
             documents += 1
             yield document
     if skipped:
         say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {_some(skipped)}")
-    for suffix, count in sorted(markup.items()):
-        say(f"note: {count_of(count, f'{suffix} file')} read as plain text, markup included")
+    if markup:
+        say(f"note: {count_of(len(markup), 'file')} read as plain text, markup included: {_some(markup)}")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
@@ -141,12 +141,7 @@ class NotText(LlmpyError):
 
 def _open(path: Path) -> tuple[str, Iterator[Document]]:
     """How a file is to be read, in a word, and its documents."""
-    try:
-        with path.open("rb") as file:
-            kind = kind_of(path, file.read(16))
-    except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
-    if kind:
+    if kind := kind_of(path, _read(path, 16)):
         return kind, read_records(path, kind)
     text, encoding = _decode(path, _read(path))
     return encoding, (Document(str(path), part) for part in text.split(EOT) if part.strip())
@@ -191,9 +186,11 @@ def _unreadable(fault: OSError) -> None:
     raise fault
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int = -1) -> bytes:
+    """Read the first `most` bytes of a file, or all."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
 

@@ -234,7 +234,7 @@ def test_a_tiktoken_file(tmp_path):
         (tiktoken_bytes([*BYTES, b"the", b"th"]), "token 256 .* is not made of two"),
         (tiktoken_bytes([*BYTES, b"a" * 300]), "a token of 300 bytes"),
         (tiktoken_bytes([*BYTES, b"th"]).replace(b" 256\n", b" 7\n"), "line 257 has rank 7, not 256"),
-        (tiktoken_bytes([*BYTES, b"th"]).replace(b"dGg= 256\n", b"dGg 256\n"), "line 257 is not base64"),
+        (tiktoken_bytes([*BYTES, b"th"]).replace(b"dGg= 256\n", b"dGg 256\n"), "line 257 is not base64 and a rank"),
         (tiktoken_bytes([*BYTES, b"th"])[:-1], "line 257 is not base64 and a rank"),
         (b"AAAA 0\n" * 100256, "line 2 has rank 0, not 1"),
         (

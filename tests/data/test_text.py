@@ -104,7 +104,7 @@ def test_end_of_text_separates_documents(tmp_path, said):
 
 def test_markup_is_said(tmp_path, said):
     read(said, write(tmp_path, "a.json", '{"text": "hello"}\n' * 100))
-    assert said[0] == "note: 1 .json file read as plain text, markup included"
+    assert said[0] == "note: 1 file read as plain text, markup included: a.json"
 
 
 def test_records_are_recognised(tmp_path, said):
@@ -190,10 +190,10 @@ def test_dead_link_and_pipe(tmp_path, said):
 def test_unreadable(tmp_path, said, monkeypatch):
     path = write(tmp_path, "a.txt")
 
-    def refuse(_):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(LlmpyError, match=r"cannot read .*a\.txt: Permission denied — check"):
         read(said, path)
 
