@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
-from ..system.words import count_of
 from .datasets import SHARD_TOKENS, Layout
-from .encode import TOKENIZER_SEES, encode, pieces
+from .encode import TOKENIZER_SEES, Tokens, encode, pieces
 from .rank_tables import LLMC_FILE, Ranks, write_llmc
 from .records import Document
-from .shards import FORMS, HEADER_BYTES, form_for, write_shard
+from .shards import CHUNK, FORMS, HEADER_BYTES, form_for, write_shard
 from .tokenizer import Tokenizer
 
 HELD_OUT = 0.1  # share of a text that is held out for validation
@@ -137,6 +136,8 @@ def write_tokens(
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
             spool = _spool(corpus, encoder, Path(work), limit)
             n, held = len(spool.ids), _held_out(spool, layout, limit)
+            if spool.counted is not None and layout is OWN:
+                _check_counted(spool.ids[: n - held], spool.counted[: n - held], tokenizer.eot)
             for name, start, stop in _cuts(n, held, layout, FORMS[form].dtype.itemsize):
                 counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
                 write_shard(folder / name, spool.ids[start:stop], form, counted)
@@ -189,47 +190,46 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int | None) 
     """Encode all documents, or as many as give `limit` tokens."""
     from tqdm import tqdm
 
-    total = held = encoded = characters = documents = learnable = 0
+    total = held = encoded = characters = 0
     dtype, masked = np.dtype(np.uint16), False
-
-    def trained_on() -> Iterator[tuple[bool, Document]]:
-        nonlocal documents, learnable
-        for is_held, document in corpus.read():
-            documents += not is_held
-            learnable += not is_held and document.counted != ()
-            yield is_held, document
-
     bar = tqdm(unit="char", unit_scale=True, leave=False, disable=None)
     with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, bar:
-        for is_held, group in itertools.groupby(trained_on(), lambda pair: pair[0]):
-            for block in encode(tokenizer, (document for _, document in group)):
-                n = len(block.ids) if limit is None else min(len(block.ids), limit - total)
-                dtype = block.ids.dtype
-                ids.write(block.ids[:n].tobytes())
-                if block.counted is not None and not masked:
-                    masked = True
-                    mask.writelines(b"\1" * min(1 << 20, total - at) for at in range(0, total, 1 << 20))
-                if masked:
-                    mask.write(b"\1" * n if block.counted is None else block.counted[:n].tobytes())
-                total += n
-                encoded += len(block.ids)
-                held += n * is_held
-                characters += block.characters
-                bar.update(block.characters)
-                if total == limit:
-                    break
+        for is_held, block in _encoded(corpus, tokenizer):
+            n = len(block.ids) if limit is None else min(len(block.ids), limit - total)
+            dtype = block.ids.dtype
+            ids.write(block.ids[:n].tobytes())
+            if block.counted is not None and not masked:
+                masked = True
+                mask.writelines(b"\1" * min(1 << 20, total - at) for at in range(0, total, 1 << 20))
+            if masked:
+                mask.write(b"\1" * n if block.counted is None else block.counted[:n].tobytes())
+            total += n
+            held += n * is_held
+            encoded += len(block.ids)
+            characters += block.characters
+            bar.update(block.characters)
             if total == limit:
                 break
     if total < 2:
         raise LlmpyError("there is no text in it", "give other data")
-    if not learnable and documents:
-        raise LlmpyError(
-            f"{count_of(documents, 'document')} to train on, and nothing in them that counts: no message of the "
-            "assistant, no completion",
-            'give records with {"role": "assistant", "content": …} among their messages',
-        )
     counted = np.memmap(work / "mask", np.bool_, "r") if masked else None
     return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
+
+
+def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[bool, Tokens]]:
+    for is_held, group in itertools.groupby(corpus.read(), lambda pair: pair[0]):
+        for block in encode(tokenizer, (document for _, document in group)):
+            yield is_held, block
+
+
+def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
+    """Raise LlmpyError if nothing but EOT counts."""
+    starts = range(0, len(ids), CHUNK)
+    if not any((counted[i : i + CHUNK] & (ids[i : i + CHUNK] != eot)).any() for i in starts):
+        raise LlmpyError(
+            "nothing in the text to train on counts: no message of the assistant, no completion",
+            'give records with {"role": "assistant", "content": …} among their messages',
+        )
 
 
 def _held_out(spool: _Spool, layout: Layout, limit: int | None) -> int:

@@ -148,6 +148,6 @@ def test_the_first_tokens_of_a_text(tmp_path, said):
 @pytest.mark.parametrize("source", ["chat.jsonl"], indirect=True)
 def test_text_in_which_nothing_counts(source, tmp_path, said):
     source.write_text(source.read_text().replace("assistant", "bot"))
-    with pytest.raises(LlmpyError, match="documents to train on, and nothing in them that counts: no message of the"):
+    with pytest.raises(LlmpyError, match="nothing in the text to train on counts: no message of the assistant"):
         prepare([source], tmp_path / "run", say=said.append)
     assert not (tmp_path / "run").exists()

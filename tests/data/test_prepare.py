@@ -91,24 +91,10 @@ def test_builtin(folder, said):
     assert sum(p in seen for p in paragraphs) <= len(paragraphs) // 50
 
 
-def test_builtin_without_topics(monkeypatch, folder, said, tmp_path):
+def test_builtin_without_topics(monkeypatch, folder, said):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    library = tmp_path / "lib"
-    library.mkdir()
-    for i in range(12):
-        code = f'"""Module {i}."""\ndef f{i}():\n    r"""Does {i} \\d.\n\n    {"Words. " * 20}\n    """\nx = "\\d"\n'
-        (library / f"m{i:02}.py").write_text(code)
-    (library / "silent.py").write_text("x = 1\n")
-    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(library))
-    documents = builtin.builtin_documents()
-    assert [d.source for d in documents] == [f"m{i:02}" for i in range(12)]
-    assert documents[1].text.startswith("m01\n\nModule 1.\n\n\nf1\n\nDoes 1 \\d.\n\nWords. Words.")
-    dataset = prepare(None, folder, say=said.append)
-    assert len(whole(dataset, "val").split(EOT)[1:]) == 1
-    for path in library.glob("m*.py"):
-        path.unlink()
     with pytest.raises(LlmpyError, match="carries no text .* — give a text file"):
-        builtin.builtin_documents()
+        prepare(None, folder, say=said.append)
 
 
 @pytest.mark.parametrize(

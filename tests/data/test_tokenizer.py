@@ -164,10 +164,6 @@ def damage_eot_by_a_word(content):
     content["model"]["vocab"]["</s>"] = len(content["model"]["vocab"])
 
 
-def damage_id(content):
-    content["model"]["vocab"]["Q"] = content["model"]["vocab"]["R"]
-
-
 def damage_decoder(content):
     content["decoder"] = None
 
@@ -186,7 +182,6 @@ def damage_case(content):
         (damage_byte, "1 of the 256 bytes are no tokens"),
         (damage_eot, "it has no <|endoftext|> token, nor <|begin_of_text|>, <|end_of_text|>"),
         (damage_eot_by_a_word, "it has no <|endoftext|> token"),  # what a text may spell ends none
-        (damage_id, "300 tokens share 299 ids"),
         (damage_decoder, "its decoder is not ByteLevel"),
         (damage_prefix, r"it changes text: 'a\n' becomes ' a\n'"),
         (damage_case, "it changes text"),
@@ -276,7 +271,7 @@ def test_lone_surrogates(trained, method):
 
 @pytest.mark.parametrize("bad", [-1, 300, 2**40])
 def test_decode_outside_the_vocabulary(trained, bad):
-    with pytest.raises(LlmpyError, match=rf"token {bad} at position 2 .*300 tokens — use the tokenizer"):
+    with pytest.raises(LlmpyError, match=rf"token {bad} is not in .*300 tokens — use the tokenizer"):
         trained.decode([1, 2, bad])
 
 
