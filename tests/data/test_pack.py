@@ -1,6 +1,5 @@
 """`llmpy data`: folders of tokens that are whole, that train, and that are llm.c's to the byte where it repeats."""
 
-import gzip
 import json
 import subprocess
 import sys
@@ -121,15 +120,6 @@ def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
         make(said, raw)
 
 
-def test_many_documents_are_cut_between_two(tmp_path, said):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": s}) for s in SPEECHES).encode()))
-    folder = make(said, path, out=tmp_path / "out")
-    assert text(folder, "train.bin", "val.bin") == EOT + EOT.join(SPEECHES)
-    assert tokens(folder, "val.bin")[0] == 256
-    assert said[0].endswith("jsonl.gz, 300 documents")
-
-
 def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
     monkeypatch.setattr(pipeline, "SHARD_TOKENS", 5000)
     monkeypatch.setattr(pipeline, "SEEKABLE", 10_000)
@@ -176,25 +166,18 @@ def test_a_page_that_writes_the_end_of_a_text(tmp_path, said, monkeypatch):
     assert np.count_nonzero(ids == 256) == 52  # and before what is held out
 
 
-def test_a_few_tokens_of_tinystories(tmp_path, said):
-    """As many as the held-out file alone has, and fewer, still leave something to train on."""
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for i in range(2):
-        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
-    folder = make(said, "tinystories", source=raw, out=tmp_path / "out", tokens=400)
-    assert (len(tokens(folder, "TinyStories_val.bin")), len(tokens(folder, "TinyStories_train.bin"))) == (40, 360)
-
-
 def test_stories_hold_the_first_file_out(tmp_path, said):
+    """Of as many tokens as that file alone has, and of fewer, there still is something to train on."""
     raw = tmp_path / "raw"
     raw.mkdir()
     for i in range(3):
-        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
+        (raw / f"data{i:02}.json").write_text(stories(i))
     folder = make(said, "tinystories", source=raw, out=tmp_path / "out")
     assert text(folder, "TinyStories_val.bin").count("Story 0.") == 50
     assert "Story 0." not in text(folder, "TinyStories_train.bin")
     assert text(folder, "TinyStories_train.bin").count(EOT + "Story") == 100
+    few = make(said, "tinystories", source=raw, out=tmp_path / "few", tokens=400)
+    assert (len(tokens(few, "TinyStories_val.bin")), len(tokens(few, "TinyStories_train.bin"))) == (40, 360)
 
 
 def test_a_form_that_does_not_fit_the_tokenizer(raw, tmp_path, said, monkeypatch):
@@ -224,11 +207,6 @@ def test_completions_alone_are_learnt(tmp_path, said):
         assert "+" not in plain.decode(learnt)
         assert "=" not in plain.decode(learnt)
         assert np.array_equal(wanted[:-1][wanted[:-1] >= 0], row[1:][wanted[:-1] >= 0])
-    # the same from text, as `llmpy train --data pairs.jsonl` reads it
-    direct = prepare([path], tmp_path / "run", vocab_size=300, say=said.append)
-    counted = direct.train[0].tokens[direct.train[0].counted == 1]
-    words = direct.tokenizer.decode(counted).replace(EOT, " ").split()
-    assert words == [str(2 * i) for i in range(len(words))]
     with_stream = make(said, path, out=tmp_path / "stream", format="int32")
     assert any("has no mask" in line for line in said)
     assert open_shard(with_stream / "train.bin", 257).counted is None
@@ -266,7 +244,8 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
     """All of TinyStories, of the web a portion; and that is found again, until all of it is there."""
     monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
     monkeypatch.setattr(
-        "llmpy.data.datasets._story_files", lambda _: iter([("data00.json", stories(0)), ("data01.json", stories(1))])
+        "llmpy.data.datasets._story_files",
+        lambda _: iter([(f"data{i:02}.json", stories(i).encode()) for i in range(2)]),
     )
     monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
     monkeypatch.chdir(tmp_path)
@@ -296,7 +275,7 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
 
 
 def stories(i):
-    return json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]).encode()
+    return json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)])
 
 
 COMMAND = "import sys; from llmpy.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -353,11 +332,3 @@ def test_a_full_disk(raw, tmp_path, said, monkeypatch):
     with pytest.raises(LlmpyError, match=r"cannot write to .*out.tmp: No space left on device — free"):
         make(said, raw, out=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]
-
-
-def test_the_help_names_the_verb(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["data", "--help"])
-    out = capsys.readouterr().out
-    assert "--tokenizer" in out
-    assert "tinyshakespeare" in out

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llmpy.data import shards
 from llmpy.data.shards import FORMS, is_shard, open_shard, write_shard
@@ -222,20 +220,3 @@ def test_is_shard_goes_by_the_magic(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content)
         assert is_shard(tmp_path / name) is expected
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_damage_is_refused_or_harmless(tmp_path_factory, data):
-    """Any cut and any byte changed: one kind of error, or tokens inside the vocabulary."""
-    path = tmp_path_factory.mktemp("damage") / "x.bin"
-    content = bytearray(header(count=20) + np.arange(20, dtype="<u2").tobytes())
-    position = data.draw(st.integers(0, 11) | st.integers(0, len(content) - 1))
-    content[position] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    try:
-        shard = open_shard(path, 300)
-    except LlmpyError:
-        return
-    assert len(shard) == 20
-    assert shard.tokens.max() < 300
