@@ -23,6 +23,7 @@ import numpy as np
 
 from ..errors import LlmpyError
 from ..system.command import install
+from ..system.inputs import regular
 from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
@@ -82,7 +83,7 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
+        with gzip.open(regular(path)) if packed else regular(path).open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_AT_MOST + 1), b""), 1):
                 if len(line) > LINE_AT_MOST:
                     raise LlmpyError(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..errors import LlmpyError
 from ..options.options import DATA_NAMES
+from ..system.inputs import regular
 from ..system.words import asked, count_of, nearest
 from .magic import lfs_pointer
 from .rank_tables import EOT
@@ -70,15 +71,13 @@ def find_files(
     for path in paths:
         try:
             for real in _expand(path):
-                if real.is_dir():
+                if regular(real).is_dir():
                     files, more = _walk(real, skip)
                     hidden += more
                     for file in files:
                         found.setdefault(file.resolve(), Found(file, named=False))
-                elif real.is_file():
-                    found[real.resolve()] = Found(real, named=True)
                 else:
-                    raise LlmpyError(f"{real} is a pipe or a device, not a file", "save its content to a file")
+                    found[real.resolve()] = Found(real, named=True)
         except OSError as fault:  # a name too long, a folder that may not be entered
             raise LlmpyError(
                 f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
@@ -189,7 +188,7 @@ def _unreadable(fault: OSError) -> None:
 def _read(path: Path, most: int = -1) -> bytes:
     """Read the first `most` bytes of a file, or all."""
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             return file.read(most)
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault

@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import LlmpyError
 from ..system.cache import data_cache
 from ..system.durable import write_whole
+from ..system.inputs import regular
 from .rank_tables import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
@@ -76,7 +77,7 @@ class Tokenizer:
         Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
         """
         try:
-            data = path.read_bytes()
+            data = regular(path).read_bytes()
         except FileNotFoundError:
             raise LlmpyError(f"no tokenizer at {path}", "train on text to make one, or check the path") from None
         except OSError as fault:

@@ -169,7 +169,7 @@ def test_dead_link_and_pipe(tmp_path, said):
     with pytest.raises(LlmpyError, match="link to something that is gone — mend"):
         read(said, tmp_path / "link")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LlmpyError, match="is a pipe or a device, not a file — save"):
+    with pytest.raises(LlmpyError, match="is a pipe, not a file — save"):
         read(said, tmp_path / "pipe")
     write(tmp_path, "a.txt")
     assert len(read(said, tmp_path)) == 1  # in a folder they are passed over
