@@ -140,10 +140,10 @@ def _document(path: Path, number: int, row: Any) -> Document:
             return Document(source, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
         if "messages" in fields:
             return conversation(source, fields["messages"])
-    except KeyError as fault:
-        raise LlmpyError(f"{path}: record {number:,}: no {fault.args[0]} in a message", f"give {KINDS}") from fault
-    except TypeError as fault:
-        raise LlmpyError(f"{path}: record {number:,}: {fault}", f"give {KINDS}") from fault
+    except (TypeError, KeyError, UnicodeEncodeError) as fault:
+        why = {KeyError: f"no {fault.args[0]} in a message", TypeError: str(fault)}
+        what = why.get(type(fault), "half a character (a lone surrogate)")
+        raise LlmpyError(f"{path}: record {number:,}: {what}", f"give {KINDS}") from fault
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
     raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
 
@@ -151,7 +151,7 @@ def _document(path: Path, number: int, row: Any) -> Document:
 def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
     """`role: content` and a blank line for each message; the assistant's words count.
 
-    Raises TypeError and KeyError for what is no list of messages.
+    Raises TypeError and KeyError for what is no list of messages, UnicodeEncodeError for half a character.
     """
     if not isinstance(messages, list):
         raise TypeError("messages that are no list")
@@ -201,10 +201,7 @@ def begins(shard: Shard) -> Iterator[int]:
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} instead of a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell it: \ud800
-        raise TypeError("half a character (a lone surrogate)") from None
+    value.encode("utf-8")  # JSON can spell half a character: \ud800
     return value
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from llmpy.data.text import find_files, stream_files
 from llmpy.errors import LlmpyError
+from llmpy.run.folder import is_run
 
 LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
 
@@ -189,3 +190,16 @@ def test_unreadable(tmp_path, said, monkeypatch):
 def test_a_name_that_no_disk_takes(said):
     with pytest.raises(LlmpyError, match="xxx.*File name too long — check|no file or folder xxx"):
         find_files([Path("x" * 300)], said.append)
+
+
+def test_run_folders_below_are_skipped(tmp_path, said):
+    """What they say and sample would be trained on, and change from start to start."""
+    write(tmp_path, "a.txt")
+    for name in ("config.json", "metrics.jsonl", "samples.txt"):
+        write(tmp_path, f"runs/done/{name}")
+    for name in ("run.lock", "console.log"):
+        write(tmp_path, f"runs/new/{name}")
+    write(tmp_path, "model/config.json")
+    names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], said.append, is_run)]
+    assert names == ["a.txt", "model/config.json"]
+    assert len(find_files([tmp_path / "runs" / "done"], said.append, is_run)) == 3  # but not where one is named
