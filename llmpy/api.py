@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from . import backend, formats
 from .backend.machine import Machine
-from .data.prepare import VALIDATION
+from .data.pipeline import HELD_OUT
 from .data.shards import form_for, open_shard, write_shard
 from .data.tokenizer import Tokenizer
 from .errors import LlmpyError
@@ -392,7 +392,7 @@ def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Token ids (n,) divided, by the names of the run's files. Raises LlmpyError for what are none."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise LlmpyError(f"data of shape {tokens.shape} and type {tokens.dtype}", "give token ids, integers (n,)")
-    held = int(VALIDATION * tokens.size)
+    held = int(HELD_OUT * tokens.size)
     if not held or tokens.min() < 0:
         what = "a negative token" if held else f"{tokens.size} tokens, of which a tenth is for validation"
         raise LlmpyError(f"data with {what}", "give token ids, as tokenizer.encode does")

@@ -1,21 +1,17 @@
 """Text that every Python carries: training starts with no file and no network.
 
 CPython's own reference documentation (`pydoc_data.topics`, which `help("with")` shows) is clean technical
-English, about 250,000 characters of prose in 169 sections (3.11); where a distribution leaves it out, the docstrings
-of the standard library stand in. Both change with the version of Python, hence the sha256 in the description.
+English, about 250,000 characters of prose in 169 sections (3.11). It changes with the version of Python, hence the
+sha256 in the description.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
 import platform
 import re
-import sysconfig
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from ..errors import LlmpyError
 from ..system.command import command
@@ -27,15 +23,12 @@ FULL_LINE = 52  # characters from which on a line may have been wrapped; the doc
 
 
 def builtin_documents() -> list[Document]:
-    """The documentation's sections, or else the docstrings of the standard library's modules.
-
-    Raises LlmpyError where this Python carries neither.
-    """
+    """Return the documentation's sections. Raises LlmpyError where a distribution of Python leaves them out."""
     try:
-        topics = importlib.import_module("pydoc_data.topics").topics
+        return _sections(importlib.import_module("pydoc_data.topics").topics)
     except ImportError:
-        return _docstrings(Path(sysconfig.get_path("stdlib")))
-    return _sections(topics)
+        fix = f"give a text file: {command('train', '--data', 'book.txt')}"
+        raise LlmpyError("this Python carries no text to train on", fix) from None
 
 
 def describe(documents: Sequence[Document]) -> str:
@@ -99,28 +92,3 @@ def _unwrapped(text: str) -> str:
             lines.append(line)
         full, margin = len(line) >= FULL_LINE, indent
     return "\n".join(lines)
-
-
-def _docstrings(folder: Path) -> list[Document]:
-    """One document for each top-level module of the standard library that has docstrings, by name."""
-    documents = []
-    for path in sorted(folder.glob("*.py")):
-        text = "\n\n\n".join(_docstrings_of(path))
-        if text:
-            documents.append(Document(path.stem, f"{path.stem}\n\n{text}\n"))
-    if not documents:
-        raise LlmpyError(
-            "this Python carries no text to train on", f"give a text file: {command('train', '--data', 'book.txt')}"
-        )
-    return documents
-
-
-def _docstrings_of(path: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the library's source, about invalid escapes: not ours to mend
-        tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text if isinstance(node, ast.Module) else f"{node.name}\n\n{text}"

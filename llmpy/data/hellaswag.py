@@ -16,11 +16,11 @@ import numpy as np
 
 from ..errors import LlmpyError
 from ..system.durable import write_whole
+from .magic import EXAMPLES, HEADER_BYTES
 from .records import json_lines
-from .shards import HEADER_BYTES
 from .tokenizer import Tokenizer
 
-MAGIC, VERSION = 20240522, 1
+VERSION = 1
 DELIMITER, ENDINGS = 65535, 4
 EXAMPLES_AT_MOST = 65535
 WORD = np.dtype("<u2")
@@ -72,7 +72,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
         raise LlmpyError(f"{path}: {len(examples):,} examples", f"give 1 to {EXAMPLES_AT_MOST:,}")
     body = [_packed(path, i, example) for i, example in enumerate(examples)]
     header = np.zeros(HEADER_BYTES // 4, "<i4")
-    header[:4] = MAGIC, VERSION, len(body), max(map(len, body))
+    header[:4] = EXAMPLES, VERSION, len(body), max(map(len, body))
     write_whole(path, lambda temporary: temporary.write_bytes(header.tobytes() + b"".join(body)))
 
 
@@ -87,8 +87,8 @@ def read_examples(path: Path, vocab_size: int) -> Examples:
             raise _damaged(path, f"{size:,} bytes cannot be whole")
         header = np.fromfile(path, "<i4", 4)
         magic, version, count, longest = (int(word) for word in header)
-        if magic != MAGIC or version != VERSION:
-            raise _damaged(path, f"it begins with {magic}, {version} instead of {MAGIC}, {VERSION}")
+        if magic != EXAMPLES or version != VERSION:
+            raise _damaged(path, f"it begins with {magic}, {version} instead of {EXAMPLES}, {VERSION}")
         stream = np.memmap(path, WORD, "r", offset=HEADER_BYTES)
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault

@@ -25,9 +25,8 @@ import numpy as np
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
-from .shards import HEADER_BYTES
+from .magic import HEADER_BYTES, TOKENIZER, magic_of
 
-MAGIC = 20240328
 LLMC_FILE = "gpt2_tokenizer.bin"  # what llm.c calls its own
 EOT = "<|endoftext|>"
 TOKENS_AT_MOST = 1 << 16  # what a uint16 shard can hold; it also bounds the memory that a damaged file can ask for
@@ -119,7 +118,7 @@ def is_tiktoken(start: bytes) -> bool:
 
 def is_llmc(start: bytes) -> bool:
     """Whether a file that begins so is a tokenizer of llm.c."""
-    return int.from_bytes(start[:4], "little") == MAGIC
+    return magic_of(start) == TOKENIZER
 
 
 def parse_tiktoken(data: bytes) -> Ranks:
@@ -138,13 +137,14 @@ def parse_tiktoken(data: bytes) -> Ranks:
     eot, pattern = (known.eot, known.pattern) if known else (count, "")
     tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines(keepends=True)):
-        if not TIKTOKEN_LINE.fullmatch(line):
-            raise LlmpyError(f"line {number + 1} is not base64 and a rank: {line[:40]!r}", "download it again")
         text, _, rank = line.partition(b" ")
         try:
+            if not TIKTOKEN_LINE.fullmatch(line):
+                raise ValueError
             tokens.append(base64.b64decode(text, validate=True))
-        except ValueError as fault:
-            raise LlmpyError(f"line {number + 1} is not base64: {text[:40]!r}", "download it again") from fault
+        except ValueError:
+            fix = "download it again"
+            raise LlmpyError(f"line {number + 1} is not base64 and a rank: {line[:40]!r}", fix) from None
         expected = number + (number >= eot)
         if int(rank) != expected:
             raise LlmpyError(f"line {number + 1} has rank {int(rank)}, not {expected}", "download it again")
@@ -193,7 +193,7 @@ def write_llmc(path: Path, ranks: Ranks) -> None:
             "use another tokenizer",
         )
     header = np.zeros(HEADER_BYTES // 4, "<u4")
-    header[:4] = MAGIC, 2, len(ranks.tokens), ranks.eot
+    header[:4] = TOKENIZER, 2, len(ranks.tokens), ranks.eot
     content = header.tobytes() + b"".join(bytes([len(token)]) + token for token in ranks.tokens)
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 

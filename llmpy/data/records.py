@@ -27,9 +27,6 @@ from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
 LINE_AT_MOST = 8 << 20  # bytes of a record
-SIGNS_FREELY = (
-    1 << 20
-)  # bytes of a record from which on it may not consist of commas: [],[],[], takes 20 times its size
 SUFFIXES = {".jsonl", ".ndjson"}
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ROWS = 64  # of a parquet file at a time
@@ -75,7 +72,7 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
     Raises LlmpyError, naming file and record, for damage and for records without known fields (NoRecords if
     it is the first).
     """
-    rows = _parquet_rows(path) if kind == "parquet" else _json_rows(path, packed=kind == "jsonl.gz")
+    rows = _parquet_rows(path) if kind == "parquet" else (v for _, v in json_lines(path, packed=kind == "jsonl.gz"))
     for number, row in enumerate(rows, 1):
         document = _document(path, number, row)
         if document.text.strip():
@@ -85,10 +82,8 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            number = 0
-            while line := file.readline(LINE_AT_MOST + 1):
-                number += 1
+        with gzip.open(path) if packed else path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LINE_AT_MOST + 1), b""), 1):
                 if len(line) > LINE_AT_MOST:
                     raise LlmpyError(
                         f"{path}: line {number:,} is longer than {LINE_AT_MOST >> 20} MiB",
@@ -102,13 +97,7 @@ def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
         raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check its permissions") from fault
 
 
-def _json_rows(path: Path, packed: bool) -> Iterator[Any]:
-    return (value for _, value in json_lines(path, packed))
-
-
 def _value(path: Path, number: int, line: bytes) -> Any:
-    if len(line) > SIGNS_FREELY and line.count(b",") > len(line) // 8:
-        raise LlmpyError(f"{path}: line {number:,} is a list and no text", "give one JSON object a line")
     try:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
     except UnicodeDecodeError as fault:
@@ -151,7 +140,9 @@ def _document(path: Path, number: int, row: Any) -> Document:
         if "messages" in fields:
             return conversation(source, fields["messages"])
     except (TypeError, KeyError, UnicodeEncodeError) as fault:
-        raise LlmpyError(f"{path}: record {number:,}: {_reason(fault)}", f"give {KINDS}") from fault
+        why = {KeyError: f"no {fault.args[0]} in a message", TypeError: str(fault)}
+        what = why.get(type(fault), "half a character (a lone surrogate)")
+        raise LlmpyError(f"{path}: record {number:,}: {what}", f"give {KINDS}") from fault
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
     raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
 
@@ -159,7 +150,7 @@ def _document(path: Path, number: int, row: Any) -> Document:
 def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
     """`role: content` and a blank line for each message; the assistant's words count.
 
-    Raises TypeError and KeyError for what is no list of messages.
+    Raises TypeError and KeyError for what is no list of messages, UnicodeEncodeError for half a character.
     """
     if not isinstance(messages, list):
         raise TypeError("messages that are no list")
@@ -211,12 +202,6 @@ def _string(value: Any) -> str:
         raise TypeError(f"{type(value).__name__} instead of a text")
     value.encode("utf-8")  # JSON can spell half a character: \ud800
     return value
-
-
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, KeyError):
-        return f"no {fault.args[0]} in a message"
-    return "half a character (a lone surrogate)" if isinstance(fault, UnicodeEncodeError) else str(fault)
 
 
 def _some(names: Any) -> str:

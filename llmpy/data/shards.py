@@ -11,6 +11,7 @@ Everything is checked when a file is opened, once: compiled kernels trust token 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 from dataclasses import dataclass
@@ -21,20 +22,12 @@ import numpy as np
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
+from . import magic
+from .magic import HEADER_BYTES, magic_of
 
-HEADER_BYTES = 1024
 TOKENS_AT_MOST = 2**31 - 1  # what the header's int32 can say
 MARKS, MARK_TOKENS = 64, 2048  # stretches that make a fingerprint, and their length
 CHUNK = 1 << 22  # tokens checked or written at a time: 8 MiB
-OTHER_MAGICS = {
-    20240326: "an llm.c model checkpoint",
-    20240327: "an llm.c debug state",
-    20240328: "an llm.c tokenizer",
-    20240522: "an llm.c multiple-choice evaluation file",
-    20240527: "an llm.c optimizer state",
-    20240803: "a LLaMA-3 model of llm.c",
-    20261122: "the mask of a token shard",
-}
 
 
 @dataclass(frozen=True)
@@ -52,11 +45,11 @@ class Form:
 
 
 FORMS = {
-    "uint16": Form(20240520, 1, np.dtype("<u2"), "llm.c token shard"),
-    "uint32": Form(20240801, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
+    "uint16": Form(magic.TOKENS, 1, np.dtype("<u2"), "llm.c token shard"),
+    "uint32": Form(magic.WIDE_TOKENS, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
     "int32": Form(0, 0, np.dtype("<i4"), "int32 token stream without header"),
 }
-MASK = Form(20261122, 1, np.dtype("u1"), "token mask")
+MASK = Form(magic.MASK, 1, np.dtype("u1"), "token mask")
 
 
 @dataclass(frozen=True)
@@ -72,12 +65,7 @@ class Shard:
         return len(self.tokens)
 
     def part(self, start: int, stop: int) -> Shard:
-        """Tokens [start, stop) as a view. Raises LlmpyError if they are not all there."""
-        if not 0 <= start <= stop <= len(self):
-            raise LlmpyError(
-                f"{self.path} has {len(self):,} tokens: no part from {start:,} to {stop:,}",
-                "choose a part inside the shard",
-            )
+        """Return tokens [start, stop) as a view."""
         counted = None if self.counted is None else self.counted[start:stop]
         return Shard(self.path, self.tokens[start:stop], counted, self.form)
 
@@ -90,15 +78,12 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise LlmpyError(f"{path}: tokens of shape {tokens.shape} and type {tokens.dtype}", "give one row of integers")
     if not 0 < tokens.size <= TOKENS_AT_MOST:
-        raise LlmpyError(
-            f"{path}: {tokens.size:,} tokens do not make a shard",
-            f"write 1 to {TOKENS_AT_MOST:,} tokens to a file",
-        )
+        fix = f"write 1 to {TOKENS_AT_MOST:,} tokens to a file"
+        raise LlmpyError(f"{path}: {tokens.size:,} tokens do not make a shard", fix)
     most = int(np.iinfo(FORMS[form].dtype).max)
     if tokens.min() < 0 or tokens.max() > most:
-        bits = 8 * FORMS[form].dtype.itemsize
         raise LlmpyError(
-            f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {bits} bits",
+            f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {8 * FORMS[form].dtype.itemsize} bits",
             f"use a vocabulary of at most {most + 1:,} tokens, or a wider form",
         )
     if counted is not None and not FORMS[form].magic:
@@ -141,12 +126,10 @@ def form_for(vocab_size: int) -> str:
 def is_shard(path: Path) -> bool:
     """Whether the file starts as a token file does; without a header only a .bin is one. LlmpyError if unreadable."""
     try:
-        with path.open("rb") as file:
-            start = file.read(HEADER_BYTES)
-        size = path.stat().st_size
+        start, size = _start(path)
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
-    if int.from_bytes(start[:4], "little") in (FORMS["uint16"].magic, FORMS["uint32"].magic):
+    if magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS):
         return True
     return path.suffix == ".bin" and _is_stream(start, size)
 
@@ -188,16 +171,17 @@ def _write(path: Path, values: np.ndarray, form: Form) -> None:
 
 def _form(path: Path) -> Form:
     """The form of a token file, by how it begins. Raises LlmpyError for anything else."""
-    with path.open("rb") as file:
-        start = file.read(HEADER_BYTES)
-        size = file.seek(0, io.SEEK_END)
-    magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
-    form = next((f for f in FORMS.values() if f.magic and f.magic == magic), None)
-    if form is None and _is_stream(start, size):
-        form = FORMS["int32"]
-    if form is None:
+    start, size = _start(path)
+    form = next((f for f in FORMS.values() if f.magic and f.magic == magic_of(start)), None)
+    if form is None and not _is_stream(start, size):
         raise _not_a_shard(path, start, size)
-    return form
+    return form or FORMS["int32"]
+
+
+def _start(path: Path) -> tuple[bytes, int]:
+    """Read the first KiB of a file, and its size."""
+    with path.open("rb") as file:
+        return file.read(HEADER_BYTES), file.seek(0, io.SEEK_END)
 
 
 def _map(path: Path, form: Form) -> np.ndarray:
@@ -211,8 +195,8 @@ def _map(path: Path, form: Form) -> np.ndarray:
         raise LlmpyError(
             f"{path} is cut off in its header: {size:,} bytes of at least {HEADER_BYTES:,}", "download it again"
         )
-    magic, version, count = (int(word) for word in header)
-    if magic != form.magic:
+    number, version, count = (int(word) for word in header)
+    if number != form.magic:
         raise LlmpyError(f"{path} is no {form.what}", "write it again, or remove it")
     if version != form.version:
         raise LlmpyError(
@@ -258,36 +242,29 @@ def _like_tokens(values: np.ndarray) -> bool:
 
 def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
     """What a file without the magic number seems to be, and what to do about it."""
-    magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
     text = start.lstrip()[:64].lower()
     if size == 0:
         what, fix = "is empty", "download or write it again"
-    elif magic in OTHER_MAGICS:
-        what, fix = f"is {OTHER_MAGICS[magic]}, not a token shard", "give token shards, or text"
-    elif text.startswith(b"version https://git-lfs"):
-        what, fix = "is a git-lfs pointer, not the data", "fetch the data: git lfs pull"
+    elif magic_of(start) in magic.WHAT:
+        what, fix = f"is {magic.WHAT[magic_of(start)]}, not a token shard", "give token shards, or text"
+    elif pointer := magic.lfs_pointer(start):
+        what, fix = pointer
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
         what, fix = "is a web page, not a token shard", "download the file itself, not its page"
     elif _is_text(start):
-        what, fix = (
-            "is plain text, not a token shard",
-            "give it a name that ends in .txt to train on its text",
-        )
+        what, fix = "is plain text, not a token shard", "give it a name that ends in .txt to train on its text"
     elif size % 2 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 2 * 2], "<u2")):
         what = "seems to be a stream of uint16 tokens without header (nanoGPT)"
         fix = "write it again with llmpy.data.shards.write_shard"
     else:
-        what, fix = (
-            f"is not a token shard: it starts with {start[:8].hex(' ')}",
-            "give .bin files of llm.c, or text",
-        )
+        what, fix = f"is not a token shard: it starts with {start[:8].hex(' ')}", "give .bin files of llm.c, or text"
     return LlmpyError(f"{path} {what}", fix)
 
 
 def _is_text(start: bytes) -> bool:
     """UTF-8 with no NUL; the last character may be cut."""
     try:
-        start.decode("utf-8")
-    except UnicodeDecodeError as fault:
-        return fault.start >= len(start) - 3 and fault.start > 0 and b"\0" not in start
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
     return b"\0" not in start

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from ..errors import LlmpyError
 from ..options.data import DATA_NAMES
-from ..run.folder import CONFIG_FILE, LOCK, METRICS
 from ..system.words import asked, count_of, nearest
+from .magic import lfs_pointer
 from .rank_tables import EOT
 from .records import Document, NoRecords, kind_of, read_records
 
@@ -52,17 +52,35 @@ class Found:
     named: bool
 
 
-def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Found]:
-    """Files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
+def nothing(_: Path) -> bool:
+    """Skip no folder."""
+    return False
 
-    A file that is reached twice counts once. Raises LlmpyError for a path that leads nowhere.
+
+def find_files(
+    paths: Sequence[Path], say: Callable[[str], None] = print, skip: Callable[[Path], bool] = nothing
+) -> list[Found]:
+    """Find the files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
+
+    A file that is reached twice counts once. Folders within `paths` that are to `skip` are not searched.
+    Raises LlmpyError for a path that leads nowhere, and for pipes and devices: data are read more than once.
     """
     found: dict[Path, Found] = {}
     hidden = 0
     for path in paths:
         try:
             for real in _expand(path):
-                hidden += _add(real, found)
+                if real.is_dir():
+                    files, more = _walk(real, skip)
+                    hidden += more
+                    for file in files:
+                        found.setdefault(file.resolve(), Found(file, named=False))
+                elif real.is_file():
+                    found[real.resolve()] = Found(real, named=True)
+                else:  # a pipe cannot be read twice, and a device may never end
+                    raise LlmpyError(
+                        f"{real} is neither a file nor a folder", "save its content to a file and give that"
+                    )
         except OSError as fault:  # a name too long, a folder that may not be entered
             raise LlmpyError(
                 f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
@@ -72,63 +90,37 @@ def find_files(paths: Sequence[Path], say: Callable[[str], None] = print) -> lis
     return list(found.values())
 
 
-def _add(real: Path, found: dict[Path, Found]) -> int:
-    """Note a file, or every file of a folder; how many hidden ones were passed over."""
-    if real.is_file():
-        found[real.resolve()] = Found(real, named=True)
-        return 0
-    if not real.is_dir():  # a pipe cannot be read twice, and a device may never end
-        raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
-    files, hidden = _walk(real)
-    for file in files:
-        found.setdefault(file.resolve(), Found(file, named=False))
-    return hidden
-
-
-def read_documents(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Document]:
-    """All text of `paths` (see `find_files`), in order.
-
-    Raises LlmpyError for a path that leads nowhere, a named file or a .txt or .md that is no text, and if
-    the whole is shorter than 1,000 characters.
-    """
-    return read_files(find_files(paths, say), say)
-
-
-def read_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> list[Document]:
-    """`read_documents` of files that are already found."""
-    return list(stream_files(files, say, wanted))
-
-
 def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> Iterator[Document]:
-    """`read_files`, a file of text or a record at a time. What was understood is said at the end.
+    """Yield the documents of `files` in order, a file of text or a record at a time; `say` at the end what they were.
 
-    Of too little text `wanted` tells how much there should be.
+    Raises LlmpyError for a named file or a .txt or .md that is no text, and if the whole is shorter than 1,000
+    characters, where `wanted` tells how much there should be.
     """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
-    markup: Counter[str] = Counter()
+    markup: list[Path] = []
     characters = documents = 0
     for found in files:
+        suffix = found.path.suffix.lower()
         try:
             kind, parts = _open(found.path)
             first = next(parts, None)
         except LlmpyError as fault:
-            text = found.path.suffix.lower() in TEXT_SUFFIXES
-            if found.named or text or not isinstance(fault, NotText | NoRecords):
+            if found.named or suffix in TEXT_SUFFIXES or not isinstance(fault, NotText | NoRecords):
                 raise
             skipped.append(found.path)
             continue
         kinds[kind] += 1
-        if found.path.suffix.lower() in MARKUP_SUFFIXES:
-            markup[found.path.suffix.lower()] += 1
+        if suffix in MARKUP_SUFFIXES:
+            markup.append(found.path)
         for document in itertools.chain([first] if first else [], parts):
             characters += len(document.text)
             documents += 1
             yield document
     if skipped:
-        say(f"skipped {count_of(len(skipped), 'file')} that {_are(len(skipped))} not text: {_some(skipped)}")
-    for suffix, count in sorted(markup.items()):
-        say(f"note: {count_of(count, f'{suffix} file')} read as plain text, markup included")
+        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {_some(skipped)}")
+    if markup:
+        say(f"note: {count_of(len(markup), 'file')} read as plain text, markup included: {_some(markup)}")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
@@ -151,12 +143,7 @@ class NotText(LlmpyError):
 
 def _open(path: Path) -> tuple[str, Iterator[Document]]:
     """How a file is to be read, in a word, and its documents."""
-    try:
-        with path.open("rb") as file:
-            kind = kind_of(path, file.read(16))
-    except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
-    if kind:
+    if kind := kind_of(path, _read(path, 16)):
         return kind, read_records(path, kind)
     text, encoding = _decode(path, _read(path))
     return encoding, (Document(str(path), part) for part in text.split(EOT) if part.strip())
@@ -179,35 +166,33 @@ def _expand(path: Path) -> list[Path]:
     raise LlmpyError(f"no file or folder {path}", hint)
 
 
-def _walk(folder: Path) -> tuple[list[Path], int]:
-    """Every regular file below `folder`, sorted by path, and how many hidden entries were passed over.
-
-    Run folders below it are no text: what they say and sample would be trained on, and change from start to start.
-    """
+def _walk(folder: Path, skip: Callable[[Path], bool]) -> tuple[list[Path], int]:
+    """Every regular file below `folder`, sorted by path, and how many hidden entries were skipped."""
     hidden = 0
 
     def entries() -> Iterator[Path]:
         nonlocal hidden
         for where, folders, names in os.walk(folder, onerror=_unreadable):
-            if Path(where) != folder and (LOCK in names or {CONFIG_FILE, METRICS} <= {*names}):
+            if Path(where) != folder and skip(Path(where)):
                 folders.clear()
                 continue
-            visible = [n for n in folders if not n.startswith(".")]
-            hidden += len(folders) - len(visible) + sum(n.startswith(".") for n in names)
-            folders[:] = visible
-            yield from (Path(where, n) for n in names if not n.startswith("."))
+            hidden += sum(name.startswith(".") for name in folders + names)
+            folders[:] = (name for name in folders if not name.startswith("."))
+            yield from (Path(where, name) for name in names if not name.startswith("."))
 
     files = sorted(path for path in entries() if path.is_file())
     return files, hidden
 
 
 def _unreadable(fault: OSError) -> None:
-    raise LlmpyError(f"cannot read {fault.filename}: {fault.strerror}", "check its permissions") from fault
+    raise fault
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int = -1) -> bytes:
+    """Read the first `most` bytes of a file, or all."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except OSError as fault:
         raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
 
@@ -219,8 +204,8 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
     for magic, name in ARCHIVES.items():
         if data.startswith(magic):
             raise NotText(f"{path} is {name}, not text", "unpack it or save it as plain text first")
-    if data.startswith(b"version https://git-lfs"):
-        raise NotText(f"{path} is a git-lfs pointer, not the text", "fetch the text: git lfs pull")
+    if pointer := lfs_pointer(data):
+        raise NotText(f"{path} {pointer[0]}", pointer[1])
     if encoding == "UTF-8" and b"\0" in data:
         offset = data.index(b"\0")
         raise NotText(
@@ -236,10 +221,6 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
             f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
         ) from fault
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
-
-
-def _are(n: int) -> str:
-    return "is" if n == 1 else "are"
 
 
 def _some(paths: Sequence[Path]) -> str:

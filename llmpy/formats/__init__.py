@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.shards import OTHER_MAGICS
+from ..data import magic
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
@@ -91,21 +91,20 @@ def open_model(path: Path) -> Source:
         if path.is_dir():
             return _open_folder(path)
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(64)
     except OSError as fault:
         raise unreadable(path, fault) from fault
-    magic = int.from_bytes(start[:4], "little")
-    if magic == llmc.MODEL:
+    if magic.magic_of(start) == magic.MODEL:
         return llmc.read_model(path)
-    if start[8:] == b"{":  # after the length of its header
+    if start[8:9] == b"{":  # after the length of its header
         return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
     if start[:4] == b"GGUF":
         raise LlmpyError(f"{path} is GGUF, which is written here but not read", "give the model it was made from")
     if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
         raise LlmpyError(f"{path} is a pickle of PyTorch, which can run code when it is read", "save it as safetensors")
-    if start[:4] == b"vers":
-        raise LlmpyError(f"{path} is a git-lfs pointer, not the model", "fetch it: git lfs pull")
-    what = OTHER_MAGICS.get(magic, f"no model: it begins with {start[:8].hex(' ') or 'nothing'}")
+    if pointer := magic.lfs_pointer(start):
+        raise LlmpyError(f"{path} {pointer[0]}", pointer[1])
+    what = magic.WHAT.get(magic.magic_of(start), f"no model: it begins with {start[:8].hex(' ') or 'nothing'}")
     raise LlmpyError(f"{path} is {what}", "give a model of llm.c, Hugging Face or llmpy")
 
 

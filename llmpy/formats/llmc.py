@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data.magic import DEBUG, MODEL
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..system.durable import write_whole
 from .source import DTYPES, Source, cast, damaged, padded, shapes, tokenizer_beside, unreadable
 
-MODEL, DEBUG = 20240326, 20240327  # magic numbers
 HEADER = np.dtype(("<i4", 256))
 # llm.c's order of our tensors; the shapes are the same.
 ORDER = (

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..data.loader import Loader, Position
+from ..data.magic import STATE
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..options.train import TrainOptions
@@ -39,7 +40,6 @@ from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
 from .source import DTYPES, Source, damaged, shapes, unreadable
 
-STATE = 20240527  # magic number
 MODEL_SEED = 13371337  # of rng_state, plus the rank
 DRAWS_PER_UPDATE = 16  # of rng_state: a seed for each tensor; backward draws one more for each micro-batch
 TWISTER = np.dtype(

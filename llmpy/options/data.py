@@ -23,9 +23,10 @@ class DataOptions(Options):
         word=True,
         names=DATA_NAMES,
     )
-    tokenizer: str = option(
-        "gpt2",
-        "gpt2, bytes, bpe:N (trained on the text), or a tokenizer.json, .tiktoken or llm.c .bin file",
+    tokenizer: str | None = option(
+        None,
+        "gpt2 (default for a named dataset), bytes, bpe:N (trained on the text; default for your own, N chosen by its "
+        "length), or a tokenizer.json, .tiktoken or llm.c .bin file",
         metavar="WHAT",
         names=("gpt2", "bytes"),
     )
@@ -36,7 +37,7 @@ class DataOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokenizer.startswith("bpe:"):
+        if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):
                 raise refusal("tokenizer", self.tokenizer, "use bpe:N with N from 257 to 65536")

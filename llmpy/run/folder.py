@@ -185,6 +185,11 @@ def _holds_run(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() or (path / CHECKPOINTS).is_dir()
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run: one trains in it, or its records are there. Its texts are nobody's data."""
+    return (path / LOCK).exists() or all((path / name).is_file() for name in (CONFIG_FILE, METRICS))
+
+
 def holds_llmc(path: Path) -> bool:
     """Whether llm.c left a checkpoint here: then it is gone on with elsewhere, and nothing of it is touched."""
     try:

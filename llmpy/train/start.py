@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import formats
 from ..data.pack import is_dataset
-from ..data.prepare import Dataset, prepare, text_for
+from ..data.prepare import Dataset, Vocabulary, prepare, text_for
 from ..errors import LlmpyError
 from ..formats import hub, llmc_state, native
 from ..formats.source import Source
@@ -23,7 +24,7 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
-from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, own_tokens, read_config
+from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, is_run, own_tokens, read_config
 from ..system.words import count_of, duration
 
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
@@ -71,7 +72,11 @@ class RunStart:
         elif self.source is None and o.data is None:
             vocab_size = vocab_size or BUILTIN_VOCAB
         wanted = text_for(o.batch_size * o.ranks, o.sequence_length, o.overfit)
-        return prepare(own or o.data, folder, vocab_size, say, self.source, wanted)
+        model = None
+        if (source := self.source) is not None:
+            load = partial(formats.tokenizer_of, source, say)
+            model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
+        return prepare(own or o.data, folder, vocab_size, say, model, wanted, is_run)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model."""

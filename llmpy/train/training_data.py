@@ -10,7 +10,8 @@ import numpy as np
 
 from ..data.hellaswag import read_examples
 from ..data.loader import Loader, Position
-from ..data.prepare import VALIDATION, Dataset
+from ..data.pipeline import HELD_OUT
+from ..data.prepare import Dataset
 from ..data.records import holds_answers, question
 from ..data.shards import fingerprint
 from ..errors import LlmpyError
@@ -116,7 +117,7 @@ def check_enough(data: Dataset, options: TrainOptions) -> None:
     several = [shard.path if len(part) > 1 else None for shard, part in zip(smallest, parts, strict=True)]
     told = [f"{n:,}" + (f" in {path}" if path else "") for n, path in zip(have, several, strict=True)]
     # Where lines end, this text may have given more than its share to validate, and a longer one may not.
-    held = have[1] if o.overfit else min(have[1], VALIDATION * sum(have))
+    held = have[1] if o.overfit else min(have[1], HELD_OUT * sum(have))
     times = max(needed[0] / max(1, have[0]), needed[1] / max(1, held))
     short = [path for path, lacks in zip(several, lacking, strict=True) if lacks and path]
     fix = f"give about {math.ceil(10 * times) / 10:,} times as much text"

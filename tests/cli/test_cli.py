@@ -17,7 +17,7 @@ from support.heard import hear, parsers
 from llmpy import __version__
 from llmpy.cli import main as cli
 from llmpy.cli.help_text import EXAMPLES
-from llmpy.data.prepare import VOCAB_AT_LEAST, VOCAB_AT_MOST
+from llmpy.data.pipeline import VOCAB_AT_LEAST, VOCAB_AT_MOST
 from llmpy.model.config import GPT2_VOCAB
 from llmpy.options.bench import BenchOptions
 from llmpy.options.fields import flags_of

@@ -9,7 +9,6 @@ from llmpy.data import encode as encode_module
 from llmpy.data.encode import encode, pieces, tokenise
 from llmpy.data.records import Document
 from llmpy.data.tokenizer import EOT, Tokenizer
-from llmpy.errors import LlmpyError
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +61,3 @@ def test_masked_and_plain_batches(monkeypatch):
     monkeypatch.setattr(encode_module, "BATCH", 4)
     tokens = tokenise(Tokenizer.bytes(), [Document("", "abcd"), Document("", "efgh", ((2, 4),))])
     assert tokens.counted.tolist() == [True] * 6 + [False] * 2 + [True] * 2
-
-
-def test_no_documents():
-    assert tokenise(Tokenizer.bytes(), []).ids.size == 0
-
-
-def test_half_a_character_is_refused():
-    with pytest.raises(LlmpyError, match="was no UTF-8"):
-        tokenise(Tokenizer.bytes(), [Document("", "abc\udcff")])

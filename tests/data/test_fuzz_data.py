@@ -246,7 +246,6 @@ def test_many_mutations(seed: int) -> None:
 BOMBS = {
     "a line without end": (b'{"text": "', b"a" * 1000, 200_000),
     "brackets without end": (b"", b"[" * 1000, 50_000),
-    "a list without end": (b'{"text": [', b"[]," * 1000, 50_000),
     "many small texts": (b"", b'{"text": "' + b"word " * 200 + b'"}\n', 30_000),
 }
 

@@ -1,6 +1,5 @@
 """`llmpy data`: folders of tokens that are whole, that train, and that are llm.c's to the byte where it repeats."""
 
-import gzip
 import json
 import subprocess
 import sys
@@ -10,15 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.samples import in_memory, llama_tokenizer
+from support.samples import llama_tokenizer
 
 from llmpy.cli import main as cli
-from llmpy.data import pack
+from llmpy.data import pack, pipeline
 from llmpy.data.datasets import SOURCES
 from llmpy.data.hellaswag import read_examples
 from llmpy.data.loader import Loader
 from llmpy.data.pack import data, find_dataset
-from llmpy.data.prepare import prepare
+from llmpy.data.prepare import Vocabulary, prepare
 from llmpy.data.rank_tables import parse_llmc
 from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
@@ -94,18 +93,20 @@ def test_another_source_of_what_is_there(raw, tmp_path, said):
     make(said, "tinyshakespeare", source=other)
     make(said, "tinyshakespeare")
     assert (folder / "tiny_shakespeare_train.bin").read_bytes() == before
-    assert said == [
-        f"tinyshakespeare is already in {folder}; {other} is not read: to make it from that, remove the folder or name "
-        "another with --out",
-        f"tinyshakespeare is already in {folder}, made from {raw}",
-    ]
+    there = f"tinyshakespeare is already in {folder}, made from {raw}: remove the folder to make it from another source"
+    assert said == [there, there]
+
+
+def own_text(folder, *names):
+    """Train and validation part joined: where a document is cut, its rest is a document too."""
+    return "".join(text(folder, name).removeprefix(EOT) for name in names)
 
 
 def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     folder = make(said, raw, tokenizer="bpe:300", out=tmp_path / "out")
     assert said[0] == f"1 file, {len(raw.read_text()):,} characters, UTF-8"
     assert sum("characters, UTF-8" in line for line in said) == 1  # though it was read twice
-    assert text(folder, "train.bin", "val.bin") == EOT + raw.read_text()
+    assert own_text(folder, "train.bin", "val.bin") == raw.read_text()
     share = len(tokens(folder, "val.bin")) / len(tokens(folder, "train.bin"))
     assert 0.08 < share < 0.14
     monkeypatch.chdir(tmp_path)
@@ -119,30 +120,24 @@ def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
         make(said, raw)
 
 
-def test_many_documents_are_cut_between_two(tmp_path, said):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": s}) for s in SPEECHES).encode()))
-    folder = make(said, path, out=tmp_path / "out")
-    assert text(folder, "train.bin", "val.bin") == EOT + EOT.join(SPEECHES)
-    assert tokens(folder, "val.bin")[0] == 256
-    assert said[0].endswith("jsonl.gz, 300 documents")
-
-
 def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
-    monkeypatch.setattr(pack, "SHARD_TOKENS", 5000)
+    monkeypatch.setattr(pipeline, "SHARD_TOKENS", 5000)
+    monkeypatch.setattr(pipeline, "SEEKABLE", 10_000)
     folder = make(said, raw, out=tmp_path / "out")
     names = sorted(p.name for p in folder.glob("train_*.bin"))
     assert names == ["train_000001.bin", "train_000002.bin", "train_000003.bin"]
-    assert text(folder, *names, "val.bin") == EOT + raw.read_text()
+    assert own_text(folder, *names, "val.bin") == raw.read_text()
     dataset = prepare([folder], tmp_path / "run", say=said.append)
     assert (len(dataset.train), len(dataset.val), dataset.vocab_size) == (3, 1, 257)
+    with pytest.raises(LlmpyError, match="too many for the folder of a run — make token files of it first: llmpy data"):
+        prepare([raw], tmp_path / "run", 257, said.append)
 
 
 @pytest.mark.parametrize("most", [2**31 - 1, 8000])
 def test_llmcs_names_and_division(raw, tmp_path, said, monkeypatch, most):
     """One file to train on, unless llm.c could not read it to its end; the web in shards."""
-    monkeypatch.setattr(pack, "SHARD_TOKENS", 3000)
-    monkeypatch.setattr(pack, "SEEKABLE", most)
+    monkeypatch.setattr(pipeline, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(pipeline, "SEEKABLE", most)
     folder = make(said, "tinyshakespeare", source=raw, out=tmp_path / "a")
     names = sorted(p.name for p in folder.glob("*train*"))
     assert names[0] == ("tiny_shakespeare_train.bin" if most > 8000 else "tiny_shakespeare_train_000001.bin")
@@ -168,34 +163,27 @@ def test_a_page_that_writes_the_end_of_a_text(tmp_path, said, monkeypatch):
     assert np.count_nonzero(ids == 256) == 1
     folder = make(said, path, out=tmp_path / "b")
     ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"))])
-    assert np.count_nonzero(ids == 256) == 51
-
-
-def test_a_few_tokens_of_tinystories(tmp_path, said):
-    """As many as the held-out file alone has, and fewer, still leave something to train on."""
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for i in range(2):
-        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
-    folder = make(said, "tinystories", source=raw, out=tmp_path / "out", tokens=400)
-    assert (len(tokens(folder, "TinyStories_val.bin")), len(tokens(folder, "TinyStories_train.bin"))) == (40, 360)
+    assert np.count_nonzero(ids == 256) == 52  # and before what is held out
 
 
 def test_stories_hold_the_first_file_out(tmp_path, said):
+    """Of as many tokens as that file alone has, and of fewer, there still is something to train on."""
     raw = tmp_path / "raw"
     raw.mkdir()
     for i in range(3):
-        (raw / f"data{i:02}.json").write_text(json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]))
+        (raw / f"data{i:02}.json").write_text(stories(i))
     folder = make(said, "tinystories", source=raw, out=tmp_path / "out")
     assert text(folder, "TinyStories_val.bin").count("Story 0.") == 50
     assert "Story 0." not in text(folder, "TinyStories_train.bin")
     assert text(folder, "TinyStories_train.bin").count(EOT + "Story") == 100
+    few = make(said, "tinystories", source=raw, out=tmp_path / "few", tokens=400)
+    assert (len(tokens(few, "TinyStories_val.bin")), len(tokens(few, "TinyStories_train.bin"))) == (40, 360)
 
 
 def test_a_form_that_does_not_fit_the_tokenizer(raw, tmp_path, said, monkeypatch):
     """Refused before anything is encoded."""
     llama_tokenizer(tmp_path / "llama.json")
-    monkeypatch.setattr(pack, "_spool", None)
+    monkeypatch.setattr(pipeline, "_spool", None)
     out, own = tmp_path / "out", str(tmp_path / "llama.json")
     with pytest.raises(LlmpyError, match="int32 goes with llm.c's tokenizer file: the tokenizer splits words unlike"):
         make(said, raw, out=out, tokenizer=own, format="int32")
@@ -219,11 +207,6 @@ def test_completions_alone_are_learnt(tmp_path, said):
         assert "+" not in plain.decode(learnt)
         assert "=" not in plain.decode(learnt)
         assert np.array_equal(wanted[:-1][wanted[:-1] >= 0], row[1:][wanted[:-1] >= 0])
-    # the same from text, as `llmpy train --data pairs.jsonl` reads it
-    direct = prepare([path], tmp_path / "run", vocab_size=300, say=said.append)
-    counted = direct.train[0].tokens[direct.train[0].counted == 1]
-    words = direct.tokenizer.decode(counted).replace(EOT, " ").split()
-    assert words == [str(2 * i) for i in range(len(words))]
     with_stream = make(said, path, out=tmp_path / "stream", format="int32")
     assert any("has no mask" in line for line in said)
     assert open_shard(with_stream / "train.bin", 257).counted is None
@@ -261,7 +244,8 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
     """All of TinyStories, of the web a portion; and that is found again, until all of it is there."""
     monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
     monkeypatch.setattr(
-        "llmpy.data.datasets._story_files", lambda _: iter([("data00.json", stories(0)), ("data01.json", stories(1))])
+        "llmpy.data.datasets._story_files",
+        lambda _: iter([(f"data{i:02}.json", stories(i).encode()) for i in range(2)]),
     )
     monkeypatch.setattr("llmpy.data.datasets.from_hub", lambda *_, **__: raw)
     monkeypatch.chdir(tmp_path)
@@ -275,54 +259,26 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
         assert (len(dataset.train[0]), len(dataset.val[0])) == (4500, 500)
         assert dataset.train[0].path.parent == cache / "fineweb" / "gpt2-5000"
     assert said.count("fineweb is not here yet: making its first 5,000 tokens (all of it: llmpy data fineweb)") == 1
-    monkeypatch.setattr("llmpy.data.pack.SHARD_TOKENS", 10_000)
+    monkeypatch.setattr("llmpy.data.pipeline.SHARD_TOKENS", 10_000)
     monkeypatch.setitem(SOURCES, "fineweb", replace(web, layout=replace(web.layout, val=1000)))
     whole = data(DataOptions(what=("fineweb",)), said.append)
     assert find_dataset("fineweb", said.append) == whole == cache / "fineweb" / "gpt2"
     # a model with another tokenizer reads it with its own, however that is spelled
     own = Tokenizer.train([raw.read_text()], 300)
     own.save(tmp_path / "own.json")
-    start = replace(in_memory(), tokenizer=tmp_path / "own.json")
-    first = prepare([Path("tinystories")], tmp_path / "run", say=said.append, start=start)
+    model = Vocabulary(300, tmp_path / "own.json", lambda: (own, "the model's"))
+    first = prepare([Path("tinystories")], tmp_path / "run", say=said.append, model=model)
     assert first.tokenizer.same_tokens(own)
     (tmp_path / "own.json").write_text(json.dumps(json.loads((tmp_path / "own.json").read_text())))
-    again = prepare([Path("tinystories")], tmp_path / "run", say=said.append, start=start)
+    again = prepare([Path("tinystories")], tmp_path / "run", say=said.append, model=model)
     assert again.train[0].path == first.train[0].path
 
 
 def stories(i):
-    return json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)]).encode()
+    return json.dumps([{"story": f"Story {i}.{j}."} for j in range(50)])
 
 
-def test_what_a_killed_run_left_is_removed(raw, tmp_path, said):
-    """But not the work of one that lives."""
-    code = (
-        "import sys; from pathlib import Path; from llmpy.data import pack; out = Path(sys.argv[1])\n"
-        "with pack._alone(out, print), pack._workplace(out) as work:\n"
-        "    (work / 'ids.tmp').write_bytes(bytes(1000)); print(work, flush=True); sys.stdin.read()"
-    )
-    living, killed = (
-        subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path / name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        for name in ("other", "out")
-    )
-    works = [Path(process.stdout.readline().strip()) for process in (living, killed)]
-    (tmp_path / ".begins.making").touch()  # of one that has not taken it yet
-    killed.kill()
-    killed.communicate()
-    assert [work.is_dir() for work in works] == [True, True]
-    make(said, raw, out=tmp_path / "out")
-    assert [work.is_dir() for work in works] == [True, False]
-    living.communicate("")
-    left = [".begins.making", "input.txt", "other", "out"]  # and no locks of those that worked
-    assert sorted(p.name for p in tmp_path.iterdir()) == left
-
-
-COMMAND = "import sys; from llmpy import cli; sys.exit(cli.main(sys.argv[1:]))"
+COMMAND = "import sys; from llmpy.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_two_processes_make_one_data_set(raw, tmp_path, said):
@@ -341,18 +297,6 @@ def test_two_processes_make_one_data_set(raw, tmp_path, said):
         whole = [tokens(out, p.name) for p in sorted(out.glob("*.bin"), key=lambda p: "val" in p.name)]
         assert sum(map(len, whole)) > 10_000
         assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
-
-
-def test_without_the_network_another_tokenizer_is_named(raw, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["data", "input.txt"]) == 1
-    assert (
-        "or download it elsewhere and give its path: --tokenizer bpe:4096 learns one from the text"
-        in capsys.readouterr().err
-    )
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["input.txt"]
 
 
 @pytest.mark.parametrize(
@@ -384,15 +328,7 @@ def test_a_full_disk(raw, tmp_path, said, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack, "_spool", full)
-    with pytest.raises(LlmpyError, match=r"cannot make .*out: No space left on device"):
+    monkeypatch.setattr(pipeline, "_spool", full)
+    with pytest.raises(LlmpyError, match=r"cannot write to .*out.tmp: No space left on device — free"):
         make(said, raw, out=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]
-
-
-def test_the_help_names_the_verb(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["data", "--help"])
-    out = capsys.readouterr().out
-    assert "--tokenizer" in out
-    assert "tinyshakespeare" in out

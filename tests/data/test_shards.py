@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llmpy.data import shards
 from llmpy.data.shards import FORMS, is_shard, open_shard, write_shard
@@ -60,9 +58,6 @@ def test_part_is_a_view(path):
     assert tail.tokens.tolist() == list(range(90, 100))
     assert np.shares_memory(tail.tokens, shard.tokens)
     assert tail.path == path
-    for start, stop in [(-1, 5), (5, 101), (6, 5)]:
-        with pytest.raises(LlmpyError, match=r"has 100 tokens: no part from .* — choose"):
-            shard.part(start, stop)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +180,7 @@ WRONG = {
     "html": (b"  <!DOCTYPE html><html><body>Not found" + b" " * 2000, "web page"),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "git-lfs pointer, not the data — fetch the data: git lfs pull",
+        "git-lfs pointer, not the file itself — fetch it: git lfs pull",
     ),
     "text": (b"To be, or not to be, that is the question.\n" * 50, "plain text"),
     "text cut in a character": ("é".encode() * 2 + b"a" + "é".encode() * 1000, "plain text"),
@@ -225,20 +220,3 @@ def test_is_shard_goes_by_the_magic(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content)
         assert is_shard(tmp_path / name) is expected
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_damage_is_refused_or_harmless(tmp_path_factory, data):
-    """Any cut and any byte changed: one kind of error, or tokens inside the vocabulary."""
-    path = tmp_path_factory.mktemp("damage") / "x.bin"
-    content = bytearray(header(count=20) + np.arange(20, dtype="<u2").tobytes())
-    position = data.draw(st.integers(0, 11) | st.integers(0, len(content) - 1))
-    content[position] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    try:
-        shard = open_shard(path, 300)
-    except LlmpyError:
-        return
-    assert len(shard) == 20
-    assert shard.tokens.max() < 300

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llmpy.data.text import find_files, read_documents
+from llmpy.data.text import find_files, stream_files
 from llmpy.errors import LlmpyError
+from llmpy.run.folder import is_run
 
 LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
 
 
 def read(said, *paths):
-    return read_documents(paths, said.append)
+    return list(stream_files(find_files(paths, said.append), said.append))
 
 
 def write(folder, name, content=LONG):
@@ -30,12 +31,6 @@ def test_one_file(tmp_path, said):
     assert document.text == LONG
     assert document.source == str(path)
     assert said == ["1 file, 1,320 characters, UTF-8"]
-
-
-def test_order_and_sum_of_several(tmp_path, said):
-    paths = [write(tmp_path, n, n + LONG) for n in ("b.txt", "a.txt")]
-    assert [d.text[0] for d in read(said, *paths)] == ["b", "a"]
-    assert said == ["2 files, 2,650 characters, UTF-8"]
 
 
 def test_folder_is_walked_in_order(tmp_path, said):
@@ -75,19 +70,13 @@ def test_pattern_in_quotes(tmp_path, said):
 
 @pytest.mark.parametrize(
     ("encoding", "name"),
-    [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("utf-8", "UTF-8")],
+    [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32"), ("utf-8", "UTF-8")],
 )
 def test_encodings_with_a_mark(tmp_path, said, encoding, name):
     text = "Größe 日本 🙂\n" * 100
-    (document,) = read(said, write(tmp_path, "a.txt", text.encode(encoding)))
+    (document,) = read(said, write(tmp_path, "a.txt", ("\ufeff" * encoding.endswith("be") + text).encode(encoding)))
     assert document.text == text
     assert said == [f"1 file, {len(text):,} characters, {name}"]
-
-
-def test_big_endian_with_a_mark(tmp_path, said):
-    (document,) = read(said, write(tmp_path, "a.txt", ("\ufeff" + LONG).encode("utf-16-be")))
-    assert document.text == LONG
-    assert said[0].endswith("UTF-16")
 
 
 def test_line_ends_and_composition(tmp_path, said):
@@ -104,7 +93,7 @@ def test_end_of_text_separates_documents(tmp_path, said):
 
 def test_markup_is_said(tmp_path, said):
     read(said, write(tmp_path, "a.json", '{"text": "hello"}\n' * 100))
-    assert said[0] == "note: 1 .json file read as plain text, markup included"
+    assert said[0] == "note: 1 file read as plain text, markup included: a.json"
 
 
 def test_records_are_recognised(tmp_path, said):
@@ -134,7 +123,10 @@ def test_records_are_recognised(tmp_path, said):
         (LONG.encode("utf-16-le"), r"is binary, not text: byte 0x00 at offset 1 — .*UTF-16 without a mark"),
         (b"\x1f\x8b\x08\0" + LONG.encode(), r"is gzip, not text — unpack"),
         (b"%PDF-1.7\n" + LONG.encode(), r"is PDF, not text — .*plain text"),
-        (b"version https://git-lfs.github.com/spec/v1\n", r"is a git-lfs pointer, not the text — .*git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            r"is a git-lfs pointer, not the file itself — .*git lfs pull",
+        ),
     ],
 )
 def test_what_is_no_text(tmp_path, said, content, message, through_folder):
@@ -187,10 +179,10 @@ def test_dead_link_and_pipe(tmp_path, said):
 def test_unreadable(tmp_path, said, monkeypatch):
     path = write(tmp_path, "a.txt")
 
-    def refuse(_):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(LlmpyError, match=r"cannot read .*a\.txt: Permission denied — check"):
         read(said, path)
 
@@ -198,3 +190,16 @@ def test_unreadable(tmp_path, said, monkeypatch):
 def test_a_name_that_no_disk_takes(said):
     with pytest.raises(LlmpyError, match="xxx.*File name too long — check|no file or folder xxx"):
         find_files([Path("x" * 300)], said.append)
+
+
+def test_run_folders_below_are_skipped(tmp_path, said):
+    """What they say and sample would be trained on, and change from start to start."""
+    write(tmp_path, "a.txt")
+    for name in ("config.json", "metrics.jsonl", "samples.txt"):
+        write(tmp_path, f"runs/done/{name}")
+    for name in ("run.lock", "console.log"):
+        write(tmp_path, f"runs/new/{name}")
+    write(tmp_path, "model/config.json")
+    names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], said.append, is_run)]
+    assert names == ["a.txt", "model/config.json"]
+    assert len(find_files([tmp_path / "runs" / "done"], said.append, is_run)) == 3  # but not where one is named

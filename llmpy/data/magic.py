@@ -1,0 +1,41 @@
+"""What the first bytes of a file say: the magic numbers of llm.c's files and our own, each once.
+
+A binary file of llm.c begins with 256 int32 in little-endian order; the first is its magic number.
+
+Source: llm.c's `train_gpt2.py`, `train_llama3.py`, `dev/data/data_common.py` and `train_gpt2.cu`; MASK is ours.
+"""
+
+MODEL = 20240326
+DEBUG = 20240327
+TOKENIZER = 20240328
+TOKENS = 20240520  # uint16
+EXAMPLES = 20240522
+STATE = 20240527
+WIDE_TOKENS = 20240801  # uint32
+LLAMA3 = 20240803
+MASK = 20261122
+HEADER_BYTES = 1024  # of every one of them
+
+WHAT = {
+    MODEL: "an llm.c model checkpoint",
+    DEBUG: "an llm.c debug state",
+    TOKENIZER: "an llm.c tokenizer",
+    TOKENS: "an llm.c token shard",
+    EXAMPLES: "an llm.c multiple-choice evaluation file",
+    STATE: "an llm.c optimizer state",
+    WIDE_TOKENS: "a Llama-3 token shard",
+    LLAMA3: "a Llama-3 model of llm.c",
+    MASK: "the mask of a token shard",
+}
+
+
+def magic_of(start: bytes) -> int:
+    """Return the magic number of a file that begins with `start`; 0 for less than four bytes."""
+    return int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
+
+
+def lfs_pointer(start: bytes) -> tuple[str, str] | None:
+    """Return what is wrong and how to fix it, if a file that begins with `start` is a pointer of git-lfs."""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself", "fetch it: git lfs pull"
+    return None
