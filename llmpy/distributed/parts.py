@@ -25,7 +25,7 @@ from ..model.gpt2 import GPT2
 from ..model.partition import length
 from ..run import checkpoint
 from ..run.checkpoint import MODEL
-from ..run.checkpoint_writer import Keeper, check_shape, page_aligned
+from ..run.checkpoint_writer import CheckpointWriter, check_shape, page_aligned
 from ..run.journal import Journal
 from ..run.place import place_of, places
 from ..system import durable
@@ -33,7 +33,7 @@ from ..system.command import command
 from .zero import Zero
 
 
-class ShardedKeeper(Keeper):
+class PartWriter(CheckpointWriter):
     """Writes the checkpoints of a run of several ranks. Whatever is not about this rank's thread, all ranks call."""
 
     optimizer: Zero

@@ -35,7 +35,7 @@ from ..system.command import command, install
 from ..system.resources import cores
 from ..train.single_process import Alone
 from . import launch
-from .parts import ShardedKeeper
+from .parts import PartWriter
 from .watchdog import Fault, Watch, end
 from .zero import Zero
 
@@ -250,12 +250,12 @@ class World(Alone):
 
     def keeper(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
-    ) -> ShardedKeeper:
+    ) -> PartWriter:
         assert self._watch is not None
         self._watch.hint = f" — go on, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:
             launch.leave_word("hint", self._watch.hint)
-        return ShardedKeeper(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return PartWriter(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
 
 
 class Ended(LlmpyError):

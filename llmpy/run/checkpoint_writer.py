@@ -30,7 +30,7 @@ from .place import arrays, place_of, position_of
 RETRY = 10  # after a failure the next attempt comes in a tenth of the interval, then each twice as late as the last
 
 
-class Keeper:
+class CheckpointWriter:
     """Writes the checkpoints of one run."""
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..model.gpt2 import GPT2
 from ..options.options import TrainOptions
-from ..run.checkpoint_writer import Keeper
+from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.resources import crowded
@@ -59,9 +59,11 @@ class Alone:
         """The optimizer of a model that has been reserved for training and has its weights."""
         return AdamW(model, o.beta1, o.beta2, o.weight_decay, o.clip)
 
-    def keeper(self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions) -> Keeper:
+    def keeper(
+        self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
+    ) -> CheckpointWriter:
         """Who writes the checkpoints."""
-        return Keeper(run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return CheckpointWriter(run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
 
     def times(self) -> dict[str, float]:
         """Milliseconds of communication since the last call, and how many of them training waited for."""

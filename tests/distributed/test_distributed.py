@@ -31,7 +31,7 @@ from llmpy.distributed import launch
 from llmpy.distributed import parts as shards
 from llmpy.distributed import watchdog as watch
 from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
-from llmpy.distributed.parts import ShardedKeeper
+from llmpy.distributed.parts import PartWriter
 from llmpy.distributed.watchdog import Fault, Watch
 from llmpy.distributed.zero import Zero
 from llmpy.formats import llmc_state
@@ -41,7 +41,7 @@ from llmpy.model.initialise import initialise
 from llmpy.model.partition import BUCKET, buckets, cut, length
 from llmpy.options.options import TrainOptions
 from llmpy.run import checkpoint
-from llmpy.run.checkpoint_writer import Keeper
+from llmpy.run.checkpoint_writer import CheckpointWriter
 from llmpy.run.journal import Journal
 from llmpy.train import trainer
 from llmpy.train.memory import memory_parts
@@ -193,10 +193,10 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
     loader = Loader([open_shard(tokens, 300)], B, T, True, 42, rank, ranks)
     optimizer = AdamW(model, **SETTINGS) if alone else Zero(model, fellow, **SETTINGS, zero=True, limit=700)
     journal = Journal()
-    keeper: Keeper = (
-        Keeper(folder, model, optimizer, T, journal, 0, 2, 0)
+    keeper: CheckpointWriter = (
+        CheckpointWriter(folder, model, optimizer, T, journal, 0, 2, 0)
         if alone
-        else ShardedKeeper(fellow, folder, model, optimizer, T, journal, 0, 2, 0)
+        else PartWriter(fellow, folder, model, optimizer, T, journal, 0, 2, 0)
     )
     if resume:
         path = folder / "checkpoints" / "step-00000003"
@@ -288,7 +288,7 @@ def test_ranks_that_cannot_write_say_so_once_and_try_ever_later(tmp_path: Path, 
         model, loader = tiny_model(TINY, B, T), Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, 2)
         optimizer, said, tried = Zero(model, fellow, **SETTINGS, zero=True, limit=700), list[str](), list[int]()
         journal = SimpleNamespace(say=said.append)
-        keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2, 0)  # type: ignore[arg-type]
+        keeper = PartWriter(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2, 0)  # type: ignore[arg-type]
         keeper.begin(0)
         for step in range(1, 60):
             if keeper.due(step):
@@ -803,7 +803,7 @@ def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, token
         optimizer = Zero(model, fellow, **SETTINGS, zero=True, limit=700)
         told = TrainOptions(checkpoint_every=1, ranks=fellow.size)
         run = trainer.Trainer.__new__(trainer.Trainer)
-        run.keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
+        run.keeper = PartWriter(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2, 0)
         run.done, run.folder, run.options, run._bad = 3, tmp_path / "run", told, 0
         run.keeper.begin(2)
         assert run.keeper.due(3)

@@ -20,7 +20,7 @@ from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
 from llmpy.run import checkpoint_writer as snapshot
 from llmpy.run.checkpoint import MANIFEST, MODEL, STATE
-from llmpy.run.checkpoint_writer import Keeper, restore
+from llmpy.run.checkpoint_writer import CheckpointWriter, restore
 from llmpy.run.journal import Journal
 from llmpy.run.place import position_of
 from llmpy.system import durable
@@ -37,7 +37,7 @@ class Run:
         for x in (self.optimizer.m, self.optimizer.v):
             x[...] = rng.normal(size=x.size)
         self.loader = Loader([Shard(Path("a"), rng.integers(0, 300, 500).astype(np.uint16))], 2, 8, shuffle=True)
-        self.keeper = Keeper(folder, self.model, self.optimizer, 8, Journal(), every, keep, keep_every)
+        self.keeper = CheckpointWriter(folder, self.model, self.optimizer, 8, Journal(), every, keep, keep_every)
         self.keeper.begin(0)
 
     def state(self) -> dict[str, Any]:
