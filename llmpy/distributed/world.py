@@ -29,13 +29,13 @@ import psutil
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
 from ..options.options import TrainOptions
+from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install
 from ..system.resources import cores
 from ..train.single_process import Alone
 from . import launch
-from .parts import PartWriter
 from .watchdog import Fault, Watch, end
 from .zero import Zero
 
@@ -128,7 +128,6 @@ class World(Alone):
         return [tuple(row) for row in all_of_them.tolist()]
 
     def tell(self, value: Any) -> list[Any]:
-        """The value, as JSON has it, of every rank, in the order of ranks."""
         mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = [int(count) for (count,) in self.gather(mine.size)]
         texts = np.empty(sum(counts), np.uint8)
@@ -250,12 +249,12 @@ class World(Alone):
 
     def keeper(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
-    ) -> PartWriter:
+    ) -> CheckpointWriter:
         assert self._watch is not None
         self._watch.hint = f" — go on, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:
             launch.leave_word("hint", self._watch.hint)
-        return PartWriter(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return super().keeper(run, model, optimizer, length, journal, o)
 
 
 class Ended(LlmpyError):

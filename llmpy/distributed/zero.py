@@ -271,6 +271,10 @@ class Zero(AdamW):
         vectors = np.frombuffer(message[edge * self.ops.dtype.itemsize :].tobytes(), self.ops.wide)
         unpack(self.params, cut(ranges, edge, length(ranges)), vectors)
 
+    def weights(self, room: np.ndarray) -> np.ndarray:
+        self.collect(room)
+        return room
+
     def collect(self, out: np.ndarray) -> None:
         """On the first rank: out, flat, := all master weights. Every rank calls it, between steps."""
         self.settle()

@@ -32,9 +32,8 @@ from ..options.options import TrainOptions
 from ..rng import MTState, Xorshift64Star
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, LLMC_DONE
-from ..run.place import place_of
+from ..run.parts import Moments, load_moments, position_for, read_parts
 from ..system.durable import write_whole
-from ..train.optimizer import AdamW
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
 from .source import DTYPES, Source, damaged, shapes, unreadable
@@ -92,7 +91,7 @@ def jump(state: int, draws: int) -> int:
     return state
 
 
-def capture(optimizer: AdamW, loader: Loader, params: np.ndarray, micro_steps: int = 1) -> TrainingState:
+def capture(optimizer: Moments, loader: Loader, params: np.ndarray, micro_steps: int = 1) -> TrainingState:
     """The state of a run of one process, as llm.c would have it after as many updates; `params` is the flat arena."""
     host = optimizer.ops.to_host
     position = loader.position
@@ -124,10 +123,11 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     source = native.read_model(found[0] / checkpoint.MODEL)
     n = sum(math.prod(s) for s in shapes(source.config).values())
     m, v = np.empty((2, n), np.float32)
-    checkpoint.load_moments(found[0], manifest, [([(0, n)], m, v)])
+    parts = read_parts(found[0], manifest)
+    load_moments(parts, [(0, n)], m, v)
     options, empty = dict(manifest["options"]), np.empty(0, np.int32)
     options["batch_size"] *= manifest.get("ranks", 1)
-    position = place_of(found[0], manifest, 0, 1, options["seed"])
+    position = position_for(parts, 0, 1, options["seed"])
     shuffle = options["shuffle"] and not options["overfit"]
     if not shuffle:
         position = replace(position, shard_order=empty, sample_order=empty)
@@ -137,7 +137,7 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     return source, TrainingState(manifest["step"], m, v, master, *rng, shuffle, (position,)), options
 
 
-def restore(state: TrainingState, optimizer: AdamW, loader: Loader) -> None:
+def restore(state: TrainingState, optimizer: Moments, loader: Loader) -> None:
     """Put optimizer and loader (of rank `loader.rank`) where `state` says; the weights are the checkpoint's source.
 
     Raises LlmpyError, before anything is changed but the loader, if model, data, -B, -T or ranks are others.

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
+from ..model.partition import Range
 
 EPSILON = 1e-8
 
@@ -37,7 +38,7 @@ class AdamW:
         self.clip = clip
         self.updates = 0
         self.grad = model.grads.buffer
-        param = model.params.buffer
+        self.master = param = model.params.buffer
         self.m = self.ops.zeros(param.size, self.ops.wide)
         self.v = self.ops.zeros(param.size, self.ops.wide)
         edge = model.matrix_elements
@@ -55,6 +56,24 @@ class AdamW:
     def set_moments(self, m: Any, v: Any) -> None:
         """The moments := others, flat in the order of the parameters."""
         self.m[...], self.v[...] = m, v
+
+    # What checkpoints ask, of one process and of a part: see `run.parts.Moments`.
+
+    @property
+    def owned(self) -> list[Range]:
+        return [(0, self.parameters)]
+
+    def mine(self, x: Any) -> Any:
+        return self.ops.to_host(x)
+
+    def weights(self, room: Any) -> Any:
+        return self.ops.to_host(self.master)
+
+    def kept_ranges(self) -> list[tuple[list[Range], slice]]:
+        return [(self.owned, slice(None))]
+
+    def adopt_weights(self) -> None:
+        pass
 
     def step(self, lr: float) -> float:
         """Update the parameters from the gradients; returns the norm before clipping.

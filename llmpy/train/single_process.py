@@ -27,6 +27,10 @@ class Alone:
         """The numbers of every rank, in the order of ranks, the same list on all of them."""
         return [numbers]
 
+    def tell(self, value: Any) -> list[Any]:
+        """The value, as JSON has it, of every rank, in the order of ranks."""
+        return [value]
+
     def in_turn(self, lead: Callable[[], T], others: Callable[[], T] | None = None) -> T:
         """What `lead` returns on the first rank; when it has, what `others` (or `lead`) returns on the other ones."""
         return lead()
@@ -63,7 +67,7 @@ class Alone:
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
     ) -> CheckpointWriter:
         """Who writes the checkpoints."""
-        return CheckpointWriter(run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
+        return CheckpointWriter(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep, o.keep_every)
 
     def times(self) -> dict[str, float]:
         """Milliseconds of communication since the last call, and how many of them training waited for."""

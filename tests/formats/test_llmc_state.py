@@ -25,8 +25,8 @@ from llmpy.formats.source import shapes
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.options import TrainOptions
 from llmpy.rng import MT19937, Xorshift64Star
-from llmpy.run import checkpoint
-from llmpy.run import checkpoint_writer as snapshot
+from llmpy.run import checkpoint, checkpoint_writer
+from llmpy.run.parts import part_name
 from llmpy.tools import golden
 from llmpy.train import trainer
 from llmpy.train.optimizer import AdamW
@@ -281,7 +281,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
     shards: tuple[Path, ...], tmp_path: Path, shuffle: bool, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
     whole, llm_c, back = tmp_path / "whole", tmp_path / "llm.c", tmp_path / "back"
     options = told(shards, out=whole, model="d1", vocab_size=300, shuffle=shuffle)
     assert trainer.train(options, Laptop()) == 0
@@ -297,7 +297,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
     said = capsys.readouterr().out
     assert "going on after step 12 of llm.c's run" in said
     assert lines_after(back, 0) == lines_after(whole, 12)
-    for name in (checkpoint.MODEL, checkpoint.STATE):
+    for name in (checkpoint.MODEL, part_name(0, 1)):
         a, b = (load_file(run / "checkpoints" / "step-00000024" / name) for run in (whole, back))
         assert all(np.array_equal(a[key], b[key]) for key in a | b)
     # and on from its own checkpoint, with the time of a step as measured here

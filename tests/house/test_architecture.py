@@ -58,8 +58,6 @@ UPWARD: set[tuple[str, str]] = {
     ("llmpy.data.prepare", "llmpy.formats"),
     ("llmpy.data.prepare", "llmpy.formats.source"),
     ("llmpy.data.text", "llmpy.run.folder"),
-    ("llmpy.formats.llmc_state", "llmpy.train.optimizer"),
-    ("llmpy.run.checkpoint_writer", "llmpy.train.optimizer"),
 }
 # Height inside the CPU backend: a module imports only from below. Everything else is an operation.
 HEIGHT = {"pool": -1, "jit": 0, "simd": 1, "gelu": 2, "gemm": 2, "decode": 4, "": 9}
