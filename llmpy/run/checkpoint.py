@@ -79,9 +79,9 @@ class Score:
     measured_on: str
 
 
-def save(path: Path, model: GPT2, trained_length: int, score: Score | None = None) -> None:
+def save(path: Path, model: GPT2, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer), score)
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
 
 
 def write_model(
@@ -98,8 +98,7 @@ def read_score(path: Path) -> Score | None:
     with opened(path) as file:
         about = json.loads(file.metadata()[KEY])
     try:
-        measured_on = str(about.get("measured_on", "what an earlier version took"))
-        return Score(int(about["step"]), float(about["val_loss"]), measured_on)
+        return Score(int(about["step"]), float(about["val_loss"]), str(about["measured_on"]))
     except (KeyError, TypeError, ValueError):
         return None
 
