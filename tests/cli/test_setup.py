@@ -43,7 +43,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
         monkeypatch.chdir(tmp_path)
         stands_for(monkeypatch, datasets, "SHAKESPEARE", f"{here}/text", files["/text"])
         stands_for(monkeypatch, tokenizer, "GPT2", f"{here}/ranks", files["/ranks"])
-        for module in (prepare, formats):
+        for module in (prepare, formats.detect):
             monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
         monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
         yield found

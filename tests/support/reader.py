@@ -85,7 +85,7 @@ def internet(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
         for (module, name), content in known.items():
             address = datasets.STORIES if name == "STORIES" else f"{here}/{name}"
             stands_for(patch, module, name, address, content)
-        for module in (prepare, formats):
+        for module in (prepare, formats.detect):
             patch.setattr(module, "GPT2_VOCAB", WORDS.vocab_size)
         yield
 
