@@ -102,9 +102,9 @@ def chat(options: ChatOptions) -> int:
 def data(options: DataOptions) -> int:
     """Make token files of a data set or of your own text."""
     from ..data.pack import data
-    from ..run.folder import is_run
+    from ..run.folder import is_ours
 
-    data(options, say, is_run)
+    data(options, say, is_ours)
     return 0
 
 

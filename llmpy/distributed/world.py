@@ -29,13 +29,13 @@ import psutil
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
 from ..options.train import TrainOptions
+from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install
 from ..system.resources import cores
 from ..train.single_process import SingleProcess
 from . import launch
-from .parts import ShardedKeeper
 from .watchdog import Fault, Watch, end
 from .zero import Zero
 
@@ -127,7 +127,6 @@ class World(SingleProcess):
         return [tuple(row) for row in all_of_them.tolist()]
 
     def tell(self, value: Any) -> list[Any]:
-        """The value, as JSON has it, of every rank, in the order of ranks."""
         mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = [int(count) for (count,) in self.gather(mine.size)]
         texts = np.empty(sum(counts), np.uint8)
@@ -248,14 +247,14 @@ class World(SingleProcess):
     def optimizer(self, model: GPT2, o: TrainOptions) -> Zero:
         return Zero(model, self, o.beta1, o.beta2, o.weight_decay, o.clip)
 
-    def keeper(
+    def checkpoints(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
-    ) -> ShardedKeeper:
+    ) -> CheckpointWriter:
         assert self._watch is not None
         self._watch.hint = f" — go on, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:
             launch.leave_word("hint", self._watch.hint)
-        return ShardedKeeper(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
+        return super().checkpoints(run, model, optimizer, length, journal, o)
 
 
 class Ended(LlmpyError):

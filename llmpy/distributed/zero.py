@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..model.gpt2 import GPT2
-from ..model.partition import BUCKET, Range, buckets, cut, length
+from ..model.partition import BUCKET, Range, buckets, cut, length, pack, unpack
 from ..train.optimizer import EPSILON, AdamW
 
 
@@ -47,22 +47,6 @@ class Courier(Protocol):
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
         """As `SingleProcess.gather`."""
-
-
-def pack(out: np.ndarray, flat: np.ndarray, ranges: Sequence[Range]) -> None:
-    """out := the ranges of a flat array, one after another."""
-    at = 0
-    for start, stop in ranges:
-        out[at : at + stop - start] = flat[start:stop]
-        at += stop - start
-
-
-def unpack(flat: np.ndarray, ranges: Sequence[Range], packed: np.ndarray) -> None:
-    """The opposite of `pack`."""
-    at = 0
-    for start, stop in ranges:
-        flat[start:stop] = packed[at : at + stop - start]
-        at += stop - start
 
 
 def release(x: np.ndarray) -> None:
@@ -117,10 +101,6 @@ class Zero(AdamW):
     @property
     def parameters(self) -> int:
         return int(self.params.size)
-
-    def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
-        pack(self.m, m, self.owned)
-        pack(self.v, v, self.owned)
 
     def adopt_weights(self) -> None:
         """The master weights := the model's parameters, which were written by anyone else."""
@@ -236,6 +216,10 @@ class Zero(AdamW):
         unpack(self.model.weights.buffer, matrices, message[: edge * self.ops.dtype.itemsize].view(self.ops.dtype))
         vectors = np.frombuffer(message[edge * self.ops.dtype.itemsize :].tobytes(), self.ops.wide)
         unpack(self.params, cut(ranges, edge, length(ranges)), vectors)
+
+    def weights(self, room: np.ndarray) -> np.ndarray:
+        self.collect(room)
+        return room
 
     def collect(self, out: np.ndarray) -> None:
         """On the first rank: out, flat, := all master weights. Every rank calls it, between steps."""

@@ -6,26 +6,33 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.rank_tables import LLMC_FILE, write_llmc
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..options.tools import MODEL_FORMATS, ConvertOptions
+from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..system.durable import made
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
 from .source import Source, tokenizer_named
 
-# What each format can hold; the first is taken where the source's own is not among them.
-DTYPES = {
-    "llmc": ("float32", "bfloat16"),
-    "llmc-run": ("float32", "bfloat16"),
-    "hf": ("float32", "bfloat16"),
-    "native": ("float32",),
-    "gguf": ("float32", "bfloat16", "float16"),
+
+class Format(NamedTuple):
+    """A format that models are written in."""
+
+    dtypes: tuple[str, ...]  # that it can hold; the first one where the source's own is not among them
+    suffix: str | None  # of names that ask for it
+    write: Callable[[Path, Source, str], None] | None  # None: needs more than a model
+
+
+FORMATS = {
+    "llmc": Format(("float32", "bfloat16"), ".bin", llmc.write_model),
+    "llmc-run": Format(("float32", "bfloat16"), None, None),
+    "hf": Format(("float32", "bfloat16"), "", huggingface.write_model),
+    "native": Format(("float32",), ".safetensors", lambda path, source, _: native.write_model(path, source)),
+    "gguf": Format(("float32", "bfloat16", "float16"), ".gguf", gguf.write_model),
 }
-BY_SUFFIX = {".bin": "llmc", ".gguf": "gguf", ".safetensors": "native", "": "hf"}
 
 
 def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
@@ -50,8 +57,13 @@ def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
     names = f" ({', '.join(p.name for p in files)})" if folder else ""
     say(f"wrote {target}{names}: {to}, {dtype}, {sum(p.stat().st_size for p in files):,} bytes")
     put_tokenizer(source, target, to, say)
-    if told is not None:
-        _how_to_go_on(target, told, say)
+    if told is not None:  # llm.c's files hold no options
+        o = TrainOptions.from_record(told)
+        rows = f"-b {o.batch_size} -t {o.sequence_length} -d {o.micro_steps * o.batch_size * o.sequence_length}"
+        say(
+            f"llm.c goes on with:  -o {shlex.quote(str(target))} -y 1 {rows}  and the data, steps and rates of before: "
+            "its files hold no options"
+        )
     elif state is None and llmc_state.is_checkpoint(options.source):
         say("its moments and its place in the data stay behind: train --resume takes them, and --to llmc-run")
 
@@ -61,10 +73,15 @@ def format_of(target: Path, to: str | None) -> str:
 
     Raises LlmpyError if neither says it, or if something is there already.
     """
-    to = to or BY_SUFFIX.get(target.suffix)
+    to = to or next((name for name, format in FORMATS.items() if format.suffix == target.suffix), None)
     if to is None:
-        raise LlmpyError(f"{target} does not say its format", f"use --to {', '.join(MODEL_FORMATS)}")
-    _refuse_loss(target, _is_folder(target, to))
+        raise LlmpyError(f"{target} does not say its format", f"use --to {', '.join(FORMATS)}")
+    try:
+        taken = any(target.iterdir()) if _is_folder(target, to) and target.is_dir() else target.exists()
+    except OSError as fault:
+        raise LlmpyError(f"cannot write {target}: {fault.strerror}", "choose another place") from fault
+    if taken:
+        raise LlmpyError(f"{target} exists", "choose a new name, or remove it")
     return to
 
 
@@ -78,32 +95,22 @@ def write(source: Source, target: Path, to: str, dtype: str | None = None, state
     With `state`, a `llmc_state.State`, write a checkpoint of llm.c. Missing folders are made.
     Raises LlmpyError for a type that the format cannot hold, and if the disk refuses.
     """
-    dtype = dtype or (source.dtype if source.dtype in DTYPES[to] else DTYPES[to][0])
-    if dtype not in DTYPES[to]:
-        raise LlmpyError(f"--dtype {dtype} with --to {to}", f"use {' or '.join(DTYPES[to])}")
-    if to == "llmc-run" and state is None:
+    dtypes, _, write_model = FORMATS[to]
+    dtype = dtype or (source.dtype if source.dtype in dtypes else dtypes[0])
+    if dtype not in dtypes:
+        raise LlmpyError(f"--dtype {dtype} with --to {to}", f"use {' or '.join(dtypes)}")
+    if write_model is None and state is None:
         raise LlmpyError("a model alone is no run of llm.c: moments and place in the data are missing", "use --to llmc")
     named = tokenizer_named(target)
     ours = source.tokenizer and named.exists() and _same(named, Tokenizer.load(source.tokenizer))
     if _is_single(target, to) and named.exists() and not ours:
         raise LlmpyError(f"{named} is another model's tokenizer", "choose a new name, or remove it")
     with made(target if _is_folder(target, to) else target.parent):
-        if state is None:
-            _write(source, target, to, dtype)
+        if write_model is not None:
+            write_model(target, source, dtype)
         else:
             llmc_state.write_checkpoint(target, source, state, dtype)
     return dtype
-
-
-def _write(source: Source, target: Path, to: str, dtype: str) -> None:
-    if to == "llmc":
-        llmc.write_model(target, source, dtype)
-    elif to == "gguf":
-        gguf.write_model(target, source, dtype)
-    elif to == "hf":
-        huggingface.write_model(target, source, dtype)
-    else:
-        native.write_model(target, source)
 
 
 def put_tokenizer(source: Source, target: Path, to: str, say: Callable[[str], None]) -> None:
@@ -145,23 +152,3 @@ def _same(path: Path, tokenizer: Tokenizer) -> bool:
         return Tokenizer.load(path).same_tokens(tokenizer)
     except LlmpyError:
         return False
-
-
-def _how_to_go_on(target: Path, told: dict[str, Any], say: Callable[[str], None]) -> None:
-    """What llm.c has to be told, for its files hold no options."""
-    o = TrainOptions.from_record(told)
-    BT = o.batch_size * o.sequence_length
-    say(
-        f"llm.c goes on with:  -o {shlex.quote(str(target))} -y 1 -b {o.batch_size} -t {o.sequence_length} "
-        f"-d {o.micro_steps * BT}  and the data, steps and rates of before: its files hold no options"
-    )
-
-
-def _refuse_loss(target: Path, folder: bool) -> None:
-    """Raise LlmpyError if anything is there already."""
-    try:
-        taken = any(target.iterdir()) if folder and target.is_dir() else target.exists()
-    except OSError as fault:
-        raise LlmpyError(f"cannot write {target}: {fault.strerror}", "choose another place") from fault
-    if taken:
-        raise LlmpyError(f"{target} exists", "choose a new name, or remove it")

@@ -7,6 +7,7 @@ tied: llama.cpp takes token_embd where there is no output.weight. Tensor names a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from ..data.rank_tables import LLAMA3
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
+from ..model.gpt2 import params_table
 from ..system.command import install
 from ..system.durable import write_whole
-from .source import DTYPES, Source, cast, shapes
+from .source import DTYPES, Source, cast
 
 # ours → llama.cpp's; {} is the layer
 NAMES = {
@@ -51,7 +53,7 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     except ImportError:
         raise LlmpyError("writing GGUF needs the gguf library", install("llmpy[gguf]")) from None
     c = source.config
-    kinds = {name: dtype if t.decay and name != "wpe" else "float32" for name, t in _table(source).items()}
+    tensors = [(t.name, t.shape, dtype if t.decay and t.name != "wpe" else "float32") for t in params_table(c)]
 
     def write(temporary: Path) -> None:
         writer = gguf.GGUFWriter(temporary, "gpt2")
@@ -63,32 +65,23 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
         writer.add_layer_norm_eps(1e-5)
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
         _add_tokenizer(writer, source)
-        for name, shape in shapes(c).items():
-            kind = kinds[name]
-            size = DTYPES[kind].itemsize
+        for name, shape, kind in tensors:
+            size, raw = DTYPES[kind].itemsize, gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
             for theirs, one in _theirs(name, shape, c.vocab_size):
                 # the library has no bfloat16: it takes bytes, and their count in place of the last dimension
-                raw = gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
                 stored = (*one[:-1], size * one[-1]) if kind == "bfloat16" else one
                 seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
-                writer.add_tensor_info(theirs, stored, seen, size * int(np.prod(one)), raw)
+                writer.add_tensor_info(theirs, stored, seen, size * math.prod(one), raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, shape in shapes(c).items():
-            x = cast(source.read(name), kinds[name], name)
-            stacked = x if "{}" in NAMES[name] else [x[: c.vocab_size] if name == "wte" else x]
-            for _, one in zip(_theirs(name, shape, c.vocab_size), stacked, strict=True):
-                writer.write_tensor_data(one.view(np.uint8) if kinds[name] == "bfloat16" else one)
+        for name, _, kind in tensors:
+            x = cast(source.read(name), kind, name)
+            for layer in x if "{}" in NAMES[name] else [x[: c.vocab_size] if name == "wte" else x]:
+                writer.write_tensor_data(layer.view(np.uint8) if kind == "bfloat16" else layer)
         writer.close()
 
     write_whole(path, write)
-
-
-def _table(source: Source) -> dict[str, Any]:
-    from ..model.gpt2 import params_table
-
-    return {t.name: t for t in params_table(source.config)}
 
 
 def _theirs(name: str, shape: tuple[int, ...], V: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..run.checkpoint import opened
-from ..run.folder import TOKENIZER_FILE
+from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
 from .source import DTYPES, Source, cast, copy_tokenizer, damaged, padded, read_json, shapes
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 # ours → theirs, and whether it is transposed; {} is the layer
 NAMES = {
     "wte": ("wte.weight", False),
@@ -126,10 +126,7 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         else:
             for l, layer in enumerate(x):
                 tensors[PREFIX + theirs.format(l)] = np.ascontiguousarray(layer.T if transposed else layer)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise LlmpyError(f"cannot make {folder}: {fault.strerror}", "choose another folder") from fault
+    folder.mkdir(parents=True, exist_ok=True)
     eot = c.vocab_size - 1  # where GPT-2 has it
     if source.tokenizer is not None:
         tokenizer = copy_tokenizer(source.tokenizer, folder / TOKENIZER_FILE)

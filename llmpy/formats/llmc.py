@@ -132,21 +132,6 @@ def read_debug(path: Path, config: ModelConfig) -> DebugState:
     return DebugState(x, y, read_at(path, logits), value, lambda name: read_at(path, gradients[name]))
 
 
-def write_debug(path: Path, config: ModelConfig, state: DebugState) -> None:
-    """Write a debug state, whole or not at all."""
-    header = np.zeros(256, "<i4")
-    header[:4] = (DEBUG, 2, *state.tokens.shape)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            for x in (header, state.tokens.astype("<i4"), state.targets.astype("<i4")):
-                file.write(x.tobytes())
-            for x in (state.logits, np.array([state.loss]), *map(state.gradient, ORDER)):
-                x.astype("<f4").tofile(file)
-
-    write_whole(path, write)
-
-
 def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
     """The 256 int32 of a file that must begin with `magic`, and the file's size in bytes."""
     try:

@@ -7,18 +7,16 @@ state   256 int32: [0] 20240527  [1] 1  [2] ranks P  [3] rank  [4] master weight
                  the MT19937 as 2520 bytes: uint64 seed, int32 left, uint32 next, uint32 state[624], 2 constants
 
 The numbers of step s are those after s updates. Under ZeRO-1 rank r holds the r-th part of every layer's tensor.
-Not repeated from llm.c: a DONE without its files is passed over, unwanted master weights do not shift what follows
-them, and the seed, which llm.c never sets, is written as 0.
+Unlike llm.c, a DONE without its files is ignored, unwanted master weights do not shift what follows them, and the
+seed, which llm.c never sets, is written as 0.
 
 Source: llm.c, `train_gpt2.cu` (save_state, load_state), `llmc/dataloader.h`, `llmc/rand.h`, `llmc/zero.cuh`.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +27,18 @@ from ..data.loader import Loader, Position
 from ..data.magic import STATE
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
+from ..model.partition import pack
 from ..options.train import TrainOptions
 from ..rng import MTState, Xorshift64Star
 from ..run import checkpoint
-from ..run.folder import CHECKPOINTS, LLMC_DONE
-from ..run.place import place_of
+from ..run.folder import CHECKPOINTS, LLMC_DONE, MODEL_FILE
+from ..run.parts import Moments, load_moments, position_for, read_parts
 from ..system.durable import write_whole
-from ..train.optimizer import AdamW
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
-from .source import DTYPES, Source, damaged, shapes, unreadable
+from .source import DTYPES, Source, damaged, elements, shapes, unreadable
 
-MODEL_SEED = 13371337  # of rng_state, plus the rank
+MODEL_SEED = 13371337  # of rng_state
 DRAWS_PER_UPDATE = 16  # of rng_state: a seed for each tensor; backward draws one more for each micro-batch
 TWISTER = np.dtype(
     [("seed", "<u8"), ("left", "<i4"), ("next", "<u4"), ("state", "<u4", 624), ("matrix", "<u4", 2)], align=False
@@ -51,7 +49,7 @@ KEY_WORDS = 624
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides its weights to go on. Flat arrays, float32 (n,), are in the order of our table."""
+    """What a run needs besides its weights to resume. Flat arrays, float32 (n,), are in the order of our table."""
 
     step: int  # updates made
     m: np.ndarray
@@ -60,84 +58,49 @@ class TrainingState:
     rng_state: int  # llm.c's xorshift64* of stochastic rounding: see `rng_states`
     rng_state_last_update: int
     shuffle: bool
-    places: tuple[Position, ...]  # of each rank's loader; without shuffling their orders are empty
+    places: tuple[Position, ...]  # of each rank's loader; without shuffling their orders are empty or ignored
 
 
-def rng_states(step: int, micro_steps: int = 1, rank: int = 0) -> tuple[int, int]:
-    """llm.c's rng_state after `step` updates of `micro_steps` micro-batches, and before the last update."""
-    draws = step * (micro_steps + DRAWS_PER_UPDATE)
-    seed = MODEL_SEED + rank
-    return jump(seed, draws), jump(seed, max(0, draws - DRAWS_PER_UPDATE))
-
-
-def jump(state: int, draws: int) -> int:
-    """The state of a xorshift64* `draws` words later.
-
-    A step is linear in the bits of the state: its matrix, a column for each bit, is raised to the power.
-    """
-
-    def times(columns: list[int], x: int) -> int:
-        return functools.reduce(operator.xor, (c for bit, c in enumerate(columns) if x >> bit & 1), 0)
-
-    columns = []
-    for bit in range(64):
-        rng = Xorshift64Star(1 << bit)
-        rng.uint32()
-        columns.append(rng.state)
-    while draws:
-        if draws & 1:
-            state = times(columns, state)
-        columns = [times(columns, c) for c in columns]
-        draws >>= 1
-    return state
-
-
-def capture(optimizer: AdamW, loader: Loader, params: np.ndarray, micro_steps: int = 1) -> TrainingState:
-    """The state of a run of one process, as llm.c would have it after as many updates; `params` is the flat arena."""
-    host = optimizer.ops.to_host
-    position = loader.position
-    if not loader.shuffle:
-        position = replace(position, shard_order=np.empty(0, np.int32), sample_order=np.empty(0, np.int32))
-    return TrainingState(
-        optimizer.updates,
-        np.array(host(optimizer.m)),
-        np.array(host(optimizer.v)),
-        np.array(params),
-        *rng_states(optimizer.updates, micro_steps),
-        loader.shuffle,
-        (position,),
-    )
+def rng_states(step: int, micro_steps: int = 1) -> tuple[int, int]:
+    """Return llm.c's rng_state after `step` updates of `micro_steps` micro-batches, and before the last update."""
+    rng = Xorshift64Star(MODEL_SEED)
+    before = rng.state
+    for _ in range(step):
+        for _ in range(micro_steps):
+            rng.uint32()
+        before = rng.state
+        for _ in range(DRAWS_PER_UPDATE):
+            rng.uint32()
+    return rng.state, before
 
 
 def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
-    """The newest checkpoint of a run of ours as llm.c would have it, and the run's options as they are recorded.
+    """Return the newest checkpoint of a run of ours as llm.c would have it, and the run's recorded options.
 
     Several ranks become one process whose batches are as large as theirs together, in the options too: it reads the
     same tokens in a step, shuffled as the first rank has them.
-    What llm.c does not write down stays behind: outlier detectors, clocks, and the options themselves.
+    Outlier detectors, clocks and the options have no place in llm.c's files.
     Raises LlmpyError if there is no checkpoint, or if it is damaged.
     """
     found = checkpoint.listed(run / CHECKPOINTS)
     if not found:
         raise LlmpyError(f"{run} has no checkpoint, only a model", "convert that alone: --to llmc")
     manifest = checkpoint.verify(found[0])
-    source = native.read_model(found[0] / checkpoint.MODEL)
-    n = sum(math.prod(s) for s in shapes(source.config).values())
+    source = native.read_model(found[0] / MODEL_FILE)
+    parts = read_parts(found[0], manifest)
+    n = elements(source.config)
     m, v = np.empty((2, n), np.float32)
-    checkpoint.load_moments(found[0], manifest, [([(0, n)], m, v)])
-    options, empty = dict(manifest["options"]), np.empty(0, np.int32)
-    options["batch_size"] *= manifest.get("ranks", 1)
-    position = place_of(found[0], manifest, 0, 1, options["seed"])
-    shuffle = options["shuffle"] and not options["overfit"]
-    if not shuffle:
-        position = replace(position, shard_order=empty, sample_order=empty)
-    micro_steps = TrainOptions.from_record(options).micro_steps
+    load_moments(parts, [(0, n)], m, v)
+    options = dict(manifest["options"])
+    options["batch_size"] *= len(parts)
+    step, micro_steps = manifest["step"], TrainOptions.from_record(options).micro_steps
     master = np.concatenate([source.read(name).reshape(-1) for name in shapes(source.config)])
-    rng = rng_states(manifest["step"], micro_steps)
-    return source, TrainingState(manifest["step"], m, v, master, *rng, shuffle, (position,)), options
+    shuffle = options["shuffle"] and not options["overfit"]
+    place = position_for(parts, 0, 1, options["seed"])
+    return source, TrainingState(step, m, v, master, *rng_states(step, micro_steps), shuffle, (place,)), options
 
 
-def restore(state: TrainingState, optimizer: AdamW, loader: Loader) -> None:
+def restore(state: TrainingState, optimizer: Moments, loader: Loader) -> None:
     """Put optimizer and loader (of rank `loader.rank`) where `state` says; the weights are the checkpoint's source.
 
     Raises LlmpyError, before anything is changed but the loader, if model, data, -B, -T or ranks are others.
@@ -148,7 +111,8 @@ def restore(state: TrainingState, optimizer: AdamW, loader: Loader) -> None:
             "continue with the model that it was saved with",
         )
     restore_place(state, loader)
-    optimizer.set_moments(state.m, state.v)
+    pack(optimizer.m, state.m, optimizer.owned)
+    pack(optimizer.v, state.v, optimizer.owned)
     optimizer.updates = state.step
 
 
@@ -159,75 +123,62 @@ def restore_place(state: TrainingState, loader: Loader) -> None:
             f"the state was saved by {len(state.places)} processes, shuffling {'on' if state.shuffle else 'off'}",
             f"continue with as many (now {loader.ranks}) and the same shuffling, or from the weights alone: --init",
         )
-    place = state.places[loader.rank]
-    loader.position = place if state.shuffle else _in_text_order(place, loader)
-
-
-def _in_text_order(place: Position, loader: Loader) -> Position:
-    """`place` with the orders that llm.c does not write down where nothing is shuffled."""
-    shards = loader.shards
-    if place.shard >= len(shards):
-        raise LlmpyError(
-            f"the state stands in token shard {place.shard} of {len(shards)}", "continue with the same data"
-        )
-    samples = (len(shards[place.shard]) - 1) // (loader.B * loader.T * loader.ranks)
-    return replace(
-        loader.position,
-        shard=place.shard,
-        sample=place.sample,
-        sample_order=np.arange(samples, dtype=np.int32),
-    )
+    place, shards = state.places[loader.rank], loader.shards
+    if not state.shuffle:  # llm.c does not write down the orders then
+        if place.shard >= len(shards):
+            raise LlmpyError(
+                f"the state stands in token shard {place.shard} of {len(shards)}", "continue with the same data"
+            )
+        samples = (len(shards[place.shard]) - 1) // (loader.B * loader.T * loader.ranks)
+        order = np.arange(samples, dtype=np.int32)
+        place = replace(loader.position, shard=place.shard, sample=place.sample, sample_order=order)
+    loader.position = place
 
 
 def latest(folder: Path) -> int | None:
-    """The largest step whose DONE, model and first state are all there; None: there is no checkpoint."""
+    """Return the largest step whose DONE, model and first state are all there; None: there is no checkpoint."""
     try:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as fault:
         raise unreadable(folder, fault) from fault
     steps = {int(found[1]) for name in names if (found := LLMC_DONE.fullmatch(name))}
-    complete = (s for s in sorted(steps, reverse=True) if {_model_name(s), _state_name(s, 0)} <= names)
-    return next(complete, None)
+    return max((s for s in steps if {_model_name(s), _state_name(s, 0)} <= names), default=None)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a folder that holds a complete checkpoint."""
+    """Return whether a path is a folder that holds a complete checkpoint."""
     return path.is_dir() and latest(path) is not None
 
 
-def read_checkpoint(folder: Path, step: int | None = None) -> tuple[Source, TrainingState]:
-    """A checkpoint (None: the latest) with the state of all its ranks.
+def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
+    """Open the latest checkpoint, with the state of all its ranks.
 
     The source reads the master weights where there are any: they are what the next update starts from.
     Raises LlmpyError for a folder without one, for missing ranks and for damage.
     """
-    step = latest(folder) if step is None else step
+    step = latest(folder)
     if step is None:
         raise LlmpyError(f"{folder} has no complete checkpoint of llm.c", "it would have a file DONE_00001000 or so")
     model = read_model(folder / _model_name(step))
     state = read_state(folder / _state_name(step, 0), model.config)
     if state.step != step:
         raise damaged(folder / _state_name(step, 0), f"its step is {state.step}")
-    return with_master(model, state), state
+    master = state.master
+    if master is None:
+        return model, state
 
+    def read(name: str) -> np.ndarray:
+        start, shape = places[name]
+        return master[start : start + math.prod(shape)].reshape(shape)
 
-def with_master(model: Source, state: TrainingState) -> Source:
-    """The same source, reading the master weights of the state if it has any."""
-    if state.master is None:
-        return model
-    master, views, start = state.master, {}, 0
-    for name, shape in shapes(model.config).items():
-        views[name] = master[start : (start := start + math.prod(shape))].reshape(shape)
-    what = f"checkpoint of llm.c at step {state.step}, master weights"
-    return replace(model, what=what, dtype="float32", read=views.__getitem__)
+    places = {name: (start, shape) for name, start, shape in _tensors(model.config)}
+    what = f"checkpoint of llm.c at step {step}, master weights"
+    return replace(model, what=what, dtype="float32", read=read), state
 
 
 def write_checkpoint(folder: Path, source: Source, state: TrainingState, dtype: str = "float32") -> None:
     """Write model, a state for each rank, and then DONE: until that is there, the checkpoint is not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as fault:
-        raise LlmpyError(f"cannot make {folder}: {fault.strerror}", "choose another folder") from fault
+    folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / _model_name(state.step), source, dtype)
     for rank in range(len(state.places)):
         write_state(folder / _state_name(state.step, rank), source.config, state, rank)
@@ -235,35 +186,26 @@ def write_checkpoint(folder: Path, source: Source, state: TrainingState, dtype: 
 
 
 def read_state(path: Path, config: ModelConfig) -> TrainingState:
-    """The state in `path` (of rank 0) and, with several ranks, in its sisters `…_00001.bin` and on.
+    """Read the state in `path` (of rank 0) and, with several ranks, in its sisters `…_00001.bin` and on.
 
     Raises LlmpyError for files that are missing, damaged, of another model or of different steps.
     """
     first = _RankFile(path, config)
-    files = [first]
-    if first.ranks > 1:
-        stem, _, _ = path.stem.rpartition("_")
-        files = [_RankFile(path.with_name(f"{stem}_{r:05d}{path.suffix}"), config) for r in range(first.ranks)]
+    stem, _, _ = path.stem.rpartition("_")
+    files = [first, *(_RankFile(path.with_name(f"{stem}_{r:05d}.bin"), config) for r in range(1, first.ranks))]
     for rank, file in enumerate(files):
-        found, expected = file.facts, (first.ranks, rank, *first.facts[2:])
-        if found != expected:
+        if (file.rank, file.facts) != (rank, first.facts):
             raise damaged(file.path, "its processes, rank, step or contents do not fit those of its sisters")
-    n = sum(math.prod(s) for s in shapes(config).values())
-    arrays = [np.empty(n, np.float32) for _ in range(3 if first.master else 2)]
     holders = files if first.split else files[:1]
-    for i, out in enumerate(arrays):
-        for rank, file in enumerate(holders):
-            file.copy(out, i, rank, len(holders))
+    arrays = np.empty((3 if first.master else 2, elements(config)), np.float32)
+    for which, out in enumerate(arrays):
+        for file in holders:
+            file.copy(out, which, len(holders))
+    m, v, *master = arrays
     return TrainingState(
-        first.step,
-        arrays[0],
-        arrays[1],
-        arrays[2] if first.master else None,
-        first.rng_state,
-        first.rng_state_last_update,
-        first.shuffle,
+        first.step, m, v, master[0] if master else None, first.rng_state, first.rng_state_last_update, first.shuffle,
         tuple(file.place for file in files),
-    )
+    )  # fmt: skip
 
 
 def write_state(path: Path, config: ModelConfig, state: TrainingState, rank: int = 0) -> None:
@@ -275,31 +217,27 @@ def write_state(path: Path, config: ModelConfig, state: TrainingState, rank: int
     long = header.view("<u8")
     long[10:12] = state.rng_state, state.rng_state_last_update
     long[15:17] = place.shard, place.sample
-    starts = _starts(config)
+    twister = np.zeros((), TWISTER)
+    pos = place.rng.pos
+    for field, value in (("left", KEY_WORDS + 1 - pos), ("next", pos), ("state", place.rng.key), ("matrix", MATRIX)):
+        twister[field] = value
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             file.write(header.tobytes())
             for x in (state.m, state.v, state.master):
-                for name in ORDER if x is not None else ():
-                    assert x is not None
-                    start, shape = starts[name]
-                    x[start : start + math.prod(shape)].astype("<f4", copy=False).tofile(file)
+                for _, start, shape in _tensors(config) if x is not None else ():
+                    x[start : start + math.prod(shape)].astype("<f4", copy=False).tofile(file)  # type: ignore[index]
             if state.shuffle:
                 for order in (place.shard_order, place.sample_order):
                     file.write(np.uint64(order.size).astype("<u8").tobytes() + order.astype("<i4").tobytes())
-                twister = np.zeros((), TWISTER)
-                pos = place.rng.pos
-                for field, value in (("left", KEY_WORDS + 1 - pos), ("next", pos), ("state", place.rng.key)):
-                    twister[field] = value
-                twister["matrix"] = MATRIX
                 file.write(twister.tobytes())
 
     write_whole(path, write)
 
 
 class _RankFile:
-    """One rank's file, opened and checked: header, sizes and the place of its loader. Its arrays are copied out."""
+    """One rank's file, opened and checked: header, sizes and the position of its loader. Its arrays are copied out."""
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         header, self.size = read_header(path, STATE, "an optimizer state of llm.c")
@@ -309,46 +247,41 @@ class _RankFile:
             raise LlmpyError(f"{path} is an optimizer state of version {version}, not 1", "use a current llm.c")
         if master not in (0, 1) or shuffle not in (0, 1) or not 0 <= self.rank < self.ranks <= 1 << 16:
             raise damaged(path, f"process {self.rank} of {self.ranks}, master weights {master}, shuffled {shuffle}")
-        self.master, self.shuffle = bool(master), bool(shuffle)
-        self.step = int(header[10])
+        self.master, self.shuffle, self.step = bool(master), bool(shuffle), int(header[10])
         if self.step < 0:
             raise damaged(path, f"its step is {self.step}")
         long = header.view("<u8")
         self.rng_state, self.rng_state_last_update = int(long[10]), int(long[11])
-        shard, sample = int(long[15]), int(long[16])
-        n = sum(math.prod(s) for s in shapes(config).values())
+        n, arrays = elements(config), 3 if master else 2
         # nothing says whether ZeRO-1 split the arrays: the size does
         for parts in sorted({1, self.ranks}):
-            self.split = parts > 1
-            if any(math.prod(s) // _layers(name, s) % parts for name, s in shapes(config).items()):
-                continue
-            self.count = n // parts
-            start = HEADER.itemsize + 4 * self.count * (3 if master else 2)
-            place = self._place(start, shard, sample)
-            if place is not None:
+            divides = all(math.prod(s) // _layers(name, s) % parts == 0 for name, s in shapes(config).items())
+            self.split, self.count = parts > 1, n // parts
+            start = HEADER.itemsize + 4 * self.count * arrays
+            if divides and (place := self._place(start, int(long[15]), int(long[16]))) is not None:
                 self.place = place
                 return
-        raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * (3 if master else 2), "m, v and weights alone make")
+        raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * arrays, "m, v and weights alone make")
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """What must agree among the files of a step; the rank is second."""
-        return self.ranks, self.rank, self.master, self.shuffle, self.step, self.split
+        """What must agree among the files of a step."""
+        return self.ranks, self.master, self.shuffle, self.step, self.split
 
-    def copy(self, out: np.ndarray, which: int, rank: int, parts: int) -> None:
+    def copy(self, out: np.ndarray, which: int, parts: int) -> None:
         """Array number `which` (m, v, master) into its part of `out` (n,), which is in the order of our table."""
-        at = HEADER.itemsize + 4 * self.count * which
-        starts = _starts(self.config)
-        for name in ORDER:
-            start, shape = starts[name]
+        at, rank = HEADER.itemsize + 4 * self.count * which, self.rank
+        for name, start, shape in _tensors(self.config):
             layers, size = _layers(name, shape), math.prod(shape)
             each = size // layers // parts
-            found = read_at(self.path, Place(at, (layers, each), DTYPES["float32"]))
-            out[start : start + size].reshape(layers, -1)[:, rank * each : (rank + 1) * each] = found
-            at += 4 * layers * each
+            place = Place(at, (layers, each), DTYPES["float32"])
+            out[start : start + size].reshape(layers, -1)[:, rank * each : (rank + 1) * each] = read_at(
+                self.path, place
+            )
+            at = place.end
 
     def _place(self, start: int, shard: int, sample: int) -> Position | None:
-        """The loader's place, from the block after the arrays; None if the file does not end where it should."""
+        """The loader's position, from the block at `start`; None if the file does not end where it should."""
         empty = np.empty(0, np.int32)
         if not self.shuffle:
             rng = MTState(np.zeros(KEY_WORDS, np.uint32), KEY_WORDS)
@@ -358,8 +291,6 @@ class _RankFile:
             if self.size < start + 8:
                 return None
             count = int(read_at(self.path, Place(start, (1,), np.dtype("<u8")))[0])
-            if self.size < start + 8 + 4 * count:
-                return None
             orders.append(Place(start + 8, (count,), np.dtype("<i4")))
             start = orders[-1].end
         if self.size != start + TWISTER.itemsize:
@@ -373,11 +304,13 @@ class _RankFile:
         return Position(shard, sample, shards, samples, rng)
 
 
-def _starts(config: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Name → start in our flat arena, and shape."""
-    table = shapes(config)
-    starts = itertools.accumulate((math.prod(s) for s in table.values()), initial=0)
-    return {name: (start, shape) for (name, shape), start in zip(table.items(), starts, strict=False)}
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Name, start in our flat arena, and shape of every tensor, in llm.c's order."""
+    starts, at = {}, 0
+    for name, shape in shapes(config).items():
+        starts[name] = at, shape
+        at += math.prod(shape)
+    return ((name, *starts[name]) for name in ORDER)
 
 
 def _layers(name: str, shape: tuple[int, ...]) -> int:

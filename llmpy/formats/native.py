@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..run import checkpoint
 from ..run.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
@@ -44,10 +43,7 @@ def write_model(path: Path, source: Source) -> None:
     """Write `model.safetensors`: `path` itself, or in a folder `path` with its tokenizer, ready for `llmpy sample`."""
     params = np.concatenate([cast(source.read(n), "float32", n).reshape(-1) for n in shapes(source.config)])
     if path.suffix != ".safetensors":
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise LlmpyError(f"cannot make {path}: {fault.strerror}", "choose another folder") from fault
+        path.mkdir(parents=True, exist_ok=True)
         if source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, path / TOKENIZER_FILE)
         path = path / MODEL_FILE

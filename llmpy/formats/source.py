@@ -77,6 +77,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {t.name: t.shape for t in params_table(config)}
 
 
+def elements(config: ModelConfig) -> int:
+    """Return the number of elements of all tensors of our table."""
+    return sum(t.size for t in params_table(config))
+
+
 def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """x in another type, rounded to nearest even; the same array if it has that type.
 

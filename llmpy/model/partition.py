@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .arena import Tensor
 
 BUCKET = 8 << 20  # elements of a bucket: 32 MB of gradients, long against a network's latency, short against a step
@@ -88,3 +90,19 @@ def most_kept(table: Sequence[Tensor], layers: int, ranks: int) -> tuple[int, in
 def length(ranges: Sequence[Range]) -> int:
     """Elements of all ranges."""
     return sum(stop - start for start, stop in ranges)
+
+
+def pack(out: np.ndarray, flat: np.ndarray, ranges: Sequence[Range]) -> None:
+    """out := the ranges of a flat array, one after another."""
+    at = 0
+    for start, stop in ranges:
+        out[at : at + stop - start] = flat[start:stop]
+        at += stop - start
+
+
+def unpack(flat: np.ndarray, ranges: Sequence[Range], packed: np.ndarray) -> None:
+    """The opposite of `pack`."""
+    at = 0
+    for start, stop in ranges:
+        flat[start:stop] = packed[at : at + stop - start]
+        at += stop - start

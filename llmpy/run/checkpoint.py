@@ -1,11 +1,11 @@
-"""A model on disk, and a checkpoint: all that a run needs to go on to the bit.
+"""A model on disk, and a checkpoint: all that a run needs to resume bit for bit.
 
 model.safetensors   a tensor for each row of the table of parameters, under the same name; the metadata carry the
                     model's shape and the sequence length it was trained at, so the file needs no companion
 RUN/checkpoints/step-00000250/
-    model.safetensors   the same
-    state.safetensors   m.NAME and v.NAME of AdamW for each parameter; the orders and generator of the data
-    manifest.json       all else as JSON; size and checksums of the two files; a checksum of itself
+    model.safetensors                    the same
+    state-00000-of-00001.safetensors     moments of AdamW and position in the data, a file for each rank: see parts.py
+    manifest.json                        all else as JSON; size and checksums of the files; a checksum of itself
 
 A checkpoint is made in a folder of another name, synced, and then renamed: where there is one, it is whole. What a disk
 does to it later the checksums find. They are CRC-32 of each 4 MiB, which no flip of up to 32 neighbouring bits escapes,
@@ -14,7 +14,6 @@ and SHA-256 of the manifest. They guard against accidents, not against malice.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import errno
 import hashlib
@@ -31,14 +30,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LlmpyError
-from ..model.arena import Arena, Tensor
+from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
 from ..system import durable
 from ..system.command import command
+from .folder import MODEL_FILE
 
-KEY, FORMAT = "llmpy", 1  # of the metadata, and of the manifest
-MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
+KEY, FORMAT = "llmpy", 1  # of a model file's metadata
+CHECKPOINT_FORMAT = 2  # of the manifest; 1, of 0.1.0, had one file of another layout where one process ran
+MODEL, MANIFEST = MODEL_FILE, "manifest.json"
 HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
 NAME = re.compile(r"step-(\d{8,})")
 PIECE, READERS = 1 << 20, 4  # elements of a model that are read at a time, on how many threads
@@ -77,9 +78,9 @@ class Score:
     measured_on: str
 
 
-def save(path: Path, model: GPT2, trained_length: int, score: Score | None = None) -> None:
+def save(path: Path, model: GPT2, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; what was there stays."""
-    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer), score)
+    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
 
 
 def write_model(
@@ -96,8 +97,7 @@ def read_score(path: Path) -> Score | None:
     with opened(path) as file:
         about = json.loads(file.metadata()[KEY])
     try:
-        measured_on = str(about.get("measured_on", "what an earlier version took"))
-        return Score(int(about["step"]), float(about["val_loss"]), measured_on)
+        return Score(int(about["step"]), float(about["val_loss"]), str(about["measured_on"]))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -107,17 +107,10 @@ def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, s
     # One entry of metadata and a fixed order: equal models make equal files.
     about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
     about |= asdict(score) if score else {}
-    return [_header([(t.name, t.shape, "float32") for t in params_table(config)], {KEY: json.dumps(about)}), params]
+    return [file_header([(t.name, t.shape, "float32") for t in params_table(config)], {KEY: json.dumps(about)}), params]
 
 
-def state_pieces(config: ModelConfig, moments: Pieces, others: Mapping[str, np.ndarray]) -> Pieces:
-    """The state file: m and v, flat in the order of the table (one piece or two), and further arrays."""
-    entries = [(f"{letter}.{t.name}", t.shape, "float32") for letter in "mv" for t in params_table(config)]
-    entries += [(name, x.shape, x.dtype.name) for name, x in others.items()]
-    return [_header(entries), *moments, *others.values()]
-
-
-def _header(entries: Entries, metadata: Mapping[str, str] | None = None) -> np.ndarray:
+def file_header(entries: Entries, metadata: Mapping[str, str] | None = None) -> np.ndarray:
     """How a safetensors file begins; blanks fill it up to a whole page, so that the tensors begin on one."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -198,98 +191,6 @@ def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray],
         raise _damaged(path, str(fault)) from fault
 
 
-def load_state(path: Path, table: Sequence[Tensor], m: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
-    """Copy the state file's moments into m and v, flat, := ; returns the further arrays.
-
-    `newest` must have accepted the checkpoint.
-    """
-    with opened(path) as file:
-        for letter, flat in (("m", m), ("v", v)):
-            offset = 0
-            for t in table:
-                flat[offset : offset + t.size] = file.get_tensor(f"{letter}.{t.name}").reshape(-1)
-                offset += t.size
-        others = [name for name in file.keys() if not name.startswith(("m.", "v."))]  # noqa: SIM118 (it is no dict)
-        return {name: file.get_tensor(name) for name in others}
-
-
-def shard_name(rank: int, ranks: int) -> str:
-    """The file of one of several ranks; see `distributed.shards`."""
-    return f"state-{rank:05}-of-{ranks:05}.safetensors"
-
-
-def shard_pieces(moments: Pieces, others: Mapping[str, np.ndarray]) -> Pieces:
-    """Such a file: m and v of some ranges of the flat arenas, and further arrays."""
-    arrays = {"m": moments[0], "v": moments[1], **others}
-    return [_header([(name, x.shape, x.dtype.name) for name, x in arrays.items()]), *arrays.values()]
-
-
-def load_arrays(path: Path, moments: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of a rank's file, or of one process's, without the moments or these alone, mapped."""
-    with opened(path) as file:
-        names = list(file.keys())  # safetensors has no iterator
-        if not moments:
-            return {n: file.get_tensor(n) for n in names if n not in ("m", "v") and not n.startswith(("m.", "v."))}
-    with path.open("rb") as head:
-        start = int.from_bytes(head.read(8), "little")
-        about = json.loads(head.read(start))
-    size = sum(math.prod(entry["shape"]) for name, entry in about.items() if name == "m" or name.startswith("m."))
-    flat = np.memmap(path, np.float32, "r", offset=8 + start, shape=(2 * size,))
-    return {"m": flat[:size], "v": flat[size:]}
-
-
-def load_moments(
-    path: Path, manifest: Mapping[str, Any], parts: Sequence[tuple[Sequence[tuple[int, int]], np.ndarray, np.ndarray]]
-) -> None:
-    """m and v of each part := those of its ranges of the flat arenas, from a checkpoint of any number of ranks.
-
-    `newest` must have accepted the checkpoint.
-    """
-    ranks = manifest.get("ranks", 1)
-    pieces: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # start, end, m, v
-    for name in [STATE] if ranks == 1 else [shard_name(rank, ranks) for rank in range(ranks)]:
-        moments = load_arrays(path / name, moments=True)
-        ranges = [(0, moments["m"].size)] if ranks == 1 else load_arrays(path / name)["ranges"].tolist()
-        at = 0
-        for start, stop in ranges:
-            here = slice(at, at + stop - start)
-            pieces.append((start, stop, moments["m"][here], moments["v"][here]))
-            at = here.stop
-    pieces.sort(key=lambda piece: piece[:2])
-    starts = [piece[0] for piece in pieces]
-    for ranges, *mine in parts:
-        at = 0
-        for start, stop in ranges:
-            place = start
-            while place < stop:
-                first, end, *theirs = pieces[bisect.bisect_right(starts, place) - 1]
-                count = min(stop, end) - place
-                if count <= 0:
-                    raise _damaged(path, f"no rank's file has element {place} of the moments")
-                for own, other in zip(mine, theirs, strict=True):
-                    own[at : at + count] = other[place - first : place - first + count]
-                at, place = at + count, place + count
-
-
-def write(folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Pieces]) -> Path:
-    """Write a checkpoint below `folder`, or nothing. `state` is JSON, `files` what the two others hold.
-
-    Raises OSError if the disk refuses; then nothing of it stays, but for one that is whole and whose name may not have
-    reached the disk. Another attempt at the same step finds that one, and never takes a whole one away.
-    """
-    final, making = named(folder, step), being_made(folder, step)
-    if final.exists():
-        durable.sync_folder(folder)
-        return final
-    try:
-        make_room_for(folder, step)
-        return commit(folder, step, state, write_files(making, files))
-    except OSError:
-        with contextlib.suppress(OSError):
-            durable.remove(making)
-        raise
-
-
 def named(folder: Path, step: int) -> Path:
     """The checkpoint of a step."""
     return folder / f"step-{step:08}"
@@ -318,7 +219,7 @@ def write_files(making: Path, files: Mapping[str, Pieces]) -> dict[str, dict[str
 def commit(folder: Path, step: int, state: Mapping[str, Any], written: Mapping[str, Any]) -> Path:
     """All files are written: the manifest, and the name that says so."""
     final, making = named(folder, step), being_made(folder, step)
-    text = _sealed({"format": FORMAT, "step": step, **state, "files": written})
+    text = _sealed({"format": CHECKPOINT_FORMAT, "step": step, **state, "files": written})
     durable.write_stretches(making / MANIFEST, [np.frombuffer(text, np.uint8)])
     durable.sync_folder(making)
     if final.exists():  # of an earlier life of the run, and equal in all that counts
@@ -349,10 +250,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             sound = False
         if not sound:
             raise _damaged(checkpoint / MANIFEST, "its checksum differs")
-        if manifest["format"] != FORMAT:
-            raise Newer(
-                f"{checkpoint} has format {manifest['format']}, this program reads {FORMAT}", "use a newer llmpy"
-            )
+        if (found := manifest["format"]) > CHECKPOINT_FORMAT:
+            raise Newer(f"{checkpoint} has format {found}, this program reads {CHECKPOINT_FORMAT}", "use a newer llmpy")
         for name in sorted({MODEL, *manifest["files"]}):
             about = manifest["files"][name]
             if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):

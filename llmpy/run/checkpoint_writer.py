@@ -1,16 +1,19 @@
-"""Checkpoints in the background: training waits for a copy of parameters and moments, a thread writes it to the disk.
+"""Checkpoints in the background: training waits for a copy of its state, and a thread writes it to the disk.
 
-due → copy (its time is memory's) → the thread: files, sync, rename, remove older ones → the next is due
-            a disk that refuses: a warning, what was there stays, and the next step that may tries again
+due → copy (its time is memory's) → the thread: files, sync → commit: manifest, rename, remove older checkpoints
+            a failed write: a warning, what was there stays, and the next interval tries again
+
+Every rank writes its part (see parts.py), the first one also the model, and commits when all have succeeded. One
+process is rank 0 of 1: its `world` answers at once, so its thread commits too. All ranks call all methods together.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,66 +21,159 @@ from ..data.loader import Position
 from ..errors import LlmpyError
 from ..model.arena import all_finite
 from ..model.gpt2 import GPT2
+from ..model.partition import length
 from ..system import durable
 from ..system.command import command
-from ..train.optimizer import AdamW
-from . import checkpoint
-from .checkpoint import MODEL, STATE
+from . import checkpoint, parts
+from .checkpoint import Score
 from .folder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE
 from .journal import Journal
-from .place import arrays, place_of, position_of
-
-RETRY = 10  # after a failure the next attempt comes in a tenth of the interval, then each twice as late as the last
+from .parts import Moments
 
 
-class Keeper:
-    """Writes the checkpoints of one run."""
+class Ranks(Protocol):
+    """The processes that train together."""
+
+    rank: int
+    size: int
+
+    def gather(self, *numbers: float) -> Sequence[tuple[float, ...]]:
+        """The numbers of every rank, by rank."""
+
+    def tell(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, by rank."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run, and its best model."""
 
     def __init__(
-        self, run: Path, model: GPT2, optimizer: AdamW, trained_length: int, journal: Journal, every: int, keep: int,
+        self, world: Ranks, run: Path, model: GPT2, optimizer: Moments, trained_length: int, journal: Journal,
+        every: int, keep: int,
     ) -> None:  # fmt: skip
-        """`every` 0: only when told, by `finish`; then there is no copy."""
-        self.run, self.folder = run, run / CHECKPOINTS
+        """`every` 0: a checkpoint at the end only, without a copy."""
+        self.world, self.run, self.folder = world, run, run / CHECKPOINTS
         self.model, self.optimizer, self.trained_length, self.journal = model, optimizer, trained_length, journal
         self.every, self.keep = every, keep
         self.last: int | None = None  # step of the newest checkpoint that is whole
         self._next: int | None = None  # step from which one is due
-        self._tried = 0  # step of the last attempt
-        self._pause = 0  # steps from that to the next one, after failures
-        self._warned = ""  # of what, since a checkpoint was last written
         self._thread: Thread | None = None
-        self._fault: OSError | None = None
-        size = model.params.size
-        self._copy = page_aligned(3 * size) if every else None  # parameters, m, v
-        if self._copy is not None:
-            self._copy.fill(0)  # its pages are there before the first checkpoint has to wait for them
+        self._step, self._state = 0, dict[str, Any]()  # of the checkpoint that is being written
+        self._written: dict[str, Any] = {}  # what the manifest says of this rank's files
+        self._error = ""  # why that one could not be written, on whichever rank
+        self._warned = ""  # the error that the user knows of
+        copied = world.rank == 0 and (every > 0 or world.size > 1)
+        self._weights = page_aligned(model.params.size if copied else 0)
+        self._moments = page_aligned(2 * length(optimizer.owned) if every else 0)
+        for room in (self._weights, self._moments):
+            room.fill(0)  # its pages are there before the first checkpoint has to wait for them
 
     def restore(self, path: Path, manifest: dict[str, Any], seed: int) -> Position:
-        """Parameters and moments := a checkpoint's; returns the place in the data. `seed` is that of the shuffling."""
-        if manifest.get("ranks", 1) == 1:
-            return position_of(manifest, restore(path, self.model, self.optimizer))
-        check_shape(path, self.model)
-        checkpoint.load_parameters(path / MODEL, self.model.params)
+        """Parameters and moments := a checkpoint's; returns the position in the data. `seed` is the shuffling's."""
+        if checkpoint.read_header(path / MODEL_FILE).config != self.model.config:
+            raise LlmpyError(f"{path} holds another model than this run's", "restore the run folder")
+        checkpoint.load_parameters(path / MODEL_FILE, self.model.params)
         self.model.store_weights()
-        whole = [(0, self.model.params.size)]
-        checkpoint.load_moments(path, manifest, [(whole, self.optimizer.m, self.optimizer.v)])
-        return place_of(path, manifest, 0, 1, seed)
+        self.optimizer.adopt_weights()
+        found, optimizer = parts.read_parts(path, manifest), self.optimizer
+        parts.load_moments(found, optimizer.owned, optimizer.m, optimizer.v)
+        return parts.position_for(found, self.world.rank, self.world.size, seed)
 
-    def best(self) -> checkpoint.Score | None:
-        """Of the model that `keep_best` kept last, in this process or an earlier one."""
+    def begin(self, step: int) -> None:
+        """Start or resume the run after `step`; checkpoints are due at multiples of `every`."""
+        self._next = (step // self.every + 1) * self.every if self.every else None
+
+    def adopt(self, path: Path, step: int) -> None:
+        """Publish the model of the checkpoint that the run resumes from, if the run was killed before that."""
+        self.last = step
+        if self.world.rank == 0:
+            try:
+                self._publish(path)
+            except OSError as error:
+                self.journal.say(f"warning: cannot write {self.run / MODEL_FILE}: {error.strerror or error}")
+
+    def due(self, step: int) -> bool:
+        """Return whether to call `save` now: a checkpoint is due, and the one before is written."""
+        if self._next is None or (self._thread is None and step < self._next):
+            return False
+        self._settle()
+        return step >= self._next and self._thread is None
+
+    def save(self, step: int, state: dict[str, Any], position: Position) -> None:
+        """Copy what training changes and let a thread write it. `due` must have returned True."""
+        self.begin(step)
+        weights, moments = self._snapshot()
+        if self.world.rank == 0 and weights is not self._weights:
+            self._weights[...] = weights
+        half = self._moments.size // 2
+        self._moments[:half], self._moments[half:] = moments
+        if self._prepare(step, state):
+            arguments = self._weights, [self._moments], position
+            self._thread = Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._report()
+
+    def finish(self, step: int, state: dict[str, Any], position: Position) -> None:
+        """Write the last checkpoint, unless it is there. Raises LlmpyError, which says what is kept, if that fails."""
+        self.settle()
+        if self.last != step:
+            weights, moments = self._snapshot()
+            if self._prepare(step, state):
+                self._write(weights, moments, position)
+                self._commit()
+            if self._error:
+                kept = f"the checkpoint of step {self.last} is kept" if self.last else "no earlier checkpoint exists"
+                raise LlmpyError(
+                    f"the checkpoint of step {step} could not be written: {self._error}; {kept}",
+                    f"free some space, then resume with: {command('train', '--resume', self.run)}",
+                )
+        if self.world.rank == 0:
+            (self.run / START_FILE).unlink(missing_ok=True)  # from here on checkpoints say what the run resumes from
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        self._settle(wait=True)
+
+    def close(self) -> None:
+        """Wait for this rank's thread, whether or not the other ranks still answer."""
+        if self.world.size == 1:
+            self.settle()
+        elif self._thread is not None:
+            self._thread.join()
+
+    def best(self) -> Score | None:
+        """Return the score of the model that `keep_best` kept last, in this process or an earlier one."""
         try:
             return checkpoint.read_score(self.run / BEST_FILE)
-        except LlmpyError:  # there is none; or none that could be used
+        except LlmpyError:  # missing or corrupt
             return None
 
-    def keep_best(self, score: checkpoint.Score) -> None:
-        """Keep the model beside the run's if no earlier one had a smaller loss on the same. The file is its own record:
-        what it says of itself is true even where the run went on from before it, or differently.
-        """
-        if self._improves(score):
-            self._keep(score, self.model.ops.to_host(self.model.params.buffer))
+    def keep_best(self, score: Score) -> None:
+        """Keep the model next to the run's if no earlier one had a smaller loss on the same text.
 
-    def _improves(self, score: checkpoint.Score) -> bool:
+        The file is its own record: what it says of itself is true even where the run resumed from before it.
+        """
+        if not self.world.tell(self._improves(score))[0]:  # by the first rank, which writes the file
+            return
+        if self.world.size > 1:
+            self.settle()  # the thread reads what is gathered
+        weights = self.optimizer.weights(self._weights)
+        if self.world.rank == 0:
+            try:
+                checkpoint.write_model(self.run / BEST_FILE, self.model.config, self.trained_length, weights, score)
+            except LlmpyError as error:
+                self.journal.say(f"warning: the best model so far is not kept: {str(error).partition(' — ')[0]}")
+
+    def finite(self) -> bool:
+        """Return whether parameters and moments are, by their norms, which cost a tenth of a search."""
+        flat = (x for x in (self.optimizer.master, self.optimizer.m, self.optimizer.v) if x.size)
+        norm, host = self.model.ops.global_norm, self.model.ops.to_host
+        # A norm may overflow where no number is infinite.
+        fine = all(np.isfinite(float(norm(x))) or all_finite(host(x)) for x in flat)
+        return all(here for (here,) in self.world.gather(fine))
+
+    def _improves(self, score: Score) -> bool:
         before = self.best()
         if before is None or before.measured_on == score.measured_on:
             return before is None or score.val_loss < before.val_loss
@@ -87,171 +183,93 @@ class Keeper:
         )
         return True
 
-    def _keep(self, score: checkpoint.Score, params: np.ndarray) -> None:
-        try:
-            checkpoint.write_model(self.run / BEST_FILE, self.model.config, self.trained_length, params, score)
-        except LlmpyError as fault:
-            self.journal.say(f"warning: the best model so far is not kept: {str(fault).partition(' — ')[0]}")
+    def _snapshot(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The weights, on the first rank, and m and v of this rank's part: views where that is possible."""
+        optimizer, host = self.optimizer, self.model.ops.to_host
+        return optimizer.weights(self._weights), [host(optimizer.m), host(optimizer.v)]
 
-    def begin(self, step: int) -> None:
-        """The run starts, or goes on, after `step`; checkpoints are due at multiples of `every`."""
-        self._next = (step // self.every + 1) * self.every if self.every else None
-
-    def adopt(self, path: Path, step: int) -> None:
-        """The run goes on from this checkpoint; its model is the run's, even if that was killed in between."""
-        self.last = step
-        try:
-            self._publish(path)
-        except OSError as fault:
-            self.journal.say(f"warning: cannot write {self.run / MODEL_FILE}: {fault.strerror or fault}")
-
-    def due(self, step: int) -> bool:
-        """Whether to call `save` now: a checkpoint is due, and the one before is written."""
-        self._settle()
-        return self._next is not None and step >= self._next and self._thread is None
-
-    def save(self, step: int, state: dict[str, Any], position: Position) -> None:
-        """Copy what changes and let a thread write it. `due` must have said yes."""
-        assert self._copy is not None
-        size = self.model.params.size
-        params, moments = self._copy[:size], self._copy[size:]
-        host = self.model.ops.to_host
-        params[...] = host(self.model.params.buffer)
-        moments[:size] = host(self.optimizer.m)
-        moments[size:] = host(self.optimizer.v)
-        self._tried, self._next = step, (step // self.every + 1) * self.every
-        arguments = step, state, self._files(params, [moments], position)
-        self._thread = Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def finish(self, step: int, state: dict[str, Any], position: Position) -> None:
-        """Write the checkpoint of the end, unless it is there, and wait for it.
-
-        Raises LlmpyError, which says what is kept, if the disk refuses.
-        """
-        self.close()
-        if self.last != step:
-            self._write_last(step, state, position)
-        (self.run / START_FILE).unlink(missing_ok=True)  # from here on checkpoints say what the run goes on from
-
-    def _write_last(self, step: int, state: dict[str, Any], position: Position) -> None:
-        host = self.model.ops.to_host
-        moments = [host(self.optimizer.m), host(self.optimizer.v)]
-        files = self._files(host(self.model.params.buffer), moments, position)
-        try:
+    def _prepare(self, step: int, state: dict[str, Any]) -> bool:
+        """Make the folder to write into; whether that succeeded."""
+        self._step, self._state, self._written, self._error = step, state, {}, ""
+        if self.world.rank == 0:
             try:
-                self._write(step, state, files)
-            except OSError as fault:
-                if not self._make_room(fault):
-                    raise
-                self._write(step, state, files)
-        except OSError as fault:
-            kept = f"the checkpoint of step {self.last} is kept" if self.last else "no earlier checkpoint exists"
-            with contextlib.suppress(LlmpyError):  # weights alone need a third of the room
-                checkpoint.save(self.run / MODEL_FILE, self.model, self.trained_length)
-                kept += f"; the model of step {step} was saved without what --resume needs"
-            raise LlmpyError(
-                f"the checkpoint of step {step} could not be written: {fault.strerror or fault}; {kept}",
-                f"make room, then go on with: {command('train', '--resume', self.run)}",
-            ) from fault
+                checkpoint.make_room_for(self.folder, step)
+            except OSError as error:
+                self._error = error.strerror or str(error)
+        self._error = str(self.world.tell(self._error)[0])
+        return not self._error
 
-    def settle(self) -> None:
-        """Take in the checkpoint that is being written, when it is; called on all ranks."""
-        self.close()
+    def _in_background(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
+        self._write(weights, moments, position)
+        if self.world.size == 1:  # several agree in `_settle`, on the thread that talks to the others
+            self._commit()
 
-    def close(self) -> None:
-        """Wait for the thread, if there is one, and say what came of it."""
-        if self._thread is not None:
+    def _write(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
+        """Write this rank's files."""
+        rank, size, config = self.world.rank, self.world.size, self.model.config
+        files = {parts.part_name(rank, size): parts.part_pieces(self.optimizer.owned, moments, position)}
+        if rank == 0:
+            files[MODEL_FILE] = checkpoint.model_pieces(config, self.trained_length, weights)
+        try:
+            self._written = checkpoint.write_files(checkpoint.being_made(self.folder, self._step), files)
+        except MemoryError:
+            self._error = "out of memory"
+        except OSError as error:
+            self._error = error.strerror or str(error)
+
+    def _commit(self) -> None:
+        """Make all parts a checkpoint, the run's model a second name of its model; older checkpoints go."""
+        told = self.world.tell([self._error, self._written])
+        several = self.world.size > 1
+        errors = [f"{error} (rank {rank})" if several else error for rank, (error, _) in enumerate(told) if error]
+        error = errors[0] if errors else ""
+        if self.world.rank == 0 and not error:
+            try:
+                with contextlib.suppress(OSError):  # a log that is lost, with a warning, must not cost the model
+                    self.journal.sync()
+                files = {name: about for _, written in told for name, about in written.items()}
+                state = {**self._state, "ranks": self.world.size}
+                self._publish(checkpoint.commit(self.folder, self._step, state, files))
+                checkpoint.prune(self.folder, self.keep)
+            except OSError as refused:
+                error = refused.strerror or str(refused)
+        if self.world.rank == 0 and error:
+            with contextlib.suppress(OSError):
+                durable.remove(checkpoint.being_made(self.folder, self._step))
+        self._error = str(self.world.tell(error)[0])
+        if not self._error:
+            self.last = self._step
+
+    def _settle(self, wait: bool = False) -> None:
+        """If the threads of all ranks have ended, their parts become a checkpoint, or there is a warning."""
+        if self._thread is None:
+            return
+        if wait:
             self._thread.join()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Where the thread has ended: take in its outcome."""
-        if self._thread is None or self._thread.is_alive():
+        if any(alive for (alive,) in self.world.gather(self._thread.is_alive())):
             return
         self._thread.join()
         self._thread = None
-        fault, self._fault = self._fault, None
-        self._tried_with("" if fault is None else fault.strerror or str(fault))
+        if self.world.size > 1:
+            self._commit()
+        self._report()
 
-    def _tried_with(self, fault: str) -> None:
-        """Take note that an attempt succeeded (""), or what was in its way: that is said once, not at every attempt."""
-        if not fault:
-            if self._warned:
-                self.journal.say(f"checkpoints are written again: that of step {self.last} is whole")
-            self._pause, self._warned = 0, ""
-            return
-        self._pause = min(self.every, 2 * self._pause or max(1, self.every // RETRY))
-        self._next = self._tried + self._pause
-        if fault != self._warned:
-            self._warned = fault
+    def _report(self) -> None:
+        """Warn of an error once, and say when checkpoints are written again."""
+        if self._error and self._error != self._warned:
             kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
-            self.journal.say(
-                f"warning: cannot write a checkpoint: {fault}; {kept}; the run goes on, and will try again"
-            )
-
-    def _in_background(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:
-        try:
-            self._write(step, state, files)
-        except (OSError, MemoryError) as fault:
-            self._fault = fault if isinstance(fault, OSError) else OSError(errno.ENOMEM, "out of memory")
-            self._make_room(self._fault)
-
-    def _write(self, step: int, state: dict[str, Any], files: dict[str, checkpoint.Pieces]) -> None:
-        """The checkpoint, then the model of the run as another name of its file, then older ones go."""
-        with contextlib.suppress(OSError):  # a log that is lost, of which the user was warned, must not cost the model
-            self.journal.sync()
-        written = checkpoint.write(self.folder, step, state, files)
-        self.last = step
-        self._publish(written)
-        checkpoint.prune(self.folder, self.keep)
+            self.journal.say(f"warning: cannot write a checkpoint: {self._error}; {kept}; training continues")
+        elif self._warned and not self._error:
+            self.journal.say(f"checkpoints are written again: that of step {self.last} is whole")
+        self._warned = self._error
 
     def _publish(self, written: Path) -> None:
         """The checkpoint's model becomes the run's."""
         temporary = self.run / f".{MODEL_FILE}.0.tmp"
         durable.remove(temporary)
-        durable.link(written / MODEL, temporary)
+        durable.link(written / MODEL_FILE, temporary)
         durable.replace(temporary, self.run / MODEL_FILE)
         durable.sync_folder(self.run)
-
-    def _make_room(self, fault: OSError) -> bool:
-        """If the disk is full: remove all checkpoints but the newest and those to be kept; whether that may help."""
-        if fault.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.keep:
-            return False
-        before = len(checkpoint.listed(self.folder))
-        with contextlib.suppress(OSError):
-            checkpoint.prune(self.folder, 1)
-        return len(checkpoint.listed(self.folder)) < before
-
-    def _files(
-        self, params: np.ndarray, moments: checkpoint.Pieces, position: Position
-    ) -> dict[str, checkpoint.Pieces]:
-        config = self.model.config
-        return {
-            MODEL: checkpoint.model_pieces(config, self.trained_length, params),
-            STATE: checkpoint.state_pieces(config, moments, arrays(position)),
-        }
-
-    def finite(self) -> bool:
-        """Whether parameters and moments are; by their norms, which cost a tenth of a search."""
-        flat = (self.model.params.buffer, self.optimizer.m, self.optimizer.v)
-        norm, host = self.model.ops.global_norm, self.model.ops.to_host
-        # A norm may overflow where no number is infinite.
-        return all(np.isfinite(float(norm(x))) or all_finite(host(x)) for x in flat)
-
-
-def restore(path: Path, model: GPT2, optimizer: AdamW) -> dict[str, np.ndarray]:
-    """Parameters and moments := a checkpoint's; returns its further arrays."""
-    check_shape(path, model)
-    checkpoint.load_parameters(path / MODEL, model.params)
-    model.store_weights()
-    return checkpoint.load_state(path / STATE, model.params.table, optimizer.m, optimizer.v)
-
-
-def check_shape(path: Path, model: GPT2) -> None:
-    """Raise LlmpyError if the checkpoint holds another model."""
-    if checkpoint.read_header(path / MODEL).config != model.config:
-        raise LlmpyError(f"{path} holds another model than this run's", "restore the run folder")
 
 
 def page_aligned(count: int) -> np.ndarray:

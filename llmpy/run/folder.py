@@ -76,9 +76,9 @@ class RunFolder:
                 f"--resume {run} goes on in that folder, not in --out {out}",
                 f"leave one of them out, or begin a new run from its model: --init {run} --out {out}",
             )
-        if run is None and options.auto_resume and out is not None and _holds_run(out):
+        if run is None and options.auto_resume and out is not None and is_run(out):
             run = out
-        if run is not None and holds_llmc(run) and not _holds_run(run):
+        if run is not None and holds_llmc(run) and not is_run(run):
             run, called = None, options.taking_over().called
         with signals_held_back():  # one that ends the program finds the folder in HELD, or not made
             return cls.open(out, called) if run is None else cls.reopen(run)
@@ -114,7 +114,7 @@ class RunFolder:
     def reopen(cls, path: Path) -> Self:
         """The folder of a run that is to go on. Raises LlmpyError if there is none, or if it is going on already."""
         try:
-            if not _holds_run(path):
+            if not is_run(path):
                 raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
             run = cls(path, made=[])
             if not run._take():
@@ -180,14 +180,17 @@ def _fresh(called: str) -> Path:
     return next(path for name in names if not (path := Path("runs", name)).exists())
 
 
-def _holds_run(path: Path) -> bool:
-    """Whether a run ever began here."""
-    return (path / CONFIG_FILE).is_file() or (path / CHECKPOINTS).is_dir()
-
-
 def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run: one trains in it, or its records are there. Its texts are nobody's data."""
-    return (path / LOCK).exists() or all((path / name).is_file() for name in (CONFIG_FILE, METRICS))
+    """Return whether a run ever began here: there is a config.json of ours, or a checkpoint."""
+    try:
+        return bool(read_config(path / CONFIG_FILE))
+    except LlmpyError:  # missing, or of another program
+        return any(path.glob(f"{CHECKPOINTS}/step-*"))
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a run began here or is about to: what it says and samples is nobody's training data."""
+    return (path / LOCK).exists() or is_run(path)
 
 
 def holds_llmc(path: Path) -> bool:
@@ -212,7 +215,7 @@ def _refuse_loss(path: Path) -> None:
             f"{path} already holds a trained model",
             f"choose another --out, or go on with it: --resume {shlex.quote(str(path))}",
         )
-    if _holds_run(path):
+    if is_run(path):
         raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {shlex.quote(str(path))}")
     if holds_llmc(path):
         raise LlmpyError(
@@ -248,5 +251,5 @@ def read_config(path: Path) -> dict[str, Any]:
     """The options in a config.json. Raises LlmpyError if there are none."""
     try:
         return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
         raise LlmpyError(f"{path} cannot be read: {fault}", "begin a new run") from None

@@ -22,13 +22,17 @@ from .. import backend
 from ..data.loader import Loader
 from ..data.shards import Shard
 from ..errors import LlmpyError
-from ..formats import llmc, llmc_state, native, open_model
+from ..formats import llmc, open_model
 from ..formats.source import Source
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
 from ..options.tools import SelftestOptions
 from ..run import checkpoint
+from ..run.checkpoint_writer import CheckpointWriter
+from ..run.folder import CHECKPOINTS
+from ..run.journal import Journal
 from ..train.optimizer import EPSILON, AdamW
+from ..train.single_process import SINGLE_PROCESS
 
 # No size is a whole number of vectors or tiles.
 OWN = ModelConfig(layers=3, heads=3, channels=48, context=40, vocab_size=97)
@@ -200,21 +204,17 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
             optimizer.step(1e-3)
         return np.append(np.array(model.ops.to_host(model.params.buffer)), np.array(losses, np.float32))
 
-    first = begin()
+    def writer(folder: str, model: GPT2, optimizer: AdamW) -> CheckpointWriter:
+        return CheckpointWriter(SINGLE_PROCESS, Path(folder), model, optimizer, OWN_BATCH[1], Journal(), 0, 1)
+
+    first, second = begin(), begin()
     go(*first)
     with tempfile.TemporaryDirectory() as folder:
-        ours = Path(folder, "model.safetensors")
-        checkpoint.save(ours, first[0], OWN_BATCH[1])
-        params = np.array(first[0].ops.to_host(first[0].params.buffer))
-        state = llmc_state.capture(first[1], first[2], params)
-        llmc_state.write_checkpoint(Path(folder), native.read_model(ours), state)
+        writer(folder, *first[:2]).finish(OWN_STEPS, {"data": {}}, first[2].position)
         on = go(*first)
-        (Path(folder) / "model.safetensors").unlink()
-        source, state = llmc_state.read_checkpoint(Path(folder))
-        second = begin()
-        source.fill(second[0].params)
-        second[0].store_weights()
-        llmc_state.restore(state, *second[1:])
+        path = checkpoint.listed(Path(folder, CHECKPOINTS))[0]
+        second[2].position = writer(folder, *second[:2]).restore(path, checkpoint.verify(path), seed=0)
+        second[1].updates = OWN_STEPS
         yield Check(f"{dtype}: values that differ after save, load and resume", _different(go(*second), on), 0)
 
 

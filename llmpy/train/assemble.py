@@ -119,7 +119,7 @@ def build(
     report = Report(journal, trackers, peak, flops, flight.step_seconds, world)
     # Positions beyond the longest T that the model was trained at are untrained.
     length = max(options.sequence_length, start.source.trained_length if start.source else 0)
-    checkpoints = world.keeper(folder.path, model, optimizer, length, journal, options)
+    checkpoints = world.checkpoints(folder.path, model, optimizer, length, journal, options)
     trainer = Trainer(model, optimizer, fed, options, checkpoints, report, world)
     if start.checkpoint is not None and start.manifest is not None:
         trainer.resume(start.checkpoint, start.manifest)

@@ -155,7 +155,7 @@ def memory_parts(
             "master weights": kept,
             "reduced gradients": kept,
             "messages": 3 * ranks * part + (kept if mixed else 0),
-            "copy for checkpoints": parameters + 2 * wide * own,  # the last checkpoint is written from it too
+            "copy for checkpoints": parameters + (2 * wide * own if copied else 0),  # weights are gathered in any case
         }
     rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
     return {

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import LlmpyError
 from ..model.gpt2 import GPT2
+from ..model.partition import Range
 
 EPSILON = 1e-8
 
@@ -37,7 +38,7 @@ class AdamW:
         self.clip = clip
         self.updates = 0
         self.grad = model.grads.buffer
-        param = model.params.buffer
+        self.master = param = model.params.buffer
         self.m = self.ops.zeros(param.size, self.ops.wide)
         self.v = self.ops.zeros(param.size, self.ops.wide)
         edge = model.matrix_elements
@@ -52,9 +53,17 @@ class AdamW:
         """Parameters of the model, of which this optimizer may hold a part."""
         return int(self.grad.size)
 
-    def set_moments(self, m: Any, v: Any) -> None:
-        """The moments := others, flat in the order of the parameters."""
-        self.m[...], self.v[...] = m, v
+    @property
+    def owned(self) -> list[Range]:
+        """The ranges of the flat arenas that m and v hold: all; see `run.parts.Moments`."""
+        return [(0, self.parameters)]
+
+    def weights(self, room: Any) -> Any:
+        """Return all float32 weights, flat, as a host array."""
+        return self.ops.to_host(self.master)
+
+    def adopt_weights(self) -> None:
+        """Take the weights from the model's parameters, which are the same."""
 
     def step(self, lr: float) -> float:
         """Update the parameters from the gradients; returns the norm before clipping.

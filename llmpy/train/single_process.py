@@ -9,7 +9,7 @@ from typing import Any
 
 from ..model.gpt2 import GPT2
 from ..options.train import TrainOptions
-from ..run.checkpoint_writer import Keeper
+from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.resources import crowded
@@ -41,6 +41,10 @@ class SingleProcess:
         """Within: the first rank acts, with all weights in place, while the others wait. Yields whether this is it."""
         yield True
 
+    def tell(self, value: Any) -> list[Any]:
+        """Return the value, as JSON has it, of every rank, in the order of ranks."""
+        return [value]
+
     def claim(self, options: TrainOptions) -> RunFolder:
         """Return the run's folder. Raises LlmpyError as `RunFolder.claim` does."""
         return RunFolder.claim(options)
@@ -61,9 +65,11 @@ class SingleProcess:
         """Return the optimizer of a model that has been reserved for training and has its weights."""
         return AdamW(model, o.beta1, o.beta2, o.weight_decay, o.clip)
 
-    def keeper(self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions) -> Keeper:
+    def checkpoints(
+        self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
+    ) -> CheckpointWriter:
         """Return the writer of the run's checkpoints."""
-        return Keeper(run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
+        return CheckpointWriter(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
 
     def times(self) -> dict[str, float]:
         """Return milliseconds of communication since the last call, and how many of them training waited for."""

@@ -24,7 +24,7 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
-from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, is_run, own_tokens, read_config
+from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, is_ours, own_tokens, read_config
 from ..system.words import count_of, duration
 
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
@@ -76,7 +76,7 @@ class RunStart:
         if (source := self.source) is not None:
             load = partial(formats.tokenizer_of, source, say)
             model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
-        return prepare(own or o.data, folder, vocab_size, say, model, wanted, is_run)
+        return prepare(own or o.data, folder, vocab_size, say, model, wanted, is_ours)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model."""

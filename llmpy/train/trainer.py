@@ -18,7 +18,7 @@ from ..errors import Diverged
 from ..formats import llmc_state
 from ..model.gpt2 import GPT2
 from ..options.train import TrainOptions
-from ..run.checkpoint_writer import Keeper
+from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import BEST_FILE
 from ..system.command import command
 from ..system.words import count_of, duration
@@ -43,7 +43,7 @@ class Trainer:
     update: Update  # the batches of the next step, read ahead
 
     def __init__(
-        self, model: GPT2, optimizer: AdamW, data: TrainingData, options: TrainOptions, checkpoints: Keeper,
+        self, model: GPT2, optimizer: AdamW, data: TrainingData, options: TrainOptions, checkpoints: CheckpointWriter,
         report: Report, world: SingleProcess = SINGLE_PROCESS,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.data, self.options = model, optimizer, data, options

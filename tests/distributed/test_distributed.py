@@ -28,10 +28,8 @@ from llmpy.cli.main import main
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.distributed import launch
-from llmpy.distributed import parts as shards
 from llmpy.distributed import watchdog as watch
 from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
-from llmpy.distributed.parts import ShardedKeeper
 from llmpy.distributed.watchdog import Fault, Watch
 from llmpy.distributed.zero import Zero
 from llmpy.formats import llmc_state
@@ -40,12 +38,13 @@ from llmpy.model.gpt2 import GPT2, params_table
 from llmpy.model.initialise import initialise
 from llmpy.model.partition import BUCKET, buckets, cut, length
 from llmpy.options.train import TrainOptions
-from llmpy.run import checkpoint
-from llmpy.run.checkpoint_writer import Keeper
+from llmpy.run import checkpoint, checkpoint_writer
+from llmpy.run.checkpoint_writer import CheckpointWriter
 from llmpy.run.journal import Journal
 from llmpy.train.memory import memory_parts
 from llmpy.train.optimizer import AdamW
 from llmpy.train.outliers import UpdateGuard
+from llmpy.train.single_process import SINGLE_PROCESS
 from llmpy.train.trainer import Trainer
 
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
@@ -168,7 +167,7 @@ def test_memory_is_what_the_optimizer_holds(dtype: Any, ranks: int) -> None:
         }
 
     first, *others = Fellows(ranks).run(held)
-    parts = memory_parts(TINY, B, T, machine, ranks=ranks)
+    parts = memory_parts(TINY, B, T, machine, copied=True, ranks=ranks)
     assert first == {name: parts[name] for name in first}
     assert all(other[name] <= first[name] for other in others for name in first)
     copy = 4 * sum(t.size for t in params_table(TINY)) + memory_parts(TINY, B, T, machine, ranks=ranks)["moments"]
@@ -189,11 +188,7 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
     loader = Loader([open_shard(tokens, 300)], B, T, True, 42, rank, ranks)
     optimizer = AdamW(model, **SETTINGS) if alone else Zero(model, fellow, **SETTINGS, limit=700)
     journal = Journal()
-    keeper: Keeper = (
-        Keeper(folder, model, optimizer, T, journal, 0, 2)
-        if alone
-        else ShardedKeeper(fellow, folder, model, optimizer, T, journal, 0, 2)
-    )
+    keeper = CheckpointWriter(fellow or SINGLE_PROCESS, folder, model, optimizer, T, journal, 0, 2)
     if resume:
         path = folder / "checkpoints" / "step-00000003"
         manifest = checkpoint.verify(path)
@@ -205,14 +200,11 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
             model.loss_and_grads(*loader.next(), micro_steps=ranks)
             optimizer.update(1e-2, optimizer.norm())
         place = loader.position
-        data = {"shard": place.shard, "sample": place.sample, "generator_used": place.rng.pos}
         options = TrainOptions(batch_size=B, sequence_length=T, ranks=ranks, shuffle=True).as_record()
-        keeper.finish(3, {"data": {**data, "sample_tokens": B * T * ranks}, "options": options}, place)
-    ranges = [(0, model.params.size)] if alone else optimizer.owned  # type: ignore[union-attr]
-    where = np.concatenate([np.arange(*r) for r in ranges])
+        keeper.finish(3, {"data": {"sample_tokens": B * T * ranks}, "options": options}, place)
+    where = np.concatenate([np.arange(*r) for r in optimizer.owned])
     m, v = np.full((2, model.params.size), np.nan, np.float32)
-    m[where] = optimizer.m if alone else optimizer.m  # type: ignore[union-attr]
-    v[where] = optimizer.v if alone else optimizer.v  # type: ignore[union-attr]
+    m[where], v[where] = optimizer.m, optimizer.v
     return {"params": model.params.buffer.copy(), "m": m, "v": v, "next": loader.next()[0].copy()}
 
 
@@ -274,17 +266,17 @@ def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path, t
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_ranks_that_cannot_write_say_so_once_and_try_ever_later(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:
+def test_ranks_that_cannot_write_warn_once_and_try_again(tmp_path: Path, tokens: Path, monkeypatch: Any) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(checkpoint.durable, "write_stretches", lambda *_: (_ for _ in ()).throw(full))
-    monkeypatch.setattr(shards, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
 
     def attempts(fellow: Fellow) -> tuple[list[int], list[str]]:
         model, loader = tiny_model(TINY, B, T), Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, 2)
         optimizer, said, tried = Zero(model, fellow, **SETTINGS, limit=700), list[str](), list[int]()
         journal = SimpleNamespace(say=said.append)
-        keeper = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2)  # type: ignore[arg-type]
+        keeper = CheckpointWriter(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2)  # type: ignore[arg-type]
         keeper.begin(0)
         for step in range(1, 60):
             if keeper.due(step):
@@ -293,7 +285,7 @@ def test_ranks_that_cannot_write_say_so_once_and_try_ever_later(tmp_path: Path, 
         return tried, said
 
     for tried, said in Fellows(2).run(attempts):
-        assert tried == [20, 22, 26, 34, 50]
+        assert tried == [20, 40]
         assert [line.partition(";")[0] for line in said] == [
             "warning: cannot write a checkpoint: No space left on device (rank 0)"
         ]
@@ -781,7 +773,7 @@ def test_what_all_ranks_wrote_counts_when_the_run_diverges(tmp_path: Path, token
         optimizer = Zero(model, fellow, **SETTINGS, limit=700)
         told = TrainOptions(checkpoint_every=1, ranks=fellow.size)
         run = Trainer.__new__(Trainer)
-        run.checkpoints = ShardedKeeper(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2)
+        run.checkpoints = CheckpointWriter(fellow, tmp_path / "run", model, optimizer, T, Journal(), 1, 2)
         run.done, run.options, run.guard = 3, told, UpdateGuard({})
         run.checkpoints.begin(2)
         assert run.checkpoints.due(3)

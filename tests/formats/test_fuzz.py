@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.samples import in_memory, llmc_version, sharded, training_state, with_tokenizer
+from support.samples import in_memory, llmc_version, sharded, training_state, with_tokenizer, write_debug
 
 from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
@@ -50,7 +50,7 @@ def debug(folder: Path) -> None:
     gradients = in_memory(SMALL)
     batch = np.array([[1, 2, 3], [4, 0, 1]], np.int32)
     state = llmc.DebugState(batch, batch, np.zeros((2, 3, 5), np.float32), 1.0, gradients.read)
-    llmc.write_debug(folder / "debug.bin", SMALL, state)
+    write_debug(folder / "debug.bin", state)
 
 
 def read_debug(folder: Path) -> None:

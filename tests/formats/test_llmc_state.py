@@ -13,23 +13,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import golden
-from support.laptop import TINY, AtOnce, Laptop, tiny_model
+from support.laptop import TINY, AtOnce, Laptop
 from support.samples import in_memory, training_state
 
 from llmpy.cli.main import main
 from llmpy.data.loader import Loader
-from llmpy.data.shards import Shard, open_shard, write_shard
+from llmpy.data.shards import open_shard, write_shard
 from llmpy.errors import LlmpyError
 from llmpy.formats import llmc, llmc_state, native, open_model
 from llmpy.formats.llmc_state import TrainingState
 from llmpy.formats.source import shapes
-from llmpy.model.gpt2 import GPT2
 from llmpy.options.train import TrainOptions
-from llmpy.rng import MT19937, Xorshift64Star
-from llmpy.run import checkpoint
-from llmpy.run import checkpoint_writer as snapshot
+from llmpy.rng import MT19937
+from llmpy.run import checkpoint, checkpoint_writer
+from llmpy.run.parts import part_name
 from llmpy.train import assemble
-from llmpy.train.optimizer import AdamW
 
 SIZE = sum(math.prod(s) for s in shapes(TINY).values())
 
@@ -120,18 +118,17 @@ def test_a_generator_that_was_just_seeded(tmp_path: Path) -> None:
     assert tuple(rng.uint32(6)) == golden.WORDS
 
 
-@pytest.mark.parametrize(("step", "micro_steps"), [(0, 1), (1, 1), (5, 3)])
-def test_rng_state_jumps_to_where_drawing_leads(step: int, micro_steps: int) -> None:
-    rng = Xorshift64Star(13371337)
-    before = rng.state
-    for _ in range(step):
-        for _ in range(micro_steps):
-            rng.uint32()
-        before = rng.state
-        for _ in range(16):
-            rng.uint32()
-    assert llmc_state.rng_states(step, micro_steps) == (rng.state, before)
-    assert llmc_state.jump(1337, len(golden.COINS)) == golden.COINS_STATE
+@pytest.mark.parametrize(
+    ("step", "micro_steps", "states"),
+    [
+        (0, 1, (13371337, 13371337)),
+        (1, 1, (15427466110988145139, 448695552117195)),
+        (5, 3, (5803179723813953511, 9756597381629095991)),
+    ],
+)
+def test_rng_state(step: int, micro_steps: int, states: tuple[int, int]) -> None:
+    """As llm.c draws: one word for each micro-batch, 16 for each update."""
+    assert llmc_state.rng_states(step, micro_steps) == states
 
 
 @pytest.mark.parametrize(
@@ -140,9 +137,7 @@ def test_rng_state_jumps_to_where_drawing_leads(step: int, micro_steps: int) -> 
         (4, 2, "of version 2"),
         (8, 0, "process 0 of 0"),
         (8, 2, "cannot read .*00001.bin"),
-        (12, 5, "process 5 of 1"),
         (16, 2, "master weights 2"),
-        (16, 0, "is longer than it says"),
         (20, 0, "is longer than it says"),
         (40, -1, "its step is -1"),
         (1024 + 12 * SIZE, 2**31 - 1, "longer than it says"),
@@ -159,17 +154,12 @@ def test_damage(tmp_path: Path, offset: int, value: int, said: str) -> None:
         llmc_state.read_state(path, TINY)
 
 
-def test_cut_off_and_of_another_model(tmp_path: Path) -> None:
+def test_a_state_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "state_00000007_00000.bin"
     llmc_state.write_state(path, TINY, training_state(TINY))
     for config in (replace(TINY, layers=1), replace(TINY, layers=3)):
         with pytest.raises(LlmpyError, match="make"):
             llmc_state.read_state(path, config)
-    content = path.read_bytes()
-    for keep in (0, 3, 1023, 1024, 5000, len(content) - 1):
-        path.write_bytes(content[:keep])
-        with pytest.raises(LlmpyError):
-            llmc_state.read_state(path, TINY)
 
 
 def test_sisters_must_fit(tmp_path: Path) -> None:
@@ -199,54 +189,6 @@ def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
     assert np.array_equal(source.read("wte").reshape(-1), state.master[: source.read("wte").size])
     with pytest.raises(LlmpyError, match="no complete checkpoint"):
         llmc_state.read_checkpoint(tmp_path / "..")
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_a_run_goes_on_to_the_bit(tmp_path: Path, shuffle: bool) -> None:
-    text = np.random.default_rng(0).integers(0, TINY.vocab_size, 400).astype(np.uint16)
-    shards = [Shard(Path("a"), text[:150]), Shard(Path("b"), text[150:])]
-
-    def begin() -> tuple[GPT2, AdamW, Loader]:
-        model = tiny_model()
-        return model, AdamW(model), Loader(shards, 2, 8, shuffle)
-
-    def go(model: GPT2, optimizer: AdamW, loader: Loader) -> list[float]:
-        losses = []
-        for _ in range(12):  # over the border of a shard
-            losses.append(model.loss_and_grads(*loader.next()))
-            optimizer.step(1e-2)
-        return losses
-
-    first = begin()
-    go(*first)
-    state = llmc_state.capture(first[1], first[2], first[0].params.buffer, micro_steps=1)
-    source = replace(in_memory(), read=lambda name: getattr(first[0].params, name).copy())
-    llmc_state.write_checkpoint(tmp_path, source, state)
-    want = go(*first)
-    source, state = llmc_state.read_checkpoint(tmp_path)
-    second = begin()
-    source.fill(second[0].params)
-    llmc_state.restore(state, *second[1:])
-    assert go(*second) == want
-    assert np.array_equal(second[0].params.buffer, first[0].params.buffer)
-
-
-def test_a_state_that_does_not_fit_the_run() -> None:
-    model = tiny_model()
-    optimizer = AdamW(model)
-    shard = Shard(Path("a"), np.arange(300, dtype=np.uint16))
-    cases: list[tuple[Any, Any, str]] = [
-        (training_state(replace(TINY, layers=1)), Loader([shard], 2, 8, True), "moments"),
-        (training_state(TINY, ranks=2), Loader([shard], 2, 8, True), "saved by 2 processes"),
-        (training_state(TINY), Loader([shard], 2, 8, False), "shuffling on"),
-        (training_state(TINY), Loader([shard], 2, 8, True), "does not fit these token shards"),
-        (training_state(TINY, shuffle=False), Loader([shard], 2, 8, False), "token shard 1 of 1"),
-    ]
-    for state, loader, said in cases:
-        with pytest.raises(LlmpyError, match=said):
-            llmc_state.restore(state, optimizer, loader)
-    assert optimizer.updates == 0
-    assert not optimizer.m.any()
 
 
 # A whole run: ours → llm.c's files → ours.
@@ -281,7 +223,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
     shards: tuple[Path, ...], tmp_path: Path, shuffle: bool, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
     whole, llm_c, back = tmp_path / "whole", tmp_path / "llm.c", tmp_path / "back"
     options = told(shards, out=whole, model="d1", vocab_size=300, shuffle=shuffle)
     assert assemble.train(options, Laptop()) == 0
@@ -297,7 +239,7 @@ def test_a_run_moves_to_llm_c_and_back_to_the_bit(
     said = capsys.readouterr().out
     assert "going on after step 12 of llm.c's run" in said
     assert lines_after(back, 0) == lines_after(whole, 12)
-    for name in (checkpoint.MODEL, checkpoint.STATE):
+    for name in (checkpoint.MODEL, part_name(0, 1)):
         a, b = (load_file(run / "checkpoints" / "step-00000024" / name) for run in (whole, back))
         assert all(np.array_equal(a[key], b[key]) for key in a | b)
     # and on from its own checkpoint, with the time of a step as measured here

@@ -18,17 +18,19 @@ from llmpy.data.shards import Shard
 from llmpy.errors import LlmpyError
 from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
-from llmpy.run import checkpoint_writer as snapshot
-from llmpy.run.checkpoint import MANIFEST, MODEL, STATE
-from llmpy.run.checkpoint_writer import Keeper, restore
+from llmpy.run.checkpoint import MANIFEST, MODEL
+from llmpy.run.checkpoint_writer import CheckpointWriter, page_aligned
 from llmpy.run.journal import Journal
-from llmpy.run.place import position_of
+from llmpy.run.parts import part_name
 from llmpy.system import durable
 from llmpy.train.optimizer import AdamW
+from llmpy.train.single_process import SINGLE_PROCESS
+
+PART = part_name(0, 1)
 
 
 class Run:
-    """A tiny model in training, and its keeper."""
+    """A tiny model in training, and the writer of its checkpoints."""
 
     def __init__(self, folder: Path, every: int = 2, keep: int = 2) -> None:
         self.model = tiny_model()
@@ -37,18 +39,17 @@ class Run:
         for x in (self.optimizer.m, self.optimizer.v):
             x[...] = rng.normal(size=x.size)
         self.loader = Loader([Shard(Path("a"), rng.integers(0, 300, 500).astype(np.uint16))], 2, 8, shuffle=True)
-        self.keeper = Keeper(folder, self.model, self.optimizer, 8, Journal(), every, keep)
-        self.keeper.begin(0)
-
-    def state(self) -> dict[str, Any]:
-        position = self.loader.position
-        return {"data": {"shard": 0, "sample": position.sample, "generator_used": position.rng.pos}}
+        self.writer = CheckpointWriter(SINGLE_PROCESS, folder, self.model, self.optimizer, 8, Journal(), every, keep)
+        self.writer.begin(0)
 
     def save(self, step: int) -> Path:
-        assert self.keeper.due(step)
-        self.keeper.save(step, self.state(), self.loader.position)
-        self.keeper.close()
-        return self.keeper.folder / f"step-{step:08}"
+        assert self.writer.due(step)
+        self.writer.save(step, {"data": {}}, self.loader.position)
+        self.writer.close()
+        return self.writer.folder / f"step-{step:08}"
+
+    def finish(self, step: int) -> None:
+        self.writer.finish(step, {"data": {}}, self.loader.position)
 
 
 def test_round_trip_to_the_bit(tmp_path: Path) -> None:
@@ -56,20 +57,18 @@ def test_round_trip_to_the_bit(tmp_path: Path) -> None:
     for _ in range(40):  # into the second epoch
         run.loader.next()
     path = run.save(2)
-    run.keeper.finish(2, run.state(), run.loader.position)  # there is one already
-    model = GPT2(TINY, Laptop())
-    model.reserve(2, 8, training=True)
-    optimizer = AdamW(model)
-    others = restore(path, model, optimizer)
-    for mine, theirs in ((model.params.buffer, run.model.params.buffer), (optimizer.m, run.optimizer.m)):
-        assert mine.tobytes() == theirs.tobytes()
-    assert optimizer.v.tobytes() == run.optimizer.v.tobytes()
-    again = Loader(run.loader.shards, 2, 8, shuffle=True)
-    again.position = position_of(checkpoint.verify(path), others)
+    run.finish(2)  # there is one already
+    again = Run(tmp_path)
+    for x in (again.model.params.buffer, again.optimizer.m, again.optimizer.v):
+        x.fill(0)
+    again.loader.position = again.writer.restore(path, checkpoint.verify(path), 42)
+    assert again.model.params.buffer.tobytes() == run.model.params.buffer.tobytes()
+    assert again.optimizer.m.tobytes() == run.optimizer.m.tobytes()
+    assert again.optimizer.v.tobytes() == run.optimizer.v.tobytes()
     for _ in range(80):
-        assert np.array_equal(again.next()[0], run.loader.next()[0])
-    assert set(load_file(path / MODEL)) == {t.name for t in model.params.table}  # the library reads both
-    assert load_file(path / STATE)["v.wte"].shape == model.params.wte.shape
+        assert np.array_equal(again.loader.next()[0], run.loader.next()[0])
+    assert set(load_file(path / MODEL)) == {t.name for t in run.model.params.table}  # the library reads both
+    assert load_file(path / PART)["v"].tobytes() == run.optimizer.v.tobytes()
     assert os.path.samefile(path / MODEL, tmp_path / MODEL)
 
 
@@ -77,19 +76,19 @@ def test_the_copy_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Training goes on while the thread waits; the checkpoint is of the step it was asked for."""
     run = Run(tmp_path)
     before = run.model.params.buffer.copy()
-    true = checkpoint.write
+    true = checkpoint.write_files
 
-    def late(*arguments: Any) -> Path:
+    def late(*arguments: Any) -> Any:
         while not (run.model.params.buffer == 7).all():
             pass
         return true(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write", late)
-    run.keeper.save(2, run.state(), run.loader.position)
-    assert not run.keeper.due(4), "one at a time"
+    monkeypatch.setattr(checkpoint, "write_files", late)
+    run.writer.save(2, {}, run.loader.position)
+    assert not run.writer.due(4), "one at a time"
     run.model.params.buffer[...] = 7
-    run.keeper.close()
-    assert run.keeper.due(4)
+    run.writer.close()
+    assert run.writer.due(4)
     model = GPT2(TINY, Laptop())
     checkpoint.load_parameters(tmp_path / MODEL, model.params)
     assert np.array_equal(model.params.buffer, before)
@@ -107,13 +106,13 @@ def flips(path: Path, places: Any) -> list[int]:
             checkpoint.verify(path.parent)
             missed.append(place)
         except LlmpyError as fault:
-            assert "damaged" in str(fault) or "reads 1" in str(fault)
+            assert "damaged" in str(fault) or "reads 2" in str(fault)
     path.write_bytes(content)
     checkpoint.verify(path.parent)
     return missed
 
 
-@pytest.mark.parametrize("name", [MODEL, STATE, MANIFEST])
+@pytest.mark.parametrize("name", [MODEL, PART, MANIFEST])
 def test_a_flip_in_any_byte_of_a_header(tmp_path: Path, name: str) -> None:
     path = Run(tmp_path).save(2) / name
     size = path.stat().st_size
@@ -126,24 +125,24 @@ def test_a_flip_in_any_byte_of_a_header(tmp_path: Path, name: str) -> None:
 def test_flips_in_the_payload(tmp_path: Path, count: int) -> None:
     folder = Run(tmp_path).save(2)
     rng = np.random.default_rng(count)
-    for name in (MODEL, STATE):
+    for name in (MODEL, PART):
         bits = 8 * (folder / name).stat().st_size
         assert flips(folder / name, rng.integers(8 * durable.PAGE, bits, count // 2).tolist()) == []
 
 
 def test_other_damage(tmp_path: Path) -> None:
     folder = Run(tmp_path).save(2)
-    good = (folder / STATE).read_bytes()
+    good = (folder / PART).read_bytes()
     for bad in (b"", good[:-1], good + b"\0"):
-        (folder / STATE).write_bytes(bad)
-        with pytest.raises(LlmpyError, match=r"state\.safetensors is damaged .* bytes instead of"):
+        (folder / PART).write_bytes(bad)
+        with pytest.raises(LlmpyError, match=r"state-.*\.safetensors is damaged .* bytes instead of"):
             checkpoint.verify(folder)
-    (folder / STATE).unlink()
+    (folder / PART).unlink()
     with pytest.raises(LlmpyError, match="No such file"):
         checkpoint.verify(folder)
-    manifest = json.loads((folder / MANIFEST).read_bytes())["manifest"] | {"format": 2}
+    manifest = json.loads((folder / MANIFEST).read_bytes())["manifest"] | {"format": 3}
     (folder / MANIFEST).write_bytes(checkpoint._sealed(manifest))
-    with pytest.raises(LlmpyError, match="has format 2, this program reads 1"):
+    with pytest.raises(LlmpyError, match="has format 3, this program reads 2"):
         checkpoint.verify(folder)
 
 
@@ -156,46 +155,25 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_a_full_disk_frees_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, keep=3)
-    for step in (2, 4, 6):
+def test_a_full_disk_leaves_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    for step in (2, 4):
         run.save(step)
-    true, full = durable.write, [True]
 
-    def write(handle: int, data: np.ndarray) -> None:
-        if full.pop() if full else False:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        true(handle, data)
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(durable, "write", write)
-    run.keeper.finish(7, run.state(), run.loader.position)
-    assert [int(p.name[5:]) for p in checkpoint.listed(tmp_path / "checkpoints")] == [7, 6]
-
-
-def test_another_attempt_at_a_step_never_takes_its_checkpoint_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The checkpoint is whole when the link of its model fails, and must be at every moment from then on."""
-    run = Run(tmp_path, keep=1)
-    run.save(2)
-    true_link, true_replace, failures = durable.link, durable.replace, [True]
-
-    def link(*arguments: Path) -> None:
-        if failures and failures.pop():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        true_link(*arguments)
-
-    def replace(source: Path, target: Path) -> None:
-        true_replace(source, target)
-        assert checkpoint.newest(tmp_path / "checkpoints", lambda _: None) is not None
-
-    monkeypatch.setattr(durable, "link", link)
-    monkeypatch.setattr(durable, "replace", replace)
-    run.keeper.finish(3, run.state(), run.loader.position)
-    found = checkpoint.newest(tmp_path / "checkpoints", lambda _: None)
-    assert found is not None
-    assert found[1]["step"] == run.keeper.last == 3
-    assert os.path.samefile(found[0] / MODEL, tmp_path / MODEL)
+    for name in ("write", "replace", "link"):
+        with monkeypatch.context() as m:
+            m.setattr(durable, name, full)
+            with pytest.raises(LlmpyError, match="step 7 could not be written: No space .* of step 4 is kept"):
+                run.finish(7)
+        assert {2, 4} <= {int(p.name[5:]) for p in checkpoint.listed(run.writer.folder)}
+        assert not list(run.writer.folder.glob(".*"))
+    assert checkpoint.listed(run.writer.folder)[0].name == "step-00000007"  # whole when its model could not be linked
+    run.finish(7)
+    assert [p.name for p in checkpoint.listed(run.writer.folder)] == ["step-00000007", "step-00000004"]
+    assert os.path.samefile(run.writer.folder / "step-00000007" / MODEL, tmp_path / MODEL)
 
 
 def test_a_thread_that_runs_out_of_memory_is_told(
@@ -207,21 +185,20 @@ def test_a_thread_that_runs_out_of_memory_is_told(
         raise MemoryError
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "write", none)
-        run.keeper.save(20, run.state(), run.loader.position)
-        run.keeper.close()
+        m.setattr(checkpoint, "write_files", none)
+        run.save(20)
     assert "warning: cannot write a checkpoint: out of memory; none exists yet" in capsys.readouterr().out
-    assert not run.keeper.due(21)
-    assert run.keeper.due(22), "tried again before the next multiple"
+    assert not run.writer.due(39)
+    assert run.writer.due(40), "tried again at the next interval"
 
 
 def test_a_checkpoint_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(2)
     newer = run.save(4)
-    manifest = json.loads((newer / MANIFEST).read_bytes())["manifest"] | {"format": 2}
+    manifest = json.loads((newer / MANIFEST).read_bytes())["manifest"] | {"format": 3}
     (newer / MANIFEST).write_bytes(checkpoint._sealed(manifest))
-    with pytest.raises(LlmpyError, match="has format 2, this program reads 1 — use a newer llmpy"):
+    with pytest.raises(LlmpyError, match="has format 3, this program reads 2 — use a newer llmpy"):
         checkpoint.newest(tmp_path / "checkpoints", lambda _: None)
     assert newer.exists()
 
@@ -232,7 +209,7 @@ def test_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple
     if not direct:
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     rng = np.random.default_rng(0)
-    pieces = [snapshot.page_aligned(size // 4 + 1).view(np.uint8)[:size] for size in sizes]
+    pieces = [page_aligned(size // 4 + 1).view(np.uint8)[:size] for size in sizes]
     for piece in pieces:
         piece[...] = rng.integers(0, 256, piece.size)
     size, sums = durable.write_stretches(tmp_path / "file", pieces)

@@ -13,8 +13,7 @@ from support.laptop import AtOnce, Laptop
 
 from llmpy.errors import LlmpyError
 from llmpy.options.train import TrainOptions
-from llmpy.run import checkpoint_writer as snapshot
-from llmpy.run import trackers
+from llmpy.run import checkpoint_writer, trackers
 from llmpy.train import assemble
 from llmpy.train.preflight import check
 from llmpy.train.start import RunStart
@@ -98,7 +97,7 @@ def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path, monk
         data=(data,), out=tmp_path / "run", model="d1", batch_size=2, sequence_length=16, steps=9, eval_every=2,
         eval_batches=1, sample_tokens=1, checkpoint_every=4, track=("tensorboard",), keep=0,
     )  # fmt: skip
-    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
     assert assemble.train(told, Laptop()) == 0
     whole, fake.seen = shown(fake.seen), []
     for step in (8, 9):

@@ -39,12 +39,13 @@ from llmpy.data.shards import write_shard
 from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.run.folder import LOGS
+from llmpy.run.parts import part_name
 from llmpy.system import durable
 from llmpy.train import assemble
 
 STEPS, EVERY = 12, 3
 OPERATIONS = ("write", "sync", "sync_folder", "replace", "link", "remove")
-COMPARED = ("model.safetensors", "state.safetensors")
+COMPARED = ("model.safetensors", part_name(0, 1))
 FULL_FOR = 6  # operations in a row that fail, in the second run of "full"
 
 

@@ -87,9 +87,18 @@ def llmc_debug(source: Source, model: Path, state: Path) -> None:
     logits = all_logits(twin, tokens)
     loss = twin.loss_and_grads(tokens, targets)
     llmc.write_model(model, source, "float32")
-    llmc.write_debug(
-        state, source.config, llmc.DebugState(tokens, targets, logits, loss, lambda name: getattr(twin.grads, name))
-    )
+    write_debug(state, llmc.DebugState(tokens, targets, logits, loss, lambda name: getattr(twin.grads, name)))
+
+
+def write_debug(path: Path, state: llmc.DebugState) -> None:
+    """Write a debug state of llm.c, which only its PyTorch script does otherwise."""
+    header = np.zeros(256, "<i4")
+    header[:4] = (llmc.DEBUG, 2, *state.tokens.shape)
+    with path.open("wb") as file:
+        for x in (header, state.tokens.astype("<i4"), state.targets.astype("<i4")):
+            file.write(x.tobytes())
+        for x in (state.logits, np.array([state.loss]), *map(state.gradient, llmc.ORDER)):
+            x.astype("<f4").tofile(file)
 
 
 def training_state(

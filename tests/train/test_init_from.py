@@ -247,7 +247,7 @@ def test_sample_takes_every_format(form: str, beside: bool, tmp_path: Path, monk
         if beside:
             Tokenizer.bytes().save(tmp_path / "tokenizer.json")
         else:
-            monkeypatch.setattr(formats, "GPT2_VOCAB", WORDS.vocab_size)
+            monkeypatch.setattr(formats.detect, "GPT2_VOCAB", WORDS.vocab_size)
             monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
     native.write_model(tmp_path / "run", model)
     told: dict[Path, list[str]] = {tmp_path / "run": [], path: []}

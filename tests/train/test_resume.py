@@ -24,8 +24,8 @@ from llmpy.data.shards import write_shard
 from llmpy.errors import LlmpyError
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.train import TrainOptions
-from llmpy.run import checkpoint
-from llmpy.run import checkpoint_writer as snapshot
+from llmpy.run import checkpoint, checkpoint_writer
+from llmpy.run.parts import part_name
 from llmpy.system import durable
 from llmpy.train import assemble, samples, trainer
 
@@ -58,7 +58,7 @@ def options(folder: Path, **changes: Any) -> TrainOptions:
 def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
     """All of a run that must be equal: everything but times."""
     last = run / "checkpoints" / f"step-{steps:08}"
-    found: dict[str, Any] = {name: (last / name).read_bytes() for name in (checkpoint.MODEL, checkpoint.STATE)}
+    found: dict[str, Any] = {name: (last / name).read_bytes() for name in (checkpoint.MODEL, part_name(0, 1))}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
     found |= {name: (run / name).read_bytes() for name in ("main.log", "samples.txt", "model.safetensors")}
@@ -101,7 +101,7 @@ def resume_everywhere(folder: Path, places: Any, machine: Callable[[], Machine],
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is written before the next step begins, so that there is one of every step."""
-    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
 
 
 @pytest.mark.parametrize("every", [50, 0])
@@ -187,14 +187,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, capsys: py
     run = tmp_path / "run"
     assert assemble.train(options(tmp_path, steps=6), Laptop()) == 0
     expected = outcome(run, 6)
-    for step, name in ((6, checkpoint.STATE), (5, checkpoint.MANIFEST)):
+    for step, name in ((6, part_name(0, 1)), (5, checkpoint.MANIFEST)):
         path = run / "checkpoints" / f"step-{step:08}" / name
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
     assert assemble.train(resumed(run), Laptop()) == 0
     out = capsys.readouterr().out
-    assert "step-00000006/state.safetensors is damaged" in out
+    assert "step-00000006/state-00000-of-00001.safetensors is damaged" in out
     assert "step-00000005/manifest.json is damaged" in out
     assert "going back to step 4; what is damaged was renamed to damaged-…" in out
     assert outcome(run, 6) == expected

@@ -28,10 +28,10 @@ from llmpy.generate.generation import open_run
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.sample_chat import SampleOptions
 from llmpy.options.train import BUILTIN_PROMPT, TrainOptions
-from llmpy.run import checkpoint
-from llmpy.run import checkpoint_writer as snapshot
+from llmpy.run import checkpoint, checkpoint_writer
 from llmpy.run.folder import RunFolder
 from llmpy.run.journal import Journal
+from llmpy.run.parts import part_name
 from llmpy.system.durable import write_whole
 from llmpy.system.lock import Lock
 from llmpy.train import assemble, memory
@@ -135,9 +135,8 @@ def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys:
     assert assemble.train(options(eval_every=2, sample_every=3), machine) == 0
     run = tmp_path / "run"
     assert machine.warmed == 1
-    whole = [
-        f"checkpoints/step-00000004/{name}" for name in ("manifest.json", "model.safetensors", "state.safetensors")
-    ]
+    files = ("manifest.json", "model.safetensors", part_name(0, 1))
+    whole = [f"checkpoints/step-00000004/{name}" for name in files]
     assert sorted(contents(run)) == [
         "best.safetensors", *whole, "config.json", "console.log", "main.log", "metrics.jsonl", "model.safetensors",
         "samples.txt", "tokenizer.json", "train.bin", "val.bin",
@@ -555,28 +554,27 @@ def test_a_full_disk_loses_the_log_but_not_the_model(
 def test_a_checkpoint_that_fails_is_tried_again(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ever later, as the disk may stay full for long; and each reason is told once."""
-    write, times = checkpoint.write, []
+    """At the next interval; and each reason is given once."""
+    make_room, steps = checkpoint.make_room_for, []
+    errors = {40: 28, 60: 28, 80: 5}
 
-    def full(folder: Path, step: int, *rest: Any) -> Path:
-        times.append(step)
-        if len(times) in (2, 3, 4, 5, 7):
-            raise OSError(28, "No space left on device") if len(times) != 4 else OSError(5, "Input/output error")
-        return write(folder, step, *rest)
+    def full(folder: Path, step: int) -> None:
+        steps.append(step)
+        if step in errors:
+            raise OSError(errors[step], os.strerror(errors[step]))
+        make_room(folder, step)
 
-    monkeypatch.setattr(checkpoint, "write", full)
-    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint, "make_room_for", full)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
     assert assemble.train(options(checkpoint_every=20, steps=102), Laptop()) == 0
-    assert times == [20, 40, 42, 46, 54, 70, 80, 82, 100, 102]
+    assert steps == [20, 40, 60, 80, 100, 102]
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "written again" in line] == [
-        f"checkpoints are written again: that of step {step} is whole" for step in (70, 82)
-    ]
-    warnings = [line for line in lines if line.startswith("warning: ")]
-    full_disk, broken = "No space left on device", "Input/output error"
-    assert warnings == [
-        f"warning: cannot write a checkpoint: {why}; that of step {kept} is kept; the run goes on, and will try again"
-        for why, kept in ((full_disk, 20), (broken, 20), (full_disk, 20), (full_disk, 70))
+    assert [line for line in lines if line.startswith(("warning: ", "checkpoints are"))] == [
+        *(
+            f"warning: cannot write a checkpoint: {os.strerror(number)}; that of step 20 is kept; training continues"
+            for number in (28, 5)
+        ),
+        "checkpoints are written again: that of step 100 is whole",
     ]
     assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000102", "step-00000100"]
 
@@ -584,21 +582,19 @@ def test_a_checkpoint_that_fails_is_tried_again(
 def test_a_full_disk_at_the_end_is_told_and_nothing_is_lost(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.write
-
-    def full(folder: Path, step: int, *rest: Any) -> Path:
-        if step == 6:
+    def full(path: Path, files: Any) -> Any:
+        if path.name == ".step-00000006.tmp":
             raise OSError(28, "No space left on device")
-        return write(folder, step, *rest)
+        return write_files(path, files)
 
-    monkeypatch.setattr(checkpoint, "write", full)
-    with pytest.raises(
-        LlmpyError, match=r"of step 6 could not be written: No space .* of step 4 is kept; the model of"
-    ):
+    write_files = checkpoint.write_files
+    monkeypatch.setattr(checkpoint, "write_files", full)
+    with pytest.raises(LlmpyError, match=r"of step 6 could not be written: No space .* of step 4 is kept — free"):
         assemble.train(options(checkpoint_every=4, steps=6), Laptop())
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
     assert [r["step"] for r in metrics(tmp_path / "run") if "val_loss" in r] == [0, 6]
-    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(checkpoint, "write_files", write_files)
     assert assemble.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0
     assert checkpoint.listed(tmp_path / "run" / "checkpoints")[0].name == "step-00000006"
 
@@ -642,7 +638,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told(
     assert rows[5]["batches"] == [["train.bin", 4]]
     assert f"step 8: skipped, for the {what} is nan; batches train.bin 7\n" in capsys.readouterr().out
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
-    state = load_file(tmp_path / "run" / "checkpoints" / "step-00000009" / "state.safetensors")
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-00000009" / part_name(0, 1))
     assert all(np.isfinite(x).all() for x in state.values())
 
 
@@ -699,7 +695,7 @@ def test_divergence_before_any_checkpoint(options: Options, tmp_path: Path) -> N
 def test_parameters_that_are_not_finite_are_never_checkpointed(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    monkeypatch.setattr(snapshot, "Thread", AtOnce)
+    monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
 
     class Rotten(Laptop):
         def adamw(self, param: Any, grad: Any, m: Any, v: Any, *rest: Any) -> None:

@@ -1,0 +1,122 @@
+"""Which format a model has, by what is in its files and not by their names: `open_model(path)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..data import magic
+from ..data.tokenizer import Tokenizer
+from ..errors import LlmpyError
+from ..model.config import GPT2_VOCAB
+from ..run import checkpoint
+from ..run.folder import MODEL_FILE, TOKENIZER_FILE, finished, is_run
+from ..system.command import command
+from ..system.words import did_you_mean
+from . import hub, huggingface, llmc, llmc_state, native
+from .source import Source, padded, tokenizer_named, unreadable
+
+
+def resolve(text: str, say: Callable[[str], None]) -> Source:
+    """The model that `find` gives, to use: its vocabulary is that of its tokenizer."""
+    return _fitted(find(text, say), say)
+
+
+def find(text: str, say: Callable[[str], None]) -> Source:
+    """A model of the hub, downloaded if need be, or at a path. Raises LlmpyError for anything else."""
+    if text in hub.NAMES:
+        return open_model(hub.download(text, say))
+    path = Path(text)
+    try:
+        there = path.exists()
+    except OSError as fault:  # a name too long, a folder that may not be entered
+        raise unreadable(path, fault) from fault
+    if not there:
+        near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
+        hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
+        raise LlmpyError(f"no model {text}", hint)
+    return open_model(path)
+
+
+def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
+    """The tokenizer of a model, and what to call it. Raises LlmpyError if it came without, and is not GPT-2's."""
+    if source.tokenizer is not None:
+        return Tokenizer.load(source.tokenizer), f"the model's ({source.tokenizer})"
+    if source.config.vocab_size == GPT2_VOCAB:
+        return Tokenizer.gpt2(say), "GPT-2's"
+    others, V = source.path.with_name(TOKENIZER_FILE), source.config.vocab_size
+    if source.path.is_file() and others.is_file():
+        raise LlmpyError(
+            f"{others} is another model's: it has {Tokenizer.load(others).vocab_size:,} tokens, {source.path} {V:,}",
+            f"put the model's own tokenizer.json beside it as {tokenizer_named(source.path).name}",
+        )
+    raise LlmpyError(
+        f"{source.path} came without a tokenizer, which text needs", "put its tokenizer.json beside the model"
+    )
+
+
+def _fitted(source: Source, say: Callable[[str], None]) -> Source:
+    """The model without the rows of wte that no token has: some pad their vocabulary to a round number."""
+    if source.tokenizer is None:
+        return source
+    V, have = source.config.vocab_size, Tokenizer.load(source.tokenizer).vocab_size
+    if have == V:
+        return source
+    if have > V:
+        raise LlmpyError(
+            f"{source.tokenizer} has {have:,} tokens but the model {V:,}", "put the model's own tokenizer.json there"
+        )
+    say(f"note: of the {V:,} tokens of {source.path} its tokenizer has {have:,}: the others are left out")
+    config = replace(source.config, vocab_size=have)
+
+    def read(name: str) -> np.ndarray:
+        x = source.read(name)
+        return padded(x[: config.padded_vocab_size], config) if name == "wte" else x
+
+    return replace(source, config=config, read=read, load=None)
+
+
+def open_model(path: Path) -> Source:
+    """A model of any format we read. Raises LlmpyError, which says what else the path seems to be."""
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as fault:
+        raise unreadable(path, fault) from fault
+    if magic.magic_of(start) == magic.MODEL:
+        return llmc.read_model(path)
+    if start[8:9] == b"{":  # after the length of its header
+        return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
+    if start[:4] == b"GGUF":
+        raise LlmpyError(f"{path} is GGUF, which is written here but not read", "give the model it was made from")
+    if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
+        raise LlmpyError(f"{path} is a pickle of PyTorch, which can run code when it is read", "save it as safetensors")
+    if pointer := magic.lfs_pointer(start):
+        raise LlmpyError(f"{path} {pointer[0]}", pointer[1])
+    what = magic.WHAT.get(magic.magic_of(start), f"no model: it begins with {start[:8].hex(' ') or 'nothing'}")
+    raise LlmpyError(f"{path} is {what}", "give a model of llm.c, Hugging Face or llmpy")
+
+
+def _open_folder(path: Path) -> Source:
+    if (path / MODEL_FILE).is_file() and _is_ours(path / MODEL_FILE):
+        return native.read_model(path)
+    if llmc_state.is_checkpoint(path):
+        return llmc_state.read_checkpoint(path)[0]
+    if is_run(path) and not (path / MODEL_FILE).exists():
+        raise LlmpyError(f"{path} is a run that has no checkpoint yet", f"go on: {command('train', '--resume', path)}")
+    if (path / huggingface.CONFIG_FILE).is_file():
+        return huggingface.read_model(path)
+    raise LlmpyError(
+        f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a safetensors file has our metadata."""
+    with checkpoint.opened(path) as file:
+        return checkpoint.KEY in (file.metadata() or {})

@@ -1,0 +1,139 @@
+"""Checkpoint parts: what each process of a run writes, and how any number of processes resumes from them.
+
+state-00002-of-00004.safetensors   m, v             (n,) float32: AdamW's moments of the ranges that rank 2 updates
+                                   ranges           (r, 2) int64: their starts and ends in the flat arenas
+                                   place            (3,) int64: shard, sample and words used of the generator
+                                   shard_order, sample_order int32, generator uint32: the rest of the data position
+
+One process is rank 0 of 1. 0.1.0 wrote its part as state.safetensors: m.NAME and v.NAME for each parameter, in the
+order of the table, and the place in the manifest.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..data.loader import Position
+from ..model.partition import Range
+from ..rng import MT19937, MTState
+from . import checkpoint
+
+OLD_STATE = "state.safetensors"  # of one process, by 0.1.0
+
+
+class Moments(Protocol):
+    """What checkpoints need of an optimizer, whose buffers may hold a part of the flat arenas."""
+
+    m: Any  # float32 (n,): the elements of `owned`, range after range
+    v: Any
+    master: Any  # float32 weights, like m and v
+    updates: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+
+    @property
+    def owned(self) -> Sequence[Range]:
+        """The ranges of the flat arenas that this process updates."""
+
+    def weights(self, room: np.ndarray) -> np.ndarray:
+        """Return all float32 weights, flat, on the first rank: in `room`, unless they lie together. Collective."""
+
+    def adopt_weights(self) -> None:
+        """Take the float32 weights from the model's parameters, which have been read from a file."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process's part of a checkpoint; m and v (n,) float32 are mapped."""
+
+    ranges: Sequence[Range]
+    m: np.ndarray
+    v: np.ndarray
+    position: Position
+
+
+def part_name(rank: int, ranks: int) -> str:
+    """The name of a checkpoint part."""
+    return f"state-{rank:05}-of-{ranks:05}.safetensors"
+
+
+def part_pieces(ranges: Sequence[Range], moments: checkpoint.Pieces, position: Position) -> checkpoint.Pieces:
+    """A checkpoint part as the bytes of its file; `moments`: m, then v, in one array or two."""
+    others: dict[str, np.ndarray] = {
+        "ranges": np.asarray(ranges, np.int64).reshape(-1, 2),
+        "place": np.asarray([position.shard, position.sample, position.rng.pos], np.int64),
+        "shard_order": np.asarray(position.shard_order, np.int32),
+        "sample_order": np.asarray(position.sample_order, np.int32),
+        "generator": np.asarray(position.rng.key, np.uint32),
+    }
+    half = (sum(x.size for x in moments) // 2,)
+    entries: list[tuple[str, tuple[int, ...], str]] = [("m", half, "float32"), ("v", half, "float32")]
+    entries += [(name, x.shape, x.dtype.name) for name, x in others.items()]
+    return [checkpoint.file_header(entries), *moments, *others.values()]
+
+
+def read_parts(path: Path, manifest: Mapping[str, Any]) -> list[Part]:
+    """The parts of a checkpoint that `checkpoint.verify` accepted, by rank."""
+    ranks = manifest.get("ranks", 1)
+    names = [OLD_STATE] if OLD_STATE in manifest["files"] else [part_name(rank, ranks) for rank in range(ranks)]
+    return [_read(path / name, manifest["data"]) for name in names]
+
+
+def _read(path: Path, data: Mapping[str, Any]) -> Part:
+    with checkpoint.opened(path) as file:
+        found = {n: file.get_tensor(n) for n in file.keys() if n.split(".")[0] not in ("m", "v")}  # noqa: SIM118, no dict
+    with path.open("rb") as head:
+        start = int.from_bytes(head.read(8), "little")
+        about = json.loads(head.read(start))
+    size = sum(math.prod(entry["shape"]) for name, entry in about.items() if name.split(".")[0] == "m")
+    flat = np.memmap(path, np.float32, "r", offset=8 + start, shape=(2 * size,))
+    ranges = found["ranges"].tolist() if "ranges" in found else [(0, size)]
+    shard, sample, used = (
+        found["place"].tolist() if "place" in found else (data["shard"], data["sample"], data["generator_used"])
+    )
+    rng = MTState(found["generator"], used)
+    return Part(
+        ranges, flat[:size], flat[size:], Position(shard, sample, found["shard_order"], found["sample_order"], rng)
+    )
+
+
+def load_moments(parts: Sequence[Part], ranges: Sequence[Range], m: np.ndarray, v: np.ndarray) -> None:
+    """m and v (n,) := the moments of these ranges of the flat arenas, one after another, from whatever parts."""
+    pieces: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # start, end, m, v
+    for part in parts:
+        at = 0
+        for start, stop in part.ranges:
+            here = slice(at, at + stop - start)
+            pieces.append((start, stop, part.m[here], part.v[here]))
+            at = here.stop
+    pieces.sort(key=lambda piece: piece[:2])
+    starts = [piece[0] for piece in pieces]
+    at = 0
+    for start, stop in ranges:
+        for first, end, *theirs in pieces[bisect.bisect(starts, start) - 1 : bisect.bisect_left(starts, stop)]:
+            low, high = max(start, first), min(stop, end)
+            for mine, other in zip((m, v), theirs, strict=True):
+                mine[at + low - start : at + high - start] = other[low - first : high - first]
+        at += stop - start
+
+
+def position_for(parts: Sequence[Part], rank: int, ranks: int, seed: int) -> Position:
+    """Where in the data one of `ranks` resumes.
+
+    Of as many ranks as before, each has its own position. Otherwise all take the first one's place and order, for the
+    others belong to another division of the text. They keep their generators; further ranks get new ones from `seed`.
+    """
+    if len(parts) == ranks:
+        return parts[rank].position
+    rng = parts[rank].position.rng if rank < len(parts) else MT19937(seed + rank).state
+    return replace(parts[0].position, rng=rng)
