@@ -15,6 +15,7 @@ WIDE_TOKENS = 20240801  # uint32
 LLAMA3 = 20240803
 MASK = 20261122
 HEADER_BYTES = 1024  # of every one of them
+SPOOL = ".tokens-"  # what the name of a folder begins with in which tokens wait until their files are whole
 
 WHAT = {
     MODEL: "an llm.c model checkpoint",

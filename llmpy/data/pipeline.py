@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import LlmpyError
 from .datasets import SHARD_TOKENS, Layout
 from .encode import TOKENIZER_SEES, Tokens, encode, pieces
+from .magic import SPOOL
 from .rank_tables import LLMC_FILE, Ranks, write_llmc
 from .records import Document
 from .shards import CHUNK, FORMS, HEADER_BYTES, form_for, write_shard
@@ -133,7 +134,7 @@ def write_tokens(
     encoder = tokenizer if layout is OWN else tokenizer.ordinary()
     files: dict[str, int] = {}
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
+        with tempfile.TemporaryDirectory(prefix=SPOOL, dir=folder) as work:
             spool = _spool(corpus, encoder, Path(work), limit)
             n, held = len(spool.ids), _held_out(spool, layout, limit)
             if spool.counted is not None and layout is OWN:

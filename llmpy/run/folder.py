@@ -25,8 +25,10 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from ..data.magic import SPOOL
 from ..errors import LlmpyError
 from ..options.train import TrainOptions
+from ..system import durable
 from ..system.durable import write_whole
 from ..system.interrupts import signals_held_back
 from ..system.lock import Lock
@@ -48,7 +50,8 @@ PARTS = "train.bin", "val.bin"  # the tokens that a run made of text
 TOKENS = {*PARTS, "train.mask", "val.mask"}
 OURS = {MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS, *LOGS, CONSOLE}
 LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
-CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp")  # as `durable` names them
+# What is left of a run that was killed: temporary files, as `durable` names them, and tokens that were being made.
+CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp|{re.escape(SPOOL)}.*")
 
 
 HELD: list[RunFolder] = []  # by this process: whoever ends it discards them
@@ -133,7 +136,7 @@ class RunFolder:
         with contextlib.suppress(OSError):
             for name in _entries(self.path):
                 if CUT_OFF.fullmatch(name):
-                    (self.path / name).unlink()
+                    durable.remove(self.path / name)
         with contextlib.suppress(OSError):
             for name in _entries(self.path / CHECKPOINTS):
                 if name.startswith(".") and name.endswith(".tmp"):
@@ -145,7 +148,7 @@ class RunFolder:
             if not self._kept and self.path.is_dir():
                 for name in [name for name in os.listdir(self.path) if name in OURS or CUT_OFF.fullmatch(name)]:
                     with contextlib.suppress(OSError):  # in use (Windows)
-                        (self.path / name).unlink()
+                        durable.remove(self.path / name)
             self._let_go()
 
     def _take(self) -> bool:

@@ -213,7 +213,7 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
         writer(folder, *first[:2]).finish(OWN_STEPS, {"data": {}}, first[2].position)
         on = go(*first)
         path = checkpoint.listed(Path(folder, CHECKPOINTS))[0]
-        second[2].position = writer(folder, *second[:2]).restore(path, checkpoint.verify(path), seed=0)
+        second[2].position = writer(folder, *second[:2]).restore(path, checkpoint.verify(path), 0)
         second[1].updates = OWN_STEPS
         yield Check(f"{dtype}: values that differ after save, load and resume", _different(go(*second), on), 0)
 

@@ -14,12 +14,11 @@ from support.samples import in_memory, llmc_debug
 
 from llmpy import backend
 from llmpy.cli.main import main
-from llmpy.data.loader import Loader
-from llmpy.formats import llmc, llmc_state
+from llmpy.formats import llmc
 from llmpy.formats.source import Source
 from llmpy.options.tools import SelftestOptions
+from llmpy.run.checkpoint_writer import CheckpointWriter
 from llmpy.tools import selftest
-from llmpy.train.optimizer import AdamW
 
 LOAD = backend.load
 
@@ -125,13 +124,14 @@ def test_a_norm_or_an_output_that_is_nan(machine: type[Laptop]) -> None:
 
 
 def test_a_state_that_forgets(machine: type[Laptop], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = llmc_state.restore
+    right = CheckpointWriter.restore
 
-    def forget(state: Any, optimizer: AdamW, loader: Loader) -> None:
-        right(state, optimizer, loader)
-        optimizer.updates -= 1
+    def forget(writer: CheckpointWriter, *given: Any) -> Any:
+        position = right(writer, *given)
+        writer.optimizer.m[0] = 1
+        return position
 
-    monkeypatch.setattr(llmc_state, "restore", forget)
+    monkeypatch.setattr(CheckpointWriter, "restore", forget)
     assert any("save, load and resume" in line for line in run().failed)
 
 

@@ -422,7 +422,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, after: fl
         assert "stopping after this step" in err
     else:
         assert err == f"llmpy: error: stopped by {said}\n"
-        assert [path.name for path in run.parent.iterdir()] == ["text.txt"]
+        assert [*run.parent.rglob("*")] == [run.parent / "text.txt"]
     assert not (run / "run.lock").exists()
 
 
