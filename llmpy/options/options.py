@@ -32,7 +32,11 @@ DATA_NAMES = (*TRAINING_NAMES, "hellaswag")
 MODEL_NAMES = tuple(NAMES)  # that are downloaded
 TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 SHELLS = ("bash", "zsh", "fish")
-CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
+CURVES = {  # of metrics.jsonl, with their titles
+    "loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second",
+    "share_of_peak": "share of peak (%)", "val_bits_per_byte": "validation bits per byte",
+    "hellaswag": "HellaSwag accuracy (%)",
+}  # fmt: skip
 AXES = ("steps", "tokens", "time")
 PICTURES = (".png", ".svg", ".pdf", ".html")
 OPS = (
@@ -643,11 +647,11 @@ class WatchOptions:
     """`llmpy watch [RUN …]`."""
 
     runs: tuple[Path, ...] | None = option(
-        None, "run folders, or folders of them, where new runs appear by themselves (default: runs)", metavar="RUN",
+        None, "run folders, or folders of runs, where new runs appear by themselves (default: runs)", metavar="RUN",
         word=True,
     )  # fmt: skip
-    port: int = option(8642, "where the page is, or the next free one")
-    open: bool = option(False, "show it in the browser")
+    port: int = option(8642, "port of the page, or the next free one")
+    open: bool = option(False, "open the page in the browser")
 
     def __post_init__(self) -> None:
         positive(self, "port")
@@ -662,18 +666,17 @@ class PlotOptions:
         None, "run folders (default: the newest below runs)", metavar="RUN", word=True
     )
     out: Path | None = option(
-        None, "draw into this file: .png, .svg, .pdf, or .html, which is the page of llmpy watch", "-o", metavar="FILE"
+        None, "write this file: .png, .svg, .pdf, or .html to zoom and hover in a browser", "-o", metavar="FILE"
     )
-    terminal: bool = option(False, "draw with letters, as it does without -o")
-    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=CURVES)
+    terminal: bool = option(False, "draw in the terminal, as without -o")
+    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=tuple(CURVES))
     smooth: int | None = option(
-        None, "steps to smooth over, 0: not (default: about a hundredth of the run)", metavar="STEPS"
+        None, "steps to average over, 0: none (default: a hundredth of the run)", metavar="STEPS"
     )
     x: str = option(
-        "steps", "what curves lie along; time is that of the steps alone, and like tokens adds up over restarts",
-        choices=AXES,
-    )  # fmt: skip
-    log: bool = option(False, "a logarithmic axis, that of the values")
+        "steps", "x axis; time counts training steps only, and like tokens adds up over restarts", choices=AXES
+    )
+    log: bool = option(False, "logarithmic y axis")
 
     def __post_init__(self) -> None:
         known(self, "x", AXES)

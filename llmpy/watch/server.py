@@ -1,75 +1,99 @@
 """`llmpy watch`: a page of this machine, for this machine.
 
-It listens on 127.0.0.1 alone and answers three addresses: the page, its numbers as JSON, an empty icon. A request that
-names another host is refused, for a name that points to 127.0.0.1 would let any web page read the answers (DNS
-rebinding). The page may run its own script, known by its hash, and nothing else: what a run folder holds stays text.
+It listens on 127.0.0.1 alone and answers a few fixed addresses: the page, its parts, and its numbers as JSON. A request
+that names another host is refused, for a name that points to 127.0.0.1 would let any web page read the answers (DNS
+rebinding). The page runs its own scripts and no others, and loads nothing from elsewhere: what a run folder holds stays
+text.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
-import hashlib
 import json
-import math
 import os
 import sys
 import threading
 import urllib.parse
 import webbrowser
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..errors import LlmpyError
-from ..options.options import WatchOptions
+from ..options.options import AXES, CURVES, WatchOptions
 from ..version import __version__
-from .curves import CLOCKS, LARGEST_STEP
-from .runs import Runs, board
+from .curves import LARGEST_STEP
+from .figure import COLOURS, CONFIG, figure, need
+from .runs import Runs
 
 ADDRESS = "127.0.0.1"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
 PORTS = 100  # that are tried from the first one on
-READ_SECONDS = 0.2  # of each run before an answer; what is left comes with the next ones
 STALLED_SECONDS = 60.0
-DATA_MARK = "<!-- data -->"
+HTML, CSS, SCRIPT = "text/html", "text/css", "text/javascript"
+FILES = {"/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT)}
+# plotly sets styles of its own elements; without a source of images or fonts they give nothing away.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @cache
-def parts() -> tuple[str, str, str]:
-    """The page's markup, style and script."""
-    here = Path(__file__).parent
-    markup, style, *scripts = (
-        (here / name).read_text("utf-8") for name in ("page.html", "page.css", "chart.js", "page.js")
-    )
-    return markup, style, "\n".join(scripts)
+def plotly_script() -> bytes:
+    """plotly's JavaScript, as its package holds it."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()).encode()
 
 
-def policy() -> str:
-    """The Content-Security-Policy: the page's own style and script by their hashes, numbers from here, nothing else."""
-    _, style, script = parts()
-    hashes = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script, style)
+@dataclass(frozen=True)
+class Question:
+    """What a page asks for."""
+
+    show: frozenset[str] | None  # names of runs; None: as `Runs.chosen`
+    have: str  # of the answer that it has
+    axis: str
+    over: float | None  # steps to average over
+    log: bool
+    columns: int
+
+    @classmethod
+    def of(cls, query: str) -> Self:
+        """Raises ValueError for one that makes no sense."""
+        asked = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
+        first = {name: values[0] for name, values in asked.items()}
+        show = frozenset(asked["show"]) if "show" in asked else None
+        over = float(first["over"]) if first.get("over") else None
+        axis, columns = first.get("axis", AXES[0]), int(first.get("columns", 2))
+        if axis not in AXES or not 1 <= columns <= 6 or not (over is None or 0 <= over < LARGEST_STEP):
+            raise ValueError
+        return cls(show, first.get("have", ""), axis, over, "log" in asked, columns)
+
+
+def board(runs: Runs, asked: Question) -> dict[str, Any]:
+    """All that the page shows, as JSON: a row for every run, and of those shown the samples and plotly's figure.
+
+    There are neither if nothing has changed since the answer that the page has.
+    """
+    found = runs.all()
+    shown = runs.chosen(found) if asked.show is None else [name for name in found if name in asked.show]
+    colours = {name: COLOURS[run.index % len(COLOURS)] for name, run in found.items()}
+    rows = [
+        {"name": name, "colour": colours[name], "described": run.described(), "trains": run.trains(), **run.numbers()}
+        for name, run in found.items()
     ]
-    return (
-        f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; connect-src 'self'; img-src 'self'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def page(data: dict[str, Any] | None = None) -> str:
-    """The whole page in one text; with `data`, as `board` gives it, one that asks no server."""
-    markup, style, script = parts()
-    held = ""
-    if data is not None:
-        # A browser ends the element at the first "</script", whatever its type: no "<" is left in it.
-        text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-        held = f'<script type="application/json" id="data">{text}</script>'
-    for mark, text in (("POLICY", policy()), ("/* style */", style), ("/* script */", script), (DATA_MARK, held)):
-        markup = markup.replace(mark, text, 1)
-    return markup
+    state = [(name, found[name].state()) for name in shown]
+    answer = {"runs": rows, "shown": shown, "have": f"{hash((replace(asked, show=None, have=''), *state)):x}"}
+    if answer["have"] != asked.have:
+        curves = {name: found[name].curves() for name in shown}
+        drawn = figure(curves, tuple(CURVES), asked.axis, asked.over, asked.log, asked.columns, colours)
+        samples = [{"name": name, **sample} for name in shown for sample in found[name].samples()]
+        answer |= {"figure": drawn.to_json(), "config": CONFIG, "samples": samples}
+    return answer
 
 
 class Page(BaseHTTPRequestHandler):
@@ -83,49 +107,37 @@ class Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer."""
         host = self.headers.get("Host", "")
-        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
-            self._answer(403, "text/plain", "llmpy watch answers to localhost and 127.0.0.1 alone\n")
-            return
         path, _, query = self.path.partition("?")
-        if path == "/":
-            self._answer(200, "text/html", page())
+        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
+            self._answer(403, "text/plain", b"llmpy watch answers to localhost and 127.0.0.1 alone\n")
+        elif path in FILES:
+            name, kind = FILES[path]
+            self._answer(200, kind, (Path(__file__).parent / name).read_bytes())
+        elif path == "/plotly.js":
+            self._answer(200, SCRIPT, plotly_script(), "max-age=86400")
         elif path == "/board":
-            self._board(query)
-        elif path == "/favicon.ico":
-            self._answer(204, "image/x-icon", "")
+            try:
+                asked = Question.of(query)
+            except ValueError:
+                self._answer(400, "text/plain", b"invalid question\n")
+                return
+            found = json.dumps(board(self.server.runs, asked), allow_nan=False)
+            self._answer(200, "application/json", found.encode())
         else:
-            self._answer(404, "text/plain", "there is nothing but /\n")
+            self._answer(404, "text/plain", b"there is nothing but /\n")
 
     do_HEAD = do_GET
 
-    def _board(self, query: str) -> None:
-        try:
-            asked = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
-            first, last, over = (number(asked, name) for name in ("first", "last", "over"))
-            axis = asked.get("axis", ["step"])[0]
-            if axis not in ("step", *CLOCKS):
-                raise ValueError
-        except ValueError:
-            self._answer(400, "text/plain", "no such question\n")
-            return
-        show, have = asked.get("show"), asked.get("have", [])
-        found = board(
-            self.server.runs, show, dict(zip(show or (), have, strict=False)), -math.inf if first is None else first,
-            math.inf if last is None else last, over, seconds=READ_SECONDS, axis=axis,
-        )  # fmt: skip
-        self._answer(200, "application/json", json.dumps(found, allow_nan=False))
-
-    def _answer(self, code: int, kind: str, text: str) -> None:
-        body = text.encode()
+    def _answer(self, code: int, kind: str, body: bytes, keep: str = "no-store") -> None:
         self.send_response(code)
         for name, value in (
             ("Content-Type", f"{kind}; charset=utf-8"),
             ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", policy() + "; frame-ancestors 'none'"),
+            ("Content-Security-Policy", POLICY),
             ("Cross-Origin-Resource-Policy", "same-origin"),
             ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
+            ("Cache-Control", keep),
         ):
             self.send_header(name, value)
         self.end_headers()
@@ -133,15 +145,7 @@ class Page(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing: the terminal shows the address and no request a second."""
-
-
-def number(asked: dict[str, list[str]], name: str) -> float | None:
-    """A number of the question, if it is there. Raises ValueError for one that lies on no axis."""
-    value = float(asked[name][0]) if name in asked else None
-    if value is not None and not 0 <= value <= LARGEST_STEP:
-        raise ValueError
-    return value
+        """Print nothing: the terminal shows the address and no request a second."""
 
 
 class Server(ThreadingHTTPServer):
@@ -157,26 +161,27 @@ class Server(ThreadingHTTPServer):
             try:
                 super().__init__((ADDRESS, candidate), Page)
                 break
-            except OSError as fault:
-                if fault.errno not in (errno.EADDRINUSE, errno.EACCES):
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
         else:
             raise LlmpyError(f"no port from {port} on is free", "choose another with --port")
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A page that was closed in the middle of an answer is no fault; any other is told as ever."""
+        """Ignore a page that was closed in the middle of an answer; report any other error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def watch(options: WatchOptions, say: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C. Raises LlmpyError if there is no such run, or no free port."""
+    """Serve until Ctrl-C. Raises LlmpyError if there is no such run, no free port, or plotly is missing."""
+    need("plotly", "the page")
     runs = Runs(options.runs or ())
     with Server(runs, options.port) as server:
         say(f"{server.address}  (Ctrl-C ends it; the runs go on)")
         if options.open:
-            # One that runs in this terminal returns only at its end, and needs answers until then.
+            # A browser that runs in this terminal returns only at its end, and needs answers until then.
             threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         try:
             server.serve_forever()
