@@ -37,7 +37,9 @@ CURVES = {  # of metrics.jsonl, with their titles
     "share_of_peak": "share of peak (%)", "val_bits_per_byte": "validation bits per byte",
     "hellaswag": "HellaSwag accuracy (%)",
 }  # fmt: skip
-AXES = ("steps", "tokens", "time")
+AXES = {  # of a plot: title, and unit
+    "steps": ("step", 1), "tokens": ("tokens (millions)", 1e6), "time": ("training time (minutes)", 60),
+}  # fmt: skip
 PICTURES = (".png", ".svg", ".pdf", ".html")
 OPS = (
     "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
@@ -674,12 +676,12 @@ class PlotOptions:
         None, "steps to average over, 0: none (default: a hundredth of the run)", metavar="STEPS"
     )
     x: str = option(
-        "steps", "x axis; time counts training steps only, and like tokens adds up over restarts", choices=AXES
+        "steps", "x axis; time counts training steps only, and like tokens adds up over restarts", choices=tuple(AXES)
     )
     log: bool = option(False, "logarithmic y axis")
 
     def __post_init__(self) -> None:
-        known(self, "x", AXES)
+        known(self, "x", tuple(AXES))
         not_negative(self, "smooth")
         below(self, "smooth", 1 << 53)
         for curve in self.curves or ():

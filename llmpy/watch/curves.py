@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..options.options import CURVES
+from ..options.options import AXES, CURVES
 
+PERCENT = {"share_of_peak", "hellaswag"}
 SMOOTHED = {"loss", "grad_norm", "tokens_per_s", "share_of_peak"}
 NUMBERS = (*CURVES, "val_loss", "ms")  # that are read of a line
 CHUNK = 1 << 22  # bytes of lines parsed at a time
@@ -32,95 +33,74 @@ LARGEST_VALUE = 1e30  # beyond that nothing is told apart, and sums overflow
 class Line:
     """A curve as it is drawn: x float64, y float32, where an average of what is constant is that constant."""
 
+    run: str
+    name: str  # as metrics.jsonl has it: validation is drawn in the chart of the loss
     x: np.ndarray
     y: np.ndarray  # every point, or of many the extremes
-    average: Line | None = None
-
-    def scaled(self, x: float, y: float) -> Line:
-        """In other units."""
-        return Line(x * self.x, np.float32(y) * self.y, self.average and self.average.scaled(x, y))
+    average: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Curves:
     """All numbers of a run."""
 
-    def __init__(self, steps: np.ndarray, columns: dict[str, np.ndarray], skipped: dict[int, str]) -> None:
-        """`steps`: int64 (n,), never falling; `columns`: name → float64 (n,), NaN where a line lacks it."""
-        self._steps, self._columns = steps, columns
-        self.skipped = skipped  # step → why it was
-        at, ms, rate = self._finite("ms", "tokens_per_s")
-        first = np.maximum(at[:1] - 1, 0)
-        gaps, seconds = np.diff(at, prepend=first), np.maximum(ms, 0) / 1000
-        each = {"tokens": np.rint(seconds * np.maximum(rate, 0)), "time": seconds}
-        self._clock_steps = np.concatenate([first, at])
-        self._clocks = {name: np.append(np.zeros(len(first)), np.cumsum(gaps * v)) for name, v in each.items()}
-
-    @classmethod
-    def empty(cls) -> Self:
-        """The curves of a run that has written no line."""
-        return cls(np.empty(0, np.int64), {name: np.empty(0) for name in NUMBERS}, {})
-
-    @classmethod
-    def read(cls, file: BinaryIO) -> Self:
-        """The whole file. Lines that are half written, no JSON or without a step are ignored."""
-        steps, columns = array("q"), {name: array("d") for name in NUMBERS}
-        skipped: list[tuple[int, str]] = []  # by line
-        while lines := file.readlines(CHUNK):
-            rows = [row for row in rows_of(lines) if type(row.get("step")) is int and 0 <= row["step"] < LARGEST_STEP]
-            skipped += [(i, str(row["skipped"])[:200]) for i, row in enumerate(rows, len(steps)) if "skipped" in row]
-            steps.extend([row["step"] for row in rows])
+    def __init__(self, file: BinaryIO) -> None:
+        """Read the whole file. Lines that are half written, no JSON or without a step are ignored."""
+        lines, columns = array("q"), {name: array("d") for name in NUMBERS}
+        while text := file.readlines(CHUNK):
+            rows = [row for row in rows_of(text) if type(row.get("step")) is int and 0 <= row["step"] < LARGEST_STEP]
+            lines.extend([row["step"] for row in rows])
             for name, column in columns.items():
                 column.extend([number(row.get(name)) for row in rows])
-        found = np.array(steps, np.int64)
+        steps = np.array(lines, np.int64)
         # Lines whose step comes again later are what --resume replaced.
-        kept = found <= np.minimum.accumulate(found[::-1])[::-1]
-        marks = {int(found[i]): why for i, why in skipped if kept[i]}
-        return cls(found[kept], {name: np.array(column)[kept] for name, column in columns.items()}, marks)
+        kept = steps <= np.minimum.accumulate(steps[::-1])[::-1]
+        self._steps = steps[kept].astype(float)
+        self._columns = {name: np.array(column)[kept] for name, column in columns.items()}
+        at, ms, rate = self.points("ms", "tokens_per_s")
+        start = np.maximum(at[:1] - 1, 0)
+        gaps, seconds = np.diff(at, prepend=start), np.maximum(ms, 0) / 1000
+        each = {"tokens": np.rint(seconds * np.maximum(rate, 0)), "time": seconds}
+        self._at = np.concatenate([start, at])
+        self._clocks = {name: np.append(0 * start, np.cumsum(gaps * v)) for name, v in each.items()}
 
-    def _finite(self, *names: str) -> np.ndarray:
-        """Steps, rising, and the values of these columns there, where all are finite; float64 (1 + names, n)."""
-        rows = np.stack([self._steps.astype(float), *(self._columns[name] for name in names)])
+    def points(self, *names: str) -> np.ndarray:
+        """Steps, rising, and the values of these curves there, where all are finite; float64 (1 + names, n)."""
+        rows = np.stack([self._steps, *(self._columns[name] for name in names)])
         rows = rows[:, np.isfinite(rows).all(axis=0)]
         return rows[:, np.diff(rows[0], append=math.inf) > 0]  # of lines of one step the last
 
-    def has(self, name: str) -> bool:
-        """Whether there is anything to draw."""
-        return bool(np.isfinite(self._columns[name]).any())
-
-    def newest(self, name: str) -> float:
-        """The last value of a curve that has one."""
-        return float(self._finite(name)[1, -1])
-
     def along(self, axis: str, steps: np.ndarray) -> np.ndarray:
-        """Where steps lie along an axis that is there, float64; a clock stands still before its first step."""
-        return steps if axis == "steps" else np.interp(steps, self._clock_steps, self._clocks[axis])
+        """Where steps lie along an axis, float64; a clock stands still before its first step and after its last."""
+        return steps if axis == "steps" else np.interp(steps, self._at, self._clocks[axis])
 
-    def end(self, axis: str) -> float:
-        """Where the last step lies along an axis; 0 if nothing says so."""
-        return float(self.along(axis, self._steps[-1:].astype(float)).max(initial=0)) if self.has_axis(axis) else 0.0
-
-    def has_axis(self, axis: str) -> bool:
-        """Whether the lines say where steps lie along it."""
-        return axis == "steps" or len(self._clock_steps) > 0
-
-    def line(self, name: str, axis: str, over: float | None, points: int) -> Line:
-        """A curve that has a point, smoothed over that many steps (None: a hundredth of them, 0: not)."""
-        steps, values = self._finite(name)
-        x, few = self.along(axis, steps), thinned(values, points)
-        starts = np.arange(0, len(steps), -(-len(steps) // points))
-        sizes = np.diff(starts, append=len(steps))
+    def line(self, run: str, name: str, axis: str, over: float | None, points: int) -> Line | None:
+        """A curve averaged over so many steps (None: a hundredth of them, 0: not); None if there is nothing to draw."""
+        unit, scale = AXES[axis][1], 100 if name in PERCENT else 1
+        steps, values = self.points(name)
+        if not len(steps) or axis != "steps" and not len(self._at):
+            return None
+        x, y = self.along(axis, steps) / unit, scale * values
+        few = thinned(y, points)
+        starts = np.arange(0, len(x), -(-len(x) // points))
         width = 0.01 if over is None else over / max(1.0, steps[-1] - steps[0])
         average = None
         if name in SMOOTHED and (radius := round(width * len(starts) / 2)):
-            bucket_x, means = (np.add.reduceat(v, starts) / sizes for v in (x, values))
-            average = Line(bucket_x, smoothed(means, radius).astype(np.float32))
-        return Line(x[few], values[few].astype(np.float32), average)
+            bucket_x, means = (np.add.reduceat(v, starts) / np.diff(starts, append=len(x)) for v in (x, y))
+            average = bucket_x, smoothed(means, radius).astype(np.float32)
+        return Line(run, name, x[few], y[few].astype(np.float32), average)
 
-    def skips(self, axis: str) -> Line:
-        """Where steps were skipped, on the curve of the loss, which has a point."""
-        at = np.array(list(self.skipped), float)
-        x, y = self.along(axis, at), np.interp(at, *self._finite("loss"))
-        return Line(x, y.astype(np.float32))
+
+def charts(
+    runs: Mapping[str, Curves], wanted: Iterable[str], axis: str, over: float | None, points: int
+) -> dict[str, list[Line]]:
+    """The lines of each chart that has one."""
+    found = {}
+    for chart in wanted:
+        names = ("loss", "val_loss") if chart == "loss" else (chart,)
+        lines = [curves.line(run, name, axis, over, points) for run, curves in runs.items() for name in names]
+        if any(lines):
+            found[chart] = [line for line in lines if line]
+    return found
 
 
 def thinned(values: np.ndarray, points: int) -> np.ndarray:
@@ -143,32 +123,22 @@ def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
     return np.concatenate([first, within, last[::-1]])
 
 
-def latest(file: BinaryIO) -> dict[str, Any]:
-    """The newest of each number among the lines, of those that are finite, and of step and eta_s; for a table."""
+def latest(file: BinaryIO) -> dict[str, float]:
+    """The newest of each number among the lines, for a table: those that are finite."""
     found: dict[str, float] = {}
     for row in rows_of(file.readlines()):
-        found |= {name: float(f"{v:.6g}") for name in (*NUMBERS, "eta_s") if math.isfinite(v := number(row.get(name)))}
-        if type(row.get("step")) is int:
-            found["step"] = row["step"]
+        found |= {name: v for name in (*NUMBERS, "step", "eta_s") if math.isfinite(v := number(row.get(name)))}
     return found
 
 
-def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+def rows_of(lines: Sequence[bytes]) -> list[dict[str, Any]]:
     """The objects among lines of JSON. One that cannot be read is ignored."""
-    lines = [line for line in lines if line.startswith(b"{") and line.endswith((b"}\n", b"}\r\n"))]
+    objects = [line for line in lines if line.startswith(b"{") and line.rstrip().endswith(b"}")]
     try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")  # as one list: two thirds of the time
+        rows = json.loads(b"[" + b",".join(objects) + b"]")  # as one list: two thirds of the time
     except (ValueError, RecursionError):
-        rows = [row for line in lines for row in one_row(line)]
+        rows = [row for line in objects for row in rows_of([line])] if len(objects) > 1 else []
     return [row for row in rows if isinstance(row, dict)]
-
-
-def one_row(line: bytes) -> list[Any]:
-    """What a line holds, if it can be read."""
-    try:
-        return [json.loads(line)]
-    except (ValueError, RecursionError):
-        return []
 
 
 def number(value: Any) -> float:

@@ -5,6 +5,7 @@ A name that a page sends is only ever looked up among the runs that were found, 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -54,7 +55,7 @@ class Run:
                 with path.open("rb") as file:
                     file.seek(max(0, file.seek(0, os.SEEK_END) - last))
                     self._known[reader] = state, reader(file)
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return None
         value: T = self._known[reader][1]
         return value
@@ -62,16 +63,12 @@ class Run:
     def trains(self) -> bool:
         """Whether a process trains it: one that holds its lock, or, on another machine, seems to."""
         process = self._read(LOCK, process_of)
-        return process is not None and (
-            psutil.pid_exists(process) or abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
-        )
+        known_here = process is not None and 0 < process < 1 << 31 and psutil.pid_exists(process)
+        return known_here or process is not None and abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
 
     def described(self) -> str:
         """What is trained, in a line, as far as config.json says it."""
-        config = self._read(CONFIG_FILE, config_of) or {}
-        found = {**part(config, "options"), **part(config, "machine")}
-        shown = [name for name in SHOWN_OPTIONS if isinstance(found.get(name), str | int | float)]
-        return " · ".join(f"{SHOWN_OPTIONS[name]}{found[name]}"[:60] for name in shown)
+        return self._read(CONFIG_FILE, described_in) or ""
 
     def samples(self) -> list[dict[str, Any]]:
         """What the model wrote, newest first: the step and the text."""
@@ -83,31 +80,23 @@ class Run:
 
     def curves(self) -> Curves:
         """All numbers; of a run without any, none."""
-        return self._read(METRICS, Curves.read) or Curves.empty()
+        return self._read(METRICS, Curves) or Curves(io.BytesIO())
 
     def state(self) -> tuple[object, ...]:
         """Differs whenever the curves or the samples do."""
         return tuple(mark(self.folder / name) for name in (METRICS, SAMPLES))
 
 
-def process_of(file: BinaryIO) -> int:
-    """The process that a lock names. Raises ValueError for what no process can be."""
-    found = int(file.read(20))
-    if not 0 < found < 1 << 31:
-        raise ValueError
-    return found
+def process_of(lock: BinaryIO) -> int:
+    """The process that holds a lock. Raises ValueError if it names none."""
+    return int(lock.read(20))
 
 
-def config_of(file: BinaryIO) -> dict[str, Any]:
-    """What config.json holds, if that is a table."""
-    found = json.loads(file.read(CONFIG_BYTES).decode("utf-8", "replace"))
-    return found if isinstance(found, dict) else {}
-
-
-def part(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A table within config.json."""
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
+def described_in(file: BinaryIO) -> str:
+    """What config.json says of a run. Raises TypeError or LookupError if it has another form."""
+    config = json.loads(file.read(CONFIG_BYTES))
+    told = {**config["options"], **config["machine"]}
+    return " · ".join(f"{word}{told[name]}"[:60] for name, word in SHOWN_OPTIONS.items() if name in told)
 
 
 def samples_of(file: BinaryIO) -> list[dict[str, Any]]:

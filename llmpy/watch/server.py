@@ -11,21 +11,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import threading
 import urllib.parse
 import webbrowser
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ..errors import LlmpyError
 from ..options.options import AXES, CURVES, WatchOptions
 from ..version import __version__
-from .curves import LARGEST_STEP
 from .figure import COLOURS, CONFIG, figure, need
 from .runs import Runs
 
@@ -36,61 +34,39 @@ STALLED_SECONDS = 60.0
 HTML, CSS, SCRIPT = "text/html", "text/css", "text/javascript"
 FILES = {"/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT)}
 # plotly sets styles of its own elements; without a source of images or fonts they give nothing away.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
-    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+NUMBER = re.compile("[0-9]{1,12}")
 
 
-@cache
-def plotly_script() -> bytes:
-    """plotly's JavaScript, as its package holds it."""
-    from plotly.offline import get_plotlyjs
+def board(runs: Runs, query: str) -> dict[str, Any]:
+    """All that the page shows, as JSON: a row for every run, and of those to `show` the samples and plotly's figure.
 
-    return str(get_plotlyjs()).encode()
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a page asks for."""
-
-    show: frozenset[str] | None  # names of runs; None: as `Runs.chosen`
-    have: str  # of the answer that it has
-    axis: str
-    over: float | None  # steps to average over
-    log: bool
-    columns: int
-
-    @classmethod
-    def of(cls, query: str) -> Self:
-        """Raises ValueError for one that makes no sense."""
-        asked = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
-        first = {name: values[0] for name, values in asked.items()}
-        show = frozenset(asked["show"]) if "show" in asked else None
-        over = float(first["over"]) if first.get("over") else None
-        axis, columns = first.get("axis", AXES[0]), int(first.get("columns", 2))
-        if axis not in AXES or not 1 <= columns <= 6 or not (over is None or 0 <= over < LARGEST_STEP):
-            raise ValueError
-        return cls(show, first.get("have", ""), axis, over, "log" in asked, columns)
-
-
-def board(runs: Runs, asked: Question) -> dict[str, Any]:
-    """All that the page shows, as JSON: a row for every run, and of those shown the samples and plotly's figure.
-
-    There are neither if nothing has changed since the answer that the page has.
+    There are neither if nothing has changed since the answer that the page has. What a query lacks or makes no sense
+    is as the page first shows it.
     """
+    asked = urllib.parse.parse_qs(query, keep_blank_values=True)
+    axis, over, columns = (asked.get(name, [""])[0] for name in ("axis", "over", "columns"))
+    view = (
+        axis if axis in AXES else "steps", int(over) if NUMBER.fullmatch(over) else None, "log" in asked,
+        min(3, max(1, int(columns))) if NUMBER.fullmatch(columns) else 2,
+    )  # fmt: skip
     found = runs.all()
-    shown = runs.chosen(found) if asked.show is None else [name for name in found if name in asked.show]
+    shown = [name for name in found if name in asked["show"]] if "show" in asked else runs.chosen(found)
     colours = {name: COLOURS[run.index % len(COLOURS)] for name, run in found.items()}
     rows = [
         {"name": name, "colour": colours[name], "described": run.described(), "trains": run.trains(), **run.numbers()}
         for name, run in found.items()
     ]
-    state = [(name, found[name].state()) for name in shown]
-    answer = {"runs": rows, "shown": shown, "have": f"{hash((replace(asked, show=None, have=''), *state)):x}"}
-    if answer["have"] != asked.have:
-        curves = {name: found[name].curves() for name in shown}
-        drawn = figure(curves, tuple(CURVES), asked.axis, asked.over, asked.log, asked.columns, colours)
+    have = f"{hash((view, *((name, found[name].state()) for name in shown))):x}"
+    answer = {"runs": rows, "shown": shown, "have": have}
+    if asked.get("have") != [have]:
+        drawn = figure({name: found[name].curves() for name in shown}, tuple(CURVES), *view, colours)
         samples = [{"name": name, **sample} for name in shown for sample in found[name].samples()]
         answer |= {"figure": drawn.to_json(), "config": CONFIG, "samples": samples}
     return answer
@@ -114,35 +90,21 @@ class Page(BaseHTTPRequestHandler):
             name, kind = FILES[path]
             self._answer(200, kind, (Path(__file__).parent / name).read_bytes())
         elif path == "/plotly.js":
-            self._answer(200, SCRIPT, plotly_script(), "max-age=86400")
+            from plotly.offline import get_plotlyjs
+
+            self._answer(200, SCRIPT, get_plotlyjs().encode(), "max-age=86400")
         elif path == "/board":
-            try:
-                asked = Question.of(query)
-            except ValueError:
-                self._answer(400, "text/plain", b"invalid question\n")
-                return
-            found = json.dumps(board(self.server.runs, asked), allow_nan=False)
-            self._answer(200, "application/json", found.encode())
+            self._answer(200, "application/json", json.dumps(board(self.server.runs, query), allow_nan=False).encode())
         else:
             self._answer(404, "text/plain", b"there is nothing but /\n")
 
-    do_HEAD = do_GET
-
-    def _answer(self, code: int, kind: str, body: bytes, keep: str = "no-store") -> None:
+    def _answer(self, code: int, kind: str, body: bytes, cache: str = "no-store") -> None:
         self.send_response(code)
-        for name, value in (
-            ("Content-Type", f"{kind}; charset=utf-8"),
-            ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", POLICY),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", keep),
-        ):
+        own = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": cache}
+        for name, value in (HEADERS | own).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Print nothing: the terminal shows the address and no request a second."""
