@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -102,7 +103,8 @@ def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
         plotext.theme("clear")
         plotext.limitsize(False, False)
         plotext.plotsize(shutil.get_terminal_size().columns - 1, ROWS)
-        plotext.yscale("log" if options.log else "linear")
+        log = options.log and max(line.y.max() for line in lines) > 0  # which plotext takes of such values alone
+        plotext.yscale("log" if log else "linear")
         plotext.title(CURVES[chart])
         plotext.xlabel(AXES[options.x][0])
         for n, line in enumerate(lines):
@@ -110,7 +112,8 @@ def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
             marker = "braille" if dots else LETTERS[n % len(LETTERS)]
             x, y = line.average or (line.x, line.y)
             label = f"{line.run}{also}: {line.y[-1]:.4g}"
-            plotext.plot(x.tolist(), y.tolist(), color=ANSI[n % len(ANSI)], marker=marker, label=label)
+            shown = y > (0 if log else -math.inf)
+            plotext.plot(x[shown].tolist(), y[shown].tolist(), color=ANSI[n % len(ANSI)], marker=marker, label=label)
         text = plotext.build() if colour else plotext.uncolorize(plotext.build())
         found.append(text if unicode else text.translate(FRAME))
     return found
