@@ -1,12 +1,12 @@
 // The page: asks for what is new, and keeps what it has while nobody answers. What runs hold is text, never markup.
 
-const LEAST_MS = 1000, SHARE = 10; // asks again after SHARE times as long as an answer takes: training needs the cores
-const COLUMN_PIXELS = 430;
+const RETRY_SECONDS = 2, COLUMN_PIXELS = 430;
 const find = (id) => document.getElementById(id);
 const rows = new Map(); // name → row of the table
 let shown = null; // names; null: as the server thinks
 let have = "", figure = null; // the last answer that had one
 let timer = 0, turn = 0;
+const loaded = new Promise((done) => addEventListener("load", done)); // plotly, while the server reads
 
 function duration(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -70,8 +70,12 @@ function take(answer) {
   const fresh = answer.runs.filter((run) => !rows.has(run.name));
   if (shown) fresh.filter((run) => run.trains).forEach((run) => shown.add(run.name)); // that start while the page is open
   else shown = new Set(answer.shown);
-  fresh.forEach((run) => rows.set(run.name, rowOf(run)));
-  find("runs").replaceChildren(...answer.runs.map((run) => rows.get(run.name)));
+  const names = new Set(answer.runs.map((run) => run.name));
+  for (const [name, row] of rows) if (!names.has(name)) { row.remove(); rows.delete(name); }
+  for (const run of fresh) {
+    rows.set(run.name, rowOf(run));
+    find("runs").append(rows.get(run.name)); // rows keep their places, whichever run grew last
+  }
   answer.runs.forEach(fill);
   const left = answer.runs.filter((run) => shown.has(run.name) && run.trains).map((run) => run.eta_s || 0);
   document.title = left.length ? `${duration(Math.max(...left))} left – llm.py` : "llm.py";
@@ -90,17 +94,19 @@ function take(answer) {
 
 async function ask() {
   clearTimeout(timer);
-  const mine = ++turn, begin = performance.now(), columns = Math.floor(document.body.clientWidth / COLUMN_PIXELS);
+  const mine = ++turn, columns = Math.floor(document.body.clientWidth / COLUMN_PIXELS);
   const words = new URLSearchParams({ have, axis: find("axis").value, over: find("over").value });
   words.append("columns", Math.min(3, Math.max(1, columns)));
   if (find("log").checked) words.append("log", "");
   if (shown) ["", ...shown].forEach((name) => words.append("show", name));
+  let wait = RETRY_SECONDS;
   try {
     const answer = await fetch(`board?${words}`, { cache: "no-store" });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
-    const board = await answer.json();
+    const [board] = await Promise.all([answer.json(), loaded]);
     if (mine !== turn) return; // asked again meanwhile
     take(board);
+    wait = board.wait;
     find("status").textContent = figure.data.length ? "" : "no numbers yet";
     find("status").className = "";
   } catch (error) {
@@ -108,7 +114,7 @@ async function ask() {
     find("status").textContent = `llmpy watch does not answer (${error.message}); this is its last answer`;
     find("status").className = "error";
   }
-  timer = setTimeout(ask, Math.max(LEAST_MS, SHARE * (performance.now() - begin)));
+  timer = setTimeout(ask, 1000 * wait);
 }
 
 for (const id of ["axis", "over", "log"]) find(id).onchange = ask;

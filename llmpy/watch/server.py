@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import time
 import urllib.parse
 import webbrowser
 from collections.abc import Callable
@@ -31,6 +32,7 @@ ADDRESS = "127.0.0.1"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
 PORTS = 100  # that are tried from the first one on
 STALLED_SECONDS = 60.0
+LEAST_SECONDS, SHARE = 1.0, 0.1  # between answers; of a core, that answers may take
 HTML, CSS, SCRIPT = "text/html", "text/css", "text/javascript"
 FILES = {"/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT)}
 # plotly sets styles of its own elements; without a source of images or fonts they give nothing away.
@@ -48,8 +50,9 @@ def board(runs: Runs, query: str) -> dict[str, Any]:
     """All that the page shows, as JSON: a row for every run, and of those to `show` the samples and plotly's figure.
 
     There are neither if nothing has changed since the answer that the page has. What a query lacks or makes no sense
-    is as the page first shows it.
+    is as the page first shows it. `wait` is in how many seconds to ask again: training needs the cores.
     """
+    begin = time.thread_time()
     asked = urllib.parse.parse_qs(query, keep_blank_values=True)
     axis, over, columns = (asked.get(name, [""])[0] for name in ("axis", "over", "columns"))
     view = (
@@ -69,7 +72,7 @@ def board(runs: Runs, query: str) -> dict[str, Any]:
         drawn = figure({name: found[name].curves() for name in shown}, tuple(CURVES), *view, colours)
         samples = [{"name": name, **sample} for name in shown for sample in found[name].samples()]
         answer |= {"figure": drawn.to_json(), "config": CONFIG, "samples": samples}
-    return answer
+    return answer | {"wait": max(LEAST_SECONDS, (time.thread_time() - begin) / SHARE)}
 
 
 class Page(BaseHTTPRequestHandler):
