@@ -60,6 +60,7 @@ function draw() {
     return getComputedStyle(find("figure")).color;
   };
   Object.assign(figure.layout, {
+    paper_bgcolor: resolved("--back"), plot_bgcolor: resolved("--back"),
     font: { color: resolved("--soft"), family: "system-ui, sans-serif", size: 12 },
     hoverlabel: { bgcolor: resolved("--card"), bordercolor: resolved("--line"), font: { color: resolved("--text") } },
   });
