@@ -148,7 +148,7 @@ def test_what_the_page_has_is_not_sent_again(tmp_path: Path) -> None:
 
 
 def test_many_lines_are_soon_drawn_and_no_spike_is_lost(tmp_path: Path) -> None:
-    """In processor time, for other processes may delay it: 0.8 s here, and the browser loads plotly meanwhile."""
+    """In processor time, for other processes may delay it: 1.1 s here, and the browser loads plotly meanwhile."""
     rows = [{"step": s, "loss": 3 + 100 / (s + 15), "lr": 6e-4, "grad_norm": 0.5} for s in range(1, 200_001)]
     rows[123_455]["loss"] = 9.0
     run = tmp_path / "run"
