@@ -111,7 +111,7 @@ def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
             also = ", validation" if line.name == "val_loss" else ""
             marker = "braille" if dots else LETTERS[n % len(LETTERS)]
             x, y = line.average or (line.x, line.y)
-            label = f"{line.run}{also}: {line.y[-1]:.4g}"
+            label = f"{line.y[-1]:.4g} {line.run}{also}"  # plotext cuts off what is too long
             shown = y > (0 if log else -math.inf)
             plotext.plot(x[shown].tolist(), y[shown].tolist(), color=ANSI[n % len(ANSI)], marker=marker, label=label)
         text = plotext.build() if colour else plotext.uncolorize(plotext.build())
