@@ -7,8 +7,14 @@ from pathlib import Path
 
 from .fields import NOT_NEGATIVE, Options, Range, option, refusal
 
-CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "share_of_peak", "val_bits_per_byte", "hellaswag")
-AXES = ("steps", "tokens", "time")
+CURVES = {  # of metrics.jsonl, with their titles
+    "loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second",
+    "share_of_peak": "share of peak (%)", "val_bits_per_byte": "validation bits per byte",
+    "hellaswag": "HellaSwag accuracy (%)",
+}  # fmt: skip
+AXES = {  # of a plot: title, and unit
+    "steps": ("step", 1), "tokens": ("tokens (millions)", 1e6), "time": ("training time (minutes)", 60),
+}  # fmt: skip
 PICTURES = (".png", ".svg", ".pdf", ".html")
 
 
@@ -17,13 +23,11 @@ class WatchOptions(Options):
     """`llmpy watch [RUN …]`."""
 
     runs: tuple[Path, ...] | None = option(
-        None, "run folders, or folders of them, where new runs appear by themselves (default: runs)", metavar="RUN",
+        None, "run folders, or folders of runs, where new runs appear by themselves (default: runs)", metavar="RUN",
         word=True,
     )  # fmt: skip
-    port: int = option(
-        8642, "where the page is, or the next free one", within=Range(1, 65535, "a port from 1 to 65535")
-    )
-    open: bool = option(False, "show it in the browser")
+    port: int = option(8642, "port of the page, or the next free one", within=Range(1, 65535, "a port from 1 to 65535"))
+    open: bool = option(False, "open the page in the browser")
 
 
 @dataclass(frozen=True)
@@ -34,21 +38,17 @@ class PlotOptions(Options):
         None, "run folders (default: the newest below runs)", metavar="RUN", word=True
     )
     out: Path | None = option(
-        None, "draw into this file: .png, .svg, .pdf, or .html, which is the page of llmpy watch", "-o", metavar="FILE"
+        None, "write this file: .png, .svg, .pdf, or .html to zoom and hover in a browser", "-o", metavar="FILE"
     )
-    terminal: bool = option(False, "draw with letters, as it does without -o")
-    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=CURVES)
+    terminal: bool = option(False, "draw in the terminal, as without -o")
+    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=tuple(CURVES))
     smooth: int | None = option(
-        None,
-        "steps to smooth over, 0: not (default: about a hundredth of the run)",
-        metavar="STEPS",
-        within=NOT_NEGATIVE,
+        None, "steps to average over, 0: none (default: a hundredth of the run)", metavar="STEPS", within=NOT_NEGATIVE
     )
     x: str = option(
-        "steps", "what curves lie along; time is that of the steps alone, and like tokens adds up over restarts",
-        choices=AXES,
-    )  # fmt: skip
-    log: bool = option(False, "a logarithmic axis, that of the values")
+        "steps", "x axis; time counts training steps only, and like tokens adds up over restarts", choices=tuple(AXES)
+    )
+    log: bool = option(False, "logarithmic y axis")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,75 +1,78 @@
 """`llmpy watch`: a page of this machine, for this machine.
 
-It listens on 127.0.0.1 alone and answers three addresses: the page, its numbers as JSON, an empty icon. A request that
-names another host is refused, for a name that points to 127.0.0.1 would let any web page read the answers (DNS
-rebinding). The page may run its own script, known by its hash, and nothing else: what a run folder holds stays text.
+It listens on 127.0.0.1 alone and answers a few fixed addresses: the page, its parts, and its numbers as JSON. A request
+that names another host is refused, for a name that points to 127.0.0.1 would let any web page read the answers (DNS
+rebinding). The page runs its own scripts and no others, and loads nothing from elsewhere: what a run folder holds stays
+text.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
-import hashlib
 import json
-import math
 import os
+import re
 import sys
 import threading
+import time
 import urllib.parse
 import webbrowser
 from collections.abc import Callable
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from ..errors import LlmpyError
-from ..options.watch import WatchOptions
+from ..options.watch import AXES, CURVES, WatchOptions
 from ..version import __version__
-from .curves import CLOCKS, LARGEST_STEP
-from .runs import Runs, board
+from .figure import COLOURS, CONFIG, figure, need
+from .runs import Runs
 
 ADDRESS = "127.0.0.1"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
 PORTS = 100  # that are tried from the first one on
-READ_SECONDS = 0.2  # of each run before an answer; what is left comes with the next ones
 STALLED_SECONDS = 60.0
-DATA_MARK = "<!-- data -->"
+LEAST_SECONDS, SHARE = 1.0, 0.1  # between answers; of a core, that answers may take
+HTML, CSS, SCRIPT = "text/html", "text/css", "text/javascript"
+FILES = {"/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT)}
+# plotly sets styles of its own elements; without a source of images or fonts they give nothing away.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+NUMBER = re.compile("[0-9]{1,12}")
 
 
-@cache
-def parts() -> tuple[str, str, str]:
-    """The page's markup, style and script."""
-    here = Path(__file__).parent
-    markup, style, *scripts = (
-        (here / name).read_text("utf-8") for name in ("page.html", "page.css", "chart.js", "page.js")
-    )
-    return markup, style, "\n".join(scripts)
+def board(runs: Runs, query: str) -> dict[str, Any]:
+    """All that the page shows, as JSON: a row for every run, and of those to `show` the samples and plotly's figure.
 
-
-def policy() -> str:
-    """The Content-Security-Policy: the page's own style and script by their hashes, numbers from here, nothing else."""
-    _, style, script = parts()
-    hashes = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script, style)
+    There are neither if nothing has changed since the answer that the page has. What a query lacks or makes no sense
+    is as the page first shows it. `wait` is in how many seconds to ask again: training needs the cores.
+    """
+    begin = time.thread_time()
+    asked = urllib.parse.parse_qs(query, keep_blank_values=True)
+    axis, over, columns = (asked.get(name, [""])[0] for name in ("axis", "over", "columns"))
+    view = (
+        axis if axis in AXES else "steps", int(over) if NUMBER.fullmatch(over) else None, "log" in asked,
+        min(3, max(1, int(columns))) if NUMBER.fullmatch(columns) else 2,
+    )  # fmt: skip
+    found = runs.all()
+    shown = [name for name in found if name in asked["show"]] if "show" in asked else runs.chosen(found)
+    colours = {name: COLOURS[run.index % len(COLOURS)] for name, run in found.items()}
+    rows = [
+        {"name": name, "colour": colours[name], "described": run.described(), "trains": run.trains(), **run.numbers()}
+        for name, run in found.items()
     ]
-    return (
-        f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; connect-src 'self'; img-src 'self'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def page(data: dict[str, Any] | None = None) -> str:
-    """The whole page in one text; with `data`, as `board` gives it, one that asks no server."""
-    markup, style, script = parts()
-    held = ""
-    if data is not None:
-        # A browser ends the element at the first "</script", whatever its type: no "<" is left in it.
-        text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-        held = f'<script type="application/json" id="data">{text}</script>'
-    for mark, text in (("POLICY", policy()), ("/* style */", style), ("/* script */", script), (DATA_MARK, held)):
-        markup = markup.replace(mark, text, 1)
-    return markup
+    have = f"{hash((view, *((name, found[name].state()) for name in shown))):x}"
+    answer = {"runs": rows, "shown": shown, "have": have}
+    if asked.get("have") != [have]:
+        drawn = figure({name: found[name].curves() for name in shown}, tuple(CURVES), *view, colours)
+        samples = [{"name": name, **sample} for name in shown for sample in found[name].samples()]
+        answer |= {"figure": drawn.to_json(), "config": CONFIG, "samples": samples}
+    return answer | {"wait": max(LEAST_SECONDS, (time.thread_time() - begin) / SHARE)}
 
 
 class Page(BaseHTTPRequestHandler):
@@ -83,65 +86,31 @@ class Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer."""
         host = self.headers.get("Host", "")
-        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
-            self._answer(403, "text/plain", "llmpy watch answers to localhost and 127.0.0.1 alone\n")
-            return
         path, _, query = self.path.partition("?")
-        if path == "/":
-            self._answer(200, "text/html", page())
+        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
+            self._answer(403, "text/plain", b"llmpy watch answers to localhost and 127.0.0.1 alone\n")
+        elif path in FILES:
+            name, kind = FILES[path]
+            self._answer(200, kind, (Path(__file__).parent / name).read_bytes())
+        elif path == "/plotly.js":
+            from plotly.offline import get_plotlyjs
+
+            self._answer(200, SCRIPT, get_plotlyjs().encode(), "max-age=86400")
         elif path == "/board":
-            self._board(query)
-        elif path == "/favicon.ico":
-            self._answer(204, "image/x-icon", "")
+            self._answer(200, "application/json", json.dumps(board(self.server.runs, query), allow_nan=False).encode())
         else:
-            self._answer(404, "text/plain", "there is nothing but /\n")
+            self._answer(404, "text/plain", b"there is nothing but /\n")
 
-    do_HEAD = do_GET
-
-    def _board(self, query: str) -> None:
-        try:
-            asked = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=1000)
-            first, last, over = (number(asked, name) for name in ("first", "last", "over"))
-            axis = asked.get("axis", ["step"])[0]
-            if axis not in ("step", *CLOCKS):
-                raise ValueError
-        except ValueError:
-            self._answer(400, "text/plain", "no such question\n")
-            return
-        show, have = asked.get("show"), asked.get("have", [])
-        found = board(
-            self.server.runs, show, dict(zip(show or (), have, strict=False)), -math.inf if first is None else first,
-            math.inf if last is None else last, over, seconds=READ_SECONDS, axis=axis,
-        )  # fmt: skip
-        self._answer(200, "application/json", json.dumps(found, allow_nan=False))
-
-    def _answer(self, code: int, kind: str, text: str) -> None:
-        body = text.encode()
+    def _answer(self, code: int, kind: str, body: bytes, cache: str = "no-store") -> None:
         self.send_response(code)
-        for name, value in (
-            ("Content-Type", f"{kind}; charset=utf-8"),
-            ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", policy() + "; frame-ancestors 'none'"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
-        ):
+        own = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": cache}
+        for name, value in (HEADERS | own).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing: the terminal shows the address and no request a second."""
-
-
-def number(asked: dict[str, list[str]], name: str) -> float | None:
-    """A number of the question, if it is there. Raises ValueError for one that lies on no axis."""
-    value = float(asked[name][0]) if name in asked else None
-    if value is not None and not 0 <= value <= LARGEST_STEP:
-        raise ValueError
-    return value
+        """Print nothing: the terminal shows the address and no request a second."""
 
 
 class Server(ThreadingHTTPServer):
@@ -157,26 +126,27 @@ class Server(ThreadingHTTPServer):
             try:
                 super().__init__((ADDRESS, candidate), Page)
                 break
-            except OSError as fault:
-                if fault.errno not in (errno.EADDRINUSE, errno.EACCES):
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
         else:
             raise LlmpyError(f"no port from {port} on is free", "choose another with --port")
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A page that was closed in the middle of an answer is no fault; any other is told as ever."""
+        """Ignore a page that was closed in the middle of an answer; report any other error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def watch(options: WatchOptions, say: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C. Raises LlmpyError if there is no such run, or no free port."""
+    """Serve until Ctrl-C. Raises LlmpyError if there is no such run, no free port, or plotly is missing."""
+    need("plotly", "the page")
     runs = Runs(options.runs or ())
     with Server(runs, options.port) as server:
         say(f"{server.address}  (Ctrl-C ends it; the runs go on)")
         if options.open:
-            # One that runs in this terminal returns only at its end, and needs answers until then.
+            # A browser that runs in this terminal returns only at its end, and needs answers until then.
             threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         try:
             server.serve_forever()
