@@ -9,7 +9,7 @@ import pytest
 
 from llmpy.data.text import find_files, stream_files
 from llmpy.errors import LlmpyError
-from llmpy.run.folder import is_run
+from llmpy.run.folder import is_ours
 
 LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
 
@@ -195,11 +195,12 @@ def test_a_name_that_no_disk_takes(said):
 def test_run_folders_below_are_skipped(tmp_path, said):
     """What they say and sample would be trained on, and change from start to start."""
     write(tmp_path, "a.txt")
-    for name in ("config.json", "metrics.jsonl", "samples.txt"):
+    for name in ("metrics.jsonl", "samples.txt"):
         write(tmp_path, f"runs/done/{name}")
+    (tmp_path / "runs" / "done" / "config.json").write_text('{"options": {"model": "d1"}}', "utf-8")
     for name in ("run.lock", "console.log"):
         write(tmp_path, f"runs/new/{name}")
     write(tmp_path, "model/config.json")
-    names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], said.append, is_run)]
+    names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], said.append, is_ours)]
     assert names == ["a.txt", "model/config.json"]
-    assert len(find_files([tmp_path / "runs" / "done"], said.append, is_run)) == 3  # but not where one is named
+    assert len(find_files([tmp_path / "runs" / "done"], said.append, is_ours)) == 3  # but not where one is named
