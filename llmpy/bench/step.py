@@ -31,7 +31,7 @@ from ..options.bench import BenchOptions
 from ..options.fields import spelled
 from ..system.resources import available_memory
 from ..system.words import columns
-from ..train.memory import memory_needed
+from ..train.memory import memory_parts
 from ..train.optimizer import AdamW
 from . import peak_memory, process_age
 
@@ -47,7 +47,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     config = ModelConfig.from_dial(options.model)
     B, T = options.batch_size, options.sequence_length
     ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
-    refuse_what_does_not_fit(options, memory_needed(config, B, T, ops))
+    refuse_what_does_not_fit(options, sum(memory_parts(config, B, T, ops).values()))
     model = GPT2(config, ops)
     model.reserve(B, T, training=True)
     ops.warm_up(lambda line: print(line, file=sys.stderr))

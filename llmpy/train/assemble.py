@@ -26,6 +26,7 @@ from ..run.folder import TOKENIZER_FILE, RunFolder, write_config
 from ..run.journal import Journal
 from ..run.trackers import Trackers
 from ..system.durable import sync_folder
+from ..system.resources import available_memory
 from ..version import __version__
 from .memory import check_disk, check_memory
 from .preflight import Problems, check, check_length, inspect
@@ -94,7 +95,7 @@ def build(
     problems = Problems()
     fed = problems.attempt(TrainingData, data, options, config, world)
     problems.attempt(check_length, options.sequence_length, config.context)
-    problems.attempt(check_memory, options, config, machine, None, world.local_size, world.size)
+    problems.attempt(check_memory, options, config, machine, available_memory() // world.local_size)
     problems.attempt(check_disk, options, config, folder.path)
     problems.report()
     assert fed is not None
@@ -102,7 +103,7 @@ def build(
         llmc_state.restore_place(start.state, fed.train)  # before anything compiles
     if start.manifest is not None:
         fed.check_same(start.manifest["data"], folder.path)
-    flight = inspect(start, config, options, machine, fed.tokens, world.size)
+    flight = inspect(start, config, options, machine, fed.tokens)
     for line in [*flight.lines(), *world.lines(machine.threads)]:
         journal.say(line)
     with world.each_host_once():

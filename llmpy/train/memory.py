@@ -3,7 +3,7 @@
 memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
          of N ranks: wide · (2 + 4/N) · parameters: also master weights and reduced gradients; (1 + 2/N) more for
          checkpoints, of the first; three buffers of a bucket; in mixed precision no matrices but the stored ones,
-         and wide/N · parameters for those that travel (distributed/zero.py, distributed/parts.py)
+         and wide/N · parameters for those that travel (distributed/zero.py)
          + activations of training (without what backward computes again, with what it needs besides), activations and
            cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
          + stored · (the matrices once more, in mixed precision, + the chunk of logits)
@@ -32,7 +32,6 @@ from ..model.gpt2 import RECOMPUTE, activations_table, params_table
 from ..model.partition import most_kept
 from ..options.train import BUILTIN_PROMPT, TrainOptions
 from ..run.folder import BEST_FILE, CHECKPOINTS, MODEL_FILE
-from ..system.resources import available_memory
 from ..system.words import gigabytes
 from .multiple_choice import row_length
 
@@ -41,23 +40,13 @@ COMPILER_BYTES = 240 << 20  # what compiling all of them adds, and keeps (dev/LO
 LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
 
 
-def check_memory(
-    options: TrainOptions, config: ModelConfig, machine: Machine, available: int | None = None, beside: int = 1,
-    ranks: int = 1,
-) -> None:  # fmt: skip
-    """Raise LlmpyError if the run needs more memory than `available` bytes, by default what the machine has free.
-
-    `beside`: those of its `ranks` that are on this machine; each may take an equal share of what is free.
-    """
+def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, available: int) -> None:
+    """Raise LlmpyError if a rank of the run needs more memory than `available` bytes."""
     o = options
-    needed = memory_of(options, config, machine, ranks)
-    available = available_memory() // beside if available is None else available
+    needed = memory_of(options, config, machine)
     if needed > available:
-        copy = (
-            ""
-            if o.checkpoint_every == 0 or ranks > 1
-            else "; --checkpoint-every 0 saves the copy that checkpoints are made from"
-        )
+        copied = o.checkpoint_every > 0 and o.ranks == 1
+        copy = "; --checkpoint-every 0 saves the copy that checkpoints are made from" if copied else ""
         raise LlmpyError(
             f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
             f"{gigabytes(available)} are available",
@@ -86,18 +75,12 @@ def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None
 
 def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
     """Bytes that the checkpoints of a run take at most, with the one that is being written."""
-    o = options
-    steps = o.steps if o.steps is not None and o.steps > 0 else 0
-    if not o.checkpoint_every:
-        count = 1
-    elif o.keep:
-        count = o.keep + 1
-    else:
-        count = steps // o.checkpoint_every + 1
+    o, every = options, options.checkpoint_every
+    count = 1 if not every else o.keep + 1 if o.keep else max(0, o.steps or 0) // every + 1
     return (count * 12 + 8) * sum(t.size for t in params_table(config))
 
 
-def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, ranks: int = 1) -> int:
+def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> int:
     """Bytes that each rank of a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
     o = options
     prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
@@ -106,24 +89,15 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine, rank
     if o.hellaswag is not None:
         rows = ENDINGS, min(_row_length(o.hellaswag), config.context)
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
-    shape = o.batch_size, o.sequence_length
-    copied = o.checkpoint_every > 0
-    needed = memory_needed(config, *shape, machine, o.recompute, copied, sampled, apart, ranks)
-    return needed + (0 if machine.compiled() else COMPILER_BYTES)
+    shape, copied = (o.batch_size, o.sequence_length), o.checkpoint_every > 0
+    parts = memory_parts(config, *shape, machine, o.recompute, copied, sampled, apart, o.ranks)
+    return sum(parts.values()) + (0 if machine.compiled() else COMPILER_BYTES)
 
 
 @functools.cache
 def _row_length(path: Path) -> int:
     """Of a file of HellaSwag; its ten thousand examples take a third of a second, and memory is asked for thrice."""
     return row_length(read_examples(path, 1 << 16))
-
-
-def memory_needed(
-    config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
-    copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
-) -> int:  # fmt: skip
-    """Bytes that training `config` on batches of (B, T) takes, program included; see `memory_parts`."""
-    return sum(memory_parts(config, B, T, machine, recompute, copied, sampled, apart, ranks).values())
 
 
 def memory_parts(

@@ -15,7 +15,7 @@ from ..backend.machine import Machine
 from ..data.hellaswag import read_examples
 from ..data.pack import is_dataset
 from ..data.pipeline import choose_vocab_size
-from ..data.shards import count_tokens, is_shard
+from ..data.shards import is_shard
 from ..data.text import Found, find_files
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
@@ -151,10 +151,8 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
     for file in files:
         problems.attempt(_check_readable, file.path)
     if config is not None and not problems.found:  # else their sizes are not known
-        tokens, vocab_size = _seen(files, o)
-        config = start.config or ModelConfig.from_dial(o.model, vocab_size=vocab_size)
-        problems.attempt(_check_tokens, tokens, o)
-        problems.attempt(check_memory, o, config, machine, None, local_size, o.ranks)
+        config = start.config or ModelConfig.from_dial(o.model, vocab_size=_vocab_size(files, o))
+        problems.attempt(check_memory, o, config, machine, available_memory() // local_size)
     if config is not None:
         problems.attempt(check_disk, o, config, folder)
     problems.report()
@@ -165,26 +163,11 @@ def _check_readable(path: Path) -> None:
         raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions")
 
 
-def _check_tokens(tokens: int | None, o: TrainOptions) -> None:
-    """Raise LlmpyError if so many tokens, in all shards, do not make a batch."""
-    least = o.batch_tokens + 1 + (0 if o.overfit else o.sequence_length + 1)
-    if tokens is not None and tokens < least:
-        take = "takes" if o.overfit else "and a row to validate take"
-        raise LlmpyError(
-            f"all data together have {tokens:,} tokens, a batch of -B {o.batch_size} -T {o.sequence_length} {take} "
-            f"{least:,}",
-            "use a smaller -B or -T, or more text",
-        )
-
-
-def _seen(files: Sequence[Found], options: TrainOptions) -> tuple[int | None, int]:
-    """Return the tokens of the data if they are shards, and the vocabulary, by the sizes of the files."""
-    shards = [f.path for f in files if is_shard(f.path)]
-    if shards:
-        return sum(map(count_tokens, shards)), options.vocab_size or GPT2_VOCAB
-    if options.data is not None and any(map(is_dataset, options.data)):
-        return None, options.vocab_size or GPT2_VOCAB
-    return None, options.vocab_size or choose_vocab_size(sum(f.path.stat().st_size for f in files))
+def _vocab_size(files: Sequence[Found], options: TrainOptions) -> int:
+    """Return the vocabulary that the data will have, by the sizes of the files."""
+    tokens = any(is_shard(f.path) for f in files) or any(map(is_dataset, options.data or ()))
+    size = GPT2_VOCAB if tokens else choose_vocab_size(sum(f.path.stat().st_size for f in files))
+    return options.vocab_size or size
 
 
 def check_length(T: int, context: int) -> None:
@@ -193,10 +176,9 @@ def check_length(T: int, context: int) -> None:
         raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
 
 
-def inspect(start: RunStart, config: ModelConfig, options: TrainOptions, machine: Machine, tokens: tuple[int, int],
-    ranks: int = 1) -> Preflight:  # fmt: skip
+def inspect(
+    start: RunStart, config: ModelConfig, options: TrainOptions, machine: Machine, tokens: tuple[int, int]
+) -> Preflight:
     """Measure the machine and compute the needs of a run. `tokens`: to train on and to validate."""
-    peak, memory = machine.measure_peak(), memory_of(options, config, machine, ranks)
-    return Preflight(
-        config, options, machine, *tokens, peak, memory, available_memory(), start.done, start.elapsed
-    )  # fmt: skip
+    peak, memory = machine.measure_peak(), memory_of(options, config, machine)
+    return Preflight(config, options, machine, *tokens, peak, memory, available_memory(), start.done, start.elapsed)

@@ -207,9 +207,6 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
             f"{count_of(now.micro_steps, 'batch', 'batches')} a step instead of {before.micro_steps}: their order "
             f"stays, but each step reads {tokens:,} tokens instead of {count:,}"
         )
-    if now.threads != before.threads:
-        yield "another number of threads: neither the order of the data nor any bit of the result depends on it"
-    alone = ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle")
-    for name in (*alone, "recompute"):
+    for name in ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle"):
         if getattr(now, name) != getattr(before, name):
             yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"

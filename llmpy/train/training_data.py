@@ -106,29 +106,25 @@ def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_enough(data: Dataset, options: TrainOptions) -> None:
-    """Raise LlmpyError if the data do not fill a batch to train on and a row to validate; it tells what both take."""
+    """Raise LlmpyError if a shard does not fill a batch to train on, or a row to validate; it says what both take."""
     o, T = options, options.sequence_length
-    parts = data.val if o.overfit else data.train, data.val
-    smallest = [min(part, key=len) for part in parts]
-    have, needed = [len(shard) for shard in smallest], [o.batch_tokens + 1, T + 1]
-    lacking = [n < least for n, least in zip(have, needed, strict=True)]
-    if not any(lacking):
+    train, val = (min(part, key=len) for part in (data.val if o.overfit else data.train, data.val))
+    needed = o.batch_tokens + 1, T + 1
+    if len(train) >= needed[0] and len(val) >= needed[1]:
         return
-    several = [shard.path if len(part) > 1 else None for shard, part in zip(smallest, parts, strict=True)]
-    told = [f"{n:,}" + (f" in {path}" if path else "") for n, path in zip(have, several, strict=True)]
-    # Where lines end, this text may have given more than its share to validate, and a longer one may not.
-    held = have[1] if o.overfit else min(have[1], HELD_OUT * sum(have))
-    times = max(needed[0] / max(1, have[0]), needed[1] / max(1, held))
-    short = [path for path, lacks in zip(several, lacking, strict=True) if lacks and path]
-    fix = f"give about {math.ceil(10 * times) / 10:,} times as much text"
-    if short:
-        fix = f"leave {short[0]} out, or join it with another"
-    t = min(T, have[1] - 1, (have[0] - 1) // o.ranks)
-    if t > 0 and o.total_batch is None:
-        fix += f", or use -B {min(o.batch_size, (have[0] - 1) // (t * o.ranks))} -T {t}"
+    of_shard = f" in {train.path}" if len(data.train) > 1 else ""
     of_ranks = f" of each of {o.ranks} ranks" if o.ranks > 1 else ""
+    # Where lines end, this text may have given more than its share to validate, and a longer one may not.
+    held = len(val) if o.overfit else min(len(val), HELD_OUT * (len(train) + len(val)))
+    times = max(needed[0] / max(1, len(train)), needed[1] / max(1, held))
+    fix = f"give about {math.ceil(10 * times) / 10:,} times as much text"
+    if of_shard and len(train) < needed[0]:
+        fix = f"leave {train.path} out, or join it with another"
+    t = min(T, len(val) - 1, (len(train) - 1) // o.ranks)
+    if t > 0 and o.total_batch is None:
+        fix += f", or use -B {min(o.batch_size, (len(train) - 1) // (t * o.ranks))} -T {t}"
     raise LlmpyError(
-        f"there are {told[0]} tokens to train on and {told[1]} to validate, and -B {o.batch_size} -T {T}{of_ranks} "
-        f"takes {needed[0]:,} and {needed[1]:,} at least",
+        f"there are {len(train):,} tokens{of_shard} to train on and {len(val):,} to validate, and -B {o.batch_size} "
+        f"-T {T}{of_ranks} takes {needed[0]:,} and {needed[1]:,} at least",
         fix,
     )

@@ -20,7 +20,7 @@ from llmpy.model.gpt2 import params_table
 from llmpy.options.tools import PlanOptions
 from llmpy.tools import plan
 from llmpy.tools.plan import smaller, step_parts, table
-from llmpy.train.memory import memory_needed
+from llmpy.train.memory import memory_parts
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
 
@@ -83,7 +83,7 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     numbers = plan.plan(options, Laptop())
     config = ModelConfig.from_dial("d1", vocab_size=300)
     assert numbers["model"]["parameters"] == sum(t.size for t in params_table(config))
-    assert numbers["memory"]["total"] == memory_needed(config, 2, 8, Laptop(), copied=True)
+    assert numbers["memory"]["total"] == sum(memory_parts(config, 2, 8, Laptop(), copied=True).values())
     assert numbers["batch"] == {"batch_size": 2, "sequence_length": 8, "gathered": 4, "nodes": 1, "tokens": 64}
     step = numbers["step"]
     once = step["ms_a_batch"].pop("update")
@@ -111,7 +111,9 @@ def test_the_largest_batch_fits_and_the_next_does_not(small: None, monkeypatch: 
     monkeypatch.setattr(plan, "available_memory", lambda: 500_000_000)
     memory = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300), Laptop())["memory"]
     config = ModelConfig.from_dial("d1", vocab_size=300)
-    needed = [memory_needed(config, memory["largest_batch"] + more, 64, Laptop(), copied=True) for more in (0, 1)]
+    needed = [
+        sum(memory_parts(config, memory["largest_batch"] + more, 64, Laptop(), copied=True).values()) for more in (0, 1)
+    ]
     assert needed[0] <= 0.5e9 < needed[1]
     for batch, told in (
         (memory["largest_batch"], "\nlargest batch"),

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,14 +30,18 @@ from llmpy.train.memory import (
     check_disk,
     check_memory,
     disk_needed,
-    memory_needed,
     memory_of,
+    memory_parts,
 )
 from llmpy.train.preflight import Preflight, check, inspect
 from llmpy.train.start import RunStart
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
 TOKENS = 305_260, 32_768  # to train on, to validate
+
+
+def needed_by(*told: Any, **more: Any) -> int:
+    return sum(memory_parts(*told, **more).values())
 
 
 def flight(**options: object) -> Preflight:
@@ -51,17 +56,17 @@ def test_memory_follows_the_tables() -> None:
     ]
     assert sizes[0] == 4 * 124_475_904
     least = 4 * sizes[0] + sizes[1]
-    needed = memory_needed(GPT2_124M, 4, 64, Laptop())
+    needed = needed_by(GPT2_124M, 4, 64, Laptop())
     assert least + PROGRAM_BYTES < needed < 1.1 * least + PROGRAM_BYTES
-    assert memory_needed(GPT2_124M, 8, 64, Laptop()) > needed
-    assert memory_needed(GPT2_124M, 4, 128, Laptop()) > needed
+    assert needed_by(GPT2_124M, 8, 64, Laptop()) > needed
+    assert needed_by(GPT2_124M, 4, 128, Laptop()) > needed
 
 
 def test_samples_take_what_they_reach() -> None:
-    whole = memory_needed(GPT2_124M, 1, 1024, Laptop())
-    short = memory_needed(GPT2_124M, 1, 1024, Laptop(), sampled=128)
+    whole = needed_by(GPT2_124M, 1, 1024, Laptop())
+    short = needed_by(GPT2_124M, 1, 1024, Laptop(), sampled=128)
     assert whole - short > 50e6
-    assert memory_needed(GPT2_124M, 1, 64, Laptop(), sampled=128) == memory_needed(GPT2_124M, 1, 64, Laptop())
+    assert needed_by(GPT2_124M, 1, 64, Laptop(), sampled=128) == needed_by(GPT2_124M, 1, 64, Laptop())
 
 
 def test_the_lines_say_what_will_run() -> None:
@@ -166,8 +171,11 @@ from llmpy.options.train import TrainOptions
 
 folder, model, dtype, T, every = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 needed = []
-true = memory.memory_needed
-memory.memory_needed = lambda *told: needed.append(true(*told)) or needed[-1]
+true = memory.memory_parts
+def noting(*told):
+    needed.append(sum(true(*told).values()))
+    return true(*told)
+memory.memory_parts = noting
 for name in ("train.bin", "val.bin"):
     write_shard(folder / name, np.arange(20_000) % 50_257)
 with contextlib.redirect_stdout(io.StringIO()):
@@ -208,7 +216,7 @@ def test_predicted_memory_is_what_a_run_takes(tmp_path: Path, model: str, dtype:
 def test_of_several_ranks_each_has_its_share_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first check too, before anything is read or downloaded."""
     told = TrainOptions(model="d4", batch_size=4, sequence_length=64, ranks=4, total_batch=1024)
-    needed = memory_of(told, ModelConfig.from_dial("d4", vocab_size=512), Laptop(), ranks=4)
+    needed = memory_of(told, ModelConfig.from_dial("d4", vocab_size=512), Laptop())
 
     def checked(available: int) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))

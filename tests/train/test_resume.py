@@ -164,7 +164,6 @@ def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pyte
     assert steps_of(run) == [*range(1, 11)]
     out = capsys.readouterr().out
     assert "batches of 4 x 16 instead of 2 x 16: the rest of the data comes in the old order, cut anew" in out
-    assert "another number of threads: neither" in out
     assert "lr is 0.0001 instead of 0.003 from here on" in out
     config = json.loads((run / "config.json").read_text("utf-8"))["options"]
     assert (config["batch_size"], config["steps"], config["lr"]) == (4, 10, 1e-4)

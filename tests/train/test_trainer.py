@@ -234,18 +234,6 @@ def test_micro_batches_are_one_batch(tmp_path: Path, micro_steps: int, masked: b
     assert their_losses == pytest.approx(losses, abs=1e-5)
 
 
-def test_one_of_a_kind_is_told_so(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    assert assemble.train(options(steps=1, minutes=1), Laptop()) == 0
-    out = capsys.readouterr().out
-    for part in (
-        "d1: 1 layer, 1 head, 64 channels",
-        ": 1 step of ",
-        "at 1 step or 1 minute, which",
-        "trained 1 step in",
-    ):
-        assert part in out
-
-
 def test_overfitting_reads_one_batch(options: Options, tmp_path: Path) -> None:
     assert assemble.train(options(overfit=True, steps=30, lr=1e-2, schedule="constant"), Laptop()) == 0
     losses = [r["loss"] for r in metrics(tmp_path / "run") if "loss" in r]
