@@ -22,7 +22,7 @@ SOURCES = {
 }
 CPU = "llmpy.backend.cpu"
 
-# Top to bottom, with what each floor must not know, and why. Several on one line import from each other nowhere.
+# Top to bottom, with the reason of each floor's height. Neighbours on one line may use each other, without a circle.
 FLOORS = (
     ("cli",),  # the command line drives everything; nothing may need it, so that Python and tests do not either
     ("tools", "bench", "watch"),  # they look at machines, models and runs from outside

@@ -1,4 +1,4 @@
-"""The README says what is there: every file of the package, and targets of make that exist."""
+"""The pages say what is there: every module of the package, and targets of make that exist."""
 
 from __future__ import annotations
 
