@@ -63,11 +63,6 @@ class Loader:
         self.reset()
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens of all shards."""
-        return sum(len(shard) for shard in self.shards)
-
-    @property
     def batches_per_epoch(self) -> int:
         """Batches that each rank reads before an epoch ends."""
         return sum(self._samples(shard) for shard in self.shards)

@@ -70,13 +70,13 @@ def assemble(
     with world.first_rank_first():
         start = resolve(options, folder, journal.say)
     machine = machine or load_machine(start.options, world)
-    if start.manifest is None:
-        check(start, folder.path, machine, world.local_size)
-        if world.rank == 0:
-            write_config(folder.path, start.options)  # from here on the run can be resumed
     with world.first_rank_first():
+        if start.manifest is None:
+            check(start, folder.path, machine, world.local_size)
+            if world.rank == 0:
+                write_config(folder.path, start.options)  # from here on the run can be resumed
         start = start.load(journal.say)
-        data = start.read_data(folder.path, journal.say)
+        data = start.read_data(folder.path, journal.say, world.rank)
     return build(start, data, folder, journal, machine, world)
 
 

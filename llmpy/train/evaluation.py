@@ -11,7 +11,6 @@ import numpy as np
 from ..model.gpt2 import GPT2
 from ..options.train import ALL_BATCHES, TrainOptions
 from ..run.checkpoint import Score
-from .multiple_choice import MultipleChoice
 from .report import Report
 from .signals import StopSignals
 from .single_process import SINGLE_PROCESS, SingleProcess
@@ -33,15 +32,13 @@ class Evaluation:
         self._measured_on = f"{self._batches:,} batches of {data.val.B} x {data.val.T} of text {digest}"
         self.loss = math.nan  # the last one
 
-    def run(self, step: int) -> Score | None:
-        """Evaluate and report; None if a stop signal came meanwhile or nothing counts. The loss may be NaN."""
-        score = self._validate(step)
-        if self._data.choices is not None and not self._stop.signal:
-            self._choose(step, self._data.choices)
-        return score
+    def validate(self, step: int) -> Score | None:
+        """Report the mean validation loss, which may be NaN; None if a stop signal came meanwhile or nothing counts.
 
-    def _validate(self, step: int) -> Score | None:
-        """Batches weigh by their targets that count: without a mask alike, as in llm.c."""
+        Batches weigh by their targets that count: without a mask alike, as in llm.c.
+        """
+        if self._stop.signal:
+            return None
         val, world, report = self._data.val, self._world, self._report
         val.reset()
         total = weight = 0.0
@@ -73,7 +70,11 @@ class Evaluation:
         self.loss = loss
         return Score(step, loss, self._measured_on)
 
-    def _choose(self, step: int, choices: MultipleChoice) -> None:
+    def choose(self, step: int) -> None:
+        """Report HellaSwag's accuracy, if there are examples, unless a stop signal comes."""
+        choices = self._data.choices
+        if choices is None or self._stop.signal:
+            return
         world, count, right = self._world, len(choices.examples), 0
         for first in range(0, count, world.size):
             mine = first + world.rank

@@ -21,7 +21,7 @@ from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB, ModelConfig
 from ..model.gpt2 import params_table
 from ..options.train import DEFAULT_MODEL, TrainOptions
-from ..run.folder import is_ours, own_tokens
+from ..run.folder import is_ours
 from ..run.trackers import package
 from ..system.resources import available_memory
 from ..system.words import count_of, duration, gigabytes
@@ -146,7 +146,7 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
         problems.attempt(read_examples, o.hellaswag, 1 << 16)
     files: list[Found] = []
     for path in o.data or ():
-        if not is_dataset(path) and not own_tokens(folder):
+        if not is_dataset(path):
             files += problems.attempt(find_files, [path], lambda _: None, is_ours) or []
     for file in files:
         problems.attempt(_check_readable, file.path)

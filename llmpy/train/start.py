@@ -24,7 +24,7 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
-from ..run.folder import CHECKPOINTS, CONFIG_FILE, RunFolder, is_ours, own_tokens, read_config
+from ..run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder, is_ours, own_tokens, read_config
 from ..system.words import count_of, duration
 
 BUILTIN_VOCAB = 512  # tokens for the text that Python carries; with 1024 each is seen too seldom (dev/LOG.md)
@@ -61,13 +61,17 @@ class RunStart:
             say(f"init     {source.describe()}")
         return replace(self, source=source, config=self.config if source is None else source.config)
 
-    def read_data(self, folder: Path, say: Callable[[str], None]) -> Dataset:
-        """Return the data: the tokens that the run made of text, or the shards or text that it was given."""
-        o, own = self.options, own_tokens(folder)
+    def read_data(self, folder: Path, say: Callable[[str], None], rank: int = 0) -> Dataset:
+        """Return the data: tokens that the run or its first rank made of text, or the shards or text that it was given.
+
+        Tokens of a run without a checkpoint are made again: it may have been killed while it made them.
+        """
+        o = self.options
+        own = own_tokens(folder) if rank or self.manifest is not None else ()
         if self.manifest is not None and o.data is None and not own:
             raise LlmpyError(f"train.bin or val.bin in {folder} is missing", "restore them, or begin a new run")
         vocab_size = o.vocab_size
-        if own and {path.absolute() for path in own} != {*(o.data or ())}:  # made of text, as was their tokenizer
+        if own and (folder / TOKENIZER_FILE).is_file():  # its vocabulary is that of the tokens
             vocab_size = None
         elif self.source is None and o.data is None:
             vocab_size = vocab_size or BUILTIN_VOCAB
@@ -207,6 +211,6 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
             f"{count_of(now.micro_steps, 'batch', 'batches')} a step instead of {before.micro_steps}: their order "
             f"stays, but each step reads {tokens:,} tokens instead of {count:,}"
         )
-    for name in ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle"):
+    for name in ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle", "recompute"):
         if getattr(now, name) != getattr(before, name):
             yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from here on"

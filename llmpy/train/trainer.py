@@ -93,9 +93,9 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Make one update, or skip it if its loss or norm is not finite or an outlier."""
         start, update, counted, lr = time.perf_counter(), self.update, self.counted, self.learning_rate()
-        total = self.gradients()
+        loss = self.gradients()
         self.update = self.data.read()
-        loss = self.agree(total) / counted
+        loss = self.agree(loss) / counted
         norm = self.optimizer.norm()
         z, skipped = self.guard.judge(loss, norm)
         if skipped:
@@ -104,7 +104,8 @@ class Trainer:
             self.optimizer.update(lr, norm)
         self.done += 1
         seconds, tokens = time.perf_counter() - start, self.options.batch_tokens * len(update.batches)
-        return StepResult(self.done, self.last_step(), loss, norm, lr, z, skipped, update.names, tokens, seconds)
+        total = self.done if self.finished() else self.total_steps()
+        return StepResult(self.done, total, loss, norm, lr, z, skipped, update.names, tokens, seconds)
 
     def gradients(self) -> float:
         """Put the gradients of the update's mean loss into `model.grads`. Returns this rank's sum of losses.
@@ -120,7 +121,7 @@ class Trainer:
         return total
 
     def agree(self, loss: float) -> float:
-        """Exchange what ranks must know of each other: once a step. Returns the sum of their sums of losses."""
+        """Exchange what the trainers of all ranks must know of each other. Returns the sum of their sums of losses."""
         report = self.report
         rows = self.stop.agree(loss, self.update.counted, report.elapsed(), report.step_seconds)
         self.counted = max(1, int(sum(row[1] for row in rows)))
@@ -137,25 +138,25 @@ class Trainer:
         """Whether what comes `every` so many steps is due now; 0: never."""
         return self.done > 0 and every > 0 and self.done % every == 0
 
-    def last_step(self) -> int:
-        """Return how many steps the run will have made at its end, as things are."""
-        o = self.options
-        return self.done if self.finished() else horizon(self.done, self.elapsed, self.step_seconds, o.steps, o.seconds)
+    def total_steps(self) -> int:
+        """Return how many steps the run will have made at its end, unless a signal stops it: N of the schedule."""
+        return horizon(self.done, self.elapsed, self.step_seconds, self.options.steps, self.options.seconds)
 
     def learning_rate(self) -> float:
         """Return the rate of the next update."""
-        o, total = self.options, self.last_step()
+        o, total = self.options, self.total_steps()
         warmup = min(total // WARMUP_SHARE, WARMUP_MOST) if o.warmup is None else o.warmup
         assert o.lr is not None  # `settled` has seen to it
         return learning_rate(self.done, total, warmup, o.lr, o.min_lr, o.schedule)
 
     def evaluate(self) -> None:
-        """Report how good the model is, and keep it if it is the best so far."""
-        score = self.evaluation.run(self.done)
+        """Report how good the model is, and keep it if it is the best so far; nothing if a stop signal comes."""
+        score = self.evaluation.validate(self.done)
         if score is not None and not math.isfinite(score.val_loss):
             raise self.diverged(f"the validation loss is {score.val_loss}")
         if score is not None and self.done:
             self.checkpoints.keep_best(score)
+        self.evaluation.choose(self.done)
 
     def sample(self) -> None:
         """Print what the model writes after the prompt."""
