@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.samples import in_memory, llmc_version, sharded, training_state, with_tokenizer, write_debug
+from support.samples import in_memory, sharded, training_state, write_debug
 
 from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
@@ -60,14 +60,11 @@ def read_debug(folder: Path) -> None:
 
 
 READERS = {
-    **{
-        f"llm.c version {version}": Reader(
-            lambda folder, v=version: llmc_version(folder / "m.bin", in_memory(SMALL), v),  # type: ignore[misc]
-            ("m.bin",),
-            lambda folder: everything(open_model(folder / "m.bin")),
-        )
-        for version in (1, 2, 3, 4, 5)
-    },
+    "llm.c": Reader(
+        lambda folder: llmc.write_model(folder / "m.bin", in_memory(SMALL), "bfloat16"),
+        ("m.bin",),
+        lambda folder: everything(open_model(folder / "m.bin")),
+    ),
     "native": Reader(
         lambda folder: native.write_model(folder / "m.safetensors", in_memory(SMALL)),
         ("m.safetensors",),
@@ -83,22 +80,12 @@ READERS = {
         ("model.safetensors.index.json", "model-00001-of-00002.safetensors"),
         lambda folder: everything(open_model(folder)),
     ),
-    "llm.c state": Reader(
-        lambda folder: llmc_state.write_state(folder / "state_00000007_00000.bin", SMALL, training_state(SMALL)),
-        ("state_00000007_00000.bin",),
-        lambda folder: llmc_state.read_state(folder / "state_00000007_00000.bin", SMALL),
-    ),
     "llm.c checkpoint": Reader(
         lambda folder: llmc_state.write_checkpoint(folder, in_memory(SMALL), training_state(SMALL, ranks=2)),
         ("model_00000007.bin", "state_00000007_00000.bin", "state_00000007_00001.bin"),
         lambda folder: everything(open_model(folder)),
     ),
     "llm.c debug state": Reader(debug, ("debug.bin",), read_debug),
-    "tokenizer of a model": Reader(
-        lambda folder: native.write_model(folder, with_tokenizer(in_memory(SMALL), folder / "t.json")),
-        ("tokenizer.json",),
-        lambda folder: huggingface.copy_tokenizer(folder / "tokenizer.json", folder / "copy.json"),
-    ),
 }
 
 
@@ -178,27 +165,10 @@ def campaign(reader: Reader, folder: Path, cases: int, seed: int) -> int:
     return refused
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the bounds are Linux's")
-def test_the_bounds_bite() -> None:
-    with pytest.raises(MemoryError), bounded(0):
-        np.ones(2 * MEMORY, np.int8)
-    with pytest.raises(TimeoutError), bounded(0):
-        while True:
-            pass
-    assert np.ones(2 * MEMORY, np.int8).all()
-
-
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_files(tmp_path: Path, name: str) -> None:
-    cases = CASES // len(READERS)
-    refused = campaign(READERS[name], tmp_path, cases, seed=1)
+@pytest.mark.parametrize(("cases", "seed"), [(CASES, 1), pytest.param(CAMPAIGN, None, marks=pytest.mark.fuzz)])
+def test_damaged_files(tmp_path: Path, name: str, cases: int, seed: int | None) -> None:
+    start, cases = time.time(), cases // len(READERS)
+    refused = campaign(READERS[name], tmp_path, cases, seed or time.time_ns() % 2**32)
     assert refused > cases // 10  # what is left changed a weight, or text that says the same
-
-
-@pytest.mark.fuzz
-@pytest.mark.parametrize("name", READERS)
-def test_a_million_damaged_files(tmp_path: Path, name: str) -> None:
-    start = time.time()
-    cases = CAMPAIGN // len(READERS)
-    refused = campaign(READERS[name], tmp_path, cases, seed=time.time_ns() % 2**32)
     print(f"{name}: {cases:,} cases, {refused:,} refused, {time.time() - start:.0f} s")
