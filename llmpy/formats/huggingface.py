@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..run.checkpoint import opened
+from ..run.checkpoint import damaged, opened
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
-from .source import DTYPES, Source, by_name, cast, damaged, read_json, shapes
+from .source import DTYPES, Source, by_name, cast, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 # ours → theirs; {} is the layer, whose matrices are transposed

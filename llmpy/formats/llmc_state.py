@@ -30,12 +30,13 @@ from ..model.config import ModelConfig
 from ..model.partition import pack
 from ..rng import MTState
 from ..run import checkpoint
+from ..run.checkpoint import damaged
 from ..run.folder import CHECKPOINTS, LLMC_DONE, MODEL_FILE
 from ..run.parts import Moments, load_moments, position_for, read_parts
 from ..system.durable import write_whole
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
-from .source import DTYPES, Source, damaged, elements, shapes, unreadable
+from .source import DTYPES, Source, elements, shapes, unreadable
 
 MODEL_NAME, STATE_NAME = "model_{:08}.bin", "state_{:08}_{:05}.bin"  # of a step; of a step and a rank
 MODEL_SEED = 13371337  # of llm.c's stochastic rounding, which nothing of ours has: written as at a start

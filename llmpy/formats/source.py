@@ -22,6 +22,7 @@ from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..model.config import PAD_VOCAB_TO, ModelConfig
 from ..model.gpt2 import params_table
+from ..run.checkpoint import damaged
 from ..run.folder import TOKENIZER_FILE
 
 DTYPES = {
@@ -145,11 +146,6 @@ def tokenizer_beside(path: Path, V: int) -> Path | None:
 def unreadable(path: Path, fault: OSError) -> LlmpyError:
     """What to raise for a file that the system does not give us."""
     return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")
-
-
-def damaged(path: Path, why: str) -> LlmpyError:
-    """What to raise for a file that is not what it claims to be."""
-    return LlmpyError(f"{path} is damaged: {why}", "download or write it again")
 
 
 def padded(wte: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -43,12 +43,9 @@ def metadata(**changes: object) -> dict[str, str]:
     ("changes", "said"),
     [
         ({"format": 2}, "format 2, this program reads 1"),
-        ({"config": []}, "header cannot be read"),
         ({"config": {"layers": 2}}, "header cannot be read"),
-        ({"config": asdict(TINY) | {"heads": 3}}, "header cannot be read"),
         ({"config": asdict(TINY) | {"heads": "x"}}, "header cannot be read"),
-        ({"config": asdict(replace(TINY, channels=16))}, r"is F32 \("),
-        ({"trained_length": "x"}, "header cannot be read"),
+        ({"config": asdict(replace(TINY, channels=16))}, "is .'F32', "),
         ({"trained_length": 17}, "trained length 17"),
         ({"trained_length": 0}, "trained length 0"),
     ],
@@ -81,10 +78,9 @@ def test_metadata_that_are_not_ours(saved: Path) -> None:
 
 
 def test_no_file_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(LlmpyError, match="no model at"):
-        checkpoint.read_header(tmp_path / "model.safetensors")
-    with pytest.raises(LlmpyError):
-        checkpoint.read_header(tmp_path)
+    for path, said in ((tmp_path / "model.safetensors", "no model at"), (tmp_path, "is damaged")):
+        with pytest.raises(LlmpyError, match=said):
+            checkpoint.read_header(path)
 
 
 def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +94,5 @@ def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.M
         checkpoint.save(saved, tiny_model(), 8)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
-
-
-def test_saving_into_nowhere(tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match="cannot write"):
-        checkpoint.save(tmp_path / "none" / "model.safetensors", tiny_model(), 8)
+        checkpoint.save(saved.parent / "none" / "model.safetensors", tiny_model(), 8)
