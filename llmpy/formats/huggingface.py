@@ -176,7 +176,7 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
             raise LlmpyError(f"{folder} has no {weights}", "save the model as safetensors (save_pretrained does)")
         weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not files or not all(isinstance(f, str) and Path(f).name == f for f in files):
+        if not files or not all(isinstance(f, str) and f.isprintable() and Path(f).name == f for f in files):
             raise damaged(index, "its weight_map does not name files beside it")
     where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for path in (folder / name for name in sorted(set(files))):

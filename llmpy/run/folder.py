@@ -86,7 +86,7 @@ class RunFolder:
         Raises LlmpyError for an existing folder with anything in it, for one that another run is writing to, and for
         one that cannot be written.
         """
-        run = cls(out or Path("runs"), made=[p for p in (out, *out.parents) if not p.exists()] if out else [])
+        run = cls(out or Path("runs"), made=[p for p in (out, *out.parents) if not os.path.exists(p)] if out else [])
         if out is None:
             with run._undone():
                 path = _fresh(called)
@@ -100,10 +100,10 @@ class RunFolder:
     @classmethod
     def reopen(cls, path: Path) -> Self:
         """Take the folder of a run to resume. Raises LlmpyError if it is missing, or if it is training already."""
-        if not is_run(path):
-            raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
         run = cls(path, made=[])
         with run._undone():
+            if not is_run(path):
+                raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
             run._take()
         run.resumed = True
         run.keep()
@@ -116,7 +116,7 @@ class RunFolder:
             yield
         except OSError as error:
             self._let_go()
-            fix = "check its permissions, or choose another --out"
+            fix = "choose another with --out, or check its permissions"
             raise LlmpyError(f"cannot write to the run folder {self.path}: {error.strerror or error}", fix) from None
         except LlmpyError:
             self._let_go()

@@ -21,7 +21,6 @@ from support.samples import (
     llama_tokenizer,
     same,
     sharded,
-    training_state,
     with_tokenizer,
     write_debug,
 )
@@ -30,7 +29,7 @@ from llmpy.cli.main import main
 from llmpy.data.rank_tables import LLMC_FILE, write_llmc
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
-from llmpy.formats import gguf, huggingface, llmc, llmc_state, native, open_model, resolve, tokenizer_of
+from llmpy.formats import gguf, huggingface, llmc, native, open_model, resolve, tokenizer_of
 from llmpy.formats.source import DTYPES, cast
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
@@ -126,9 +125,6 @@ def test_openais_own_names_masks_and_a_repeated_head(tmp_path: Path) -> None:
 
     rewrite(tmp_path, as_uploaded)
     assert same(open_model(tmp_path), in_memory())
-    rewrite(tmp_path, lambda t: t["lm_head.weight"].__setitem__((0, 0), 7))
-    with pytest.raises(LlmpyError, match="head of its own"):
-        open_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,39 +133,28 @@ def test_openais_own_names_masks_and_a_repeated_head(tmp_path: Path) -> None:
         (lambda t: t.pop("transformer.h.1.ln_2.bias"), r"lacks transformer.h.1.ln_2.bias"),
         (lambda t: t.update(extra=np.zeros(3, np.float32)), "has extra, which GPT-2 has not"),
         (lambda t: t.update({"transformer.wpe.weight": np.zeros((16, 8), np.int8)}), r"I8 \(16, 8\), expected"),
-    ],
-)
-def test_wrong_tensors(tmp_path: Path, change: Any, said: str) -> None:
-    huggingface.write_model(tmp_path, in_memory(), "float32")
-    rewrite(tmp_path, change)
-    with pytest.raises(LlmpyError, match=said):
-        open_model(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+        (lambda t: t.update({"lm_head.weight": np.ones((300, 8), np.float32)}), "head of its own"),
         ({"model_type": "llama"}, "of a model 'llama'"),
         ({"n_layer": 2.0}, "five whole numbers"),
         ({"n_layer": 10**9}, "layers, but the files have"),
         ({"n_head": 3}, "do not divide"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"n_inner": 7}, "n_inner"),
+        ("[" * 100_000, "config.json is damaged"),
+        ('{"n_layer": ' + "9" * 10_000 + "}", "config.json is damaged"),
+        ("\xff", "config.json is damaged"),
     ],
 )
-def test_another_model(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_another_model(tmp_path: Path, change: Any, said: str) -> None:
+    """Tensors, values of config.json, or all of its text that are no GPT-2's."""
     huggingface.write_model(tmp_path, in_memory(), "float32")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), encoding="utf-8")
+    if callable(change):
+        rewrite(tmp_path, change)
+    else:
+        path = tmp_path / "config.json"
+        text = change if isinstance(change, str) else json.dumps(json.loads(path.read_text("utf-8")) | change)
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(LlmpyError, match=said):
-        open_model(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"n_layer": ' + "9" * 10_000 + "}", "\xff"])
-def test_json_that_is_none(tmp_path: Path, text: str) -> None:
-    huggingface.write_model(tmp_path, in_memory(), "float32")
-    (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(LlmpyError, match=r"config.json is damaged"):
         open_model(tmp_path)
 
 
@@ -177,8 +162,7 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
     sharded(tmp_path / "a", in_memory())
     index = tmp_path / "a" / huggingface.INDEX_FILE
     good = json.loads(index.read_text("utf-8"))
-    elsewhere: list[Any] = [{"wte.weight": "../../etc/passwd"}, {"wte.weight": 3}, {}, []]
-    for bad in elsewhere:
+    for bad in ({"wte.weight": "../../etc/passwd"}, {"wte.weight": 3}, {}, []):
         index.write_text(json.dumps({"weight_map": bad}), encoding="utf-8")
         with pytest.raises(LlmpyError, match="index.json is damaged"):
             open_model(tmp_path / "a")
@@ -216,22 +200,17 @@ def test_headers_that_lie_are_caught_before_anything_is_allocated(
 
 def test_what_a_path_seems_to_be(tmp_path: Path) -> None:
     path = tmp_path / "thing"
-    state = training_state(TINY)
     for content, said in (
         (b"", "no model: it begins with nothing"),
         (b"GGUF\3\0\0\0....", "GGUF, which is written here but not read"),
         (b"PK\3\4........", "a pickle of PyTorch"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
         ((1 << 62).to_bytes(8, "little") + b"{}", "is damaged"),
-        (np.array([20240520, 1, 3], "<i4").tobytes(), "no model|token shard"),
-        (np.array([20240328, 2], "<u4").tobytes(), "an llm.c tokenizer"),
+        (np.array([20240527, 1, 3], "<i4").tobytes(), "an llm.c optimizer state"),
     ):
         path.write_bytes(content)
         with pytest.raises(LlmpyError, match=said):
             open_model(path)
-    llmc_state.write_state(path, TINY, state)
-    with pytest.raises(LlmpyError, match="an llm.c optimizer state"):
-        open_model(path)
     with pytest.raises(LlmpyError, match="holds no model"):
         open_model(tmp_path)
     with pytest.raises(LlmpyError, match="No such file or directory"):
@@ -257,24 +236,20 @@ def test_rounding_is_to_nearest_even_and_never_to_infinity() -> None:
 
 
 def test_debug_state_round_trip_and_damage(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    gradients = in_memory(seed=9)
+    rng, gradients, path = np.random.default_rng(0), in_memory(seed=9), tmp_path / "debug.bin"
     tokens, targets = rng.integers(0, TINY.vocab_size, (2, 3, 5), dtype=np.int32)
     logits = rng.normal(size=(3, 5, TINY.vocab_size)).astype(np.float32)
-    path = tmp_path / "debug.bin"
     write_debug(path, llmc.DebugState(tokens, targets, logits, 1.25, gradients.read))
-    found = llmc.read_debug(path, TINY)
-    assert found.loss == 1.25
-    for got, want in ((found.tokens, tokens), (found.targets, targets), (found.logits, logits)):
-        assert np.array_equal(got, want)
-    assert all(np.array_equal(found.gradient(n), gradients.read(n)) for n in llmc.ORDER)
+    *arrays, loss, gradient = llmc.read_debug(path, TINY)
+    assert loss == 1.25
+    assert all(np.array_equal(x, y) for x, y in zip(arrays, (tokens, targets, logits), strict=True))
+    assert all(np.array_equal(gradient(name), gradients.read(name)) for name in llmc.ORDER)
     content = path.read_bytes()
-    path.write_bytes(content[:1024] + np.int32(TINY.vocab_size).tobytes() + content[1028:])
-    with pytest.raises(LlmpyError, match="not all in the vocabulary"):
-        llmc.read_debug(path, TINY)
-    path.write_bytes(content[:-1])
-    with pytest.raises(LlmpyError, match="is cut off"):
-        llmc.read_debug(path, TINY)
+    another = content[:1024] + np.int32(TINY.vocab_size).tobytes() + content[1028:]
+    for bad, said in ((another, "not all in the vocabulary"), (content[:-1], "is cut off")):
+        path.write_bytes(bad)
+        with pytest.raises(LlmpyError, match=said):
+            llmc.read_debug(path, TINY)
 
 
 # llmpy convert

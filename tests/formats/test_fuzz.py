@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from support.mutations import mutated
 from support.samples import in_memory, sharded, training_state, write_debug
 
 from llmpy.errors import LlmpyError
@@ -29,7 +30,6 @@ SMALL = ModelConfig(layers=1, heads=1, channels=2, context=3, vocab_size=5)
 CASES, CAMPAIGN = 10_000, 1_000_000
 SECONDS = 1.0  # of CPU time
 MEMORY = 64 << 20  # beyond the file's size
-INTERESTING = (0, 1, 2, 7, 127, 128, 255, 256, 65535, 1 << 20, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
 class Reader(NamedTuple):
@@ -89,34 +89,6 @@ READERS = {
 }
 
 
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    """One or a few random faults: bits, bytes, whole words, lengths, pieces moved, doubled, or cut off."""
-    data = bytearray(content)
-    for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        at = rng.randrange(len(data) + 1) if rng.random() < 0.5 else rng.randrange(min(len(data), 200) + 1)
-        kind = rng.randrange(8)
-        if kind == 0:
-            data[at : at + 1] = bytes([rng.randrange(256)])
-        elif kind == 1 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            word, width = rng.choice(INTERESTING), rng.choice((4, 8))
-            at -= at % 4
-            data[at : at + width] = (word % 256**width).to_bytes(width, "little")
-        elif kind == 3:
-            del data[at:]
-        elif kind == 4:
-            data += rng.randbytes(rng.choice((1, 3, 4, 1000)))
-        elif kind == 5:
-            data[at:at] = data[at : at + rng.randrange(64)]
-        elif kind == 6:
-            del data[at : at + rng.randrange(1, 64)]
-        elif digits := [i for i in range(min(len(data), 4000)) if 48 <= data[i] <= 57]:
-            i = rng.choice(digits)
-            data[i : i + 1] = rng.choice((b"0", b"-1", b"9", b"99999999999", b"1e9", b"null", b"[", b"1.0", b'"'))
-    return bytes(data)
-
-
 @contextlib.contextmanager
 def bounded(size: int) -> Iterator[None]:
     """Within: at most SECONDS of CPU time, and `size` + MEMORY more address space, where the system has such bounds."""
@@ -150,7 +122,7 @@ def campaign(reader: Reader, folder: Path, cases: int, seed: int) -> int:
     refused = 0
     for case in range(cases):
         name = rng.choice(reader.damage)
-        bad = mutate(good[name], rng)
+        bad = mutated(good[name], rng)
         (folder / name).write_bytes(bad)
         try:
             with bounded(len(bad)):
