@@ -92,12 +92,8 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     return source, TrainingState(manifest["step"], m, v, master, shuffle, (place,)), options
 
 
-def restore(state: TrainingState, optimizer: Moments, loader: Loader) -> None:
-    """Put optimizer and loader (of rank `loader.rank`) where `state` says; the weights are the checkpoint's source.
-
-    Raises LlmpyError, before anything is changed but the loader, if data, -B, -T or ranks are others.
-    """
-    restore_place(state, loader)
+def restore(state: TrainingState, optimizer: Moments) -> None:
+    """Put the optimizer where `state` says; the weights are the checkpoint's source."""
     pack(optimizer.m, state.m, optimizer.owned)
     pack(optimizer.v, state.v, optimizer.owned)
     optimizer.updates = state.step

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..data.tokenizer import Tokenizer
-from ..model.arena import Arena
 from ..run import checkpoint
 from ..run.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
-from .source import Look, Source, cast, shapes, tokenizer_beside, tokenizer_named
+from .source import Source, cast, shapes, tokenizer_beside, tokenizer_named
 
 
 def read_model(path: Path) -> Source:
@@ -22,12 +22,10 @@ def read_model(path: Path) -> Source:
         with checkpoint.opened(path) as file:
             return np.asarray(file.get_tensor(name))
 
-    def load(params: Arena, look: Look) -> None:
-        checkpoint.load_parameters(path, params, look)
-
     runs = _run_of(path) / TOKENIZER_FILE
     ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_named(path).is_file()
     tokenizer = runs if ours else tokenizer_beside(path, header.config.vocab_size)
+    load = partial(checkpoint.load_parameters, path)
     return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer, load)
 
 

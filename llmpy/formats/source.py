@@ -22,7 +22,7 @@ from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..model.config import PAD_VOCAB_TO, ModelConfig
 from ..model.gpt2 import params_table
-from ..run.checkpoint import damaged
+from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
 
 DTYPES = {
@@ -30,8 +30,6 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("<f2"),
 }
-
-Look = Callable[[str, np.ndarray], None]  # is shown a tensor's name and numbers, and may raise
 
 
 @dataclass(frozen=True)
@@ -49,24 +47,17 @@ class Source:
     trained_length: int  # the T beyond which positions are untrained
     read: Callable[[str], np.ndarray]
     tokenizer: Path | None = None  # a tokenizer.json that belongs to it
-    load: Callable[[Arena, Look], None] | None = None  # all tensors at once, where that is faster
+    load: Callable[[Arena], None] | None = None  # `fill`, where there is a faster way
 
     def fill(self, params: Arena) -> None:
-        """params := the tensors. Raises LlmpyError for numbers that are not finite: nothing comes of them."""
+        """params := the tensors. Raises LlmpyError for numbers that are not finite."""
         if self.load is not None:
-            self.load(params, self._look)
+            self.load(params)
             return
         for tensor, view in params.items():
             x = self.read(tensor.name)
-            self._look(tensor.name, x)
+            check_finite(self.path, tensor.name, x)
             view[...] = x
-
-    def _look(self, name: str, x: np.ndarray) -> None:
-        if not np.isfinite(x).all():
-            raise LlmpyError(
-                f"{self.path}: {name} holds numbers that are not finite",
-                "the model was damaged or its training went wrong: use another file",
-            )
 
     def describe(self) -> str:
         """One line for the user."""

@@ -135,12 +135,12 @@ def read_header(path: Path) -> Header:
         return header
 
 
-def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray], None] | None = None) -> None:
+def load_parameters(path: Path, params: Arena) -> None:
     """Read the file's tensors into `params`, in its types. `read_header` must have accepted the file.
 
     By pieces on several threads, straight into place where the type is float32: the library would make a copy of each
-    tensor, and what takes the time is memory that is touched for the first time. A piece (n,) float32 is shown to
-    `look`, with its tensor's name, while it is in cache.
+    tensor, and what takes the time is memory that is touched for the first time. Raises LlmpyError for numbers that are
+    not finite.
     """
 
     def read(piece: tuple[str, np.ndarray, int]) -> None:
@@ -150,8 +150,7 @@ def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray],
             file.seek(offset)
             if file.readinto(memoryview(numbers).cast("B")) != numbers.nbytes:
                 raise damaged(path, f"{name} is cut off")
-        if look is not None:
-            look(name, numbers)
+        check_finite(path, name, numbers)
         if numbers is not part:
             part[:] = numbers
 
@@ -163,8 +162,16 @@ def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray],
             pieces += [(tensor.name, flat[i : i + PIECE], begin + 4 * i) for i in range(0, flat.size, PIECE)]
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(read, pieces))
-    except OSError as fault:
-        raise damaged(path, str(fault)) from fault
+    except OSError as error:
+        raise damaged(path, str(error)) from error
+
+
+def check_finite(path: Path, name: str, x: np.ndarray) -> None:
+    """Raise LlmpyError for numbers that are not finite: nothing comes of them."""
+    if not np.isfinite(x).all():
+        raise LlmpyError(
+            f"{path}: {name} holds numbers that are not finite", "its training went wrong: use another file"
+        )
 
 
 def tensors_of(path: Path) -> tuple[dict[str, Any], int]:

@@ -106,7 +106,7 @@ class CheckpointWriter:
         self._moments[:half], self._moments[half:] = moments
         if self._prepare(step, state):
             arguments = self._weights, [self._moments], position
-            self._thread = Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
+            self._thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._report()
@@ -118,7 +118,8 @@ class CheckpointWriter:
             weights, moments = self._snapshot()
             if self._prepare(step, state):
                 self._write(weights, moments, position)
-                self._commit()
+                if self.world.size > 1:
+                    self._commit()
             if self._error:
                 kept = f"the checkpoint of step {self.last} is kept" if self.last else "no earlier checkpoint exists"
                 raise LlmpyError(
@@ -191,13 +192,8 @@ class CheckpointWriter:
         self._error = str(self.world.tell(self._error)[0])
         return not self._error
 
-    def _in_background(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
-        self._write(weights, moments, position)
-        if self.world.size == 1:  # several agree in `_settle`, on the thread that talks to the others
-            self._commit()
-
     def _write(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
-        """Write this rank's files."""
+        """Write this rank's files; a single rank commits them too."""
         rank, size, config = self.world.rank, self.world.size, self.model.config
         files = {parts.part_name(rank, size): parts.part_pieces(self.optimizer.owned, moments, position)}
         if rank == 0:
@@ -206,6 +202,8 @@ class CheckpointWriter:
             self._written = checkpoint.write_files(checkpoint.being_made(self.folder, self._step), files)
         except (OSError, MemoryError) as error:
             self._error = _why(error)
+        if size == 1:  # several agree in `settle` or `finish`, on the thread that talks to the others
+            self._commit()
 
     def _commit(self) -> None:
         """Make all parts a checkpoint, the run's model a second name of its model; older checkpoints go."""

@@ -37,10 +37,6 @@ class Moments(Protocol):
     updates: int
 
     @property
-    def parameters(self) -> int:
-        """Parameters of the model."""
-
-    @property
     def owned(self) -> Sequence[Range]:
         """The ranges of the flat arenas that this process updates."""
 

@@ -71,12 +71,10 @@ def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="fcntl")
 def test_a_file_system_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
     def none(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr("fcntl.flock", none)
     with pytest.raises(LlmpyError, match=r"cannot write to the run folder .*run: No locks available"):
         RunFolder.open(tmp_path / "run", "")
 
