@@ -246,7 +246,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         why = f"{error.filename or checkpoint}: {error.strerror or error}"
         raise (
-            damaged(checkpoint, why) if error.errno in BROKEN else NotNow(f"cannot read {why}", "try again")
+            damaged(checkpoint, why)
+            if error.errno in BROKEN
+            else NotNow(f"cannot read {why}", "mend that and try again")
         ) from error
     return dict(manifest)
 

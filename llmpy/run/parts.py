@@ -91,8 +91,8 @@ def _read(path: Path, data: Mapping[str, Any]) -> Part:
     size = sum(math.prod(entry["shape"]) for name, entry in about.items() if name.split(".")[0] == "m")
     flat = np.memmap(path, np.float32, "r", offset=start, shape=(2 * size,))
     ranges = found["ranges"].tolist() if "ranges" in found else [(0, size)]
-    old = [data.get(key, 0) for key in ("shard", "sample", "generator_used")]
-    shard, sample, used = found["place"].tolist() if "place" in found else old
+    old = "shard", "sample", "generator_used"
+    shard, sample, used = found["place"].tolist() if "place" in found else [int(data[key]) for key in old]
     position = Position(shard, sample, found["shard_order"], found["sample_order"], MTState(found["generator"], used))
     return Part(ranges, flat[:size], flat[size:], position)
 
