@@ -208,9 +208,7 @@ class GPT2:
             if self.tokenizer is not None:
                 tokenizer = Path(folder, TOKENIZER_FILE)
                 self.tokenizer.save(tokenizer)
-            source = self._source(tokenizer)
-            convert.write(source, path, to, dtype)
-            convert.put_tokenizer(source, path, to, _aside)
+            convert.write(self._source(tokenizer), path, to, dtype, _aside)
 
     def _source(self, tokenizer: Path | None) -> Source:
         """This model as the writers of files take it."""

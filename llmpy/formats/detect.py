@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +31,7 @@ def find(text: str, say: Callable[[str], None]) -> Source:
     if text in hub.NAMES:
         return open_model(hub.download(text, say))
     path = Path(text)
-    try:
-        there = path.exists()
-    except OSError as fault:  # a name too long, a folder that may not be entered
-        raise unreadable(path, fault) from fault
-    if not there:
+    if not os.path.exists(path):
         near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
         hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
         raise LlmpyError(f"no model {text}", hint)
@@ -47,15 +44,8 @@ def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer,
         return Tokenizer.load(source.tokenizer), f"the model's ({source.tokenizer})"
     if source.config.vocab_size == GPT2_VOCAB:
         return Tokenizer.gpt2(say), "GPT-2's"
-    others, V = source.path.with_name(TOKENIZER_FILE), source.config.vocab_size
-    if source.path.is_file() and others.is_file():
-        raise LlmpyError(
-            f"{others} is another model's: it has {Tokenizer.load(others).vocab_size:,} tokens, {source.path} {V:,}",
-            f"put the model's own tokenizer.json beside it as {tokenizer_named(source.path).name}",
-        )
-    raise LlmpyError(
-        f"{source.path} came without a tokenizer, which text needs", "put its tokenizer.json beside the model"
-    )
+    there = tokenizer_named(source.path) if source.path.is_file() else source.path / TOKENIZER_FILE
+    raise LlmpyError(f"{source.path} came without a tokenizer, which text needs", f"put its tokenizer.json at {there}")
 
 
 def _fitted(source: Source, say: Callable[[str], None]) -> Source:
@@ -74,7 +64,7 @@ def _fitted(source: Source, say: Callable[[str], None]) -> Source:
 
     def read(name: str) -> np.ndarray:
         x = source.read(name)
-        return padded(x[: config.padded_vocab_size], config) if name == "wte" else x
+        return padded(x, config) if name == "wte" else x
 
     return replace(source, config=config, read=read, load=None)
 
@@ -92,13 +82,12 @@ def open_model(path: Path) -> Source:
         return llmc.read_model(path)
     if start[8:9] == b"{":  # after the length of its header
         return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
-    if start[:4] == b"GGUF":
-        raise LlmpyError(f"{path} is GGUF, which is written here but not read", "give the model it was made from")
     if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
         raise LlmpyError(f"{path} is a pickle of PyTorch, which can run code when it is read", "save it as safetensors")
     if pointer := magic.lfs_pointer(start):
         raise LlmpyError(f"{path} {pointer[0]}", pointer[1])
     what = magic.WHAT.get(magic.magic_of(start), f"no model: it begins with {start[:8].hex(' ') or 'nothing'}")
+    what = "GGUF, which is written here but not read" if start[:4] == b"GGUF" else what
     raise LlmpyError(f"{path} is {what}", "give a model of llm.c, Hugging Face or llmpy")
 
 
@@ -111,12 +100,10 @@ def _open_folder(path: Path) -> Source:
         raise LlmpyError(f"{path} is a run that has no checkpoint yet", f"go on: {command('train', '--resume', path)}")
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.read_model(path)
-    raise LlmpyError(
-        f"{path} holds no model", "give a run folder, a folder of Hugging Face, or one with a checkpoint of llm.c"
-    )
+    raise LlmpyError(f"{path} holds no model", "give a run folder, or one of Hugging Face or llm.c")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a safetensors file has our metadata."""
+    """Return whether a safetensors file has our metadata."""
     with checkpoint.opened(path) as file:
         return checkpoint.KEY in (file.metadata() or {})

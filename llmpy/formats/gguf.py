@@ -7,8 +7,6 @@ tied: llama.cpp takes token_embd where there is no output.weight. Tensor names a
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from ..errors import LlmpyError
 from ..model.gpt2 import params_table
 from ..system.command import install
 from ..system.durable import write_whole
-from .source import DTYPES, Source, cast
+from .source import DTYPES, Source, by_name, cast
 
 # ours → llama.cpp's; {} is the layer
 NAMES = {
@@ -67,29 +65,20 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
         _add_tokenizer(writer, source)
         for name, shape, kind in tensors:
             size, raw = DTYPES[kind].itemsize, gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
-            for theirs, one in _theirs(name, shape, c.vocab_size):
+            for theirs, x in by_name(NAMES, name, np.broadcast_to(np.int8(0), shape), c.vocab_size):
                 # the library has no bfloat16: it takes bytes, and their count in place of the last dimension
-                stored = (*one[:-1], size * one[-1]) if kind == "bfloat16" else one
+                stored = (*x.shape[:-1], size * x.shape[-1]) if kind == "bfloat16" else x.shape
                 seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
-                writer.add_tensor_info(theirs, stored, seen, size * math.prod(one), raw)
+                writer.add_tensor_info(theirs, stored, seen, size * x.size, raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, _, kind in tensors:
-            x = cast(source.read(name), kind, name)
-            for layer in x if "{}" in NAMES[name] else [x[: c.vocab_size] if name == "wte" else x]:
-                writer.write_tensor_data(layer.view(np.uint8) if kind == "bfloat16" else layer)
+            for _, x in by_name(NAMES, name, cast(source.read(name), kind, name), c.vocab_size):
+                writer.write_tensor_data(x.view(np.uint8) if kind == "bfloat16" else x)
         writer.close()
 
     write_whole(path, write)
-
-
-def _theirs(name: str, shape: tuple[int, ...], V: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """llama.cpp's names of a tensor, one for each layer, with the shape of each."""
-    if "{}" in NAMES[name]:
-        yield from ((NAMES[name].format(l), shape[1:]) for l in range(shape[0]))
-    else:
-        yield NAMES[name], (V, *shape[1:]) if name == "wte" else shape
 
 
 def _add_tokenizer(writer: Any, source: Source) -> None:
@@ -101,16 +90,17 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         return
     tokenizer = Tokenizer.load(source.tokenizer)
     about = json.loads(tokenizer.to_json())
-    if not tokenizer.splits_as_gpt2 and not _as_llama(about):
+    first = ((about["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
+    # what llama.cpp calls llama-bpe: Llama 3's words, and one that is a token is never taken apart
+    as_llama = first.get("pattern") == {"Regex": LLAMA3} and about["model"].get("ignore_merges") is True
+    if not tokenizer.splits_as_gpt2 and not as_llama:
         raise LlmpyError(
             f"{source.tokenizer} splits words unlike GPT-2 and Llama 3, and llama.cpp knows other ways by name alone",
             "convert the model without it (move the file away): llama.cpp then takes token ids",
         )
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
-        raise LlmpyError(
-            f"{source.tokenizer} has {max(ids.values()) + 1:,} tokens, the model {V:,}", "give its own tokenizer"
-        )
+        raise LlmpyError(f"{source.tokenizer} has more tokens than the model's {V:,}", "give its own tokenizer")
     words = {i: word for word, i in ids.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if tokenizer.splits_as_gpt2 else "llama-bpe")
@@ -120,12 +110,6 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     # llama.cpp refuses a tokenizer without merges: bytes get one that no text can call for
     merges = about["model"]["merges"] or [f"{tokenizer.eot_text} {tokenizer.eot_text}"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id):
-        add(tokenizer.eot)
+    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)
-
-
-def _as_llama(about: dict[str, Any]) -> bool:
-    """Whether words are Llama 3's, and one that is a token is never taken apart: what llama.cpp calls llama-bpe."""
-    first = ((about["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
-    return first.get("pattern") == {"Regex": LLAMA3} and about["model"].get("ignore_merges") is True

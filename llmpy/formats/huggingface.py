@@ -15,33 +15,34 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..run.checkpoint import opened
+from ..run.checkpoint import damaged, opened
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
-from .source import DTYPES, Source, cast, copy_tokenizer, damaged, padded, read_json, shapes
+from .source import DTYPES, Source, by_name, cast, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
-# ours → theirs, and whether it is transposed; {} is the layer
+# ours → theirs; {} is the layer, whose matrices are transposed
 NAMES = {
-    "wte": ("wte.weight", False),
-    "wpe": ("wpe.weight", False),
-    "attn_qkv_w": ("h.{}.attn.c_attn.weight", True),
-    "attn_proj_w": ("h.{}.attn.c_proj.weight", True),
-    "mlp_fc_w": ("h.{}.mlp.c_fc.weight", True),
-    "mlp_proj_w": ("h.{}.mlp.c_proj.weight", True),
-    "ln_1_w": ("h.{}.ln_1.weight", False),
-    "ln_1_b": ("h.{}.ln_1.bias", False),
-    "attn_qkv_b": ("h.{}.attn.c_attn.bias", False),
-    "attn_proj_b": ("h.{}.attn.c_proj.bias", False),
-    "ln_2_w": ("h.{}.ln_2.weight", False),
-    "ln_2_b": ("h.{}.ln_2.bias", False),
-    "mlp_fc_b": ("h.{}.mlp.c_fc.bias", False),
-    "mlp_proj_b": ("h.{}.mlp.c_proj.bias", False),
-    "ln_f_w": ("ln_f.weight", False),
-    "ln_f_b": ("ln_f.bias", False),
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "attn_qkv_w": "h.{}.attn.c_attn.weight",
+    "attn_proj_w": "h.{}.attn.c_proj.weight",
+    "mlp_fc_w": "h.{}.mlp.c_fc.weight",
+    "mlp_proj_w": "h.{}.mlp.c_proj.weight",
+    "ln_1_w": "h.{}.ln_1.weight",
+    "ln_1_b": "h.{}.ln_1.bias",
+    "attn_qkv_b": "h.{}.attn.c_attn.bias",
+    "attn_proj_b": "h.{}.attn.c_proj.bias",
+    "ln_2_w": "h.{}.ln_2.weight",
+    "ln_2_b": "h.{}.ln_2.bias",
+    "mlp_fc_b": "h.{}.mlp.c_fc.bias",
+    "mlp_proj_b": "h.{}.mlp.c_proj.bias",
+    "ln_f_w": "ln_f.weight",
+    "ln_f_b": "ln_f.bias",
 }
 PREFIX = "transformer."  # of a model with a head; OpenAI's own upload has none
 HEAD = "lm_head.weight"
@@ -49,6 +50,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files c
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What our GPT-2 is; a file that says otherwise is another model. Left out, each has this value.
 TRAINED = "llmpy_trained_length"  # positions beyond are untrained; other programs pass it over
+SHAPE = "n_layer", "n_head", "n_embd", "n_positions", "vocab_size"
 FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -57,7 +59,6 @@ FIXED = {
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
-JSON_AT_MOST = 1 << 22  # bytes of config.json and of an index: GPT-2 XL's has 50,000
 
 
 def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
@@ -67,47 +68,39 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
     """
     config, trained_length = _read_config(folder / CONFIG_FILE)
     where = _find_tensors(folder, weights, config)
-    prefix = PREFIX if PREFIX + NAMES["wte"][0] in where else ""
-    expected = dict(_theirs(config, prefix))
+    prefix = PREFIX if PREFIX + NAMES["wte"] in where else ""
+    expected = {
+        prefix + theirs: x.shape
+        for name, shape in shapes(config).items()
+        for theirs, x in _theirs(name, np.broadcast_to(np.int8(0), shape), config)
+    }
     missing = sorted(expected.keys() - where.keys())
     unknown = sorted(n for n in where.keys() - expected.keys() if n != HEAD and not n.endswith(BUFFERS))
     if missing or unknown:
         which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which GPT-2 has not"
         raise LlmpyError(f"{folder} {which}", "give a GPT-2 model with its head tied to the embedding")
-    types = set()
     for name, shape in expected.items():
-        found, kind = where[name][1:]
+        path, found, kind = where[name]
         if found != shape or kind not in TYPES:
-            raise damaged(where[name][0], f"{name} is {kind} {found}, expected {shape} by {CONFIG_FILE}")
-        types.add(kind)
-    dtype = TYPES[types.pop()] if len(types) == 1 else "float32"
+            raise damaged(path, f"{name} is {kind} {found}, expected {shape} by {CONFIG_FILE}")
+    types = {TYPES[where[name][2]] for name in expected}
+    dtype = types.pop() if len(types) == 1 else "float32"
 
     def tensor(name: str) -> np.ndarray:
         with opened(where[name][0]) as file:
-            found: np.ndarray = file.get_tensor(name)
-        if found.shape != where[name][1]:
-            raise damaged(where[name][0], f"{name} changed while it was read")
-        return found
+            return np.asarray(file.get_tensor(name))
 
     def read(name: str) -> np.ndarray:
-        theirs, transposed = NAMES[name]
-        theirs = prefix + theirs
-        if name == "wte":
-            return padded(cast(tensor(theirs), dtype, name), config)
-        if "{}" not in theirs:
-            return cast(tensor(theirs), dtype, name)
-        out = np.empty(shapes(config)[name], DTYPES[dtype])
-        for l, layer in enumerate(out):
-            x = tensor(theirs.format(l))
-            layer[...] = x.T if transposed else x
+        out = np.zeros(shapes(config)[name], DTYPES[dtype])
+        for theirs, x in _theirs(name, out, config):
+            x[...] = tensor(prefix + theirs)
         return out
 
-    wte = prefix + NAMES["wte"][0]
+    wte = prefix + NAMES["wte"]
     if HEAD in where and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
         raise LlmpyError(f"{folder} has a head of its own ({HEAD} is not wte)", "only tied heads are known here")
-    tokenizer = folder / TOKENIZER_FILE
-    what = "GPT-2 of Hugging Face"
-    return Source(folder, what, config, dtype, trained_length, read, tokenizer if tokenizer.is_file() else None)
+    tokenizer = folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
+    return Source(folder, "GPT-2 of Hugging Face", config, dtype, trained_length, read, tokenizer)
 
 
 def write_model(folder: Path, source: Source, dtype: str) -> None:
@@ -117,37 +110,25 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
     """
     c = source.config
     tensors: dict[str, np.ndarray] = {}
-    for name, (theirs, transposed) in NAMES.items():
-        x = cast(source.read(name), dtype, name)
-        if name == "wte":
-            tensors[PREFIX + theirs] = x[: c.vocab_size]
-        elif "{}" not in theirs:
-            tensors[PREFIX + theirs] = x
-        else:
-            for l, layer in enumerate(x):
-                tensors[PREFIX + theirs.format(l)] = np.ascontiguousarray(layer.T if transposed else layer)
+    for name in NAMES:
+        for theirs, x in _theirs(name, cast(source.read(name), dtype, name), c):
+            tensors[PREFIX + theirs] = np.ascontiguousarray(x)
     folder.mkdir(parents=True, exist_ok=True)
     eot = c.vocab_size - 1  # where GPT-2 has it
     if source.tokenizer is not None:
-        tokenizer = copy_tokenizer(source.tokenizer, folder / TOKENIZER_FILE)
+        tokenizer = Tokenizer.load(source.tokenizer)
+        tokenizer.save(folder / TOKENIZER_FILE)
         eot = tokenizer.eot
-        about = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.eot_text,
-            "bos_token": tokenizer.eot_text,
-        }
-        _write_json(folder / "tokenizer_config.json", about | {"model_max_length": c.context})
+        ends = dict.fromkeys(("eos_token", "bos_token"), tokenizer.eot_text)
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "model_max_length": c.context}
+        _write_json(folder / "tokenizer_config.json", about)
     _write_json(
         folder / CONFIG_FILE,
         {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
-            "n_layer": c.layers,
-            "n_head": c.heads,
-            "n_embd": c.channels,
-            "n_positions": c.context,
+            **dict(zip(SHAPE, (c.layers, c.heads, c.channels, c.context, c.vocab_size), strict=True)),
             "n_ctx": c.context,
-            "vocab_size": c.vocab_size,
             **{key: values[0] for key, values in FIXED.items()},
             "bos_token_id": eot,
             "eos_token_id": eot,
@@ -169,64 +150,49 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
 
 def _read_config(path: Path) -> tuple[ModelConfig, int]:
     """The shape that a config.json says, if it is our GPT-2, and the length that it was trained at."""
-    about = read_json(path, JSON_AT_MOST)
+    about = read_json(path)
     if about.get("model_type") != "gpt2":
         raise LlmpyError(f"{path} is of a model {about.get('model_type')!r}, not of gpt2", "give a GPT-2 model")
-    context = about.get("n_positions", about.get("n_ctx"))
-    shape = [about.get(k) for k in ("n_layer", "n_head", "n_embd")] + [context, about.get("vocab_size")]
+    shape = [about.get(key) for key in SHAPE]
     if not all(type(x) is int and 0 < x < 1 << 31 for x in shape):
-        raise damaged(path, "n_layer, n_head, n_embd, n_positions and vocab_size are not five whole numbers")
+        raise damaged(path, f"{', '.join(SHAPE)} are not five whole numbers")
     layers, heads, channels, context, vocab_size = shape
-    for key, values in FIXED.items():
+    for key, values in {**FIXED, "n_inner": (4 * channels, None)}.items():
         if about.get(key, values[0]) not in values:
             raise LlmpyError(f"{path}: {key} is {about[key]!r}, and this GPT-2 has {values[0]!r}", "give another model")
-    if about.get("n_inner") not in (None, 4 * channels):
-        raise LlmpyError(f"{path}: n_inner is {about['n_inner']!r}, and GPT-2 has 4 * n_embd", "give another model")
+    trained = about.get(TRAINED)
     try:
-        trained = about.get(TRAINED)
-        known = type(trained) is int and 0 < trained <= context
-        return ModelConfig(layers, heads, channels, context, vocab_size), trained if known else context
-    except LlmpyError as fault:
-        raise damaged(path, str(fault)) from fault
+        config = ModelConfig(layers, heads, channels, context, vocab_size)
+    except LlmpyError as error:
+        raise damaged(path, str(error)) from error
+    return config, trained if type(trained) is int and 0 < trained <= context else context
 
 
 def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     """Name → the file that has it, its shape and type; of all files of the model."""
-    files = [weights]
-    weight_map: Any = None
-    if not (folder / weights).is_file() and (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE, JSON_AT_MOST).get("weight_map")
-        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not named or not all(isinstance(f, str) and Path(f).name == f for f in named):
-            raise damaged(folder / INDEX_FILE, "its weight_map does not name files beside it")
-        files = sorted(set(named))
-    elif not (folder / weights).is_file():
-        raise LlmpyError(f"{folder} has no {weights}", "save the model as safetensors (save_pretrained does)")
+    files, index = [weights], folder / INDEX_FILE
+    if not (folder / weights).is_file():
+        if not index.is_file():
+            raise LlmpyError(f"{folder} has no {weights}", "save the model as safetensors (save_pretrained does)")
+        weight_map = read_json(index).get("weight_map")
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(f, str) and f.isprintable() and Path(f).name == f for f in files):
+            raise damaged(index, "its weight_map does not name files beside it")
     where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-    for path in (folder / name for name in files):
+    for path in (folder / name for name in sorted(set(files))):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118, no dict
-                if weight_map is None or weight_map.get(name) == path.name:
-                    found = file.get_slice(name)
-                    where[name] = path, tuple(found.get_shape()), found.get_dtype()
-    if weight_map is not None and (lost := sorted(weight_map.keys() - where.keys())):
-        raise damaged(folder / INDEX_FILE, f"{lost[0]} is not in {weight_map[lost[0]]}")
+                found = file.get_slice(name)
+                where[name] = path, tuple(found.get_shape()), found.get_dtype()
     if len(where) < config.layers:  # before a lying n_layer is counted up to
         raise damaged(folder / CONFIG_FILE, f"{config.layers:,} layers, but the files have {len(where)} tensors")
     return where
 
 
-def _theirs(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor by their name, with the shape it must have."""
-    for name, shape in shapes(config).items():
-        theirs, transposed = NAMES[name]
-        if name == "wte":
-            yield prefix + theirs, (config.vocab_size, config.channels)
-        elif "{}" not in theirs:
-            yield prefix + theirs, shape
-        else:
-            one = shape[:0:-1] if transposed else shape[1:]
-            yield from ((prefix + theirs.format(l), one) for l in range(config.layers))
+def _theirs(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield views of tensor x under their names, in their layout: the matrices of a layer are (in, out)."""
+    for theirs, view in by_name(NAMES, name, x, config.vocab_size):
+        yield theirs, view.T if x.ndim == 3 else view
 
 
 def _write_json(path: Path, about: dict[str, Any]) -> None:

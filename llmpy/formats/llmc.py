@@ -1,7 +1,7 @@
 """llm.c's model files (`gpt2_124M.bin`, `model_00010000.bin`) and its debug state, little-endian.
 
 model   256 int32: 20240326, version, context, V, L, NH, C, Vp, 0 …;  then the 16 tensors of ORDER, dense
-        version 3 float32, 5 bfloat16; 4 bfloat16 but LayerNorm's float32; 1 and 2 are 3 and 4 with V rows, not Vp
+        version 3 float32, 5 bfloat16
 debug   256 int32: 20240327, 2, B, T, 0 …;  tokens, targets int32 (B, T);  logits (B, T, V);  the mean loss;
         the gradients of the 16 tensors: all float32, of one batch by PyTorch
 
@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data.magic import DEBUG, MODEL
+from ..data.magic import DEBUG, MODEL, magic_of
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
+from ..run.checkpoint import damaged
 from ..system.durable import write_whole
-from .source import DTYPES, Source, cast, damaged, padded, shapes, tokenizer_beside, unreadable
+from .source import DTYPES, Source, cast, padded, shapes, tokenizer_beside, unreadable
 
 HEADER = np.dtype(("<i4", 256))
 # llm.c's order of our tensors; the shapes are the same.
@@ -30,10 +30,7 @@ ORDER = (
     "wte", "wpe", "ln_1_w", "ln_1_b", "attn_qkv_w", "attn_qkv_b", "attn_proj_w", "attn_proj_b", "ln_2_w", "ln_2_b",
     "mlp_fc_w", "mlp_fc_b", "mlp_proj_w", "mlp_proj_b", "ln_f_w", "ln_f_b",
 )  # fmt: skip
-NARROW = {1: "float32", 2: "bfloat16", 3: "float32", 4: "bfloat16", 5: "bfloat16"}  # version → dtype
-UNPADDED = (1, 2)
-WIDE_NORMS = (2, 4)
-WRITTEN = {"float32": 3, "bfloat16": 5}
+VERSIONS = {3: "float32", 5: "bfloat16"}
 
 
 class Place(NamedTuple):
@@ -49,41 +46,36 @@ class Place(NamedTuple):
 
 
 def read_model(path: Path) -> Source:
-    """Open a model of version 1 … 5. Raises LlmpyError for any other file, or one that is cut or too long."""
+    """Open a model of version 3 or 5. Raises LlmpyError for any other file, or one that is cut or too long."""
     header, size = read_header(path, MODEL, "a model of llm.c")
     version, context, V, L, NH, C, Vp = (int(x) for x in header[1:8])
-    if version not in NARROW:
-        raise LlmpyError(
-            f"{path} is a model of llm.c of version {version}", "versions 1 to 5 are known: write it as 3 or 5"
-        )
-    rows = V if version in UNPADDED else Vp
+    if version not in VERSIONS:
+        raise LlmpyError(f"{path} is of version {version}", "write it as version 3 or 5, which llm.c itself reads")
     try:
         config = ModelConfig(L, NH, C, context, V)
-    except LlmpyError as fault:
-        raise damaged(path, str(fault)) from fault
-    if rows < V:
-        raise damaged(path, f"a vocabulary of {V:,} tokens padded to {rows:,}")
-    places = layout(config, rows, version)
+    except LlmpyError as error:
+        raise damaged(path, str(error)) from error
+    if Vp != config.padded_vocab_size:
+        raise damaged(path, f"a vocabulary of {V:,} tokens padded to {Vp:,}")
+    places = layout(config, VERSIONS[version])
     end = places[ORDER[-1]].end
     if size != end:
-        raise wrong_size(path, size, end, f"{L} layers of {C} channels and {rows:,} rows of wte make")
+        raise wrong_size(path, size, end, f"{L} layers of {C} channels and {Vp:,} rows of wte make")
 
     def read(name: str) -> np.ndarray:
         x = read_at(path, places[name])
         return padded(x, config) if name == "wte" else x
 
-    return Source(
-        path, f"model of llm.c, version {version}", config, NARROW[version], context, read, tokenizer_beside(path, V)
-    )
+    what = f"model of llm.c, version {version}"
+    return Source(path, what, config, VERSIONS[version], context, read, tokenizer_beside(path, V))
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:
     """Write version 3 (`dtype` float32) or 5 (bfloat16), whole or not at all. Raises LlmpyError if the disk refuses."""
     c = source.config
     header = np.zeros(256, "<i4")
-    header[:8] = (
-        MODEL, WRITTEN[dtype], c.context, c.vocab_size, c.layers, c.heads, c.channels, c.padded_vocab_size
-    )  # fmt: skip
+    version = next(version for version, written in VERSIONS.items() if written == dtype)
+    header[:8] = MODEL, version, c.context, c.vocab_size, c.layers, c.heads, c.channels, c.padded_vocab_size
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -94,42 +86,35 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     write_whole(path, write)
 
 
-@dataclass(frozen=True)
-class DebugState:
-    """One batch and what PyTorch made of it: tokens, targets int32 (B, T), logits float32 (B, T, V), the mean loss,
-    and `gradient(name)`, float32 in the table's shape.
-    """
+class DebugState(NamedTuple):
+    """One batch and what PyTorch made of it."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # int32 (B, T)
     targets: np.ndarray
-    logits: np.ndarray
-    loss: float
-    gradient: Callable[[str], np.ndarray]
+    logits: np.ndarray  # float32 (B, T, V)
+    loss: float  # mean
+    gradient: Callable[[str], np.ndarray]  # of a tensor by name, float32 in the table's shape
 
 
 def read_debug(path: Path, config: ModelConfig) -> DebugState:
     """The debug state of a model of this shape. Raises LlmpyError if it is not that, or damaged."""
     header, size = read_header(path, DEBUG, "a debug state of llm.c")
     version, B, T = (int(x) for x in header[1:4])
-    if version != 2:
-        raise LlmpyError(f"{path} is a debug state of version {version}, not 2", "write it with a current llm.c")
-    if B < 1 or not 1 <= T <= config.context:
-        raise damaged(path, f"batches of {B} x {T}")
-    integer, single = np.dtype("<i4"), DTYPES["float32"]
-    V, Vp = config.vocab_size, config.padded_vocab_size
-    tokens = Place(HEADER.itemsize, (B, T), integer)
-    targets = Place(tokens.end, (B, T), integer)
-    logits = Place(targets.end, (B, T, V), single)
-    loss = Place(logits.end, (1,), single)
-    gradients = layout(config, Vp, 3, start=loss.end)
+    if version != 2 or B < 1 or not 1 <= T <= config.context:
+        raise damaged(path, f"version {version}, not 2, or batches of {B} x {T}")
+    V = config.vocab_size
+    tokens = Place(HEADER.itemsize, (2, B, T), np.dtype("<i4"))
+    logits = Place(tokens.end, (B, T, V), DTYPES["float32"])
+    loss = Place(logits.end, (1,), DTYPES["float32"])
+    gradients = layout(config, "float32", start=loss.end)
     end = gradients[ORDER[-1]].end
     if size != end:
         raise wrong_size(path, size, end, f"for this model a batch of {B} x {T} makes")
-    x, y = read_at(path, tokens), read_at(path, targets)
-    if min(x.min(), y.min()) < 0 or max(x.max(), y.max()) >= V:
+    x = read_at(path, tokens)
+    if x.min() < 0 or x.max() >= V:
         raise damaged(path, f"its tokens are not all in the vocabulary of {V:,}")
     value = float(read_at(path, loss)[0])
-    return DebugState(x, y, read_at(path, logits), value, lambda name: read_at(path, gradients[name]))
+    return DebugState(x[0], x[1], read_at(path, logits), value, lambda name: read_at(path, gradients[name]))
 
 
 def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
@@ -140,24 +125,22 @@ def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
             size = file.seek(0, 2)
     except OSError as fault:
         raise unreadable(path, fault) from fault
-    header = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
-    if not header.size or header[0] != magic:
+    if magic_of(start) != magic:
         raise LlmpyError(f"{path} is not {what}: it begins with {start[:8].hex(' ') or 'nothing'}", "check the path")
-    if header.size < 256:
+    if size < HEADER.itemsize:
         raise damaged(path, f"it ends inside its header, after {size:,} bytes")
-    return header, size
+    return np.frombuffer(start, "<i4"), size
 
 
 def read_at(path: Path, place: Place) -> np.ndarray:
     """A new array with what lies there. Raises LlmpyError if the file is shorter now."""
-    count = math.prod(place.shape)
     try:
-        found = np.fromfile(path, place.dtype, count, offset=place.offset)
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
-    if found.size != count:
-        raise damaged(path, "it became shorter while it was read")
-    return found.reshape(place.shape)
+        found = np.fromfile(path, place.dtype, math.prod(place.shape), offset=place.offset)
+        return found.reshape(place.shape)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise damaged(path, "it became shorter while it was read") from error
 
 
 def wrong_size(path: Path, size: int, expected: int, why: str) -> LlmpyError:
@@ -166,12 +149,10 @@ def wrong_size(path: Path, size: int, expected: int, why: str) -> LlmpyError:
     return LlmpyError(f"{path} {what}: {why} {expected:,} bytes, it has {size:,}", "download or write it again")
 
 
-def layout(config: ModelConfig, rows: int, version: int, start: int = HEADER.itemsize) -> dict[str, Place]:
-    """Where each tensor lies in a file whose wte has `rows` rows."""
-    ours = shapes(config) | {"wte": (rows, config.channels)}
-    places: dict[str, Place] = {}
+def layout(config: ModelConfig, dtype: str, start: int = HEADER.itemsize) -> dict[str, Place]:
+    """Return where each tensor lies in a file."""
+    ours, places = shapes(config), dict[str, Place]()
     for name in ORDER:
-        wide = version in WIDE_NORMS and name.startswith("ln_")
-        places[name] = place = Place(start, ours[name], DTYPES["float32" if wide else NARROW[version]])
+        places[name] = place = Place(start, ours[name], DTYPES[dtype])
         start = place.end
     return places

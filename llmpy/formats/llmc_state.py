@@ -28,23 +28,31 @@ from ..data.magic import STATE
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.partition import pack
-from ..options.train import TrainOptions
-from ..rng import MTState, Xorshift64Star
+from ..rng import MTState
 from ..run import checkpoint
+from ..run.checkpoint import damaged
 from ..run.folder import CHECKPOINTS, LLMC_DONE, MODEL_FILE
 from ..run.parts import Moments, load_moments, position_for, read_parts
 from ..system.durable import write_whole
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
-from .source import DTYPES, Source, damaged, elements, shapes, unreadable
+from .source import DTYPES, Source, elements, shapes, unreadable
 
-MODEL_SEED = 13371337  # of rng_state
-DRAWS_PER_UPDATE = 16  # of rng_state: a seed for each tensor; backward draws one more for each micro-batch
+MODEL_NAME, STATE_NAME = "model_{:08}.bin", "state_{:08}_{:05}.bin"  # of a step; of a step and a rank
+MODEL_SEED = 13371337  # of llm.c's stochastic rounding, which nothing of ours has: written as at a start
 TWISTER = np.dtype(
     [("seed", "<u8"), ("left", "<i4"), ("next", "<u4"), ("state", "<u4", 624), ("matrix", "<u4", 2)], align=False
 )
 MATRIX = (0, 0x9908B0DF)
 KEY_WORDS = 624
+STATE_HEADER = np.dtype(
+    {
+        "names": ["magic", "version", "ranks", "rank", "master", "shuffle", "step", "rng", "before", "shard", "sample"],
+        "formats": ["<i4"] * 7 + ["<u8"] * 4,
+        "offsets": [0, 4, 8, 12, 16, 20, 40, 80, 88, 120, 128],
+        "itemsize": HEADER.itemsize,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -55,23 +63,8 @@ class TrainingState:
     m: np.ndarray
     v: np.ndarray
     master: np.ndarray | None  # float32 weights; None: those of the model file are all there are
-    rng_state: int  # llm.c's xorshift64* of stochastic rounding: see `rng_states`
-    rng_state_last_update: int
     shuffle: bool
     places: tuple[Position, ...]  # of each rank's loader; without shuffling their orders are empty or ignored
-
-
-def rng_states(step: int, micro_steps: int = 1) -> tuple[int, int]:
-    """Return llm.c's rng_state after `step` updates of `micro_steps` micro-batches, and before the last update."""
-    rng = Xorshift64Star(MODEL_SEED)
-    before = rng.state
-    for _ in range(step):
-        for _ in range(micro_steps):
-            rng.uint32()
-        before = rng.state
-        for _ in range(DRAWS_PER_UPDATE):
-            rng.uint32()
-    return rng.state, before
 
 
 def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
@@ -93,24 +86,14 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     load_moments(parts, [(0, n)], m, v)
     options = dict(manifest["options"])
     options["batch_size"] *= len(parts)
-    step, micro_steps = manifest["step"], TrainOptions.from_record(options).micro_steps
     master = np.concatenate([source.read(name).reshape(-1) for name in shapes(source.config)])
     shuffle = options["shuffle"] and not options["overfit"]
     place = position_for(parts, 0, 1, options["seed"])
-    return source, TrainingState(step, m, v, master, *rng_states(step, micro_steps), shuffle, (place,)), options
+    return source, TrainingState(manifest["step"], m, v, master, shuffle, (place,)), options
 
 
-def restore(state: TrainingState, optimizer: Moments, loader: Loader) -> None:
-    """Put optimizer and loader (of rank `loader.rank`) where `state` says; the weights are the checkpoint's source.
-
-    Raises LlmpyError, before anything is changed but the loader, if model, data, -B, -T or ranks are others.
-    """
-    if state.m.size != optimizer.parameters:
-        raise LlmpyError(
-            f"the state has {state.m.size:,} moments, the model {optimizer.parameters:,} parameters",
-            "continue with the model that it was saved with",
-        )
-    restore_place(state, loader)
+def restore(state: TrainingState, optimizer: Moments) -> None:
+    """Put the optimizer where `state` says; the weights are the checkpoint's source."""
     pack(optimizer.m, state.m, optimizer.owned)
     pack(optimizer.v, state.v, optimizer.owned)
     optimizer.updates = state.step
@@ -123,14 +106,10 @@ def restore_place(state: TrainingState, loader: Loader) -> None:
             f"the state was saved by {len(state.places)} processes, shuffling {'on' if state.shuffle else 'off'}",
             f"continue with as many (now {loader.ranks}) and the same shuffling, or from the weights alone: --init",
         )
-    place, shards = state.places[loader.rank], loader.shards
+    place = state.places[loader.rank]
     if not state.shuffle:  # llm.c does not write down the orders then
-        if place.shard >= len(shards):
-            raise LlmpyError(
-                f"the state stands in token shard {place.shard} of {len(shards)}", "continue with the same data"
-            )
-        samples = (len(shards[place.shard]) - 1) // (loader.B * loader.T * loader.ranks)
-        order = np.arange(samples, dtype=np.int32)
+        shard = loader.shards[min(place.shard, len(loader.shards) - 1)]
+        order = np.arange((len(shard) - 1) // (loader.B * loader.T * loader.ranks), dtype=np.int32)
         place = replace(loader.position, shard=place.shard, sample=place.sample, sample_order=order)
     loader.position = place
 
@@ -142,7 +121,7 @@ def latest(folder: Path) -> int | None:
     except OSError as fault:
         raise unreadable(folder, fault) from fault
     steps = {int(found[1]) for name in names if (found := LLMC_DONE.fullmatch(name))}
-    return max((s for s in steps if {_model_name(s), _state_name(s, 0)} <= names), default=None)
+    return max((s for s in steps if {MODEL_NAME.format(s), STATE_NAME.format(s, 0)} <= names), default=None)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -159,29 +138,21 @@ def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
     step = latest(folder)
     if step is None:
         raise LlmpyError(f"{folder} has no complete checkpoint of llm.c", "it would have a file DONE_00001000 or so")
-    model = read_model(folder / _model_name(step))
-    state = read_state(folder / _state_name(step, 0), model.config)
-    if state.step != step:
-        raise damaged(folder / _state_name(step, 0), f"its step is {state.step}")
-    master = state.master
-    if master is None:
+    model = read_model(folder / MODEL_NAME.format(step))
+    state = read_state(folder / STATE_NAME.format(step, 0), model.config)
+    if state.master is None:
         return model, state
-
-    def read(name: str) -> np.ndarray:
-        start, shape = places[name]
-        return master[start : start + math.prod(shape)].reshape(shape)
-
-    places = {name: (start, shape) for name, start, shape in _tensors(model.config)}
+    views = {name: state.master[where].reshape(shape) for name, where, shape in _tensors(model.config)}
     what = f"checkpoint of llm.c at step {step}, master weights"
-    return replace(model, what=what, dtype="float32", read=read), state
+    return replace(model, what=what, dtype="float32", read=views.__getitem__), state
 
 
 def write_checkpoint(folder: Path, source: Source, state: TrainingState, dtype: str = "float32") -> None:
     """Write model, a state for each rank, and then DONE: until that is there, the checkpoint is not."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / _model_name(state.step), source, dtype)
+    write_model(folder / MODEL_NAME.format(state.step), source, dtype)
     for rank in range(len(state.places)):
-        write_state(folder / _state_name(state.step, rank), source.config, state, rank)
+        write_state(folder / STATE_NAME.format(state.step, rank), source.config, state, rank)
     write_whole(folder / f"DONE_{state.step:08d}", lambda temporary: temporary.touch())
 
 
@@ -191,43 +162,37 @@ def read_state(path: Path, config: ModelConfig) -> TrainingState:
     Raises LlmpyError for files that are missing, damaged, of another model or of different steps.
     """
     first = _RankFile(path, config)
-    stem, _, _ = path.stem.rpartition("_")
-    files = [first, *(_RankFile(path.with_name(f"{stem}_{r:05d}.bin"), config) for r in range(1, first.ranks))]
+    stem = path.name.removesuffix("00000.bin")
+    files = [first, *(_RankFile(path.with_name(f"{stem}{r:05}.bin"), config) for r in range(1, first.ranks))]
     for rank, file in enumerate(files):
         if (file.rank, file.facts) != (rank, first.facts):
             raise damaged(file.path, "its processes, rank, step or contents do not fit those of its sisters")
-    holders = files if first.split else files[:1]
-    arrays = np.empty((3 if first.master else 2, elements(config)), np.float32)
+    arrays = np.empty((first.arrays, elements(config)), np.float32)
     for which, out in enumerate(arrays):
-        for file in holders:
-            file.copy(out, which, len(holders))
+        for file in files[: first.parts]:
+            file.copy(out, which)
     m, v, *master = arrays
-    return TrainingState(
-        first.step, m, v, master[0] if master else None, first.rng_state, first.rng_state_last_update, first.shuffle,
-        tuple(file.place for file in files),
-    )  # fmt: skip
+    weights, places = master[0] if master else None, tuple(file.place for file in files)
+    return TrainingState(first.step, m, v, weights, first.shuffle, places)
 
 
 def write_state(path: Path, config: ModelConfig, state: TrainingState, rank: int = 0) -> None:
     """Write one rank's file, with all of m, v and master weights, whole or not at all."""
     place = state.places[rank]
-    header = np.zeros(256, "<i4")
-    header[:6] = STATE, 1, len(state.places), rank, state.master is not None, state.shuffle
-    header[10] = state.step
-    long = header.view("<u8")
-    long[10:12] = state.rng_state, state.rng_state_last_update
-    long[15:17] = place.shard, place.sample
-    twister = np.zeros((), TWISTER)
-    pos = place.rng.pos
-    for field, value in (("left", KEY_WORDS + 1 - pos), ("next", pos), ("state", place.rng.key), ("matrix", MATRIX)):
-        twister[field] = value
+    key, pos = place.rng
+    header, twister = np.zeros((), STATE_HEADER), np.zeros((), TWISTER)
+    header[()] = (
+        STATE, 1, len(state.places), rank, state.master is not None, state.shuffle, state.step,
+        MODEL_SEED, MODEL_SEED, place.shard, place.sample,
+    )  # fmt: skip
+    twister[()] = 0, KEY_WORDS + 1 - pos, pos, key, MATRIX
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             file.write(header.tobytes())
             for x in (state.m, state.v, state.master):
-                for _, start, shape in _tensors(config) if x is not None else ():
-                    x[start : start + math.prod(shape)].astype("<f4", copy=False).tofile(file)  # type: ignore[index]
+                for _, where, _ in _tensors(config) if x is not None else ():
+                    x[where].astype("<f4", copy=False).tofile(file)  # type: ignore[index]
             if state.shuffle:
                 for order in (place.shard_order, place.sample_order):
                     file.write(np.uint64(order.size).astype("<u8").tobytes() + order.astype("<i4").tobytes())
@@ -241,47 +206,37 @@ class _RankFile:
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         header, self.size = read_header(path, STATE, "an optimizer state of llm.c")
-        self.path, self.config = path, config
-        version, self.ranks, self.rank, master, shuffle = (int(x) for x in header[1:6])
-        if version != 1:
-            raise LlmpyError(f"{path} is an optimizer state of version {version}, not 1", "use a current llm.c")
-        if master not in (0, 1) or shuffle not in (0, 1) or not 0 <= self.rank < self.ranks <= 1 << 16:
-            raise damaged(path, f"process {self.rank} of {self.ranks}, master weights {master}, shuffled {shuffle}")
-        self.master, self.shuffle, self.step = bool(master), bool(shuffle), int(header[10])
-        if self.step < 0:
-            raise damaged(path, f"its step is {self.step}")
-        long = header.view("<u8")
-        self.rng_state, self.rng_state_last_update = int(long[10]), int(long[11])
-        n, arrays = elements(config), 3 if master else 2
+        _, version, ranks, rank, master, shuffle, step, _, _, shard, sample = header.view(STATE_HEADER)[0].item()
+        if version != 1 or not {master, shuffle} <= {0, 1} or not 0 <= rank < ranks or step < 0:
+            raise damaged(path, f"version {version}, process {rank} of {ranks}, {step=}, {master=}, {shuffle=}")
+        self.path, self.config, self.rank = path, config, rank
+        self.ranks, self.arrays, self.shuffle, self.step = ranks, 2 + master, bool(shuffle), step
+        n = elements(config)
         # nothing says whether ZeRO-1 split the arrays: the size does
-        for parts in sorted({1, self.ranks}):
-            divides = all(math.prod(s) // _layers(name, s) % parts == 0 for name, s in shapes(config).items())
-            self.split, self.count = parts > 1, n // parts
-            start = HEADER.itemsize + 4 * self.count * arrays
-            if divides and (place := self._place(start, int(long[15]), int(long[16]))) is not None:
+        for self.parts in sorted({1, ranks}):
+            start = HEADER.itemsize + 4 * (n // self.parts) * self.arrays
+            divides = all(math.prod(s) // _layers(name, s) % self.parts == 0 for name, s in shapes(config).items())
+            if divides and (place := self._place(start, shard, sample)) is not None:
                 self.place = place
                 return
-        raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * arrays, "m, v and weights alone make")
+        raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * self.arrays, "m, v and weights alone make")
 
     @property
     def facts(self) -> tuple[object, ...]:
         """What must agree among the files of a step."""
-        return self.ranks, self.master, self.shuffle, self.step, self.split
+        return self.ranks, self.arrays, self.shuffle, self.step, self.parts
 
-    def copy(self, out: np.ndarray, which: int, parts: int) -> None:
-        """Array number `which` (m, v, master) into its part of `out` (n,), which is in the order of our table."""
-        at, rank = HEADER.itemsize + 4 * self.count * which, self.rank
-        for name, start, shape in _tensors(self.config):
-            layers, size = _layers(name, shape), math.prod(shape)
-            each = size // layers // parts
-            place = Place(at, (layers, each), DTYPES["float32"])
-            out[start : start + size].reshape(layers, -1)[:, rank * each : (rank + 1) * each] = read_at(
-                self.path, place
-            )
+    def copy(self, out: np.ndarray, which: int) -> None:
+        """Copy array number `which` (m, v, master) into its part of `out` (n,), which is in the order of our table."""
+        at = HEADER.itemsize + 4 * (out.size // self.parts) * which
+        for name, where, shape in _tensors(self.config):
+            layers = out[where].reshape(_layers(name, shape), self.parts, -1)
+            place = Place(at, (len(layers), layers.shape[2]), DTYPES["float32"])
+            layers[:, self.rank % self.parts] = read_at(self.path, place)
             at = place.end
 
     def _place(self, start: int, shard: int, sample: int) -> Position | None:
-        """The loader's position, from the block at `start`; None if the file does not end where it should."""
+        """Return the loader's position, from the block at `start`; None if the file does not end where it should."""
         empty = np.empty(0, np.int32)
         if not self.shuffle:
             rng = MTState(np.zeros(KEY_WORDS, np.uint32), KEY_WORDS)
@@ -295,32 +250,23 @@ class _RankFile:
             start = orders[-1].end
         if self.size != start + TWISTER.itemsize:
             return None
-        twister = read_at(self.path, Place(start, (1,), TWISTER))[0]
-        left, pos = int(twister["left"]), int(twister["next"])
-        if not 1 <= left <= KEY_WORDS + 1 or (left > 1 and pos != KEY_WORDS + 1 - left):
-            raise damaged(self.path, f"its generator has {left} words left and {pos} used")
-        rng = MTState(twister["state"].astype(np.uint32), KEY_WORDS + 1 - left)  # just seeded: left 1, next 0
+        _, left, _, key, _ = read_at(self.path, Place(start, (1,), TWISTER))[0]
+        if not 1 <= left <= KEY_WORDS + 1:
+            raise damaged(self.path, f"its generator has {left} words left")
+        rng = MTState(key.astype(np.uint32), KEY_WORDS + 1 - int(left))  # just seeded: left 1, next 0
         shards, samples = (read_at(self.path, order).astype(np.int32) for order in orders)
         return Position(shard, sample, shards, samples, rng)
 
 
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Name, start in our flat arena, and shape of every tensor, in llm.c's order."""
-    starts, at = {}, 0
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
+    """Yield name, place in our flat arena, and shape of every tensor, in llm.c's order."""
+    found, at = {}, 0
     for name, shape in shapes(config).items():
-        starts[name] = at, shape
+        found[name] = slice(at, at + math.prod(shape)), shape
         at += math.prod(shape)
-    return ((name, *starts[name]) for name in ORDER)
+    return ((name, *found[name]) for name in ORDER)
 
 
 def _layers(name: str, shape: tuple[int, ...]) -> int:
     """Over how many layers a tensor is stacked."""
     return 1 if name in ("wte", "wpe", "ln_f_w", "ln_f_b") else shape[0]
-
-
-def _model_name(step: int) -> str:
-    return f"model_{step:08d}.bin"
-
-
-def _state_name(step: int, rank: int) -> str:
-    return f"state_{step:08d}_{rank:05d}.bin"

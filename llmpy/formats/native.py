@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..model.arena import Arena
+from ..data.tokenizer import Tokenizer
 from ..run import checkpoint
 from ..run.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
-from .source import Look, Source, cast, copy_tokenizer, shapes, tokenizer_beside, tokenizer_named
+from .source import Source, cast, shapes, tokenizer_beside, tokenizer_named
 
 
 def read_model(path: Path) -> Source:
@@ -19,21 +20,17 @@ def read_model(path: Path) -> Source:
 
     def read(name: str) -> np.ndarray:
         with checkpoint.opened(path) as file:
-            found: np.ndarray = file.get_tensor(name)
-        return found
+            return np.asarray(file.get_tensor(name))
 
-    def load(params: Arena, look: Look) -> None:
-        checkpoint.load_parameters(path, params, look)
-
-    what, length = "model of llmpy", header.trained_length
     runs = _run_of(path) / TOKENIZER_FILE
     ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_named(path).is_file()
     tokenizer = runs if ours else tokenizer_beside(path, header.config.vocab_size)
-    return Source(path, what, header.config, "float32", length, read, tokenizer, load)
+    load = partial(checkpoint.load_parameters, path)
+    return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer, load)
 
 
 def _run_of(path: Path) -> Path:
-    """The folder of the run that a model is of: its own, or two above that of a checkpoint."""
+    """Return the folder of the run that a model is of: its own, or two above that of a checkpoint."""
     folder = path.absolute().parent
     run = folder.parent.parent
     return run if folder.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file() else path.parent
@@ -45,6 +42,6 @@ def write_model(path: Path, source: Source) -> None:
     if path.suffix != ".safetensors":
         path.mkdir(parents=True, exist_ok=True)
         if source.tokenizer is not None:
-            copy_tokenizer(source.tokenizer, path / TOKENIZER_FILE)
+            Tokenizer.load(source.tokenizer).save(path / TOKENIZER_FILE)
         path = path / MODEL_FILE
     checkpoint.write_model(path, source.config, source.trained_length, params)

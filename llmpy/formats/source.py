@@ -8,7 +8,7 @@ so that a conversion never holds a second copy of the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..model.config import PAD_VOCAB_TO, ModelConfig
 from ..model.gpt2 import params_table
+from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
 
 DTYPES = {
@@ -29,8 +30,6 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("<f2"),
 }
-
-Look = Callable[[str, np.ndarray], None]  # is shown a tensor's name and numbers, and may raise
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,17 @@ class Source:
     trained_length: int  # the T beyond which positions are untrained
     read: Callable[[str], np.ndarray]
     tokenizer: Path | None = None  # a tokenizer.json that belongs to it
-    load: Callable[[Arena, Look], None] | None = None  # all tensors at once, where that is faster
+    load: Callable[[Arena], None] | None = None  # `fill`, where there is a faster way
 
     def fill(self, params: Arena) -> None:
-        """params := the tensors. Raises LlmpyError for numbers that are not finite: nothing comes of them."""
+        """params := the tensors. Raises LlmpyError for numbers that are not finite."""
         if self.load is not None:
-            self.load(params, self._look)
+            self.load(params)
             return
         for tensor, view in params.items():
             x = self.read(tensor.name)
-            self._look(tensor.name, x)
+            check_finite(self.path, tensor.name, x)
             view[...] = x
-
-    def _look(self, name: str, x: np.ndarray) -> None:
-        if not np.isfinite(x).all():
-            raise LlmpyError(
-                f"{self.path}: {name} holds numbers that are not finite",
-                "the model was damaged or its training went wrong: use another file",
-            )
 
     def describe(self) -> str:
         """One line for the user."""
@@ -96,17 +88,23 @@ def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return out
 
 
-def read_json(path: Path, at_most: int) -> Any:
-    """The object of a JSON file. Raises LlmpyError if it is missing, larger than `at_most` bytes, or no JSON."""
+def by_name(names: Mapping[str, str], name: str, x: np.ndarray, V: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield views of tensor x under the `names` of another program: each layer for {}, of wte the V rows in use."""
+    theirs = names[name]
+    if "{}" in theirs:
+        yield from ((theirs.format(l), layer) for l, layer in enumerate(x))
+    else:
+        yield theirs, x[:V] if name == "wte" else x
+
+
+def read_json(path: Path) -> Any:
+    """Return the object of a JSON file. Raises LlmpyError if it is missing or not that."""
     try:
-        size = path.stat().st_size
-        if size > at_most:
-            raise LlmpyError(f"{path} has {size:,} bytes, and such a file has at most {at_most:,}", "restore the file")
         found = json.loads(path.read_bytes())
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
-    except (ValueError, RecursionError) as fault:  # ValueError: also bytes that are no UTF-8, and endless digits
-        raise damaged(path, f"it is no JSON ({str(fault)[:80]})") from fault
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and endless digits
+        raise damaged(path, f"it is not JSON ({str(error)[:80]})") from error
     if not isinstance(found, dict):
         raise damaged(path, "it holds no JSON object")
     return found
@@ -126,16 +124,13 @@ def tokenizer_beside(path: Path, V: int) -> Path | None:
     own, folders, table = tokenizer_named(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
     if own.is_file():
         return own
-    try:
-        fits = table.is_file() and int(np.fromfile(table, "<u4", 3)[2]) == V
-    except (OSError, IndexError):
-        fits = False
+    fits = table.is_file() and np.fromfile(table, "<u4", 3)[2:].tolist() == [V]
     missing = -1
     if folders.is_file():
         try:
             missing = V - Tokenizer.load(folders).vocab_size
         except LlmpyError:
-            missing = 1  # whoever reads text with it will say what is wrong
+            missing = 1  # whoever reads text with it reports what is wrong
     return folders if missing == 0 or (0 < missing < PAD_VOCAB_TO and not fits) else table if fits else None
 
 
@@ -144,22 +139,8 @@ def unreadable(path: Path, fault: OSError) -> LlmpyError:
     return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")
 
 
-def damaged(path: Path, why: str) -> LlmpyError:
-    """What to raise for a file that is not what it claims to be."""
-    return LlmpyError(f"{path} is damaged: {why}", "download or write it again")
-
-
-def copy_tokenizer(source: Path, target: Path) -> Tokenizer:
-    """Copy a tokenizer.json, and return it. Raises LlmpyError if it is not one of ours."""
-    tokenizer = Tokenizer.load(source)
-    tokenizer.save(target)
-    return tokenizer
-
-
 def padded(wte: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The V rows of the vocabulary from wte (≥V, C), and zeros up to our own padding: (Vp, C)."""
-    V, Vp = config.vocab_size, config.padded_vocab_size
-    out = wte if len(wte) == Vp else np.empty((Vp, config.channels), wte.dtype)
-    out[:V] = wte[:V]
-    out[V:] = 0
+    """Return the first rows of wte (≥Vp, C), those beyond the vocabulary := 0: (Vp, C)."""
+    out = wte[: config.padded_vocab_size]
+    out[config.vocab_size :] = 0
     return out

@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from .folder import MODEL_FILE
 KEY, FORMAT = "llmpy", 1  # of a model file's metadata
 CHECKPOINT_FORMAT = 2  # of the manifest; 1, of 0.1.0, had one file of another layout where one process ran
 MODEL, MANIFEST = MODEL_FILE, "manifest.json"
-HEADER_AT_MOST = 1 << 22  # bytes; of GPT-2 XL by Hugging Face 70,000
 NAME = re.compile(r"step-(\d{8,})")
 PIECE, READERS = 1 << 20, 4  # elements of a model that are read at a time, on how many threads
 DAMAGED = "damaged-"  # what the name of a checkpoint begins with that was found to be so
@@ -48,25 +47,12 @@ TYPES = {"float32": "F32", "int32": "I32", "uint32": "U32", "int64": "I64"}
 Pieces = list[np.ndarray]  # the bytes of a file, one after another
 Entries = Sequence[tuple[str, tuple[int, ...], str]]  # name, shape and NumPy type of each tensor
 
-
 # Of reading: what says that a file or its disk is not sound. Others (permission, a stale handle) may pass.
 BROKEN = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 
-class Newer(LlmpyError):
-    """A checkpoint that is whole, but not for this program."""
-
-
-class Unreadable(LlmpyError):
-    """A checkpoint that the system does not give us now; nothing is known of it."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a model file says of itself. `trained_length` is the T beyond which positions are untrained."""
-
-    config: ModelConfig
-    trained_length: int
+class NotNow(LlmpyError):
+    """A checkpoint of a newer program, or one that cannot be read at present: it is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +62,15 @@ class Score:
     step: int
     val_loss: float
     measured_on: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a model file says of itself. `trained_length` is the T beyond which positions are untrained."""
+
+    config: ModelConfig
+    trained_length: int
+    score: Score | None = None
 
 
 def save(path: Path, model: GPT2, trained_length: int) -> None:
@@ -89,17 +84,6 @@ def write_model(
     """`save` for parameters that are in no model: float32, flat, in the order of the table."""
     pieces = model_pieces(config, trained_length, params, score)
     durable.write_whole(path, lambda temporary: durable.write_stretches(temporary, pieces))
-
-
-def read_score(path: Path) -> Score | None:
-    """What a model file says of how good its model is. Raises LlmpyError for a file that is missing or damaged."""
-    read_header(path)
-    with opened(path) as file:
-        about = json.loads(file.metadata()[KEY])
-    try:
-        return Score(int(about["step"]), float(about["val_loss"]), str(about["measured_on"]))
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, score: Score | None = None) -> Pieces:
@@ -124,7 +108,7 @@ def file_header(entries: Entries, metadata: Mapping[str, str] | None = None) -> 
 
 
 def read_header(path: Path) -> Header:
-    """The header of a model file, checked against the table: names, shapes, float32.
+    """Read the header of a model file, and check names, shapes and types of its tensors: the table's, float32.
 
     Raises LlmpyError for a file that is missing, damaged or not ours.
     """
@@ -136,33 +120,27 @@ def read_header(path: Path) -> Header:
             about = json.loads(metadata[KEY])
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, this program reads {FORMAT}")
-            header = Header(ModelConfig(**about["config"]), int(about["trained_length"]))
-        except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as fault:
-            raise _damaged(path, f"its header cannot be read: {fault}") from fault
-        if not 1 <= header.trained_length <= header.config.context:
-            raise _damaged(path, f"trained length {header.trained_length}")
-        _check_tensors(path, file, {t.name: t.shape for t in params_table(header.config)})
+            score = Score(*(about[field.name] for field in fields(Score))) if "val_loss" in about else None
+            header = Header(ModelConfig(**about["config"]), int(about["trained_length"]), score)
+            if not 1 <= header.trained_length <= header.config.context:
+                raise ValueError(f"trained length {header.trained_length}")
+        except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as error:
+            raise damaged(path, f"its header cannot be read: {error}") from error
+        expected = {t.name: ("F32", t.shape) for t in params_table(header.config)}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
+        found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if found.get(name) != expected.get(name):
+                raise damaged(path, f"{name} is {found.get(name)}, expected {expected.get(name)}")
         return header
 
 
-def _check_tensors(path: Path, file: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise LlmpyError unless the open file holds exactly these tensors, in float32."""
-    if set(file.keys()) != set(expected):
-        raise _damaged(path, f"tensors {sorted(set(file.keys()) ^ set(expected))} are missing or unknown")
-    for name, shape in expected.items():
-        found = file.get_slice(name)
-        if tuple(found.get_shape()) != shape or found.get_dtype() != "F32":
-            is_there = f"{found.get_dtype()} {tuple(found.get_shape())}"
-            raise _damaged(path, f"{name} is {is_there}, expected F32 {shape}")
-
-
-def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray], None] | None = None) -> None:
+def load_parameters(path: Path, params: Arena) -> None:
     """Read the file's tensors into `params`, in its types. `read_header` must have accepted the file.
 
     By pieces on several threads, straight into place where the type is float32: the library would make a copy of each
-    tensor, and what takes the time is memory that is touched for the first time. A piece (n,) float32 is shown to
-    `look`, with its tensor's name, while it is in cache.
-    A safetensors file is the length of its header (uint64), the header (JSON), the tensors.
+    tensor, and what takes the time is memory that is touched for the first time. Raises LlmpyError for numbers that are
+    not finite.
     """
 
     def read(piece: tuple[str, np.ndarray, int]) -> None:
@@ -171,33 +149,43 @@ def load_parameters(path: Path, params: Arena, look: Callable[[str, np.ndarray],
         with path.open("rb") as file:
             file.seek(offset)
             if file.readinto(memoryview(numbers).cast("B")) != numbers.nbytes:
-                raise _damaged(path, f"{name} is cut off")
-        if look is not None:
-            look(name, numbers)
+                raise damaged(path, f"{name} is cut off")
+        check_finite(path, name, numbers)
         if numbers is not part:
             part[:] = numbers
 
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            about = json.loads(file.read(length))
+        about, start = tensors_of(path)
         pieces = []
         for tensor, view in params.items():
-            flat, begin = view.reshape(-1), 8 + length + about[tensor.name]["data_offsets"][0]
+            flat, begin = view.reshape(-1), start + about[tensor.name]["data_offsets"][0]
             pieces += [(tensor.name, flat[i : i + PIECE], begin + 4 * i) for i in range(0, flat.size, PIECE)]
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(read, pieces))
-    except OSError as fault:
-        raise _damaged(path, str(fault)) from fault
+    except OSError as error:
+        raise damaged(path, str(error)) from error
 
 
-def named(folder: Path, step: int) -> Path:
-    """The checkpoint of a step."""
-    return folder / f"step-{step:08}"
+def check_finite(path: Path, name: str, x: np.ndarray) -> None:
+    """Raise LlmpyError for numbers that are not finite: nothing comes of them."""
+    if not np.isfinite(x).all():
+        raise LlmpyError(
+            f"{path}: {name} holds numbers that are not finite", "its training went wrong: use another file"
+        )
+
+
+def tensors_of(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a sound safetensors file, and where its tensors start.
+
+    Such a file is the length of its header (uint64), the header (JSON), the tensors.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
 
 
 def being_made(folder: Path, step: int) -> Path:
-    """The same until it is whole."""
+    """Return the folder of a checkpoint until it is whole."""
     return folder / f".step-{step:08}.tmp"
 
 
@@ -218,7 +206,7 @@ def write_files(making: Path, files: Mapping[str, Pieces]) -> dict[str, dict[str
 
 def commit(folder: Path, step: int, state: Mapping[str, Any], written: Mapping[str, Any]) -> Path:
     """All files are written: the manifest, and the name that says so."""
-    final, making = named(folder, step), being_made(folder, step)
+    final, making = folder / f"step-{step:08}", being_made(folder, step)
     text = _sealed({"format": CHECKPOINT_FORMAT, "step": step, **state, "files": written})
     durable.write_stretches(making / MANIFEST, [np.frombuffer(text, np.uint8)])
     durable.sync_folder(making)
@@ -239,66 +227,61 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint all of whose bytes are those that were written.
 
-    Raises LlmpyError, which says what is not; Newer, if this program is too old for it; Unreadable.
+    Raises LlmpyError, which says what is not; NotNow, if it is not damaged but cannot be used.
     """
     try:
         text = (checkpoint / MANIFEST).read_bytes()
-        try:
-            manifest = json.loads(text)["manifest"]
-            sound = _sealed(manifest) == text
-        except (ValueError, KeyError, TypeError, RecursionError):
-            sound = False
-        if not sound:
-            raise _damaged(checkpoint / MANIFEST, "its checksum differs")
+        manifest = json.loads(text)["manifest"]
+        if _sealed(manifest) != text:
+            raise ValueError("its checksum differs")
         if (found := manifest["format"]) > CHECKPOINT_FORMAT:
-            raise Newer(f"{checkpoint} has format {found}, this program reads {CHECKPOINT_FORMAT}", "use a newer llmpy")
+            what = f"{checkpoint} has format {found}, this program reads {CHECKPOINT_FORMAT}"
+            raise NotNow(what, "use a newer llmpy")
         for name in sorted({MODEL, *manifest["files"]}):
             about = manifest["files"][name]
             if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):
-                raise _damaged(checkpoint / name, wrong)
-    except OSError as fault:
-        if fault.errno not in BROKEN:
-            raise Unreadable(
-                f"cannot read {fault.filename or checkpoint}: {fault.strerror or fault}",
-                "mend that and try again; nothing was changed",
-            ) from fault
-        raise _damaged(checkpoint, f"{fault.strerror or fault}") from fault
+                raise damaged(checkpoint / name, wrong)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(checkpoint / MANIFEST, str(error)) from error
+    except OSError as error:
+        why = f"{error.filename or checkpoint}: {error.strerror or error}"
+        raise (
+            damaged(checkpoint, why)
+            if error.errno in BROKEN
+            else NotNow(f"cannot read {why}", "mend that and try again")
+        ) from error
     return dict(manifest)
 
 
 def listed(folder: Path) -> list[Path]:
     """The checkpoints below a folder, by their names, newest first."""
-    try:
-        found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
-    except FileNotFoundError:
-        return []
+    paths = folder.iterdir() if folder.exists() else ()
+    found = [(int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest sound checkpoint below `folder` and its manifest; None if there never was one.
+    """Return the newest sound checkpoint below `folder` and its manifest; None if there never was one.
 
-    Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged, or
-    if the newest is of a newer program or cannot be read, which is no damage.
+    Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged, and NotNow.
     """
-    damaged = []
-    for path in listed(folder):
+    found = listed(folder)
+    for count, path in enumerate(found):
         try:
             manifest = verify(path)
-        except (Newer, Unreadable):
+        except NotNow:
             raise
-        except LlmpyError as fault:
-            say(f"warning: {str(fault).partition(' — ')[0]}")
-            damaged.append(path)
+        except LlmpyError as error:
+            say(f"warning: {str(error).partition(' — ')[0]}")
             continue
-        for bad in damaged:
+        for bad in found[:count]:
             aside = bad.with_name(DAMAGED + bad.name)
             durable.remove(aside)
             durable.replace(bad, aside)
-        if damaged:
+        if count:
             say(f"going back to step {manifest['step']}; what is damaged was renamed to {DAMAGED}…")
         return path, manifest
-    if damaged:
+    if found:
         raise LlmpyError(f"every checkpoint in {folder} is damaged", "restore one of them, or train anew")
     return None
 
@@ -315,24 +298,16 @@ def prune(folder: Path, keep: int) -> None:
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file; whatever the library finds wrong becomes a LlmpyError."""
     try:
-        _check_header(path)
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
         raise LlmpyError(f"no model at {path}", f"train one with: {command('train')}") from None
     except PermissionError:
         raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions") from None
-    except (OSError, SafetensorError) as fault:
-        raise _damaged(path, str(fault)) from fault
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, str(error)) from error
 
 
-def _check_header(path: Path) -> None:
-    """Raise LlmpyError for a header that the library would spend more memory on than a model's is worth."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > HEADER_AT_MOST:
-        raise _damaged(path, f"a header of {length:,} bytes")
-
-
-def _damaged(path: Path, why: str) -> LlmpyError:
-    return LlmpyError(f"{path} is damaged or no model: {why}", "train again, or restore the file")
+def damaged(path: Path, why: str) -> LlmpyError:
+    """Return what to raise for a file that is not what it claims to be."""
+    return LlmpyError(f"{path} is damaged: {why}", "restore the file, or make it again")

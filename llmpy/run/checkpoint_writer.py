@@ -61,7 +61,6 @@ class CheckpointWriter:
         self._step, self._state = 0, dict[str, Any]()  # of the checkpoint that is being written
         self._written: dict[str, Any] = {}  # what the manifest says of this rank's files
         self._error = ""  # why that one could not be written, on whichever rank
-        self._warned = ""  # the error that the user knows of
         copied = world.rank == 0 and (every > 0 or world.size > 1)
         self._weights = page_aligned(model.params.size if copied else 0)
         self._moments = page_aligned(2 * length(optimizer.owned) if every else 0)
@@ -70,8 +69,6 @@ class CheckpointWriter:
 
     def restore(self, path: Path, manifest: dict[str, Any], seed: int) -> Position:
         """Parameters and moments := a checkpoint's; returns the position in the data. `seed` is the shuffling's."""
-        if checkpoint.read_header(path / MODEL_FILE).config != self.model.config:
-            raise LlmpyError(f"{path} holds another model than this run's", "restore the run folder")
         checkpoint.load_parameters(path / MODEL_FILE, self.model.params)
         self.model.store_weights()
         self.optimizer.adopt_weights()
@@ -90,13 +87,13 @@ class CheckpointWriter:
             try:
                 self._publish(path)
             except OSError as error:
-                self.journal.say(f"warning: cannot write {self.run / MODEL_FILE}: {error.strerror or error}")
+                self.journal.say(f"warning: cannot write {self.run / MODEL_FILE}: {_why(error)}")
 
     def due(self, step: int) -> bool:
         """Return whether to call `save` now: a checkpoint is due, and the one before is written."""
         if self._next is None or (self._thread is None and step < self._next):
             return False
-        self._settle()
+        self.settle(wait=False)
         return step >= self._next and self._thread is None
 
     def save(self, step: int, state: dict[str, Any], position: Position) -> None:
@@ -109,7 +106,7 @@ class CheckpointWriter:
         self._moments[:half], self._moments[half:] = moments
         if self._prepare(step, state):
             arguments = self._weights, [self._moments], position
-            self._thread = Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
+            self._thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._report()
@@ -121,7 +118,8 @@ class CheckpointWriter:
             weights, moments = self._snapshot()
             if self._prepare(step, state):
                 self._write(weights, moments, position)
-                self._commit()
+                if self.world.size > 1:
+                    self._commit()
             if self._error:
                 kept = f"the checkpoint of step {self.last} is kept" if self.last else "no earlier checkpoint exists"
                 raise LlmpyError(
@@ -130,10 +128,6 @@ class CheckpointWriter:
                 )
         if self.world.rank == 0:
             (self.run / START_FILE).unlink(missing_ok=True)  # from here on checkpoints say what the run resumes from
-
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
-        self._settle(wait=True)
 
     def close(self) -> None:
         """Wait for this rank's thread, whether or not the other ranks still answer."""
@@ -145,7 +139,7 @@ class CheckpointWriter:
     def best(self) -> Score | None:
         """Return the score of the model that `keep_best` kept last, in this process or an earlier one."""
         try:
-            return checkpoint.read_score(self.run / BEST_FILE)
+            return checkpoint.read_header(self.run / BEST_FILE).score
         except LlmpyError:  # missing or corrupt
             return None
 
@@ -178,8 +172,7 @@ class CheckpointWriter:
         if before is None or before.measured_on == score.measured_on:
             return before is None or score.val_loss < before.val_loss
         self.journal.say(
-            f"validation now takes {score.measured_on}; the best model so far, of step {before.step} with "
-            f"{before.val_loss:.4f}, was measured on {before.measured_on}: it gives way to this one"
+            f"validation now takes {score.measured_on}: the best model so far, of step {before.step}, is replaced"
         )
         return True
 
@@ -189,40 +182,35 @@ class CheckpointWriter:
         return optimizer.weights(self._weights), [host(optimizer.m), host(optimizer.v)]
 
     def _prepare(self, step: int, state: dict[str, Any]) -> bool:
-        """Make the folder to write into; whether that succeeded."""
+        """Make the folder to write into; return whether that succeeded."""
         self._step, self._state, self._written, self._error = step, state, {}, ""
         if self.world.rank == 0:
             try:
                 checkpoint.make_room_for(self.folder, step)
             except OSError as error:
-                self._error = error.strerror or str(error)
+                self._error = _why(error)
         self._error = str(self.world.tell(self._error)[0])
         return not self._error
 
-    def _in_background(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
-        self._write(weights, moments, position)
-        if self.world.size == 1:  # several agree in `_settle`, on the thread that talks to the others
-            self._commit()
-
     def _write(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
-        """Write this rank's files."""
+        """Write this rank's files; a single rank commits them too."""
         rank, size, config = self.world.rank, self.world.size, self.model.config
         files = {parts.part_name(rank, size): parts.part_pieces(self.optimizer.owned, moments, position)}
         if rank == 0:
             files[MODEL_FILE] = checkpoint.model_pieces(config, self.trained_length, weights)
         try:
             self._written = checkpoint.write_files(checkpoint.being_made(self.folder, self._step), files)
-        except MemoryError:
-            self._error = "out of memory"
-        except OSError as error:
-            self._error = error.strerror or str(error)
+        except (OSError, MemoryError) as error:
+            self._error = _why(error)
+        if size == 1:  # several agree in `settle` or `finish`, on the thread that talks to the others
+            self._commit()
 
     def _commit(self) -> None:
         """Make all parts a checkpoint, the run's model a second name of its model; older checkpoints go."""
         told = self.world.tell([self._error, self._written])
         several = self.world.size > 1
         errors = [f"{error} (rank {rank})" if several else error for rank, (error, _) in enumerate(told) if error]
-        error = errors[0] if errors else ""
+        error = "".join(errors[:1])
         if self.world.rank == 0 and not error:
             try:
                 with contextlib.suppress(OSError):  # a log that is lost, with a warning, must not cost the model
@@ -232,7 +220,7 @@ class CheckpointWriter:
                 self._publish(checkpoint.commit(self.folder, self._step, state, files))
                 checkpoint.prune(self.folder, self.keep)
             except OSError as refused:
-                error = refused.strerror or str(refused)
+                error = _why(refused)
         if self.world.rank == 0 and error:
             with contextlib.suppress(OSError):
                 durable.remove(checkpoint.being_made(self.folder, self._step))
@@ -240,7 +228,7 @@ class CheckpointWriter:
         if not self._error:
             self.last = self._step
 
-    def _settle(self, wait: bool = False) -> None:
+    def settle(self, wait: bool = True) -> None:
         """If the threads of all ranks have ended, their parts become a checkpoint, or there is a warning."""
         if self._thread is None:
             return
@@ -255,13 +243,9 @@ class CheckpointWriter:
         self._report()
 
     def _report(self) -> None:
-        """Warn of an error once, and say when checkpoints are written again."""
-        if self._error and self._error != self._warned:
+        if self._error:
             kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
             self.journal.say(f"warning: cannot write a checkpoint: {self._error}; {kept}; training continues")
-        elif self._warned and not self._error:
-            self.journal.say(f"checkpoints are written again: that of step {self.last} is whole")
-        self._warned = self._error
 
     def _publish(self, written: Path) -> None:
         """The checkpoint's model becomes the run's."""
@@ -270,6 +254,10 @@ class CheckpointWriter:
         durable.link(written / MODEL_FILE, temporary)
         durable.replace(temporary, self.run / MODEL_FILE)
         durable.sync_folder(self.run)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", "") or str(error) or "out of memory"
 
 
 def page_aligned(count: int) -> np.ndarray:

@@ -16,12 +16,14 @@ when a run really begins.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,21 +31,13 @@ from ..data.magic import SPOOL
 from ..errors import LlmpyError
 from ..options.train import TrainOptions
 from ..system import durable
-from ..system.durable import write_whole
 from ..system.interrupts import signals_held_back
 from ..system.lock import Lock
 from ..version import __version__
 
-MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, CHECKPOINTS, EVENTS, LOCK = (
-    "model.safetensors",
-    "best.safetensors",
-    "start.safetensors",
-    "config.json",
-    "tokenizer.json",
-    "checkpoints",
-    "events",
-    "run.lock",
-)
+MODEL_FILE, BEST_FILE, START_FILE = "model.safetensors", "best.safetensors", "start.safetensors"
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+CHECKPOINTS, EVENTS, LOCK = "checkpoints", "events", "run.lock"
 LOGS = METRICS, MAIN, SAMPLES = "metrics.jsonl", "main.log", "samples.txt"  # cut back to a checkpoint by --resume
 CONSOLE = "console.log"
 PARTS = "train.bin", "val.bin"  # the tokens that a run made of text
@@ -52,7 +46,6 @@ OURS = {MODEL_FILE, BEST_FILE, START_FILE, CONFIG_FILE, TOKENIZER_FILE, *TOKENS,
 LLMC_DONE = re.compile(r"DONE_(\d{1,18})")  # what makes a checkpoint of llm.c one: its last file
 # What is left of a run that was killed: temporary files, as `durable` names them, and tokens that were being made.
 CUT_OFF = re.compile(rf"\.({'|'.join(map(re.escape, sorted(OURS)))})\.\d+\.tmp|{re.escape(SPOOL)}.*")
-
 
 HELD: list[RunFolder] = []  # by this process: whoever ends it discards them
 
@@ -93,69 +86,68 @@ class RunFolder:
         Raises LlmpyError for an existing folder with anything in it, for one that another run is writing to, and for
         one that cannot be written.
         """
-        run = cls(out or Path("runs"), made=[])
-        try:
-            while True:
-                path = out or _fresh(called)
-                run = cls(path, made=[p for p in (path, *path.parents) if not p.exists()])
-                path.mkdir(parents=True, exist_ok=True)
-                if run._take():
-                    _refuse_loss(path)
-                    return run
-                if out is not None:
-                    raise _taken(path, run._lock)
-        except OSError as fault:
-            run._let_go()
-            raise LlmpyError(
-                f"cannot write to the run folder {run.path}: {fault.strerror or fault}", "choose another with --out"
-            ) from None
-        except LlmpyError:
-            run._let_go()
-            raise
+        run = cls(out or Path("runs"), made=[p for p in (out, *out.parents) if not os.path.exists(p)] if out else [])
+        if out is None:
+            with run._undone():
+                path = _fresh(called)
+            run = cls(path, made=[path, path.parent])
+        with run._undone():
+            run.path.mkdir(parents=True, exist_ok=True)
+            run._take()
+            _refuse_loss(run.path)
+        return run
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
-        """The folder of a run that is to go on. Raises LlmpyError if there is none, or if it is going on already."""
-        try:
+        """Take the folder of a run to resume. Raises LlmpyError if it is missing, or if it is training already."""
+        run = cls(path, made=[])
+        with run._undone():
             if not is_run(path):
                 raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
-            run = cls(path, made=[])
-            if not run._take():
-                raise _taken(path, run._lock)
-        except OSError as fault:
-            raise LlmpyError(
-                f"cannot write to the run folder {path}: {fault.strerror or fault}", "check its permissions"
-            ) from None
+            run._take()
         run.resumed = True
         run.keep()
         return run
 
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Within: the folder is let go if anything is wrong. Raises LlmpyError instead of OSError."""
+        try:
+            yield
+        except OSError as error:
+            self._let_go()
+            fix = "choose another with --out, or check its permissions"
+            raise LlmpyError(f"cannot write to the run folder {self.path}: {error.strerror or error}", fix) from None
+        except LlmpyError:
+            self._let_go()
+            raise
+
     def keep(self) -> None:
-        """The run has begun: its log and metrics are worth keeping whatever comes."""
+        """The run has begun: its log and metrics are worth keeping whatever comes. Remove what a killed run left."""
         self._kept = True
         with contextlib.suppress(OSError):
-            for name in _entries(self.path):
-                if CUT_OFF.fullmatch(name):
-                    durable.remove(self.path / name)
-        with contextlib.suppress(OSError):
-            for name in _entries(self.path / CHECKPOINTS):
-                if name.startswith(".") and name.endswith(".tmp"):
-                    shutil.rmtree(self.path / CHECKPOINTS / name)
+            for path in [path for path in self.path.iterdir() if CUT_OFF.fullmatch(path.name)]:
+                durable.remove(path)
+            for path in (self.path / CHECKPOINTS).glob(".*.tmp"):
+                shutil.rmtree(path)
 
     def discard(self) -> None:
         """If the run never began, remove its files and the folders made for it. Let others have it."""
         with signals_held_back():
             if not self._kept and self.path.is_dir():
-                for name in [name for name in os.listdir(self.path) if name in OURS or CUT_OFF.fullmatch(name)]:
+                for name in os.listdir(self.path):
                     with contextlib.suppress(OSError):  # in use (Windows)
-                        durable.remove(self.path / name)
+                        if name in OURS or CUT_OFF.fullmatch(name):
+                            durable.remove(self.path / name)
             self._let_go()
 
-    def _take(self) -> bool:
-        held = self._lock.take()
-        if held:
-            HELD.append(self)
-        return held
+    def _take(self) -> None:
+        if not self._lock.take():
+            raise LlmpyError(
+                f"{self.path} is in use: {self._lock.holder()} is training in it",
+                "wait for its end, or choose another --out",
+            )
+        HELD.append(self)
 
     def _let_go(self) -> None:
         """Drop the lock, and remove the folders made for a run that never started."""
@@ -177,10 +169,14 @@ def finished(below: Path = Path("runs")) -> list[Path]:
 
 
 def _fresh(called: str) -> Path:
-    """runs/d4-20261122-1503, with -2, -3 … after it where the minute already has one."""
-    stem = f"{called.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M')}"
-    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 1_000_000))
-    return next(path for name in names if not (path := Path("runs", name)).exists())
+    """Make runs/d4-20261122-1503, with -2, -3 … after it where the minute already has one."""
+    runs, stem = Path("runs"), f"{called.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M')}"
+    runs.mkdir(exist_ok=True)
+    for name in itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):  # of a run that started in this minute, or at this moment
+            (runs / name).mkdir()
+            return runs / name
+    raise AssertionError("names are endless")
 
 
 def is_run(path: Path) -> bool:
@@ -198,40 +194,21 @@ def is_ours(path: Path) -> bool:
 
 def holds_llmc(path: Path) -> bool:
     """Whether llm.c left a checkpoint here: then it is gone on with elsewhere, and nothing of it is touched."""
-    try:
-        return any(LLMC_DONE.fullmatch(name) for name in _entries(path))
-    except OSError:
-        return False
-
-
-def _taken(path: Path, lock: Lock) -> LlmpyError:
-    return LlmpyError(
-        f"{path} is in use: {lock.holder()} is training in it", "wait for its end, or choose another --out"
-    )
+    return any(LLMC_DONE.fullmatch(entry.name) for entry in path.glob("DONE_*"))
 
 
 def _refuse_loss(path: Path) -> None:
     """Raise LlmpyError if there is anything in `path` that training into it could overwrite or bury."""
-    names = [name for name in _entries(path) if name != LOCK and not CUT_OFF.fullmatch(name)]
-    if MODEL_FILE in names:
-        raise LlmpyError(
-            f"{path} already holds a trained model",
-            f"choose another --out, or go on with it: --resume {shlex.quote(str(path))}",
-        )
-    if is_run(path):
-        raise LlmpyError(f"{path} holds a run that was cut off", f"go on with it: --resume {shlex.quote(str(path))}")
-    if holds_llmc(path):
-        raise LlmpyError(
-            f"{path} holds a run of llm.c",
-            f"go on with it in another folder: --resume {shlex.quote(str(path))} --out …",
-        )
-    if names:
-        raise LlmpyError(f"{path} is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out")
-
-
-def _entries(path: Path) -> list[str]:
-    """Names in a folder, sorted; for a file NotADirectoryError, an OSError."""
-    return sorted(entry.name for entry in path.iterdir())
+    names = [name for name in sorted(os.listdir(path)) if name != LOCK and not CUT_OFF.fullmatch(name)]
+    resume = f"--resume {shlex.quote(str(path))}"
+    for found, what, fix in (
+        (MODEL_FILE in names, "already holds a trained model", f"choose another --out, or go on with it: {resume}"),
+        (is_run(path), "holds a run that was cut off", f"go on with it: {resume}"),
+        (holds_llmc(path), "holds a run of llm.c", f"go on with it in another folder: {resume} --out …"),
+        (names, f"is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out"),
+    ):
+        if found:
+            raise LlmpyError(f"{path} {what}", fix)
 
 
 def own_tokens(folder: Path) -> tuple[Path, ...]:
@@ -243,11 +220,8 @@ def own_tokens(folder: Path) -> tuple[Path, ...]:
 def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
     """What was trained, how and on what, for people and later tools; loading a model does not read it."""
     text = json.dumps({"llmpy": __version__, "options": options.as_record(), **more}, indent=2, ensure_ascii=False)
-    # errors: a path may hold bytes that are no text
-    write_whole(
-        folder / CONFIG_FILE,
-        lambda temporary: temporary.write_text(text + "\n", encoding="utf-8", errors="surrogateescape"),
-    )
+    data = (text + "\n").encode("utf-8", "surrogateescape")  # a path may hold bytes that are not text
+    durable.write_whole(folder / CONFIG_FILE, lambda temporary: temporary.write_bytes(data))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -23,15 +23,12 @@ from ..errors import LlmpyError
 from ..system.terminal import silence
 from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
-TAIL = 1 << 16  # bytes of metrics.jsonl that hold a step's lines for certain
-
 
 class Journal:
     """The logs and the metrics of one run. Until `open` gives them files they are held. A context manager."""
 
     def __init__(self) -> None:
-        self._held = io.StringIO()
-        self._console: TextIO = self._held
+        self._console: TextIO = io.StringIO()
         self._files: dict[str, TextIO] = {}  # METRICS, MAIN, SAMPLES
         self._bar: Any = None
         self._gone = False  # the terminal
@@ -49,41 +46,18 @@ class Journal:
     def open(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
         """Start the files; console.log with all that was said until now.
 
-        None of them may exist; but of a run that goes on, `sizes` tells the bytes of each one that remain, and
-        console.log all of them; of one that is shorter there is a warning. Raises LlmpyError if one cannot be written.
+        None of them may exist; but of a resumed run, `sizes` holds the bytes of each one that remain, and console.log
+        keeps all of them. Raises LlmpyError if one cannot be written.
         """
         try:
-            new = sizes is None
             for name in LOGS:
-                path = folder / name
+                file = self._files[name] = _lines(folder / name, sizes is None)
                 if sizes is not None:
-                    self._cut(path, sizes.get(name, 0))
-                self._files[name] = _lines(path, new)
-            self._console = _lines(folder / CONSOLE, new)
-        except OSError as fault:
-            raise LlmpyError(
-                f"cannot write {fault.filename}: {fault.strerror}", "choose another folder with --out"
-            ) from fault
-        self._write(self._console, self._held.getvalue())
-
-    def _cut(self, path: Path, size: int) -> None:
-        """Leave the first `size` bytes of a file."""
-        path.touch()
-        found = path.stat().st_size
-        if found < size:
-            self.say(f"warning: {path} has {found:,} of the {size:,} bytes it had at the checkpoint; the rest is lost")
-        os.truncate(path, min(found, size))
-
-    def recorded(self, step: int) -> list[dict[str, Any]]:
-        """What the last lines of metrics.jsonl hold of a step."""
-        with open(self._files[METRICS].name, "rb") as file:
-            file.seek(-min(TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        rows = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # the first of them may be cut
-                rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict) and row.get("step") == step]
+                    file.truncate(min(os.fstat(file.fileno()).st_size, sizes.get(name, 0)))
+            held, self._console = cast(io.StringIO, self._console), _lines(folder / CONSOLE, sizes is None)
+        except OSError as error:
+            raise LlmpyError(f"cannot write {error.filename}: {error.strerror}", "choose another --out") from error
+        self._write(self._console, held.getvalue())
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of numbers or samples as of now, for `open`."""

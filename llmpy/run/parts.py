@@ -12,7 +12,6 @@ order of the table, and the place in the manifest.
 from __future__ import annotations
 
 import bisect
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,10 +35,6 @@ class Moments(Protocol):
     v: Any
     master: Any  # float32 weights, like m and v
     updates: int
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model."""
 
     @property
     def owned(self) -> Sequence[Range]:
@@ -92,38 +87,32 @@ def read_parts(path: Path, manifest: Mapping[str, Any]) -> list[Part]:
 def _read(path: Path, data: Mapping[str, Any]) -> Part:
     with checkpoint.opened(path) as file:
         found = {n: file.get_tensor(n) for n in file.keys() if n.split(".")[0] not in ("m", "v")}  # noqa: SIM118, no dict
-    with path.open("rb") as head:
-        start = int.from_bytes(head.read(8), "little")
-        about = json.loads(head.read(start))
+    about, start = checkpoint.tensors_of(path)
     size = sum(math.prod(entry["shape"]) for name, entry in about.items() if name.split(".")[0] == "m")
-    flat = np.memmap(path, np.float32, "r", offset=8 + start, shape=(2 * size,))
+    flat = np.memmap(path, np.float32, "r", offset=start, shape=(2 * size,))
     ranges = found["ranges"].tolist() if "ranges" in found else [(0, size)]
-    shard, sample, used = (
-        found["place"].tolist() if "place" in found else (data["shard"], data["sample"], data["generator_used"])
-    )
-    rng = MTState(found["generator"], used)
-    return Part(
-        ranges, flat[:size], flat[size:], Position(shard, sample, found["shard_order"], found["sample_order"], rng)
-    )
+    old = "shard", "sample", "generator_used"
+    shard, sample, used = found["place"].tolist() if "place" in found else [int(data[key]) for key in old]
+    position = Position(shard, sample, found["shard_order"], found["sample_order"], MTState(found["generator"], used))
+    return Part(ranges, flat[:size], flat[size:], position)
 
 
 def load_moments(parts: Sequence[Part], ranges: Sequence[Range], m: np.ndarray, v: np.ndarray) -> None:
     """m and v (n,) := the moments of these ranges of the flat arenas, one after another, from whatever parts."""
-    pieces: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # start, end, m, v
+    pieces: list[tuple[int, int, int, Part]] = []  # start, end, and where it lies in which part
     for part in parts:
         at = 0
         for start, stop in part.ranges:
-            here = slice(at, at + stop - start)
-            pieces.append((start, stop, part.m[here], part.v[here]))
-            at = here.stop
+            pieces.append((start, stop, at, part))
+            at += stop - start
     pieces.sort(key=lambda piece: piece[:2])
     starts = [piece[0] for piece in pieces]
     at = 0
     for start, stop in ranges:
-        for first, end, *theirs in pieces[bisect.bisect(starts, start) - 1 : bisect.bisect_left(starts, stop)]:
+        for first, end, there, part in pieces[bisect.bisect(starts, start) - 1 : bisect.bisect_left(starts, stop)]:
             low, high = max(start, first), min(stop, end)
-            for mine, other in zip((m, v), theirs, strict=True):
-                mine[at + low - start : at + high - start] = other[low - first : high - first]
+            here, theirs = slice(at + low - start, at + high - start), slice(there + low - first, there + high - first)
+            m[here], v[here] = part.m[theirs], part.v[theirs]
         at += stop - start
 
 

@@ -1,6 +1,6 @@
 """Where numbers of a run also go, if asked: TensorBoard's event files, wandb, trackio. None of them is a dependency.
 
-What fails here ends no run: there is one warning, and that tracker gets nothing more.
+An error in one of them ends no run: there is one warning, and that tracker gets nothing more.
 """
 
 from __future__ import annotations
@@ -16,65 +16,60 @@ from .folder import EVENTS
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 PROJECT = "llmpy"
+Open = tuple[Callable[[dict[str, float], int], object], Callable[[], object]]  # what logs numbers of a step, and closes
 
 
 class Trackers:
-    """Open trackers, and what was said of those that failed."""
+    """Open trackers, without those that failed."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        run: Path,
-        record: Mapping[str, Any],
-        say: Callable[[str], None],
+        self, names: Sequence[str], run: Path, record: Mapping[str, Any], say: Callable[[str], None],
         since: int | None = None,
-    ) -> None:
-        """`record` describes the run. Of one that goes on, what was told of steps `since` … is told again.
+    ) -> None:  # fmt: skip
+        """`record` describes the run. Of a resumed one, what was logged of steps `since` … comes again.
 
         Raises LlmpyError if a package is missing.
         """
-        self._say, self._since = say, since
-        self._open: dict[str, tuple[Callable[[dict[str, float], int], object], Callable[[], object]]] = {}
+        self._say, self._open = say, dict[str, Open]()
         modules = {name: package(name) for name in names}
         for name, module in modules.items():
-            self._guard(name, self._start, name, module, run, dict(record))
+            self._guard(name, lambda n, m: self._open.update({n: _start(n, m, run, record, since)}), name, module)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """The numbers of a step, those that are numbers."""
-        told = {k: float(v) for k, v in numbers.items() if k != "step" and isinstance(v, int | float)}
+        """Log the numbers of a step, those that are numbers."""
+        kept = {k: float(v) for k, v in numbers.items() if k != "step" and isinstance(v, int | float)}
         for name, (log, _) in list(self._open.items()):
-            self._guard(name, log, told, step)
+            self._guard(name, log, kept, step)
 
     def close(self) -> None:
-        """All that was logged is delivered."""
+        """Deliver all that was logged."""
         for name, (_, close) in list(self._open.items()):
             self._guard(name, close)
-        self._open.clear()
-
-    def _start(self, name: str, module: Any, run: Path, record: dict[str, Any]) -> None:
-        if name == "tensorboard":
-            writer = module.SummaryWriter(str(run / EVENTS), purge_step=self._since)
-
-            def log(numbers: dict[str, float], step: int) -> None:
-                for key, value in numbers.items():
-                    writer.add_scalar(key, value, step)
-
-            self._open[name] = log, writer.close
-        else:
-            folder = {"dir": str(run)} if name == "wandb" else {}
-            module.init(project=PROJECT, name=run.name, config=record, **folder)
-            self._open[name] = (lambda numbers, step: module.log(numbers, step=step)), module.finish
 
     def _guard(self, name: str, act: Callable[..., object], *arguments: object) -> None:
         try:
             act(*arguments)
-        except Exception as fault:  # whatever another's service may raise
+        except Exception as error:  # whatever another's service may raise
             self._open.pop(name, None)
-            self._say(f"warning: {name} fails and is told no more: {type(fault).__name__}: {fault}")
+            self._say(f"warning: {name} failed; tracking disabled: {type(error).__name__}: {error}")
+
+
+def _start(name: str, module: Any, run: Path, record: Mapping[str, Any], since: int | None) -> Open:
+    if name != "tensorboard":
+        folder = {"dir": str(run)} if name == "wandb" else {}
+        module.init(project=PROJECT, name=run.name, config=dict(record), **folder)
+        return module.log, module.finish
+    writer = module.SummaryWriter(str(run / EVENTS), purge_step=since)
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+
+    return log, writer.close
 
 
 def package(name: str) -> Any:
-    """The module of a tracker. Raises LlmpyError if it is not installed."""
+    """Return the module of a tracker. Raises LlmpyError if it is not installed."""
     try:
         return importlib.import_module(PACKAGES[name])
     except ImportError:

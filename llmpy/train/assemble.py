@@ -112,7 +112,7 @@ def build(
     start.fill(model)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)
-    since = start.done if folder.resumed else None
+    since = start.done + 1 if folder.resumed else None
     tracked = (options.track or ()) if world.rank == 0 else ()
     trackers = Trackers(tracked, folder.path, options.as_record(), journal.say, since)
     peak = sum(part for (part,) in world.gather(flight.peak))
@@ -132,9 +132,6 @@ def build(
         about = {"model": asdict(config), "machine": described(machine), "data": fed.fingerprints}
         write_config(folder.path, options, **about)
     journal.open(folder.path, None if not folder.resumed else start.manifest["logs"] if start.manifest else {})
-    if tracked and since:  # they forget this step with what came after it
-        for row in journal.recorded(since):
-            trackers.log(since, row)
     folder.keep()
     journal.say(f"run folder {folder.path}")
     sync_folder(folder.path)

@@ -220,8 +220,8 @@ class Trainer:
         self.checkpoints.adopt(path, self.done)
 
     def take_over(self, state: llmc_state.TrainingState) -> None:
-        """Continue from a state of llm.c, whose weights the model has. It holds no detectors: they start anew."""
-        llmc_state.restore(state, self.optimizer, self.data.train)
+        """Continue from a state of llm.c, whose weights and place model and data have. Detectors start anew."""
+        llmc_state.restore(state, self.optimizer)
         self.done = state.step
 
     def conclude(self) -> None:

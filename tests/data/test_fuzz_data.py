@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.mutations import mutated
 from support.samples import llama_tokenizer
 
 from llmpy.data.hellaswag import read_examples
@@ -36,8 +37,6 @@ NORMAL, EACH, CAMPAIGNS = 10_000, 10_000, 100
 V = 300
 SECONDS, MEGABYTES = 1.0, 64
 TEXT = "the cat, the hat: 12 naïve cafés\n\n日本 \U0001f642 it's\t"
-EXTREMES = (0, 1, 2, 255, 256, 2**15, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
-SIGNS = b'{}[]",:\\0123456789eE+-. \n\r\t\0\xff\x80=AaQg'
 
 
 def shard(path: Path) -> None:
@@ -125,39 +124,6 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
         parquet.write_table(table, folder / name, compression=compression)
         files[name] = (folder / name).read_bytes(), records, 1
     return files
-
-
-def mutated(data: bytes, source: random.Random) -> bytes:
-    """`data` with one to four changes."""
-    changed = bytearray(data)
-    for _ in range(source.choice((1, 1, 1, 2, 4))):
-        n = len(changed)
-        at = source.choice(
-            (source.randrange(n + 1), min(n, 4 * source.randrange(12)), max(0, n - source.randrange(1, 64)))
-        )
-        match source.randrange(9):
-            case 0:
-                del changed[at:]
-            case 1:
-                del changed[at : at + source.choice((1, 2, 4, 100))]
-            case 2 if at < n:
-                changed[at] ^= 1 << source.randrange(8)
-            case 3:
-                changed[at : at + 1] = bytes([source.randrange(256)])
-            case 4:
-                width = source.choice((1, 2, 4, 8))
-                value = source.choice(EXTREMES) % (1 << 8 * width)
-                changed[at : at + width] = value.to_bytes(width, "little")
-            case 5:
-                changed[at:at] = changed[at : at + source.choice((1, 7, 200))]
-            case 6:
-                changed[at : at + 1] = bytes([source.choice(SIGNS)])
-            case 7:
-                changed[at:at] = source.choice((b"9" * 30, b'"', b"[" * 3000, b"\xed\xa0\x80", b"\\ud800", b"\0" * 64))
-            case _:
-                other = source.randrange(n + 1)
-                changed[at : at + 16] = changed[other : other + 16]
-    return bytes(changed)
 
 
 def read(path: Path, reader: Callable[[Path], None]) -> bool:

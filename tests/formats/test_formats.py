@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import struct
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import golden
 from support.laptop import TINY, Laptop
 from support.samples import (
-    WRITERS,
     in_memory,
     llama_tokenizer,
-    llmc_version,
     same,
     sharded,
-    training_state,
     with_tokenizer,
     write_debug,
 )
@@ -32,8 +29,8 @@ from llmpy.cli.main import main
 from llmpy.data.rank_tables import LLMC_FILE, write_llmc
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
-from llmpy.formats import huggingface, llmc, llmc_state, native, open_model, resolve, tokenizer_of
-from llmpy.formats.source import DTYPES, cast, shapes
+from llmpy.formats import huggingface, llmc, native, open_model, resolve, tokenizer_of
+from llmpy.formats.source import DTYPES, cast
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
@@ -52,38 +49,28 @@ def test_a_model_goes_through_every_format_and_back(tmp_path: Path, dtype: str) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("form", ["hf", "hf sharded"])
-def test_hugging_face_in_every_type(tmp_path: Path, form: str, dtype: str) -> None:
+def test_shards_of_hugging_face_in_every_type(tmp_path: Path, dtype: str) -> None:
     source = in_memory(dtype=dtype)
-    WRITERS[form](tmp_path / "model", source)
-    assert same(open_model(tmp_path / "model"), source)
+    sharded(tmp_path, source)
+    assert same(open_model(tmp_path), source)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
-def test_every_version_of_llm_c(tmp_path: Path, version: int) -> None:
-    """Files written here from the description alone."""
-    path = tmp_path / "no name tells"
-    narrow = version in (2, 4, 5)
-    source = in_memory(dtype="bfloat16" if narrow else "float32")
-    llmc_version(path, source, version)
-    found = open_model(path)
-    assert found.dtype == source.dtype
-    for name in shapes(TINY):
-        assert np.array_equal(found.read(name), source.read(name)), name
-        wide = version in (1, 3) or (version in (2, 4) and name.startswith("ln_"))
-        assert found.read(name).dtype == (np.float32 if wide else ml_dtypes.bfloat16)
-    if version in (3, 5):
-        llmc.write_model(tmp_path / "ours", source, source.dtype)
-        assert (tmp_path / "ours").read_bytes() == path.read_bytes()
+@pytest.mark.parametrize(("dtype", "version"), [("float32", 3), ("bfloat16", 5)])
+def test_bytes_are_those_of_llm_c(tmp_path: Path, dtype: str, version: int) -> None:
+    """A file packed by struct, from the description alone."""
+    source = in_memory(dtype=dtype)
+    llmc.write_model(tmp_path / "no name tells", source, dtype)
+    header = struct.pack("<8i", 20240326, version, 16, 300, 2, 2, 8, 384).ljust(1024, b"\0")
+    body = b"".join(source.read(name).astype(DTYPES[dtype]).tobytes() for name in llmc.ORDER)
+    assert (tmp_path / "no name tells").read_bytes() == header + body
+    assert same(open_model(tmp_path / "no name tells"), source)
 
 
 def test_layout_of_124m() -> None:
     config = ModelConfig.from_dial("gpt2")
-    for version, size in golden.MODEL_BYTES.items():
-        assert llmc.layout(config, 50304, version)["ln_f_b"].end == size
-    three = llmc.layout(config, 50304, 3)
-    assert tuple(three[name].offset for name in llmc.ORDER) == golden.MODEL_OFFSETS
-    assert list(three) == list(llmc.ORDER)
+    for dtype, version in (("float32", 3), ("bfloat16", 5)):
+        assert llmc.layout(config, dtype)["ln_f_b"].end == golden.MODEL_BYTES[version]
+    assert tuple(place.offset for place in llmc.layout(config, "float32").values()) == golden.MODEL_OFFSETS
 
 
 def test_hugging_face_keeps_how_far_positions_are_trained(tmp_path: Path) -> None:
@@ -109,7 +96,7 @@ def test_names_and_transposes_of_hugging_face(tmp_path: Path) -> None:
         assert np.array_equal(tensors[f"transformer.h.{l}.mlp.c_proj.weight"], source.read("mlp_proj_w")[l].T)
     assert len(tensors) == 4 + 12 * TINY.layers
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["n_layer"], config["n_head"], config["n_embd"], config["n_positions"]) == (2, 2, 8, 16)
+    assert [config[key] for key in huggingface.SHAPE] == [2, 2, 8, 16, 300]
 
 
 def test_weights_by_another_name(tmp_path: Path) -> None:
@@ -138,9 +125,6 @@ def test_openais_own_names_masks_and_a_repeated_head(tmp_path: Path) -> None:
 
     rewrite(tmp_path, as_uploaded)
     assert same(open_model(tmp_path), in_memory())
-    rewrite(tmp_path, lambda t: t["lm_head.weight"].__setitem__((0, 0), 7))
-    with pytest.raises(LlmpyError, match="head of its own"):
-        open_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,44 +132,29 @@ def test_openais_own_names_masks_and_a_repeated_head(tmp_path: Path) -> None:
     [
         (lambda t: t.pop("transformer.h.1.ln_2.bias"), r"lacks transformer.h.1.ln_2.bias"),
         (lambda t: t.update(extra=np.zeros(3, np.float32)), "has extra, which GPT-2 has not"),
-        (lambda t: t.update({"transformer.wpe.weight": np.zeros((15, 8), np.float32)}), r"F32 \(15, 8\), expected"),
         (lambda t: t.update({"transformer.wpe.weight": np.zeros((16, 8), np.int8)}), r"I8 \(16, 8\), expected"),
-    ],
-)
-def test_wrong_tensors(tmp_path: Path, change: Any, said: str) -> None:
-    huggingface.write_model(tmp_path, in_memory(), "float32")
-    rewrite(tmp_path, change)
-    with pytest.raises(LlmpyError, match=said):
-        open_model(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+        (lambda t: t.update({"lm_head.weight": np.ones((300, 8), np.float32)}), "head of its own"),
         ({"model_type": "llama"}, "of a model 'llama'"),
         ({"n_layer": 2.0}, "five whole numbers"),
         ({"n_layer": 10**9}, "layers, but the files have"),
         ({"n_head": 3}, "do not divide"),
-        ({"n_embd": True}, "five whole numbers"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"n_inner": 7}, "n_inner"),
+        ("[" * 100_000, "config.json is damaged"),
+        ('{"n_layer": ' + "9" * 10_000 + "}", "config.json is damaged"),
+        ("\xff", "config.json is damaged"),
     ],
 )
-def test_another_model(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_another_model(tmp_path: Path, change: Any, said: str) -> None:
+    """Tensors, values of config.json, or all of its text that are no GPT-2's."""
     huggingface.write_model(tmp_path, in_memory(), "float32")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), encoding="utf-8")
+    if callable(change):
+        rewrite(tmp_path, change)
+    else:
+        path = tmp_path / "config.json"
+        text = change if isinstance(change, str) else json.dumps(json.loads(path.read_text("utf-8")) | change)
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(LlmpyError, match=said):
-        open_model(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"n_layer": ' + "9" * 10_000 + "}", "\xff"])
-def test_json_that_is_none(tmp_path: Path, text: str) -> None:
-    huggingface.write_model(tmp_path, in_memory(), "float32")
-    (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(LlmpyError, match=r"config.json is damaged"):
         open_model(tmp_path)
 
 
@@ -193,8 +162,7 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
     sharded(tmp_path / "a", in_memory())
     index = tmp_path / "a" / huggingface.INDEX_FILE
     good = json.loads(index.read_text("utf-8"))
-    elsewhere: list[Any] = [{"wte.weight": "../../etc/passwd"}, {"wte.weight": 3}, {}, []]
-    for bad in [*elsewhere, good["weight_map"] | {"x": "model-00001-of-00002.safetensors"}]:
+    for bad in ({"wte.weight": "../../etc/passwd"}, {"wte.weight": 3}, {}, []):
         index.write_text(json.dumps({"weight_map": bad}), encoding="utf-8")
         with pytest.raises(LlmpyError, match="index.json is damaged"):
             open_model(tmp_path / "a")
@@ -207,15 +175,11 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({1: 6}, "of version 6"),
-        ({1: 0}, "of version 0"),
+        ({1: 4}, "of version 4"),
         ({4: 1 << 30}, "is cut off"),
-        ({4: 0}, "layers is 0"),
         ({6: -8}, "channels is -8"),
-        ({5: 3}, "do not divide"),
         ({3: 400}, "padded to 384"),
-        ({2: 15}, "is longer than it says"),
-        ({2: 2**31 - 1, 3: 2**31 - 1, 4: 2**31 - 1, 5: 1, 6: 2**31 - 1, 7: 2**31 - 1}, "is cut off"),
+        ({2: 2**31 - 1, 3: 2**31 - 128, 4: 2**31 - 1, 5: 1, 6: 2**31 - 1, 7: 2**31 - 128}, "is cut off"),
     ],
 )
 def test_headers_that_lie_are_caught_before_anything_is_allocated(
@@ -236,25 +200,17 @@ def test_headers_that_lie_are_caught_before_anything_is_allocated(
 
 def test_what_a_path_seems_to_be(tmp_path: Path) -> None:
     path = tmp_path / "thing"
-    state = training_state(TINY)
     for content, said in (
         (b"", "no model: it begins with nothing"),
-        (b"hello world", "no model: it begins with 68 65"),
         (b"GGUF\3\0\0\0....", "GGUF, which is written here but not read"),
         (b"PK\3\4........", "a pickle of PyTorch"),
-        (b"\x80\2}q\0.......", "a pickle of PyTorch"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
-        ((1 << 23).to_bytes(8, "little") + b"{}", "a header of"),  # the library would parse it
-        ((1 << 62).to_bytes(8, "little") + b"{}", "a header of"),
-        (np.array([20240520, 1, 3], "<i4").tobytes(), "no model|token shard"),
-        (np.array([20240328, 2], "<u4").tobytes(), "an llm.c tokenizer"),
+        ((1 << 62).to_bytes(8, "little") + b"{}", "is damaged"),
+        (np.array([20240527, 1, 3], "<i4").tobytes(), "an llm.c optimizer state"),
     ):
         path.write_bytes(content)
         with pytest.raises(LlmpyError, match=said):
             open_model(path)
-    llmc_state.write_state(path, TINY, state)
-    with pytest.raises(LlmpyError, match="an llm.c optimizer state"):
-        open_model(path)
     with pytest.raises(LlmpyError, match="holds no model"):
         open_model(tmp_path)
     with pytest.raises(LlmpyError, match="No such file or directory"):
@@ -280,28 +236,20 @@ def test_rounding_is_to_nearest_even_and_never_to_infinity() -> None:
 
 
 def test_debug_state_round_trip_and_damage(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    gradients = in_memory(seed=9)
+    rng, gradients, path = np.random.default_rng(0), in_memory(seed=9), tmp_path / "debug.bin"
     tokens, targets = rng.integers(0, TINY.vocab_size, (2, 3, 5), dtype=np.int32)
     logits = rng.normal(size=(3, 5, TINY.vocab_size)).astype(np.float32)
-    path = tmp_path / "debug.bin"
     write_debug(path, llmc.DebugState(tokens, targets, logits, 1.25, gradients.read))
-    parameters = sum(math.prod(s) for s in shapes(TINY).values())
-    assert path.stat().st_size == 1024 + 4 * (2 * 15 + 15 * TINY.vocab_size + 1 + parameters)
-    found = llmc.read_debug(path, TINY)
-    assert found.loss == 1.25
-    for got, want in ((found.tokens, tokens), (found.targets, targets), (found.logits, logits)):
-        assert np.array_equal(got, want)
-    assert all(np.array_equal(found.gradient(n), gradients.read(n)) for n in llmc.ORDER)
-    with pytest.raises(LlmpyError, match="is cut off"):
-        llmc.read_debug(path, replace(TINY, layers=3))
+    *arrays, loss, gradient = llmc.read_debug(path, TINY)
+    assert loss == 1.25
+    assert all(np.array_equal(x, y) for x, y in zip(arrays, (tokens, targets, logits), strict=True))
+    assert all(np.array_equal(gradient(name), gradients.read(name)) for name in llmc.ORDER)
     content = path.read_bytes()
-    path.write_bytes(content[:1024] + np.int32(TINY.vocab_size).tobytes() + content[1028:])
-    with pytest.raises(LlmpyError, match="not all in the vocabulary"):
-        llmc.read_debug(path, TINY)
-    path.write_bytes(content[:-1])
-    with pytest.raises(LlmpyError, match="is cut off"):
-        llmc.read_debug(path, TINY)
+    another = content[:1024] + np.int32(TINY.vocab_size).tobytes() + content[1028:]
+    for bad, said in ((another, "not all in the vocabulary"), (content[:-1], "is cut off")):
+        path.write_bytes(bad)
+        with pytest.raises(LlmpyError, match=said):
+            llmc.read_debug(path, TINY)
 
 
 # llmpy convert
@@ -310,9 +258,7 @@ def test_debug_state_round_trip_and_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "arguments", "dtype"),
     [
-        ("out.bin", [], "float32"),
         ("out.bin", ["--dtype", "bfloat16"], "bfloat16"),
-        ("out", [], "float32"),
         ("out", ["--dtype", "bfloat16"], "bfloat16"),
         ("out", ["--to", "native"], "float32"),
         ("out.safetensors", [], "float32"),
@@ -367,13 +313,12 @@ def test_convert_makes_the_folder_and_keeps_the_tokenizer(tmp_path: Path, capsys
         ("a/b/m.bin", "m.tokenizer.json"),
         ("c/m.safetensors", "m.tokenizer.json"),
         ("d", "tokenizer.json"),
-        ("e/model.safetensors", "model.tokenizer.json"),
         ("f/n.bin", "n.tokenizer.json"),
     ):
         assert main(["convert", str(there), str(tmp_path / target)]) == 0
         there = tmp_path / target
         told = capsys.readouterr().out.splitlines()
-        assert (f"its tokenizer is beside it: {there.with_name(beside)}" in told) == ("." in target)
+        assert (f"wrote its tokenizer: {there.with_name(beside)}" in told) == ("." in target)
         assert there.with_name(LLMC_FILE).exists() == (there.suffix == ".bin")
         source = open_model(there)
         assert source.tokenizer == (there if target == "d" else there.parent) / beside
@@ -413,16 +358,15 @@ def test_the_tokenizer_beside_a_model_must_fit_it(tmp_path: Path, write: Any) ->
     def found() -> Path | None:
         return open_model(path).tokenizer
 
+    learnt = {size: Tokenizer.train(["the cat sat on the mat " * 20], size) for size in (260, 263)}
     assert found() is None
-    Tokenizer.train(["the cat sat on the mat " * 20], 263).save(named)
+    learnt[263].save(named)
     assert found() is None
-    write_llmc(table, Tokenizer.train(["the cat sat on the mat " * 20], 260).ranks())
+    write_llmc(table, learnt[260].ranks())
     assert found() == table
     Tokenizer.bytes().save(named)  # it may be of a padded vocabulary, but the other one fits
     assert found() == table
     table.write_bytes(b"x")
-    assert found() == named
-    Tokenizer.train(["the cat sat on the mat " * 20], 260).save(named)
     assert found() == named
     named.write_bytes(b"{}")  # to be told by whoever needs it
     assert found() == named
@@ -432,14 +376,13 @@ def test_the_tokenizer_beside_a_model_must_fit_it(tmp_path: Path, write: Any) ->
 
 def test_a_tokenizer_of_another_model_is_not_taken(tmp_path: Path) -> None:
     """Neither a larger nor a much smaller one; but that of the file's name is the model's, and padded."""
-    path, of_folder = tmp_path / "m.bin", tmp_path / "tokenizer.json"
+    path = tmp_path / "m.bin"
     llmc.write_model(path, in_memory(replace(TINY, vocab_size=400)), "float32")
     for size in (257, 420):
-        Tokenizer.train([" ".join(map(str, range(1000)))], size).save(of_folder)
-        source = resolve(str(path), print)
-        with pytest.raises(LlmpyError, match=rf"is another model's: it has {size} tokens, .* 400 — .* as m\.tokenizer"):
-            tokenizer_of(source, print)
-    Tokenizer.train([" ".join(map(str, range(1000)))], 257).save(tmp_path / "m.tokenizer.json")
+        Tokenizer.train([" ".join(map(str, range(1000)))], size).save(tmp_path / "tokenizer.json")
+        with pytest.raises(LlmpyError, match=r"without a tokenizer, .* put its tokenizer\.json at .*m\.tokenizer"):
+            tokenizer_of(resolve(str(path), print), print)
+    Tokenizer.bytes().save(tmp_path / "m.tokenizer.json")
     assert resolve(str(path), print).config.vocab_size == 257
 
 
@@ -456,10 +399,10 @@ def test_files_have_the_modes_that_the_user_wants(tmp_path: Path) -> None:
 # GGUF: read back by the library that wrote it, and by llama.cpp where that is installed
 
 
-def gguf_tensors(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(path)
-    return reader, {t.name: t for t in reader.tensors}
+def gguf_read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields and the tensors."""
+    reader = pytest.importorskip("gguf").GGUFReader(path)
+    return {key: field.contents() for key, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -468,25 +411,19 @@ def test_gguf(tmp_path: Path, dtype: str) -> None:
     source = with_tokenizer(in_memory(dtype=dtype), tmp_path / "t.json")
     huggingface.write_model(tmp_path / "hf", source, "float32")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.gguf"), "--dtype", dtype]) == 0
-    reader, tensors = gguf_tensors(tmp_path / "m.gguf")
+    value, tensors = gguf_read(tmp_path / "m.gguf")
     assert len(tensors) == 4 + 12 * TINY.layers
-    for name, theirs in (("wte", "token_embd"), ("wpe", "position_embd"), ("ln_f_b", "output_norm")):
-        suffix = ".bias" if name.endswith("_b") else ".weight"
-        found = tensors[theirs + suffix]
-        want = source.read(name)[: TINY.vocab_size]
-        kind = dtype if name == "wte" else "float32"
+    for name, theirs in (
+        ("wte", "token_embd.weight"), ("wpe", "position_embd.weight"), ("ln_f_b", "output_norm.bias"),
+        ("attn_qkv_w", "blk.1.attn_qkv.weight"), ("mlp_proj_w", "blk.1.ffn_down.weight"),
+        ("ln_2_w", "blk.1.ffn_norm.weight"),
+    ):  # fmt: skip
+        found, want = tensors[theirs], source.read(name)[: TINY.vocab_size]
+        want = want[1] if theirs.startswith("blk") else want
+        kind = dtype if want.ndim == 2 and name != "wpe" else "float32"
         assert found.tensor_type.name == {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[kind]
         assert list(found.shape) == list(want.shape[::-1])
         assert found.data.tobytes() == want.astype(DTYPES[kind]).tobytes()
-    for name, theirs in (
-        ("attn_qkv_w", "attn_qkv.weight"),
-        ("mlp_proj_w", "ffn_down.weight"),
-        ("ln_2_w", "ffn_norm.weight"),
-    ):
-        for l in range(TINY.layers):
-            kind = DTYPES[dtype if len(source.read(name).shape) == 3 else "float32"]
-            assert tensors[f"blk.{l}.{theirs}"].data.tobytes() == source.read(name)[l].astype(kind).tobytes()
-    value = {key: field.contents() for key, field in reader.fields.items()}
     assert value["general.architecture"] == "gpt2"
     assert (value["gpt2.block_count"], value["gpt2.context_length"], value["gpt2.embedding_length"]) == (2, 16, 8)
     assert (value["gpt2.attention.head_count"], value["gpt2.feed_forward_length"]) == (2, 32)
@@ -503,7 +440,7 @@ def test_gguf_with_the_tokenizer_of_llama_3(tmp_path: Path, capsys: pytest.Captu
     write = ["convert", str(tmp_path / "m.safetensors"), str(tmp_path / "m.gguf")]
     native.write_model(tmp_path / "m.safetensors", in_memory(replace(TINY, vocab_size=V)))
     assert main(write) == 0
-    value = {key: field.contents() for key, field in gguf_tensors(tmp_path / "m.gguf")[0].fields.items()}
+    value, _ = gguf_read(tmp_path / "m.gguf")
     assert value["tokenizer.ggml.pre"] == "llama-bpe"
     assert value["tokenizer.ggml.tokens"][-3] == "<|begin_of_text|>"
     assert value["tokenizer.ggml.eos_token_id"] == V - 3
@@ -517,19 +454,14 @@ def test_gguf_with_the_tokenizer_of_llama_3(tmp_path: Path, capsys: pytest.Captu
         assert "splits words unlike GPT-2 and Llama 3" in capsys.readouterr().err
 
 
-def test_gguf_without_a_tokenizer(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    llmc.write_model(tmp_path / "m.bin", in_memory(), "float32")
-    assert main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "m.gguf")]) == 0
-    reader, _ = gguf_tensors(tmp_path / "m.gguf")
-    assert reader.fields["tokenizer.ggml.model"].contents() == "none"
-
-
-def test_gguf_needs_its_library(
+def test_gguf_without_a_tokenizer_and_without_its_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    pytest.importorskip("gguf")
     llmc.write_model(tmp_path / "m.bin", in_memory(), "float32")
+    assert main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "ids.gguf")]) == 0
+    assert gguf_read(tmp_path / "ids.gguf")[0]["tokenizer.ggml.model"] == "none"
+    monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "m.gguf")]) == 1
     assert "pip install 'llmpy[gguf]'" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,27 +35,24 @@ def test_round_trip_to_the_bit(saved: Path) -> None:
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
-def metadata(**changes: object) -> dict[str, str]:
-    good = {"format": checkpoint.FORMAT, "config": asdict(TINY), "trained_length": 8}
-    return {checkpoint.KEY: json.dumps(good | changes)}
+GOOD = {"format": checkpoint.FORMAT, "config": asdict(TINY), "trained_length": 8}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("about", "said"),
     [
-        ({"format": 2}, "format 2, this program reads 1"),
-        ({"config": []}, "header cannot be read"),
-        ({"config": {"layers": 2}}, "header cannot be read"),
-        ({"config": asdict(TINY) | {"heads": 3}}, "header cannot be read"),
-        ({"config": asdict(TINY) | {"heads": "x"}}, "header cannot be read"),
-        ({"config": asdict(replace(TINY, channels=16))}, r"is F32 \("),
-        ({"trained_length": "x"}, "header cannot be read"),
-        ({"trained_length": 17}, "trained length 17"),
-        ({"trained_length": 0}, "trained length 0"),
+        (None, "not a model of llmpy"),
+        ("{", "header cannot be read"),
+        (GOOD | {"format": 2}, "format 2, this program reads 1"),
+        (GOOD | {"config": {"layers": 2}}, "header cannot be read"),
+        (GOOD | {"config": asdict(TINY) | {"heads": "x"}}, "header cannot be read"),
+        (GOOD | {"config": asdict(replace(TINY, channels=16))}, "is .'F32', "),
+        (GOOD | {"trained_length": 17}, "trained length 17"),
     ],
 )
-def test_a_wrong_header(saved: Path, changes: dict[str, object], said: str) -> None:
-    save_file(load_file(saved), saved, metadata(**changes))
+def test_a_wrong_header(saved: Path, about: Any, said: str) -> None:
+    text = about if isinstance(about, str) else json.dumps(about)
+    save_file(load_file(saved), saved, {checkpoint.KEY: text} if about else None)
     with pytest.raises(LlmpyError, match=said):
         checkpoint.read_header(saved)
 
@@ -67,24 +65,15 @@ def test_tensors_missing_unknown_or_of_another_type(saved: Path) -> None:
         good | {"wpe": good["wpe"].astype(np.float16)},
         good | {"wpe": np.ascontiguousarray(good["wpe"].T)},
     ):
-        save_file(bad, saved, metadata())
+        save_file(bad, saved, {checkpoint.KEY: json.dumps(GOOD)})
         with pytest.raises(LlmpyError, match="damaged"):
             checkpoint.read_header(saved)
 
 
-def test_metadata_that_are_not_ours(saved: Path) -> None:
-    tensors = load_file(saved)
-    for other, said in ((None, "not a model of llmpy"), ({checkpoint.KEY: "{"}, "header cannot be read")):
-        save_file(tensors, saved, other)
-        with pytest.raises(LlmpyError, match=said):
-            checkpoint.read_header(saved)
-
-
 def test_no_file_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(LlmpyError, match="no model at"):
-        checkpoint.read_header(tmp_path / "model.safetensors")
-    with pytest.raises(LlmpyError):
-        checkpoint.read_header(tmp_path)
+    for path, said in ((tmp_path / "model.safetensors", "no model at"), (tmp_path, "is damaged")):
+        with pytest.raises(LlmpyError, match=said):
+            checkpoint.read_header(path)
 
 
 def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +87,5 @@ def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.M
         checkpoint.save(saved, tiny_model(), 8)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
-
-
-def test_saving_into_nowhere(tmp_path: Path) -> None:
     with pytest.raises(LlmpyError, match="cannot write"):
-        checkpoint.save(tmp_path / "none" / "model.safetensors", tiny_model(), 8)
+        checkpoint.save(saved.parent / "none" / "model.safetensors", tiny_model(), 8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,9 @@ class Run:
         self.writer = CheckpointWriter(SINGLE_PROCESS, folder, self.model, self.optimizer, 8, Journal(), every, keep)
         self.writer.begin(0)
 
+    def state(self) -> tuple[np.ndarray, ...]:
+        return self.model.params.buffer, self.optimizer.m, self.optimizer.v
+
     def save(self, step: int) -> Path:
         assert self.writer.due(step)
         self.writer.save(step, {"data": {}}, self.loader.position)
@@ -59,12 +61,10 @@ def test_round_trip_to_the_bit(tmp_path: Path) -> None:
     path = run.save(2)
     run.finish(2)  # there is one already
     again = Run(tmp_path)
-    for x in (again.model.params.buffer, again.optimizer.m, again.optimizer.v):
+    for x in again.state():
         x.fill(0)
     again.loader.position = again.writer.restore(path, checkpoint.verify(path), 42)
-    assert again.model.params.buffer.tobytes() == run.model.params.buffer.tobytes()
-    assert again.optimizer.m.tobytes() == run.optimizer.m.tobytes()
-    assert again.optimizer.v.tobytes() == run.optimizer.v.tobytes()
+    assert [x.tobytes() for x in again.state()] == [x.tobytes() for x in run.state()]
     for _ in range(80):
         assert np.array_equal(again.loader.next()[0], run.loader.next()[0])
     assert set(load_file(path / MODEL)) == {t.name for t in run.model.params.table}  # the library reads both
@@ -94,22 +94,17 @@ def test_the_copy_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert np.array_equal(model.params.buffer, before)
 
 
-def flips(path: Path, places: Any) -> list[int]:
-    """Places (in bits) of a file whose flip `verify` does not find."""
+def flip(path: Path, places: Any) -> None:
+    """Flip each of these bits of a file alone: `verify` finds it."""
     content = path.read_bytes()
-    missed = []
     for place in places:
         bad = bytearray(content)
         bad[place // 8] ^= 1 << place % 8
         path.write_bytes(bad)
-        try:
+        with pytest.raises(LlmpyError, match="damaged|reads 2"):
             checkpoint.verify(path.parent)
-            missed.append(place)
-        except LlmpyError as fault:
-            assert "damaged" in str(fault) or "reads 2" in str(fault)
     path.write_bytes(content)
     checkpoint.verify(path.parent)
-    return missed
 
 
 @pytest.mark.parametrize("name", [MODEL, PART, MANIFEST])
@@ -118,7 +113,7 @@ def test_a_flip_in_any_byte_of_a_header(tmp_path: Path, name: str) -> None:
     size = path.stat().st_size
     header = size if name == MANIFEST else 8 + int.from_bytes(path.read_bytes()[:8], "little")
     rng = np.random.default_rng(1)
-    assert flips(path, [8 * byte + int(rng.integers(8)) for byte in range(header)]) == []
+    flip(path, [8 * byte + int(rng.integers(8)) for byte in range(header)])
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.long)])
@@ -127,7 +122,7 @@ def test_flips_in_the_payload(tmp_path: Path, count: int) -> None:
     rng = np.random.default_rng(count)
     for name in (MODEL, PART):
         bits = 8 * (folder / name).stat().st_size
-        assert flips(folder / name, rng.integers(8 * durable.PAGE, bits, count // 2).tolist()) == []
+        flip(folder / name, rng.integers(8 * durable.PAGE, bits, count // 2).tolist())
 
 
 def test_other_damage(tmp_path: Path) -> None:
@@ -135,24 +130,11 @@ def test_other_damage(tmp_path: Path) -> None:
     good = (folder / PART).read_bytes()
     for bad in (b"", good[:-1], good + b"\0"):
         (folder / PART).write_bytes(bad)
-        with pytest.raises(LlmpyError, match=r"state-.*\.safetensors is damaged .* bytes instead of"):
+        with pytest.raises(LlmpyError, match=r"state-.*\.safetensors is damaged: .* bytes instead of"):
             checkpoint.verify(folder)
     (folder / PART).unlink()
     with pytest.raises(LlmpyError, match="No such file"):
         checkpoint.verify(folder)
-    manifest = json.loads((folder / MANIFEST).read_bytes())["manifest"] | {"format": 3}
-    (folder / MANIFEST).write_bytes(checkpoint._sealed(manifest))
-    with pytest.raises(LlmpyError, match="has format 3, this program reads 2"):
-        checkpoint.verify(folder)
-
-
-def test_the_newest_are_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path, keep=2)
-    for step in range(2, 21, 2):
-        run.save(step)
-    kept = [int(p.name[5:]) for p in checkpoint.listed(tmp_path / "checkpoints")]
-    assert kept == [20, 18]
-    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_a_full_disk_leaves_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,24 +161,19 @@ def test_a_full_disk_leaves_every_checkpoint(tmp_path: Path, monkeypatch: pytest
 def test_a_thread_that_runs_out_of_memory_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run(tmp_path, every=20)
-
-    def none(*_: Any) -> Path:
+    def none(*_: Any) -> None:
         raise MemoryError
 
-    with monkeypatch.context() as m:
-        m.setattr(checkpoint, "write_files", none)
-        run.save(20)
+    monkeypatch.setattr(checkpoint, "write_files", none)
+    Run(tmp_path).save(2)
     assert "warning: cannot write a checkpoint: out of memory; none exists yet" in capsys.readouterr().out
-    assert not run.writer.due(39)
-    assert run.writer.due(40), "tried again at the next interval"
 
 
 def test_a_checkpoint_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(2)
     newer = run.save(4)
-    manifest = json.loads((newer / MANIFEST).read_bytes())["manifest"] | {"format": 3}
+    manifest = checkpoint.verify(newer) | {"format": 3}
     (newer / MANIFEST).write_bytes(checkpoint._sealed(manifest))
     with pytest.raises(LlmpyError, match="has format 3, this program reads 2 — use a newer llmpy"):
         checkpoint.newest(tmp_path / "checkpoints", lambda _: None)

@@ -42,21 +42,6 @@ def same(a: Source, b: Source) -> bool:
     )
 
 
-def llmc_version(path: Path, source: Source, version: int) -> None:
-    """Write a historic version, which the package only reads: byte by byte, from the description."""
-    c = source.config
-    rows = c.vocab_size if version in (1, 2) else c.padded_vocab_size
-    header = np.zeros(256, "<i4")
-    header[:7] = 20240326, version, c.context, c.vocab_size, c.layers, c.heads, c.channels
-    header[7] = 0 if version in (1, 2) else rows
-    body = b""
-    for name in llmc.ORDER:
-        x = source.read(name)[:rows] if name == "wte" else source.read(name)
-        wide = version in (1, 3) or (version in (2, 4) and name.startswith("ln_"))
-        body += x.astype(np.float32 if wide else DTYPES["bfloat16"]).tobytes()
-    path.write_bytes(header.tobytes() + body)
-
-
 def sharded(folder: Path, source: Source) -> None:
     """A Hugging Face folder in two files with an index."""
     huggingface.write_model(folder, source, source.dtype)
@@ -115,9 +100,7 @@ def training_state(
             twister.permutation(order)
         places.append(Position(1, 4, orders[0], orders[1], twister.state))
     m, v, weights = rng.normal(size=(3, n)).astype(np.float32)
-    return llmc_state.TrainingState(
-        7, m, v, weights if master else None, *llmc_state.rng_states(7), shuffle, tuple(places)
-    )
+    return llmc_state.TrainingState(7, m, v, weights if master else None, shuffle, tuple(places))
 
 
 WRITERS: dict[str, Callable[[Path, Source], object]] = {
