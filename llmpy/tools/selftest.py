@@ -1,8 +1,8 @@
 """`llmpy selftest`: is what this machine computes right? A table, and an exit code other than 0 if not.
 
 Without files   a small model of our own against the reference in float64: loss, logits, gradients layer by layer,
-                AdamW; micro-batches against one batch; save, load and resume, to the bit; threads, to the bit
-With llm.c's    logits, loss and the 16 gradients of `gpt2_124M_debug_state.bin`, and its ten losses
+                AdamW; micro-batches against one batch; threads, to the bit
+With llm.c's    logits, loss and the 16 gradients of a debug state; of `gpt2_124M_debug_state.bin` also ten losses
 
 Relative errors are of whole tensors: ‖got − want‖ / ‖want‖.
 """
@@ -11,28 +11,18 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import backend
-from ..data.loader import Loader
-from ..data.shards import Shard
 from ..errors import LlmpyError
 from ..formats import llmc, open_model
-from ..formats.source import Source
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, params_table
+from ..model.gpt2 import GPT2
 from ..options.tools import SelftestOptions
-from ..run import checkpoint
-from ..run.checkpoint_writer import CheckpointWriter
-from ..run.folder import CHECKPOINTS
-from ..run.journal import Journal
 from ..train.optimizer import EPSILON, AdamW
-from ..train.single_process import SINGLE_PROCESS
 
 # No size is a whole number of vectors or tiles.
 OWN = ModelConfig(layers=3, heads=3, channels=48, context=40, vocab_size=97)
@@ -46,11 +36,11 @@ LOSS_ERROR = {"float32": 1e-6, "bfloat16": 5e-3}
 GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 4e-2}
 SAME_ERROR = 1e-5  # of the same sums in another order, in float32 whatever the dtype
 FILE_ERROR = 1e-4  # of float32 against float32, over 12 layers; llm.c allows 1e-2 of each logit
-# Ten steps apart. Published losses are PyTorch's, which llm.c and its ports miss by up to 1.8e-3; llm.c allows 1e-2.
-PUBLISHED_ERROR, LOSSES_ERROR = 3e-3, 1e-4
-REFERENCE_AT_MOST = 20_000_000  # parameters that the reference trains in reasonable time
 BETAS, DECAY, LR = (0.9, 0.999), 0.01, 1e-4  # of llm.c's ten steps, with decay of every tensor
-# GPT-2 124M on the batch of gpt2_124M_debug_state.bin: the losses that llm.c's tests publish
+# GPT-2 124M on the batch of gpt2_124M_debug_state.bin: PyTorch's losses, which llm.c's tests publish and allow to be
+# missed by 1e-2; llm.c and its ports miss them by up to 1.8e-3
+GPT2_124M = ModelConfig.from_dial("gpt2")
+LOSSES_ERROR = 3e-3
 LOSSES = (
     5.270007133, 4.059706688, 3.375123024, 2.800782681, 2.315382242, 1.849028587, 1.394656420, 0.999146521,
     0.624080420, 0.376510978,
@@ -58,20 +48,17 @@ LOSSES = (
 
 
 class Check(NamedTuple):
-    """One row: it passes if `error` is at most `bound`, which NaN never is, or if it was `skipped`, and why."""
+    """One row: it passes if `error` is at most `bound`, which NaN never is."""
 
     name: str
     error: float
     bound: float
-    skipped: str = ""
 
     @property
     def passed(self) -> bool:
-        return bool(self.skipped) or self.error <= self.bound
+        return self.error <= self.bound
 
     def row(self) -> str:
-        if self.skipped:
-            return f"{self.name:<68} skipped: {self.skipped}"
         verdict = "ok" if self.passed else "FAILED"
         return f"{self.name:<68} {self.error:>9.2g}   at most {self.bound:<8.2g} {verdict}"
 
@@ -88,11 +75,8 @@ def selftest(options: SelftestOptions, say: Callable[[str], None]) -> int:
     for check in from_files(options) if options.model else own_model(options):
         checks.append(check)
         say(check.row())
-    failed, skipped = sum(not c.passed for c in checks), sum(bool(c.skipped) for c in checks)
-    say(
-        f"{len(checks) - skipped} checks, {f'{failed} FAILED' if failed else 'all passed'}"
-        + (f"; {skipped} skipped" if skipped else "")
-    )
+    failed = sum(not check.passed for check in checks)
+    say(f"{len(checks)} checks, {f'{failed} FAILED' if failed else 'all passed'}")
     return 1 if failed else 0
 
 
@@ -114,17 +98,11 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
         yield Check(f"{dtype}: loss", abs(loss - want_loss) / want_loss, LOSS_ERROR[dtype])
         yield from _gradients(dtype, model, want)
         yield from _micro_batches(dtype, model, tokens, targets)
-        yield from _guarded(f"{dtype}: AdamW", _updates(dtype, model, tokens, targets))
         yield from _threads(dtype, tokens, targets)
-        yield from _guarded(f"{dtype}: save, load and resume", _resume(dtype, options))
-
-
-def _guarded(name: str, checks: Iterator[Check]) -> Iterator[Check]:
-    """The same checks; a refusal of the program's own, of a gradient that is not finite, is a row that fails."""
-    try:
-        yield from checks
-    except LlmpyError as fault:
-        yield Check(f"{name}: {fault}", math.nan, 0)
+        try:
+            yield from _updates(dtype, model, tokens, targets)
+        except LlmpyError as error:  # a gradient that is not finite
+            yield Check(f"{dtype}: AdamW: {error}", math.nan, 0)
 
 
 def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
@@ -187,37 +165,6 @@ def _threads(dtype: str, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Ch
     yield Check(f"{dtype}: values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
 
 
-def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
-    """Train, save as llm.c does, load into new objects, resume: values that differ from never stopping."""
-    text = np.random.default_rng(3).integers(0, OWN.vocab_size, 3000).astype(np.uint16)
-    shard = Shard(Path("selftest"), text)
-
-    def begin() -> tuple[GPT2, AdamW, Loader]:
-        model = _filled(OWN, _machine(options, dtype))
-        model.reserve(*OWN_BATCH, training=True)
-        return model, AdamW(model), Loader([shard], *OWN_BATCH, shuffle=True)
-
-    def go(model: GPT2, optimizer: AdamW, loader: Loader) -> np.ndarray:
-        losses = []
-        for _ in range(OWN_STEPS):
-            losses.append(model.loss_and_grads(*loader.next()))
-            optimizer.step(1e-3)
-        return np.append(np.array(model.ops.to_host(model.params.buffer)), np.array(losses, np.float32))
-
-    def writer(folder: str, model: GPT2, optimizer: AdamW) -> CheckpointWriter:
-        return CheckpointWriter(SINGLE_PROCESS, Path(folder), model, optimizer, OWN_BATCH[1], Journal(), 0, 1)
-
-    first, second = begin(), begin()
-    go(*first)
-    with tempfile.TemporaryDirectory() as folder:
-        writer(folder, *first[:2]).finish(OWN_STEPS, {"data": {}}, first[2].position)
-        on = go(*first)
-        path = checkpoint.listed(Path(folder, CHECKPOINTS))[0]
-        second[2].position = writer(folder, *second[:2]).restore(path, checkpoint.verify(path), 0)
-        second[1].updates = OWN_STEPS
-        yield Check(f"{dtype}: values that differ after save, load and resume", _different(go(*second), on), 0)
-
-
 # llm.c's files
 
 
@@ -239,27 +186,9 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
     for name in llmc.ORDER:
         got = model.ops.to_host(getattr(model.grads, name))
         yield Check(f"gradient of {name}", _error(got, debug.gradient(name)), FILE_ERROR)
-    want, bound = _ten_losses(source, debug)
-    if not want:
-        why = f"the reference would take too long for more than {REFERENCE_AT_MOST:,} parameters"
-        yield Check(f"losses of {len(LOSSES)} steps", math.nan, 0, skipped=why)
-    for step, (expected, got) in enumerate(zip(want, _train(model, debug), strict=False)):
-        yield Check(f"loss of step {step}: {got:.6f}, expected {expected:.6f}", abs(got - expected), bound)
-
-
-def _ten_losses(source: Source, debug: llmc.DebugState) -> tuple[tuple[float, ...], float]:
-    """What ten steps on this batch must give, and how closely: published for GPT-2 124M, else by the reference.
-
-    Nothing for a model that is too large for the reference.
-    """
-    config = source.config
-    if config == ModelConfig.from_dial("gpt2") and abs(debug.loss - LOSSES[0]) < PUBLISHED_ERROR:
-        return LOSSES, PUBLISHED_ERROR
-    if sum(t.size for t in params_table(config)) > REFERENCE_AT_MOST:
-        return (), LOSSES_ERROR
-    twin = GPT2(config, backend.load("reference"))
-    source.fill(twin.params)
-    return tuple(_train(twin, debug)), LOSSES_ERROR
+    if source.config == GPT2_124M and abs(debug.loss - LOSSES[0]) < LOSSES_ERROR:
+        for step, (want, got) in enumerate(zip(LOSSES, _train(model, debug), strict=True)):
+            yield Check(f"loss of step {step}: {got:.6f}, expected {want:.6f}", abs(got - want), LOSSES_ERROR)
 
 
 def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
-import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -55,7 +53,7 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_is_looked_at(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     checks = doctor.doctor(DoctorOptions(network=False), load)
     names = [check.name for check in checks]
-    asked = {"program", "cpu", "threads", "peaks", "memory", "kernel cache", "data cache", "disk", "extra mpi"}
+    asked = {"program", "cpu", "threads", "peaks", "memory", "kernel cache", "data cache", "disk"}
     assert asked <= set(names) and "network" not in names
     assert all(check.state == (NOTE if check.fix else OK) for check in checks), checks
     monkeypatch.setattr(doctor, "doctor", lambda _: checks)
@@ -92,29 +90,26 @@ def test_a_machine_that_does_not_load() -> None:
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    (check,) = doctor.memory(Meter())
+    check = doctor.memory(Meter())
     assert check.state == OK
     trained = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=512)  # as `llmpy train` takes for its own text
     assert check.numbers["default_training"] == memory_of(TrainOptions(), trained, Meter())
     monkeypatch.setattr(doctor, "available_memory", lambda: 50 << 20)
-    (check,) = doctor.memory(Meter())
+    check = doctor.memory(Meter())
     assert check.state == FAULT
     needed = check.numbers["default_training"]
     monkeypatch.setattr(doctor, "available_memory", lambda: needed + 1)
-    assert next(doctor.memory(Meter())).state == NOTE
+    assert doctor.memory(Meter()).state == NOTE
 
 
 def test_threads_that_cannot_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "cpu_percent", lambda _: 0.0)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
     monkeypatch.setattr(doctor, "cores", lambda: 8)
-    assert next(doctor.threads(Meter(8))).state == OK
-    assert next(doctor.threads(Meter(4))).state == NOTE
+    assert doctor.threads(Meter(8)).state == OK
+    assert doctor.threads(Meter(4)).state == NOTE
     monkeypatch.setattr(doctor, "cores", lambda: 2)
-    check = next(doctor.threads(Meter(8)))
+    check = doctor.threads(Meter(8))
     assert (check.state, check.fix) == (NOTE, "use --threads 2")
-    monkeypatch.setattr(psutil, "cpu_percent", lambda _: 50.0)
-    assert named(doctor.threads(Meter(8)), "other programs").numbers == {"busy_cores": 4.0}
 
 
 def test_cores_that_are_shared() -> None:
@@ -122,10 +117,10 @@ def test_cores_that_are_shared() -> None:
         def measure_peak(self) -> float:
             return 12.0
 
-    check = next(doctor.peaks(Half(2), lambda *_, **__: Half(1)))
+    check = doctor.peaks(Half(2), lambda *_, **__: Half(1))
     assert (check.state, check.numbers["gflops"]) == (NOTE, 12.0)
     assert "--threads 1" in check.fix
-    assert next(doctor.peaks(Meter(2), load)).state == OK
+    assert doctor.peaks(Meter(2), load).state == OK
 
 
 def test_the_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +128,6 @@ def test_the_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert check.state == OK
     folder = tmp_path / "cache" / "kernels" / "build"
     folder.mkdir(parents=True)
-    (folder / "kernel.nbc").write_bytes(bytes(1000))
-    monkeypatch.setattr(doctor, "CACHE_LARGE", 999)
-    assert [check.state for check in doctor.kernel_cache()] == [OK, NOTE]
     if os.name == "posix":
         folder.parent.chmod(0o777)
         assert "can be written by others" in list(doctor.kernel_cache())[1].found
@@ -146,26 +138,12 @@ def test_the_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_folder_that_is_full_or_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert next(doctor.place("disk", tmp_path / "runs", "use --out", 1000)).state == OK
-    assert next(doctor.place("disk", tmp_path / "runs", "use --out", 1 << 60)).state == FAULT
+    assert next(doctor.place("disk", lambda: tmp_path / "runs", "use --out", 1000)).state == OK
+    assert next(doctor.place("disk", lambda: tmp_path / "runs", "use --out", 1 << 60)).state == FAULT
     (tmp_path / "a file").touch()
     for needed, state in ((0, NOTE), (1000, FAULT)):
-        check = next(doctor.place("disk", tmp_path / "a file" / "runs", "use --out", needed))
+        check = next(doctor.place("disk", lambda: tmp_path / "a file" / "runs", "use --out", needed))
         assert (check.state, check.fix) == (state, "use --out")
-
-
-def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is listed is what an extra installs first, and is found or has a fix."""
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = extras["optional-dependencies"]
-    wanted.pop("dev")
-    assert {extra: names[0] for extra, names in doctor.EXTRAS.items()} == {
-        extra: re.split("[>=]", names[0])[0] for extra, names in wanted.items()
-    }
-    assert set(doctor.CORE) <= {re.split("[>=]", name)[0] for name in extras["dependencies"]}
-    monkeypatch.setitem(doctor.EXTRAS, "plot", ("no-such-package",))
-    check = named(doctor.extras(), "extra plot")
-    assert (check.state, check.fix) == (NOTE, "if you want it: pip install 'llmpy[plot]'")
 
 
 class Head(BaseHTTPRequestHandler):
