@@ -27,7 +27,7 @@ from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..options.bench import OpsOptions
-from ..system.words import columns, did_you_mean
+from ..system.words import columns
 
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them
 BUDGET = 0.4  # seconds of repetitions of a case
@@ -243,8 +243,6 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
 
     Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all; `steady`: they stayed.
     """
-    if options.op is not None and options.op not in BENCH:
-        raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
     ops: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
     single: Machine = load("cpu", threads=1, dtype=options.dtype)
     peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}
