@@ -20,7 +20,6 @@ import pytest
 from support.laptop import TINY, Laptop, tiny_model
 
 from llmpy.data.tokenizer import Tokenizer
-from llmpy.errors import LlmpyError
 from llmpy.generate.generation import generate
 from llmpy.generate.sampling import Choice, logprob
 from llmpy.rng import Xorshift64Star
@@ -150,12 +149,6 @@ def test_generation_is_that_of_sample(harness: Any, run: Path) -> None:
     made.model.params.wte[made.tokens.eot] = 10 * made.model.logits(np.array([encode("x")], np.int32)).max()
     made.model.params.ln_f_w[...], made.model.params.ln_f_b[...] = 0, 1
     assert made.generate_until([asked("x", {})], disable_tqdm=True) == [""]
-
-
-@pytest.mark.parametrize("batch_size", [0, "0", -1, "many"])
-def test_a_batch_of_no_rows(harness: Any, run: Path, batch_size: Any) -> None:
-    with pytest.raises(LlmpyError, match=f"--batch_size {batch_size} — use a whole number from 1 on, or auto"):
-        harness.Harness(str(run), batch_size=batch_size, machine=Laptop())
 
 
 def test_what_was_answered_is_kept_in_time(harness: Any, run: Path) -> None:
