@@ -39,7 +39,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     source.fill(model.params)
     # Each text has a generator of its own; the first has that of a text alone.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
-    generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), o.cache, logprobs=o.json)
+    generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json)
     streams = [TextStream(tokenizer.decode, o.stop or ()) for _ in prompts]
     eot = None if o.ignore_eot else tokenizer.eot
     pieces: list[list[str]] = [[opening] for opening in openings]

@@ -155,8 +155,8 @@ def test_prompts_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(cli, "sample", take)
-    assert cli.main(["sample", "--prompt", "a", "--prompt", "b", "RUN", "--stop", ".", "--no-cache"]) == 0
-    assert asked == [SampleOptions(Path("RUN"), prompt=("a", "b"), stop=(".",), cache=False)]
+    assert cli.main(["sample", "--prompt", "a", "--prompt", "b", "RUN", "--stop", ".", "--json"]) == 0
+    assert asked == [SampleOptions(Path("RUN"), prompt=("a", "b"), stop=(".",), json=True)]
 
 
 def test_the_second_seed_after_the_last_is_the_first(run: Path) -> None:
