@@ -59,25 +59,13 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     rate = weights / ms / 1e6
     gflops = prefill_flops(config, o.prefill) / prefill / 1e6
     return {
-        "tokens_per_s": 1e3 * o.batch_size / ms,
-        "share_of_bandwidth": rate / reading,
-        "ms_a_token": ms,
-        "weights_mb": weights / 1e6,
-        "weights_gb_s": rate,
-        "reading_gb_s": reading,
-        "triad_gb_s": triad,
-        "prefill_tokens": o.prefill,
-        "prefill_ms": prefill,
-        "prefill_gflops": gflops,
-        "peak_gflops": peak,
-        "prefill_share_of_peak": gflops / peak,
-        "batch_size": o.batch_size,
-        "prompt_tokens": o.prompt_tokens,
-        "dtype": np.dtype(ops.dtype).name,
-        "threads": ops.threads,
-        "peak_rss_mb": peak_memory() / 1e6,
+        "tokens_per_s": 1e3 * o.batch_size / ms, "share_of_bandwidth": rate / reading, "ms_a_token": ms,
+        "weights_mb": weights / 1e6, "weights_gb_s": rate, "reading_gb_s": reading, "triad_gb_s": triad,
+        "prefill_tokens": o.prefill, "prefill_ms": prefill, "prefill_gflops": gflops, "peak_gflops": peak,
+        "prefill_share_of_peak": gflops / peak, "batch_size": o.batch_size, "prompt_tokens": o.prompt_tokens,
+        "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "peak_rss_mb": peak_memory() / 1e6,
         "token_ms": times,
-    }
+    }  # fmt: skip
 
 
 def time_prefill(decoder: Decoder, ops: Machine, text: list[int]) -> tuple[float, float]:

@@ -101,20 +101,6 @@ class Peer:
         self.times += times[WARM_STEPS:]
         return times[WARM_STEPS:]
 
-    def result(self, tokens: int, ours: float | None) -> dict[str, Any]:
-        """Return what was measured, `tokens` a step; `ours` is llm.py's median in ms at this dtype."""
-        median = statistics.median(self.times)
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "median_ms": median,
-            "min_ms": min(self.times),
-            "tokens_per_s": 1e3 * tokens / median,
-            "peak_rss_mb": self.memory,
-            "ratio": median / ours if ours else None,
-            "step_ms": self.times,
-        }
-
 
 def tree(pid: int) -> list[psutil.Process]:
     """Return a process and all that it started; nothing if it has ended."""
@@ -204,8 +190,13 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
     try:
         for number in range(1, o.rounds + 1):
             for peer in peers:
-                if not peer.error:
-                    progress(f"round {number}/{o.rounds}  {peer.name} {one_turn(peer, o.steps)}")
+                if peer.error:
+                    continue
+                try:
+                    found = f"{statistics.median(peer.run(o.steps)):,.1f} ms"
+                except PeerError as error:
+                    found = peer.error = str(error)
+                progress(f"round {number}/{o.rounds}  {peer.name} {found}")
     finally:  # Ctrl-C keeps what was measured
         numbers = report(o, threads, peers)
         if numbers["peers"]:
@@ -219,31 +210,25 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
     return numbers
 
 
-def one_turn(peer: Peer, steps: int) -> str:
-    """Run a program once; return its median, or how it failed."""
-    try:
-        return f"{statistics.median(peer.run(steps)):,.1f} ms"
-    except PeerError as error:
-        peer.error = str(error)
-        return peer.error
-
-
 def report(options: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
     """Return everything measured, as JSON has it."""
-    o = options
-    ours = {p.dtype: statistics.median(p.times) for p in peers if p.name.startswith(OURS) and p.times}
+    o, medians = options, {p.name: statistics.median(p.times) for p in peers if p.times}
+
+    def result(peer: Peer) -> dict[str, Any]:
+        median, ours = medians[peer.name], medians.get(f"{OURS} {SHORT[peer.dtype]}")
+        return {
+            "name": peer.name, "dtype": peer.dtype, "median_ms": median, "min_ms": min(peer.times),
+            "tokens_per_s": 1e3 * o.batch_size * o.sequence_length / median, "peak_rss_mb": peer.memory,
+            "ratio": median / ours if ours else None, "step_ms": peer.times,
+        }  # fmt: skip
+
     return {
-        "model": o.model,
-        "batch_size": o.batch_size,
-        "sequence_length": o.sequence_length,
-        "steps": o.steps,
-        "rounds": o.rounds,
-        "threads": threads,
-        "tcmalloc": tcmalloc(),
+        "model": o.model, "batch_size": o.batch_size, "sequence_length": o.sequence_length, "steps": o.steps,
+        "rounds": o.rounds, "threads": threads, "tcmalloc": tcmalloc(),
         "machine": {"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
-        "peers": [p.result(o.batch_size * o.sequence_length, ours.get(p.dtype)) for p in peers if p.times],
+        "peers": [result(peer) for peer in peers if peer.times],
         "failed": {p.name: p.error for p in peers if p.error},
-    }
+    }  # fmt: skip
 
 
 def table(numbers: dict[str, Any]) -> str:
