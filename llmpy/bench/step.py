@@ -71,8 +71,8 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     gflops = config.flops_per_token(T) * B * T / median / 1e6
     return {
         "median_ms": median, "min_ms": min(times), "gflops": gflops, "peak_gflops": peak,
-        "share_of_peak": gflops / peak, "tokens_per_s": 1e3 * B * T / median, "peak_rss_mb": peak_memory() / 1e6, **first,
-        "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "step_ms": times,
+        "share_of_peak": gflops / peak, "tokens_per_s": 1e3 * B * T / median, "peak_rss_mb": peak_memory() / 1e6,
+        **first, "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "step_ms": times,
     }  # fmt: skip
 
 

@@ -50,12 +50,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(size["context"], size["channels"])
         self.blocks = nn.ModuleList(Block(size["channels"], size["heads"]) for _ in range(size["layers"]))
         self.ln_f = nn.LayerNorm(size["channels"])
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() == 2:
-                scale = (2 * size["layers"]) ** -0.5 if "proj" in name else 1.0
-                nn.init.normal_(p, std=0.02 * scale)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         T = tokens.shape[1]

@@ -19,6 +19,7 @@ import numpy as np
 from .. import backend
 from ..errors import LlmpyError
 from ..formats import llmc, open_model
+from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..options.tools import SelftestOptions
@@ -87,12 +88,13 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
     """The CPU backend in float32, and in bfloat16 where it is what `--dtype auto` takes, against the reference."""
     auto = backend.load("cpu", threads=options.threads, dtype="auto")
     dtypes = ("float32", "bfloat16") if auto.dtype != auto.wide else ("float32",)
-    tokens, targets = _batch(OWN, *OWN_BATCH)
-    want = _filled(OWN, backend.load("reference"))
+    text = np.random.default_rng(2).integers(0, OWN.vocab_size, (OWN_BATCH[0], OWN_BATCH[1] + 1), dtype=np.int32)
+    tokens, targets = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(text[:, 1:])
+    want = _filled(backend.load("reference"))
     want_loss = want.loss_and_grads(tokens, targets)
     want_logits = all_logits(want, tokens)
     for dtype in dtypes:
-        model = _filled(OWN, _machine(options, dtype))
+        model = _filled(_machine(options, dtype))
         yield Check(f"{dtype}: logits", _error(all_logits(model, tokens), want_logits), LOGITS_ERROR[dtype])
         loss = model.loss_and_grads(tokens, targets)
         yield Check(f"{dtype}: loss", abs(loss - want_loss) / want_loss, LOSS_ERROR[dtype])
@@ -107,10 +109,8 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
 
 def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
     """Row by row what backward leaves in each layer, the worst tensor named."""
-    assert model.grads is not None
-    assert want.grads is not None
     groups: dict[str, list[tuple[float, str]]] = {}
-    for (tensor, got), (_, expected) in zip(model.grads.items(), want.grads.items(), strict=True):
+    for (tensor, got), (_, expected) in zip(_grads(model).items(), _grads(want).items(), strict=True):
         host = model.ops.to_host(got)
         if tensor.name.startswith(("wte", "wpe", "ln_f")):
             groups.setdefault("embeddings and last LayerNorm", []).append((_error(host, expected), tensor.name))
@@ -124,24 +124,21 @@ def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
 
 def _micro_batches(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
     """The rows one at a time, accumulated, against all at once."""
-    assert model.grads is not None
     model.loss_and_grads(tokens, targets)
-    whole = np.array(model.ops.to_host(model.grads.buffer))
+    whole = np.array(model.ops.to_host(_grads(model).buffer))
     for i in range(len(tokens)):
         one = slice(i, i + 1)
         model.loss_and_grads(tokens[one], targets[one], accumulate=i > 0, micro_steps=len(tokens))
-    error = _error(model.ops.to_host(model.grads.buffer), whole)
+    error = _error(model.ops.to_host(_grads(model).buffer), whole)
     yield Check(f"{dtype}: {len(tokens)} micro-batches against one batch", error, SAME_ERROR)
 
 
 def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
     """AdamW with clipping and decay, from the same gradients as the reference's."""
-    assert model.grads is not None
     model.loss_and_grads(tokens, targets)
-    twin = _filled(OWN, backend.load("reference"))
+    twin = _filled(backend.load("reference"))
     twin.reserve(len(tokens), tokens.shape[1], training=True)
-    assert twin.grads is not None
-    twin.grads.buffer[...] = model.ops.to_host(model.grads.buffer)
+    _grads(twin).buffer[...] = model.ops.to_host(_grads(model).buffer)
     optimizers = [AdamW(m, clip=0.5) for m in (model, twin)]
     before = np.array(twin.params.buffer)
     norms = []
@@ -157,10 +154,9 @@ def _threads(dtype: str, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Ch
     """Loss and gradients at several numbers of threads: bits that differ."""
     results = []
     for threads in THREADS:
-        model = _filled(OWN, backend.load("cpu", threads=threads, dtype=dtype))
+        model = _filled(backend.load("cpu", threads=threads, dtype=dtype))
         loss = model.loss_and_grads(tokens, targets)
-        assert model.grads is not None
-        results.append(np.append(np.array(model.ops.to_host(model.grads.buffer)), np.float32(loss)))
+        results.append(np.append(np.array(model.ops.to_host(_grads(model).buffer)), np.float32(loss)))
     differing = sum(_different(r, results[0]) for r in results[1:])
     yield Check(f"{dtype}: values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
 
@@ -182,9 +178,8 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
     model.reserve(B, T, training=True)
     loss = model.loss_and_grads(debug.tokens, debug.targets)
     yield Check("loss", abs(loss - debug.loss) / abs(debug.loss), FILE_ERROR)
-    assert model.grads is not None
     for name in llmc.ORDER:
-        got = model.ops.to_host(getattr(model.grads, name))
+        got = model.ops.to_host(getattr(_grads(model), name))
         yield Check(f"gradient of {name}", _error(got, debug.gradient(name)), FILE_ERROR)
     if source.config == GPT2_124M and abs(debug.loss - LOSSES[0]) < LOSSES_ERROR:
         for step, (want, got) in enumerate(zip(LOSSES, _train(model, debug), strict=True)):
@@ -196,11 +191,10 @@ def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
     ops = model.ops
     B, T = debug.tokens.shape
     model.reserve(B, T, training=True)
-    assert model.grads is not None
     m, v = (ops.zeros(model.params.size, ops.wide) for _ in range(2))
     for step in range(1, 1 + len(LOSSES)):
         yield model.loss_and_grads(debug.tokens, debug.targets)
-        ops.adamw(model.params.buffer, model.grads.buffer, m, v, LR, *BETAS, EPSILON, DECAY, 1.0, step)
+        ops.adamw(model.params.buffer, _grads(model).buffer, m, v, LR, *BETAS, EPSILON, DECAY, 1.0, step)
         model.store_weights()
 
 
@@ -214,6 +208,11 @@ def _machine(options: SelftestOptions, dtype: str) -> Any:
     return ops
 
 
+def _grads(model: GPT2) -> Arena:
+    assert model.grads is not None
+    return model.grads
+
+
 def all_logits(model: GPT2, tokens: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of every position."""
     B, T = tokens.shape
@@ -224,21 +223,16 @@ def all_logits(model: GPT2, tokens: np.ndarray) -> np.ndarray:
     return host.reshape(B, T, -1)
 
 
-def _filled(config: ModelConfig, ops: Any) -> GPT2:
+def _filled(ops: Any) -> GPT2:
     """A model whose every term counts: matrices ten times GPT-2's, no bias of 0, no LayerNorm weight of 1."""
-    model = GPT2(config, ops)
+    model = GPT2(OWN, ops)
     rng = np.random.default_rng(1)
     for tensor, view in model.params.items():
         mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
         view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
-    model.params.wte[config.vocab_size :] = 0
+    model.params.wte[OWN.vocab_size :] = 0
     model.store_weights()
     return model
-
-
-def _batch(config: ModelConfig, B: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    text = np.random.default_rng(2).integers(0, config.vocab_size, (B, T + 1), dtype=np.int32)
-    return np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(text[:, 1:])
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:
