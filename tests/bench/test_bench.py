@@ -121,12 +121,6 @@ def test_bytes_that_are_moved(op: str, plain: int, mixed: int, monkeypatch: pyte
         assert moved_bytes(op, TINY, arguments(op, TINY, machine)) == expected
 
 
-def test_flops() -> None:
-    assert FLOPS["linear_forward"](TINY) == 2 * 6 * 4 * 5
-    assert FLOPS["attention_backward"](TINY) == 2 * FLOPS["attention_forward"](TINY) == 4 * 2 * 9 * 4
-    assert FLOPS["classifier"](TINY) == 6 * 6 * 4 * 8
-
-
 def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ops_module, "BENCH", {op: [TINY] for op in BENCH})
     numbers = bench_ops(OpsOptions(), lambda name, **_: Laptop())
@@ -134,14 +128,12 @@ def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, caps
     assert numbers["peaks"]["GB/s"] == {"one_thread": 20.0, "all_threads": 20.0}
     for r in numbers["ops"]:
         assert r["share_of_peak"] == pytest.approx(r["rate"] / (10.0 if r["unit"] == "GFLOP/s" else 20.0))
-        assert r["min_ms"] <= r["median_ms"]
     monkeypatch.setattr(ops_module, "bench_ops", lambda _: numbers)
     assert cli.main(["bench", "ops", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == numbers
     assert cli.main(["bench", "ops"]) == 0
     shown = capsys.readouterr().out
     assert "10.0 GFLOP/s" in shown
-    assert "caution" not in shown
     assert "B2-T3-C4-NH2-OC5-V7-Vp8-n9" in shown
 
 

@@ -38,9 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_parts_are_what_a_step_calls(recompute: int, dtype: Any, narrowed: int) -> None:
     config, B, T = ModelConfig(layers=3, heads=2, channels=8, context=16, vocab_size=40), 2, 6
     parts = step_parts(config, B, T, recompute, dtype)
-    calls = collections.Counter[str]()
-    for part in parts:
-        calls[part.op] += part.calls
+    calls = sum((collections.Counter({part.op: part.calls}) for part in parts), collections.Counter[str]())
     forward = {"embedding_forward": 1, "layernorm_forward": 1, "residual_layernorm_forward": 6, "linear_forward": 12}
     backward = {"embedding_backward": 1, "layernorm_backward": 7, "linear_backward": 12, "attention_backward": 3}
     other = {"attention_forward": 3, "classifier": 1, "zero": 1, "narrow": narrowed, "global_norm": 1, "adamw": 2}
@@ -95,9 +93,9 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert asked["seconds"] == pytest.approx(100 * step["ms"] / 1e3)
     assert asked["machine_hours"] == pytest.approx(asked["seconds"] / 3600)
     assert chinchilla["tokens"] == 20 * numbers["model"]["parameters"]
-    assert numbers["disk"] == numbers["disk"] | {"checkpoint": 12 * numbers["model"]["parameters"]}
-    models = 2 * 4 * numbers["model"]["parameters"]  # the last and the best
-    assert numbers["disk"]["total"] == 3 * numbers["disk"]["checkpoint"] + models  # two kept, one being written
+    parameters, disk = numbers["model"]["parameters"], numbers["disk"]
+    # two checkpoints that are kept and one that is being written; the last model and the best
+    assert (disk["checkpoint"], disk["total"]) == (12 * parameters, (3 * 12 + 2 * 4) * parameters)
     step["ms_a_batch"]["update"] = once
     monkeypatch.setattr(plan, "plan", lambda _: numbers)
     assert cli.main(["plan", "--json"]) == 0
