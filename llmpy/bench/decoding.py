@@ -10,7 +10,6 @@ The model is untrained and the prompt random. Tokens are the likeliest, chosen a
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.bench import DecodeOptions
 from ..rng import Xorshift64Star
+from ..system.terminal import aside
 from ..system.words import columns, count_of
 from . import peak_memory
 
@@ -47,7 +47,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
         raise LlmpyError(what, "use fewer --tokens or a shorter --prefill")
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, longest)
-    ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
+    ops.warm_up(aside, decoding=True)
     model = GPT2(config, ops, trainable=False)
     initialise(model.params, config)
     decoder = Decoder(model, o.batch_size, longest)

@@ -38,6 +38,7 @@ from ..model.config import ModelConfig
 from ..options.bench import PeersOptions
 from ..system.durable import write_whole
 from ..system.resources import cores, cpu_name
+from ..system.terminal import aside
 from ..system.words import columns, count_of
 from . import high_water
 from .step import WARM_STEPS
@@ -127,16 +128,16 @@ def our_peers(options: PeersOptions, threads: int) -> list[Peer]:
     return [Peer(f"{OURS} {short}", dtype, [*command, "--dtype", dtype]) for dtype, short in SHORT.items()]
 
 
-def torch_peers(options: PeersOptions, threads: int, say: Callable[[str], object]) -> list[Peer]:
+def torch_peers(options: PeersOptions, threads: int) -> list[Peer]:
     """Return PyTorch eager and compiled in both arithmetics; nothing, and say why, where it is not installed."""
     o = options
     if o.torch_python is None and importlib.util.find_spec("torch") is None:
-        say("PyTorch is left out: this Python has none (--torch-python names one that has)")
+        aside("PyTorch is left out: this Python has none (--torch-python names one that has)")
         return []
     environment = dict.fromkeys(THREAD_COUNTS, str(threads))
     if library := tcmalloc():
         environment["LD_PRELOAD"] = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
-    say(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc: not found")
+    aside(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc: not found")
     config = ModelConfig.from_dial(o.model)
     size = dataclasses.asdict(config) | {"padded_vocab_size": config.padded_vocab_size}
     work = {"model": size, "B": o.batch_size, "T": o.sequence_length, "steps": o.steps + WARM_STEPS, "threads": threads}
@@ -181,11 +182,8 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
     if o.sequence_length > config.context:
         raise LlmpyError(f"-T {o.sequence_length}: {o.model} has a context of {config.context}", "use a smaller -T")
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     threads = cores() if o.threads is None else o.threads
-    peers = [*our_peers(o, threads), *torch_peers(o, threads, progress), *given_peers(o, threads)]
+    peers = [*our_peers(o, threads), *torch_peers(o, threads), *given_peers(o, threads)]
     peers = [p for p in peers if not any(word in p.name for word in o.without or ())]
     try:
         for number in range(1, o.rounds + 1):
@@ -196,7 +194,7 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
                     found = f"{statistics.median(peer.run(o.steps)):,.1f} ms"
                 except PeerError as error:
                     found = peer.error = str(error)
-                progress(f"round {number}/{o.rounds}  {peer.name} {found}")
+                aside(f"round {number}/{o.rounds}  {peer.name} {found}")
     finally:  # Ctrl-C keeps what was measured
         numbers = report(o, threads, peers)
         if numbers["peers"]:

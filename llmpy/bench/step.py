@@ -10,7 +10,6 @@ What the first start costs, with every kernel to compile:  LLMPY_CACHE_DIR=an/em
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.bench import BenchOptions
 from ..options.train import TrainOptions
+from ..system.terminal import aside
 from ..system.words import columns, count_of
 from ..train.memory import check_memory
 from ..train.optimizer import AdamW
@@ -44,7 +44,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     check_memory(TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0), config, ops)
     model = GPT2(config, ops)
     model.reserve(B, T, training=True)
-    ops.warm_up(lambda line: print(line, file=sys.stderr))
+    ops.warm_up(aside)
     initialise(model.params, config)
     model.store_weights()
     optimizer = AdamW(model)
@@ -56,7 +56,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
         loss = model.loss_and_grads(tokens, targets)
         optimizer.step(LEARNING_RATE)
         took = 1e3 * (time.perf_counter() - start)
-        print(f"step {number}: train loss {loss:.6f} (took {took:.3f} ms)", file=sys.stderr, flush=True)
+        aside(f"step {number}: train loss {loss:.6f} (took {took:.3f} ms)")
         return took
 
     first = {"first_step_ms": step(1), "seconds_to_first_step": process_age()}

@@ -9,12 +9,13 @@ from typing import Any, cast
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
-from ..generate.generation import Generation, TextStream, Token, aside, check_memory, encode_prompt, open_run
+from ..generate.generation import Generation, TextStream, Token, check_memory, encode_prompt, open_run
 from ..generate.sampling import choice_of
 from ..model.gpt2 import GPT2
 from ..options.sample_chat import SampleOptions
 from ..rng import Xorshift64Star
 from ..system.resources import crowded
+from ..system.terminal import aside
 
 
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:

@@ -7,7 +7,6 @@ three quarters are read again, at the speed of a whole pass, and the next quarte
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from ..model.gpt2 import GPT2, params_table
 from ..run.folder import finished
 from ..system.command import command
 from ..system.resources import available_memory
+from ..system.terminal import aside
 from ..system.words import did_you_mean
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
 from .sampling import Choice, Coin, choose, logprob
@@ -189,8 +189,3 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
             raise LlmpyError(f"no run folder {run}", f"{near} {others}".lstrip())
     source = resolve(str(run), aside)
     return source, tokenizer_of(source, aside)[0]
-
-
-def aside(line: str) -> None:
-    """Print what is no part of the text to stderr."""
-    print(line, file=sys.stderr, flush=True)

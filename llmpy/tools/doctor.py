@@ -34,7 +34,7 @@ from ..options.tools import DoctorOptions
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..system.cache import data_cache, user_cache
 from ..system.resources import available_memory, cores, cpu_name
-from ..system.terminal import paint
+from ..system.terminal import aside, paint
 from ..system.words import gigabytes
 from ..train.memory import PROGRAM_BYTES, disk_needed, memory_of
 from ..train.start import BUILTIN_VOCAB
@@ -128,7 +128,7 @@ def threads(machine: Machine) -> Check:
 
 def peaks(machine: Machine, load: Callable[..., Any]) -> Check:
     """What the machine reaches now, and whether all threads take part."""
-    machine.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
+    machine.warm_up(aside)
     single = cast(Machine, load("cpu", threads=1, dtype=str(machine.dtype)))
     one, all_, stream = single.measure_peak(), machine.measure_peak(), machine.measure_bandwidth()
     found = (

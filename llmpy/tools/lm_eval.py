@@ -30,6 +30,7 @@ from ..generate.sampling import Choice, logprob
 from ..model.gpt2 import GPT2
 from ..rng import Xorshift64Star
 from ..system.command import install
+from ..system.terminal import aside
 
 try:
     from lm_eval.api.model import LM
@@ -71,7 +72,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         ours = batch_size is None or str(batch_size).startswith("auto")  # "auto", or "auto:4"
         self.batch_size = BATCH_SIZE if ours else max(1, int(cast(str, batch_size)))
         check_memory(source.config, ops, self.batch_size, self.reach)
-        ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
+        ops.warm_up(aside, decoding=True)
         self.model = GPT2(source.config, ops, trainable=False)
         source.fill(self.model.params)
 

@@ -15,7 +15,6 @@ import bisect
 import math
 import shutil
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from ..options.tools import PlanOptions
 from ..options.train import TrainOptions
 from ..options.yaml_files import SCRIPTS, read_recipe
 from ..system.resources import available_memory
+from ..system.terminal import aside
 from ..system.words import columns, count_of, duration, gigabytes
 from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
 from ..train.optimizer import AdamW
@@ -158,7 +158,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         checkpoint_every=o.checkpoint_every, keep=o.keep, ranks=o.nodes,
     )  # fmt: skip
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
-    ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
+    ops.warm_up(aside)
     memory = memory_of(config, o, ops)
     parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
     measured = measure(ops, parts)

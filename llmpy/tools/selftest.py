@@ -10,7 +10,6 @@ Relative errors are of whole tensors: ‖got − want‖ / ‖want‖.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..options.tools import SelftestOptions
+from ..system.terminal import aside
 from ..train.optimizer import EPSILON, AdamW
 
 # No size is a whole number of vectors or tiles.
@@ -204,7 +204,7 @@ def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
 def _machine(options: SelftestOptions, dtype: str) -> Any:
     """The CPU backend, its kernels compiled."""
     ops: Any = backend.load("cpu", threads=options.threads, dtype=dtype)
-    ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
+    ops.warm_up(aside)
     return ops
 
 

@@ -136,13 +136,12 @@ def test_faults(pretended: None, line: str, said: str, capsys: pytest.CaptureFix
     assert err.count("\n") == 1
 
 
-def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(peers, "tcmalloc", lambda: "libtcmalloc_minimal.so.4")
     monkeypatch.setenv("LD_PRELOAD", "liba.so")
-    said: list[str] = []
     options = PeersOptions("d2", 3, 16, steps=4, torch_python=Path("/no/python"))
-    found = peers.torch_peers(options, 2, said.append)
-    assert said == ["PyTorch runs with libtcmalloc_minimal.so.4 preloaded"]
+    found = peers.torch_peers(options, 2)
+    assert capsys.readouterr().err == "PyTorch runs with libtcmalloc_minimal.so.4 preloaded\n"
     names = ["PyTorch fp32", "PyTorch bf16", "torch.compile fp32", "torch.compile bf16"]
     assert [p.name for p in found] == names
     command: Any = found[3].command
@@ -155,8 +154,8 @@ def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PeerError, match="cannot be run: No such file or directory"):
         found[0].run(1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert peers.torch_peers(PeersOptions(), 2, said.append) == []
-    assert "this Python has none" in said[-1]
+    assert peers.torch_peers(PeersOptions(), 2) == []
+    assert "this Python has none" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="no PyTorch")
