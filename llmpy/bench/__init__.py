@@ -9,19 +9,16 @@ from pathlib import Path
 
 import psutil
 
-RUSAGE_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss: macOS counts bytes, others KiB
-
 
 def peak_memory() -> int:
-    """The most memory this process ever held, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    # On Linux getrusage counts what the parent held when it started this process, so it comes second.
+    """Return the most memory this process ever held, in bytes."""
     if known := high_water(os.getpid()):
         return known
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RUSAGE_UNIT
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def high_water(pid: int) -> int:

@@ -7,10 +7,8 @@ GB/s, of the stream bandwidth, where an operation moves
 
 as the stream itself is counted (`peak.py`). Calls are repeated on the same arrays, so that arrays which fit
 into a cache come from it, as they often do in a step: such operations may exceed 100 %.
-FLOPs are those of the equations; what backward recomputes is not counted.
-
-Names and fields are those of tests/support/cases.py. Peaks are measured before each operation and after the last, and
-represented by their medians; where they differ much, what was measured holds for no one of them, and that is told.
+FLOPs are those of the equations; what backward recomputes is not counted. Peaks are medians of measurements before each
+operation and after the last; if they differ much, a caution is printed.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..options.bench import OpsOptions
-from ..system.words import columns, did_you_mean
+from ..system.words import columns, count_of
 
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them
 BUDGET = 0.4  # seconds of repetitions of a case
@@ -69,27 +67,20 @@ def _products(*variants: str) -> list[Case]:
     return [Case(4, T, C=i, OC=o, variant=variant) for T in (64, 256) for (i, o), variant in shapes]
 
 
-ATTENTION = [Case(4, T, C=C, NH=12) for T in (64, 256, 1024)]
-ROWS = [Case(4, T, C=C) for T in (64, 256, 1024)]
-EMBEDDING = [Case(4, T, C=C, V=V, Vp=VP) for T in (64, 256, 1024)]
-CLASSIFIER = [Case(4, T, C=C, V=V, Vp=VP, variant=v) for T in (64, 256) for v in ("losses", "")]
-FLAT = [Case(n=20_000_000)]
+def _sequences(times: tuple[int, ...] = (64, 256, 1024), **sizes: Any) -> list[Case]:
+    """Four rows of each length."""
+    return [Case(4, T, **sizes) for T in times]
+
+
 BENCH: dict[str, list[Case]] = {
     "linear_forward": _products("bias", "bias", "bias gelu", "bias", ""),
     "linear_backward": _products("bias", "bias", "bias", "bias gelu", ""),  # GELU is with the product that read it
-    "attention_forward": ATTENTION,
-    "attention_backward": ATTENTION,
-    "classifier": CLASSIFIER,
-    "layernorm_forward": ROWS,
-    "residual_layernorm_forward": ROWS,
-    "layernorm_backward": ROWS,
-    "gelu_forward": [Case(4, T, C=4 * C) for T in (64, 256, 1024)],
-    "embedding_forward": EMBEDDING,
-    "embedding_backward": EMBEDDING,
-    "adamw": FLAT,
-    "global_norm": FLAT,
-    "narrow": FLAT,
-    "zero": FLAT,
+    **dict.fromkeys(("attention_forward", "attention_backward"), _sequences(C=C, NH=12)),
+    "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
+    **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
+    "gelu_forward": _sequences(C=4 * C),
+    **dict.fromkeys(("embedding_forward", "embedding_backward"), _sequences(C=C, V=V, Vp=VP)),
+    **dict.fromkeys(("adamw", "global_norm", "narrow", "zero"), [Case(n=20_000_000)]),
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
     "packed_linear_forward": [Case(B, C=i, OC=o) for B in (1, 8) for i, o in SHAPES],
     "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
@@ -192,7 +183,7 @@ def arguments(op: str, c: Case, ops: Any) -> Args:
 
 
 def moved_bytes(op: str, c: Case, args: Args) -> int:
-    """Bytes that pass between memory and caches in one call: every input once, every output twice."""
+    """Return bytes that pass between memory and caches in one call: every input once, every output twice."""
     written = {text.split()[0] for text in ARGUMENTS[op].split("; ") if text.endswith("=")}
     total = 0
     for name, x in args.items():
@@ -205,14 +196,9 @@ def moved_bytes(op: str, c: Case, args: Args) -> int:
 
 
 def time_case(
-    ops: Any,
-    op: str,
-    case: Case,
-    budget: float,
-    repeats: int,
-    before: Callable[[], object] = lambda: None,
+    ops: Any, op: str, case: Case, budget: float, repeats: int, before: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """Median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else.
+    """Return median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else.
 
     It is called for `budget` seconds, but at least `repeats` times; `before` each of them, untimed, something else.
     """
@@ -229,13 +215,9 @@ def time_case(
     median = statistics.median(times)
     work, unit = (FLOPS[op](case), "GFLOP/s") if op in FLOPS else (moved_bytes(op, case, args), "GB/s")
     return {
-        "op": op,
-        "case": str(case),
-        "median_ms": 1e3 * median,
-        "min_ms": 1e3 * min(times),
-        "rate": work / median / 1e9,
+        "op": op, "case": str(case), "median_ms": 1e3 * median, "min_ms": 1e3 * min(times), "rate": work / median / 1e9,
         "unit": unit,
-    }
+    }  # fmt: skip
 
 
 def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> dict[str, Any]:
@@ -243,8 +225,6 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
 
     Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all; `steady`: they stayed.
     """
-    if options.op is not None and options.op not in BENCH:
-        raise LlmpyError(f"--op {options.op}", did_you_mean(options.op, BENCH) or "use one of " + ", ".join(BENCH))
     ops: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
     single: Machine = load("cpu", threads=1, dtype=options.dtype)
     peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}
@@ -267,31 +247,24 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     for result in results:
         result["share_of_peak"] = result["rate"] / all_[result["unit"]]
     return {
-        "dtype": np.dtype(ops.dtype).name,
-        "threads": ops.threads,
-        "isa": ops.isa,
+        "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "isa": ops.isa,
         "peaks": {unit: {"one_thread": one[unit], "all_threads": all_[unit]} for unit in peaks},
         "steady": max(peaks["GFLOP/s"]) < UNSTEADY * min(peaks["GFLOP/s"]),
         "ops": results,
-    }
+    }  # fmt: skip
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The same for a reader."""
-    peaks = numbers["peaks"]
-    head = [
-        (f"{numbers['isa']}, {numbers['dtype']}", "1 thread", f"{numbers['threads']} threads"),
-        *(
-            (what, f"{peaks[unit]['one_thread']:,.1f} {unit}", f"{peaks[unit]['all_threads']:,.1f} {unit}")
-            for what, unit in (("peak of multiply-adds", "GFLOP/s"), ("bandwidth of a stream", "GB/s"))
-        ),
+    """Return the same for a reader."""
+    n = numbers
+    peaks = [
+        (what, *(f"{rate:,.1f} {unit}" for rate in n["peaks"][unit].values()))  # of one thread, of all
+        for what, unit in (("peak of multiply-adds", "GFLOP/s"), ("bandwidth of a stream", "GB/s"))
     ]
-    body = [
-        (
-            r["op"], r["case"], f"{r['median_ms']:,.3f}", f"{r['rate']:,.1f} {r['unit']:<7}",
-            f"{100 * r['share_of_peak']:.0f} %",
-        )
-        for r in numbers["ops"]
-    ]  # fmt: skip
-    caution = "" if numbers["steady"] else "\ncaution  other programs ran meanwhile: measure again without them"
-    return columns(head) + caution + "\n\n" + columns([("operation", "case", "ms", "rate", "of peak"), *body])
+    head = [(f"{n['isa']}, {n['dtype']}", "1 thread", count_of(n["threads"], "thread")), *peaks]
+    body = [("operation", "case", "ms", "rate", "of peak")]
+    for r in n["ops"]:
+        rate, share = f"{r['rate']:,.1f} {r['unit']:<7}", f"{100 * r['share_of_peak']:.0f} %"
+        body.append((r["op"], r["case"], f"{r['median_ms']:,.3f}", rate, share))
+    caution = "" if n["steady"] else "\ncaution  other programs ran meanwhile: measure again without them"
+    return columns(head) + caution + "\n\n" + columns(body)

@@ -2,11 +2,11 @@
 
     llm.py           fp32, bf16                  llmpy bench step
     PyTorch          eager and torch.compile, fp32 and bf16: torch_step.py, by any Python that has PyTorch
-    --peer           anything that prints llm.c's line  step N: train loss X (took Y ms)
+    --peer           any other command
 
-Every program gets the same sizes, random tokens, number of threads and steps; the first WARM_STEPS of each
-process are left out. All of them run once in every round, so that a slow minute of the machine meets all.
-tcmalloc, where the system has it, is preloaded for PyTorch, which is faster with it.
+All of them print llm.c's line  step N: train loss X (took Y ms)  and get the same sizes, random tokens, number of
+threads and steps; the first WARM_STEPS of each process are left out. All run once in every round, so that a slow minute
+of the machine meets all. tcmalloc, where the system has it, is preloaded for PyTorch, which is faster with it.
 
 This process stays small and computes nothing: the CPU backend would leave settings of OpenMP in the environment of
 the others.
@@ -26,7 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ import psutil
 
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..options.bench import BenchOptions, PeersOptions
-from ..options.fields import spelled
+from ..options.bench import PeersOptions
 from ..system.durable import write_whole
 from ..system.resources import cores, cpu_name
-from ..system.words import columns
-from ..version import __version__
+from ..system.terminal import aside
+from ..system.words import columns, count_of
 from . import high_water
 from .step import WARM_STEPS
 
@@ -57,75 +56,51 @@ class PeerError(Exception):
 
 @dataclass
 class Peer:
-    """A program to measure: a list of words prints one JSON object, a shell line prints llm.c's lines."""
+    """A program to measure: a list of words, or a line for the shell."""
 
     name: str
     dtype: str
-    command: list[str] | str
-    environment: dict[str, str] = field(default_factory=dict)
-    program: str = ""
+    command: Sequence[str] | str
+    environment: Mapping[str, str] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)  # ms
-    memory: float | None = None  # MB of 10⁶ bytes
+    memory: float | None = None  # MB of 10⁶ bytes; None where it cannot be read
     error: str = ""
 
     def run(self, steps: int) -> list[float]:
         """Run once; return and keep the times of `steps` steps, in ms. Raises PeerError."""
-        times, memory = self._by_lines(steps) if isinstance(self.command, str) else self._by_json(self.command)
-        if memory:
-            # The least of all rounds: what a first run compiles is kept on disk, and stays out of the others.
-            self.memory = min(memory, self.memory or memory)
-        self.times += times
-        return times
-
-    def _by_json(self, command: list[str]) -> tuple[list[float], float | None]:
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, encoding="utf-8")
-        if done.returncode:
-            raise PeerError(ending(done.returncode, done.stderr))
-        found = json.loads(done.stdout)
-        self.program = found.get("program", self.program)
-        return found["step_ms"], found["peak_rss_mb"]
-
-    def _by_lines(self, steps: int) -> tuple[list[float], float]:
         times: list[float] = []
         peak, last = 0, ""
-        process = subprocess.Popen(
-            self.command, shell=True, env=os.environ | self.environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                self.command, shell=isinstance(self.command, str), env={**os.environ, **self.environment},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+            )  # fmt: skip
+        except OSError as error:
+            raise PeerError(f"cannot be run: {error.strerror}") from None
         assert process.stdout is not None
         with process:
             try:
                 for line in process.stdout:
-                    last = line if line.strip() else last
+                    last = line.strip() or last
                     if match := STEP_LINE.match(line):
                         times.append(float(match[1]))
                         peak = max([peak, *(high_water(p.pid) for p in tree(process.pid))])
                     if len(times) == WARM_STEPS + steps:
-                        return times[WARM_STEPS:], peak / 1e6
-                process.wait()
+                        break
+                else:
+                    process.wait()
             finally:
                 for member in tree(process.pid) if process.poll() is None else ():
                     with contextlib.suppress(psutil.NoSuchProcess):
                         member.kill()
-        if process.returncode:
-            raise PeerError(ending(process.returncode, last))
-        wanted = f"{WARM_STEPS + steps} lines like 'step 1: train loss 5.3 (took 99 ms)'"
-        raise PeerError(f"printed {len(times)} of {wanted}")
-
-    def result(self, tokens: int, ours: float | None) -> dict[str, Any]:
-        """Return what was measured, `tokens` a step; `ours` is llm.py's median in ms at this dtype."""
-        median = statistics.median(self.times)
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "program": self.program,
-            "median_ms": median,
-            "min_ms": min(self.times),
-            "tokens_per_s": 1e3 * tokens / median,
-            "peak_rss_mb": self.memory,
-            "ratio": median / ours if ours else None,
-            "step_ms": self.times,
-        }
+        if len(times) < WARM_STEPS + steps:
+            wanted = f"{WARM_STEPS + steps} lines like 'step 1: train loss 5.3 (took 99 ms)'"
+            raise PeerError(ending(process.returncode, last) or f"printed {len(times)} of {wanted}")
+        if peak:
+            # The least of all rounds: what a first run compiles is kept on disk, and stays out of the others.
+            self.memory = min(peak / 1e6, self.memory or peak / 1e6)
+        self.times += times[WARM_STEPS:]
+        return times[WARM_STEPS:]
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -136,54 +111,42 @@ def tree(pid: int) -> list[psutil.Process]:
     return []
 
 
-def ending(code: int, errors: str) -> str:
-    """Say how a program ended, with the last line of its errors."""
+def ending(code: int, last: str) -> str:
+    """Say how a program failed, with the last line that it printed; "" if it did not."""
+    if not code:
+        return ""
     how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {signal.Signals(-code).name}"
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return f"{how}: {lines[-1].removeprefix('llmpy: error: ')}" if lines else how
+    return f"{how}: {last.removeprefix('llmpy: error: ')}" if last else how
 
 
 def our_peers(options: PeersOptions, threads: int) -> list[Peer]:
     """Return this program, in both arithmetics."""
     o = options
-    peers = []
-    for dtype in SHORT:
-        step = BenchOptions(o.model, o.batch_size, o.sequence_length, o.steps, threads=threads, dtype=dtype, json=True)
-        command = [sys.executable, "-m", "llmpy", "bench", "step", *spelled(step)]
-        peers.append(Peer(f"{OURS} {SHORT[dtype]}", dtype, command, program=f"{OURS} {__version__}"))
-    return peers
+    work = {"--model": o.model, "-B": o.batch_size, "-T": o.sequence_length, "--steps": o.steps, "--threads": threads}
+    words = [str(word) for pair in work.items() for word in pair]
+    command = [sys.executable, "-m", "llmpy", "bench", "step", *words]
+    return [Peer(f"{OURS} {short}", dtype, [*command, "--dtype", dtype]) for dtype, short in SHORT.items()]
 
 
-def torch_peers(options: PeersOptions, threads: int, say: Callable[[str], object]) -> list[Peer]:
-    """Return PyTorch eager and compiled in both arithmetics; nothing, and say why, where it is not installed.
-
-    Raises LlmpyError if --torch-python names a Python that has no PyTorch.
-    """
+def torch_peers(options: PeersOptions, threads: int) -> list[Peer]:
+    """Return PyTorch eager and compiled in both arithmetics; nothing, and say why, where it is not installed."""
     o = options
     if o.torch_python is None and importlib.util.find_spec("torch") is None:
-        say("PyTorch is left out: this Python has none (--torch-python names one that has)")
+        aside("PyTorch is left out: this Python has none (--torch-python names one that has)")
         return []
-    python = sys.executable if o.torch_python is None else str(o.torch_python)
-    try:
-        probe = subprocess.run([python, "-c", "import torch"], capture_output=True, encoding="utf-8")
-    except OSError as error:
-        raise LlmpyError(f"--torch-python {python}: {error.strerror}", "name a Python that can be run") from error
-    if probe.returncode:
-        raise LlmpyError(f"{python}: {ending(probe.returncode, probe.stderr)}", "name another with --torch-python")
     environment = dict.fromkeys(THREAD_COUNTS, str(threads))
-    library = tcmalloc()
-    if library:
+    if library := tcmalloc():
         environment["LD_PRELOAD"] = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
-    say(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc: not found")
+    aside(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc: not found")
     config = ModelConfig.from_dial(o.model)
     size = dataclasses.asdict(config) | {"padded_vocab_size": config.padded_vocab_size}
-    work = {"model": size, "B": o.batch_size, "T": o.sequence_length, "steps": o.steps, "warm_steps": WARM_STEPS}
+    work = {"model": size, "B": o.batch_size, "T": o.sequence_length, "steps": o.steps + WARM_STEPS, "threads": threads}
     peers = []
     for compiled in (False, True):
-        for dtype in SHORT:
-            words = json.dumps({**work, "threads": threads, "dtype": dtype, "compile": compiled})
-            name = f"{'torch.compile' if compiled else 'PyTorch'} {SHORT[dtype]}"
-            peers.append(Peer(name, dtype, [python, str(TORCH_STEP), words], environment))
+        for dtype, short in SHORT.items():
+            words = json.dumps({**work, "dtype": dtype, "compile": compiled})
+            command = [str(o.torch_python or sys.executable), str(TORCH_STEP), words]
+            peers.append(Peer(f"{'torch.compile' if compiled else 'PyTorch'} {short}", dtype, command, environment))
     return peers
 
 
@@ -203,7 +166,7 @@ def given_peers(options: PeersOptions, threads: int) -> list[Peer]:
     for text in o.peer or ():
         name, _, command = (part.strip() for part in text.partition("="))
         dtype = "bfloat16" if re.search(r"bf16|bfloat16", name, re.IGNORECASE) else "float32"
-        peers.append(Peer(name, dtype, command, environment, command))
+        peers.append(Peer(name, dtype, command, environment))
     return peers
 
 
@@ -219,21 +182,19 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
     if o.sequence_length > config.context:
         raise LlmpyError(f"-T {o.sequence_length}: {o.model} has a context of {config.context}", "use a smaller -T")
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     threads = cores() if o.threads is None else o.threads
-    peers = [*our_peers(o, threads), *torch_peers(o, threads, progress), *given_peers(o, threads)]
+    peers = [*our_peers(o, threads), *torch_peers(o, threads), *given_peers(o, threads)]
     peers = [p for p in peers if not any(word in p.name for word in o.without or ())]
-    names = [p.name for p in peers]
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise LlmpyError(f"--peer {twice}: two programs have this name", "give each a name of its own")
     try:
         for number in range(1, o.rounds + 1):
             for peer in peers:
-                if not peer.error:
-                    progress(f"round {number}/{o.rounds}  {peer.name} {one_turn(peer, o.steps)}")
+                if peer.error:
+                    continue
+                try:
+                    found = f"{statistics.median(peer.run(o.steps)):,.1f} ms"
+                except PeerError as error:
+                    found = peer.error = str(error)
+                aside(f"round {number}/{o.rounds}  {peer.name} {found}")
     finally:  # Ctrl-C keeps what was measured
         numbers = report(o, threads, peers)
         if numbers["peers"]:
@@ -247,40 +208,33 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
     return numbers
 
 
-def one_turn(peer: Peer, steps: int) -> str:
-    """Run a program once; return its median, or how it failed."""
-    try:
-        return f"{statistics.median(peer.run(steps)):,.1f} ms"
-    except PeerError as error:
-        peer.error = str(error)
-        return peer.error
-
-
 def report(options: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
     """Return everything measured, as JSON has it."""
-    o = options
-    ours = {p.dtype: statistics.median(p.times) for p in peers if p.name.startswith(OURS) and p.times}
-    tokens = o.batch_size * o.sequence_length
+    o, medians = options, {p.name: statistics.median(p.times) for p in peers if p.times}
+
+    def result(peer: Peer) -> dict[str, Any]:
+        median, ours = medians[peer.name], medians.get(f"{OURS} {SHORT[peer.dtype]}")
+        return {
+            "name": peer.name, "dtype": peer.dtype, "median_ms": median, "min_ms": min(peer.times),
+            "tokens_per_s": 1e3 * o.batch_size * o.sequence_length / median, "peak_rss_mb": peer.memory,
+            "ratio": median / ours if ours else None, "step_ms": peer.times,
+        }  # fmt: skip
+
     return {
-        "model": o.model,
-        "batch_size": o.batch_size,
-        "sequence_length": o.sequence_length,
-        "steps": o.steps,
-        "rounds": o.rounds,
-        "threads": threads,
-        "tcmalloc": tcmalloc(),
+        "model": o.model, "batch_size": o.batch_size, "sequence_length": o.sequence_length, "steps": o.steps,
+        "rounds": o.rounds, "threads": threads, "tcmalloc": tcmalloc(),
         "machine": {"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
-        "peers": [p.result(tokens, ours.get(p.dtype)) for p in peers if p.times],
+        "peers": [result(peer) for peer in peers if peer.times],
         "failed": {p.name: p.error for p in peers if p.error},
-    }
+    }  # fmt: skip
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The same for a reader."""
+    """Return the same for a reader."""
     n = numbers
     head = (
-        f"a step of {n['model']}, {n['batch_size']} x {n['sequence_length']} tokens, {n['threads']} "
-        f"thread{'s' * (n['threads'] > 1)}; {n['rounds']} rounds of {n['steps']} steps; {n['machine']['cpu']}"
+        f"a step of {n['model']}, {n['batch_size']} x {n['sequence_length']} tokens, "
+        f"{count_of(n['threads'], 'thread')}; {n['rounds']} rounds of {n['steps']} steps; {n['machine']['cpu']}"
     )
     rows = [("program", "median ms", "fastest ms", "tokens/s", "peak MB", "times llm.py's")]
     rows += [

@@ -4,18 +4,12 @@ A step is what training does: loss and gradients, global norm, clipping, AdamW. 
 is measured before, between and after the steps, so that both see the same machine; each is
 represented by its median.
 
-With --cold the same runs in a fresh process whose kernel cache is empty: what the first start costs.
+What the first start costs, with every kernel to compile:  LLMPY_CACHE_DIR=an/empty/folder llmpy bench step
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from typing import Any, cast
 
@@ -23,15 +17,15 @@ import numpy as np
 
 from .. import backend
 from ..backend.machine import Machine
-from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
 from ..options.bench import BenchOptions
-from ..options.fields import spelled
+from ..options.train import TrainOptions
 from ..system.resources import available_memory
-from ..system.words import columns
-from ..train.memory import memory_parts
+from ..system.terminal import aside
+from ..system.words import columns, count_of
+from ..train.memory import check_memory
 from ..train.optimizer import AdamW
 from . import peak_memory, process_age
 
@@ -41,92 +35,55 @@ LEARNING_RATE = 1e-4
 
 
 def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[str, Any]:
-    """Time `options.steps` steps; see `summary` for what is returned."""
-    if options.cold:
-        return in_a_cold_process(options)
-    config = ModelConfig.from_dial(options.model)
-    B, T = options.batch_size, options.sequence_length
-    ops = machine or cast(Machine, backend.load("cpu", threads=options.threads, dtype=options.dtype))
-    refuse_what_does_not_fit(options, sum(memory_parts(config, B, T, ops).values()))
+    """Time `options.steps` steps, and print llm.c's line for each to stderr.
+
+    Times in ms, rates in GFLOP/s and tokens/s, memory in MB of 10⁶ bytes.
+    """
+    o, config = options, ModelConfig.from_dial(options.model)
+    B, T = o.batch_size, o.sequence_length
+    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
+    told = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
+    check_memory(told, config, ops, available_memory())
     model = GPT2(config, ops)
     model.reserve(B, T, training=True)
-    ops.warm_up(lambda line: print(line, file=sys.stderr))
+    ops.warm_up(aside)
     initialise(model.params, config)
     model.store_weights()
     optimizer = AdamW(model)
     text = np.random.default_rng(0).integers(0, config.vocab_size, B * T + 1, dtype=np.int32)
     tokens, targets = text[:-1].reshape(B, T), text[1:].reshape(B, T)
 
-    def step() -> float:
+    def step(number: int) -> float:
         start = time.perf_counter()
-        model.loss_and_grads(tokens, targets)
+        loss = model.loss_and_grads(tokens, targets)
         optimizer.step(LEARNING_RATE)
-        return 1e3 * (time.perf_counter() - start)
+        took = 1e3 * (time.perf_counter() - start)
+        aside(f"step {number}: train loss {loss:.6f} (took {took:.3f} ms)")
+        return took
 
-    first = {"first_step_ms": step(), "seconds_to_first_step": process_age()}
-    for _ in range(WARM_STEPS - 1):
-        step()
+    first = {"first_step_ms": step(1), "seconds_to_first_step": process_age()}
+    for number in range(2, WARM_STEPS + 1):
+        step(number)
     peaks, times = [ops.measure_peak()], []
-    for n in range(1, options.steps + 1):
-        times.append(step())
-        if n % STEPS_A_PEAK == 0 or n == options.steps:
+    for n in range(1, o.steps + 1):
+        times.append(step(WARM_STEPS + n))
+        if n % STEPS_A_PEAK == 0 or n == o.steps:
             peaks.append(ops.measure_peak())
-    return {
-        **summary(config, B, T, times, peaks),
-        **first,
-        "dtype": np.dtype(ops.dtype).name,
-        "threads": ops.threads,
-        "step_ms": times,
-    }
-
-
-def refuse_what_does_not_fit(options: BenchOptions, needed: int) -> None:
-    """Raise LlmpyError if `needed` bytes are more than what is available."""
-    available = available_memory()
-    if needed > available:
-        raise LlmpyError(
-            f"{options.model} with -B {options.batch_size} -T {options.sequence_length} needs about "
-            f"{needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available",
-            "use a smaller -B, -T or --model, or close other programs",
-        )
-
-
-def summary(config: ModelConfig, B: int, T: int, times: list[float], peaks: list[float]) -> dict[str, float]:
-    """What the acceptance checks and the README's table read; `times` in ms, `peaks` in GFLOP/s.
-
-    Times in ms, rates in GFLOP/s and tokens/s, memory in MB of 10⁶ bytes.
-    """
     median, peak = statistics.median(times), statistics.median(peaks)
     gflops = config.flops_per_token(T) * B * T / median / 1e6
     return {
-        "median_ms": median,
-        "min_ms": min(times),
-        "gflops": gflops,
-        "peak_gflops": peak,
-        "share_of_peak": gflops / peak,
-        "tokens_per_s": 1e3 * B * T / median,
-        "peak_rss_mb": peak_memory() / 1e6,
-    }
-
-
-def in_a_cold_process(options: BenchOptions) -> dict[str, Any]:
-    """The same by another process, which has to compile every kernel first; its progress and errors go to stderr."""
-    words = spelled(dataclasses.replace(options, cold=False, json=True))
-    command = [sys.executable, "-m", "llmpy", "bench", "step", *words]
-    with tempfile.TemporaryDirectory(prefix="llmpy-cold-") as folder:
-        environment = {**os.environ, "LLMPY_CACHE_DIR": folder}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
-    if done.returncode:
-        raise SystemExit(done.returncode)  # it has printed its error
-    return cast(dict[str, Any], json.loads(done.stdout))
+        "median_ms": median, "min_ms": min(times), "gflops": gflops, "peak_gflops": peak,
+        "share_of_peak": gflops / peak, "tokens_per_s": 1e3 * B * T / median, "peak_rss_mb": peak_memory() / 1e6,
+        **first, "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "step_ms": times,
+    }  # fmt: skip
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The same for a reader."""
+    """Return the same for a reader."""
     n = numbers
     return columns(
         [
-            ("arithmetic", f"{n['dtype']}, {n['threads']} thread{'s' * (n['threads'] > 1)}"),
+            ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
             ("step, median", f"{n['median_ms']:,.1f} ms"),
             ("step, fastest", f"{n['min_ms']:,.1f} ms"),
             ("rate", f"{n['gflops']:,.1f} GFLOP/s"),

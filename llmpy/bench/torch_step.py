@@ -5,7 +5,7 @@ nothing of the package imports it.
 
 Written to be fast: fused AdamW, scaled_dot_product_attention, the tied head padded to a multiple of 128,
 bfloat16 by autocast over float32 parameters, gradients set to None. It does less than llm.py, which also
-takes the global norm of the gradients and clips by it. Prints one JSON object.
+takes the global norm of the gradients and clips by it. Prints llm.c's line for every step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -51,12 +50,9 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(size["context"], size["channels"])
         self.blocks = nn.ModuleList(Block(size["channels"], size["heads"]) for _ in range(size["layers"]))
         self.ln_f = nn.LayerNorm(size["channels"])
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() == 2:
-                scale = (2 * size["layers"]) ** -0.5 if "proj" in name else 1.0
-                nn.init.normal_(p, std=0.02 * scale)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         T = tokens.shape[1]
@@ -67,21 +63,8 @@ class GPT2(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def peak_memory() -> float | None:
-    """The most memory this process ever held, in MB of 10⁶ bytes; None where only psutil could tell."""
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1]) / 1e6
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
-
-
 def main() -> None:
-    """Time the steps, in ms."""
+    """Time the steps."""
     o = SimpleNamespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
@@ -97,22 +80,16 @@ def main() -> None:
     text = torch.randint(0, o.model["vocab_size"], (o.B * o.T + 1,))
     tokens, targets = text[:-1].view(o.B, o.T), text[1:].view(o.B, o.T)
 
-    times = []
-    for _ in range(o.warm_steps + o.steps):
+    for step in range(1, o.steps + 1):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16) if o.dtype == "bfloat16" else nullcontext():
             loss = run(tokens, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        times.append(1e3 * (time.perf_counter() - start))
-    numbers = {
-        "program": f"PyTorch {torch.__version__}, sdpa{', fused AdamW' * fused}",
-        "step_ms": times[o.warm_steps :],
-        "peak_rss_mb": peak_memory(),
-    }
-    print(json.dumps(numbers))
+        value = loss.item()
+        took = 1e3 * (time.perf_counter() - start)
+        print(f"step {step}: train loss {value:.6f} (took {took:.3f} ms)", flush=True)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> None:
         parser.add_argument(flag_of(field.name), action=action, **settings)
         return
     if about["choices"]:
-        settings["choices"] = about["choices"]
+        settings["choices"], settings["metavar"] = about["choices"], about["metavar"] or None
     else:
         settings["metavar"] = about["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
     inner, many = kind, typing.get_origin(kind) is tuple

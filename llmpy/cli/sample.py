@@ -9,12 +9,13 @@ from typing import Any, cast
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
-from ..generate.generation import Generation, TextStream, Token, aside, check_memory, encode_prompt, open_run
+from ..generate.generation import Generation, TextStream, Token, check_memory, encode_prompt, open_run
 from ..generate.sampling import choice_of
 from ..model.gpt2 import GPT2
 from ..options.sample_chat import SampleOptions
 from ..rng import Xorshift64Star
 from ..system.resources import crowded
+from ..system.terminal import aside
 
 
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
@@ -39,7 +40,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     source.fill(model.params)
     # Each text has a generator of its own; the first has that of a text alone.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
-    generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), o.cache, logprobs=o.json)
+    generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json)
     streams = [TextStream(tokenizer.decode, o.stop or ()) for _ in prompts]
     eot = None if o.ignore_eot else tokenizer.eot
     pieces: list[list[str]] = [[opening] for opening in openings]

@@ -2,13 +2,11 @@
 
 Keys and values of what was read are kept (`kv_cache`), so a token costs one pass through the weights, for any number
 of texts at a time. Beyond the model's reach the window slides by a quarter of it, not at every token: then
-three quarters are read again, at the speed of a whole pass, and the next quarter goes on from there. With
-`cached` False every token is computed from the whole window; the tokens are the same.
+three quarters are read again, at the speed of a whole pass, and the next quarter continues from there.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +24,7 @@ from ..model.gpt2 import GPT2, params_table
 from ..run.folder import finished
 from ..system.command import command
 from ..system.resources import available_memory
+from ..system.terminal import aside
 from ..system.words import did_you_mean
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
 from .sampling import Choice, Coin, choose, logprob
@@ -61,17 +60,14 @@ class Generation:
         reach: int,
         coins: Sequence[Coin],
         choice: Choice,
-        cached: bool = True,
         pack: bool = True,
         logprobs: bool = False,
     ) -> None:
         self.texts = [list(prompt) for prompt in prompts]
-        self._model, self._reach, self._coins, self._choice = model, reach, coins, choice
-        self._logprobs = logprobs
-        self._length = min(reach, max(map(len, self.texts)) + count)
-        self._decoder = Decoder(model, len(self.texts), self._length, pack) if cached else None
+        self._reach, self._coins, self._choice, self._logprobs = reach, coins, choice, logprobs
+        length = min(reach, max(map(len, self.texts)) + count)
+        self._decoder = Decoder(model, len(self.texts), length, pack)
         self._starts = [-1] * len(self.texts)  # of the window that the cache holds
-        self._window = np.zeros((1, self._length), np.int32)
 
     def step(self, rows: Sequence[int]) -> list[Token]:
         """One token more for each of these texts."""
@@ -85,23 +81,15 @@ class Generation:
     def _logits(self, rows: Sequence[int]) -> list[np.ndarray]:
         """Logits (V,) of what follows each of these texts."""
         starts = {row: window_start(len(self.texts[row]), self._reach) for row in rows}
-        if self._decoder is None:
-            return [self._whole(self.texts[row][start:]) for row, start in starts.items()]
-        going_on = [row for row in rows if self._starts[row] == starts[row]]
         found: dict[int, np.ndarray] = {}
-        if going_on:
-            last = [self.texts[row][-1] for row in going_on]
-            found = dict(zip(going_on, self._decoder.decode(going_on, last), strict=True))
+        if continued := [row for row in rows if self._starts[row] == starts[row]]:
+            last = [self.texts[row][-1] for row in continued]
+            found = dict(zip(continued, self._decoder.decode(continued, last), strict=True))
         for row in rows:
             if row not in found:
                 self._starts[row] = starts[row]
                 found[row] = self._decoder.prefill(row, self.texts[row][starts[row] :])
         return [found[row] for row in rows]
-
-    def _whole(self, seen: Sequence[int]) -> np.ndarray:
-        """Logits (V,) by a forward pass over one fixed shape: the text and what follows it, which it cannot see."""
-        self._window[0, : len(seen)] = seen
-        return self._model.logits(self._window, len(seen) - 1)[0]
 
 
 def generate(
@@ -111,11 +99,10 @@ def generate(
     reach: int,
     coin: Coin,
     choice: Choice = Choice(),  # noqa: B008 - frozen
-    cached: bool = True,
     pack: bool = True,
 ) -> Iterator[int]:
     """Yield `count` tokens that continue `prompt` (at least one token); arguments as of `Generation`."""
-    generation = Generation(model, [prompt], count, reach, [coin], choice, cached, pack)
+    generation = Generation(model, [prompt], count, reach, [coin], choice, pack)
     for _ in range(count):
         yield generation.step([0])[0].id
 
@@ -202,8 +189,3 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
             raise LlmpyError(f"no run folder {run}", f"{near} {others}".lstrip())
     source = resolve(str(run), aside)
     return source, tokenizer_of(source, aside)[0]
-
-
-def aside(line: str) -> None:
-    """Print what is no part of the text to stderr."""
-    print(line, file=sys.stderr, flush=True)

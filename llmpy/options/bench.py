@@ -33,14 +33,13 @@ class BenchOptions(Reported):
     batch_size: int = option(4, "rows of a batch", "-B", within=POSITIVE)
     sequence_length: int = option(64, "tokens of a row", "-T", within=POSITIVE)
     steps: int = option(10, "steps to time", within=POSITIVE)
-    cold: bool = option(False, "in a fresh process that has to compile every kernel first")
 
 
 @dataclass(frozen=True)
 class OpsOptions(Reported):
     """`llmpy bench ops`."""
 
-    op: str | None = option(None, "only this operation, e.g. linear_forward (default: all)", metavar="NAME", names=OPS)
+    op: str | None = option(None, "only this one, e.g. linear_forward (default: all)", metavar="NAME", choices=OPS)
 
 
 @dataclass(frozen=True)

@@ -98,16 +98,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def spelled(options: Any) -> list[str]:
-    """Return the words of the command line for what differs from the defaults."""
-    words: list[str] = []
-    for f in flags_of(options):
-        value = getattr(options, f.name)
-        if value != f.default:
-            words += [flag_of(f.name)] if value is True else [flag_of(f.name), str(value)]
-    return words
-
-
 def plain(value: Any) -> Any:
     """Return a value as JSON and YAML have it."""
     if isinstance(value, tuple):

@@ -45,7 +45,6 @@ class SampleOptions(Sampling):
         None, "end before this text; give it again for further ones (default: at <|endoftext|> alone)", each=True
     )
     ignore_eot: bool = option(False, "go on after <|endoftext|>, with another text")
-    cache: bool = option(True, "keep keys and values; without, the same text comes, slower")
     json: bool = option(False, "print one JSON object, with tokens and their log-probabilities")
 
     def __post_init__(self) -> None:

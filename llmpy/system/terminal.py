@@ -1,6 +1,6 @@
-"""What a terminal shows and a file does not: colour.
+"""Colour, which a terminal shows and a file does not, and lines for stderr.
 
-Only where a person looks (a terminal that is not "dumb"), and not where they asked for none: NO_COLOR of any
+Colour only where a person looks (a terminal that is not "dumb"), and not where they asked for none: NO_COLOR of any
 length above 0 (no-color.org).
 """
 
@@ -33,3 +33,8 @@ def silence() -> None:
     """Send standard output nowhere, with what it still holds: else Python's last flush would fail once more."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def aside(line: str) -> None:
+    """Print what is no part of the output to stderr."""
+    print(line, file=sys.stderr, flush=True)

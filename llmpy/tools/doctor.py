@@ -9,6 +9,7 @@ Nothing is installed, removed or downloaded; the hub is asked whether it answers
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -33,7 +34,7 @@ from ..options.tools import DoctorOptions
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..system.cache import data_cache, user_cache
 from ..system.resources import available_memory, cores, cpu_name
-from ..system.terminal import paint
+from ..system.terminal import aside, paint
 from ..system.words import gigabytes
 from ..train.memory import PROGRAM_BYTES, disk_needed, memory_of
 from ..train.start import BUILTIN_VOCAB
@@ -41,15 +42,12 @@ from ..version import __version__
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 STYLES = {OK: "green", NOTE: "yellow", FAULT: "red"}
-CORE = ("numpy", "numba", "tokenizers", "safetensors", "ml_dtypes")
-EXTRAS = {
-    "plot": ("matplotlib",), "parquet": ("pyarrow",), "gguf": ("gguf",), "trackers": ("tensorboardX",),
-    "mpi": ("mpi4py",), "lm_eval": ("lm_eval",),
-}  # fmt: skip
+PACKAGES = (
+    "numpy", "numba", "tokenizers", "safetensors", "ml_dtypes", "matplotlib", "plotly", "pyarrow", "gguf",
+    "tensorboardX", "mpi4py", "lm_eval",
+)  # fmt: skip
 DEFAULT = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB)  # what `llmpy train` trains
 SCALING = 0.75  # of as many times the peak of one thread as there are threads: less means shared cores
-BUSY = 0.25  # cores that others use: from here on it is reported
-CACHE_LARGE = 1 << 30  # bytes of compiled kernels: builds of earlier versions are never removed
 NETWORK_SECONDS = 4.0
 
 
@@ -71,73 +69,52 @@ def seen(name: str, found: str, fix: str = "", fault: bool = False, **numbers: A
 
 def doctor(options: DoctorOptions, load: Callable[..., Any] = backend.load) -> list[Check]:
     """Make every check, in the order of the report; an error in one is a fault, and the others are made."""
+    needed = disk_needed(TrainOptions(), DEFAULT)
+    looks = {
+        "program": program(),
+        "cpu": machine_checks(load, options),
+        "kernel cache": kernel_cache(),
+        "data cache": place("data cache", data_cache, "set LLMPY_DATA to a folder that you own"),
+        "disk": place("disk", lambda: Path("runs"), "make room, or use --out FOLDER on another disk", needed),
+    } | ({"network": network()} if options.network else {})
     checks: list[Check] = []
-    machine: list[Machine] = []
-
-    def look(name: str, check: Callable[..., Iterator[Check]], *arguments: Any) -> None:
+    for name, look in looks.items():
         try:
-            checks.extend(check(*arguments))
+            checks.extend(look)
         except (LlmpyError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: this user has no home
             what, _, fix = str(error).partition(" — ")
             checks.append(seen(name, f"{type(error).__name__}: {what}", fix or "reinstall llm.py", fault=True))
-
-    look("program", program)
-    look("extras", extras)
-    look("cpu", cpu, load, options, machine)
-    if machine:
-        look("threads", threads, *machine)
-        look("peaks", peaks, *machine, load)
-        look("memory", memory, *machine)
-    look("kernel cache", kernel_cache)
-    look("data cache", lambda: place("data cache", data_cache(), "set LLMPY_DATA to a folder that you own"))
-    needed = disk_needed(TrainOptions(), DEFAULT)
-    look("disk", place, "disk", Path("runs"), "make room, or use --out FOLDER on another disk", needed)
-    if options.network:
-        look("network", network)
     return checks
 
 
-def version(package: str) -> str:
-    """Return the version of an installed package, or ""."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def program() -> Iterator[Check]:
-    """Versions of llm.py, Python, the system and the packages that compute."""
-    packages = ", ".join(f"{name} {version(name)}" for name in CORE)
-    system = f"Python {platform.python_version()}, {platform.platform()}"
-    yield seen("program", f"llm.py {__version__}, {system}; {packages}")
+    """Versions of llm.py, Python, the system, and those of its packages that are installed."""
+    found = [f"llm.py {__version__}", f"Python {platform.python_version()}", platform.platform()]
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    yield seen("program", ", ".join(found))
 
 
-def extras() -> Iterator[Check]:
-    """What is installed of each extra."""
-    for extra, names in EXTRAS.items():
-        if found := ", ".join(f"{name} {version(name)}" for name in names if version(name)):
-            yield seen(f"extra {extra}", found)
-        else:
-            fix = f"if you want it: pip install 'llmpy[{extra}]'"
-            yield seen(f"extra {extra}", f"{' or '.join(names)} is not installed", fix)
+def machine_checks(load: Callable[..., Any], options: DoctorOptions) -> Iterator[Check]:
+    """Everything that the CPU backend is needed for."""
+    machine = cast(Machine, load("cpu", threads=options.threads, dtype=options.dtype))
+    yield cpu(machine)
+    yield threads(machine)
+    yield peaks(machine, load)
+    yield memory(machine)
 
 
-def cpu(load: Callable[..., Any], options: DoctorOptions, machine: list[Machine]) -> Iterator[Check]:
+def cpu(machine: Machine) -> Check:
     """The CPU, and the row of the table of instruction sets that its kernels are compiled for."""
-    ops = cast(Machine, load("cpu", threads=options.threads, dtype=options.dtype))
-    machine.append(ops)
     count, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
-    found = f"{cpu_name()}, {count} cores ({logical} logical); kernels for {ops.isa}, products in {ops.dtype}"
-    forced = [name for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES") if name in os.environ]
-    fix = "this CPU has no wide vectors: expect a tenth of the usual speed" if ops.isa == "generic" else ""
-    if forced:
-        found += f"; chosen by {', '.join(f'{name}={os.environ[name]}' for name in forced)}"
-        fix = f"unset {' '.join(forced)}"
-    yield seen("cpu", found, fix, cores=count, logical=logical, isa=ops.isa, dtype=str(ops.dtype))
+    found = f"{cpu_name()}, {count} cores ({logical} logical); kernels for {machine.isa}, products in {machine.dtype}"
+    fix = "this CPU has no wide vectors: expect a tenth of the usual speed" if machine.isa == "generic" else ""
+    return seen("cpu", found, fix, cores=count, logical=logical, isa=machine.isa, dtype=str(machine.dtype))
 
 
-def threads(machine: Machine) -> Iterator[Check]:
-    """How many threads there are, and what bounds them: affinity, the container's share, other programs."""
+def threads(machine: Machine) -> Check:
+    """How many threads there are, and what bounds them: affinity, the container's share."""
     n, usable, count = machine.threads, cores(), psutil.cpu_count(logical=False) or os.cpu_count() or 1
     found, fix = f"{n} of {count} cores", ""
     if usable < count:
@@ -146,16 +123,12 @@ def threads(machine: Machine) -> Iterator[Check]:
         found, fix = f"{found}: more threads than cores", f"use --threads {usable}"
     elif n < count:
         fix = "give the container or job more cores, or unset the affinity, if they are yours"
-    yield seen("threads", found, fix, threads=n, cores=count, usable_cores=usable)
-    used = psutil.cpu_percent(0.3) / 100 * (psutil.cpu_count() or 1)
-    if used > BUSY:
-        fix = "close them, or wait: next to one busy program a step takes up to twice as long"
-        yield seen("other programs", f"other programs use {used:.1f} cores now", fix, busy_cores=used)
+    return seen("threads", found, fix, threads=n, cores=count, usable_cores=usable)
 
 
-def peaks(machine: Machine, load: Callable[..., Any]) -> Iterator[Check]:
+def peaks(machine: Machine, load: Callable[..., Any]) -> Check:
     """What the machine reaches now, and whether all threads take part."""
-    machine.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
+    machine.warm_up(aside)
     single = cast(Machine, load("cpu", threads=1, dtype=str(machine.dtype)))
     one, all_, stream = single.measure_peak(), machine.measure_peak(), machine.measure_bandwidth()
     found = (
@@ -164,56 +137,52 @@ def peaks(machine: Machine, load: Callable[..., Any]) -> Iterator[Check]:
     )
     best, shared = max(1, round(all_ / one)), all_ < SCALING * machine.threads * one
     fix = f"cores are shared (other programs, hyper-threads, a container): try --threads {best}" if shared else ""
-    yield seen("peaks", found, fix, gflops=all_, gflops_one_thread=one, bandwidth_gb_s=stream)
+    return seen("peaks", found, fix, gflops=all_, gflops_one_thread=one, bandwidth_gb_s=stream)
 
 
-def memory(machine: Machine) -> Iterator[Check]:
+def memory(machine: Machine) -> Check:
     """Whether the default training fits into what is free, within the container's limit."""
     needed = memory_of(TrainOptions(), DEFAULT, machine)
     free, total = available_memory(), psutil.virtual_memory().total
     found = f"{gigabytes(free)} free of {gigabytes(total)}; the default training needs {gigabytes(needed)}"
     fix = "close other programs, or give the container more" if free < needed + PROGRAM_BYTES else ""
-    yield seen("memory", found, fix, free < needed, available=free, total=total, default_training=needed)
+    return seen("memory", found, fix, free < needed, available=free, total=total, default_training=needed)
 
 
 def kernel_cache() -> Iterator[Check]:
-    """Where compiled kernels are kept: writable, by this user alone, and not too large."""
+    """Where compiled kernels are kept: writable, and by this user alone."""
     folder = user_cache() / "kernels"
-    yield from place("kernel cache", folder, "set LLMPY_CACHE_DIR, or every start compiles for half a minute")
+    yield from place("kernel cache", lambda: folder, "set LLMPY_CACHE_DIR, or every start compiles for half a minute")
     if os.name == "posix" and folder.exists() and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o22):
         yield seen("kernel cache", f"{folder} can be written by others: it is not used", f"chmod 700 {folder}")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if size > CACHE_LARGE:
-        yield seen("kernel cache", f"it has {gigabytes(size)}", f"remove {folder}: kernels are compiled again")
 
 
-def place(name: str, folder: Path, fix: str, needed: int = 0) -> Iterator[Check]:
+def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Iterator[Check]:
     """Whether a folder can be written, or made, and has room; a fault if bytes are needed."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    folder = find().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    found = f"{gigabytes(free)} free in {folder.absolute()}"
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         yield seen(name, f"cannot write to {there}: {error.strerror}", fix, fault=needed > 0)
         return
-    short = f"; {gigabytes(needed)} are needed" if free < needed else ""
-    yield seen(name, found + short, short and fix, free < needed, folder=str(folder), free=free, needed=needed)
+    found = f"{gigabytes(free)} free in {folder}" + (f"; {gigabytes(needed)} are needed" if free < needed else "")
+    yield seen(name, found, fix if free < needed else "", free < needed, folder=str(folder), free=free, needed=needed)
 
 
 def network() -> Iterator[Check]:
     """Whether the hub answers. Training on your own text needs no network."""
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    found, fix = f"{address} answers", ""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=NETWORK_SECONDS).close()
-    except urllib.error.HTTPError:
-        yield seen("network", f"{address} answers")
     except (OSError, ValueError, HTTPException) as error:  # no URL, or what answers speaks no HTTP
-        fix = "needed only to download models and data sets: check proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT"
-        yield seen("network", f"{address} does not answer: {getattr(error, 'reason', error)}", fix)
-    else:
-        yield seen("network", f"{address} answers")
+        if not isinstance(error, urllib.error.HTTPError):
+            found = f"{address} does not answer: {getattr(error, 'reason', error)}"
+            fix = "needed only for downloads: check proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT"
+    yield seen("network", found, fix)
 
 
 def record(checks: list[Check]) -> dict[str, Any]:
@@ -222,7 +191,7 @@ def record(checks: list[Check]) -> dict[str, Any]:
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The same for a reader: a line for each, its fix below it."""
+    """Return the same for a reader: a line for each, its fix below it."""
     checks = numbers["checks"]
     width = max(len(check["name"]) for check in checks)
     lines = []
@@ -231,8 +200,6 @@ def table(numbers: dict[str, Any]) -> str:
         lines.append(f"{state}  {check['name']:<{width}}  {check['found']}")
         if check["fix"]:
             lines.append(f"{'':5}  {'':{width}}  → {check['fix']}")
-    if faults := sum(check["state"] == FAULT for check in checks):
-        return "\n".join([*lines, "", f"faults that prevent training: {faults}"])
-    return "\n".join(
-        [*lines, "", "this machine can train; whether it computes correctly is tested by:  llmpy selftest"]
-    )
+    faults = sum(check["state"] == FAULT for check in checks)
+    ending = "this machine can train; whether it computes correctly is tested by:  llmpy selftest"
+    return "\n".join([*lines, "", f"faults that prevent training: {faults}" if faults else ending])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ from ..generate.sampling import Choice, logprob
 from ..model.gpt2 import GPT2
 from ..rng import Xorshift64Star
 from ..system.command import install
+from ..system.terminal import aside
 
 try:
     from lm_eval.api.model import LM
@@ -59,20 +61,18 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         machine: Machine | None = None,
         **_: object,
     ) -> None:
-        """`run` is a run folder, or any model that `llmpy sample` takes; the rest of lm_eval's arguments is for others.
+        """`run` is a run folder, or any model that `llmpy sample` takes; other arguments of lm_eval are ignored.
 
-        Raises LlmpyError for a model that is missing, damaged or too large.
+        Raises LlmpyError for a model that is missing, corrupt or too large.
         """
         super().__init__()
         source, self.tokens = open_run(Path(run))
         ops = machine or cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
         self.reach = source.trained_length
-        count = str(BATCH_SIZE if batch_size is None else batch_size)
-        if not count.isdecimal() and not count.startswith("auto") or count == "0":  # "auto", or "auto:4"
-            raise LlmpyError(f"--batch_size {count}", "use a whole number from 1 on, or auto")
-        self.batch_size = int(count) if count.isdecimal() else BATCH_SIZE
+        ours = batch_size is None or str(batch_size).startswith("auto")  # "auto", or "auto:4"
+        self.batch_size = BATCH_SIZE if ours else max(1, int(cast(str, batch_size)))
         check_memory(source.config, ops, self.batch_size, self.reach)
-        ops.warm_up(lambda line: print(line, file=sys.stderr), decoding=True)
+        ops.warm_up(aside, decoding=True)
         self.model = GPT2(source.config, ops, trainable=False)
         source.fill(self.model.params)
 
@@ -95,9 +95,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         Greedy unless `do_sample`, then with `temperature` (1 unless told), `top_k`, `top_p` and `min_p`.
         """
         texts = [""] * len(requests)
-        alike: dict[str, list[int]] = {}  # requests with the same settings go side by side
+        alike = defaultdict(list)  # requests with the same settings go side by side
         for i, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            alike[json.dumps(request.args[1], sort_keys=True)].append(i)
         batches = [rows for group in alike.values() for rows in _batches(group, self.batch_size)]
         for rows in tqdm(batches, desc="generating", disable=disable_tqdm):
             found = self._continue([requests[i].args[0] for i in rows], requests[rows[0]].args[1], rows)
@@ -119,9 +119,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         """Sums over the windows of each pair."""
         parts = [(i, *part) for i, pair in enumerate(pairs) for part in windows(*pair, self.reach)]
         parts.sort(key=lambda part: -len(part[1]))  # what does not fit in memory shows at once, rows pad little
-        total, greedy, left = [0.0] * len(pairs), [True] * len(pairs), [0] * len(pairs)
-        for i, _, _ in parts:
-            left[i] += 1
+        total, greedy, left = [0.0] * len(pairs), [True] * len(pairs), Counter(i for i, _, _ in parts)
         for batch in tqdm(_batches(parts, self.batch_size), desc=name, disable=quiet):
             for (i, _, _), (value, same) in zip(batch, self._score([part[1:] for part in batch]), strict=True):
                 total[i] += value
@@ -153,7 +151,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
             yield value, same
 
     def _continue(self, contexts: Sequence[str], told: dict[str, Any], numbers: Sequence[int]) -> list[str]:
-        """Texts that follow these contexts, side by side, all by the same wishes."""
+        """Return the texts that follow these contexts, all by the same settings."""
         until = told.get("until") or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -169,11 +167,11 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         streams = [TextStream(self.tokens.decode, until) for _ in prompts]
         texts, live = [""] * len(prompts), list(range(len(prompts)))
         for _ in range(count):
-            tokens = dict(zip(live, generation.step(live), strict=True))
-            live = [row for row in live if tokens[row].id != self.tokens.eot]
-            for row in live:
-                texts[row] += streams[row].feed(tokens[row].id)
-            live = [row for row in live if not streams[row].stopped]
+            for row, token in zip(list(live), generation.step(live), strict=True):
+                if token.id != self.tokens.eot:
+                    texts[row] += streams[row].feed(token.id)
+                if token.id == self.tokens.eot or streams[row].stopped:
+                    live.remove(row)
             if not live:
                 break
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]

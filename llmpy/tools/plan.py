@@ -1,14 +1,12 @@
-"""`llmpy plan`: what a run will need and take, before it starts, on this machine or on several like it.
+"""`llmpy plan`: estimate what a run takes before it starts, on this machine or on several like it.
 
 memory   the tables of the model, as `train.memory` counts them
-step     = G · Σ calls · time of each operation    (forward, loss, backward; G batches gathered) + norm and AdamW
+step     = G · Σ calls · time of each operation (forward, loss, backward; G batches gathered)
+         + norm and AdamW, divided by N machines + what training waits for messages (`distributed.cost`)
          The calls are those that the model and the optimizer make on a recording backend.
 time     of an operation: measured now, by `bench ops`, on the sizes of this model (rows beyond what products need
          to reach their rate are not computed but multiplied)
 tokens   Chinchilla's 20 a parameter (Hoffmann et al. 2022), and what llm.c's script for this size trains on
-
-step     of N machines: G · (forward, loss, backward) + update/N + what `distributed.cost` says that training waits for
-         messages, and that carrying them takes of the computing
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import bisect
 import math
 import shutil
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +28,15 @@ from ..backend import Ops
 from ..backend.machine import Machine
 from ..backend.recorder import Recorder
 from ..bench.ops import UNSTEADY, Case, time_case
-from ..distributed.cost import Line, Work, communication
+from ..distributed.cost import communication
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
 from ..options.tools import PlanOptions
 from ..options.train import TrainOptions
 from ..options.yaml_files import SCRIPTS, read_recipe
 from ..system.resources import available_memory
-from ..system.words import columns, duration, gigabytes
+from ..system.terminal import aside
+from ..system.words import columns, count_of, duration, gigabytes
 from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
 from ..train.optimizer import AdamW
 from ..train.preflight import check_length
@@ -50,10 +48,7 @@ MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
 CACHES = 24 << 20  # floats that are read between calls: 96 MiB, for in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
-KINDS = {
-    "linear_forward": "products", "linear_backward": "products", "attention_forward": "attention",
-    "attention_backward": "attention", "classifier": "head", "global_norm": "update", "adamw": "update",
-}  # fmt: skip
+KINDS = {"linear": "products", "attention": "attention", "classifier": "head"}  # by an operation's first word
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Part:
     @property
     def kind(self) -> str:
         """What the time of a step is divided by: products, attention, head, update, rest."""
-        return KINDS.get(self.op, "rest")
+        return "update" if self.stage == "update" else KINDS.get(self.op.partition("_")[0], "rest")
 
 
 def step_parts(config: ModelConfig, B: int, T: int, recompute: int, dtype: Any) -> list[Part]:
@@ -131,10 +126,7 @@ class Measured(NamedTuple):
 
 
 def measure(machine: Machine, parts: Sequence[Part]) -> Measured:
-    """Time the parts on this machine.
-
-    Medians of rounds over all parts: what disturbs the machine for some seconds disturbs one of them.
-    """
+    """Time the parts on this machine: medians of rounds over all parts, so that a disturbance meets one round."""
     other = machine.empty(CACHES, machine.wide)
     machine.zero(other)
 
@@ -165,31 +157,24 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         model=o.model, batch_size=o.batch_size, sequence_length=o.sequence_length, total_batch=o.total_batch,
         checkpoint_every=o.checkpoint_every, keep=o.keep, ranks=o.nodes,
     )  # fmt: skip
-    gathered = run.micro_steps
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
-    ops.warm_up(lambda line: print(line, file=sys.stderr, flush=True))
+    ops.warm_up(aside)
     memory = memory_of(config, o, ops)
     parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
     measured = measure(ops, parts)
 
-    def took(**of: str) -> float:
-        """Seconds of the parts whose `stage` or `kind` this is."""
-        return sum(s for p, s in zip(parts, measured.seconds, strict=True) if all(getattr(p, k) == of[k] for k in of))
+    def took(name: str) -> float:
+        """Seconds of the parts of this stage or kind."""
+        return sum(s for p, s in zip(parts, measured.seconds, strict=True) if name in (p.stage, p.kind))
 
-    forward, loss, backward, update = (took(stage=stage) for stage in ("forward", "loss", "backward", "update"))
-    line = Line((o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6)
-    work = Work(forward, loss, backward, update / o.nodes, gathered, ops.threads)
-    cost = communication(config, o.nodes, line, work, ops.dtype != ops.wide)
-    once = forward + loss + backward
-    seconds = gathered * once + update / o.nodes + cost.exposed_seconds + cost.taken
-    tokens = run.batch_tokens * gathered
-    flops, rate = config.flops_per_token(o.sequence_length) * tokens, tokens / seconds
-    kinds = {kind: took(kind=kind) for kind in ("products", "attention", "head", "rest")} | {"update": update / o.nodes}
-    waits = {
-        "waiting for gradients": cost.gradients_exposed, "waiting for weights": cost.weights_exposed,
-        "waiting for agreement": cost.agreements, "waiting for the slowest": cost.slowest,
-        "carrying messages": cost.taken,
-    }  # fmt: skip
+    update, gathered = took("update") / o.nodes, run.micro_steps
+    messages = communication(
+        config, o.nodes, (o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6, took("forward"), took("backward"),
+        ops.dtype != ops.wide,
+    )  # fmt: skip
+    computing = gathered * sum(map(took, ("forward", "loss", "backward")))
+    seconds, tokens = computing + update + messages.exposed, run.batch_tokens * gathered
+    flops = config.flops_per_token(o.sequence_length) * tokens
     parameters = sum(t.size for t in params_table(config))
     steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
     return {
@@ -208,21 +193,20 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         },
         "step": {
             "ms": 1e3 * seconds,
-            "ms_a_batch": {name: 1e3 * s for name, s in kinds.items()},
+            "ms_a_batch": {kind: 1e3 * took(kind) for kind in (*KINDS.values(), "rest")} | {"update": 1e3 * update},
             "gflop": flops / 1e9,
-            "tokens_per_s": rate,
+            "tokens_per_s": tokens / seconds,
             "share_of_peak": flops / seconds / o.nodes / measured.peak / 1e9,
         },
         "network": None if o.nodes == 1 else {
-            "gbit_s": o.bandwidth, "latency_us": o.latency, "comm_ms": 1e3 * cost.seconds,
-            "exposed_ms": 1e3 * cost.exposed_seconds, "waits_ms": {name: 1e3 * s for name, s in waits.items()},
-            "sent_mb": (cost.reduce_bytes + cost.gather_bytes) / 1e6,
-            "efficiency": (gathered * once + update) / seconds,
+            "gbit_s": o.bandwidth, "latency_us": o.latency, "sent_mb": messages.sent / 1e6,
+            "comm_ms": 1e3 * messages.seconds, "exposed_ms": 1e3 * messages.exposed,
+            "efficiency": (computing + update * o.nodes) / seconds,
         },
         "training": [
             {
-                "what": what, "tokens": n, "steps": math.ceil(n / tokens), "seconds": n / rate,
-                "machine_hours": o.nodes * n / rate / 3600,
+                "what": what, "tokens": n, "steps": math.ceil(n / tokens), "seconds": n / tokens * seconds,
+                "machine_hours": o.nodes * n / tokens * seconds / 3600,
             }
             for what, n in targets(config, o, parameters)
         ],
@@ -268,7 +252,8 @@ def table(n: dict[str, Any]) -> str:
     gathered = f", {b['gathered']} gathered" if b["gathered"] > 1 else ""
     nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
     sizes = [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])]
-    times = [*step["ms_a_batch"].items(), *(network["waits_ms"] if network else {}).items(), ("a step", step["ms"])]
+    waits = {"waiting for messages": network["exposed_ms"]} if network else {}
+    times = [*(step["ms_a_batch"] | waits).items(), ("a step", step["ms"])]
     largest = f"largest batch that fits: -B {memory['largest_batch']}"
     if not memory["largest_batch"]:
         largest = "no batch fits: use a smaller -T or --model, or --checkpoint-every 0"
@@ -281,7 +266,7 @@ def table(n: dict[str, Any]) -> str:
     lines = [
         f"model    {m['name']}: {m['layers']} layers, {m['heads']} heads, {m['channels']} channels, context "
         f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
-        f"machine  {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['isa']}, {machine['dtype']}; "
+        f"machine  {count_of(machine['threads'], 'thread')}, {machine['isa']}, {machine['dtype']}; "
         f"{machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
         f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
         "" if machine["steady"] else "caution  other programs ran meanwhile: plan again without them\n",
@@ -291,13 +276,11 @@ def table(n: dict[str, Any]) -> str:
         f"{step['tokens_per_s']:,.0f} tokens/s, {step['gflop']:,.0f} GFLOP a step, "
         f"{100 * step['share_of_peak']:.0f} % of the peak",
     ]
-    if b["gathered"] > 1:
+    if gathered:
         lines.append(f"products, attention, head and rest are of one of {b['gathered']} batches")
     if network:
-        lines.append(
-            f"each machine sends {network['sent_mb']:,.0f} MB a step and is as fast as "
-            f"{100 * network['efficiency']:.0f} % of one that is alone"
-        )
+        speed = f"{100 * network['efficiency']:.0f} % of one that is alone"
+        lines.append(f"each machine sends {network['sent_mb']:,.0f} MB a step and is as fast as {speed}")
     lines += [
         "\n" + columns([("training", "tokens", "steps", "time", "machine hours"), *trainings]),
         f"\ndisk     {gigabytes(disk['checkpoint'])} a checkpoint, {gigabytes(disk['total'])} at most; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 from llmpy.bench import peers
 from llmpy.bench.peers import Peer, PeerError
 from llmpy.cli import main as cli
-from llmpy.errors import LlmpyError
 from llmpy.options.bench import PeersOptions
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="shell lines of a POSIX shell")
@@ -21,9 +21,9 @@ LINES = 'for n in 1 2 3 4 5 6 7; do echo "step $n: train loss 5.3 (took ${n}0.5 
 
 
 def printing(name: str, dtype: str, milliseconds: float) -> Peer:
-    """A program that tells times as `bench step --json` does."""
-    told = {"step_ms": [milliseconds, milliseconds + 2, milliseconds + 1], "peak_rss_mb": 100 * milliseconds}
-    return Peer(name, dtype, [sys.executable, "-c", f"print('{json.dumps(told)}')"])
+    """A program that prints the lines of two warm steps and of three."""
+    lines = "".join(f"step {n}: train loss 5.3 (took {milliseconds + n} ms)\n" for n in (90, 91, 0, 2, 1))
+    return Peer(name, dtype, [sys.executable, "-c", f"import time; print({lines!r}, flush=True); time.sleep(9)"])
 
 
 @pytest.fixture
@@ -44,19 +44,16 @@ def test_all_are_compared(pretended: None, tmp_path: Path, capsys: pytest.Captur
     numbers = json.loads(file.read_text())
     by_name = {p["name"]: p for p in numbers["peers"]}
     assert list(by_name) == ["llm.py fp32", "llm.py bf16", "PyTorch bf16", "llm.c"]
-    assert by_name["llm.py fp32"]["median_ms"] == 11
-    assert by_name["llm.py fp32"]["tokens_per_s"] == pytest.approx(16e3 / 11)
-    assert by_name["llm.py fp32"]["ratio"] == 1
-    assert by_name["llm.py fp32"]["step_ms"] == [10, 12, 11] * 2
+    ours = {"median_ms": 11, "tokens_per_s": pytest.approx(16e3 / 11), "ratio": 1, "step_ms": [10, 12, 11] * 2}
+    assert by_name["llm.py fp32"] == by_name["llm.py fp32"] | ours
     assert by_name["PyTorch bf16"]["ratio"] == pytest.approx(31 / 6)
-    assert by_name["PyTorch bf16"]["peak_rss_mb"] == 3000
+    assert 1 < by_name["PyTorch bf16"]["peak_rss_mb"] < 100
     assert by_name["llm.c"]["step_ms"] == [30.5, 40.5, 50.5] * 2  # the first two of a process are left out
     assert by_name["llm.c"]["ratio"] == pytest.approx(40.5 / 11)
     assert by_name["llm.c"]["peak_rss_mb"] > 1
     assert numbers["failed"] == {}
-    assert "PyTorch bf16       31.0        30.0       516    3,000            5.17" in shown.out
-    assert shown.err.splitlines()[0] == "round 1/2  llm.py fp32 11.0 ms"
-    assert shown.err.splitlines()[4] == "round 2/2  llm.py fp32 11.0 ms"
+    assert re.search(r"PyTorch bf16 +31.0 +30.0 +516 +\d+ +5.17\n", shown.out)
+    assert [shown.err.splitlines()[n] for n in (0, 4)] == [f"round {n}/2  llm.py fp32 11.0 ms" for n in (1, 2)]
 
 
 @posix
@@ -64,7 +61,7 @@ def test_a_program_that_fails_is_one_line_and_the_others_go_on(
     pretended: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = "broken=echo 'cannot open file' >&2; exit 3"
-    assert cli.main(["bench", "peers", "--rounds", "2", "--steps", "1", "--peer", broken, f"llm.c={LINES}"]) == 1
+    assert cli.main(["bench", "peers", "--rounds", "2", "--steps", "3", "--peer", broken, f"llm.c={LINES}"]) == 1
     shown = capsys.readouterr()
     assert "llm.c" in shown.out
     assert "broken" not in shown.out
@@ -85,7 +82,7 @@ def test_ctrl_c_keeps_what_was_measured(
         return run(peer, steps)
 
     monkeypatch.setattr(Peer, "run", interrupted)
-    assert cli.main(["bench", "peers", "--json", str(tmp_path / "a.json")]) == 130
+    assert cli.main(["bench", "peers", "--steps", "3", "--json", str(tmp_path / "a.json")]) == 130
     assert "llm.py bf16" in capsys.readouterr().out
     assert [p["name"] for p in json.loads((tmp_path / "a.json").read_text())["peers"]] == ["llm.py fp32", "llm.py bf16"]
 
@@ -126,7 +123,6 @@ def test_what_a_command_is_told() -> None:
         ("--peer llm.c", "--peer 'llm.c' — use --peer 'name=command'"),
         ("--peer =./a", "--peer '=./a' — use --peer"),
         ("--peer a=", "--peer 'a=' — use --peer"),
-        ("--peer a=true a=true", "--peer a: two programs have this name"),
         ("--rounds 0", "--rounds 0"),
         ("--model d1x", "unknown model"),
         ("-T 2000", "-T 2000: gpt2 has a context of 1024"),
@@ -140,50 +136,35 @@ def test_faults(pretended: None, line: str, said: str, capsys: pytest.CaptureFix
     assert err.count("\n") == 1
 
 
-def test_python_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert peers.torch_peers(PeersOptions(), 2, said.append) == []
-    assert "this Python has none" in said[0]
-    with pytest.raises(LlmpyError, match="/no/python: No such file or directory"):
-        peers.torch_peers(PeersOptions(torch_python=Path("/no/python")), 2, said.append)
-
-
-@posix
-def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n", encoding="utf-8")
-    python.chmod(0o755)
+def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(peers, "tcmalloc", lambda: "libtcmalloc_minimal.so.4")
     monkeypatch.setenv("LD_PRELOAD", "liba.so")
-    said: list[str] = []
-    options = PeersOptions("d2", 3, 16, steps=4, torch_python=python)
-    found = peers.torch_peers(options, 2, said.append)
-    assert said == ["PyTorch runs with libtcmalloc_minimal.so.4 preloaded"]
+    options = PeersOptions("d2", 3, 16, steps=4, torch_python=Path("/no/python"))
+    found = peers.torch_peers(options, 2)
+    assert capsys.readouterr().err == "PyTorch runs with libtcmalloc_minimal.so.4 preloaded\n"
     names = ["PyTorch fp32", "PyTorch bf16", "torch.compile fp32", "torch.compile bf16"]
     assert [p.name for p in found] == names
     command: Any = found[3].command
     size = {"layers": 2, "heads": 2, "channels": 128, "context": 1024, "vocab_size": 50257, "padded_vocab_size": 50304}
-    work = {"model": size, "B": 3, "T": 16, "steps": 4, "warm_steps": 2, "threads": 2, "dtype": "bfloat16"}
+    work = {"model": size, "B": 3, "T": 16, "steps": 6, "threads": 2, "dtype": "bfloat16"}
     assert json.loads(command[2]) == {**work, "compile": True}
     assert found[0].environment["LD_PRELOAD"] == "liba.so libtcmalloc_minimal.so.4"
     assert found[0].environment["OMP_NUM_THREADS"] == "2"
     assert peers.TORCH_STEP.is_file()
-    python.write_text("#!/bin/sh\necho No torch >&2; exit 1\n", encoding="utf-8")
-    with pytest.raises(LlmpyError, match="ended with exit code 1: No torch — name another with --torch-python"):
-        peers.torch_peers(options, 2, said.append)
+    with pytest.raises(PeerError, match="cannot be run: No such file or directory"):
+        found[0].run(1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert peers.torch_peers(PeersOptions(), 2) == []
+    assert "this Python has none" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="no PyTorch")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_torch_program_trains(dtype: str) -> None:
     size = {"layers": 1, "heads": 2, "channels": 8, "context": 8, "vocab_size": 60, "padded_vocab_size": 64}
-    work = {"B": 2, "T": 8, "steps": 2, "warm_steps": 1, "threads": 1, "dtype": dtype, "compile": False}
+    work = {"B": 2, "T": 8, "steps": 4, "threads": 1, "dtype": dtype, "compile": False}
     peer = Peer("x", dtype, [sys.executable, str(peers.TORCH_STEP), json.dumps({"model": size, **work})])
     assert len(peer.run(2)) == 2
-    assert peer.memory is not None
-    assert peer.memory > 50
-    assert peer.program.startswith("PyTorch")
 
 
 def test_our_commands_are_understood() -> None:

@@ -61,20 +61,13 @@ def test_plain_loops_agree_to_the_bit(ladder: Any) -> None:
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("wrong", ["a sum without one term", "not a number", "GELU of another number"])
-def test_the_check_notices(ladder: Any, wrong: str) -> None:
-    problem = ladder.Problem.draw(8, 768, 48)
-    rung = ladder.RUNGS[6]
+@pytest.mark.parametrize("wrong", [np.float32(1 + 1e-5), np.float32(np.nan)])
+def test_the_check_notices(ladder: Any, wrong: np.float32) -> None:
+    problem, rung = ladder.Problem.draw(8, 768, 48), ladder.RUNGS[6]
     pre_gelu = (problem.inp.astype(np.float64) @ problem.weight.T + problem.bias).astype(np.float32)
     out = ladder.gelu(pre_gelu.astype(np.float64)).astype(np.float32)
     assert ladder.check(rung, problem, (out, pre_gelu)) <= 1
-    if wrong == "a sum without one term":
-        term = int(np.argmax(np.abs(problem.inp[0] * problem.weight[0])))
-        pre_gelu[0, 0] -= problem.inp[0, term] * problem.weight[0, term]
-    elif wrong == "not a number":
-        out[0, 0] = np.nan
-    else:
-        out[0, 0] *= 1 + 1e-5
+    out[0, 0] *= wrong
     with pytest.raises(AssertionError, match="times what rounding explains"):
         ladder.check(rung, problem, (out, pre_gelu))
 

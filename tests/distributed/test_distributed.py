@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import signal
@@ -29,14 +28,13 @@ from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.distributed import launch
 from llmpy.distributed import watchdog as watch
-from llmpy.distributed.cost import EFFICIENCY, OVERHEAD, Line, Work, chain, communication
 from llmpy.distributed.watchdog import Fault, Watch
 from llmpy.distributed.zero import Zero
 from llmpy.formats import llmc_state
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2, params_table
 from llmpy.model.initialise import initialise
-from llmpy.model.partition import BUCKET, buckets, cut, length
+from llmpy.model.partition import buckets, cut, length
 from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint, checkpoint_writer
 from llmpy.run.checkpoint_writer import CheckpointWriter
@@ -604,98 +602,6 @@ def test_mixed_precision_gathers_what_products_read() -> None:
 
     # Kernels of one process take turns; what is tested is what arrives.
     assert all(Fellows(2).run(run))
-
-
-def test_a_chain_of_jobs() -> None:
-    assert chain([1, 2, 3], [0.5, 0.5, 0.5]) == [1.5, 2.5, 3.5]  # each is done before the next may begin
-    assert chain([1, 2, 3], [2, 2, 2]) == [3, 5, 7]  # never idle after the first
-    assert chain([3, 2, 1], [0, 0, 0]) == [3, 3, 3]
-
-
-GPT2_124M = ModelConfig.from_dial("gpt2")
-SIZE = sum(t.size for t in params_table(GPT2_124M))
-SLOW_LINE = Line(125e6, 1e-3)
-WORK = 0.95, 1.15, 1.9, 0.1  # seconds of forward, head, backward and update: a step of 4.1
-
-
-def test_bytes_are_as_few_as_any_algorithm_needs() -> None:
-    cost = communication(GPT2_124M, 4, SLOW_LINE, Work(1, 0, 2, 0), mixed=True)
-    vectors = sum(t.size for t in params_table(GPT2_124M) if not t.decay)
-    assert cost.reduce_bytes == 0.75 * 4 * SIZE
-    assert cost.gather_bytes == 0.75 * (2 * SIZE + 2 * vectors)
-    assert communication(GPT2_124M, 4, SLOW_LINE, Work(1, 0, 2, 0), mixed=False).gather_bytes == cost.reduce_bytes
-    assert communication(GPT2_124M, 1, SLOW_LINE, Work(1, 0, 2, 0), mixed=True).exposed_seconds == 0
-
-
-def test_a_line_that_is_never_idle_is_waited_for() -> None:
-    """Nothing is hidden but what goes beside backward's other layers, and beside forward's."""
-    L, backward, forward = GPT2_124M.layers, 6.0, 2.0
-    slow = communication(GPT2_124M, 2, Line(1e6, 0), Work(forward, 0, backward, 0, copying=math.inf), mixed=False)
-    seconds = 0.5 * 4 * SIZE / (EFFICIENCY * 1e6)
-    overhead = OVERHEAD * len(buckets(params_table(GPT2_124M), L))
-    assert slow.reduce_seconds == slow.gather_seconds == pytest.approx(seconds + overhead)
-    assert slow.gradients_exposed == pytest.approx(seconds + overhead - backward * (L - 1) / L)
-    assert slow.weights_exposed == pytest.approx(seconds + overhead - forward * (L - 1) / L)
-
-
-def test_a_fast_line_hides_all_but_the_first_layer_and_the_embeddings() -> None:
-    layer = 12 * 768 * 768 + 13 * 768
-    embeddings = SIZE - 12 * layer - 2 * 768
-    fast = communication(GPT2_124M, 2, Line(1e10, 0), Work(2.0, 0, 6.0, 0, copying=math.inf), mixed=False)
-    pieces = 1 + -(-embeddings // BUCKET)
-    exposed = 4 * (embeddings + layer) / 2 / 1e10 / EFFICIENCY + pieces * OVERHEAD
-    assert fast.gradients_exposed == pytest.approx(exposed)
-    assert fast.weights_exposed == pytest.approx(exposed)
-    # updated one after another, weights are on their way before forward begins
-    beside = communication(GPT2_124M, 2, Line(1e10, 0), Work(2.0, 0, 6.0, 1.0, copying=math.inf), mixed=False)
-    assert beside.weights_exposed < 0.1 * fast.weights_exposed
-
-
-def test_copying_takes_of_the_computing() -> None:
-    costs = [communication(GPT2_124M, 2, Line(1e12, 0), Work(2, 0, 4, 0, 1, n, 1e10), mixed=True) for n in (1, 4)]
-    assert costs[0].taken == pytest.approx(4 * costs[1].taken)
-    assert costs[0].seconds > costs[1].seconds  # the carrying thread has half a core, or four fifths of one
-
-
-def test_the_cost_is_that_of_what_was_measured() -> None:
-    """As docs/distributed.md has it: two hosts at 1 Gbit/s and 1 ms, and two ranks on the cores of one."""
-    cost = communication(GPT2_124M, 2, SLOW_LINE, Work(*WORK), mixed=True)
-    assert cost.seconds == pytest.approx(3.56, rel=0.05)
-    assert cost.exposed_seconds == pytest.approx(1.21, rel=0.05)
-    line = Line(66e9 / 8, 70e-6)  # memory, by bench/line.py
-    for model, mixed, step, ms, exposed in (
-        ("d8", True, 1.7, 0.155, 0.036),
-        ("gpt2", True, 4.0, 0.415, 0.050),
-        ("gpt2", False, 7.5, 0.484, 0.078),
-    ):
-        work = Work(*(step * part / sum(WORK) for part in WORK))
-        cost = communication(ModelConfig.from_dial(model), 2, line, work, mixed)
-        assert cost.seconds == pytest.approx(ms, rel=0.25)
-        assert cost.exposed_seconds == pytest.approx(exposed, rel=0.25)
-
-
-def test_the_table_of_a_thousand_nodes_is_that_of_the_model() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text("utf-8")
-    rows = re.findall(r"^\| (\d+) Gbit/s, (\d+) µs; (\d+) threads? \|(.*)\|$", text, re.MULTILINE)
-    assert len(rows) == 5
-    for gbit, latency, threads, shares in rows:
-        line, found = Line(int(gbit) * 1e9 / 8, int(latency) * 1e-6), []
-        for n in (2, 8, 64, 256, 1000):
-            forward, head, backward, update = (seconds / int(threads) for seconds in WORK)
-            work = Work(forward, head, backward, update / n, threads=int(threads))
-            cost = communication(GPT2_124M, n, line, work, mixed=True)
-            computing = forward + head + backward + update / n
-            found.append(f"{computing / (computing + cost.exposed_seconds + cost.taken):.0%}".replace("%", " %"))
-        assert [share.strip() for share in shares.split("|")] == found
-
-
-def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
-    d12 = ModelConfig.from_dial("d12")
-    exposed = [communication(d12, n, SLOW_LINE, Work(*WORK), True).exposed_seconds for n in (1, 2, 8, 64, 1000)]
-    assert exposed[0] == 0
-    assert exposed == sorted(exposed)
-    assert communication(d12, 8, Line(1e9, 1e-3), Work(*WORK), True).exposed_seconds < exposed[2]
-    assert communication(d12, 8, SLOW_LINE, Work(*(x / 8 for x in WORK)), True).exposed_seconds > exposed[2]
 
 
 @needs_mpi

@@ -14,7 +14,7 @@ from llmpy import backend
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
 from llmpy.generate.generation import Generation, TextStream, encode_prompt, generate, open_run, window_start
-from llmpy.generate.sampling import Choice
+from llmpy.generate.sampling import Choice, choose
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.rng import Xorshift64Star
@@ -38,20 +38,21 @@ def test_the_window_slides_by_a_quarter(reach: int) -> None:
         before = start
 
 
-def greedy_by_hand(text: list[int], count: int, reach: int) -> list[int]:
-    """The same without padding: a forward over just the visible text."""
-    model, text = tiny_model(), list(text)
+def from_scratch(
+    model: GPT2, text: list[int], count: int, reach: int, coin: Xorshift64Star | Coins, choice: Choice
+) -> list[int]:
+    """The same without a cache: a forward pass over the visible text for every token."""
+    text = list(text)
     for _ in range(count):
-        seen = np.array([text[window_start(len(text), reach) :]], np.int32)
-        text.append(int(model.logits(seen)[0].argmax()))
+        logits = model.logits(np.array([text[window_start(len(text), reach) :]], np.int32))[0]
+        text.append(choose(logits, coin, choice, text))
     return text[-count:]
 
 
 @pytest.mark.parametrize("prompt", [[7], [1, 2, 3], list(range(40))])
-def test_padding_changes_nothing_and_the_window_slides(prompt: list[int]) -> None:
-    for cached in (True, False):
-        tokens = list(generate(tiny_model(), prompt, 12, 8, Coins(), GREEDY, cached))
-        assert tokens == greedy_by_hand(prompt, 12, 8)
+def test_the_window_slides_as_by_hand(prompt: list[int]) -> None:
+    tokens = list(generate(tiny_model(), prompt, 12, 8, Coins(), GREEDY))
+    assert tokens == from_scratch(tiny_model(), prompt, 12, 8, Coins(), GREEDY)
 
 
 def test_the_seed_decides() -> None:
@@ -173,24 +174,23 @@ def small_model(dtype: str) -> GPT2:
     return model
 
 
-def check_equal(dtype: str, choice: Choice, prompts: int, together: int) -> None:
-    """Random prompts of random lengths, by groups: cached and from scratch, all at once and each alone."""
+@pytest.mark.parametrize("choice", CHOICES, ids=["greedy", "seeded"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("prompts", "together"), [(60, 6), pytest.param(1000, 10, marks=pytest.mark.long)])
+def test_cached_and_from_scratch_are_equal(prompts: int, together: int, dtype: str, choice: Choice) -> None:
+    """Random prompts of random lengths, by groups: packed or not, all at once and each alone."""
     rng = np.random.default_rng(3)
     model, reach, count = small_model(dtype), 40, 12
     for first in range(0, prompts, together):
         given = [rng.integers(0, SMALL.vocab_size, rng.integers(1, 60)).tolist() for _ in range(together)]
         found = []
-        for cached, pack in ((True, True), (True, False), (False, False)):
+        for pack in (True, False):
             coins = [Xorshift64Star(first + i + 1) for i in range(together)]
-            generation = Generation(model, given, count, reach, coins, choice, cached, pack, logprobs=True)
+            generation = Generation(model, given, count, reach, coins, choice, pack, logprobs=True)
             found.append([generation.step(range(together)) for _ in range(count)])
-        assert found[0] == found[1] == found[2]
+        assert found[0] == found[1]
+        for i, prompt in enumerate(given):
+            scratch = from_scratch(model, prompt, count, reach, Xorshift64Star(first + i + 1), choice)
+            assert scratch == [step[i].id for step in found[0]]
         alone = generate(model, given[1], count, reach, Xorshift64Star(first + 2), choice)
         assert list(alone) == [step[1].id for step in found[0]]
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=["greedy", "seeded"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("prompts", "together"), [(60, 6), pytest.param(1000, 10, marks=pytest.mark.long)])
-def test_cached_and_from_scratch_are_equal(prompts: int, together: int, dtype: str, choice: Choice) -> None:
-    check_equal(dtype, choice, prompts, together)
