@@ -37,8 +37,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     ops.warm_up(aside, decoding=True)
     model = GPT2(source.config, ops, trainable=False)
     source.fill(model.params)
-    # Each text has a generator of its own; the first has that of a text alone.
-    coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
+    coins = [Xorshift64Star(o.seed + i) for i in range(len(prompts))]  # the first: that of a text alone
     generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), o.cache, logprobs=o.json)
     streams = [TextStream(tokenizer.decode, o.stop or ()) for _ in prompts]
     eot = None if o.ignore_eot else tokenizer.eot

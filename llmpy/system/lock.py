@@ -9,15 +9,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-PATIENCE = 0.2  # seconds between two looks at a lock that is waited for
-
 
 class Lock:
     """An exclusive hold on a file. The system releases it when the process ends, in whatever way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path, thread_local=False, poll_interval=PATIENCE, on_acquired=_sign)
+        self._lock = FileLock(path, thread_local=False, poll_interval=0.2, on_acquired=_sign)
 
     def take(self, wait: bool = False) -> bool:
         """Return whether this process has it now. Raises OSError if the file cannot be made or locked."""
@@ -29,9 +27,8 @@ class Lock:
 
     def holder(self) -> str:
         """Return who has it, as far as the file says."""
-        with contextlib.suppress(OSError, ValueError), self.path.open("rb", buffering=0) as file:
-            file.seek(1)
-            return f"process {int(file.read(20))}"
+        with contextlib.suppress(OSError, ValueError):
+            return f"process {int(self.path.read_text())}"
         return "another process"
 
     @contextlib.contextmanager
@@ -55,4 +52,4 @@ class Lock:
 
 def _sign(file: int) -> None:
     os.ftruncate(file, 0)
-    os.write(file, f"\n{os.getpid()}\n".encode())  # the first byte is what Windows locks, also against reading
+    os.write(file, f"{os.getpid()}\n".encode())
