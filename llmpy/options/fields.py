@@ -68,10 +68,7 @@ class OnMachine(Options):
     """What verbs that compute have in common; --help lists it last."""
 
     threads: int | None = option(None, "threads (default: one a core)", within=POSITIVE)
-    dtype: str = option(
-        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)",
-        choices=("auto", "float32", "bfloat16"),
-    )  # fmt: skip
+    dtype: str = option("auto", "of the products (auto: bfloat16 if native)", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
