@@ -173,7 +173,8 @@ class TrainOptions(OnMachine):
         if total % tokens:
             product = f"-B {self.batch_size} x -T {self.sequence_length} x {self.ranks} ranks = {tokens}"
             near = max(1, round(total / tokens)) * tokens
-            raise LlmpyError(f"--total-batch {total} is no multiple of {product}", f"use {near}, or another -B")
+            what = f"--total-batch {total} is no multiple of {product}"
+            raise LlmpyError(what, f"use --total-batch {near}, or another -B")
         return total // tokens
 
     @property

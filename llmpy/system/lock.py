@@ -27,8 +27,9 @@ class Lock:
 
     def holder(self) -> str:
         """Return who has it, as far as the file says."""
-        with contextlib.suppress(OSError, ValueError):
-            return f"process {int(self.path.read_text())}"
+        with contextlib.suppress(OSError, ValueError), self.path.open("rb", buffering=0) as file:
+            file.seek(1)
+            return f"process {int(file.read(20))}"
         return "another process"
 
     @contextlib.contextmanager
@@ -52,4 +53,4 @@ class Lock:
 
 def _sign(file: int) -> None:
     os.ftruncate(file, 0)
-    os.write(file, f"{os.getpid()}\n".encode())
+    os.write(file, f"\n{os.getpid()}\n".encode())  # the first byte is what Windows locks, also against reading

@@ -74,7 +74,7 @@ def test_records_of_an_older_version() -> None:
 
 
 def test_a_total_that_batches_do_not_fill() -> None:
-    with pytest.raises(LlmpyError, match="use 512, or another -B"):
+    with pytest.raises(LlmpyError, match="use --total-batch 512, or another -B"):
         _ = TrainOptions(total_batch=500).micro_steps
     assert TrainOptions(total_batch=2048).micro_steps == 4
     assert TrainOptions().micro_steps == 1
