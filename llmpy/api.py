@@ -93,7 +93,7 @@ class GPT2:
         return model
 
     def store_weights(self) -> None:
-        """Renew what products read from `parameters`; to be called after writing to them."""
+        """Renew what products read from `parameters`; call it after writing to them."""
         self._net.store_weights()
 
     def loss(self, tokens: ArrayLike, targets: ArrayLike | None = None) -> float:

@@ -161,7 +161,7 @@ VERBS = (
     Verb("bench ops", OpsOptions, reporting("bench.ops", "bench_ops"), "Time each operation against the peaks"),
     Verb("bench decode", DecodeOptions, reporting("bench.decoding", "bench_decode"), "Time generation"),
     Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", say), "Time other programs on this work"),
-    Verb("completion", CompletionOptions, completion, "Print a script of the shell"),
+    Verb("completion", CompletionOptions, completion, "Print a shell-completion script"),
 )
 # fmt: on
 

@@ -95,12 +95,8 @@ def flag_of(name: str) -> str:
 
 def spelled(options: Any) -> list[str]:
     """Return the words of the command line for what differs from the defaults."""
-    words: list[str] = []
-    for f in flags_of(options):
-        value = getattr(options, f.name)
-        if value != f.default:
-            words += [flag_of(f.name)] if value is True else [flag_of(f.name), str(value)]
-    return words
+    changed = [(flag_of(f.name), v) for f in flags_of(options) if (v := getattr(options, f.name)) != f.default]
+    return [word for flag, value in changed for word in ((flag,) if value is True else (flag, str(value)))]
 
 
 def plain(value: Any) -> Any:

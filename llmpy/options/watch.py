@@ -18,6 +18,7 @@ AXES = {  # of a plot: title, and unit
 PICTURES = (".png", ".svg", ".pdf", ".html")
 
 
+# fmt: off
 @dataclass(frozen=True)
 class WatchOptions(Options):
     """`llmpy watch [RUN …]`."""
@@ -25,12 +26,11 @@ class WatchOptions(Options):
     runs: tuple[Path, ...] | None = option(
         None, "run folders, or folders of runs, where new runs appear by themselves (default: runs)", metavar="RUN",
         word=True,
-    )  # fmt: skip
+    )
     port: int = option(8642, "port of the page, or the next free one", within=Range(1, 65535, "a port from 1 to 65535"))
     open: bool = option(False, "open the page in the browser")
 
 
-# fmt: off
 @dataclass(frozen=True)
 class PlotOptions(Options):
     """`llmpy plot [RUN …]`."""

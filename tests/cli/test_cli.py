@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,6 +156,15 @@ def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert len(text.splitlines()) <= 30
         assert max(map(len, text.splitlines())) <= 80
         assert cli.main([]) == 2
+
+
+def test_every_verb_has_its_function() -> None:
+    text = Path(str(cli.__file__)).read_text("utf-8")
+    found = re.findall(r'(calling|reporting)\("([\w.]+)", "(\w+)"', text)
+    assert len(found) == 11
+    for kind, module, name in found:
+        imported = importlib.import_module(f"llmpy.{module}")
+        assert callable(getattr(imported, name)) and (kind == "calling" or callable(imported.table))
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
