@@ -1,8 +1,25 @@
 """The way in: `llmpy`, or `python -m llmpy`."""
 
+import os
 import sys
+from typing import Any
 
-from .cli.main import main
+from .errors import Stopped
+from .system.interrupts import on_signal
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    with on_signal(end):  # libraries that are being imported may catch an exception
+        from .cli.main import main as run
+    return run()
+
+
+def end(number: int, _frame: Any) -> None:
+    """End the program, which has done nothing yet."""
+    os.write(2, f"llmpy: error: {Stopped(number)}\n".encode())
+    os._exit(128 + number)
+
 
 if __name__ == "__main__":
     sys.exit(main())

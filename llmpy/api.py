@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,7 +25,7 @@ from .data.tokenizer import Tokenizer
 from .errors import LlmpyError
 from .formats import convert
 from .formats.source import Source
-from .generate.generation import Generation, TextStream, check_memory, encode_prompt
+from .generate.generation import Generation, TextStream, aside, check_memory, encode_prompt
 from .generate.sampling import Choice, choice_of
 from .model import gpt2
 from .model.config import GPT2_VOCAB, ModelConfig
@@ -38,9 +36,7 @@ from .options.train import TrainOptions
 from .rng import Xorshift64Star
 from .run import checkpoint
 from .run.folder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, RunFolder
-from .system.command import command
 from .system.resources import crowded
-from .system.words import did_you_mean
 from .train.assemble import train
 
 IGNORED = -1  # a target that does not count
@@ -74,7 +70,7 @@ class GPT2:
         A path is a run folder, a `model.safetensors`, a `.bin` of llm.c or a folder of Hugging Face. `dtype` is of the
         products: auto, float32 or bfloat16. Raises LlmpyError for what is missing, damaged or no model.
         """
-        source = formats.resolve(str(model), _aside)
+        source = formats.resolve(str(model), aside)
         tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
         net = gpt2.GPT2(source.config, machine or _machine(threads, dtype))
         source.fill(net.params)
@@ -97,7 +93,7 @@ class GPT2:
         return model
 
     def store_weights(self) -> None:
-        """Renew what products read from `parameters`; to be called after writing to them."""
+        """Renew what products read from `parameters`; call it after writing to them."""
         self._net.store_weights()
 
     def loss(self, tokens: ArrayLike, targets: ArrayLike | None = None) -> float:
@@ -119,7 +115,7 @@ class GPT2:
 
     def logits(self, tokens: ArrayLike, position: int = -1) -> np.ndarray:
         """Logits (B, V) float32 of what follows one position of tokens (B, T)."""
-        ids = self._ids(tokens, "tokens", 0)
+        ids = self._ids(tokens, "tokens", 0, self.config.context)
         if not -ids.shape[1] <= position < ids.shape[1]:
             raise LlmpyError(f"position {position} of {ids.shape[1]} tokens", "use one of theirs; -1 is the last")
         self._make_room(ids.shape)
@@ -135,13 +131,8 @@ class GPT2:
 
     def stream(self, prompt: str = "", tokens: int = 200, **choices: Any) -> Iterator[str]:
         """What comes after the prompt, piece by piece; arguments as of `generate`."""
-        if not isinstance(prompt, str):
-            raise LlmpyError(f"a prompt of type {type(prompt).__name__}", "give a text, or call this for each one")
-        for name in choices.keys() - CHOICES:
-            known = ", ".join(sorted(CHOICES))
-            raise LlmpyError(f"unknown choice {name!r}", did_you_mean(name, CHOICES) or f"use {known}")
-        if isinstance(choices.get("stop"), str):
-            choices["stop"] = [choices["stop"]]
+        if unknown := choices.keys() - CHOICES:
+            raise LlmpyError(f"unknown choices {sorted(unknown)}", f"use {', '.join(sorted(CHOICES))}")
         values = {name: converted(SampleOptions, name, value) for name, value in choices.items()}
         options = SampleOptions(tokens=converted(SampleOptions, "tokens", tokens), **values)
         prompt_ids = encode_prompt(self.require_tokenizer(), prompt)
@@ -171,16 +162,14 @@ class GPT2:
 
     def warm_up(self) -> None:
         """Compile or load the kernels of generation, which the first text does else."""
-        cast(Machine, self._net.ops).warm_up(_aside, decoding=True)
+        cast(Machine, self._net.ops).warm_up(aside, decoding=True)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer, or GPT-2's. Raises LlmpyError if there is none, or if it has tokens that the model has not."""
         if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
-            self.tokenizer = Tokenizer.gpt2(_aside)
+            self.tokenizer = Tokenizer.gpt2(aside)
         if self.tokenizer is None:
-            raise LlmpyError(
-                "the model has no tokenizer, which text needs", "set model.tokenizer = llmpy.Tokenizer.load(…)"
-            )
+            raise LlmpyError("the model has no tokenizer", "set model.tokenizer = llmpy.Tokenizer.load(…)")
         have, V = self.tokenizer.vocab_size, self.config.vocab_size
         if have > V:
             raise LlmpyError(f"the tokenizer has {have:,} tokens but the model {V:,}", "use the model's own tokenizer")
@@ -188,75 +177,65 @@ class GPT2:
 
     def save(self, path: str | Path) -> None:
         """Write a folder with model.safetensors and its tokenizer, which `load` and `llmpy sample` read."""
-        self._export(Path(path), "native", None)
+        self.export(path, "native")
 
     def export_hf(self, path: str | Path, dtype: str = "float32") -> None:
-        """Write a folder that Hugging Face's `transformers` loads, in float32 or bfloat16.
-
-        Raises LlmpyError if there is something at `path`, or if the disk refuses.
-        """
-        self._export(Path(path), "hf", dtype)
+        """Write a folder that Hugging Face's `transformers` loads, in float32 or bfloat16."""
+        self.export(path, "hf", dtype)
 
     def export(self, path: str | Path, to: str | None = None, dtype: str | None = None) -> None:
-        """Write what `llmpy convert` writes: `to` llmc, hf, native or gguf, or by the name of `path`."""
-        self._export(Path(path), to, dtype)
+        """Write what `llmpy convert` writes: `to` llmc, hf, native or gguf, or by the name of `path`.
 
-    def _export(self, path: Path, to: str | None, dtype: str | None) -> None:
+        Raises LlmpyError if there is something at `path`, or if it cannot be written.
+        """
+        path = Path(path)
         to = convert.format_of(path, to)
         with tempfile.TemporaryDirectory(prefix="llmpy-") as folder:
             tokenizer = None
             if self.tokenizer is not None:
                 tokenizer = Path(folder, TOKENIZER_FILE)
                 self.tokenizer.save(tokenizer)
-            convert.write(self._source(tokenizer), path, to, dtype, _aside)
-
-    def _source(self, tokenizer: Path | None) -> Source:
-        """This model as the writers of files take it."""
-        return Source(
-            Path("memory"), "model in memory", self.config, "float32", self.trained_length,
-            self.parameters.__getitem__, tokenizer,
-        )  # fmt: skip
+            source = Source(
+                Path("memory"), "model in memory", self.config, "float32", self.trained_length,
+                self.parameters.__getitem__, tokenizer,
+            )  # fmt: skip
+            convert.write(source, path, to, dtype, aside)
 
     def _batch(self, tokens: ArrayLike, targets: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
-        """tokens and targets (B, T) int32, checked; arenas are made for them."""
-        ids = self._ids(tokens, "tokens", 0, most=None if targets is not None else self.config.context + 1)
+        """Return tokens and targets (B, T) int32, checked; arenas are made for them."""
+        ids = self._ids(tokens, "tokens", 0, self.config.context + (targets is None))
         if targets is None:
             if ids.shape[1] < 2:
                 raise LlmpyError("a row of one token has no target", "give rows of two or more, or targets")
             ids, wanted = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
         else:
-            wanted = self._ids(targets, "targets", IGNORED)
+            wanted = self._ids(targets, "targets", IGNORED, self.config.context)
             if wanted.shape != ids.shape:
                 raise LlmpyError(f"targets {wanted.shape} for tokens {ids.shape}", "give one for each token")
         self._make_room(ids.shape)
         return ids, wanted
 
-    def _ids(self, values: ArrayLike, what: str, least: int, most: int | None = None) -> np.ndarray:
-        """Token ids as int32 (B, T). Raises LlmpyError unless they are whole numbers in `least` … V − 1."""
+    def _ids(self, values: ArrayLike, what: str, least: int, longest: int) -> np.ndarray:
+        """Return token ids as int32 (B, T). Raises LlmpyError unless T ≤ `longest` and all are in `least` … V − 1."""
         try:
             ids = np.asarray(values)
         except ValueError:
             raise LlmpyError(f"{what} are rows of different lengths", "give an array (B, T)") from None
-        if ids.dtype.kind not in "iu":
-            raise LlmpyError(f"{what} are {ids.dtype}, not whole numbers", "give token ids, as tokenizer.encode does")
-        if ids.ndim not in (1, 2) or ids.size == 0:
-            raise LlmpyError(f"{what} of shape {ids.shape}", "give an array (B, T), or (T,) for a single row")
+        if ids.ndim not in (1, 2) or ids.size == 0 or ids.dtype.kind not in "iu":
+            hint = "give token ids, integers (B, T), or (T,) for a single row"
+            raise LlmpyError(f"{what} of shape {ids.shape} and type {ids.dtype}", hint)
         ids = ids.reshape(-1, ids.shape[-1])
-        longest = most or self.config.context
         if ids.shape[1] > longest:
-            raise LlmpyError(
-                f"{what}: rows of {ids.shape[1]:,}, and the model's context is {self.config.context:,}", "cut them"
-            )
+            what = f"{what}: rows of {ids.shape[1]:,}, and the model's context is {self.config.context:,}"
+            raise LlmpyError(what, "cut them")
         self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
 
     def _check_range(self, ids: Sequence[int], what: str, least: int) -> None:
         """Raise LlmpyError unless all are in `least` … V − 1."""
-        for i in ids:
-            if not least <= i < self.config.vocab_size:
-                raise LlmpyError(
-                    f"{what}: {i} is no token of this model", f"ids go from {least} to {self.config.vocab_size - 1}"
-                )
+        V = self.config.vocab_size
+        if wrong := [i for i in ids if not least <= i < V]:
+            raise LlmpyError(f"{what}: {wrong[0]} is no token of this model", f"ids go from {least} to {V - 1}")
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Only one shape's activations are kept."""
@@ -266,13 +245,13 @@ class GPT2:
 
 
 class Trainer:
-    """A run of `llmpy train`, told and read from Python.
+    """A run of `llmpy train`, started and read from Python.
 
     `model`: a size to train from scratch ("d4"), or a `GPT2`, which is trained on and then holds the result.
     `data`: files, folders, the name of a data set, or token ids, integers (n,), of which the last tenth is held out for
     validation; without, the text that Python carries. All other options are those of `llmpy train --help`, by name:
     steps, minutes, lr, batch_size, sequence_length, out, resume, init …
-    Raises LlmpyError for options that there are not, and values that do not serve.
+    Raises LlmpyError for unknown options and invalid values.
     """
 
     def __init__(
@@ -283,14 +262,12 @@ class Trainer:
         self._trained: GPT2 | None = None
         if isinstance(model, GPT2):
             self._trained = model
-            if other := next((name for name in ("init", "resume") if name in told), None):
-                raise LlmpyError(f"a model and {other}", "give one of them: both say what to start from")
+            if "init" in told:
+                raise LlmpyError("a model and init", "give one of them: both say what to start from")
             tokenizer, V = model.tokenizer, model.config.vocab_size
             if tokenizer is not None and tokenizer.vocab_size != V:
-                raise LlmpyError(
-                    f"the tokenizer has {tokenizer.vocab_size:,} tokens but the model {V:,}",
-                    "train a model of as many as its tokenizer has",
-                )
+                what = f"the tokenizer has {tokenizer.vocab_size:,} tokens but the model {V:,}"
+                raise LlmpyError(what, "train a model of as many as its tokenizer has")
         elif model:
             told["model"] = model
         if isinstance(data, list | tuple) and data and isinstance(data[0], int | np.integer):
@@ -301,19 +278,15 @@ class Trainer:
         values = {name: converted(TrainOptions, name, value) for name, value in told.items()}
         self.options = TrainOptions.gather(values)
         if self.options.ranks > 1:
-            raise LlmpyError(
-                "a Trainer is one process", f"start ranks with: {command('train', '--ranks', self.options.ranks)}"
-            )
+            raise LlmpyError("a Trainer is one process", "start ranks with llmpy train --ranks N")
         self.folder: Path | None = None
         self._machine = machine
 
     def run(self, verbose: bool = True) -> Self:
-        """Train to the end; `verbose` tells of it on standard output, as the command does. Ctrl-C stops and saves.
+        """Train to the end; `verbose` prints what the command does. Ctrl-C stops and saves.
 
         Raises LlmpyError for whatever the command would refuse, Diverged for numbers that are not finite.
         """
-        if threading.current_thread() is not threading.main_thread():
-            raise LlmpyError("training outside the main thread could not be stopped", "call run in the main thread")
         model, options = self._trained, self.options
         folder = RunFolder.claim(options if model is None else replace(options, model=f"d{model.config.layers}"))
         try:
@@ -334,9 +307,7 @@ class Trainer:
         return self
 
     def _put_in(self, folder: RunFolder) -> TrainOptions:
-        """What is in memory alone, model and tokens, into a new run's folder, so that the run can be resumed whenever
-        it is killed; the options that name it there.
-        """
+        """Write model and tokens into a new run's folder, so that it can be resumed; return options that name them."""
         told = {name: getattr(self.options, name) for name in self.options.given}
         if (model := self._trained) is not None:
             told["init"] = str((folder / START_FILE).absolute())
@@ -351,7 +322,7 @@ class Trainer:
         return TrainOptions.gather(told)
 
     def _check_same(self, folder: RunFolder) -> None:
-        """Raise LlmpyError if a run that goes on is of another model or of other tokens than are in memory."""
+        """Raise LlmpyError if a resumed run is of another model or of other tokens than are in memory."""
         begun = [path for path in (folder / MODEL_FILE, folder / START_FILE) if path.is_file()]
         if self._trained is not None and begun and checkpoint.read_header(begun[0]).config != self._trained.config:
             raise LlmpyError(f"{folder.path} is a run of a model of another shape", "choose another out")
@@ -363,8 +334,7 @@ class Trainer:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The numbers of the run, step by step, as in its metrics.jsonl: step, loss, lr, …; step, val_loss."""
-        lines = (self._done() / METRICS).read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in (self._done() / METRICS).read_text("utf-8").splitlines()]
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
         """Steps and values of one of the numbers, for a plot."""
@@ -374,10 +344,8 @@ class Trainer:
     @property
     def model(self) -> GPT2:
         """What was trained."""
-        folder = self._done()
-        if self._trained is None:
-            o = self.options
-            self._trained = GPT2.load(folder, threads=o.threads, dtype=o.dtype, machine=self._machine)
+        folder, o = self._done(), self.options
+        self._trained = self._trained or GPT2.load(folder, threads=o.threads, dtype=o.dtype, machine=self._machine)
         return self._trained
 
     def _done(self) -> Path:
@@ -387,25 +355,19 @@ class Trainer:
 
 
 def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Token ids (n,) divided, by the names of the run's files. Raises LlmpyError for what are none."""
+    """Return token ids (n,) divided, by the names of the run's files. Raises LlmpyError for others."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise LlmpyError(f"data of shape {tokens.shape} and type {tokens.dtype}", "give token ids, integers (n,)")
     held = int(HELD_OUT * tokens.size)
     if not held or tokens.min() < 0:
-        what = "a negative token" if held else f"{tokens.size} tokens, of which a tenth is for validation"
-        raise LlmpyError(f"data with {what}", "give token ids, as tokenizer.encode does")
+        raise LlmpyError("data of negative tokens, or of too few", "give token ids, as tokenizer.encode does")
     return dict(zip(PARTS, (tokens[:-held], tokens[-held:]), strict=True))
 
 
 def _machine(threads: int | None, dtype: str) -> Machine:
-    """The CPU, its kernels compiled."""
+    """Return the CPU, its kernels compiled."""
     machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     for line in crowded(machine.threads):
-        _aside(line)
-    machine.warm_up(_aside)
+        aside(line)
+    machine.warm_up(aside)
     return machine
-
-
-def _aside(line: str) -> None:
-    """What is no result."""
-    print(line, file=sys.stderr, flush=True)

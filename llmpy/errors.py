@@ -6,7 +6,7 @@ import signal
 
 
 class LlmpyError(Exception):
-    """A fault of the input or the machine, not of the program; the command line prints it as one line.
+    """An error of the input or the machine, not of the program; the command line prints it as one line.
 
     `hint` names the fix and follows the message after a dash. `code` is the exit code of the process.
     """
@@ -29,7 +29,3 @@ class Stopped(LlmpyError):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
         self.code = 128 + number
-
-
-class Unheard(LlmpyError):
-    """Standard output is full, or its reader has left."""

@@ -35,7 +35,7 @@ class MT19937:
 
     @property
     def state(self) -> MTState:
-        """A copy of the state; set it to go on from there. llm.c's `next_` is `pos`, `left_` 625 − `pos`."""
+        """A copy of the state; set it to continue from there. llm.c's `next_` is `pos`, `left_` 625 − `pos`."""
         state = self._stream.get_state(legacy=False)
         return MTState(state["state"]["key"].copy(), int(state["state"]["pos"]))
 
@@ -44,11 +44,11 @@ class MT19937:
         self._stream.set_state({"bit_generator": "MT19937", "state": state._asdict()})
 
     def uint32(self, n: int) -> np.ndarray:
-        """The next n words, uint32 (n,)."""
+        """Return the next n words, uint32 (n,)."""
         return self._stream.randint(0, 2**32, size=n, dtype=np.uint32)
 
     def uniform(self, n: int) -> np.ndarray:
-        """n numbers in [0, 1), float32 (n,), one word each."""
+        """Return n numbers in [0, 1), float32 (n,), one word each."""
         return _unit_float(self.uint32(n))
 
     def normal(self, n: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
@@ -58,33 +58,18 @@ class MT19937:
         return out
 
     def fill_normal(self, out: np.ndarray, mean: float = 0.0, std: float = 1.0) -> None:
-        """out (n,) := n numbers from N(mean, std²), computed in float32.
+        """out (n,) := n ≥ 16 numbers from N(mean, std²), computed in float32.
 
-        From 16 on, whole blocks are transformed at once and a rest (n % 16) is covered by drawing the
-        last 16 anew, as PyTorch's vectorised CPU path does; below 16, pairs come from doubles.
+        Whole blocks are transformed at once, and a rest (n % 16) is covered by drawing the last 16 again, as
+        PyTorch's vectorised CPU path does. Fewer than 16 would need another path there; no tensor has so few.
         """
         n = out.size
-        if n < BLOCK:
-            out[:] = self._normal_few(n, mean, std)
-            return
         for start in range(0, n, CHUNK):
             x = self.uniform(min(CHUNK, n - start))
             whole = x.size - x.size % BLOCK  # the rest is drawn all the same: llm.c fills before it transforms
             out[start : start + whole] = _box_muller(x[:whole], mean, std)
         if n % BLOCK:
             out[-BLOCK:] = _box_muller(self.uniform(BLOCK), mean, std)
-
-    def _normal_few(self, n: int, mean: float, std: float) -> np.ndarray:
-        """llm.c's path for n < 16: two doubles, cast to float32, give a cosine and then a sine."""
-        words = self.uint32(4 * ((n + 1) // 2)).astype(np.uint64)
-        doubles = ((words[0::2] << np.uint64(32)) | words[1::2]) & np.uint64((1 << 53) - 1)
-        u1, u2 = (doubles * 2.0**-53).astype(np.float32).reshape(-1, 2).T
-        radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u2 + np.float32(1e-12)))
-        theta = (2.0 * np.pi * u1.astype(np.float64)).astype(np.float32)
-        out = np.empty((u1.size, 2), np.float32)
-        out[:, 0] = radius * np.cos(theta) * np.float32(std) + np.float32(mean)
-        out[:, 1] = (radius * np.sin(theta)).astype(np.float64) * std + mean  # rand.h caches it as a double
-        return out.reshape(-1)[:n]
 
     def permutation(self, a: np.ndarray) -> None:
         """Shuffle a (n,) in place with n − 1 words: for i = n−1 … 1 swap a[i] and a[word % (i + 1)].

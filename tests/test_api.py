@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +58,6 @@ def test_a_model_of_every_format(tmp_path: Path, kind: str) -> None:
     assert model.tokenizer is not None
 
 
-def test_no_model(tmp_path: Path) -> None:
-    with pytest.raises(LlmpyError, match="no model nowhere"):
-        GPT2.load("nowhere")
-
-
 def test_gradients_are_those_of_the_loss(model: GPT2) -> None:
     loss, grads = model.loss_and_grads(ROWS)
     assert loss == pytest.approx(model.loss(ROWS), rel=1e-6)
@@ -97,13 +90,10 @@ def test_one_row_needs_no_brackets(model: GPT2) -> None:
         ([[1, 300]], None, "300 is no token of this model — ids go from 0 to 299"),
         ([[1, -1]], None, "-1 is no token"),
         ([[1, 2**40]], None, "is no token"),
-        ([[1.0, 2.0]], None, "tokens are float64, not whole numbers"),
-        ([[True, False]], None, "tokens are bool"),
-        (["ab"], None, "not whole numbers"),
+        ([[1.0, 2.0]], None, "type float64"),
+        ([[True, False]], None, "type bool"),
         ([[1, 2], [3]], None, "rows of different lengths"),
         (np.zeros((1, 2, 3), int), None, "of shape (1, 2, 3)"),
-        (5, None, "of shape ()"),
-        ([], None, "not whole numbers"),
         (np.zeros((0, 4), int), None, "of shape (0, 4)"),
         ([7], None, "a row of one token has no target"),
         (np.zeros((1, 18), int), None, "rows of 18, and the model's context is 16"),
@@ -140,16 +130,13 @@ def test_text(tmp_path: Path) -> None:
     if len(text) > 4:
         assert model.generate("ab", 12, temperature=0.9, seed=3, stop=text[3:5]) == text[:3]
     for wrong, said in (
-        ({"topk": 3}, "did you mean top_k?"),
+        ({"topk": 3, "json": True}, "unknown choices ['json', 'topk'] — use min_p"),
         ({"top_p": 3}, "--top-p 3"),
-        ({"json": True}, "unknown choice 'json'"),
         ({"temperature": "hot"}, "is no float"),
     ):
         with pytest.raises(LlmpyError) as caught:
             model.generate("ab", **wrong)
         assert said in str(caught.value)
-    with pytest.raises(LlmpyError, match="a prompt of type list"):
-        model.generate(["ab"])  # type: ignore[arg-type]
 
 
 def test_the_text_ends_at_its_end() -> None:
@@ -163,19 +150,17 @@ def test_the_text_ends_at_its_end() -> None:
     assert model.generate("ab", 12, temperature=0) == "ab"
 
 
-def test_text_needs_a_tokenizer(model: GPT2) -> None:
+def test_text_needs_a_tokenizer_of_the_model(model: GPT2) -> None:
     with pytest.raises(LlmpyError, match="no tokenizer"):
         model.generate("ab")
-
-
-def test_no_token_is_outside_the_model() -> None:
-    model = GPT2.new(replace(TINY, vocab_size=256), tokenizer=Tokenizer.bytes(), machine=Laptop())
-    with pytest.raises(LlmpyError, match="the tokenizer has 257 tokens but the model 256 — use the model's own"):
-        model.generate("ab")
-    model = GPT2.new(replace(TINY, vocab_size=257), tokenizer=Tokenizer.bytes(), machine=Laptop())
-    for i in (-1, 257):
-        with pytest.raises(LlmpyError, match=f"ids: {i} is no token of this model — ids go from 0 to 256"):
-            next(model.continued([1, i, 2], 1, Choice()))
+    for V, call, said in (
+        (256, lambda m: m.generate("ab"), "the tokenizer has 257 tokens but the model 256 — use the model's own"),
+        (257, lambda m: next(m.continued([1, -1, 2], 1, Choice())), "ids: -1 is no token of this model"),
+        (257, lambda m: next(m.continued([1, 257, 2], 1, Choice())), "257 is no token of this .* from 0 to 256"),
+    ):
+        small = GPT2.new(replace(TINY, vocab_size=V), tokenizer=Tokenizer.bytes(), machine=Laptop())
+        with pytest.raises(LlmpyError, match=said):
+            call(small)
 
 
 def test_exports(tmp_path: Path) -> None:
@@ -236,11 +221,9 @@ def test_a_model_is_trained_on(text: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"learning_rat": 1}, "unknown option"),
-        ({"batchsize": 1}, "did you mean batch_size?"),
+        ({"batchsize": 1}, "unknown option 'batchsize' — did you mean batch_size?"),
         ({"lr": "fast"}, "is no float"),
         ({"lr": -1}, "--lr -1"),
-        ({"steps": 2.5}, "is no int"),
     ],
 )
 def test_options_that_there_are_not(options: dict[str, Any], said: str) -> None:
@@ -249,24 +232,14 @@ def test_options_that_there_are_not(options: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_what_a_trainer_refuses(model: GPT2, text: Path) -> None:
+def test_what_a_trainer_refuses(model: GPT2) -> None:
     with pytest.raises(LlmpyError, match="a model and init"):
         Trainer(model, init="gpt2")
-    with pytest.raises(LlmpyError, match=r"none\.txt"):
-        Trainer("d1", data="none.txt", machine=Laptop()).run(verbose=False)
-    caught: list[LlmpyError] = []
-
-    def elsewhere() -> None:
-        with contextlib.suppress(AssertionError):
-            try:
-                Trainer("d1", machine=Laptop()).run()
-            except LlmpyError as fault:
-                caught.append(fault)
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert "main thread" in str(caught[0])
+    with pytest.raises(LlmpyError, match="a Trainer is one process"):
+        Trainer(model, ranks=2)
+    model.tokenizer = Tokenizer.bytes()
+    with pytest.raises(LlmpyError, match="the tokenizer has 257 tokens but the model 300"):
+        Trainer(model)
 
 
 def test_a_shape_of_ones_own() -> None:
@@ -325,17 +298,11 @@ def test_tokens_in_memory_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for wrong, said in (
         (ids.reshape(2, -1), r"data of shape \(2, 1000\) and type int64"),
         (ids / 2, "and type float64"),
-        (ids[:9], "data with 9 tokens"),
-        (ids - 1, "data with a negative token"),
+        (ids[:9], "data of negative tokens, or of too few"),
+        (ids - 1, "data of negative tokens"),
     ):
         with pytest.raises(LlmpyError, match=said):
             Trainer("d1", data=wrong, **told)
     with pytest.raises(LlmpyError, match=r"token 300 at position .* is outside the vocabulary of 300"):
         Trainer("d1", data=ids + 1, out="beyond", **told).run(verbose=False)
     assert not (tmp_path / "beyond").exists()
-
-
-def test_a_model_with_more_tokens_than_its_tokenizer_is_not_trained() -> None:
-    model = GPT2.new(TINY, tokenizer=Tokenizer.bytes(), machine=Laptop())
-    with pytest.raises(LlmpyError, match="the tokenizer has 257 tokens but the model 300"):
-        Trainer(model)

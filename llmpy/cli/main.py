@@ -1,25 +1,25 @@
-"""The command `llmpy`: one function per verb. Flags come from the dataclasses in `options/`, the rest of --help from
-`help_text`.
+"""The command `llmpy`: a table of verbs. Flags come from the dataclasses in `options/`, examples from `help_text`.
 
 Plain argparse: cyclopts, tyro and jsonargparse were measured on the same dataclasses (dev/LOG.md). NumPy and Numba are
-imported inside the verbs, so that --help answers at once.
+imported when a verb is called, so that --help answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from ..errors import LlmpyError, Stopped, Unheard
+from ..errors import LlmpyError, Stopped
 from ..options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
 from ..options.data import DataOptions
-from ..options.fields import flags_of
+from ..options.fields import Options, flags_of
 from ..options.llmc_letters import LETTERS, translated
 from ..options.sample_chat import ChatOptions, SampleOptions
 from ..options.tools import CompletionOptions, ConvertOptions, DoctorOptions, PlanOptions, SelftestOptions
@@ -28,13 +28,14 @@ from ..options.watch import PlotOptions, WatchOptions
 from ..options.yaml_files import as_yaml
 from ..system.interrupts import on_signal
 from ..system.terminal import paint, silence
+from ..system.words import did_you_mean
 from ..version import __version__
-from .help_text import epilog
-from .parser import Parser, meant
+from .help_text import EPILOGS
+from .parser import Parser, add_flags
 
 
 def train(options: TrainOptions) -> int:
-    """Train a model."""
+    """Train a model, alone or as one of several ranks, or start the ranks."""
     if options.print_config:
         write(as_yaml(options))
         return 0
@@ -44,10 +45,15 @@ def train(options: TrainOptions) -> int:
         what = launch.needed(options.ranks, "ranks" in options.given)
         if what == "launch":
             return launch.run(options.ranks, sys.argv[1:])
-        if what == "join":
-            return train_together(options)
         from ..train.assemble import train
 
+        if what == "join":
+            from ..distributed.world import join
+
+            if (joined := join(options)) is not None:
+                with joined as world:
+                    code = train(options, world=world)
+                return launch.conclude(code)
         return train(options)
 
 
@@ -56,51 +62,22 @@ def end(number: int, _frame: Any) -> NoReturn:
 
     An exception would not do: libraries catch them, and LLVM's callbacks lose them.
     """
-    from ..distributed import launch
-    from ..run.folder import HELD
-
+    modules = {
+        name: sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch")
+    }  # no imports here
     with on_signal(lambda *_: None):
-        for folder in [*HELD]:
+        for folder in [*getattr(modules["run.folder"], "HELD", ())]:
             folder.discard()
         stopped = Stopped(number)
-        if not launch.leave_word("stopped", str(number)):
+        tell = getattr(modules["distributed.launch"], "leave_word", None)
+        if tell is None or not tell("stopped", str(number)):
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.write(2, f"llmpy: error: {stopped}\n".encode())
         os._exit(stopped.code)
 
 
-def train_together(options: TrainOptions) -> int:
-    """Train a model as one of several ranks."""
-    from ..distributed import launch
-    from ..distributed.world import join
-    from ..train.assemble import train
-
-    joined = join(options)
-    if joined is None:
-        return train(options)
-    with joined as world:
-        code = train(options, world=world)
-    return launch.conclude(code)
-
-
-def sample(options: SampleOptions) -> int:
-    """Continue a text with a trained model."""
-    from .sample import sample
-
-    sample(options, write)
-    return 0
-
-
-def chat(options: ChatOptions) -> int:
-    """Chat with a model fine-tuned on messages."""
-    from .chat import chat
-
-    chat(options)
-    return 0
-
-
 def data(options: DataOptions) -> int:
-    """Make token files of a data set or of your own text."""
+    """Make token files; runs are no text."""
     from ..data.pack import data
     from ..run.folder import is_ours
 
@@ -108,115 +85,90 @@ def data(options: DataOptions) -> int:
     return 0
 
 
-def convert(options: ConvertOptions) -> int:
-    """Write a model in another format: llm.c's, Hugging Face's, llmpy's, GGUF."""
-    from ..formats.convert import convert
-
-    convert(options, say)
-    return 0
-
-
-def plan(options: PlanOptions) -> int:
-    """Estimate what a run needs: memory, time, tokens, disk; on this machine or several."""
-    from ..tools.plan import plan, table
-
-    return tell(plan(options), table, options.json)
-
-
 def doctor(options: DoctorOptions) -> int:
-    """Check this machine: CPU, threads, memory, caches, packages, network; a fix for each problem."""
+    """Print the checks of this machine; 1 if something prevents training."""
     from ..tools.doctor import doctor, record, table
 
     numbers = record(doctor(options))
-    tell(numbers, table, options.json)
+    print(json.dumps(numbers) if options.json else table(numbers))
     return 0 if numbers["can_train"] else 1
 
 
 def completion(options: CompletionOptions) -> int:
     """Print a shell-completion script."""
-    from .completion import script
+    import shtab
 
-    write(script(options.shell, build_parser()))
+    write(shtab.complete(build_parser(), options.shell))
     return 0
 
 
-def watch(options: WatchOptions) -> int:
-    """Show runs as they train, in the browser."""
-    from ..watch.server import watch
+def calling(module: str, name: str, *more: Any) -> Callable[[Any], int]:
+    """Return a verb: a function of a module, imported when it is called with the options and `more`."""
 
-    watch(options, say)
-    return 0
+    def verb(options: Any) -> int:
+        code = getattr(importlib.import_module(f"llmpy.{module}"), name)(options, *more)
+        return code if isinstance(code, int) else 0
 
-
-def plot(options: PlotOptions) -> int:
-    """Draw the curves of runs, into a file or the terminal."""
-    from ..watch.plot import plot
-
-    plot(options, say)
-    return 0
+    return verb
 
 
-def selftest(options: SelftestOptions) -> int:
-    """Check the kernels: against a reference, or llm.c's own files."""
-    from ..tools.selftest import selftest
+def reporting(module: str, name: str) -> Callable[[Any], int]:
+    """Return a verb that prints numbers, as the `table` of the function's module or as one JSON object."""
 
-    return selftest(options, say)
+    def verb(options: Any) -> int:
+        imported = importlib.import_module(f"llmpy.{module}")
+        numbers = getattr(imported, name)(options)
+        print(json.dumps(numbers) if options.json else imported.table(numbers))
+        return 0
 
-
-def bench(options: BenchOptions) -> int:
-    """Time whole training steps against the machine's peak."""
-    from ..bench.step import bench_step, table
-
-    return tell(bench_step(options), table, options.json)
-
-
-def bench_ops(options: OpsOptions) -> int:
-    """Time each operation on GPT-2's sizes against the machine's peaks."""
-    from ..bench.ops import bench_ops, table
-
-    return tell(bench_ops(options), table, options.json)
-
-
-def bench_decode(options: DecodeOptions) -> int:
-    """Time generation against what memory and multiply-adds allow."""
-    from ..bench.decoding import bench_decode, table
-
-    return tell(bench_decode(options), table, options.json)
-
-
-def bench_peers(options: PeersOptions) -> int:
-    """Time this program and others on the same work, by turns."""
-    from ..bench.peers import bench_peers
-
-    bench_peers(options, say)
-    return 0
-
-
-def tell(numbers: dict[str, Any], table: Callable[[dict[str, Any]], str], as_json: bool) -> int:
-    """Print what was found, as one JSON object or for a reader; the exit code."""
-    print(json.dumps(numbers) if as_json else table(numbers))
-    return 0
+    return verb
 
 
 def write(text: str) -> None:
-    """To the terminal at once: generated text is read as it comes."""
+    """Print text at once: generated text is read as it comes."""
     print(text, end="", flush=True)
 
 
 def say(line: str) -> None:
-    """A line of a verb that works meanwhile. Raises Unheard, for an OSError would be taken for a fault of its files."""
+    """Print a line of a verb at work, which continues without its reader."""
     try:
         print(line, flush=True)
-    except OSError as fault:
+    except OSError:
         silence()
-        raise Unheard(f"cannot write to standard output: {fault.strerror}") from fault
+
+
+class Verb(NamedTuple):
+    """A verb of the command line: its name, options and function, and what --help says of it."""
+
+    name: str
+    options: type[Options]
+    call: Callable[[Any], int]
+    text: str
+
+
+# fmt: off
+VERBS = (
+    Verb("train", TrainOptions, train, "Train a model"),
+    Verb("sample", SampleOptions, calling("cli.sample", "sample", write), "Continue a text with a trained model"),
+    Verb("chat", ChatOptions, calling("cli.chat", "chat"), "Chat with a model fine-tuned on messages"),
+    Verb("watch", WatchOptions, calling("watch.server", "watch", say), "Show runs as they train, in the browser"),
+    Verb("plot", PlotOptions, calling("watch.plot", "plot", say), "Draw the curves of runs: a file or the terminal"),
+    Verb("data", DataOptions, data, "Make token files of a data set or of your own text"),
+    Verb("plan", PlanOptions, reporting("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
+    Verb("convert", ConvertOptions, calling("formats.convert", "convert", say), "Write a model in another format"),
+    Verb("doctor", DoctorOptions, doctor, "Check this machine; print a fix for each problem"),
+    Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", say), "Check that kernels compute right"),
+    Verb("bench step", BenchOptions, reporting("bench.step", "bench_step"), "Time training steps against the peak"),
+    Verb("bench ops", OpsOptions, reporting("bench.ops", "bench_ops"), "Time each operation against the peaks"),
+    Verb("bench decode", DecodeOptions, reporting("bench.decoding", "bench_decode"), "Time generation"),
+    Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", say), "Time other programs on this work"),
+    Verb("completion", CompletionOptions, completion, "Print a shell-completion script"),
+)
+# fmt: on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code. Faults of the user and the machine are one line on stderr."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us (`>&-`)
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    """Run a verb and return the exit code. Errors of the user and the machine are one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a character shows "?" for it
@@ -224,32 +176,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return run(sys.argv[1:] if arguments is None else arguments)
         finally:
-            flush()
-    except LlmpyError as fault:
-        left = isinstance(fault, Unheard) and isinstance(fault.__cause__, BrokenPipeError)  # the reader did (`| head`)
-        return 1 if left else fail(str(fault), fault.code)
-    except MemoryError as fault:
-        return fail(f"out of memory: {fault} — use a smaller -B, -T or --model")
-    except BrokenPipeError:  # the same
-        return 1
-    except OSError as fault:
-        return fail(f"{fault.strerror or fault}" + (f": {fault.filename}" if fault.filename else ""))
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C")
-        return 130
-
-
-def flush() -> None:
-    """Standard output, here where a broken pipe is expected, and not at the interpreter's end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
+            sys.stdout.flush()  # where a broken pipe is expected, and not at the interpreter's end
+    except LlmpyError as error:
+        return fail(str(error), error.code)
+    except MemoryError as error:
+        return fail(f"out of memory: {error} — use a smaller -B, -T or --model")
+    except OSError as error:
         silence()
-        raise
+        if isinstance(error, BrokenPipeError):  # the reader has left (`| head`)
+            return 1
+        return fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except KeyboardInterrupt:
+        return fail("stopped by Ctrl-C", 130)
 
 
 def fail(message: str, code: int = 1) -> int:
-    """One line on stderr, if that is still there; the exit code."""
+    """Print one line to stderr, if that is still there; return the exit code."""
     with contextlib.suppress(OSError):
         print(paint("llmpy: error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
     return code
@@ -268,42 +210,37 @@ def run(arguments: Sequence[str]) -> int:
             print(f"llmpy: note: ignored, as without effect here: {hints}", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        found.parser.error(f"unknown argument {unknown[0]}{meant(found.VERB, unknown[0], found.parser)}")
-    given = {f.name: getattr(found, f.name) for f in flags_of(found.options) if f.name in found}
+        word = unknown[0].partition("=")[0]
+        near = did_you_mean(word, [flag for action in found.parser._actions for flag in action.option_strings])
+        near = near or (found.VERB == "train" and not word.startswith("-") and "text is given with --data PATH") or ""
+        found.parser.error(" — ".join(filter(None, (f"unknown argument {unknown[0]}", near))))
+    given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    make = getattr(found.options, "gather", lambda values: found.options(**values))
-    return int(found.verb(make(given)))
+    return int(found.verb.call(found.verb.options.gather(given)))
 
 
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     usage = "llmpy [--help] [--version] VERB [--help] …"
     about = "Train and sample GPT-2 on the CPU, in pure Python."
-    parser = Parser(prog="llmpy", description=about, usage=usage, epilog=epilog(""), add_help=False)
+    parser = Parser(prog="llmpy", description=about, usage=usage, epilog=EPILOGS[""], add_help=False)
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(
         title="verbs, in order of use", metavar="VERB", dest="VERB", required=True, prog="llmpy"
     )
     groups = {"": verbs}
-    for name, function, options in (
-        ("train", train, TrainOptions), ("sample", sample, SampleOptions), ("chat", chat, ChatOptions),
-        ("watch", watch, WatchOptions), ("plot", plot, PlotOptions), ("data", data, DataOptions),
-        ("plan", plan, PlanOptions), ("convert", convert, ConvertOptions), ("doctor", doctor, DoctorOptions),
-        ("selftest", selftest, SelftestOptions), ("bench step", bench, BenchOptions),
-        ("bench ops", bench_ops, OpsOptions), ("bench decode", bench_decode, DecodeOptions),
-        ("bench peers", bench_peers, PeersOptions), ("completion", completion, CompletionOptions),
-    ):  # fmt: skip
-        group, _, word = name.rpartition(" ")
+    for verb in VERBS:
+        group, _, word = verb.name.rpartition(" ")
         if group not in groups:
             text = "Measure against this machine's peak"
-            below = verbs.add_parser(group, help=text, description=f"{text}.", epilog=epilog(group))
+            below = verbs.add_parser(group, help=text, description=f"{text}.")
             groups[group] = below.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
-        text = str(function.__doc__)
         leaf = groups[group].add_parser(
-            word, help=text.partition(":")[0].rstrip("."), description=text, epilog=epilog(name)
+            word, help=verb.text, description=f"{verb.text}.", epilog=EPILOGS.get(verb.name)
         )
-        leaf.serve(function, options)
+        leaf.set_defaults(verb=verb, parser=leaf)
+        add_flags(leaf, verb.options)
     return parser
 
 

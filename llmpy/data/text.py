@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..errors import LlmpyError
 from ..options.data import DATA_NAMES
-from ..system.words import asked, count_of, nearest
+from ..system.words import count_of, did_you_mean
 from .magic import lfs_pointer
 from .rank_tables import EOT
 from .records import Document, NoRecords, kind_of, read_records
@@ -161,9 +161,8 @@ def _expand(path: Path) -> list[Path]:
     if path.is_symlink():
         raise LlmpyError(f"{path} is a link to something that is gone", "mend the link")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = nearest(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
-    hint = asked([str(path.parent / name) for name in close]) or "check the path"
-    raise LlmpyError(f"no file or folder {path}", hint)
+    near = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
+    raise LlmpyError(f"no file or folder {path}", near or "check the path")
 
 
 def _walk(folder: Path, skip: Callable[[Path], bool]) -> tuple[list[Path], int]:

@@ -9,31 +9,27 @@ from .fields import POSITIVE, Options, option, refusal
 
 TRAINING_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu")
 DATA_NAMES = (*TRAINING_NAMES, "hellaswag")
-TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 
 
+# fmt: off
 @dataclass(frozen=True)
 class DataOptions(Options):
     """`llmpy data WHAT`."""
 
     what: tuple[str, ...] = option(
-        (),
-        f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
-        metavar="WHAT",
-        word=True,
-        names=DATA_NAMES,
+        (), f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
+        metavar="WHAT", word=True,
     )
     tokenizer: str | None = option(
-        None,
-        "gpt2 (default for a named dataset), bytes, bpe:N (trained on the text; default for your own, N chosen by its "
-        "length), or a tokenizer.json, .tiktoken or llm.c .bin file",
-        metavar="WHAT",
-        names=("gpt2", "bytes"),
+        None, "gpt2 (default for a named dataset), bytes, bpe:N (trained on the text; default for your own, N chosen "
+        "by its length), or a tokenizer.json, .tiktoken or llm.c .bin file", metavar="WHAT",
     )
     source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
     out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
     tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)", within=POSITIVE)
-    format: str = option("auto", "int32: the stream without header of llm.rs and llm.mojo", choices=TOKEN_FORMATS)
+    format: str = option(
+        "auto", "int32: the stream without header of llm.rs and llm.mojo", choices=("auto", "uint16", "uint32", "int32")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,3 +37,4 @@ class DataOptions(Options):
             size = self.tokenizer.removeprefix("bpe:")
             if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):
                 raise refusal("tokenizer", self.tokenizer, "use bpe:N with N from 257 to 65536")
+# fmt: on

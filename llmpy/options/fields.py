@@ -6,14 +6,13 @@ import math
 import reprlib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ..errors import LlmpyError
 from ..system.words import did_you_mean
-
-NO_FLAG = ""  # instead of help: a field that records hold and no flag sets
 
 
 class Range(NamedTuple):
@@ -23,29 +22,24 @@ class Range(NamedTuple):
     high: float
     text: str
 
-    def hint(self, value: float) -> str:
-        """Return what to use instead of a value that is out of it."""
-        large = value > self.high >= 1 << 16
-        return f"use a number below 2^{round(math.log2(self.high))}" if large else f"use {self.text}"
 
-
-POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0")
-NOT_NEGATIVE = Range(0, 2.0**62, "0 or a number above")
+POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0, below 2^62")
+NOT_NEGATIVE = Range(0, 2.0**62, "0 or a number above, below 2^62")
 SHARE = Range(0, 1, "a number from 0 to 1")
 
 
 def option(
     default: Any, text: str, *flags: str, choices: tuple[str, ...] = (), within: Range | None = None,
-    special: int | None = None, metavar: str = "", word: bool = False, each: bool = False, names: tuple[str, ...] = (),
+    special: int | None = None, metavar: str = "", word: bool = False, each: bool = False,
 ) -> Any:  # fmt: skip
     """Return a dataclass field that is also a flag, `--its-name`.
 
-    `flags` are further spellings; a `word` has none. A flag of a tuple takes all values that follow it, or with `each`
-    one, and may come again. Numbers are `within` a range, or `special`. `names` are words that have a meaning, besides
-    paths if `metavar` is one.
+    Without `text` it is no flag, only part of records. `flags` are further spellings; a `word` has none. A flag of a
+    tuple takes all values that follow it, or one with `each`, which may be repeated. Numbers are `within` a range, or
+    `special`.
     """
     about = {"help": text, "flags": flags, "choices": choices, "within": within, "special": special}
-    return field(default=default, metadata=about | {"metavar": metavar, "word": word, "each": each, "names": names})
+    return field(default=default, metadata=about | {"metavar": metavar, "word": word, "each": each})
 
 
 class Options:
@@ -58,11 +52,15 @@ class Options:
             if value is None:
                 continue
             if within and value != f.metadata["special"] and not within.low <= value <= within.high:
-                raise refusal(f.name, value, within.hint(value))
+                raise refusal(f.name, value, f"use {within.text}")
             for word in (value if isinstance(value, tuple) else (value,)) if choices else ():
                 if word not in choices:
-                    hint = f"{did_you_mean(str(word), choices)} use one of {', '.join(choices)}".lstrip()
-                    raise refusal(f.name, word, hint)
+                    raise refusal(f.name, word, f"use one of {', '.join(choices)}")
+
+    @classmethod
+    def gather(cls, given: Mapping[str, Any]) -> Self:
+        """Return the options of a command line, from the values of its flags by name."""
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +68,7 @@ class OnMachine(Options):
     """What verbs that compute have in common; --help lists it last."""
 
     threads: int | None = option(None, "threads (default: one a core)", within=POSITIVE)
-    dtype: str = option(
-        "auto", "arithmetic of the products (auto: bfloat16 where the CPU has it natively)",
-        choices=("auto", "float32", "bfloat16"),
-    )  # fmt: skip
+    dtype: str = option("auto", "of the products (auto: bfloat16 if native)", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +85,7 @@ def options_of(kind: Any) -> list[Field[Any]]:
 
 def flags_of(kind: Any) -> list[Field[Any]]:
     """Return the fields that are flags, in the order of --help."""
-    return [f for f in options_of(kind) if f.metadata["help"] != NO_FLAG]
+    return [f for f in options_of(kind) if f.metadata["help"]]
 
 
 def flag_of(name: str) -> str:
@@ -107,21 +102,18 @@ def plain(value: Any) -> Any:
 
 def converted(options: type, name: str, value: Any) -> Any:
     """Return a value of JSON or YAML as the field has it. Raises LlmpyError if it is of another kind."""
-    hints = typing.get_type_hints(options)
     known = [f.name for f in options_of(options)]
     if name not in known:
         raise LlmpyError(f"unknown option {name!r}", did_you_mean(name, known) or "see llmpy train --help")
-    kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-    if value is None and type(None) in kinds:
+    hint = typing.get_type_hints(options)[name]
+    kind, *others = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and others:
         return None
-    kind = kinds[0]
     try:
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)[0]
             return tuple(inner(v) for v in (value if isinstance(value, list) else [value]))
-        if kind is bool and not isinstance(value, bool):
-            raise ValueError
-        if kind is int and (isinstance(value, bool) or int(value) != float(value)):
+        if (kind is bool) != isinstance(value, bool) or (kind is int and int(value) != float(value)):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..model.config import NAMES
-from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, option, refusal
+from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, option
 
 TEMPERATURE_TEXT = "0: always the likeliest token; 1: as the model has it"
 RUN_TEXT = "a run folder, any model that --init takes, or gpt2 …"
@@ -26,7 +25,7 @@ class Sampling(OnMachine):
     repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely", within=POSITIVE)
     seed: int = option(  # from seed 0 the generator would only draw zeros
         1337, "seed of the choices; the next text or answer has the next one, and so on",
-        within=Range(1, (1 << 64) - 1, POSITIVE.text),
+        within=Range(1, (1 << 64) - 1, "a number from 1 to 2^64 - 1"),
     )
 
 
@@ -34,7 +33,7 @@ class Sampling(OnMachine):
 class SampleOptions(Sampling):
     """`llmpy sample RUN`."""
 
-    run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True, names=tuple(NAMES))
+    run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True)
     prompt: tuple[str, ...] | None = option(
         None, "text to continue (default: the start of a text); give it again for further texts", each=True
     )
@@ -42,23 +41,18 @@ class SampleOptions(Sampling):
     tokens: int = option(200, "tokens to add", within=POSITIVE)
     temperature: float = option(0.5, TEMPERATURE_TEXT, within=NOT_NEGATIVE)
     stop: tuple[str, ...] | None = option(
-        None, "end before this text; give it again for further ones (default: at <|endoftext|> alone)", each=True
+        None, "end before this text; repeat it for further ones (default: at <|endoftext|> alone)", each=True
     )
-    ignore_eot: bool = option(False, "go on after <|endoftext|>, with another text")
+    ignore_eot: bool = option(False, "continue after <|endoftext|>, with another text")
     json: bool = option(False, "print one JSON object, with tokens and their log-probabilities")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "" in (self.stop or ()):
-            raise refusal("stop", "''", "name a text of at least one character")
 
 
 @dataclass(frozen=True)
 class ChatOptions(Sampling):
     """`llmpy chat RUN`."""
 
-    run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True, names=tuple(NAMES))
-    system: str | None = option(None, "what the model is told before the talk begins")
+    run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True)
+    system: str | None = option(None, "what the model is told before the conversation")
     tokens: int = option(256, "tokens of an answer at most", within=POSITIVE)
     temperature: float = option(0.7, TEMPERATURE_TEXT, within=NOT_NEGATIVE)
 # fmt: on

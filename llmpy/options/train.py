@@ -10,32 +10,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import LlmpyError
-from ..model.config import NAMES
-from .data import TRAINING_NAMES
-from .fields import (
-    NO_FLAG,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    OnMachine,
-    Range,
-    converted,
-    flag_of,
-    option,
-    options_of,
-    plain,
-)  # fmt: skip
+from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, converted, flag_of, option, options_of, plain
 from .yaml_files import RECIPE_NAMES, read_recipe, read_yaml
 
 ONE_EPOCH = ALL_BATCHES = -1  # of --steps and --eval-batches, as in llm.c
-SEED = Range(0, (1 << 32) - 1, NOT_NEGATIVE.text)
+SEED = Range(0, (1 << 32) - 1, "a number from 0 to 2^32 - 1")
 RECOMPUTE = Range(0, 2, "0, 1 or 2")
 BETA = Range(0, math.nextafter(1.0, 0.0), "a number from 0 to 1, below 1")
 KINDS = ("cosine", "linear", "constant", "wsd")
 DEFAULT_MODEL = "d3"
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# When neither --minutes nor --steps is given, for a run always has an end: whichever comes first.
-DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts are learnt by heart from about 8 epochs on (dev/LOG.md)
+# Without --minutes and --steps, for a run always has an end: whichever comes first.
+DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small texts overfit from about 8 epochs on (dev/LOG.md)
 
 # What samples of a run on Python's own text continue: after the start of a text come mostly headings.
 BUILTIN_PROMPT = "If the"  # without a blank: words carry theirs in front
@@ -48,80 +34,57 @@ class TrainOptions(OnMachine):
 
     data: tuple[Path, ...] | None = option(
         None, "text files, folders of text, .bin shards, or a name of llmpy data (default: text that Python carries)",
-        metavar="PATH", names=TRAINING_NAMES,
+        metavar="PATH",
     )
-    model: str = option(
-        "", f"size: d1 … d84, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3:c768 (default: {DEFAULT_MODEL}, or what "
-        "--init is)",
-    )
+    model: str = option("", f"size: d1 … d84, gpt2, gpt2-medium …, gpt3:c768 (default: {DEFAULT_MODEL}, or --init's)")
     init: str | None = option(
-        None, "start from this model: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a run folder, an "
-        "llm.c .bin or a Hugging Face folder (default: from scratch); then the defaults are llm.c's for fine-tuning: "
-        "--schedule constant --weight-decay 0 --beta2 0.999 --clip 0", metavar="MODEL", names=tuple(NAMES),
+        None, "fine-tune gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), a run folder, an llm.c .bin or a "
+        "Hugging Face folder; defaults as in llm.c: --schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
+        metavar="MODEL",
     )
-    # With init, a checkpoint of llm.c: its moments and place in the data too. --resume CHECKPOINT sets it.
-    init_state: bool = option(False, NO_FLAG)
+    # With init, a checkpoint of llm.c: its moments and place in the data too. --resume CHECKPOINT sets it, no flag.
+    init_state: bool = option(False, "")
     out: Path | None = option(None, "folder of this run (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
     batch_size: int = option(4, "rows of a batch", "-B", within=POSITIVE)
     sequence_length: int = option(128, "tokens of a row, and the reach of samples", "-T", within=POSITIVE)
-    total_batch: int | None = option(
-        None, "tokens of an update, gathered over several batches (default: those of one)", metavar="TOKENS",
-        within=POSITIVE,
-    )
+    total_batch: int | None = option(None, "tokens of an update (default: a batch)", metavar="TOKENS", within=POSITIVE)
     steps: int | None = option(
         None, f"stop after this many steps, -1: one epoch (default: {DEFAULT_EPOCHS} epochs, none with --minutes)",
         within=POSITIVE, special=ONE_EPOCH,
     )
     minutes: float | None = option(
-        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)",
-        within=Range(POSITIVE.low, 1 << 30, POSITIVE.text),  # two thousand years, and no arithmetic overflows
+        None, f"stop after this much training time (default: {DEFAULT_MINUTES:g}, none with --steps)", within=POSITIVE
     )
-    lr: float | None = option(
-        None, "peak learning rate (default: 6e-4 * 768 / channels; with --init a sixth of that)", within=POSITIVE
-    )
+    lr: float | None = option(None, "peak learning rate (default: 0.46 / channels; --init: 0.077)", within=POSITIVE)
     schedule: str = option("cosine", "how the learning rate falls", choices=KINDS)
-    warmup: int | None = option(
-        None, "steps to the peak (default: a tenth of the run, at most 50)", within=NOT_NEGATIVE
-    )
+    warmup: int | None = option(None, "steps to the peak (default: a tenth, at most 50)", within=NOT_NEGATIVE)
     min_lr: float = option(0.1, "learning rate at the end, as a fraction of the peak", within=SHARE)
     weight_decay: float = option(0.1, "weight decay of the matrices", within=NOT_NEGATIVE)
     beta1: float = option(0.9, "AdamW: decay of the mean", within=BETA)
     beta2: float = option(0.95, "AdamW: decay of the square", within=BETA)
     clip: float = option(1.0, "largest norm of the gradient, 0: no limit", within=NOT_NEGATIVE)
-    skip_loss: float = option(
-        0.0, "skip the update if the loss is this many deviations above its mean, 0: never", within=NOT_NEGATIVE
-    )
+    skip_loss: float = option(0.0, "skip updates of a loss this many deviations high, 0: none", within=NOT_NEGATIVE)
     skip_norm: float = option(0.0, "the same for the norm of the gradient", within=NOT_NEGATIVE)
     overfit: bool = option(False, "train on the first batch of the validation text again and again")
-    recompute: int = option(
-        1, "activations computed again in backward, 0: none; 1: GELU; 2: LayerNorm too", within=RECOMPUTE
-    )
+    recompute: int = option(1, "recomputed in backward, 0: nothing; 1: GELU; 2: LayerNorm too", within=RECOMPUTE)
     seed: int = option(42, "seed of initialisation and shuffling", within=SEED)
     ranks: int = option(1, "processes that train together, over MPI; each has batches of -B rows", within=POSITIVE)
-    rank_timeout: float = option(
-        15.0, "seconds without a sign of life after which a rank is given up, 0: never", within=NOT_NEGATIVE
-    )
+    rank_timeout: float = option(15.0, "seconds without a heartbeat that end a rank, 0: never", within=NOT_NEGATIVE)
     shuffle: bool = option(True, "visit the samples in random order")
     eval_every: int = option(250, "steps between evaluations, 0: only at the start and the end", within=NOT_NEGATIVE)
     eval_batches: int = option(20, "batches of an evaluation, -1: all", within=POSITIVE, special=ALL_BATCHES)
-    hellaswag: Path | None = option(
-        None, "tell the accuracy on this file of HellaSwag too, made by: llmpy data hellaswag", metavar="FILE"
-    )
+    hellaswag: Path | None = option(None, "also evaluate on this file, made by llmpy data hellaswag", metavar="FILE")
     sample_every: int = option(0, "steps between samples, 0: only at the end", within=NOT_NEGATIVE)
     sample_tokens: int = option(128, "tokens of a sample", within=POSITIVE)
-    prompt: str | None = option(
-        None, f"what samples continue (default: the start of a text, or a question; {BUILTIN_PROMPT!r} without --data)"
-    )
-    vocab_size: int | None = option(
-        None, "tokens of the vocabulary to train (default: by the text's size)", within=POSITIVE
-    )
+    prompt: str | None = option(None, "what samples continue (default: the start of a text, or a question)")
+    vocab_size: int | None = option(None, "tokens of the vocabulary (default: by the text's size)", within=POSITIVE)
     checkpoint_every: int = option(250, "steps between checkpoints, 0: only at the end", within=NOT_NEGATIVE)
     keep: int = option(2, "newest checkpoints to keep, 0: all", within=NOT_NEGATIVE)
     resume: Path | None = option(
-        None, "go on with this run; other options are the saved ones unless given again. Or, in a new folder, with "
-        "that of llm.c in this folder, which has saved none: give them all", metavar="RUN",
+        None, "resume this run; other options are the saved ones unless given again. Or a run of llm.c, in a new "
+        "folder: it saved no options, give them all", metavar="RUN",
     )
-    auto_resume: bool = option(False, "go on with the run in --out if there is one")
+    auto_resume: bool = option(False, "resume the run in --out if there is one")
     track: tuple[str, ...] | None = option(None, f"send the numbers also to: {', '.join(TRACKERS)}", choices=TRACKERS)
     recipe: str | None = option(None, "options of a script of llm.c; others given win", choices=RECIPE_NAMES)
     config: Path | None = option(None, "YAML file of options, names as here; flags win", metavar="FILE.yaml")
@@ -133,9 +96,9 @@ class TrainOptions(OnMachine):
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:
-        """The options of a command line: its flags, else the file of --config, else --recipe, else the defaults.
+        """Return the options of a command line: its flags, else those of --config, of --recipe, or the defaults.
 
-        Raises LlmpyError for a file that cannot be read or says what no option understands.
+        Raises LlmpyError for a file that cannot be read or is invalid.
         """
         values: dict[str, Any] = dict(given)
         if names_file(values.get("model", "")):  # llm.c's -e takes both
@@ -150,9 +113,8 @@ class TrainOptions(OnMachine):
         return cls(**(FINE_TUNING if tuning else {}) | values, given=frozenset(values))
 
     def as_record(self) -> dict[str, Any]:
-        """What describes a run, as JSON: all but how it was told."""
-        told = {f.name: getattr(self, f.name) for f in options_of(self) if f.name not in TELLING}
-        return {name: plain(value) for name, value in told.items()}
+        """Return what describes a run, as JSON: all but how it was started."""
+        return {f.name: plain(getattr(self, f.name)) for f in options_of(self) if f.name not in TELLING}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
@@ -167,28 +129,26 @@ class TrainOptions(OnMachine):
         return cls(**{name: converted(cls, name, value) for name, value in record.items() if name not in DROPPED})
 
     def resumed_from(self, saved: Self) -> Self:
-        """The saved options with those in their place that the user gave again.
+        """Return the saved options, with those that the user gave again in their place.
 
         Raises LlmpyError for an option that cannot change within a run.
         """
-        told = {name: getattr(self, name) for name in self.given if name not in TELLING | {"init", "init_state"}}
+        told = {name: getattr(self, name) for name in self.given - TELLING - {"init", "init_state"}}
         # A file of --config may leave open what the run has settled.
-        changes = {name: value for name, value in told.items() if (name, value) not in LEFT_OPEN and value is not None}
+        changes = {name: value for name, value in told.items() if value is not None and (name, value) not in LEFT_OPEN}
         for name in FIXED:
-            if name in changes and changes[name] != getattr(saved, name):
-                raise LlmpyError(
-                    f"{flag_of(name)} cannot change within a run: it is {getattr(saved, name)}",
-                    "leave it out, or begin another run with --out",
-                )
+            if changes.get(name, there := getattr(saved, name)) != there:
+                what = f"{flag_of(name)} cannot change within a run: it is {there}"
+                raise LlmpyError(what, "leave it out, or start another run with --out")
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
         launched = {name: getattr(self, name) for name in LAUNCHING}
         return replace(saved, **changes, **launched, resume=self.resume, given=self.given)
 
     def taking_over(self) -> Self:
-        """For a run of llm.c that --resume names: it starts from the checkpoint there, in a folder of its own.
+        """Return the options of a run that resumes one of llm.c, which --resume names, in a folder of its own.
 
-        Raises LlmpyError if it is to start from something else, too.
+        Raises LlmpyError with --init.
         """
         assert self.resume is not None
         if self.init is not None:
@@ -211,13 +171,10 @@ class TrainOptions(OnMachine):
         tokens = self.batch_tokens
         total = self.total_batch or tokens
         if total % tokens:
+            product = f"-B {self.batch_size} x -T {self.sequence_length} x {self.ranks} ranks = {tokens}"
             near = max(1, round(total / tokens)) * tokens
-            ranks = f" x {self.ranks} ranks" if self.ranks > 1 else ""
-            raise LlmpyError(
-                f"--total-batch {total} is no multiple of -B {self.batch_size} x -T {self.sequence_length}{ranks} = "
-                f"{tokens}",
-                f"use --total-batch {near}, or another -B",
-            )
+            what = f"--total-batch {total} is no multiple of {product}"
+            raise LlmpyError(what, f"use --total-batch {near}, or another -B")
         return total // tokens
 
     @property
@@ -226,34 +183,34 @@ class TrainOptions(OnMachine):
         return None if self.minutes is None else 60 * self.minutes
 
     def settled(self, channels: int, tokens: int) -> Self:
-        """The same with what was left open decided for a model's width and a text's number of tokens."""
-        settled = self
-        if self.prompt is None:
-            settled = replace(settled, prompt=BUILTIN_PROMPT if self.data is None else "")
-        if self.lr is None:
+        """Return the same with everything decided, for a model's width and a text's number of tokens."""
+        prompt, lr, steps, minutes = self.prompt, self.lr, self.steps, self.minutes
+        if prompt is None:
+            prompt = BUILTIN_PROMPT if self.data is None else ""
+        if lr is None:
             # 6e-4 is GPT-3's and llm.c's for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
             # 1e-4 is that of llm.c's program that fine-tunes.
-            settled = replace(settled, lr=(6e-4 if self.init is None or self.init_state else 1e-4) * 768 / channels)
-        if self.steps is None and self.minutes is None:
-            settled = replace(settled, steps=DEFAULT_EPOCHS * self.epoch(tokens), minutes=DEFAULT_MINUTES)
-        if self.steps == ONE_EPOCH:
-            settled = replace(settled, steps=self.epoch(tokens))
-        return settled
+            lr = (6e-4 if self.init is None or self.init_state else 1e-4) * 768 / channels
+        if steps is None and minutes is None:
+            steps, minutes = DEFAULT_EPOCHS * self.epoch(tokens), DEFAULT_MINUTES
+        if steps == ONE_EPOCH:
+            steps = self.epoch(tokens)
+        return replace(self, prompt=prompt, lr=lr, steps=steps, minutes=minutes)
 
     def epoch(self, tokens: int) -> int:
-        """Steps that read a text of so many tokens about once, as llm.c counts them."""
+        """Return the steps that read a text of so many tokens about once, as llm.c counts them."""
         return max(1, tokens // (self.total_batch or self.batch_tokens))
 
 
 def names_file(model: str) -> bool:
-    """Whether --model is given the file of a model, or its folder, where it wants a size."""
+    """Return whether --model is given the file of a model, or its folder, instead of a size."""
     return model.endswith(".bin") or bool({"/", os.sep} & set(model))
 
 
 # Of a run with --init what llm.c's CPU program, which fine-tunes GPT-2, has instead of the defaults; lr: `settled`.
 FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "beta2": 0.999, "clip": 0.0}
 
-# How a run is told, no part of what it is; and what cannot change within one.
+# How a run is started, no part of what it is; and what cannot change within one.
 LAUNCHING = ("ranks", "rank_timeout")
 TELLING = {"out", "resume", "auto_resume", "recipe", "config", "print_config", *LAUNCHING}
 LEFT_OPEN = (("model", ""), ("dtype", "auto"))

@@ -18,6 +18,7 @@ AXES = {  # of a plot: title, and unit
 PICTURES = (".png", ".svg", ".pdf", ".html")
 
 
+# fmt: off
 @dataclass(frozen=True)
 class WatchOptions(Options):
     """`llmpy watch [RUN …]`."""
@@ -25,7 +26,7 @@ class WatchOptions(Options):
     runs: tuple[Path, ...] | None = option(
         None, "run folders, or folders of runs, where new runs appear by themselves (default: runs)", metavar="RUN",
         word=True,
-    )  # fmt: skip
+    )
     port: int = option(8642, "port of the page, or the next free one", within=Range(1, 65535, "a port from 1 to 65535"))
     open: bool = option(False, "open the page in the browser")
 
@@ -34,23 +35,18 @@ class WatchOptions(Options):
 class PlotOptions(Options):
     """`llmpy plot [RUN …]`."""
 
-    runs: tuple[Path, ...] | None = option(
-        None, "run folders (default: the newest below runs)", metavar="RUN", word=True
-    )
+    runs: tuple[Path, ...] | None = option(None, "runs (default: the newest below runs)", metavar="RUN", word=True)
     out: Path | None = option(
         None, "write this file: .png, .svg, .pdf, or .html to zoom and hover in a browser", "-o", metavar="FILE"
     )
     terminal: bool = option(False, "draw in the terminal, as without -o")
     curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=tuple(CURVES))
-    smooth: int | None = option(
-        None, "steps to average over, 0: none (default: a hundredth of the run)", metavar="STEPS", within=NOT_NEGATIVE
-    )
-    x: str = option(
-        "steps", "x axis; time counts training steps only, and like tokens adds up over restarts", choices=tuple(AXES)
-    )
+    smooth: int | None = option(None, "steps to average (default: a hundredth)", metavar="STEPS", within=NOT_NEGATIVE)
+    x: str = option("steps", "x axis; time and tokens add up over restarts", choices=tuple(AXES))
     log: bool = option(False, "logarithmic y axis")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.out is not None and self.out.suffix.lower() not in PICTURES:
             raise refusal("out", self.out, "use a name that ends in " + ", ".join(PICTURES))
+# fmt: on

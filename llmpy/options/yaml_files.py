@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as error:
-        raise LlmpyError(f"cannot read {path}: {error.strerror or error}", "check --config") from None
+        raise LlmpyError(f"cannot read {path}: {error.strerror or error}", "check the name") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise LlmpyError(f"{path} is no YAML: {error}", "see llmpy train --print-config for one") from None
     if not isinstance(found, dict):
@@ -35,10 +34,7 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
 
 def read_recipe(options: type, name: str) -> dict[str, Any]:
     """Return the options of one of RECIPE_NAMES. Raises LlmpyError for another name."""
-    if name not in RECIPE_NAMES:
-        raise LlmpyError(f"--recipe {name}", "use one of " + ", ".join(RECIPE_NAMES))
-    with resources.as_file(resources.files(__package__) / "recipes" / f"{SHORT.get(name, name)}.yaml") as path:
-        return read_yaml(options, path)
+    return read_yaml(options, Path(__file__).with_name("recipes") / f"{SHORT.get(name, name)}.yaml")
 
 
 def as_yaml(options: Any) -> str:

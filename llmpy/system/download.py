@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import http.client
-import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import LlmpyError
-from .durable import write_whole
+from .durable import made, write_whole
 
 TIMEOUT = 30.0  # seconds without a byte
 Say = Callable[[str], None]
-
-
-def hub() -> str:
-    """Return the address of the Hugging Face hub; $HF_ENDPOINT names a mirror."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def from_hub(repository: str, name: str, say: Say, *, dataset: bool = False, sha256: str | None = None) -> Path:
@@ -46,15 +39,12 @@ def from_hub(repository: str, name: str, say: Say, *, dataset: bool = False, sha
 
 
 def hub_files(repository: str, folder: str) -> list[str]:
-    """Return the names of the parquet files in a folder of a data set, sorted. Raises LlmpyError if there are none."""
+    """Return the names of the parquet files in a folder of a data set, sorted. Raises LlmpyError if that fails."""
     from huggingface_hub import HfApi
 
     with _explained(f"the list of {repository}/{folder}"):
         names = [entry.path for entry in HfApi().list_repo_tree(repository, folder, repo_type="dataset")]
-    found = sorted(name for name in names if name.endswith(".parquet"))
-    if not found:
-        raise LlmpyError(f"the hub lists no parquet files in {repository}/{folder}", "name your own: --source")
-    return found
+    return sorted(name for name in names if name.endswith(".parquet"))
 
 
 def fetch(url: str, path: Path, sha256: str, say: Say) -> Path:
@@ -69,22 +59,19 @@ def fetch(url: str, path: Path, sha256: str, say: Say) -> Path:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
             content = reply.read()
     except (OSError, http.client.HTTPException) as error:  # the latter: cut off
-        why = getattr(error, "reason", error)
-        raise LlmpyError(
-            f"cannot download {url}: {why}", "check the network, or download it elsewhere: --source"
-        ) from error
+        what = f"cannot download {url}: {getattr(error, 'reason', error)}"
+        raise LlmpyError(what, "check the network, or download it elsewhere: --source") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise _wrong(url)
-    with contextlib.suppress(OSError):  # write_whole says why
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    with made(path.parent):
+        write_whole(path, lambda temporary: temporary.write_bytes(content))
     return path
 
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turn what the hub's library raises into one LlmpyError."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     try:
         yield
@@ -92,16 +79,12 @@ def _explained(what: str) -> Iterator[None]:
         cause = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
         why = next(filter(str.strip, str(cause).splitlines()), type(cause).__name__)
         status = getattr(getattr(error, "response", None), "status_code", None)
-        hint = (
-            "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY), or download it elsewhere and give its path"
-        )
+        hint = "check the network (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY) and the disk (HF_HOME)"
         if status in (401, 403):
             hint = "accept its terms on its page, then log in: hf auth login, or set HF_TOKEN"
         elif status == 404:
             hint = "check the name, and HF_ENDPOINT if it is set"
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            why, hint = f"{error.strerror}: {constants.HF_HUB_CACHE}", "free some space, or set HF_HOME"
-        raise LlmpyError(f"cannot download {what}: {why}", hint) from error
+        raise LlmpyError(f"cannot download {what}: {why}", f"{hint}, or give the path of a copy") from error
 
 
 def _wrong(what: str) -> LlmpyError:

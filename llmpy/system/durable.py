@@ -27,7 +27,7 @@ PAGE = 4096  # what direct input and output wants addresses and lengths to be mu
 
 
 def write(handle: int, data: np.ndarray) -> None:
-    """All of `data`, uint8 (n,), at the file's place."""
+    """Write all of `data`, uint8 (n,), at the file's place."""
     left = data.data
     while left:
         left = left[os.write(handle, left) :]
@@ -54,35 +54,26 @@ def replace(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no such thing."""
+    """Make a second name for a file; a copy where the file system has no such thing."""
     try:
         os.link(source, target)
-    except OSError as fault:
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         shutil.copyfile(source, target)
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all in it. One that is not there is no fault."""
+    """Remove a file, or a folder with all in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def sync_file(path: Path) -> None:
-    """`sync` for a file that is not open."""
-    handle = os.open(path, os.O_RDWR)  # Windows syncs only what may be written
-    try:
-        sync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Within, the folder is there. If that fails, or what is done within, those that were made for it go again.
+    """Make a folder; if that fails, or what is done within, remove those that were made for it.
 
     Raises LlmpyError if it cannot be made.
     """
@@ -90,8 +81,8 @@ def made(folder: Path) -> Iterator[None]:
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise LlmpyError(f"cannot make {folder}: {fault.strerror}", "choose another folder") from fault
+        except OSError as error:
+            raise LlmpyError(f"cannot make {folder}: {error.strerror}", "choose another folder") from error
         yield
     except BaseException:
         for path in new:
@@ -101,45 +92,41 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)` beside `path`, then sync, rename, and sync of the folder.
+    """Call `write(temporary)` next to `path`, then sync, rename, and sync the folder.
 
-    Raises LlmpyError if the disk refuses; what was there stays.
+    Raises LlmpyError if that fails; what was there stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        put_in_place(temporary, path)
-    except OSError as fault:
-        raise LlmpyError(
-            f"cannot write {path}: {fault.strerror or fault}", "free some space or choose another folder"
-        ) from fault
+        handle = os.open(temporary, os.O_RDWR)  # Windows syncs only what may be written
+        try:
+            sync(handle)
+        finally:
+            os.close(handle)
+        replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        what = f"cannot write {path}: {error.strerror or error}"
+        raise LlmpyError(what, "free some space or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be what is wrong
             temporary.unlink(missing_ok=True)
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Sync, rename, and sync of the folder. OSError if the disk refuses; what was there stays."""
-    sync_file(temporary)
-    replace(temporary, path)
-    sync_folder(path.parent)
-
-
 def write_stretches(path: Path, pieces: Sequence[np.ndarray]) -> tuple[int, list[int]]:
-    """Write a new file of `pieces`, one after another, and sync it; its bytes, and the CRC-32 of every STRETCH.
+    """Write a new file of `pieces`, one after another, and sync it; return its bytes and the CRC-32 of every STRETCH.
 
-    Pieces that begin on a page go to the disk past the system's cache where it can do that: what is written once and
+    Pieces that start on a page go to the disk past the system's cache where it can do that: what is written once and
     not read soon would only push out other things, and the copy costs eighty times the processor time (dev/LOG.md).
     """
-    for direct in (getattr(os, "O_DIRECT", 0), 0):
-        try:
-            return _write_stretches(path, pieces, direct)
-        except OSError as fault:
-            if not direct or fault.errno != errno.EINVAL:  # how a file system says that it has no such thing
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        return _write_stretches(path, pieces, getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # how a file system says that it has no such thing
+            raise
+        path.unlink(missing_ok=True)
+        return _write_stretches(path, pieces, 0)
 
 
 def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> tuple[int, list[int]]:
@@ -147,12 +134,7 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
 
     sums: list[int] = []
     size = held = 0
-    gathered = np.frombuffer(mmap.mmap(-1, STRETCH), np.uint8)  # begins on a page
-
-    def put(stretch: np.ndarray) -> None:
-        write(handle, stretch)
-        sums.append(zlib.crc32(stretch.data))
-
+    gathered = np.frombuffer(mmap.mmap(-1, STRETCH), np.uint8)  # starts on a page
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | direct, 0o666)
     try:
         for piece in pieces:
@@ -160,15 +142,16 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
             size += rest.size
             while rest.size:
                 if held == 0 and rest.size >= STRETCH and rest.ctypes.data % PAGE == 0:
-                    put(rest[:STRETCH])
-                    rest = rest[STRETCH:]
-                    continue
-                part = rest[: STRETCH - held]
-                gathered[held : held + part.size] = part
-                rest, held = rest[part.size :], held + part.size
-                if held == STRETCH:
-                    put(gathered)
-                    held = 0
+                    stretch, rest = rest[:STRETCH], rest[STRETCH:]
+                else:
+                    part, rest = rest[: STRETCH - held], rest[STRETCH - held :]
+                    gathered[held : held + part.size] = part
+                    held += part.size
+                    if held < STRETCH:
+                        continue
+                    stretch, held = gathered, 0
+                write(handle, stretch)
+                sums.append(zlib.crc32(stretch.data))
         if held:
             sums.append(zlib.crc32(gathered[:held].data))
             write(handle, gathered[: -(-held // PAGE) * PAGE])  # whole pages, cut to the size below
@@ -180,7 +163,7 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
 
 
 def stretches_differ(path: Path, size: int, sums: Sequence[int]) -> str:
-    """What is wrong with a file that `write_stretches` wrote; "" if nothing is. Raises OSError if it cannot be read."""
+    """Return what is wrong with a file that `write_stretches` wrote, or "". Raises OSError if it cannot be read."""
     found = path.stat().st_size
     if found != size:
         return f"it has {found:,} bytes instead of {size:,}"

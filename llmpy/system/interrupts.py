@@ -11,13 +11,15 @@ from typing import Any
 
 @contextlib.contextmanager
 def on_signal(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Call `handler(number, frame)` within, except for signals that are ignored, as SIGHUP is under nohup.
+    """Call `handler(number, frame)` within, except for SIGHUP where it is ignored, as under nohup.
 
     Python handles signals in the main thread: in another one this changes nothing.
     """
-    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
-    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if numbers and hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
+    before = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield
     finally:

@@ -9,23 +9,25 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-PATIENCE = 0.2  # seconds between two looks at a lock that is waited for
-
 
 class Lock:
     """An exclusive hold on a file. The system releases it when the process ends, in whatever way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path, thread_local=False, poll_interval=PATIENCE, on_acquired=_sign)
+        self._lock = FileLock(path, thread_local=False, poll_interval=0.2, on_acquired=_sign)
 
     def take(self, wait: bool = False) -> bool:
         """Return whether this process has it now. Raises OSError if the file cannot be made or locked."""
-        try:
-            self._lock.acquire(blocking=wait)
-        except Timeout:
-            return False
-        return True
+        for _ in range(3):
+            try:
+                self._lock.acquire(blocking=wait)
+            except Timeout:
+                if self.path.exists():
+                    return False
+                continue  # whoever had it removed the file between our opening and our locking it
+            return True
+        return False
 
     def holder(self) -> str:
         """Return who has it, as far as the file says."""
@@ -54,5 +56,6 @@ class Lock:
 
 
 def _sign(file: int) -> None:
-    os.ftruncate(file, 0)
-    os.write(file, f"\n{os.getpid()}\n".encode())  # the first byte is what Windows locks, also against reading
+    with contextlib.suppress(OSError):  # a full disk: the number is a courtesy
+        os.ftruncate(file, 0)
+        os.write(file, f"\n{os.getpid()}\n".encode())  # the first byte is what Windows locks, also against reading

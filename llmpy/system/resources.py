@@ -1,7 +1,4 @@
-"""What of this machine a process may use: cores and memory, within its container's limits.
-
-Containers are Linux's control groups, version 1 or 2.
-"""
+"""What of this machine a process may use: cores and memory, within its container's limits (Linux's cgroup v2)."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ import psutil
 
 from .words import count_of
 
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """Cores that this process may use: physical ones, within its affinity and its container's share."""
+    """Return the cores that this process may use: physical ones, within its affinity and its container's share."""
     found = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         found = min(found, len(os.sched_getaffinity(0)))
@@ -26,13 +23,13 @@ def cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take, within its container's limit."""
+    """Return the bytes that this process may still take, within its container's limit."""
     free, limit = int(psutil.virtual_memory().available), container_memory()
-    return free if limit is None else max(0, min(free, limit[0] - limit[1]))
+    return free if limit is None else max(0, min(free, limit))
 
 
 def crowded(threads: int) -> list[str]:
-    """A note where one process has more threads than it may use cores."""
+    """Return a note where one process has more threads than it may use cores."""
     n = cores()
     if threads <= n:
         return []
@@ -40,7 +37,7 @@ def crowded(threads: int) -> list[str]:
 
 
 def cpu_name() -> str:
-    """The CPU as its maker calls it, where that can be read."""
+    """Return the CPU as its maker calls it, where that can be read."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -48,35 +45,23 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def container_cores(root: Path = CONTROL_GROUPS) -> float | None:
-    """Cores whose time the container may use; None: no limit."""
+def container_cores(folder: Path = CONTAINER) -> float | None:
+    """Return the cores whose time the container may use; None: no limit."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass  # version 1, or none
-    try:
-        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
+        quota, period = map(int, (folder / "cpu.max").read_text().split())
+    except (OSError, ValueError):  # ValueError: "max"
         return None
+    return quota / period
 
 
-def container_memory(root: Path = CONTROL_GROUPS) -> tuple[int, int] | None:
-    """Bytes that the container may take, and has taken; None: no limit that can be read.
+def container_memory(folder: Path = CONTAINER) -> int | None:
+    """Return the bytes that the container may still take; None: no limit.
 
     Files that were read and not used since do not count: the system gives their memory back when it is asked for.
     """
-    for folder, limit, used, idle in (
-        (root, "memory.max", "memory.current", "inactive_file"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-        except (OSError, ValueError):  # ValueError: "max"
-            continue
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = max(0, taken - int(stat[idle]))
-        return most, taken
-    return None
+    try:
+        most, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # ValueError: "max"
+        return None
+    return most - max(0, taken - int(stat["inactive_file"]))

@@ -1,7 +1,6 @@
 """Colour, which a terminal shows and a file does not, and lines for stderr.
 
-Colour only where a person looks (a terminal that is not "dumb"), and not where they asked for none: NO_COLOR of any
-length above 0 (no-color.org).
+Only where a person looks (a terminal that is not "dumb"), and not with NO_COLOR in the environment (no-color.org).
 """
 
 from __future__ import annotations
@@ -15,17 +14,12 @@ STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "
 
 
 def coloured(stream: TextIO) -> bool:
-    """Whether `stream` shows colour."""
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return False
-    try:
-        return stream.isatty()
-    except ValueError:  # closed
-        return False
+    """Return whether `stream` shows colour."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
 
 
 def paint(text: str, style: str, stream: TextIO) -> str:
-    """`text` in one of STYLES where `stream` shows colour, else as it is."""
+    """Return `text` in one of STYLES where `stream` shows colour, else as it is."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if coloured(stream) else text
 
 

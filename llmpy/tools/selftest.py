@@ -110,7 +110,10 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
         yield from _gradients(dtype, model, want)
         yield from _micro_batches(dtype, model, tokens, targets)
         yield from _threads(dtype, tokens, targets)
-        yield from _resume(dtype, options)
+        try:
+            yield from _resume(dtype, options)
+        except LlmpyError as error:  # numbers that are not finite are refused when they are read
+            yield Check(f"{dtype}: save, load and resume: {error}", math.inf, 0)
         try:
             yield from _updates(dtype, model, tokens, targets)
         except LlmpyError as error:  # a gradient that is not finite

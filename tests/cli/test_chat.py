@@ -17,13 +17,11 @@ import pytest
 from support.laptop import Laptop
 
 from llmpy import GPT2, Tokenizer
-from llmpy.cli import main as cli
-from llmpy.cli.chat import Talk, answer, chat, tuned
+from llmpy.cli.chat import answer, chat, prompt
 from llmpy.data.encode import tokenise
 from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
-from llmpy.formats import hub
 from llmpy.options.sample_chat import ChatOptions
 from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train
@@ -73,35 +71,25 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "assistant", "content": "be hello"},
     ]
     whole = tokenise(tokenizer, [conversation("x", messages)])
-    talk = Talk(tokenizer, 1000, "be brief")
-    for message in messages[1:4]:
-        talk.say(**message)
-    prompt = talk.prompt(100)
-    assert prompt == whole.ids[: len(prompt)].tolist()
+    ids = prompt(tokenizer, messages[:1], messages[1:4], 900)
+    assert ids == whole.ids[: len(ids)].tolist()
     assert whole.counted is not None
-    assert whole.counted[len(prompt)]  # the next token is the first of an answer
-    assert not whole.counted[len(prompt) - 1]
-    assert tokenizer.decode(whole.ids[len(prompt) :]) == "be hello\n\n"
+    assert whole.counted[len(ids)]  # the next token is the first of an answer
+    assert not whole.counted[len(ids) - 1]
+    assert tokenizer.decode(whole.ids[len(ids) :]) == "be hello\n\n"
 
 
 def test_old_messages_make_room() -> None:
-    talk = Talk(BYTES, 100, "S")
-    for n in range(4):
-        talk.say("user", f"question {n}")
-        talk.say("assistant", f"answer {n}")
-    talk.say("user", "last")
-    text = BYTES.decode(talk.prompt(20))
+    system = [{"role": "system", "content": "S"}]
+    messages = [{"role": role, "content": f"{role} {n}"} for n in range(5) for role in ("user", "assistant")][:-1]
+    ids = prompt(BYTES, system, messages, 80)
+    text = BYTES.decode(ids)
     assert text.startswith("<|endoftext|>system: S\n\nuser: ")  # never an answer without its question
-    assert text.endswith("user: last\n\nassistant: ")
-    assert "question 3" in text
-    assert "question 0" not in text
-    assert len(talk.prompt(20)) <= 80
-    assert len(talk.prompt(10_000)) <= 50  # an answer takes at most half
-    talk.reset()
-    talk.say("user", "x" * 200)
+    assert text.endswith("user: user 4\n\nassistant: ")
+    assert "user 3" in text and "user 0" not in text
+    assert len(ids) <= 80
     with pytest.raises(LlmpyError, match="the message has 2.. tokens"):
-        talk.prompt(20)
-    assert talk.messages == []
+        prompt(BYTES, system, [{"role": "user", "content": "x" * 200}], 80)
 
 
 def test_a_talk(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,8 +103,7 @@ def test_a_talk(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[st
     ]
     told = capsys.readouterr()
     assert told.out == 3 * " I see.\n"
-    assert "did you mean /reset?" in told.err
-    assert "forget the talk so far" in told.err
+    assert told.err.count("/reset forgets") == 3
     assert "\x1b" not in told.out + told.err
 
 
@@ -124,15 +111,8 @@ def test_what_cannot_be_said(folder: Path, asked: list[Any], capsys: pytest.Capt
     chat(ChatOptions(folder, tokens=40), lines("x" * 3000, "\udcff", "Hi"), Laptop())
     assert [prompt for prompt, _, _ in asked] == ["<|endoftext|>user: Hi\n\nassistant: "]
     err = capsys.readouterr().err
-    assert "say it in fewer words" in err
-    assert "not UTF-8" in err
-
-
-def test_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["chat", "none", "--top-p", "2"]) == 1
-    assert "--top-p 2" in capsys.readouterr().err
-    assert cli.main(["chat", "none"]) == 1
-    assert "no model none" in capsys.readouterr().err
+    assert "use fewer words" in err
+    assert "surrogates not allowed" in err
 
 
 TALK = """
@@ -186,59 +166,6 @@ def test_a_model_answers_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     chat(ChatOptions(tmp_path / "run", tokens=12, temperature=0, dtype="float32"), lines("ping", "red"))
     assert capsys.readouterr().out.split() == ["pong", "blue"]
-
-
-NOTE = "nothing shows that {} was tuned on messages"
-
-
-def test_who_only_continues_text_says_so(
-    tmp_path: Path, folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once, beforehand, with what to do; what was tuned on messages says nothing, as far as that can be known."""
-    monkeypatch.chdir(tmp_path)
-    messages = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
-    records: dict[str, Any] = {
-        "talks": {"messages": messages}, "pairs": {"prompt": "assistant: ping", "completion": " pong"},
-        "texts": {"text": "user: ping\n\nassistant: pong"},
-    }  # fmt: skip
-    for name, record in records.items():
-        Path(f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 60, "utf-8")
-    assert cli.main(["data", "talks.jsonl", "--tokenizer", "bytes", "--out", "tokens"]) == 0
-
-    def trained(name: str, data: str) -> None:
-        told = TrainOptions(
-            data=(Path(data),), model="d1", out=Path(name), batch_size=2, sequence_length=16, steps=1,
-            sample_tokens=1, eval_batches=1,
-        )  # fmt: skip
-        assert train(told, Laptop()) == 0
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert last == (
-            f"talk with it:  llmpy chat {name}" if name in "ab"
-            else f'continue a text with:  llmpy sample {name} --prompt "…"'
-        )  # fmt: skip
-
-    def noted(model: str) -> bool:
-        capsys.readouterr()
-        chat(ChatOptions(Path(model)), lines("ping", "ping"), Laptop())
-        err = capsys.readouterr().err
-        assert err.count(NOTE.format(model)) == err.count("note:") <= 1
-        assert ("llmpy sample" in err) is ("llmpy train --init" in err) is ("note:" in err)
-        return "note:" in err
-
-    for name, data in (("a", "talks.jsonl"), ("b", "tokens"), ("c", "pairs.jsonl"), ("d", "texts.jsonl")):
-        trained(name, data)
-    assert [noted(name) for name in ("a", "a/best.safetensors", "b")] == [False, False, False]
-    assert [noted(name) for name in ("c", "d", str(folder))] == [True, True, True]
-    with monkeypatch.context() as patch:  # a model of the hub is none of the run that it is named in
-        patch.chdir("b")
-        patch.setattr(hub, "download", lambda *_: folder)
-        assert [noted("."), noted("gpt2")] == [False, True]
-        newest = Path("checkpoints/step-00000001")
-        assert tuned(newest, BYTES) and tuned(newest / "model.safetensors", BYTES)
-    Path("b/config.json").write_text("{")
-    Path("tokens").rename("elsewhere")
-    assert noted("b")
-    assert asked[0][0] == "<|endoftext|>user: ping\n\nassistant: "  # and it talks all the same
 
 
 def test_where_answers_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from support.heard import hear
 from support.laptop import Laptop
 from support.models import untrained_run
 
@@ -130,33 +131,15 @@ def test_more_texts_than_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"top_p": 0.0}, "--top-p 0.0 — use a number above 0"),
-        ({"top_p": 1.5}, "--top-p 1.5 — use a number above 0, up to 1"),
-        ({"min_p": 2.0}, "--min-p 2.0 — use a number from 0 to 1"),
-        ({"min_p": -1.0}, "--min-p -1.0 — use a number from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0 — use a number above 0"),
-        ({"stop": ("",)}, "--stop '' — name a text"),
-    ],
+    ("name", "value"),
+    [("top_p", 0.0), ("top_p", 1.5), ("min_p", 2.0), ("min_p", -1.0), ("repetition_penalty", 0.0), ("seed", 0)],
 )
-def test_what_cannot_be_asked(options: dict[str, object], said: str) -> None:
-    with pytest.raises(LlmpyError, match=said):
-        SampleOptions(Path("x"), **options)  # type: ignore[arg-type]
+def test_what_cannot_be_asked(name: str, value: float) -> None:
+    with pytest.raises(LlmpyError, match=f"--{name.replace('_', '-')} {value} — use a number"):
+        SampleOptions(Path("x"), **{name: value})  # type: ignore[arg-type]
 
 
 def test_prompts_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[SampleOptions] = []
-
-    def take(options: SampleOptions) -> int:
-        """Take."""
-        asked.append(options)
-        return 0
-
-    monkeypatch.setattr(cli, "sample", take)
+    asked = hear(monkeypatch)
     assert cli.main(["sample", "--prompt", "a", "--prompt", "b", "RUN", "--stop", ".", "--json"]) == 0
     assert asked == [SampleOptions(Path("RUN"), prompt=("a", "b"), stop=(".",), json=True)]
-
-
-def test_the_second_seed_after_the_last_is_the_first(run: Path) -> None:
-    assert texts(run, prompt=("a", "b"), tokens=2, seed=(1 << 64) - 1)

@@ -11,7 +11,7 @@ from support.heard import hear
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
 from llmpy.options.train import TrainOptions
-from llmpy.options.yaml_files import RECIPE_NAMES, read_recipe
+from llmpy.options.yaml_files import RECIPE_NAMES
 
 
 def test_a_file_of_options_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,18 +42,14 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert (heard[0].lr, heard[0].batch_size, heard[0].warmup) == (1.0, 8, 700)
     assert cli.main(["train", "--recipe", "124M"]) == 1
     assert "--recipe 124M needs --data" in capsys.readouterr().err
-    with pytest.raises(LlmpyError, match="--recipe d12 — use one of gpt2_124M, "):
-        read_recipe(TrainOptions, "d12")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("learning_rate: 1", "unknown option 'learning_rate'"),
-        ("stepz: 1", "did you mean steps?"),
         ("lr: fast", "option lr: 'fast' is no float"),
         ("steps: 1.5", "option steps: 1.5 is no int"),
-        ("steps: true", "is no int"),
         ("shuffle: 1", "is no bool"),
         ("- a", "holds no options"),
         ("a: [", "is no YAML"),
@@ -78,11 +74,8 @@ def test_records_of_an_older_version() -> None:
 
 
 def test_a_total_that_batches_do_not_fill() -> None:
-    for total in (500, 1):
-        with pytest.raises(
-            LlmpyError, match="use --total-batch 512, or another -B" if total > 1 else "use --total-batch"
-        ):
-            _ = TrainOptions(total_batch=total).micro_steps
+    with pytest.raises(LlmpyError, match="use --total-batch 512, or another -B"):
+        _ = TrainOptions(total_batch=500).micro_steps
     assert TrainOptions(total_batch=2048).micro_steps == 4
     assert TrainOptions().micro_steps == 1
     assert TrainOptions(steps=-1, total_batch=512).settled(64, 10_000).steps == 19

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,26 +10,11 @@ import pytest
 
 from llmpy.cli import main as cli
 
-VERBS = (
-    "train", "sample", "chat", "watch", "plot", "data", "plan", "convert", "doctor", "selftest", "bench", "bench_ops",
-    "bench_decode", "bench_peers", "completion",
-)  # fmt: skip
-
 
 def hear(patch: pytest.MonkeyPatch) -> list[Any]:
     """Return the options that verbs are called with from now on."""
     heard: list[Any] = []
-
-    def silent(verb: Any) -> Any:
-        @functools.wraps(verb)  # --help shows its docstring
-        def remember(options: Any) -> int:
-            heard.append(options)
-            return 0
-
-        return remember
-
-    for name in VERBS:
-        patch.setattr(cli, name, silent(getattr(cli, name)))
+    patch.setattr(cli, "VERBS", [verb._replace(call=lambda options: heard.append(options) or 0) for verb in cli.VERBS])
     return heard
 
 

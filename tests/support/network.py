@@ -17,10 +17,10 @@ from huggingface_hub import constants
 
 
 @contextlib.contextmanager
-def network(files: dict[str, bytes], cache: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """Serve path → content until the end, as the hub and to `stands_for`; its address and the paths asked for.
+def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
+    """Serve path → content, or the status of an error, until the end; yield the address and the paths asked for.
 
-    `cache`: the folder that the hub's library downloads into.
+    It is the hub, too, whose library downloads into the folder `cache`. Of paths with "cut" only a part comes.
     """
     asked: list[str] = []
 
@@ -29,22 +29,21 @@ def network(files: dict[str, bytes], cache: Path, patch: pytest.MonkeyPatch) -> 
             path = unquote(self.path.partition("?")[0])
             if not path.startswith("/api/agent-"):  # the library asks for these of its own accord
                 asked.append(path)
-            content = files.get(path)
+            content = files.get(path, 404)
             if "/tree/" in path:  # a folder of the hub, by the names of its files
                 start = path.removeprefix("/api").replace("/tree/", "/resolve/") + "/"
                 names = [name.partition("/main/")[2] for name in files if name.startswith(start)]
                 entries = [{"type": "file", "path": name, "size": 1, "oid": ""} for name in names]
-                content = json.dumps(entries).encode() if entries else None
-            body = b"" if content is None else content
-            self.send_response(404 if content is None else 200)
-            if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound")
+                content = json.dumps(entries).encode() if entries else 404
+            status, body = (content, b"") if isinstance(content, int) else (200, content)
+            self.send_response(status)
+            self.send_header("X-Error-Code", {403: "GatedRepo", 404: "EntryNotFound"}.get(status, ""))
             self.send_header("Content-Length", str(len(body)))
             self.send_header("ETag", hashlib.sha1(body).hexdigest())
             self.send_header("X-Repo-Commit", 40 * "0")
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                self.wfile.write(body[:9] if "cut" in path else body)
 
         do_HEAD = do_GET
 

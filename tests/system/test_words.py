@@ -1,7 +1,22 @@
-"""Text that is shared: tables."""
+"""Text that is shared: tables, suggestions, commands that work when pasted."""
 
-from llmpy.system.words import columns
+from pathlib import Path
+
+from llmpy.system.command import command, install
+from llmpy.system.words import columns, did_you_mean
 
 
 def test_columns() -> None:
     assert columns([("a", "bb", "c"), ("aaa", "b", "ccc")]) == "a    bb    c\naaa   b  ccc"
+
+
+def test_suggestions() -> None:
+    known = ("train", "batch_size", "gpt2", "gpt2-medium")
+    for word, said in (("trian", "train"), ("batchsize", "batch_size"), ("gpt", "gpt2 or gpt2-medium")):
+        assert did_you_mean(word, known) == f"did you mean {said}?"
+    assert did_you_mean("zebra", known) == ""
+
+
+def test_words_are_quoted_for_a_shell() -> None:
+    assert command("train", "--resume", Path("my run")) == "llmpy train --resume 'my run'"
+    assert install("llmpy[plot]", "b") == "pip install 'llmpy[plot]' b"

@@ -17,6 +17,7 @@ from llmpy.cli.main import main
 from llmpy.formats import llmc
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.tools import SelftestOptions
+from llmpy.run.checkpoint_writer import CheckpointWriter
 from llmpy.tools import selftest
 
 LOAD = backend.load
