@@ -95,7 +95,7 @@ def trained(fellow: Fellow, ranks: int, steps: int = 3, limit: int = 700) -> tup
         else:
             optimizer.update(1e-2, norms[-1])
     collected = np.empty(model.params.size, np.float32)
-    optimizer.collect(collected)
+    optimizer.weights(collected)
     if fellow.rank == 0:
         assert np.array_equal(collected, model.params.buffer)
     return model.params.buffer, np.array(norms), optimizer.m
@@ -323,7 +323,12 @@ OPEN: list[Watch] = []
 
 
 def watched(size: int, patience: float) -> list[Watch]:
-    ranks: list[Watch] = Fellows(size).run(lambda fellow: Watch(fellow.rank, size, patience, fellow.tell))
+    def start(fellow: Fellow) -> Watch:
+        one = Watch(fellow.rank, patience)
+        one.start(size, fellow.tell)
+        return one
+
+    ranks: list[Watch] = Fellows(size).run(start)
     OPEN.extend(ranks)
     return ranks
 
@@ -462,7 +467,7 @@ def test_all_that_ranks_are_refused_for_is_told_at_once(tmp_path: Path) -> None:
 
 @needs_mpi
 def test_the_launcher_of_another_mpi_is_refused(text: Path, tmp_path: Path) -> None:
-    if launch.flags(launch.mpiexec())[0]:
+    if "Open MPI" in subprocess.run([launch.mpiexec(), "--version"], capture_output=True, text=True).stdout:
         pytest.skip("it is this MPI's own")
     error = go(*told(text, tmp_path / "run"), code=1, OMPI_COMM_WORLD_SIZE="2")
     assert "the launcher is Open MPI's, but mpi4py has found another MPI: MPICH" in error
@@ -594,7 +599,7 @@ def test_mixed_precision_gathers_what_products_read() -> None:
             model.loss_and_grads(*rows[fellow.rank], micro_steps=2)
             optimizer.update(1e-2, optimizer.norm())
         master = np.zeros(model.params.size, np.float32)
-        optimizer.collect(master)
+        optimizer.weights(master)
         vectors = slice(model.matrix_elements, None)
         if fellow.rank:
             return True
@@ -748,7 +753,7 @@ sleep 1000
     program = (
         "import sys; from pathlib import Path\n"
         "from llmpy.distributed import launch; from llmpy.errors import LlmpyError\n"
-        f"launch.mpiexec = lambda: Path({str(launcher)!r})\n"
+        f"launch.mpiexec = lambda: {str(launcher)!r}\n"
         "try: launch.run(2, [])\n"
         "except LlmpyError as fault: print(fault); sys.exit(fault.code)"
     )
