@@ -97,7 +97,7 @@ class World(SingleProcess):
                     if self._mpi.Request.Testall(requests):
                         return
                 if self._watch.fault is not None:
-                    raise Ended
+                    raise Ended("another rank has ended the run")
                 looks += 1
                 time.sleep(NAP if looks > LOOKS else 0)
         except self._mpi.Exception as error:  # mostly a rank is dead
@@ -105,7 +105,7 @@ class World(SingleProcess):
             while self._watch.fault is None and time.monotonic() < until:
                 time.sleep(NAP)
             if self._watch.fault is not None:
-                raise Ended from error
+                raise Ended("another rank has ended the run") from error
             raise LlmpyError(f"MPI: {error}", "see what mpiexec printed") from error
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
@@ -227,10 +227,7 @@ class World(SingleProcess):
 
 
 class Ended(LlmpyError):
-    """Another rank, or the watch, has ended the run: `Watch.fault` says why."""
-
-    def __init__(self) -> None:
-        super().__init__("another rank has ended the run")
+    """Another rank, or the watchdog, has ended the run: `Watch.fault` says why."""
 
 
 class NullJournal(Journal):
@@ -257,40 +254,34 @@ class Lent(RunFolder):
         pass
 
 
-def _mpi() -> Any:
-    """mpi4py's module, initialised. Raises LlmpyError if it is not there, or not the launcher's."""
-    try:
-        import mpi4py
-
-        mpi4py.rc(initialize=False, finalize=True)
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
-        raise LlmpyError(f"several processes need mpi4py and an MPI: {error}", install(launch.MPI)) from error
-    library = MPI.Get_library_version()
-    if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
-        raise LlmpyError(
-            f"the launcher is Open MPI's, but mpi4py has found another MPI: {_line(library)}",
-            "use the mpiexec of the same MPI",
-        )
-    with signals_held_back():  # afterwards our handlers are back: MPICH would swallow SIGHUP
-        if MPI.Init_thread(MPI.THREAD_MULTIPLE) < MPI.THREAD_SERIALIZED:
-            raise LlmpyError(f"{_line(library)} allows one thread only", "use an MPI built with threads")
-    return MPI
-
-
 def _line(library: str) -> str:
     """Name and version, of all that MPI says of its library."""
     return " ".join(library.split("\n")[0].split(",")[0].strip("\0").split())
 
 
 def join(options: TrainOptions) -> World | None:
-    """The ranks that were started with this one, None if it is the only one.
+    """Initialise MPI; return the ranks that were started with this one, None if it is the only one.
 
-    Raises LlmpyError if there are not as many as somebody thinks.
+    Raises LlmpyError if there is no MPI, if it is not the launcher's, or if there are not as many ranks as expected.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, where the launcher is another MPI's: see below
-        MPI = _mpi()
+    try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # where the launcher is another MPI's: see below
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
+        raise LlmpyError(f"several processes need mpi4py and an MPI: {error}", install(launch.MPI)) from error
+    library = _line(MPI.Get_library_version())
+    if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
+        raise LlmpyError(
+            f"the launcher is Open MPI's, but mpi4py has found another MPI: {library}",
+            "use the mpiexec of the same MPI",
+        )
+    with signals_held_back():  # afterwards our handlers are back: MPICH would swallow SIGHUP
+        if MPI.Init_thread(MPI.THREAD_MULTIPLE) < MPI.THREAD_SERIALIZED:
+            raise LlmpyError(f"{library} allows one thread only", "use an MPI built with threads")
     size, expected = MPI.COMM_WORLD.Get_size(), launch.tasks()
     if size == 1 and expected > 1:
         raise LlmpyError(
