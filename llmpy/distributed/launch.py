@@ -119,7 +119,7 @@ def _wait(process: subprocess.Popen[bytes], folder: Path, ranks: int, signals: l
     """
     ranks_by_handle: dict[int, tuple[int, str]] = {}
     dead, passed = "", 0
-    poll = select.poll() if hasattr(os, "pidfd_open") else None
+    poll = select.epoll() if hasattr(os, "pidfd_open") else None
     while process.poll() is None:
         for number in signals[passed:]:
             passed += 1
@@ -134,8 +134,8 @@ def _wait(process: subprocess.Popen[bytes], folder: Path, ranks: int, signals: l
                 with contextlib.suppress(ProcessLookupError):
                     handle = os.pidfd_open(int(pid))
                     ranks_by_handle[handle] = rank, pid
-                    poll.register(handle, select.POLLIN)
-        for handle, _ in poll.poll(1e3 * LOOK):
+                    poll.register(handle, select.EPOLLIN)
+        for handle, _ in poll.poll(LOOK):  # in the order in which they ended
             poll.unregister(handle)
             if not (dead or _word(folder, "code") or _word(folder, "error")):
                 rank, pid = ranks_by_handle[handle]
