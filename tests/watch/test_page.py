@@ -189,7 +189,7 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
             "(({left, top, width, height}) => [left, top, width, height])"
             "(document.querySelector('#figure .nsewdrag').getBoundingClientRect())"
         )
-        browser.mouse("mouseMoved", left + width / 2, top + height / 2)
+        browser.hover(left + width / 2, top + height / 2)
         shown = browser.until("document.querySelector('#figure .hoverlayer')?.textContent")
         assert run.name in shown  # as it is written, markup and all
         assert browser.run(alien) == 0 and browser.run("({}).polluted") is None
