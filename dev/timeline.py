@@ -52,7 +52,27 @@ class Recording(World):
         self.waits.append(("wait", start, time.perf_counter()))
 
 
-def steps(world: Recording, zero: Zero, model: GPT2, told: argparse.Namespace) -> list[dict[str, Any]]:
+class Timed(Zero):
+    """An optimizer that remembers what it did from when to when."""
+
+    log: list[tuple[str, float, float]] = []
+
+    def _timed(self, name: str, act: Any, b: int, *more: float) -> None:
+        start = time.perf_counter()
+        act(b, *more)
+        self.log.append((f"{name} {b}", start, time.perf_counter()))
+
+    def _reduce(self, b: int) -> None:
+        self._timed("reduce", super()._reduce, b)
+
+    def _update(self, b: int, lr: float, scale: float) -> None:
+        self._timed("update", super()._update, b, lr, scale)
+
+    def _gather(self, b: int) -> None:
+        self._timed("gather", super()._gather, b)
+
+
+def steps(world: Recording, zero: Timed, model: GPT2, told: argparse.Namespace) -> list[dict[str, Any]]:
     """What happened in each step: its seconds, and everything from when to when."""
     rng = np.random.default_rng(world.rank)
     tokens = rng.integers(0, model.config.vocab_size, (2, told.B, told.T), dtype=np.int32)
@@ -125,7 +145,7 @@ def main() -> None:
     initialise(model.params, model.config, 42)
     model.store_weights()
     model.reserve(told.B, told.T, training=True)
-    zero = Zero(model, world, 0.9, 0.95, 0.1, 1.0)
+    zero = Timed(model, world, 0.9, 0.95, 0.1, 1.0)
     early = [b for b, bucket in enumerate(zero.buckets) if bucket.first != END]
     apart = tuple(f"{what} {b}" for what in ("reduce", "gather") for b in early)
     modes = {}

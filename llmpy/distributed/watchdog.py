@@ -1,4 +1,4 @@
-"""Signs of life between the ranks, beside MPI, and what happens when one gives none.
+"""Heartbeats between the ranks, next to MPI, and what happens when one stops.
 
 MPI itself waits for ever for a rank that was stopped or whose cable was pulled, and where it notices a death it often
 ends everybody without saying whose. So every rank keeps a TCP connection to the first one:
@@ -6,10 +6,10 @@ ends everybody without saying whose. So every rank keeps a TCP connection to the
 every BEAT seconds          a line each way
 a connection that closes    without a farewell: that rank is dead, at once
 nothing for `patience`      that rank hangs, or its network is cut
-a fault                     the rank that has it says so, the first rank tells all others; whoever waits for a message
-                            raises it, and who does not come to wait within GRACE seconds is ended here
+an error                    the rank that has it reports it, the first rank passes it on to all; a rank that waits for a
+                            message raises it, and one that is not waiting within GRACE seconds is terminated here
 
-All addresses of the first rank and a secret travel over MPI; who connects without the secret is not listened to.
+The addresses of the first rank and a secret travel over MPI; connections without the secret are dropped.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from . import launch
 
 BEAT = 1.0  # seconds
 GRACE = 4.0  # for a rank to come to where it waits for others
-FAREWELL = 0.5  # for a fault to reach all ranks before the first of them ends and the launcher kills the others
 CONNECTING = 3.0  # for each address of the first rank
 LONGEST = 1 << 16  # bytes of a line
+WELCOME = b"welcome\n"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fault:
     rank: int
     text: str
     code: int = 1
-    lost: bool = False  # nobody's fault that can be told: who does the same again may succeed
+    lost: bool = False  # that rank is gone: a resumed run may succeed
 
 
 @dataclass
@@ -59,65 +59,63 @@ class Peer:
     unread: bytes = b""
     left: bool = False  # said farewell
 
+    def fileno(self) -> int:
+        """For `select`."""
+        return self.line.fileno()
+
 
 class Watch:
     """The connections of one rank and the thread that looks after them."""
 
-    def __init__(self, rank: int, size: int, patience: float, tell: Callable[[Any], list[Any]]) -> None:
-        """`tell` gives a value to all ranks and returns theirs. Raises LlmpyError if the first rank cannot be reached.
-
-        `patience` 0: nobody is watched, a fault of this rank alone is known.
-        """
+    def __init__(self, rank: int, patience: float) -> None:
+        """`patience` 0: nobody is watched, only an error of this rank is known."""
         self.rank, self.patience = rank, patience
-        self.hint = ""  # how to go on, when there is something to go on with
+        self.hint = ""  # how to resume, once there is a checkpoint folder
         self.fault: Fault | None = None
-        self.ending = threading.Event()  # the main thread saw to the fault
+        self.ending = threading.Event()  # the main thread acts on the fault
         self._peers: list[Peer] = []
         self._closed = False
         self._lock = threading.Lock()
-        if patience:
-            self._connect(size, tell)
-            self._told_at = 0.0
-            self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
-    def _connect(self, size: int, tell: Callable[[Any], list[Any]]) -> None:
-        name = f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()})"
+    def start(self, size: int, tell: Callable[[Any], list[Any]]) -> None:
+        """Connect; `tell` gives a value to all ranks and returns theirs. Raises LlmpyError if a rank cannot."""
+        if not self.patience:
+            return
+        secret, name = secrets.token_hex(16), f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()})"
         if self.rank == 0:
-            server = socket.create_server(("", 0), backlog=size)
-            secret = secrets.token_hex(16)
-            names = tell({"addresses": addresses(), "port": server.getsockname()[1], "secret": secret, "name": name})
-            server.settimeout(CONNECTING * (1 + len(names[0]["addresses"])))
-            with contextlib.suppress(TimeoutError):
-                while len(self._peers) < size - 1:
-                    line, _ = server.accept()
-                    if rank := _introduced(line, secret, size):
-                        self._peers.append(Peer(line, rank, names[rank]["name"]))
-            server.close()
-            missing = sorted(set(range(1, size)) - {peer.rank for peer in self._peers})
-            reached = not missing
-            who = ", ".join(names[q]["name"] for q in missing)
+            with socket.create_server(("", 0), backlog=size) as server:
+                found = addresses()
+                names = [told[0] for told in tell([name, secret, server.getsockname()[1], found])]
+                server.settimeout(CONNECTING * (1 + len(found)))
+                with contextlib.suppress(TimeoutError):
+                    while len(self._peers) < size - 1:
+                        line = server.accept()[0]
+                        if rank := _introduced(line, secret):
+                            self._peers.append(Peer(line, rank, names[rank]))
         else:
-            first = tell({"name": name})[0]
-            called = (_call(address, first, self.rank) for address in first["addresses"])
-            found = next((x for x in called if x is not None), None)
-            self._peers = [Peer(found, 0, first["name"])] if found is not None else []
-            reached, who = bool(self._peers), name
-        if not all(tell(reached)):
+            told = tell([name])
+            names = [who[0] for who in told]
+            _, secret, port, found = told[0]
+            called = next(filter(None, (_call(address, port, secret, self.rank) for address in found)), None)
+            self._peers = [Peer(called, 0, names[0])] if called else []
+        reached = tell(self.rank == 0 or bool(self._peers))
+        missing = [name for name, there in zip(names, reached, strict=True) if not there]
+        if missing:
             raise LlmpyError(
-                f"{who or 'a rank'} cannot reach the first rank over TCP, by which ranks watch each other",
+                f"{', '.join(missing)} cannot reach the first rank over TCP, by which ranks watch each other",
                 "let the hosts connect to each other, or watch nobody: --rank-timeout 0",
             )
+        self._thread.start()
 
     def say(self, fault: Fault) -> None:
         """Let all ranks know; the first fault counts."""
         with self._lock:
-            if self.fault is None:
-                self.fault = fault
+            self.fault = self.fault or fault
         self._send_all({"fault": astuple(self.fault)})
 
     def close(self) -> None:
-        """The end of a run that went well: nobody is missed from now on."""
+        """End the watch of a run that went well: nobody is missed from now on."""
         self._closed = True
         self._send_all({"farewell": True})
         if self.patience:
@@ -131,31 +129,29 @@ class Watch:
 
     def _look(self) -> None:
         """The thread: beats out, beats in, until this rank's run or the world has ended."""
-        began = 0.0
+        beaten = ended = 0.0
         while not self._closed:
             now = time.monotonic()
-            if now - self._told_at >= BEAT:
-                self._told_at = now
+            if now - beaten >= BEAT:
+                beaten = now
                 self._send_all({"beat": True})
-                launch.end_with_parent()
-            listened = [peer.line for peer in self._peers if not peer.left]
-            if not listened:
+                if self.rank == 0:
+                    launch.end_with_parent()
+            present = [peer for peer in self._peers if not peer.left]
+            if not present:
                 time.sleep(BEAT / 4)
-            for line in select.select(listened, [], [], BEAT / 4)[0] if listened else ():
-                self._read(next(peer for peer in self._peers if peer.line is line))
-            if self.fault is None:
-                # A thread that was kept from running itself, by a suspended machine say, accuses nobody.
-                late = time.monotonic() - now > self.patience / 2
-                for peer in self._peers:
-                    peer.heard = time.monotonic() if late else peer.heard
-                    silent = time.monotonic() - peer.heard
-                    if not peer.left and silent > self.patience:
-                        self.say(
-                            Fault(peer.rank, f"{peer.name} has given no sign of life for {silent:.0f} s", lost=True)
-                        )
-            else:
-                began = began or time.monotonic()
-                if time.monotonic() - began > GRACE and not self.ending.is_set():
+            for peer in select.select(present, [], [], BEAT / 4)[0] if present else ():
+                self._read(peer)
+            # A thread that was kept from running itself, by a suspended machine say, accuses nobody.
+            late = time.monotonic() - now > self.patience / 2
+            for peer in present if self.fault is None else ():
+                peer.heard = time.monotonic() if late else peer.heard
+                silent = time.monotonic() - peer.heard
+                if not peer.left and silent > self.patience:
+                    self.say(Fault(peer.rank, f"{peer.name} has given no sign of life for {silent:.0f} s", lost=True))
+            if self.fault is not None:
+                ended = ended or now
+                if now - ended > GRACE and not self.ending.is_set():
                     end(self, self.fault)
         for peer in self._peers:
             peer.line.close()
@@ -171,57 +167,45 @@ class Watch:
                 self.say(Fault(peer.rank, f"{peer.name} has died", lost=True))
             return
         peer.heard = time.monotonic()
-        *lines, peer.unread = (peer.unread + data[-LONGEST:]).split(b"\n")
-        for text in lines:
-            message = json.loads(text)
-            if "farewell" in message:
-                peer.left = True
+        *lines, peer.unread = (peer.unread + data).split(b"\n")
+        for message in map(json.loads, lines):
+            peer.left = peer.left or "farewell" in message
             if "fault" in message and self.fault is None:
                 self.say(Fault(*message["fault"]))
 
 
 def end(watch: Watch, fault: Fault) -> NoReturn:
-    """Say what ended the world, unless another rank does, and leave at once: MPI would wait for who is gone."""
+    """Report what ended the world, unless another rank does, and leave at once: MPI would wait for who is gone."""
     watch.ending.set()
     # The first rank speaks for all; if it is the one that is gone, everyone for himself.
-    if watch.rank == 0 or fault.rank == 0 or not watch.patience:
-        launch.report(fault.text + (watch.hint if fault.lost else ""))
-    time.sleep(FAREWELL)
-    launch.leave(fault.code)
+    speaks = watch.rank == 0 or fault.rank == 0 or not watch.patience
+    launch.leave(fault.text + (watch.hint if fault.lost else ""), fault.code, speaks)
 
 
 def addresses() -> list[str]:
-    """The IPv4 and IPv6 addresses of this host, those by which it finds itself last."""
-    found = [a for of in psutil.net_if_addrs().values() for a in of if a.family in (socket.AF_INET, socket.AF_INET6)]
-    texts = [a.address for a in found]
-    return sorted(texts, key=lambda text: text.startswith(("127.", "::1", "fe80")))
+    """Return the IPv4 addresses of this host, those that only the host itself can reach last."""
+    found = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
+    return sorted(found, key=lambda address: address.startswith("127."))
 
 
-def _call(address: str, first: dict[str, Any], rank: int) -> socket.socket | None:
-    """A connection to the first rank, if it is there that somebody listens who knows the secret."""
-    try:
-        line = socket.create_connection((address, first["port"]), timeout=CONNECTING)
-        line.sendall(json.dumps({"secret": first["secret"], "rank": rank}).encode() + b"\n")
-        if line.recv(16) != b"welcome\n":
-            line.close()
-            return None
-        line.settimeout(BEAT)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return line
-    except OSError:
-        return None
+def _call(address: str, port: int, secret: str, rank: int) -> socket.socket | None:
+    """Return a connection to the first rank, if that is who answers here: it knows the secret."""
+    with contextlib.suppress(OSError):
+        line = socket.create_connection((address, port), timeout=CONNECTING)
+        line.sendall(json.dumps([secret, rank]).encode())
+        if line.recv(len(WELCOME)) == WELCOME:
+            return line
+        line.close()
+    return None
 
 
-def _introduced(line: socket.socket, secret: str, size: int) -> int:
-    """The rank at the other end; 0 for a stranger."""
+def _introduced(line: socket.socket, secret: str) -> int:
+    """Return the rank at the other end; 0 for a stranger."""
     line.settimeout(CONNECTING)
-    try:
-        hello = json.loads(line.recv(LONGEST))
-        if secrets.compare_digest(hello["secret"], secret) and 0 < hello["rank"] < size:
-            line.sendall(b"welcome\n")
-            line.settimeout(BEAT)
-            return int(hello["rank"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        told, rank = json.loads(line.recv(LONGEST))
+        if secrets.compare_digest(told, secret):
+            line.sendall(WELCOME)
+            return int(rank)
     line.close()
     return 0

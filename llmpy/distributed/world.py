@@ -1,9 +1,9 @@
 """What ranks tell each other, over MPI.
 
-Every call of MPI here returns at once and is asked again until it is done: a message that never comes can then be
-given up when `watch` knows why, and a core that waits is free for whoever computes on it (the libraries' own waiting
-turns in a loop). Large messages are carried by one thread of the rank, in the order in which they were handed to it;
-the numbers by which ranks agree have a communicator of their own. mpi4py is imported in `join` and not before.
+Every call of MPI here returns at once and is asked again until it is done: a message that never comes is then given up
+when the watchdog knows why, and a core that waits is free to compute (the libraries' own waiting turns in a loop).
+Large messages are carried by one thread of the rank, in order; the numbers by which ranks agree have a communicator
+of their own. mpi4py is imported in `join` and not before.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +33,7 @@ from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
 from ..run.journal import Journal
 from ..system.command import command, install
+from ..system.interrupts import signals_held_back
 from ..system.resources import cores
 from ..train.single_process import SingleProcess
 from . import launch
@@ -41,8 +42,7 @@ from .zero import Zero
 
 LOOKS = 50  # at a request in a row before sleeping: an answer from this host mostly comes sooner
 NAP = 1e-4  # seconds
-WORD_OF_DEATH = 3.0  # to learn from the watch whose fault it is when MPI finds one
-MESSAGE = 1 << 28  # bytes of one message: MPI counts in 32 bits
+BLAME = 3.0  # to learn from the watchdog which rank is dead when MPI fails
 
 
 class World(SingleProcess):
@@ -54,15 +54,16 @@ class World(SingleProcess):
         self._lock = threading.Lock()  # one thread at a time inside MPI
         self._words, self._loads = mpi.COMM_WORLD.Dup(), mpi.COMM_WORLD.Dup()
         self.rank, self.size = mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size()
-        self._watch: Watch | None = None
-        self._threaded = mpi.Query_thread() >= mpi.THREAD_SERIALIZED
+        self._watch = Watch(self.rank, patience)
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="courier")
         self._carried = self._waited = 0.0  # seconds
         mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._ranks = self.tell({"host": socket.gethostname(), "cores": mine, "available": cores()})
-        local = [q for q, about in enumerate(self._ranks) if about["host"] == self._ranks[self.rank]["host"]]
-        self.local_rank, self.local_size = local.index(self.rank), len(local)
-        self._watch = Watch(self.rank, self.size, patience, self.tell)
+        physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        about = {"host": socket.gethostname(), "cores": mine, "available": cores(), "physical": physical}
+        self._ranks = self.tell(about)
+        self._local = [q for q, other in enumerate(self._ranks) if other["host"] == about["host"]]
+        self.local_size = len(self._local)
+        self._watch.start(self.size, self.tell)
         launch.leave_word(f"rank-{self.rank}", str(os.getpid()))
 
     def __enter__(self) -> Self:
@@ -70,15 +71,12 @@ class World(SingleProcess):
 
     def __exit__(self, kind: type | None, fault: BaseException | None, _: TracebackType | None) -> None:
         watch = self._watch
-        assert watch is not None
         if fault is None:
             self.gather(0)
             watch.close()
             self._runner.shutdown()
             return
         if not isinstance(fault, Ended):
-            import traceback
-
             known = isinstance(fault, LlmpyError)
             if not known:
                 traceback.print_exception(fault)
@@ -88,41 +86,34 @@ class World(SingleProcess):
         assert watch.fault is not None
         end(watch, watch.fault)
 
-    def _wait(self, requests: Sequence[Any]) -> None:
-        """Until all are done. Raises Ended if the world ends before."""
+    def _finish(self, start: Callable[[], list[Any]]) -> None:
+        """Start requests and wait until all are done. Raises Ended if the world ends before."""
         looks = 0
         try:
+            with self._lock:
+                requests = start()
             while True:
                 with self._lock:
                     if self._mpi.Request.Testall(requests):
                         return
+                if self._watch.fault is not None:
+                    raise Ended("another rank has ended the run")
                 looks += 1
-                if looks > LOOKS:
-                    if self._watch is not None and self._watch.fault is not None:
-                        raise Ended
-                    time.sleep(NAP)
-                else:
-                    time.sleep(0)
-        except self._mpi.Exception as fault:
-            self._mourn(fault)
-
-    def _mourn(self, fault: Exception) -> None:
-        """MPI found something broken, mostly somebody dead: say who it is, if the watch learns it."""
-        until = time.monotonic() + WORD_OF_DEATH
-        while self._watch is not None and self._watch.fault is None and time.monotonic() < until:
-            time.sleep(NAP)
-        if self._watch is not None and self._watch.fault is not None:
-            raise Ended from fault
-        raise LlmpyError(f"MPI: {fault}", "see what mpiexec printed") from fault
+                time.sleep(NAP if looks > LOOKS else 0)
+        except self._mpi.Exception as error:  # mostly a rank is dead
+            until = time.monotonic() + BLAME
+            while self._watch.fault is None and time.monotonic() < until:
+                time.sleep(NAP)
+            if self._watch.fault is not None:
+                raise Ended("another rank has ended the run") from error
+            raise LlmpyError(f"MPI: {error}", "see what mpiexec printed") from error
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
         """See `SingleProcess`, as for all that have no text here."""
         start = time.perf_counter()
         mine = np.asarray(numbers, np.float64)
         all_of_them = np.empty((self.size, mine.size))
-        with self._lock:
-            request = self._words.Iallgather(mine, all_of_them)
-        self._wait([request])
+        self._finish(lambda: [self._words.Iallgather(mine, all_of_them)])
         self._waited += time.perf_counter() - start
         return [tuple(row) for row in all_of_them.tolist()]
 
@@ -130,44 +121,32 @@ class World(SingleProcess):
         mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = [int(count) for (count,) in self.gather(mine.size)]
         texts = np.empty(sum(counts), np.uint8)
-        with self._lock:
-            request = self._words.Iallgatherv(mine, [texts, counts])
-        self._wait([request])
+        self._finish(lambda: [self._words.Iallgatherv(mine, [texts, counts])])
         return [json.loads(part.tobytes()) for part in np.split(texts, np.cumsum(counts)[:-1])]
 
     def exchange(self, tag: int, outgoing: Sequence[Any], incoming: Sequence[Any]) -> None:
-        """See `zero.Courier`."""
+        """See `zero.Transport`."""
         others = [(self.rank + i) % self.size for i in range(1, self.size)]  # not all to the same one first
-        requests = []
-        try:
-            with self._lock:
-                for q in others:
-                    requests += [self._loads.Irecv([x, self._mpi.BYTE], q, tag) for x in _messages(incoming[q])]
-                for q in others:
-                    requests += [self._loads.Isend([x, self._mpi.BYTE], q, tag) for x in _messages(outgoing[q])]
-        except self._mpi.Exception as fault:
-            self._mourn(fault)
-        self._wait(requests)
+        byte, loads = self._mpi.BYTE, self._loads
+        self._finish(
+            lambda: (
+                [loads.Irecv([incoming[q].view(np.uint8), byte], q, tag) for q in others]
+                + [loads.Isend([outgoing[q].view(np.uint8), byte], q, tag) for q in others]
+            )
+        )
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
-        """See `zero.Courier`. An MPI that allows a single thread only gets the job now, and nothing overlaps."""
+        """See `zero.Transport`."""
 
         def timed() -> None:
             start = time.perf_counter()
-            try:
-                job()
-            finally:
-                self._carried += time.perf_counter() - start
+            job()
+            self._carried += time.perf_counter() - start
 
-        if self._threaded:
-            return self._runner.submit(timed)
-        done: Future[None] = Future()
-        timed()
-        done.set_result(None)
-        return done
+        return self._runner.submit(timed)
 
     def result(self, future: Future[None]) -> None:
-        """See `zero.Courier`."""
+        """See `zero.Transport`."""
         start = time.perf_counter()
         future.result()
         self._waited += time.perf_counter() - start
@@ -183,7 +162,7 @@ class World(SingleProcess):
 
     @contextlib.contextmanager
     def each_host_once(self) -> Iterator[None]:
-        yield from self._after(self.local_rank == 0)
+        yield from self._after(self.rank == self._local[0])
 
     def _after(self, first: bool) -> Iterator[None]:
         """Let the `first` ranks through, and the others when those are done."""
@@ -204,35 +183,26 @@ class World(SingleProcess):
         if options.threads is not None:
             return options.threads
         mine = self._ranks[self.rank]
-        beside = [about for about in self._ranks if about["host"] == mine["host"]]
-        sharing = sum(not mine["cores"] or bool({*mine["cores"]} & {*about["cores"]}) for about in beside)
+        theirs = [self._ranks[q]["cores"] for q in self._local]
+        sharing = sum(not mine["cores"] or not {*mine["cores"]}.isdisjoint(other) for other in theirs)
         return max(1, int(mine["available"]) // sharing)
 
     def lines(self, threads: int) -> list[str]:
-        return [self._describe(), *self._crowded(threads)]
-
-    def _crowded(self, threads: int) -> list[str]:
-        """A warning for every host whose ranks have more threads together than it has cores."""
-        hosts = Counter[str]()
+        hosts, cores, counts = Counter[str](), dict[str, int](), Counter[str]()
         for (count,), about in zip(self.gather(threads), self._ranks, strict=True):
-            hosts[about["host"]] += int(count)
-        physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        counts = {about["host"]: count for about, count in zip(self._ranks, self.tell(physical), strict=True)}
-        return [
-            f"warning: the ranks on {host} have {count} threads together and {counts[host]} cores: they will wait for "
+            hosts[about["host"]] += 1
+            counts[about["host"]] += int(count)
+            cores[about["host"]] = about["physical"]
+        where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
+        return [f"ranks    {self.size}: {where}; {_line(self._mpi.Get_library_version())}"] + [
+            f"warning: the ranks on {host} have {count} threads together and {cores[host]} cores: they will wait for "
             "each other; use fewer --ranks or --threads"
-            for host, count in hosts.items()
-            if count > counts[host]
+            for host, count in counts.items()
+            if count > cores[host]
         ]
 
-    def _describe(self) -> str:
-        hosts = Counter(about["host"] for about in self._ranks)
-        where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
-        overlap = "" if self._threaded else "; it allows one thread alone: communication overlaps with nothing"
-        return f"ranks    {self.size}: {where}; {_line(self._mpi.Get_library_version())}{overlap}"
-
     def journal(self) -> Journal:
-        return Journal() if self.rank == 0 else Mute()
+        return Journal() if self.rank == 0 else NullJournal()
 
     def claim(self, options: TrainOptions) -> RunFolder:
         """The run's folder: the first rank has it, the others write into it what they are told to."""
@@ -250,7 +220,6 @@ class World(SingleProcess):
     def checkpoints(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
     ) -> CheckpointWriter:
-        assert self._watch is not None
         self._watch.hint = f" — go on, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:
             launch.leave_word("hint", self._watch.hint)
@@ -258,14 +227,11 @@ class World(SingleProcess):
 
 
 class Ended(LlmpyError):
-    """Another rank, or the watch, has ended the run: `Watch.fault` says why."""
-
-    def __init__(self) -> None:
-        super().__init__("another rank has ended the run")
+    """Another rank, or the watchdog, has ended the run: `Watch.fault` says why."""
 
 
-class Mute(Journal):
-    """What the other ranks say and record: nothing, for it would be the same."""
+class NullJournal(Journal):
+    """What the other ranks print and record: nothing, for it would be the same."""
 
     def say(self, line: str = "") -> None:
         pass
@@ -278,7 +244,7 @@ class Mute(Journal):
 
 
 class Lent(RunFolder):
-    """The run's folder on the other ranks, which neither clean it nor remove it."""
+    """The run's folder on the other ranks, which have no lock on it, and neither clean it nor remove it."""
 
     def __init__(self, path: Path, resumed: bool) -> None:
         super().__init__(path, [])
@@ -287,48 +253,6 @@ class Lent(RunFolder):
     def keep(self) -> None:
         pass
 
-    def discard(self) -> None:
-        pass
-
-
-def _messages(x: Any) -> list[Any]:
-    """An array as messages that MPI can count; none for one without elements."""
-    data = x.reshape(-1).view(np.uint8)
-    return [data[i : i + MESSAGE] for i in range(0, data.size, MESSAGE)]
-
-
-@contextlib.contextmanager
-def _own_hangup() -> Iterator[None]:
-    """Within: MPICH begins, which from then on would swallow SIGHUP."""
-    number = getattr(signal, "SIGHUP", None)  # not on Windows
-    before = signal.getsignal(number) if number is not None else None
-    yield
-    if number is not None and before is not None:
-        signal.signal(number, before)
-
-
-def _mpi() -> Any:
-    """mpi4py's module, initialised. Raises LlmpyError if it is not there, or not the launcher's."""
-    try:
-        import mpi4py
-
-        mpi4py.rc(initialize=False, finalize=True)
-        from mpi4py import MPI
-    except ImportError as fault:
-        raise LlmpyError("training by several processes needs mpi4py", f"install it: {install(launch.MPI)}") from fault
-    except RuntimeError as fault:  # mpi4py finds no library
-        raise LlmpyError(f"mpi4py finds no MPI: {fault}", f"install one: {install(launch.MPI)}") from fault
-    library = MPI.Get_library_version()
-    if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
-        raise LlmpyError(
-            f"the launcher is Open MPI's, but mpi4py has found another MPI: {_line(library)}",
-            "use the mpiexec of the same MPI",
-        )
-    if not MPI.Is_initialized():
-        with _own_hangup():
-            MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    return MPI
-
 
 def _line(library: str) -> str:
     """Name and version, of all that MPI says of its library."""
@@ -336,13 +260,28 @@ def _line(library: str) -> str:
 
 
 def join(options: TrainOptions) -> World | None:
-    """The ranks that were started with this one, None if it is the only one.
+    """Initialise MPI; return the ranks that were started with this one, None if it is the only one.
 
-    Raises LlmpyError if there are not as many as somebody thinks.
+    Raises LlmpyError if there is no MPI, if it is not the launcher's, or if there are not as many ranks as expected.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, where the launcher is another MPI's: see below
-        MPI = _mpi()
+    try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # where the launcher is another MPI's: see below
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
+        raise LlmpyError(f"several processes need mpi4py and an MPI: {error}", install(launch.MPI)) from error
+    library = _line(MPI.Get_library_version())
+    if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
+        raise LlmpyError(
+            f"the launcher is Open MPI's, but mpi4py has found another MPI: {library}",
+            "use the mpiexec of the same MPI",
+        )
+    with signals_held_back():  # afterwards our handlers are back: MPICH would swallow SIGHUP
+        if MPI.Init_thread(MPI.THREAD_MULTIPLE) < MPI.THREAD_SERIALIZED:
+            raise LlmpyError(f"{library} allows one thread only", "use an MPI built with threads")
     size, expected = MPI.COMM_WORLD.Get_size(), launch.tasks()
     if size == 1 and expected > 1:
         raise LlmpyError(

@@ -18,7 +18,6 @@ import itertools
 import math
 import mmap
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -27,14 +26,12 @@ import numpy as np
 
 from ..model.gpt2 import GPT2
 from ..model.partition import BUCKET, Range, buckets, cut, length, pack, unpack
+from ..run.checkpoint_writer import Ranks
 from ..train.optimizer import EPSILON, AdamW
 
 
-class Courier(Protocol):
-    """Who carries messages between the ranks, in the background."""
-
-    rank: int
-    size: int
+class Transport(Ranks, Protocol):
+    """The ranks, and how large messages travel between them in the background."""
 
     def exchange(self, tag: int, outgoing: Sequence[Any], incoming: Sequence[Any]) -> None:
         """Send `outgoing[q]` to every other rank q and wait for theirs in `incoming[q]`; own entries do not count."""
@@ -44,9 +41,6 @@ class Courier(Protocol):
 
     def result(self, future: Future[None]) -> None:
         """Wait for a job. Raises what it raised, or what ended the world."""
-
-    def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """As `SingleProcess.gather`."""
 
 
 def release(x: np.ndarray) -> None:
@@ -62,16 +56,16 @@ class Zero(AdamW):
     """AdamW whose state is divided among the ranks. The buffers are flat, part after part, buckets in order."""
 
     def __init__(
-        self, model: GPT2, courier: Courier, beta1: float, beta2: float, weight_decay: float, clip: float,
+        self, model: GPT2, ranks: Transport, beta1: float, beta2: float, weight_decay: float, clip: float,
         limit: int = BUCKET,
     ) -> None:  # fmt: skip
         """The model must have its weights, the same on all ranks."""
         assert model.grads is not None
-        self.model, self.ops, self.courier = model, model.ops, courier
+        self.model, self.ops, self.ranks = model, model.ops, ranks
         self.betas, self.decay, self.clip, self.updates = (beta1, beta2), weight_decay, clip, 0
         self.grads, self.params = model.grads.buffer, model.params.buffer
         self.edge = model.matrix_elements
-        rank, size = courier.rank, courier.size
+        rank, size = ranks.rank, ranks.size
         self.buckets = buckets(model.params.table, model.config.layers, limit)
         self.parts = [[b.part(q, size) for q in range(size)] for b in self.buckets]
         ends = [0, *itertools.accumulate(length(parts[rank]) for parts in self.parts)]
@@ -90,13 +84,12 @@ class Zero(AdamW):
         self._reduced: list[Future[None]] = []
         self._next = 0  # the first bucket that is not on its way
         self._gathered: list[Future[None] | None] = [None] * len(self.buckets)
-        self.log: list[tuple[str, float, float]] | None = None  # what was done from when to when, for a picture
-        model.before_layer = self._wait_for
+        model.before_layer = self.settle
 
     @property
     def owned(self) -> list[Range]:
         """The ranges that this rank answers for, in the order of the buffers."""
-        return [r for parts in self.parts for r in parts[self.courier.rank]]
+        return [r for parts in self.parts for r in parts[self.ranks.rank]]
 
     @property
     def parameters(self) -> int:
@@ -116,23 +109,21 @@ class Zero(AdamW):
     def _layer_done(self, layer: int) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].first >= layer:
             b = self._next
-            self._reduced.append(self.courier.submit(lambda b=b: self._reduce(b)))  # type: ignore[misc]
+            self._reduced.append(self.ranks.submit(lambda b=b: self._reduce(b)))  # type: ignore[misc]
             self._next += 1
 
     def _reduce(self, b: int) -> None:
         """The own part of bucket b := its sum over ranks."""
-        start = time.perf_counter()
-        rank, size, parts = self.courier.rank, self.courier.size, self.parts[b]
+        rank, size, parts = self.ranks.rank, self.ranks.size, self.parts[b]
         outgoing = [self._message(self.grads, parts[q], self._packed[q]) for q in range(size)]
         count = length(parts[rank])
         incoming = [self._theirs[q, :count] for q in range(size)]
         incoming[rank] = outgoing[rank]
-        self.courier.exchange(b, outgoing, incoming)
+        self.ranks.exchange(b, outgoing, incoming)
         total = self.grad[self._at[b]]
         np.add(incoming[0], incoming[1], out=total)
         for q in range(2, size):
             np.add(total, incoming[q], out=total)
-        self._note(f"reduce {b}", start)
 
     @staticmethod
     def _message(flat: np.ndarray, ranges: list[Range], room: np.ndarray) -> np.ndarray:
@@ -147,11 +138,11 @@ class Zero(AdamW):
         """The global norm over all ranks, when all gradients are reduced."""
         self.model.after_layer = None
         for future in self._reduced:
-            self.courier.result(future)
+            self.ranks.result(future)
         own = 0.0
         for part in (self.grad[at] for at in self._at):
             own += float(self.ops.global_norm(part)) ** 2 if part.size else 0.0
-        return math.sqrt(sum(squares for (squares,) in self.courier.gather(own)))
+        return math.sqrt(sum(squares for (squares,) in self.ranks.gather(own)))
 
     def update(self, lr: float, norm: float) -> None:
         """Update the own parts, and send the new weights, the embeddings' first, for forward needs them first."""
@@ -159,13 +150,12 @@ class Zero(AdamW):
         self.updates += 1
         for b in reversed(range(len(self.buckets))):
             self._update(b, lr, scale)
-            self._gathered[b] = self.courier.submit(lambda b=b: self._gather(b))  # type: ignore[misc]
+            self._gathered[b] = self.ranks.submit(lambda b=b: self._gather(b))  # type: ignore[misc]
 
     def _update(self, b: int, lr: float, scale: float) -> None:
-        start = time.perf_counter()
         at, (beta1, beta2) = self._at[b], self.betas
         flat = [x[at] for x in (self.master, self.grad, self.m, self.v)]
-        matrices = self._matrices(self.parts[b][self.courier.rank])
+        matrices = self._matrices(self.parts[b][self.ranks.rank])
         stored = None
         if self.model.mixed:
             stored = self._outgoing(b)[: matrices * self.ops.dtype.itemsize].view(self.ops.dtype)
@@ -176,7 +166,6 @@ class Zero(AdamW):
         if self.model.mixed:
             vectors = flat[0][matrices:]
             self._outgoing(b)[matrices * self.ops.dtype.itemsize :] = vectors.view(np.uint8)
-        self._note(f"update {b}", start)
 
     def _matrices(self, ranges: Sequence[Range]) -> int:
         """How many elements of a part are of matrices, which come first."""
@@ -187,7 +176,7 @@ class Zero(AdamW):
         at, size = self._at[b], self.ops.wide.itemsize
         if not self.model.mixed:
             return self.master[at].view(np.uint8)
-        return self._stage[at.start * size :][: self._bytes(self.parts[b][self.courier.rank])]
+        return self._stage[at.start * size :][: self._bytes(self.parts[b][self.ranks.rank])]
 
     def _bytes(self, ranges: Sequence[Range]) -> int:
         matrices = self._matrices(ranges)
@@ -195,59 +184,36 @@ class Zero(AdamW):
 
     def _gather(self, b: int) -> None:
         """The new weights of bucket b from all ranks, into the model."""
-        start = time.perf_counter()
-        rank, size, parts = self.courier.rank, self.courier.size, self.parts[b]
+        rank, size, parts = self.ranks.rank, self.ranks.size, self.parts[b]
         own = self._outgoing(b)
         incoming = [self._arrivals[q][: self._bytes(parts[q])] for q in range(size)]
-        self.courier.exchange(b, [own] * size, incoming)
+        self.ranks.exchange(b, [own] * size, incoming)
         incoming[rank] = own
-        for q in range(size):
-            self._deliver(b, q, incoming[q])
-        self._note(f"gather {b}", start)
-
-    def _deliver(self, b: int, q: int, message: np.ndarray) -> None:
-        """Weights of part q, as they travel, to where the model reads them."""
-        ranges = self.parts[b][q]
-        if not self.model.mixed:
-            unpack(self.params, ranges, message.view(self.ops.wide))
-            return
-        edge = self._matrices(ranges)
-        matrices = cut(ranges, 0, edge)
-        unpack(self.model.weights.buffer, matrices, message[: edge * self.ops.dtype.itemsize].view(self.ops.dtype))
-        vectors = np.frombuffer(message[edge * self.ops.dtype.itemsize :].tobytes(), self.ops.wide)
-        unpack(self.params, cut(ranges, edge, length(ranges)), vectors)
+        for ranges, message in zip(parts, incoming, strict=True):
+            edge = self._matrices(ranges)
+            border = edge * self.ops.dtype.itemsize
+            unpack(self.model.weights.buffer, cut(ranges, 0, edge), message[:border].view(self.ops.dtype))
+            vectors = np.frombuffer(message[border:].tobytes(), self.ops.wide)
+            unpack(self.params, cut(ranges, edge, length(ranges)), vectors)
 
     def weights(self, room: np.ndarray) -> np.ndarray:
-        self.collect(room)
-        return room
-
-    def collect(self, out: np.ndarray) -> None:
-        """On the first rank: out, flat, := all master weights. Every rank calls it, between steps."""
+        """Return all master weights, flat, in `room`; on other ranks than the first nothing. All ranks call it."""
         self.settle()
-        rank, size = self.courier.rank, self.courier.size
+        rank, size = self.ranks.rank, self.ranks.size
         for b, parts in enumerate(self.parts):
             incoming = [self._theirs[q, : length(parts[q]) if rank == 0 else 0] for q in range(size)]
             own = self.master[self._at[b]]
             outgoing = [own[: own.size if q == 0 else 0] for q in range(size)]
-            self.courier.exchange(b, outgoing, incoming)
+            self.ranks.exchange(b, outgoing, incoming)
             if rank == 0:
                 for q in range(size):
-                    unpack(out, parts[q], incoming[q] if q else own)
+                    unpack(room, parts[q], incoming[q] if q else own)
+        return room
 
-    def _wait_for(self, layer: int) -> None:
-        """The weights of a layer, or of the embeddings, are there when this returns."""
-        for b, future in enumerate(self._gathered):
-            if future is not None and self.buckets[b].first <= layer <= self.buckets[b].last:
-                self.courier.result(future)
+    def settle(self, layer: int | None = None) -> None:
+        """Wait for the new weights of a layer, or of the embeddings; without a layer, for all of them."""
+        for b, bucket in enumerate(self.buckets):
+            future = self._gathered[b]
+            if future is not None and (layer is None or bucket.first <= layer <= bucket.last):
+                self.ranks.result(future)
                 self._gathered[b] = None
-
-    def settle(self) -> None:
-        """All weights are there when this returns."""
-        for b, future in enumerate(self._gathered):
-            if future is not None:
-                self.courier.result(future)
-                self._gathered[b] = None
-
-    def _note(self, what: str, start: float) -> None:
-        if self.log is not None:
-            self.log.append((what, start, time.perf_counter()))

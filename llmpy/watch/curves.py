@@ -10,10 +10,10 @@ clocks     tokens and seconds up to each step: sums of `ms`·`tokens_per_s` and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -24,7 +24,6 @@ from ..options.watch import AXES, CURVES
 PERCENT = {"share_of_peak", "hellaswag"}
 SMOOTHED = {"loss", "grad_norm", "tokens_per_s", "share_of_peak"}
 NUMBERS = (*CURVES, "val_loss", "ms")  # that are read of a line
-CHUNK = 1 << 22  # bytes of lines parsed at a time
 LARGEST_STEP = 1 << 53  # as JavaScript counts
 LARGEST_VALUE = 1e30  # beyond that nothing is told apart, and sums overflow
 
@@ -45,17 +44,12 @@ class Curves:
 
     def __init__(self, file: BinaryIO) -> None:
         """Read the whole file. Lines that are half written, no JSON or without a step are ignored."""
-        lines, columns = array("q"), {name: array("d") for name in NUMBERS}
-        while text := file.readlines(CHUNK):
-            rows = [row for row in rows_of(text) if type(row.get("step")) is int and 0 <= row["step"] < LARGEST_STEP]
-            lines.extend([row["step"] for row in rows])
-            for name, column in columns.items():
-                column.extend([number(row.get(name)) for row in rows])
-        steps = np.array(lines, np.int64)
+        rows = (row for row in rows_of(file) if type(row.get("step")) is int and 0 <= row["step"] < LARGEST_STEP)
+        table = np.array([[row["step"], *(number(row.get(name)) for name in NUMBERS)] for row in rows], float)
+        table = table.reshape(-1, 1 + len(NUMBERS)).T
         # Lines whose step comes again later are what --resume replaced.
-        kept = steps <= np.minimum.accumulate(steps[::-1])[::-1]
-        self._steps = steps[kept].astype(float)
-        self._columns = {name: np.array(column)[kept] for name, column in columns.items()}
+        kept = table[0] <= np.minimum.accumulate(table[0, ::-1])[::-1]
+        self._columns = dict(zip(("step", *NUMBERS), table[:, kept], strict=True))
         at, ms, rate = self.points("ms", "tokens_per_s")
         start = np.maximum(at[:1] - 1, 0)
         gaps, seconds = np.diff(at, prepend=start), np.maximum(ms, 0) / 1000
@@ -65,7 +59,7 @@ class Curves:
 
     def points(self, *names: str) -> np.ndarray:
         """Steps, rising, and the values of these curves there, where all are finite; float64 (1 + names, n)."""
-        rows = np.stack([self._steps, *(self._columns[name] for name in names)])
+        rows = np.stack([self._columns[name] for name in ("step", *names)])
         rows = rows[:, np.isfinite(rows).all(axis=0)]
         return rows[:, np.diff(rows[0], append=math.inf) > 0]  # of lines of one step the last
 
@@ -126,19 +120,17 @@ def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
 def latest(file: BinaryIO) -> dict[str, float]:
     """The newest of each number among the lines, for a table: those that are finite."""
     found: dict[str, float] = {}
-    for row in rows_of(file.readlines()):
+    for row in rows_of(file):
         found |= {name: v for name in (*NUMBERS, "step", "eta_s") if math.isfinite(v := number(row.get(name)))}
     return found
 
 
-def rows_of(lines: Sequence[bytes]) -> list[dict[str, Any]]:
-    """The objects among lines of JSON. One that cannot be read is ignored."""
-    objects = [line for line in lines if line.startswith(b"{") and line.rstrip().endswith(b"}")]
-    try:
-        rows = json.loads(b"[" + b",".join(objects) + b"]")  # as one list: two thirds of the time
-    except (ValueError, RecursionError):
-        rows = [row for line in objects for row in rows_of([line])] if len(objects) > 1 else []
-    return [row for row in rows if isinstance(row, dict)]
+def rows_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the objects among lines of JSON. One that cannot be read is ignored."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(row := json.loads(line), dict):
+                yield row
 
 
 def number(value: Any) -> float:

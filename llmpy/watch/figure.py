@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,26 +42,19 @@ def figure(
         rows, columns, specs=[[{"colspan": columns}] + [None] * (columns - 1)] + [[{}] * columns] * (rows - 1),
         row_heights=heights, vertical_spacing=BETWEEN / height, horizontal_spacing=0.12 / columns,
     )  # fmt: skip
-    for n, (chart, lines) in enumerate(drawn.items()):
+    for n, (chart, curves) in enumerate(drawn.items()):
         place = {"row": 1, "col": 1} if n == 0 else {"row": 2 + (n - 1) // columns, "col": 1 + (n - 1) % columns}
-        for line in lines:
+        for line in curves:
             for trace in traces(line, colours[line.run]):
                 made.add_trace(trace | {"showlegend": n == 0 and trace["showlegend"]}, **place)
         made.add_annotation(
             text=CURVES[chart], xref="x domain", yref="y domain", x=0, y=1, xanchor="left", yanchor="bottom",
             showarrow=False, **place,
         )  # fmt: skip
-    made.update_xaxes(
-        matches="x",
-        gridcolor=GRID,
-        linecolor=EDGE,
-        zeroline=False,
-        spikecolor=EDGE,
-        spikethickness=1,
-        spikedash="solid",
-    )
+    lines = {"gridcolor": GRID, "linecolor": EDGE, "zeroline": False}
+    made.update_xaxes(lines, matches="x", spikecolor=EDGE, spikethickness=1, spikedash="solid")
     made.update_xaxes(title={"text": AXES[axis][0], "standoff": 4, "font": {"size": 12}}, row=1, col=1)
-    made.update_yaxes(type="log" if log else "linear", gridcolor=GRID, linecolor=EDGE, zeroline=False, nticks=6)
+    made.update_yaxes(lines, type="log" if log else "linear", nticks=6)
     made.update_layout(
         template="none", height=height + MARGINS["t"] + MARGINS["b"], margin=MARGINS, hovermode="x unified",
         paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, uirevision=axis, showlegend=False,
@@ -89,7 +83,5 @@ def traces(line: Line, colour: str) -> list[dict[str, Any]]:
 
 def need(package: str, purpose: str) -> None:
     """Raise LlmpyError if a package of the `plot` extra is missing."""
-    import importlib.util
-
     if importlib.util.find_spec(package) is None:
         raise LlmpyError(f"{purpose} needs {package}", install("llmpy[plot]"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import sys
@@ -19,7 +20,6 @@ from .runs import Runs
 
 ANSI = ("blue", "orange", "green", "magenta", "cyan", "red")  # of plotext
 LETTERS = "*+xo#@"  # for curve after curve where neither colour nor dots tell them apart
-FRAME = str.maketrans("┌┐└┘─│┬┤", "++++-|+|")  # for a console without Unicode
 ROWS, TEXT_POINTS = 18, 400  # of a chart of text
 NOTHING_LOADS = (  # a page from a file needs nothing from elsewhere
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
@@ -30,41 +30,43 @@ NOTHING_LOADS = (  # a page from a file needs nothing from elsewhere
 def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
     """Draw. Raises LlmpyError, and writes no file, if there is no run, nothing to draw, or a package is missing."""
     kind = options.out.suffix[1:].lower() if options.out else ""
+    in_terminal = options.terminal or not kind
     if kind:
         need("plotly" if kind == "html" else "matplotlib", f"a .{kind} file")
-    if options.terminal or not kind:
+    if in_terminal:
         need("plotext", "a plot in the terminal")
     found = list(Runs(options.runs or ()).all().items())
     runs = {name: run.curves() for name, run in (found if options.runs else found[:1])}
     wanted = options.curves or (tuple(CURVES) if kind == "html" else ("loss",))
     drawn = charts(runs, wanted, options.x, options.smooth, POINTS)
     if not drawn:
-        measured = " (train --hellaswag FILE measures that)" if "hellaswag" in wanted else ""
+        curves = " or ".join(options.curves or ["loss"])
         raise LlmpyError(
-            f"no {' or '.join(options.curves or ['loss'])} in {', '.join(runs)} yet",
-            f"wait for the first step, or choose other --curves{measured}",
+            f"no {curves} in {', '.join(runs)} yet", "wait for a step that has it, or choose other --curves"
         )
     if options.out is not None:
+        colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
         if kind == "html":
-            write_page(runs, wanted, options, options.out)
+            write_page(runs, wanted, options, colours, options.out)
         else:
-            write_picture(drawn, [*runs], options, options.out)
+            write_picture(drawn, options, colours, options.out)
         say(f"wrote {options.out}")
-    if options.terminal or not kind:
+    if in_terminal:
         for chart in text_of(charts(runs, wanted, options.x, options.smooth, TEXT_POINTS), options):
             say(chart)
 
 
-def write_page(runs: dict[str, Curves], wanted: Sequence[str], options: PlotOptions, path: Path) -> None:
-    """One file that needs no server and no network: plotly's script is in it."""
-    colours = {name: COLOURS[n % len(COLOURS)] for n, name in enumerate(runs)}
+def write_page(
+    runs: dict[str, Curves], wanted: Sequence[str], options: PlotOptions, colours: dict[str, str], path: Path
+) -> None:
+    """Write one file that needs no server and no network: plotly's script is in it."""
     made = figure(runs, wanted, options.x, options.smooth, options.log, 2, colours).update_layout(showlegend=True)
     page = made.to_html(config=CONFIG, div_id="figure").replace("<head>", f"<head>{NOTHING_LOADS}", 1)
     write_whole(path, lambda temporary: temporary.write_text(page, "utf-8"))
 
 
-def write_picture(drawn: dict[str, list[Line]], names: list[str], options: PlotOptions, path: Path) -> None:
-    """A panel for each curve; equal runs give equal files, byte for byte."""
+def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: dict[str, str], path: Path) -> None:
+    """Write a panel for each curve; equal runs give equal files, byte for byte."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -74,7 +76,7 @@ def write_picture(drawn: dict[str, list[Line]], names: list[str], options: PlotO
         for axes, (name, lines) in zip(panels, drawn.items(), strict=True):
             for line in lines:
                 label = line.run.replace("$", r"\$")  # which begins an equation
-                ink = COLOURS[names.index(line.run) % len(COLOURS)]
+                ink = colours[line.run]
                 if line.name == "val_loss":
                     axes.plot(line.x, line.y, "o--", color=ink, markersize=3, linewidth=1, label=f"{label}, validation")
                     continue
@@ -95,10 +97,9 @@ def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
     """The charts as text, as wide as the terminal; in colours only on one, and not against NO_COLOR."""
     import plotext
 
-    colour, unicode = coloured(sys.stdout), "utf" in (sys.stdout.encoding or "").lower()
-    found = []
+    colour, found = coloured(sys.stdout), []
     for chart, lines in drawn.items():
-        dots = unicode and (colour or len(lines) == 1)
+        dots = colour or len(lines) == 1
         plotext.clear_figure()
         plotext.theme("clear")
         plotext.limitsize(False, False)
@@ -114,6 +115,5 @@ def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
             label = f"{line.y[-1]:.4g} {line.run}{also}"  # plotext cuts off what is too long
             shown = y > (0 if log else -math.inf)
             plotext.plot(x[shown].tolist(), y[shown].tolist(), color=ANSI[n % len(ANSI)], marker=marker, label=label)
-        text = plotext.build() if colour else plotext.uncolorize(plotext.build())
-        found.append(text if unicode else text.translate(FRAME))
+        found.append(plotext.build() if colour else plotext.uncolorize(plotext.build()))
     return found

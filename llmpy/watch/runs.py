@@ -63,8 +63,9 @@ class Run:
     def trains(self) -> bool:
         """Whether a process trains it: one that holds its lock, or, on another machine, seems to."""
         process = self._read(LOCK, process_of)
-        known_here = process is not None and 0 < process < 1 << 31 and psutil.pid_exists(process)
-        return known_here or process is not None and abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
+        return process is not None and (
+            psutil.pid_exists(process) or abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
+        )
 
     def described(self) -> str:
         """What is trained, in a line, as far as config.json says it."""
@@ -88,8 +89,8 @@ class Run:
 
 
 def process_of(lock: BinaryIO) -> int:
-    """The process that holds a lock. Raises ValueError if it names none."""
-    return int(lock.read(20))
+    """Return the process that holds a lock. Raises ValueError if it names none."""
+    return int(lock.read(9))
 
 
 def described_in(file: BinaryIO) -> str:
@@ -133,9 +134,8 @@ class Runs:
         self._runs: dict[Path, Run] = {}
         for path in self._given:
             if not has_curves(path) and not children(path):
-                where = f"{path} holds no run" if path.exists() else f"no run folder {path}" if given else "no run here"
                 near = did_you_mean(str(path), map(str, children(BELOW)))
-                raise LlmpyError(where, near or f"name the folder of a run, or begin one: {command('train')}")
+                raise LlmpyError(f"no run in {path}", near or f"name a run's folder, or start one: {command('train')}")
 
     def all(self) -> dict[str, Run]:
         """Name → run: first those that were named, then the newest."""

@@ -1,14 +1,13 @@
 """`llmpy watch`: a page of this machine, for this machine.
 
-It listens on 127.0.0.1 alone and answers a few fixed addresses: the page, its parts, and its numbers as JSON. A request
-that names another host is refused, for a name that points to 127.0.0.1 would let any web page read the answers (DNS
-rebinding). The page runs its own scripts and no others, and loads nothing from elsewhere: what a run folder holds stays
-text.
+It listens on 127.0.0.1 alone and answers a few fixed addresses: the page, its parts, and its numbers as JSON. Requests
+that name another host are refused: by a name that points to 127.0.0.1 any web page could read the answers (DNS
+rebinding). The page runs its own scripts alone and loads nothing from elsewhere: what a run folder holds stays text.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import os
 import re
@@ -47,10 +46,10 @@ NUMBER = re.compile("[0-9]{1,12}")
 
 
 def board(runs: Runs, query: str) -> dict[str, Any]:
-    """All that the page shows, as JSON: a row for every run, and of those to `show` the samples and plotly's figure.
+    """Return what the page shows, as JSON: a row for every run, and of those to `show` the samples and plotly's figure.
 
-    There are neither if nothing has changed since the answer that the page has. What a query lacks or makes no sense
-    is as the page first shows it. `wait` is in how many seconds to ask again: training needs the cores.
+    Both are left out if nothing has changed since the answer that the page has. What a query lacks, or what makes no
+    sense in it, has its default. `wait` is in how many seconds to ask again: training needs the cores.
     """
     begin = time.thread_time()
     asked = urllib.parse.parse_qs(query, keep_blank_values=True)
@@ -84,7 +83,6 @@ class Page(BaseHTTPRequestHandler):
     timeout = STALLED_SECONDS
 
     def do_GET(self) -> None:
-        """Answer."""
         host = self.headers.get("Host", "")
         path, _, query = self.path.partition("?")
         if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
@@ -123,12 +121,9 @@ class Server(ThreadingHTTPServer):
         """On `port` or the next free one. Raises LlmpyError if there is none."""
         self.runs = runs
         for candidate in range(port, min(port + PORTS, 1 << 16)):
-            try:
+            with contextlib.suppress(OSError):
                 super().__init__((ADDRESS, candidate), Page)
                 break
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise
         else:
             raise LlmpyError(f"no port from {port} on is free", "choose another with --port")
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
@@ -146,9 +141,7 @@ def watch(options: WatchOptions, say: Callable[[str], None]) -> None:
     with Server(runs, options.port) as server:
         say(f"{server.address}  (Ctrl-C ends it; the runs go on)")
         if options.open:
-            # A browser that runs in this terminal returns only at its end, and needs answers until then.
             threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            say("")
+        say("")

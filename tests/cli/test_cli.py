@@ -92,7 +92,7 @@ def test_wrong_usage_is_one_line_and_code_2(line: str, said: str, capsys: pytest
         ("sample runs/oen", "no run folder runs/oen — did you mean runs/one?"),
         ("sample elsewhere", "no run folder elsewhere — there are: runs/one"),
         ("convert nothing out", "no model nothing — use gpt2, "),
-        ("watch runs/one/model.safetensors", "runs/one/model.safetensors holds no run — "),
+        ("watch runs/one/model.safetensors", "no run in runs/one/model.safetensors — "),
         ("train -T 2000", "use -T 1024 or less"),
         (f"sample {'x' * 300}", "xxx"),
         (f"train --out {'x' * 300}", "xxx"),

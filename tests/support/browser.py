@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -11,21 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None
 )
 WAIT_SECONDS = 30.0
-# The browser reads from 3 and writes to 4: a process puts the pipes there and becomes the browser.
-PIPES = """
-import os, sys
-ends = [os.dup(int(word)) for word in sys.argv[1:3] for _ in range(5)][4::5]  # beyond 4, whatever was open
-for place, end in zip((3, 4), ends):
-    os.dup2(end, place)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
 
 
 class Browser:
@@ -37,13 +27,15 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self._out = os.pipe()
         self._in, answers = os.pipe()
+        # The browser reads from 3 and writes to 4: the shell moves the pipes there and becomes the browser.
+        moved = f'exec 3<&{theirs} 4>&{answers}; exec "$@"'
         command = [
             PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
             "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}",
             "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PIPES, str(theirs), str(answers), *command], pass_fds=(theirs, answers),
+            ["bash", "-c", moved, "bash", *command], pass_fds=(theirs, answers),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(theirs)
@@ -124,18 +116,14 @@ class Browser:
             time.sleep(0.05)
         return value
 
-    def mouse(self, kind: str, x: float, y: float, button: str = "none") -> None:
-        """mouseMoved, mousePressed or mouseReleased at a place of the window."""
-        self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=int(button != "none"))
+    def hover(self, x: float, y: float) -> None:
+        """Move the mouse to a place of the window."""
+        self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def dark(self, dark: bool) -> None:
         """What the system is said to prefer."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
-
-    def picture(self, path: Path) -> None:
-        """A screenshot."""
-        path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))
 
 
 def started(*words: str) -> tuple[subprocess.Popen[str], str]:

@@ -87,13 +87,9 @@ def test_what_is_constant_stays_exactly(value: float) -> None:
     assert len(drawn.x) <= 1002 and len(drawn.average[0]) <= 1000
 
 
-def test_what_there_is_to_draw() -> None:
-    curves = curves_of(line(1, share_of_peak=0.5) + line(300))
-    share = curves.line("run", "share_of_peak", "steps", None, 100)
+def test_shares_are_drawn_in_percent() -> None:
+    share = curves_of(line(1, share_of_peak=0.5) + line(300)).line("run", "share_of_peak", "steps", None, 100)
     assert share is not None and (share.x.tolist(), share.y.tolist(), share.average) == ([1], [50], None)
-    assert curves.line("run", "val_loss", "steps", None, 100) is None
-    assert curves.line("run", "loss", "tokens", None, 100) is None  # no line says how many
-    assert curves_of("").line("run", "loss", "steps", None, 100) is None
 
 
 def clocks(text: str, *steps: float) -> list[tuple[float, float]]:
@@ -117,9 +113,6 @@ def test_clocks_of_odd_lines() -> None:
     text = step_line(1) + "".join(step_line(2, ms=ms) for ms in nonsense) + line(3) + step_line(4)
     assert clocks(text, 1, 4) == [(1000, 0.5), (4000, 2)]  # a missing line counts as the one after it
     assert clocks(step_line(1001) + step_line(1002), 1000, 1002) == [(0, 0), (2000, 1)]
-    took = np.random.default_rng(5).uniform(1, 1000, 1000)  # tokens are whole numbers, whatever time steps took
-    text = "".join(step_line(s, float(ms), 1009) for s, ms in enumerate(took, 1))
-    assert curves_of(text).along("tokens", np.arange(1001)).tolist() == [1009 * s for s in range(1001)]
 
 
 def test_the_tokens_of_a_real_run_that_was_resumed(tmp_path: Path) -> None:

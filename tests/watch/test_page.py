@@ -47,20 +47,6 @@ ROW = "document.querySelector('#runs tr').innerText"
 DRAWN = "document.getElementById('figure')._fullData.filter((trace) => trace.yaxis === 'y')[0]"
 
 
-class Training:
-    """A run as a process of its own."""
-
-    def __init__(self, *words: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TRAINING, *words], stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
-        )  # fmt: skip
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     with Browser() as browser:
@@ -106,8 +92,11 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     text.write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
     one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
 
-    def training(*words: Path | str) -> Training:
-        made = Training(*map(str, words))
+    def training(*words: Path | str) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+        command = [sys.executable, "-c", TRAINING, *map(str, words)]
+        made = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path})
+        stack.callback(made.wait)
         stack.callback(made.kill)
         return made
 
@@ -116,7 +105,7 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     while not (one / "metrics.jsonl").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
-    process, address = serve(str(tmp_path / "runs"))
+    server, address = serve(str(tmp_path / "runs"))
     browser.go(address)
     browser.run("window.never = 'reloaded'")
 
@@ -137,10 +126,11 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     browser.run("document.querySelectorAll('#runs input')[0].click()")
     browser.until("new Set(figure.data.map((trace) => trace.line.color)).size === 1")
     browser.run("document.querySelectorAll('#runs input')[0].click()")
-    other.kill()
 
     # The first is killed, and resumes from its checkpoint: the page follows it back and on.
-    first.kill()
+    for process in (first, other):
+        process.kill()
+        process.wait()
     shutil.rmtree(two)
     browser.until(f"document.querySelectorAll('#runs tr').length === 1 && !{ROW}.includes('training')")
     last = browser.run(STEP % 0)
@@ -148,13 +138,14 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     resumed = training("resume", one)
     browser.until(f"{ROW}.includes('training') && {STEP % 0} > {last + 10}")
     resumed.kill()
+    resumed.wait()
     browser.until(f"{STEP % 0} === {max(metrics(one))}")
     steps, losses = (browser.until(f"[...{DRAWN}.{axis}]") for axis in "xy")
     assert dict(zip(steps, losses, strict=True)) == pytest.approx(metrics(one), rel=1e-5)
 
     # The server ends, and another one takes its place.
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 0
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0
     browser.until("document.getElementById('status').textContent.includes('does not answer')")
     with (one / "metrics.jsonl").open("a") as file:
         file.write('{"step": 123456, "loss": 1.0}\n')
@@ -189,7 +180,7 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
             "(({left, top, width, height}) => [left, top, width, height])"
             "(document.querySelector('#figure .nsewdrag').getBoundingClientRect())"
         )
-        browser.mouse("mouseMoved", left + width / 2, top + height / 2)
+        browser.hover(left + width / 2, top + height / 2)
         shown = browser.until("document.querySelector('#figure .hoverlayer')?.textContent")
         assert run.name in shown  # as it is written, markup and all
         assert browser.run(alien) == 0 and browser.run("({}).polluted") is None
@@ -208,11 +199,9 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
 
 
 def test_controls_and_colours(tmp_path: Path, browser: Browser, serve: Serve) -> None:
-    for name, tokens in (("small", 500), ("large", 2000)):
-        write(
-            tmp_path / name,
-            [{"step": s, "loss": 9 / s, "ms": 60_000.0, "tokens_per_s": tokens / 60} for s in range(1, 1001)],
-        )
+    for name, rate in (("small", 500 / 60), ("large", 2000 / 60)):
+        rows = [{"step": s, "loss": 9 / s, "ms": 60_000.0, "tokens_per_s": rate} for s in range(1, 1001)]
+        write(tmp_path / name, rows)
     _, address = serve(str(tmp_path / "small"), str(tmp_path / "large"))
     browser.go(address)
     browser.until(READY)
@@ -240,5 +229,4 @@ def test_a_run_without_numbers(tmp_path: Path, browser: Browser, serve: Serve) -
     _, address = serve(str(tmp_path))
     browser.go(address)
     browser.until("document.getElementById('status').textContent === 'no numbers yet'")
-    browser.until("document.querySelectorAll('#runs tr').length === 1")
     assert browser.faults == []
