@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 
 class LlmpyError(Exception):
@@ -33,3 +34,8 @@ class Stopped(LlmpyError):
 
 class Unheard(LlmpyError):
     """Standard output is full, or its reader has left."""
+
+
+def unreadable(path: Path, fault: OSError) -> LlmpyError:
+    """Return what to raise for a file that the system does not give us."""
+    return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")

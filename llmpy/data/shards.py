@@ -11,7 +11,6 @@ Everything is checked when a file is opened, once: compiled kernels trust token 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import io
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
 from . import magic
@@ -75,12 +74,10 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
 
     Raises LlmpyError if the tokens do not fit the form, and if the disk refuses.
     """
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise LlmpyError(f"{path}: tokens of shape {tokens.shape} and type {tokens.dtype}", "give one row of integers")
-    if not 0 < tokens.size <= TOKENS_AT_MOST:
-        fix = f"write 1 to {TOKENS_AT_MOST:,} tokens to a file"
-        raise LlmpyError(f"{path}: {tokens.size:,} tokens do not make a shard", fix)
     most = int(np.iinfo(FORMS[form].dtype).max)
+    if not 0 < tokens.size <= TOKENS_AT_MOST or not np.issubdtype(tokens.dtype, np.integer):
+        fix = f"write 1 to {TOKENS_AT_MOST:,} integers to a file"
+        raise LlmpyError(f"{path}: {tokens.size:,} values of type {tokens.dtype} do not make a shard", fix)
     if tokens.min() < 0 or tokens.max() > most:
         raise LlmpyError(
             f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {8 * FORMS[form].dtype.itemsize} bits",
@@ -105,16 +102,13 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
         tokens = _map(path, form)
         counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
+        raise unreadable(path, fault) from fault
     _check_tokens(path, tokens, vocab_size)
-    if counted is not None:
-        if len(counted) != len(tokens):
-            raise LlmpyError(
-                f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
-                "write both again, or remove the mask",
-            )
-        if any(counted[start : start + CHUNK].max() > 1 for start in range(0, len(counted), CHUNK)):
-            raise LlmpyError(f"{mask_path(path)} holds other bytes than 0 and 1", "write it again")
+    if counted is not None and len(counted) != len(tokens):
+        raise LlmpyError(
+            f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
+            "write both again, or remove the mask",
+        )
     return Shard(path, tokens, counted, form)
 
 
@@ -128,7 +122,7 @@ def is_shard(path: Path) -> bool:
     try:
         start, size = _start(path)
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
+        raise unreadable(path, fault) from fault
     if magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS):
         return True
     return path.suffix == ".bin" and _is_stream(start, size)
@@ -185,33 +179,21 @@ def _start(path: Path) -> tuple[bytes, int]:
 
 
 def _map(path: Path, form: Form) -> np.ndarray:
-    """The values of a file, memory-mapped, once its header is known to tell the truth about its length."""
-    size = path.stat().st_size
+    """Map the values of a file into memory, once its header is known to tell the truth about its length."""
     if not form.magic:
         return np.memmap(path, form.dtype, "r")
-    with path.open("rb") as file:
-        header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")
-    if size < HEADER_BYTES:
+    start, size = _start(path)
+    number, version, count = np.frombuffer(start[:12].ljust(12, b"\0"), "<i4").tolist()
+    if (number, version) != (form.magic, form.version):
         raise LlmpyError(
-            f"{path} is cut off in its header: {size:,} bytes of at least {HEADER_BYTES:,}", "download it again"
-        )
-    number, version, count = (int(word) for word in header)
-    if number != form.magic:
-        raise LlmpyError(f"{path} is no {form.what}", "write it again, or remove it")
-    if version != form.version:
-        raise LlmpyError(
-            f"{path} is a {form.what.partition(' (')[0]} of version {version}, not {form.version}",
-            "write it again with a current llm.c or with llmpy",
+            f"{path} is no {form.what} of version {form.version}: it begins with {number}, {version}", "write it again"
         )
     promised = HEADER_BYTES + form.dtype.itemsize * count
-    if size != promised:
+    if size != promised or count <= 0:
         raise LlmpyError(
-            f"{path} {'is cut off' if size < promised else 'is longer than it says'}: {count:,} tokens make "
-            f"{promised:,} bytes, it has {size:,}",
+            f"{path} is damaged: {count:,} tokens make {promised:,} bytes, it has {size:,}",
             "download or write it again",
         )
-    if count == 0:
-        raise LlmpyError(f"{path} holds 0 tokens", "leave it out, or write it again")
     return np.memmap(path, form.dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -241,30 +223,15 @@ def _like_tokens(values: np.ndarray) -> bool:
 
 
 def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
-    """What a file without the magic number seems to be, and what to do about it."""
-    text = start.lstrip()[:64].lower()
-    if size == 0:
-        what, fix = "is empty", "download or write it again"
-    elif magic_of(start) in magic.WHAT:
+    """Say what a file without the magic number seems to be, and what to do about it."""
+    if magic_of(start) in magic.WHAT:
         what, fix = f"is {magic.WHAT[magic_of(start)]}, not a token shard", "give token shards, or text"
     elif pointer := magic.lfs_pointer(start):
         what, fix = pointer
-    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        what, fix = "is a web page, not a token shard", "download the file itself, not its page"
-    elif _is_text(start):
-        what, fix = "is plain text, not a token shard", "give it a name that ends in .txt to train on its text"
-    elif size % 2 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 2 * 2], "<u2")):
+    elif size % 2 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 2 * 2], "<u2")) and b"\0" in start:
         what = "seems to be a stream of uint16 tokens without header (nanoGPT)"
         fix = "write it again with llmpy.data.shards.write_shard"
     else:
-        what, fix = f"is not a token shard: it starts with {start[:8].hex(' ')}", "give .bin files of llm.c, or text"
+        what = f"is not a token shard: it has {size:,} bytes and starts with {start[:16]!r}"
+        fix = "give .bin files of llm.c, or text in a file with another suffix"
     return LlmpyError(f"{path} {what}", fix)
-
-
-def _is_text(start: bytes) -> bool:
-    """UTF-8 with no NUL; the last character may be cut."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in start

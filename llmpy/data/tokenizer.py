@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LlmpyError
-from ..system.cache import data_cache
+from ..errors import LlmpyError, unreadable
 from ..system.durable import write_whole
-from .rank_tables import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
+from .magic import TOKENIZER, magic_of
+from .rank_tables import EOT, Ranks, parse_llmc
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
     import tokenizers
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --
 SMALLEST_VOCAB = 257  # every byte, and EOT
 LARGEST_ID = 1 << 20  # a file may claim any id, and tables are as long as the largest
 GPT2 = "openai-community/gpt2"
-# What every text holds somewhere; a tokenizer that changes any of it (lower case, no accents) loses text. But one that
+# What every text holds somewhere: a tokenizer that changes any of it (lower case, no accents) loses text, one that
 # composes accents (NFC, as Qwen's and GPT-NeoX's do) loses nothing that can be seen. The second begins without a blank.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
 # What the makers of byte-level tokenizers call the token between texts; of several the first is meant. Llama 3 has one
@@ -70,7 +70,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json, a .tiktoken rank file or llm.c's tokenizer .bin, whichever the content is.
+        """Read a tokenizer.json or llm.c's tokenizer .bin, whichever the content is.
 
         Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
         """
@@ -79,83 +79,67 @@ class Tokenizer:
         except FileNotFoundError:
             raise LlmpyError(f"no tokenizer at {path}", "train on text to make one, or check the path") from None
         except OSError as fault:
-            raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
-        for recognised, parse in ((is_llmc, parse_llmc), (is_tiktoken, parse_tiktoken)):
-            if recognised(data[:1024]):
-                try:
-                    return cls.from_ranks(parse(data))
-                except LlmpyError as fault:
-                    raise LlmpyError(f"{path} is not a usable tokenizer: {fault}") from fault
-        return cls._from_json(path, data)
+            raise unreadable(path, fault) from fault
+        try:
+            return cls._from_ranks(parse_llmc(data)) if magic_of(data) == TOKENIZER else cls._from_json(data)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as fault:  # the library raises nothing more special for any damage, and may panic
+            why = str(fault)
+            short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
+            raise LlmpyError(
+                f"{path} is not a usable tokenizer: {short}", "give a tokenizer.json of byte-level BPE"
+            ) from fault
 
     @classmethod
     def gpt2(cls, say: Callable[[str], None] = print) -> Tokenizer:
         """Return GPT-2's, downloaded once from the hub (1.4 MB). Raises LlmpyError if that fails."""
         from ..system.download import from_hub
 
-        kept = data_cache() / "gpt2.tiktoken"  # where llmpy 0.1.0 put its ranks
-        return cls.load(kept if kept.is_file() else from_hub(GPT2, "tokenizer.json", say))
+        return cls.load(from_hub(GPT2, "tokenizer.json", say))
 
     @classmethod
-    def from_ranks(cls, ranks: Ranks) -> Tokenizer:
-        """The encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
-        from tokenizers import AddedToken, Regex, models, pre_tokenizers
+    def _from_ranks(cls, ranks: Ranks) -> Tokenizer:
+        """Make the encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
+        from tokenizers import AddedToken, models
 
         letters = dict(enumerate(_byte_characters()))
 
         def spelled(token: bytes) -> str:
             return token.decode("latin-1").translate(letters)
 
-        vocabulary = {EOT if i == ranks.eot else spelled(t): i for i, t in enumerate(ranks.tokens) if t}
-        merges = [(spelled(a), spelled(b)) for a, b in ranks.merges()]
-        library = _byte_level(models.BPE(vocabulary, merges, ignore_merges=ranks.whole))
-        if ranks.pattern:
-            words = pre_tokenizers.Split(Regex(ranks.pattern), "isolated")
-            spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            library.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
+        vocabulary = {EOT if i == ranks.eot else spelled(token): i for i, token in enumerate(ranks.tokens)}
+        library = _byte_level(models.BPE(vocabulary, [(spelled(a), spelled(b)) for a, b in ranks.merges()]))
         library.add_special_tokens([AddedToken(EOT, special=True)])
         return cls(library)
 
     @classmethod
-    def _from_json(cls, path: Path, data: bytes) -> Tokenizer:
-        import tokenizers
+    def _from_json(cls, data: bytes) -> Tokenizer:
+        """Make that of a tokenizer.json. Raises ValueError, or what the library does, if it would lose text."""
+        from tokenizers import Tokenizer as Library
         from tokenizers import decoders, pre_tokenizers
 
-        try:
-            library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as fault:  # the library raises nothing more special for any damage, and may panic
-            raise _not_a_tokenizer(path, str(fault)) from fault
+        library = Library.from_str(data.decode("utf-8"))
         vocabulary = library.get_vocab()
         missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
         if not isinstance(library.decoder, decoders.ByteLevel) or missing:
             # such a tokenizer silently drops what it lacks
             why = f"{missing} of the 256 bytes are no tokens" if missing else "its decoder is not ByteLevel"
-            raise _not_a_tokenizer(path, f"not a byte-level one ({why})")
+            raise ValueError(f"not a byte-level one ({why})")
         added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
         eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
         if eot is None:
-            raise _not_a_tokenizer(path, f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
+            raise ValueError(f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
         if max(vocabulary.values()) >= LARGEST_ID:
-            raise _not_a_tokenizer(path, f"it has a token {max(vocabulary.values()):,}")
+            raise ValueError(f"it has a token {max(vocabulary.values()):,}")
         library.no_truncation()
         library.no_padding()
         tokenizer = cls(library, eot)
-        tokenizer._probe(path)
-        return tokenizer
-
-    def _probe(self, path: Path) -> None:
-        """Raise LlmpyError for rules (a normalizer, a prefix) that change text, or that fail on it."""
         for text in PROBES:
-            try:
-                again = self.decode(self.encode(text))
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as fault:
-                raise _not_a_tokenizer(path, f"it fails on text ({fault})") from fault
+            again = tokenizer.decode(tokenizer.encode(text))
             if again not in (text, unicodedata.normalize("NFC", text)):
-                raise _not_a_tokenizer(path, f"it changes text: {text!r} becomes {again!r}")
+                raise ValueError(f"it changes text: {text!r} becomes {again!r}")
+        return tokenizer
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -278,8 +262,3 @@ def _encodable(text: str) -> str:
             "type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
         ) from fault
     return text
-
-
-def _not_a_tokenizer(path: Path, why: str) -> LlmpyError:
-    short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
-    return LlmpyError(f"{path} is not a usable tokenizer.json: {short}", "restore the file, or train on text again")

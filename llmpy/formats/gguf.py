@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ..data.rank_tables import LLAMA3
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.gpt2 import params_table
@@ -44,6 +43,10 @@ NAMES = {
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NORMAL, CONTROL = 1, 3  # llama.cpp's token types
+LLAMA3 = (  # the pattern for words in Llama 3's tokenizer.json
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.magic import DEBUG, MODEL
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import ModelConfig
 from ..system.durable import write_whole
-from .source import DTYPES, Source, cast, damaged, padded, shapes, tokenizer_beside, unreadable
+from .source import DTYPES, Source, cast, damaged, padded, shapes, tokenizer_beside
 
 HEADER = np.dtype(("<i4", 256))
 # llm.c's order of our tensors; the shapes are the same.

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..data.loader import Loader, Position
 from ..data.magic import STATE
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import ModelConfig
 from ..model.partition import pack
 from ..options.train import TrainOptions
@@ -36,7 +36,7 @@ from ..run.parts import Moments, load_moments, position_for, read_parts
 from ..system.durable import write_whole
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
-from .source import DTYPES, Source, damaged, elements, shapes, unreadable
+from .source import DTYPES, Source, damaged, elements, shapes
 
 MODEL_SEED = 13371337  # of rng_state
 DRAWS_PER_UPDATE = 16  # of rng_state: a seed for each tensor; backward draws one more for each micro-batch

@@ -26,7 +26,7 @@ class DataOptions(Options):
     tokenizer: str | None = option(
         None,
         "gpt2 (default for a named dataset), bytes, bpe:N (trained on the text; default for your own, N chosen by its "
-        "length), or a tokenizer.json, .tiktoken or llm.c .bin file",
+        "length), or a tokenizer.json or llm.c .bin file",
         metavar="WHAT",
         names=("gpt2", "bytes"),
     )
