@@ -45,12 +45,6 @@ class Loader:
         vocab_size: int | None = None,
     ) -> None:
         """With `vocab_size` every batch is checked against it, for files may change after they were opened."""
-        if not shards:
-            raise LlmpyError("no token shards to read", "give at least one")
-        if not 0 <= rank < ranks:
-            raise LlmpyError(f"rank {rank} of {ranks}", "use a rank from 0 to ranks - 1")
-        if B < 1 or T < 1:
-            raise LlmpyError(f"batches of {B} rows of {T} tokens", "use -B and -T of at least 1")
         self.shards = tuple(shards)
         self.B, self.T, self.rank, self.ranks = B, T, rank, ranks
         self.shuffle, self.vocab_size = shuffle, vocab_size
@@ -61,11 +55,6 @@ class Loader:
         self._inputs = np.empty((B, T), np.int32)
         self._targets = np.empty((B, T), np.int32)
         self.reset()
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of all shards."""
-        return sum(len(shard) for shard in self.shards)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -27,7 +27,6 @@ from ..system.cache import data_cache
 from ..system.command import command
 from ..system.durable import made
 from ..system.lock import Lock
-from ..system.words import did_you_mean
 from .datasets import SOURCES, hellaswag_lines
 from .hellaswag import encode_examples, read_examples, write_examples
 from .pipeline import OWN, Corpus, Say, choose_tokenizer, divided, write_tokens
@@ -47,19 +46,18 @@ def data(options: DataOptions, say: Say = print, skip: Callable[[Path], bool] = 
     """
     if not all(options.what) or not options.what:
         raise LlmpyError("nothing to prepare is named", f"name files or folders of text, or {', '.join(DATA_NAMES)}")
-    names = [*filter(is_dataset, options.what)]
-    if names and len(options.what) > 1:
-        raise LlmpyError(f"{names[0]} is a data set of its own", "prepare one at a time")
-    if options.source and not names:
+    name = next(filter(is_dataset, options.what), None)
+    if name is not None and len(options.what) > 1:
+        raise LlmpyError(f"{name} is a data set of its own", "prepare one at a time")
+    if options.source and name is None:
         raise LlmpyError("--source goes with the name of a data set", f"name one of {', '.join(DATA_NAMES)}")
     if options.source and not options.source.exists():
         raise LlmpyError(f"no file or folder {options.source}", "check --source")
-    name = names[0] if names else None
     if name is not None and options.tokenizer is None:
         options = replace(options, tokenizer="gpt2")
     request = _request(options)
     folder = options.out or _folder(name, options, request)
-    if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
+    if folder.absolute() == Path.cwd():  # it is to be replaced
         raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
     source = None if options.source is None else os.path.abspath(options.source)
 
@@ -74,14 +72,16 @@ def data(options: DataOptions, say: Say = print, skip: Callable[[Path], bool] = 
     if name is not None and is_there():
         return folder
     _check_empty(folder)
-    with _alone(folder, say):
+    with _workplace(folder.absolute(), say) as work:
         if is_there():  # another process has made it meanwhile
             return folder
         _check_empty(folder)
-        with _workplace(folder) as work:
-            record = _hellaswag(options, work, say) if name == "hellaswag" else _tokens(options, name, work, say, skip)
-            record = request | {"source": source} | record
-            (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        record = _hellaswag(options, work, say) if name == "hellaswag" else _tokens(options, name, work, say, skip)
+        record = request | {"source": source} | record
+        (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder.absolute())
     word = name if name and folder == data_cache() / name / "gpt2" else folder
     say(f"ready in {folder}" + ("" if name == "hellaswag" else f"; train on it:  {command('train', '--data', word)}"))
     return folder
@@ -93,9 +93,9 @@ def is_dataset(what: str | Path) -> bool:
 
 
 def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
-    """The folder of a named dataset's tokens, made now if it is not there; of a huge one as many as training can use.
+    """Return the folder of a named dataset's tokens, made now if it is missing; of a huge one a portion will do.
 
-    Raises LlmpyError for one not to train on, for one that is there in several portions, and as `data` does.
+    Raises LlmpyError for one not to train on, and as `data` does.
     """
     if name not in SOURCES:
         raise LlmpyError(
@@ -103,28 +103,16 @@ def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
         )
     whole = DataOptions(what=(name,), tokenizer=tokenizer)
     portion = replace(whole, tokens=SOURCES[name].portion)
-    there = sorted(record.parent for record in (data_cache() / name).glob(f"[!.]*/{RECORD}"))
-    for options in (whole, portion):
-        if _folder(name, options, _request(options)) in there:
-            return data(options, say)
-    if len(there) == 1 and tokenizer == "gpt2":
-        return there[0]
-    if there and tokenizer == "gpt2":
-        raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
-    if portion.tokens:
+    there = [options for options in (whole, portion) if _folder(name, options, _request(options)).exists()]
+    if portion.tokens and not there:
         say(f"{name} is not here yet: making its first {portion.tokens:,} tokens (all of it: {command('data', name)})")
-    return data(portion, say)
+    return data(there[0] if there else portion, say)
 
 
 def _request(options: DataOptions) -> dict[str, Any]:
-    """What was asked for, as dataset.json has it; a tokenizer of a file by its content, in whatever form."""
+    """Return what was asked for, as dataset.json has it; a tokenizer of a file by its content, in whatever form."""
     tokenizer = options.tokenizer
     if tokenizer not in (None, "gpt2", "bytes") and not tokenizer.startswith("bpe:"):
-        if not Path(tokenizer).exists():
-            raise LlmpyError(
-                f"cannot read the tokenizer {tokenizer}: no such file",
-                f"{did_you_mean(tokenizer, ('gpt2', 'bytes'))} use gpt2, bytes, bpe:N, or a file".lstrip(),
-            )
         content = Tokenizer.load(Path(tokenizer)).to_json()
         tokenizer = "sha256:" + hashlib.sha256(content.encode()).hexdigest()[:12]
     return {
@@ -155,46 +143,28 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_empty(folder: Path) -> None:
-    """Raise LlmpyError if the folder holds anything."""
-    with contextlib.suppress(OSError):
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return
-    there = _record(folder)
-    if there and there.get("data") != ["hellaswag"]:
-        use = f"train on them: {command('train', '--data', folder)}; for others choose another with --out, or remove it"
-        raise LlmpyError(f"{folder} has tokens already", use)
-    raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")
+    """Raise LlmpyError if the folder holds anything, or is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fix = "choose another folder with --out, or remove it"
+        if _record(folder):
+            fix = f"train on it: {command('train', '--data', folder)}; or {fix}"
+        raise LlmpyError(f"{folder} is not empty", fix)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
-    """Within, no other process makes `folder`: one that does is waited for."""
-    folder = folder.absolute()
-    with made(folder.parent):
-        try:
-            with Lock(folder.with_name(f".{folder.name}.making")).waited(say, f"makes {folder}"):
-                yield
-        except OSError as fault:
-            raise LlmpyError(
-                f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)"
-            ) from fault
-
-
-@contextlib.contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place if all goes well."""
-    folder = folder.absolute()
+def _workplace(folder: Path, say: Say) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` to this process alone: another that makes `folder` is waited for."""
     work = folder.with_name(f".{folder.name}.tmp")
     try:
-        if work.exists():  # of a process that was killed
-            shutil.rmtree(work)
-        work.mkdir()
-        yield work
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with made(folder.parent), Lock(folder.with_name(f".{folder.name}.making")).waited(say, f"makes {folder}"):
+            try:
+                shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+                work.mkdir()
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as fault:
+        raise LlmpyError(f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)") from fault
 
 
 def _hellaswag(options: DataOptions, work: Path, say: Say) -> dict[str, Any]:
@@ -208,8 +178,6 @@ def _hellaswag(options: DataOptions, work: Path, say: Say) -> dict[str, Any]:
     read_examples(path, tokenizer.vocab_size)
     tokenizer.save(work / "tokenizer.json")
     say(f"HellaSwag: {len(examples):,} contexts with four endings, in llm.c's format")
-    for example in examples[:: max(1, len(examples) // SAMPLES)][:SAMPLES]:
-        say(f"sample: {tokenizer.decode(example.context)!r} → {tokenizer.decode(example.endings[example.label])!r}")
     return {"files": {path.name: len(examples)}}
 
 

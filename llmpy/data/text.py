@@ -1,9 +1,9 @@
 """The user's text: files, folders and patterns → documents, saying aloud what was understood.
 
 Records (jsonl, jsonl.gz, parquet) are a document each (records.py). All else is plain text.
-UTF-8 is read, with or without a byte-order mark; UTF-16 and UTF-32 if they begin with one. Nothing else is
-guessed: a wrong guess would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or
-several where `<|endoftext|>` separates them.
+UTF-8 is read, with or without a byte-order mark; UTF-16 if it begins with one. Nothing else is guessed: a wrong guess
+would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or several where `<|endoftext|>`
+separates them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES
 from ..system.words import asked, count_of, nearest
 from .magic import lfs_pointer
@@ -27,21 +27,8 @@ from .records import Document, NoRecords, kind_of, read_records
 LEAST_CHARACTERS = 1000
 TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
 MARKUP_SUFFIXES = {".json", ".csv", ".tsv", ".html", ".htm", ".xml"}
-MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
-    codecs.BOM_UTF32_LE: "UTF-32-LE",
-    codecs.BOM_UTF32_BE: "UTF-32-BE",
-    codecs.BOM_UTF8: "UTF-8",
-    codecs.BOM_UTF16_LE: "UTF-16-LE",
-    codecs.BOM_UTF16_BE: "UTF-16-BE",
-}
-ARCHIVES = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip (or docx, odt, epub)",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"%PDF": "PDF",
-}
+MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
+ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or docx, odt, epub)", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF": "PDF"}
 
 
 @dataclass(frozen=True)
@@ -67,24 +54,19 @@ def find_files(
     """
     found: dict[Path, Found] = {}
     hidden = 0
-    for path in paths:
-        try:
-            for real in _expand(path):
-                if real.is_dir():
-                    files, more = _walk(real, skip)
-                    hidden += more
-                    for file in files:
-                        found.setdefault(file.resolve(), Found(file, named=False))
-                elif real.is_file():
-                    found[real.resolve()] = Found(real, named=True)
-                else:  # a pipe cannot be read twice, and a device may never end
-                    raise LlmpyError(
-                        f"{real} is neither a file nor a folder", "save its content to a file and give that"
-                    )
-        except OSError as fault:  # a name too long, a folder that may not be entered
-            raise LlmpyError(
-                f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
-            ) from fault
+    try:
+        for real in itertools.chain.from_iterable(map(_expand, paths)):
+            if real.is_dir():
+                files, more = _walk(real, skip)
+                hidden += more
+                for file in files:
+                    found.setdefault(file.resolve(), Found(file, named=False))
+            elif real.is_file():
+                found[real.resolve()] = Found(real, named=True)
+            else:  # a pipe cannot be read twice, and a device may never end
+                raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+    except OSError as fault:  # a name too long, a folder that may not be entered
+        raise unreadable(Path(fault.filename), fault) from fault
     if hidden:
         say(f"skipped {count_of(hidden, 'hidden file or folder', 'hidden files or folders')}")
     return list(found.values())
@@ -154,12 +136,9 @@ def _expand(path: Path) -> list[Path]:
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
-        matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        if matches:
-            return matches
+        if matches := sorted(glob.glob(str(path), recursive=True)):
+            return [Path(match) for match in matches]
         raise LlmpyError(f"nothing matches {path}", "check the folder and the pattern")
-    if path.is_symlink():
-        raise LlmpyError(f"{path} is a link to something that is gone", "mend the link")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
     hint = asked([str(path.parent / name) for name in close]) or "check the path"
@@ -167,21 +146,17 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path, skip: Callable[[Path], bool]) -> tuple[list[Path], int]:
-    """Every regular file below `folder`, sorted by path, and how many hidden entries were skipped."""
+    """Find every regular file below `folder`, sorted by path, and how many hidden entries were skipped."""
+    files: list[Path] = []
     hidden = 0
-
-    def entries() -> Iterator[Path]:
-        nonlocal hidden
-        for where, folders, names in os.walk(folder, onerror=_unreadable):
-            if Path(where) != folder and skip(Path(where)):
-                folders.clear()
-                continue
-            hidden += sum(name.startswith(".") for name in folders + names)
-            folders[:] = (name for name in folders if not name.startswith("."))
-            yield from (Path(where, name) for name in names if not name.startswith("."))
-
-    files = sorted(path for path in entries() if path.is_file())
-    return files, hidden
+    for where, folders, names in os.walk(folder, onerror=_unreadable):
+        if Path(where) != folder and skip(Path(where)):
+            folders.clear()
+            continue
+        hidden += sum(name.startswith(".") for name in folders + names)
+        folders[:] = (name for name in folders if not name.startswith("."))
+        files += (Path(where, name) for name in names if not name.startswith("."))
+    return sorted(filter(Path.is_file, files)), hidden
 
 
 def _unreadable(fault: OSError) -> None:
@@ -194,24 +169,17 @@ def _read(path: Path, most: int = -1) -> bytes:
         with path.open("rb") as file:
             return file.read(most)
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
+        raise unreadable(path, fault) from fault
 
 
 def _decode(path: Path, data: bytes) -> tuple[str, str]:
     """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
-    mark = next((m for m in MARKS if data.startswith(m)), b"")
-    encoding = MARKS.get(mark, "UTF-8")
-    for magic, name in ARCHIVES.items():
-        if data.startswith(magic):
-            raise NotText(f"{path} is {name}, not text", "unpack it or save it as plain text first")
+    if archive := next((name for magic, name in ARCHIVES.items() if data.startswith(magic)), None):
+        raise NotText(f"{path} is {archive}, not text", "unpack it or save it as plain text first")
     if pointer := lfs_pointer(data):
         raise NotText(f"{path} {pointer[0]}", pointer[1])
-    if encoding == "UTF-8" and b"\0" in data:
-        offset = data.index(b"\0")
-        raise NotText(
-            f"{path} is binary, not text: byte 0x00 at offset {offset:,}",
-            "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
-        )
+    mark = next((m for m in MARKS if data.startswith(m)), b"")
+    encoding = MARKS.get(mark, "UTF-8")
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as fault:
@@ -220,6 +188,11 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
             f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({fault.reason})",
             f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
         ) from fault
+    if "\0" in text:
+        raise NotText(
+            f"{path} is binary, not text: character {text.index(chr(0)):,} is NUL",
+            "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
+        )
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
 
 

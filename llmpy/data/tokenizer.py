@@ -77,7 +77,9 @@ class Tokenizer:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise LlmpyError(f"no tokenizer at {path}", "train on text to make one, or check the path") from None
+            raise LlmpyError(
+                f"no tokenizer at {path}", "check the path; --tokenizer is gpt2, bytes, bpe:N or a file"
+            ) from None
         except OSError as fault:
             raise unreadable(path, fault) from fault
         try:
