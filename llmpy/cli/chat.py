@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..api import GPT2
 from ..backend.machine import Machine
-from ..data.encode import tokenise
+from ..data.encode import encode
 from ..data.records import ASSISTANT, conversation, holds_answers
 from ..data.shards import mask_path, open_shard
 from ..data.tokenizer import Tokenizer
@@ -85,7 +85,8 @@ class Talk:
     def _tokens(self) -> list[int]:
         """As training has them: the document that an empty answer would make, without the blank line that ends it."""
         document = conversation("chat", [*self._system, *self.messages, {"role": "assistant", "content": ""}])
-        return [int(i) for i in tokenise(self._tokenizer, [document.part(0, len(document.text) - 2)]).ids]
+        blocks = encode(self._tokenizer, [document.part(0, len(document.text) - 2)])
+        return [int(i) for block in blocks for i in block.ids]
 
 
 def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Machine | None = None) -> None:

@@ -85,12 +85,11 @@ class Loader:
         self._inputs.reshape(-1)[:] = stretch[:-1]
         self._targets.reshape(-1)[:] = stretch[1:]
         if self.vocab_size is not None:  # the copies, which nobody changes any more; it takes microseconds
-            largest = max(self._inputs.max(), self._targets.max())
-            least = min(self._inputs.min(), self._targets.min())  # below 0: of a stream of int32
-            if largest >= self.vocab_size or least < 0:
+            largest = max(x.view(np.uint32).max() for x in (self._inputs, self._targets))  # below 0 is large too
+            if largest >= self.vocab_size:
                 raise LlmpyError(
-                    f"{self._shard_here.path} was changed since it was opened: it holds token "
-                    f"{least if least < 0 else largest} now, outside the vocabulary of {self.vocab_size:,} tokens",
+                    f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
+                    f"the vocabulary of {self.vocab_size:,} tokens",
                     "leave the data as they are while they are in use",
                 )
         if self._counted is not None:

@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import LlmpyError
 from ..options.data import DATA_NAMES, DataOptions
 from ..system.cache import data_cache
@@ -35,7 +33,7 @@ from .text import find_files, nothing, stream_files
 from .tokenizer import Tokenizer
 
 RECORD = "dataset.json"
-SAMPLES, SAMPLE_TOKENS = 3, 32
+SAMPLE_TOKENS = 24
 
 
 def data(options: DataOptions, say: Say = print, skip: Callable[[Path], bool] = nothing) -> Path:
@@ -118,7 +116,6 @@ def _request(options: DataOptions) -> dict[str, Any]:
     return {
         "data": [what if is_dataset(what) else os.path.abspath(what) for what in options.what],
         "tokenizer": tokenizer,
-        "format": options.format,
         "tokens_at_most": options.tokens,
     }
 
@@ -129,8 +126,7 @@ def _folder(name: str | None, options: DataOptions, request: dict[str, Any]) -> 
         called = Path(os.path.abspath(options.what[0])).name.partition(".")[0]
         return Path("data", re.sub(r"[*?\[\]]", "", called) or "text")
     tokenizer = request["tokenizer"].replace(":", "-")
-    parts = [tokenizer, *([options.format] if options.format != "auto" else [])]
-    return data_cache() / name / "-".join([*parts, *([str(options.tokens)] if options.tokens else [])])
+    return data_cache() / name / (f"{tokenizer}-{options.tokens}" if options.tokens else tokenizer)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -193,19 +189,9 @@ def _tokens(
         tells = itertools.chain([say], itertools.repeat(lambda _: None))
         corpus = Corpus(lambda: ((d.source == layout.val, d) for d in source.documents(options.source, next(tells))))
     tokenizer, whose = choose_tokenizer(options.tokenizer, corpus, say)
-    files_of = write_tokens(corpus, tokenizer, whose, work, say, layout, options.format, options.tokens)
-    listed = [f"{file}: {count:,} tokens" for file, count in files_of.items()]
+    counts = write_tokens(corpus, tokenizer, whose, work, say, layout, options.tokens)
+    listed = [f"{file}: {count:,} tokens" for file, count in counts.items()]
     say("  ".join(listed if len(listed) <= 4 else [*listed[:3], "…", listed[-1]]))
-    ids = open_shard(work / min(files_of, key=lambda file: "val" in file), tokenizer.vocab_size).tokens
-    for text in _samples(ids, tokenizer):
-        say(f"sample: {text!r}")
-    return {"vocab_size": tokenizer.vocab_size, "files": files_of}
-
-
-def _samples(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
-    """How documents begin, at three places of the data; in the middle of one where it is long."""
-    for i in range(SAMPLES):
-        start = i * len(ids) // SAMPLES
-        near = np.flatnonzero(ids[start : start + (1 << 16)] == tokenizer.eot)
-        start += int(near[0]) + 1 if near.size and start + near[0] + 1 < len(ids) else 0
-        yield tokenizer.decode(ids[start : start + SAMPLE_TOKENS])
+    train = open_shard(work / min(counts, key=lambda file: "val" in file), tokenizer.vocab_size)
+    say(f"it begins: {tokenizer.decode(train.tokens[:SAMPLE_TOKENS])!r}")
+    return {"vocab_size": tokenizer.vocab_size, "files": counts}

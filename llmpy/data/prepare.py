@@ -18,7 +18,7 @@ from ..system.command import command
 from ..system.durable import made
 from ..system.words import count_of
 from . import builtin, shards
-from .pack import RECORD, find_dataset, is_dataset
+from .pack import RECORD, SAMPLE_TOKENS, find_dataset, is_dataset
 from .pipeline import HELD_OUT, Corpus, choose_tokenizer, divided, write_tokens
 from .records import Document
 from .shards import Shard, is_shard, open_shard
@@ -26,7 +26,6 @@ from .text import LEAST_CHARACTERS, Found, find_files, nothing, stream_files
 from .tokenizer import Tokenizer
 
 CHARACTERS_OF_A_TOKEN = 4  # of small texts, about
-SAMPLE_TOKENS = 24
 Say = Callable[[str], None]
 
 
@@ -68,10 +67,6 @@ def prepare(
     should be, for those who give too little. `skip`: folders that are not searched for text.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
-    if vocab_size is not None and vocab_size >= 1 << 16:
-        raise LlmpyError(
-            f"a vocabulary of {vocab_size:,} tokens does not fit 16 bits", "use --vocab-size 65535 or less"
-        )
     if paths is None:
         corpus = _builtin(say)
     else:
@@ -140,10 +135,7 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
         )
     size = tokenizer.vocab_size if tokenizer else vocab_size or GPT2_VOCAB
     opened = [open_shard(path, size) for path in paths]
-    what = opened[0].form.what
-    if any(shard.form != opened[0].form for shard in opened):
-        raise LlmpyError(f"token files of several forms beside each other: {what} …", "give one kind at a time")
-    say(f"{count_of(len(opened), what)}, {sum(map(len, opened)):,} tokens")
+    say(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
     val = [s for s in opened if "val" in s.path.name.lower()]
     train = [s for s in opened if "val" not in s.path.name.lower()]
     if not train or not val:
@@ -154,8 +146,7 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
     if tokenizer:
         say(f"tokenizer: {beside}, {size:,} tokens")
     else:
-        whose = "GPT-2's" if size == GPT2_VOCAB else "as asked for"
-        say(f"no tokenizer.json beside them: vocabulary of {size:,} tokens ({whose}), samples show token ids")
+        say(f"no tokenizer.json beside them: vocabulary of {size:,} tokens, samples show token ids")
     return _dataset(train, val, tokenizer, size, say)
 
 

@@ -1,8 +1,7 @@
-"""Token files of llm.c: 256 int32 of header, then tokens, little-endian; and the stream it began with.
+"""Token files of llm.c: 256 int32 of header, then tokens, little-endian.
 
     uint16    20240520, 1, number of tokens   GPT-2, and any vocabulary up to 65,536
     uint32    20240801, 7, number of tokens   Llama 3, and larger vocabularies
-    int32     no header, tokens alone         llm.c before May 2024, llm.rs, llm.mojo
 
 The file ends with the last token. Beside NAME.bin there may be NAME.mask of the same layout (20261122, 1, number of
 tokens, then a byte for each): 1 where the token counts as a target in the loss, 0 where it does not.
@@ -12,14 +11,12 @@ Everything is checked when a file is opened, once: compiled kernels trust token 
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import LlmpyError, unreadable
-from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
 from . import magic
 from .magic import HEADER_BYTES, magic_of
@@ -31,22 +28,17 @@ CHUNK = 1 << 22  # tokens checked or written at a time: 8 MiB
 
 @dataclass(frozen=True)
 class Form:
-    """One layout of a token file; `magic` 0: without header."""
+    """One layout of a token file."""
 
     magic: int
     version: int
     dtype: np.dtype
     what: str
 
-    @property
-    def header_bytes(self) -> int:
-        return HEADER_BYTES if self.magic else 0
-
 
 FORMS = {
     "uint16": Form(magic.TOKENS, 1, np.dtype("<u2"), "llm.c token shard"),
     "uint32": Form(magic.WIDE_TOKENS, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
-    "int32": Form(0, 0, np.dtype("<i4"), "int32 token stream without header"),
 }
 MASK = Form(magic.MASK, 1, np.dtype("u1"), "token mask")
 
@@ -58,7 +50,6 @@ class Shard:
     path: Path
     tokens: np.ndarray
     counted: np.ndarray | None = None  # uint8 (n,), 1 where the token counts as a target; None: everywhere
-    form: Form = FORMS["uint16"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,7 +57,7 @@ class Shard:
     def part(self, start: int, stop: int) -> Shard:
         """Return tokens [start, stop) as a view."""
         counted = None if self.counted is None else self.counted[start:stop]
-        return Shard(self.path, self.tokens[start:stop], counted, self.form)
+        return Shard(self.path, self.tokens[start:stop], counted)
 
 
 def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: np.ndarray | None = None) -> None:
@@ -83,10 +74,7 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
             f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {8 * FORMS[form].dtype.itemsize} bits",
             f"use a vocabulary of at most {most + 1:,} tokens, or a wider form",
         )
-    if counted is not None and not FORMS[form].magic:
-        raise LlmpyError(f"{path}: a stream of int32 tokens can have no mask", "write uint16 or uint32 shards")
-    if FORMS[form].magic:
-        mask_path(path).unlink(missing_ok=True)  # of what was here before
+    mask_path(path).unlink(missing_ok=True)  # of what was here before
     _write(path, tokens, FORMS[form])
     if counted is not None:
         _write(mask_path(path), counted, MASK)
@@ -98,9 +86,8 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
     Raises LlmpyError, which says what the file seems to be if it holds no tokens.
     """
     try:
-        form = _form(path)
-        tokens = _map(path, form)
-        counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
+        tokens = _map(path, _form(path))
+        counted = _map(mask_path(path), MASK) if mask_path(path).exists() else None
     except OSError as fault:
         raise unreadable(path, fault) from fault
     _check_tokens(path, tokens, vocab_size)
@@ -109,7 +96,7 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
             f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
             "write both again, or remove the mask",
         )
-    return Shard(path, tokens, counted, form)
+    return Shard(path, tokens, counted)
 
 
 def form_for(vocab_size: int) -> str:
@@ -118,20 +105,16 @@ def form_for(vocab_size: int) -> str:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether the file starts as a token file does; without a header only a .bin is one. LlmpyError if unreadable."""
+    """Whether the file starts as a token file does. Raises LlmpyError if it cannot be read."""
     try:
-        start, size = _start(path)
+        return magic_of(_start(path)) in (magic.TOKENS, magic.WIDE_TOKENS)
     except OSError as fault:
         raise unreadable(path, fault) from fault
-    if magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS):
-        return True
-    return path.suffix == ".bin" and _is_stream(start, size)
 
 
 def count_tokens(path: Path) -> int:
-    """How many tokens a file can hold by its size. Raises LlmpyError for one that `is_shard` would not take."""
-    form = _form(path)
-    return max(0, path.stat().st_size - form.header_bytes) // form.dtype.itemsize
+    """Return how many tokens a file can hold by its size. Raises LlmpyError for one that `is_shard` would not take."""
+    return max(0, path.stat().st_size - HEADER_BYTES) // _form(path).dtype.itemsize
 
 
 def mask_path(path: Path) -> Path:
@@ -150,9 +133,8 @@ def fingerprint(shard: Shard) -> dict[str, object]:
 
 
 def _write(path: Path, values: np.ndarray, form: Form) -> None:
-    header = np.zeros(form.header_bytes // 4, "<i4")
-    if form.magic:
-        header[:3] = form.magic, form.version, values.size
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header[:3] = form.magic, form.version, values.size
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -164,26 +146,23 @@ def _write(path: Path, values: np.ndarray, form: Form) -> None:
 
 
 def _form(path: Path) -> Form:
-    """The form of a token file, by how it begins. Raises LlmpyError for anything else."""
-    start, size = _start(path)
-    form = next((f for f in FORMS.values() if f.magic and f.magic == magic_of(start)), None)
-    if form is None and not _is_stream(start, size):
-        raise _not_a_shard(path, start, size)
-    return form or FORMS["int32"]
+    """Return the form of a token file, by how it begins. Raises LlmpyError for anything else."""
+    start = _start(path)
+    form = next((form for form in FORMS.values() if form.magic == magic_of(start)), None)
+    if form is None:
+        raise _not_a_shard(path, start)
+    return form
 
 
-def _start(path: Path) -> tuple[bytes, int]:
-    """Read the first KiB of a file, and its size."""
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(HEADER_BYTES), file.seek(0, io.SEEK_END)
+        return file.read(HEADER_BYTES)
 
 
 def _map(path: Path, form: Form) -> np.ndarray:
     """Map the values of a file into memory, once its header is known to tell the truth about its length."""
-    if not form.magic:
-        return np.memmap(path, form.dtype, "r")
-    start, size = _start(path)
-    number, version, count = np.frombuffer(start[:12].ljust(12, b"\0"), "<i4").tolist()
+    size = path.stat().st_size
+    number, version, count = np.frombuffer(_start(path)[:12].ljust(12, b"\0"), "<i4").tolist()
     if (number, version) != (form.magic, form.version):
         raise LlmpyError(
             f"{path} is no {form.what} of version {form.version}: it begins with {number}, {version}", "write it again"
@@ -201,8 +180,8 @@ def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Every token < vocab_size, at the speed of a vector maximum; only a bad chunk is searched."""
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
-        if chunk.max() >= vocab_size or chunk.min() < 0:
-            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+        if chunk.max() >= vocab_size:
+            position = start + int(np.argmax(chunk >= vocab_size))
             raise LlmpyError(
                 f"{path}: token {tokens[position]} at position {position:,} is outside the vocabulary of "
                 f"{vocab_size:,} tokens",
@@ -210,28 +189,16 @@ def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
             )
 
 
-def _is_stream(start: bytes, size: int) -> bool:
-    """Whether a file may be a stream of int32 tokens, by its first KiB."""
-    return size % 4 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 4 * 4], "<i4"))
-
-
-def _like_tokens(values: np.ndarray) -> bool:
-    """Numbers of GPT-2's vocabulary, most of them not 0; foreign headers are small numbers and then zeros."""
-    if not values.size or values.min() < 0 or values.max() >= GPT2_VOCAB:
-        return False
-    return 2 * int(np.count_nonzero(values)) > values.size
-
-
-def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
+def _not_a_shard(path: Path, start: bytes) -> LlmpyError:
     """Say what a file without the magic number seems to be, and what to do about it."""
     if magic_of(start) in magic.WHAT:
         what, fix = f"is {magic.WHAT[magic_of(start)]}, not a token shard", "give token shards, or text"
     elif pointer := magic.lfs_pointer(start):
         what, fix = pointer
-    elif size % 2 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 2 * 2], "<u2")) and b"\0" in start:
-        what = "seems to be a stream of uint16 tokens without header (nanoGPT)"
-        fix = "write it again with llmpy.data.shards.write_shard"
     else:
-        what = f"is not a token shard: it has {size:,} bytes and starts with {start[:16]!r}"
-        fix = "give .bin files of llm.c, or text in a file with another suffix"
+        what = f"is not a token shard of llm.c: it starts with {start[:16]!r}"
+        fix = (
+            "give text with another suffix; write tokens without a header (nanoGPT, llm.rs) again with "
+            "llmpy.data.shards.write_shard"
+        )
     return LlmpyError(f"{path} {what}", fix)

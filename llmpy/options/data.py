@@ -9,7 +9,6 @@ from .fields import POSITIVE, Options, option, refusal
 
 TRAINING_NAMES = ("tinyshakespeare", "tinystories", "fineweb", "fineweb-edu")
 DATA_NAMES = (*TRAINING_NAMES, "hellaswag")
-TOKEN_FORMATS = ("auto", "uint16", "uint32", "int32")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class DataOptions(Options):
     source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
     out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
     tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)", within=POSITIVE)
-    format: str = option("auto", "int32: the stream without header of llm.rs and llm.mojo", choices=TOKEN_FORMATS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

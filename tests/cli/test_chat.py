@@ -19,7 +19,7 @@ from support.laptop import Laptop
 from llmpy import GPT2, Tokenizer
 from llmpy.cli import main as cli
 from llmpy.cli.chat import Talk, answer, chat, tuned
-from llmpy.data.encode import tokenise
+from llmpy.data.encode import encode
 from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
@@ -72,7 +72,7 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "user", "content": "there"},
         {"role": "assistant", "content": "be hello"},
     ]
-    whole = tokenise(tokenizer, [conversation("x", messages)])
+    (whole,) = encode(tokenizer, [conversation("x", messages)])
     talk = Talk(tokenizer, 1000, "be brief")
     for message in messages[1:4]:
         talk.say(**message)
