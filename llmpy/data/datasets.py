@@ -33,7 +33,6 @@ from .records import Document
 from .text import find_files, read_text, stream_files
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -70,8 +69,6 @@ def hellaswag_lines(raw: Path | None, say: Say) -> Path:
 
 def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
     path = raw or fetch(SHAKESPEARE, data_cache() / "raw" / "tinyshakespeare.txt", SHAKESPEARE_SHA256, say)
-    if path.stat().st_size != SHAKESPEARE_BYTES:
-        say(f"note: {path} is not the file that llm.c uses: it has {path.stat().st_size:,} bytes")
     *speeches, last = read_text(path).split("\n\n")
     yield from (Document("tinyshakespeare", speech + "\n\n") for speech in speeches)
     yield Document("tinyshakespeare", last)
@@ -120,7 +117,7 @@ def _web(repository: str) -> Callable[[Path | None, Say], Iterator[Document]]:
     def documents(raw: Path | None, say: Say) -> Iterator[Document]:
         for name in [""] if raw else hub_files(repository, "sample/10BT"):
             path = raw or from_hub(repository, name, say, dataset=True)
-            yield from stream_files(find_files([path], say), say)
+            yield from stream_files(find_files([path]), say)
 
     return documents
 

@@ -75,7 +75,7 @@ def read_examples(path: Path, vocab_size: int) -> list[Example]:
         raise unreadable(path, fault) from fault
     except (ValueError, IndexError, OverflowError) as fault:
         raise LlmpyError(
-            f"{path} is no multiple-choice file of llm.c: {fault}", "download or write it again"
+            f"{path} is not a multiple-choice file of llm.c: {fault}", "download or write it again"
         ) from fault
     return examples
 

@@ -131,16 +131,13 @@ class Loader:
         counted as read, come the samples that begin in one that was read, then the others in the order of the old ones.
         """
         mine = self.B * self.T * self.ranks
-        if mine == BT:
-            self.position = position
-            return
-        fits = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
-        samples = self._samples(self.shards[int(position.shard_order[position.shard])]) if fits else 0
-        place = np.empty(position.sample_order.size, np.int64)
-        place[position.sample_order] = np.arange(place.size)
-        when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
-        order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
-        self.position = Position(position.shard, read, position.shard_order, order, position.rng)
+        if mine != BT and position.shard_order.size == len(self.shards):
+            samples = self._samples(self.shards[int(position.shard_order[position.shard])])
+            place = np.argsort(position.sample_order)  # of each sample in the old order
+            when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
+            order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
+            position = Position(position.shard, read, position.shard_order, order, position.rng)
+        self.position = position
 
     @property
     def batch(self) -> tuple[str, int]:

@@ -181,7 +181,7 @@ def _tokens(
     options: DataOptions, name: str | None, work: Path, say: Say, skip: Callable[[Path], bool]
 ) -> dict[str, Any]:
     if name is None:
-        files = find_files([Path(what) for what in options.what], say, skip)
+        files = find_files([Path(what) for what in options.what], skip)
         corpus, layout = divided(lambda tell: stream_files(files, tell), say), OWN
     else:
         source, layout = SOURCES[name], SOURCES[name].layout

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
-from .datasets import SHARD_TOKENS, Layout
+from .datasets import SHARD_TOKENS, Layout, Say
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
 from .records import Document
@@ -32,7 +32,6 @@ CHARACTERS_PER_TOKEN = 300  # of training text for each token of the vocabulary:
 VOCAB_AT_LEAST, VOCAB_AT_MOST = 512, 8192
 SEEKABLE = 2**31 - 1  # bytes of a file that llm.c, which seeks by an int, can read to its end
 OWN = Layout(None, one_file=True)  # of the user's own text
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ Text goes through the pipeline into the run's folder. Shards are taken as they a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +18,10 @@ from ..system.durable import made
 from ..system.words import count_of
 from . import builtin, shards
 from .pack import RECORD, SAMPLE_TOKENS, find_dataset, is_dataset
-from .pipeline import HELD_OUT, Corpus, choose_tokenizer, divided, write_tokens
-from .records import Document
+from .pipeline import HELD_OUT, Corpus, Say, choose_tokenizer, divided, write_tokens
 from .shards import Shard, is_shard, open_shard
-from .text import LEAST_CHARACTERS, Found, find_files, nothing, stream_files
+from .text import Found, find_files, nothing, stream_files
 from .tokenizer import Tokenizer
-
-CHARACTERS_OF_A_TOKEN = 4  # of small texts, about
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,6 @@ def prepare(
     vocab_size: int | None = None,
     say: Say = print,
     model: Vocabulary | None = None,
-    wanted: str = "",
     skip: Callable[[Path], bool] = nothing,
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
@@ -63,8 +57,8 @@ def prepare(
     The name of a dataset of `llmpy data` stands for its tokens, which are made first if need be.
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when the text is read.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
-    `model`: text is encoded with the tokenizer of the model that training starts from. `wanted`: how much text there
-    should be, for those who give too little. `skip`: folders that are not searched for text.
+    `model`: text is encoded with the tokenizer of the model that training starts from.
+    `skip`: folders that are not searched for text.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     if paths is None:
@@ -73,12 +67,12 @@ def prepare(
         if len(paths) == 1 and is_dataset(paths[0]):
             own = model.tokenizer if model is not None and model.size != GPT2_VOCAB else None
             paths = [find_dataset(str(paths[0]), say, str(own or "gpt2"))]
-        files = find_files(paths, say, skip)
+        files = find_files(paths, skip)
         found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
         if found:
             _refuse_mixture(found, [f for f in files if f not in found], say)
             return _from_shards([f.path for f in found], vocab_size, model, say)
-        corpus = divided(lambda tell: stream_files(files, tell, wanted), say)
+        corpus = divided(lambda tell: stream_files(files, tell), say)
     if model is None:
         tokenizer, whose = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, say)
     else:
@@ -93,26 +87,13 @@ def prepare(
         return _dataset(train, val, tokenizer, size, say)
 
 
-def text_for(B: int, T: int, overfit: bool) -> str:
-    """Say about how much text fills a batch to train on, and a row of the part that is held out, or a batch of that."""
-    batch, row = B * T + 1, T + 1
-    tokens = batch / HELD_OUT if overfit else max(batch / (1 - HELD_OUT), row / HELD_OUT)
-    characters = CHARACTERS_OF_A_TOKEN * tokens
-    return f"about {max(LEAST_CHARACTERS, math.ceil(characters / 100) * 100):,} with -B {B} -T {T}"
-
-
 def _builtin(say: Say) -> Corpus:
     """Hold out every tenth section: they follow the alphabet, so the last tenth is no fair sample of all."""
     documents = builtin.builtin_documents()
     say(builtin.describe(documents))
-    held = documents[5::10]
     train = [d for i, d in enumerate(documents) if i % 10 != 5]
-
-    def read() -> Iterator[tuple[bool, Document]]:
-        yield from ((False, d) for d in train)
-        yield from ((True, d) for d in held)
-
-    return Corpus(read, sum(len(d.text) for d in train))
+    parts = [*((False, d) for d in train), *((True, d) for d in documents[5::10])]
+    return Corpus(lambda: iter(parts), sum(len(d.text) for d in train))
 
 
 def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabulary | None, say: Say) -> Dataset:

@@ -80,14 +80,10 @@ def parse_llmc(data: bytes) -> Ranks:
 def write_llmc(path: Path, ranks: Ranks) -> None:
     """Write llm.c's tokenizer .bin, version 2, whole or not at all.
 
-    Raises LlmpyError for a token of more than 255 bytes (or none), and if the disk refuses.
+    Raises LlmpyError for a token of more than 255 bytes, and if the disk refuses.
     """
-    wrong = next((i for i, token in enumerate(ranks.tokens) if not 0 < len(token) <= LONGEST), None)
-    if wrong is not None:
-        raise LlmpyError(
-            f"token {wrong} has {len(ranks.tokens[wrong])} bytes: llm.c's tokenizer file holds 1 to {LONGEST}",
-            "use another tokenizer",
-        )
+    if (longest := max(map(len, ranks.tokens))) > LONGEST:
+        raise LlmpyError(f"a token has {longest} bytes: llm.c's tokenizer file holds at most {LONGEST}")
     header = np.zeros(HEADER_BYTES // 4, "<u4")
     header[:4] = TOKENIZER, 2, len(ranks.tokens), ranks.eot
     content = header.tobytes() + b"".join(bytes([len(token)]) + token for token in ranks.tokens)

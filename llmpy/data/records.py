@@ -52,8 +52,8 @@ class Document:
         return Document(self.source, self.text[start:stop], spans)
 
 
-class NoRecords(LlmpyError):
-    """The first record has none of the known fields: perhaps the file is meant for something else."""
+class NotText(LlmpyError):
+    """A file that is something else; of records the first has none of the known fields."""
 
 
 def kind_of(path: Path, start: bytes) -> str | None:
@@ -69,7 +69,7 @@ def kind_of(path: Path, start: bytes) -> str | None:
 def read_records(path: Path, kind: str) -> Iterator[Document]:
     """The documents of a file of `kind_of`, in order; empty texts are left out.
 
-    Raises LlmpyError, naming file and record, for damage and for records without known fields (NoRecords if
+    Raises LlmpyError, naming file and record, for damage and for records without known fields (NotText if
     it is the first).
     """
     rows = _parquet_rows(path) if kind == "parquet" else (v for _, v in json_lines(path, packed=kind == "jsonl.gz"))
@@ -108,7 +108,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             names = set(file.schema_arrow.names)
             wanted = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
             if wanted is None:
-                raise NoRecords(f"{path} has the columns {_some(names)}", f"give columns named {KINDS}")
+                raise NotText(f"{path} has the columns {_some(names)}", f"give columns named {KINDS}")
             for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as fault:
@@ -131,7 +131,7 @@ def _document(path: Path, number: int, row: Any) -> Document:
         what = f"no {fault} in a message" if isinstance(fault, KeyError) else str(fault)
         raise LlmpyError(f"{path}: record {number:,}: {what}", f"give {KINDS}") from fault
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
-    raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
+    raise (NotText if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
 
 
 def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:

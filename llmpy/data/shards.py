@@ -150,7 +150,12 @@ def _form(path: Path) -> Form:
     start = _start(path)
     form = next((form for form in FORMS.values() if form.magic == magic_of(start)), None)
     if form is None:
-        raise _not_a_shard(path, start)
+        what = f"is {magic.WHAT[magic_of(start)]}" if magic_of(start) in magic.WHAT else f"starts with {start[:24]!r}"
+        raise LlmpyError(
+            f"{path} is not a token shard of llm.c: it {what}",
+            "give text another suffix; write tokens without a header (nanoGPT, llm.rs) again by "
+            "llmpy.data.shards.write_shard",
+        )
     return form
 
 
@@ -187,18 +192,3 @@ def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
                 f"{vocab_size:,} tokens",
                 "use the vocabulary (--vocab-size) or the tokenizer.json that the shard was written with",
             )
-
-
-def _not_a_shard(path: Path, start: bytes) -> LlmpyError:
-    """Say what a file without the magic number seems to be, and what to do about it."""
-    if magic_of(start) in magic.WHAT:
-        what, fix = f"is {magic.WHAT[magic_of(start)]}, not a token shard", "give token shards, or text"
-    elif pointer := magic.lfs_pointer(start):
-        what, fix = pointer
-    else:
-        what = f"is not a token shard of llm.c: it starts with {start[:16]!r}"
-        fix = (
-            "give text with another suffix; write tokens without a header (nanoGPT, llm.rs) again with "
-            "llmpy.data.shards.write_shard"
-        )
-    return LlmpyError(f"{path} {what}", fix)

@@ -19,14 +19,12 @@ from pathlib import Path
 
 from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES
-from ..system.words import asked, count_of, nearest
-from .magic import lfs_pointer
+from ..system.words import count_of, did_you_mean
 from .rank_tables import EOT
-from .records import Document, NoRecords, kind_of, read_records
+from .records import Document, NotText, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
 TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
-MARKUP_SUFFIXES = {".json", ".csv", ".tsv", ".html", ".htm", ".xml"}
 MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
 ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or docx, odt, epub)", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF": "PDF"}
 
@@ -44,22 +42,17 @@ def nothing(_: Path) -> bool:
     return False
 
 
-def find_files(
-    paths: Sequence[Path], say: Callable[[str], None] = print, skip: Callable[[Path], bool] = nothing
-) -> list[Found]:
+def find_files(paths: Sequence[Path], skip: Callable[[Path], bool] = nothing) -> list[Found]:
     """Find the files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
 
     A file that is reached twice counts once. Folders within `paths` that are to `skip` are not searched.
     Raises LlmpyError for a path that leads nowhere, and for pipes and devices: data are read more than once.
     """
     found: dict[Path, Found] = {}
-    hidden = 0
     try:
         for real in itertools.chain.from_iterable(map(_expand, paths)):
             if real.is_dir():
-                files, more = _walk(real, skip)
-                hidden += more
-                for file in files:
+                for file in _walk(real, skip):
                     found.setdefault(file.resolve(), Found(file, named=False))
             elif real.is_file():
                 found[real.resolve()] = Found(real, named=True)
@@ -67,47 +60,40 @@ def find_files(
                 raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
     except OSError as fault:  # a name too long, a folder that may not be entered
         raise unreadable(Path(fault.filename), fault) from fault
-    if hidden:
-        say(f"skipped {count_of(hidden, 'hidden file or folder', 'hidden files or folders')}")
     return list(found.values())
 
 
-def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> Iterator[Document]:
+def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> Iterator[Document]:
     """Yield the documents of `files` in order, a file of text or a record at a time; `say` at the end what they were.
 
     Raises LlmpyError for a named file or a .txt or .md that is no text, and if the whole is shorter than 1,000
-    characters, where `wanted` tells how much there should be.
+    characters.
     """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
-    markup: list[Path] = []
     characters = documents = 0
     for found in files:
-        suffix = found.path.suffix.lower()
         try:
             kind, parts = _open(found.path)
             first = next(parts, None)
-        except LlmpyError as fault:
-            if found.named or suffix in TEXT_SUFFIXES or not isinstance(fault, NotText | NoRecords):
+        except NotText:
+            if found.named or found.path.suffix.lower() in TEXT_SUFFIXES:
                 raise
             skipped.append(found.path)
             continue
         kinds[kind] += 1
-        if suffix in MARKUP_SUFFIXES:
-            markup.append(found.path)
         for document in itertools.chain([first] if first else [], parts):
             characters += len(document.text)
             documents += 1
             yield document
     if skipped:
-        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {_some(skipped)}")
-    if markup:
-        say(f"note: {count_of(len(markup), 'file')} read as plain text, markup included: {_some(markup)}")
+        names = ", ".join(path.name for path in skipped[:3]) + (", …" if len(skipped) > 3 else "")
+        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {names}")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
-            f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs "
-            f"{wanted or f'at least {LEAST_CHARACTERS:,}'}",
+            f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs at least "
+            f"{LEAST_CHARACTERS:,}",
             "give more text, or no path at all to train on the text that Python carries",
         )
     line = f"{count_of(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
@@ -117,10 +103,6 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wan
 def read_text(path: Path) -> str:
     """The text of one file. Raises LlmpyError if it is none."""
     return _decode(path, _read(path))[0]
-
-
-class NotText(LlmpyError):
-    """A file that is something else."""
 
 
 def _open(path: Path) -> tuple[str, Iterator[Document]]:
@@ -140,23 +122,20 @@ def _expand(path: Path) -> list[Path]:
             return [Path(match) for match in matches]
         raise LlmpyError(f"nothing matches {path}", "check the folder and the pattern")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = nearest(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
-    hint = asked([str(path.parent / name) for name in close]) or "check the path"
-    raise LlmpyError(f"no file or folder {path}", hint)
+    hint = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
+    raise LlmpyError(f"no file or folder {path}", hint or "check the path")
 
 
-def _walk(folder: Path, skip: Callable[[Path], bool]) -> tuple[list[Path], int]:
-    """Find every regular file below `folder`, sorted by path, and how many hidden entries were skipped."""
+def _walk(folder: Path, skip: Callable[[Path], bool]) -> list[Path]:
+    """Find every regular file below `folder` that is not hidden, sorted by path."""
     files: list[Path] = []
-    hidden = 0
     for where, folders, names in os.walk(folder, onerror=_unreadable):
         if Path(where) != folder and skip(Path(where)):
             folders.clear()
             continue
-        hidden += sum(name.startswith(".") for name in folders + names)
         folders[:] = (name for name in folders if not name.startswith("."))
         files += (Path(where, name) for name in names if not name.startswith("."))
-    return sorted(filter(Path.is_file, files)), hidden
+    return sorted(filter(Path.is_file, files))
 
 
 def _unreadable(fault: OSError) -> None:
@@ -176,8 +155,6 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
     """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
     if archive := next((name for magic, name in ARCHIVES.items() if data.startswith(magic)), None):
         raise NotText(f"{path} is {archive}, not text", "unpack it or save it as plain text first")
-    if pointer := lfs_pointer(data):
-        raise NotText(f"{path} {pointer[0]}", pointer[1])
     mark = next((m for m in MARKS if data.startswith(m)), b"")
     encoding = MARKS.get(mark, "UTF-8")
     try:
@@ -194,8 +171,3 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
             "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
         )
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
-
-
-def _some(paths: Sequence[Path]) -> str:
-    """The first three names."""
-    return ", ".join(p.name for p in paths[:3]) + (", …" if len(paths) > 3 else "")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --
     import tokenizers
 
 SMALLEST_VOCAB = 257  # every byte, and EOT
-LARGEST_ID = 1 << 20  # a file may claim any id, and tables are as long as the largest
 GPT2 = "openai-community/gpt2"
 # What every text holds somewhere: a tokenizer that changes any of it (lower case, no accents) loses text, one that
 # composes accents (NFC, as Qwen's and GPT-NeoX's do) loses nothing that can be seen. The second begins without a blank.
@@ -49,7 +48,7 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn merges from `texts` until there are `vocab_size` tokens (fewer, if pairs run out).
 
-        The same texts give the same tokenizer. Raises LlmpyError for less than 257, or lone surrogates.
+        The same texts give the same tokenizer. Raises LlmpyError for less than 257.
         """
         from tokenizers import models, pre_tokenizers, trainers
 
@@ -65,7 +64,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        library.train_from_iterator((_encodable(text) for text in texts), trainer)
+        library.train_from_iterator(texts, trainer)
         return cls(library)
 
     @classmethod
@@ -132,8 +131,6 @@ class Tokenizer:
         eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
         if eot is None:
             raise ValueError(f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
-        if max(vocabulary.values()) >= LARGEST_ID:
-            raise ValueError(f"it has a token {max(vocabulary.values()):,}")
         library.no_truncation()
         library.no_padding()
         tokenizer = cls(library, eot)
@@ -170,13 +167,19 @@ class Tokenizer:
         return self._library.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
-        return self._library.encode(_encodable(text), add_special_tokens=False).ids
+        """Return the token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as fault:
+            raise LlmpyError(
+                f"the text holds {text[fault.start]!r} at character {fault.start}: a byte that was no UTF-8",
+                "type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
+            ) from fault
+        return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for each text, on all cores."""
-        batch = [_encodable(text) for text in texts]
-        return [e.ids for e in self._library.encode_batch_fast(batch, add_special_tokens=False)]
+        return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, EOT included; bytes that are no UTF-8 become U+FFFD.
@@ -252,15 +255,3 @@ def _byte_characters() -> list[str]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     stand_ins = iter(sorted(c for c in alphabet if ord(c) > 255))
     return [chr(byte) if chr(byte) in alphabet else next(stand_ins) for byte in range(256)]
-
-
-def _encodable(text: str) -> str:
-    """`text`, if it has a UTF-8 form; else LlmpyError says where it has none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as fault:
-        raise LlmpyError(
-            f"the text holds {text[fault.start]!r} at character {fault.start}: a byte that was no UTF-8",
-            "type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
-        ) from fault
-    return text
