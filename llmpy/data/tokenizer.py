@@ -127,6 +127,8 @@ class Tokenizer:
             # such a tokenizer silently drops what it lacks
             why = f"{missing} of the 256 bytes are no tokens" if missing else "its decoder is not ByteLevel"
             raise ValueError(f"not a byte-level one ({why})")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("two of its tokens have the same id")
         added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
         eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
         if eot is None:
