@@ -111,15 +111,16 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _web(repository: str) -> Callable[[Path | None, Say], Iterator[Document]]:
-    """Return the documents of a data set's sample of 10 billion tokens, file by file as they are needed."""
+def _web(repository: str, name: str) -> Source:
+    """A sample of 10 billion tokens in parquet files, which are downloaded one by one as they are needed."""
 
     def documents(raw: Path | None, say: Say) -> Iterator[Document]:
-        for name in [""] if raw else hub_files(repository, "sample/10BT"):
-            path = raw or from_hub(repository, name, say, dataset=True)
+        for file in [""] if raw else hub_files(repository, "sample/10BT"):
+            path = raw or from_hub(repository, file, say, dataset=True)
             yield from stream_files(find_files([path]), say)
 
-    return documents
+    layout = Layout(SHARD_TOKENS, f"{name}_val_000000.bin", name + "_train_{:06d}.bin")
+    return Source(layout, documents, SHARD_TOKENS)
 
 
 SOURCES = {
@@ -129,14 +130,6 @@ SOURCES = {
     "tinystories": Source(
         Layout("data00.json", "TinyStories_val.bin", "TinyStories_train.bin", one_file=True), _stories
     ),
-    "fineweb": Source(
-        Layout(SHARD_TOKENS, "fineweb_val_000000.bin", "fineweb_train_{:06d}.bin"),
-        _web("HuggingFaceFW/fineweb"),
-        SHARD_TOKENS,
-    ),
-    "fineweb-edu": Source(
-        Layout(SHARD_TOKENS, "edu_fineweb_val_000000.bin", "edu_fineweb_train_{:06d}.bin"),
-        _web("HuggingFaceFW/fineweb-edu"),
-        SHARD_TOKENS,
-    ),
+    "fineweb": _web("HuggingFaceFW/fineweb", "fineweb"),
+    "fineweb-edu": _web("HuggingFaceFW/fineweb-edu", "edu_fineweb"),
 }

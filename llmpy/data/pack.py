@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,19 @@ from ..system.command import command
 from ..system.durable import made
 from ..system.lock import Lock
 from .datasets import SOURCES, hellaswag_lines
-from .hellaswag import encode_examples, read_examples, write_examples
+from .hellaswag import encode_examples, write_examples
 from .pipeline import OWN, Corpus, Say, choose_tokenizer, divided, write_tokens
 from .shards import open_shard
-from .text import find_files, nothing, stream_files
+from .text import Skip, find_files, stream_files
 from .tokenizer import Tokenizer
 
 RECORD = "dataset.json"
 SAMPLE_TOKENS = 24
 
 
-def data(options: DataOptions, say: Say = print, skip: Callable[[Path], bool] = nothing) -> Path:
+def data(options: DataOptions, say: Say = print, skip: Skip = None) -> Path:
     """Make the token files of a dataset or of the user's text; returns their folder.
 
-    `skip`: folders that are not searched for text.
     Raises LlmpyError for whatever cannot be read, downloaded or written, and for a folder with anything in it.
     """
     if not all(options.what) or not options.what:
@@ -171,15 +170,12 @@ def _hellaswag(options: DataOptions, work: Path, say: Say) -> dict[str, Any]:
     examples = list(itertools.islice(encode_examples(raw, tokenizer), options.tokens))
     path = work / "hellaswag_val.bin"
     write_examples(path, examples)
-    read_examples(path, tokenizer.vocab_size)
     tokenizer.save(work / "tokenizer.json")
     say(f"HellaSwag: {len(examples):,} contexts with four endings, in llm.c's format")
     return {"files": {path.name: len(examples)}}
 
 
-def _tokens(
-    options: DataOptions, name: str | None, work: Path, say: Say, skip: Callable[[Path], bool]
-) -> dict[str, Any]:
+def _tokens(options: DataOptions, name: str | None, work: Path, say: Say, skip: Skip) -> dict[str, Any]:
     if name is None:
         files = find_files([Path(what) for what in options.what], skip)
         corpus, layout = divided(lambda tell: stream_files(files, tell), say), OWN
@@ -189,7 +185,7 @@ def _tokens(
         tells = itertools.chain([say], itertools.repeat(lambda _: None))
         corpus = Corpus(lambda: ((d.source == layout.val, d) for d in source.documents(options.source, next(tells))))
     tokenizer, whose = choose_tokenizer(options.tokenizer, corpus, say)
-    counts = write_tokens(corpus, tokenizer, whose, work, say, layout, options.tokens)
+    counts = write_tokens(corpus, tokenizer, whose, work, say, layout, options.tokens or 0)
     listed = [f"{file}: {count:,} tokens" for file, count in counts.items()]
     say("  ".join(listed if len(listed) <= 4 else [*listed[:3], "…", listed[-1]]))
     train = open_shard(work / min(counts, key=lambda file: "val" in file), tokenizer.vocab_size)

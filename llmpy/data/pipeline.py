@@ -111,17 +111,11 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def write_tokens(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    whose: str,
-    folder: Path,
-    say: Say,
-    layout: Layout = OWN,
-    limit: int | None = None,
+    corpus: Corpus, tokenizer: Tokenizer, whose: str, folder: Path, say: Say, layout: Layout = OWN, limit: int = 0
 ) -> dict[str, int]:
     """Write the token files of `layout`, with masks where not everything counts, and tokenizer.json, into `folder`.
 
-    `limit`: encode the first so many tokens only.
+    `limit`: encode the first so many tokens only, 0: all.
     Returns the number of tokens by file name. Raises LlmpyError for text in which nothing counts, and if a file cannot
     be written.
     """
@@ -163,7 +157,7 @@ class _Spool:
     rate: float  # characters per token
 
 
-def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int | None) -> _Spool:
+def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spool:
     """Encode all documents, or as many as give `limit` tokens."""
     from tqdm import tqdm
 
@@ -174,7 +168,7 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int | None) 
     blocks = ((is_held, block) for is_held, part in parts for block in encode(tokenizer, (d for _, d in part)))
     with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, bar:
         for is_held, block in blocks:
-            n = len(block.ids) if limit is None else min(len(block.ids), limit - total)
+            n = min(len(block.ids), limit - total) if limit else len(block.ids)
             dtype = block.ids.dtype
             ids.write(block.ids[:n].tobytes())
             if block.counted is not None and not masked:
@@ -205,7 +199,7 @@ def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
         )
 
 
-def _held_out(spool: _Spool, layout: Layout, limit: int | None) -> int:
+def _held_out(spool: _Spool, layout: Layout, limit: int) -> int:
     """Return how many tokens are held out; of a portion that `limit` cut off a tenth, so that both parts have some."""
     n = len(spool.ids)
     tenth = int(HELD_OUT * n)

@@ -20,7 +20,7 @@ from . import builtin, shards
 from .pack import RECORD, SAMPLE_TOKENS, find_dataset, is_dataset
 from .pipeline import HELD_OUT, Corpus, Say, choose_tokenizer, divided, write_tokens
 from .shards import Shard, is_shard, open_shard
-from .text import Found, find_files, nothing, stream_files
+from .text import Found, Skip, find_files, stream_files
 from .tokenizer import Tokenizer
 
 
@@ -50,7 +50,7 @@ def prepare(
     vocab_size: int | None = None,
     say: Say = print,
     model: Vocabulary | None = None,
-    skip: Callable[[Path], bool] = nothing,
+    skip: Skip = None,
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
@@ -58,7 +58,6 @@ def prepare(
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when the text is read.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
     `model`: text is encoded with the tokenizer of the model that training starts from.
-    `skip`: folders that are not searched for text.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     if paths is None:

@@ -24,6 +24,7 @@ from .rank_tables import EOT
 from .records import Document, NotText, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
+Skip = Callable[[Path], bool] | None  # which folders are not searched for text
 TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
 MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
 ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or docx, odt, epub)", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF": "PDF"}
@@ -37,12 +38,7 @@ class Found:
     named: bool
 
 
-def nothing(_: Path) -> bool:
-    """Skip no folder."""
-    return False
-
-
-def find_files(paths: Sequence[Path], skip: Callable[[Path], bool] = nothing) -> list[Found]:
+def find_files(paths: Sequence[Path], skip: Skip = None) -> list[Found]:
     """Find the files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
 
     A file that is reached twice counts once. Folders within `paths` that are to `skip` are not searched.
@@ -126,11 +122,11 @@ def _expand(path: Path) -> list[Path]:
     raise LlmpyError(f"no file or folder {path}", hint or "check the path")
 
 
-def _walk(folder: Path, skip: Callable[[Path], bool]) -> list[Path]:
+def _walk(folder: Path, skip: Skip) -> list[Path]:
     """Find every regular file below `folder` that is not hidden, sorted by path."""
     files: list[Path] = []
     for where, folders, names in os.walk(folder, onerror=_unreadable):
-        if Path(where) != folder and skip(Path(where)):
+        if skip and Path(where) != folder and skip(Path(where)):
             folders.clear()
             continue
         folders[:] = (name for name in folders if not name.startswith("."))

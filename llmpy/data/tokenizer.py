@@ -125,8 +125,7 @@ class Tokenizer:
         missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
         if not isinstance(library.decoder, decoders.ByteLevel) or missing:
             # such a tokenizer silently drops what it lacks
-            why = f"{missing} of the 256 bytes are no tokens" if missing else "its decoder is not ByteLevel"
-            raise ValueError(f"not a byte-level one ({why})")
+            raise ValueError(f"not byte-level: {missing} of the 256 bytes are no tokens, decoder {library.decoder}")
         if len(set(vocabulary.values())) < len(vocabulary):
             raise ValueError("two of its tokens have the same id")
         added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}

@@ -92,11 +92,6 @@ def test_nothing_is_made_when_the_input_is_refused(tmp_path, folder, said):
     assert not folder.parent.exists()
 
 
-def test_a_folder_that_cannot_be_made(text, tmp_path, said):
-    with pytest.raises(LlmpyError, match=r"cannot make .*: .+ — choose another folder"):
-        prepare([text], text / "run", say=said.append)
-
-
 # token shards
 
 

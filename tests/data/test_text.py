@@ -135,13 +135,6 @@ def test_too_little_text(tmp_path, said, content):
     assert message in str(fault.value)
 
 
-def test_folder_without_text(tmp_path, said):
-    write(tmp_path, "x.dat", b"\0")
-    with pytest.raises(LlmpyError, match="0 files with 0 characters of text"):
-        read(said, tmp_path)
-    assert said == ["skipped 1 file that is not text: x.dat"]
-
-
 def test_missing(tmp_path, said):
     write(tmp_path, "shakespeare.txt")
     with pytest.raises(LlmpyError, match=r"no file or folder .*shakspeare\.txt — did you mean shakespeare"):
@@ -156,17 +149,6 @@ def test_a_pipe(tmp_path, said):
         read(said, tmp_path / "pipe")
     write(tmp_path, "a.txt")
     assert len(read(said, tmp_path)) == 1  # in a folder they are skipped
-
-
-def test_unreadable(tmp_path, said, monkeypatch):
-    path = write(tmp_path, "a.txt")
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("pathlib.Path.open", refuse)
-    with pytest.raises(LlmpyError, match=r"cannot read .*a\.txt: Permission denied — check"):
-        read(said, path)
 
 
 def test_a_name_that_no_disk_takes(said):

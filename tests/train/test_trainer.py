@@ -308,7 +308,7 @@ def test_all_problems_are_told_at_once_of_a_model_too(
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (10, r"training needs about 5,200 with -B 4 -T 128"),
+        (10, r"training needs at least 1,000"),
         (30, r"to train on and \d+ to validate, and -B 4 -T 128 takes 513 and 129 at least — give about [\d.]+ times"),
     ],
 )
