@@ -92,7 +92,7 @@ def is_dataset(what: str | Path) -> bool:
 def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
     """Return the folder of a named dataset's tokens, made now if it is missing; of a huge one a portion will do.
 
-    Raises LlmpyError for one not to train on, and as `data` does.
+    Raises LlmpyError for one not to train on, for one that is there in several portions, and as `data` does.
     """
     if name not in SOURCES:
         raise LlmpyError(
@@ -100,10 +100,17 @@ def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
         )
     whole = DataOptions(what=(name,), tokenizer=tokenizer)
     portion = replace(whole, tokens=SOURCES[name].portion)
-    there = [options for options in (whole, portion) if _folder(name, options, _request(options)).exists()]
-    if portion.tokens and not there:
+    there = sorted(record.parent for record in (data_cache() / name).glob(f"[!.]*/{RECORD}"))
+    for options in (whole, portion):
+        if _folder(name, options, _request(options)) in there:
+            return data(options, say)
+    if there and tokenizer == "gpt2":  # other tokens of it, which the user has made
+        if len(there) > 1:
+            raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
+        return there[0]
+    if portion.tokens:
         say(f"{name} is not here yet: making its first {portion.tokens:,} tokens (all of it: {command('data', name)})")
-    return data(there[0] if there else portion, say)
+    return data(portion, say)
 
 
 def _request(options: DataOptions) -> dict[str, Any]:

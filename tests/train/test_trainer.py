@@ -835,7 +835,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
         "missing": (lambda f: {"data": (f / "nothing.txt",)}, "nothing.txt"),
         "dial": (lambda f: {"model": "d4x"}, "unknown model"),
         "magic": (shard(lambda b: bytearray(4) + b[4:]), "tokens.bin"),
-        "length": (shard(lambda b: b[:-2]), "cut off"),
+        "length": (shard(lambda b: b[:-2]), "is damaged"),
         "token": (shard(lambda b: b[:-2] + b"\xff\xff"), "outside the vocabulary"),
         "prompt": (lambda f: {"prompt": "\udcff"}, "UTF-8"),
         "prompt without tokenizer": (
