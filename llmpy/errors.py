@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 
 class LlmpyError(Exception):
@@ -29,3 +30,8 @@ class Stopped(LlmpyError):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
         self.code = 128 + number
+
+
+def unreadable(path: Path, fault: OSError) -> LlmpyError:
+    """Return what to raise for a file that the system does not give us."""
+    return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")

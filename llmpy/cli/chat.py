@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from ..api import GPT2
 from ..backend.machine import Machine
-from ..data.encode import tokenise
+from ..data.encode import encode
 from ..data.records import ASSISTANT, conversation
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
@@ -70,7 +70,7 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
     while True:
         document = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}])
         text = document.part(0, len(document.text) - 2)  # without the blank line that ends the answer
-        ids = [int(i) for i in tokenise(tokenizer, [text]).ids]
+        ids = [int(i) for block in encode(tokenizer, [text]) for i in block.ids]
         if len(ids) <= room:
             return ids
         if len(messages) == 1:

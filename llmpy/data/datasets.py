@@ -14,6 +14,7 @@ In all of these a text is encoded as it is: `<|endoftext|>` that somebody wrote 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -32,7 +33,6 @@ from .records import Document
 from .text import find_files, read_text, stream_files
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 HELLASWAG_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -63,25 +63,18 @@ class Source:
 
 
 def hellaswag_lines(raw: Path | None, say: Say) -> Path:
-    """HellaSwag's jsonl, downloaded if `raw` is None."""
-    return raw or fetch(HELLASWAG, _raw("hellaswag_val.jsonl"), HELLASWAG_SHA256, say)
-
-
-def _raw(name: str) -> Path:
-    """Where a file of a data set is kept that is not on the hub; llmpy 0.1.0 kept those of the hub here too."""
-    return data_cache() / "raw" / name
+    """Return HellaSwag's jsonl, downloaded if `raw` is None."""
+    return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", HELLASWAG_SHA256, say)
 
 
 def _from_hub(repository: str, name: str, kept: str, say: Say, sha256: str | None = None) -> Path:
-    """A file of a data set on the hub; `kept`: its name where llmpy 0.1.0 put it."""
-    old = _raw(kept)
+    """Return a file of a dataset on the hub; `kept`: its name where llmpy 0.1.0 put it."""
+    old = data_cache() / "raw" / kept
     return old if old.is_file() else from_hub(repository, name, say, dataset=True, sha256=sha256)
 
 
 def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
-    path = raw or fetch(SHAKESPEARE, _raw("tinyshakespeare.txt"), SHAKESPEARE_SHA256, say)
-    if path.stat().st_size != SHAKESPEARE_BYTES:
-        say(f"note: {path} is not the file that llm.c uses: it has {path.stat().st_size:,} bytes")
+    path = raw or fetch(SHAKESPEARE, data_cache() / "raw" / "tinyshakespeare.txt", SHAKESPEARE_SHA256, say)
     *speeches, last = read_text(path).split("\n\n")
     yield from (Document("tinyshakespeare", speech + "\n\n") for speech in speeches)
     yield Document("tinyshakespeare", last)
@@ -89,63 +82,52 @@ def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
 
 def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
     path = raw or _from_hub(STORIES, STORIES_ARCHIVE, STORIES_ARCHIVE, say, STORIES_SHA256)
-    found = False
-    for name, content in _story_files(path):
+    with _unpacked(path) as folder:
+        files = sorted(file for file in folder.rglob("*.json") if STORIES_FILE.fullmatch(file.name))
+        if not files:
+            raise LlmpyError(f"no data00.json, data01.json … in {path}", f"give {STORIES_ARCHIVE}, or its folder")
+        for file in files:
+            try:
+                stories = [story["story"].strip() for story in json.loads(file.read_bytes())]
+            except (ValueError, TypeError, KeyError) as fault:
+                raise LlmpyError(f"{file.name} in {path} holds no list of stories", "download it again") from fault
+            # data00.json, which is held out, has the seed of data01.json, the first to train on
+            random.Random(1337 + max(0, int(file.name[4:6]) - 1)).shuffle(stories)
+            yield from (Document(file.name, story) for story in stories)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """Give the folder `path`, or one in the cache with what the archive `path` holds: files in any order, 6.5 GB."""
+    if path.is_dir():
+        yield path
+        return
+    data_cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_cache()) as folder:
         try:
-            stories = [story["story"].strip() for story in json.loads(content)]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
-            raise LlmpyError(f"{name} in {path} holds no list of stories", "download it again") from fault
-        # data00.json and data01.json have the same seed: the one begins what is held out, the other what is trained on
-        random.Random(1337 + max(0, int(name[4:6]) - 1)).shuffle(stories)
-        found = True
-        yield from (Document(name, story) for story in stories)
-    if not found:
-        raise LlmpyError(
-            f"{path} holds no data00.json, data01.json …", "give TinyStories_all_data.tar.gz, or its folder"
-        )
-
-
-def _story_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files of a folder or an archive, by name.
-
-    An archive is unpacked beside the downloads: its files come in any order, and hold 6.5 GB.
-    """
-    try:
-        if path.is_dir() or path.suffix == ".json":
-            files = sorted(path.iterdir()) if path.is_dir() else [path]
-            yield from ((file.name, file.read_bytes()) for file in files if STORIES_FILE.fullmatch(file.name))
-            return
-        data_cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_cache()) as folder:
             with tarfile.open(path, "r|*") as archive:
                 for member in archive:
                     name = Path(member.name).name
                     if STORIES_FILE.fullmatch(name) and (content := archive.extractfile(member)):
                         with Path(folder, name).open("wb") as file:
                             shutil.copyfileobj(content, file)
-            yield from _story_files(Path(folder))
-    except (tarfile.TarError, EOFError, zlib.error) as fault:
-        raise LlmpyError(f"{path} is no whole tar archive: {fault}", "download it again") from fault
-    except OSError as fault:
-        raise LlmpyError(
-            f"cannot read or unpack {path}: {fault.strerror or fault}",
-            "check the path; unpacked it takes 6.5 GB below LLMPY_DATA",
-        ) from fault
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as fault:
+            fix = "download it again; unpacked it takes 6.5 GB below LLMPY_DATA"
+            raise LlmpyError(f"cannot unpack the tar archive {path}: {fault}", fix) from fault
+        yield Path(folder)
 
 
-def _web(repository: str) -> Callable[[Path | None, Say], Iterator[Document]]:
-    """The documents of a data set's sample of 10 billion tokens, file by file as they are needed."""
+def _web(repository: str, name: str) -> Source:
+    """A sample of 10 billion tokens in parquet files, which are downloaded one by one as they are needed."""
 
     def documents(raw: Path | None, say: Say) -> Iterator[Document]:
-        if raw is not None:
-            yield from stream_files(find_files([raw], say), say)
-            return
-        kept = repository.replace("/", "--")
-        for name in hub_files(repository, "sample/10BT"):
-            path = _from_hub(repository, name, f"{kept}/{Path(name).name}", say)
-            yield from stream_files(find_files([path], say), say)
+        for file in [""] if raw else hub_files(repository, "sample/10BT"):
+            kept = f"{repository.replace('/', '--')}/{Path(file).name}"
+            path = raw or _from_hub(repository, file, kept, say)
+            yield from stream_files(find_files([path]), say)
 
-    return documents
+    layout = Layout(SHARD_TOKENS, f"{name}_val_000000.bin", name + "_train_{:06d}.bin")
+    return Source(layout, documents, SHARD_TOKENS)
 
 
 SOURCES = {
@@ -155,14 +137,6 @@ SOURCES = {
     "tinystories": Source(
         Layout("data00.json", "TinyStories_val.bin", "TinyStories_train.bin", one_file=True), _stories
     ),
-    "fineweb": Source(
-        Layout(SHARD_TOKENS, "fineweb_val_000000.bin", "fineweb_train_{:06d}.bin"),
-        _web("HuggingFaceFW/fineweb"),
-        SHARD_TOKENS,
-    ),
-    "fineweb-edu": Source(
-        Layout(SHARD_TOKENS, "edu_fineweb_val_000000.bin", "edu_fineweb_train_{:06d}.bin"),
-        _web("HuggingFaceFW/fineweb-edu"),
-        SHARD_TOKENS,
-    ),
+    "fineweb": _web("HuggingFaceFW/fineweb", "fineweb"),
+    "fineweb-edu": _web("HuggingFaceFW/fineweb-edu", "edu_fineweb"),
 }

@@ -23,6 +23,7 @@ BLANK = re.compile(r"(?<=\S) ")  # of other patterns: they let line ends belong 
 PIECE = 1 << 12  # characters encoded at a time
 TOKENIZER_SEES = 50_000_000  # characters to learn merges from: seven seconds of counting (two cores), and plenty
 BATCH = 1 << 20  # characters handed to the library at once: 18.5M at once took it 3.0 GB
+Piece = tuple[str, bool, bool]  # text, whether it begins a document, and whether it counts
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,6 @@ class Tokens:
     ids: np.ndarray
     counted: np.ndarray | None
     characters: int  # of the text they stand for
-
-
-@dataclass
-class _Batch:
-    """Texts on their way to the library; each may begin a document, and counts or does not."""
-
-    texts: list[str]
-    begins: list[bool]
-    counts: list[bool]
-    characters: int = 0
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Tokens]:
@@ -61,17 +52,6 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
             yield waiting.popleft().result()
 
 
-def tokenise(tokenizer: Tokenizer, documents: Iterable[Document]) -> Tokens:
-    """`encode` in one."""
-    blocks = list(encode(tokenizer, documents))
-    if not blocks:
-        return Tokens(np.empty(0, np.uint16), None, 0)
-    counted = None
-    if any(block.counted is not None for block in blocks):
-        counted = np.concatenate([np.ones(len(b.ids), bool) if b.counted is None else b.counted for b in blocks])
-    return Tokens(np.concatenate([b.ids for b in blocks]), counted, sum(b.characters for b in blocks))
-
-
 def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:
     """`text` in portions of about PIECE characters, cut only where a word begins."""
     start = 0
@@ -81,21 +61,20 @@ def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(documents: Iterable[Document], border: re.Pattern[str]) -> Iterator[_Batch]:
-    batch = _Batch([], [], [])
+def _batches(documents: Iterable[Document], border: re.Pattern[str]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
     for document in documents:
         begins = True
         for text, counts in _segments(document):
             for piece in pieces(text, border):
-                batch.texts.append(piece)
-                batch.begins.append(begins)
-                batch.counts.append(counts)
-                batch.characters += len(piece)
+                batch.append((piece, begins, counts))
+                characters += len(piece)
                 begins = False
-                if batch.characters >= BATCH:
+                if characters >= BATCH:
                     yield batch
-                    batch = _Batch([], [], [])
-    if batch.texts:
+                    batch, characters = [], 0
+    if batch:
         yield batch
 
 
@@ -114,17 +93,18 @@ def _segments(document: Document) -> Iterator[tuple[str, bool]]:
         yield document.text[at:], False
 
 
-def _tokens(tokenizer: Tokenizer, batch: _Batch, dtype: np.dtype) -> Tokens:
-    rows = tokenizer.encode_batch(batch.texts)
-    ids = np.empty(sum(map(len, rows)) + sum(batch.begins), dtype)
-    counted = None if all(batch.counts) else np.ones(len(ids), bool)
+def _tokens(tokenizer: Tokenizer, batch: list[Piece], dtype: np.dtype) -> Tokens:
+    texts, begins, counts = zip(*batch, strict=True)
+    rows = tokenizer.encode_batch(texts)
+    ids = np.empty(sum(map(len, rows)) + sum(begins), dtype)
+    counted = None if all(counts) else np.ones(len(ids), bool)
     at = 0
-    for row, begins, counts in zip(rows, batch.begins, batch.counts, strict=True):
-        if begins:
+    for row, first, counting in zip(rows, begins, counts, strict=True):
+        if first:
             ids[at] = tokenizer.eot
             at += 1
         ids[at : at + len(row)] = row
         if counted is not None:
-            counted[at : at + len(row)] = counts
+            counted[at : at + len(row)] = counting
         at += len(row)
-    return Tokens(ids, counted, batch.characters)
+    return Tokens(ids, counted, sum(map(len, texts)))

@@ -11,10 +11,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..system.durable import write_whole
 from .magic import EXAMPLES, HEADER_BYTES
 from .records import json_lines
@@ -22,7 +23,6 @@ from .tokenizer import Tokenizer
 
 VERSION = 1
 DELIMITER, ENDINGS = 65535, 4
-EXAMPLES_AT_MOST = 65535
 WORD = np.dtype("<u2")
 
 
@@ -33,27 +33,6 @@ class Example:
     context: np.ndarray
     endings: tuple[np.ndarray, ...]
     label: int
-
-
-class Examples:
-    """The examples of a file, memory-mapped and checked: `len`, and `[i]`."""
-
-    def __init__(self, stream: np.ndarray, starts: np.ndarray) -> None:
-        self._stream, self._starts = stream, starts
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, i: int) -> Example:
-        at = int(self._starts[i])
-        parts = []
-        label = int(self._stream[at + 3])
-        at += 5
-        for _ in range(1 + ENDINGS):
-            n = int(self._stream[at])
-            parts.append(self._stream[at + 1 : at + 1 + n])
-            at += 1 + n
-        return Example(parts[0], tuple(parts[1:]), label)
 
 
 def encode_examples(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
@@ -68,97 +47,84 @@ def encode_examples(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write llm.c's file, whole or not at all. Raises LlmpyError for what it cannot hold."""
-    if not 0 < len(examples) <= EXAMPLES_AT_MOST:
-        raise LlmpyError(f"{path}: {len(examples):,} examples", f"give 1 to {EXAMPLES_AT_MOST:,}")
+    if not examples:
+        raise LlmpyError(f"{path}: no examples", "give at least one")
     body = [_packed(path, i, example) for i, example in enumerate(examples)]
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:4] = EXAMPLES, VERSION, len(body), max(map(len, body))
     write_whole(path, lambda temporary: temporary.write_bytes(header.tobytes() + b"".join(body)))
 
 
-def read_examples(path: Path, vocab_size: int) -> Examples:
+def read_examples(path: Path, vocab_size: int) -> list[Example]:
     """Map llm.c's file into memory and check all of it, tokens included.
 
-    Raises LlmpyError, naming the example, for any damage.
+    Raises LlmpyError for any damage.
     """
+    examples, at = [], 0
     try:
-        size = path.stat().st_size
-        if size < HEADER_BYTES + 2 or size % 2:
-            raise _damaged(path, f"{size:,} bytes cannot be whole")
-        header = np.fromfile(path, "<i4", 4)
-        magic, version, count, longest = (int(word) for word in header)
-        if magic != EXAMPLES or version != VERSION:
-            raise _damaged(path, f"it begins with {magic}, {version} instead of {EXAMPLES}, {VERSION}")
+        header = np.fromfile(path, "<i4", 4).tolist()
+        if header[:2] != [EXAMPLES, VERSION]:
+            raise ValueError(f"it begins with {header[:2]} instead of {[EXAMPLES, VERSION]}")
         stream = np.memmap(path, WORD, "r", offset=HEADER_BYTES)
+        for i in range(header[2]):
+            example, at = _example(stream, at, i, vocab_size)
+            examples.append(example)
+        if at != len(stream):
+            raise ValueError(f"{2 * (len(stream) - at):,} bytes after the last example")
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
-    least = 5 + 2 * (1 + ENDINGS)
-    if not 0 < count <= EXAMPLES_AT_MOST or count * least > len(stream):
-        raise _damaged(path, f"{count:,} examples do not fit its {size:,} bytes")
-    starts = np.zeros(count, np.int64)
-    at = 0
-    for i in range(count):
-        starts[i] = at
-        at = _check_example(path, stream, at, i, vocab_size, longest)
-    if at != len(stream):
-        raise _damaged(path, f"{2 * (len(stream) - at):,} bytes after the last example")
-    return Examples(stream, starts)
+        raise unreadable(path, fault) from fault
+    except (ValueError, IndexError, OverflowError) as fault:
+        raise LlmpyError(
+            f"{path} is not a multiple-choice file of llm.c: {fault}", "download or write it again"
+        ) from fault
+    return examples
 
 
-def _check_example(path: Path, stream: np.ndarray, at: int, i: int, vocab_size: int, longest: int) -> int:
-    """Where the example at `at` ends, if it is one."""
+def _example(stream: np.ndarray, at: int, i: int, vocab_size: int) -> tuple[Example, int]:
+    """Return example i, which begins at `at`, and where it ends. Raises ValueError or IndexError if it is none."""
     words = stream[at : at + 5].tolist()
-    if len(words) < 5:
-        raise _damaged(path, f"example {i:,} is cut off")
     delimiter, size, index, label, endings = words
     if (delimiter, index, endings) != (DELIMITER, i, ENDINGS) or label >= ENDINGS:
-        raise _damaged(path, f"example {i:,} begins with {words}")
-    stop = at + size // 2
-    if size % 2 or stop > len(stream) or size > longest:
-        raise _damaged(path, f"example {i:,} claims {size:,} bytes")
-    part = at + 5
+        raise ValueError(f"example {i:,} begins with {words}")
+    parts, stop = [], at + 5
     for _ in range(1 + ENDINGS):
-        n = int(stream[part]) if part < stop else 0
-        if not n or part + 1 + n > stop:
-            raise _damaged(path, f"the parts of example {i:,} do not fit it")
-        tokens = stream[part + 1 : part + 1 + n]
-        if tokens.max() >= vocab_size:
-            raise _damaged(path, f"example {i:,} holds token {tokens.max()}, the vocabulary has {vocab_size:,}")
-        part += 1 + n
-    if part != stop:
-        raise _damaged(path, f"the parts of example {i:,} do not fill it")
-    return stop
+        n = int(stream[stop])
+        part = stream[stop + 1 : stop + 1 + n]
+        if n == 0 or len(part) < n:
+            raise ValueError(f"a part of example {i:,} has {len(part):,} of {n:,} tokens")
+        if part.max() >= vocab_size:
+            raise ValueError(f"example {i:,} holds token {part.max()}, the vocabulary has {vocab_size:,}")
+        parts.append(part)
+        stop += 1 + n
+    if 2 * (stop - at) != size:
+        raise ValueError(f"example {i:,} claims {size:,} bytes, its parts make {2 * (stop - at):,}")
+    return Example(parts[0], tuple(parts[1:]), label), stop
 
 
-def _texts(path: Path, number: int, row: object) -> list[str]:
-    """Context and endings of a line, as they are encoded."""
-    fields = row if isinstance(row, dict) else {}
-    context, endings, label = fields.get("ctx"), fields.get("endings"), fields.get("label")
-    texts = [context, *endings] if isinstance(endings, list) else []
-    right = type(label) is int and 0 <= label < ENDINGS
-    if len(texts) != 1 + ENDINGS or not right or not all(isinstance(text, str) for text in texts):
+def _texts(path: Path, number: int, row: Any) -> list[str]:
+    """Return context and endings of a line, as they are encoded."""
+    try:
+        texts = [row["ctx"], *(" " + ending for ending in row["endings"])]
+        right = len(texts) == 1 + ENDINGS and isinstance(texts[0], str) and row["label"] in range(ENDINGS)
+    except (TypeError, KeyError):
+        right = False
+    if not right:
         raise LlmpyError(
             f"{path}: line {number:,} is no example of HellaSwag (ctx, {ENDINGS} endings, label 0 … {ENDINGS - 1})",
             "give hellaswag_val.jsonl as it is downloaded",
         )
-    return [texts[0], *(" " + ending for ending in texts[1:])]
+    return texts
 
 
 def _packed(path: Path, index: int, example: Example) -> bytes:
-    words = [DELIMITER, 0, index, example.label, len(example.endings)]
-    for part in (example.context, *example.endings):
+    parts = example.context, *example.endings
+    words = [DELIMITER, 0, index, example.label, ENDINGS]
+    for part in parts:
         words += [len(part), *part.tolist()]
     words[1] = 2 * len(words)
-    fits = len(example.endings) == ENDINGS and 0 <= example.label < ENDINGS
-    if not fits or min(map(len, (example.context, *example.endings))) == 0:
-        raise LlmpyError(f"{path}: example {index:,} has no label, or an empty part", "leave it out")
-    if max(words[1:]) >= DELIMITER or min(words) < 0:
+    if not all(map(len, parts)) or max(words[1:]) >= DELIMITER:
         raise LlmpyError(
-            f"{path}: example {index:,} ({words[1]:,} bytes, tokens up to {max(words[5:]):,}) does not fit 16 bits",
-            "use a smaller vocabulary, or leave it out",
+            f"{path}: example {index:,} has an empty part, or does not fit 16 bits",
+            "leave it out, or use a smaller vocabulary",
         )
     return np.array(words, WORD).tobytes()
-
-
-def _damaged(path: Path, why: str) -> LlmpyError:
-    return LlmpyError(f"{path} is not a multiple-choice file of llm.c: {why}", "download or write it again")

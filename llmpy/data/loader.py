@@ -45,12 +45,6 @@ class Loader:
         vocab_size: int | None = None,
     ) -> None:
         """With `vocab_size` every batch is checked against it, for files may change after they were opened."""
-        if not shards:
-            raise LlmpyError("no token shards to read", "give at least one")
-        if not 0 <= rank < ranks:
-            raise LlmpyError(f"rank {rank} of {ranks}", "use a rank from 0 to ranks - 1")
-        if B < 1 or T < 1:
-            raise LlmpyError(f"batches of {B} rows of {T} tokens", "use -B and -T of at least 1")
         self.shards = tuple(shards)
         self.B, self.T, self.rank, self.ranks = B, T, rank, ranks
         self.shuffle, self.vocab_size = shuffle, vocab_size
@@ -91,12 +85,11 @@ class Loader:
         self._inputs.reshape(-1)[:] = stretch[:-1]
         self._targets.reshape(-1)[:] = stretch[1:]
         if self.vocab_size is not None:  # the copies, which nobody changes any more; it takes microseconds
-            largest = max(self._inputs.max(), self._targets.max())
-            least = min(self._inputs.min(), self._targets.min())  # below 0: of a stream of int32
-            if largest >= self.vocab_size or least < 0:
+            largest = max(x.view(np.uint32).max() for x in (self._inputs, self._targets))  # below 0 is large too
+            if largest >= self.vocab_size:
                 raise LlmpyError(
-                    f"{self._shard_here.path} was changed since it was opened: it holds token "
-                    f"{least if least < 0 else largest} now, outside the vocabulary of {self.vocab_size:,} tokens",
+                    f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
+                    f"the vocabulary of {self.vocab_size:,} tokens",
                     "leave the data as they are while they are in use",
                 )
         if self._counted is not None:
@@ -138,16 +131,13 @@ class Loader:
         counted as read, come the samples that begin in one that was read, then the others in the order of the old ones.
         """
         mine = self.B * self.T * self.ranks
-        if mine == BT:
-            self.position = position
-            return
-        fits = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
-        samples = self._samples(self.shards[int(position.shard_order[position.shard])]) if fits else 0
-        place = np.empty(position.sample_order.size, np.int64)
-        place[position.sample_order] = np.arange(place.size)
-        when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
-        order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
-        self.position = Position(position.shard, read, position.shard_order, order, position.rng)
+        if mine != BT and position.shard_order.size == len(self.shards):
+            samples = self._samples(self.shards[int(position.shard_order[position.shard])])
+            place = np.argsort(position.sample_order)  # of each sample in the old order
+            when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
+            order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
+            position = Position(position.shard, read, position.shard_order, order, position.rng)
+        self.position = position
 
     @property
     def batch(self) -> tuple[str, int]:

@@ -14,12 +14,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..errors import LlmpyError
 from ..options.data import DATA_NAMES, DataOptions
@@ -27,39 +25,36 @@ from ..system.cache import data_cache
 from ..system.command import command
 from ..system.durable import made
 from ..system.lock import Lock
-from ..system.words import did_you_mean
 from .datasets import SOURCES, hellaswag_lines
-from .hellaswag import encode_examples, read_examples, write_examples
+from .hellaswag import encode_examples, write_examples
 from .pipeline import OWN, Corpus, Say, choose_tokenizer, divided, write_tokens
 from .shards import open_shard
-from .text import find_files, nothing, stream_files
+from .text import Skip, find_files, stream_files
 from .tokenizer import Tokenizer
 
 RECORD = "dataset.json"
-SAMPLES, SAMPLE_TOKENS = 3, 32
+SAMPLE_TOKENS = 24
 
 
-def data(options: DataOptions, say: Say = print, skip: Callable[[Path], bool] = nothing) -> Path:
+def data(options: DataOptions, say: Say = print, skip: Skip = None) -> Path:
     """Make the token files of a dataset or of the user's text; returns their folder.
 
-    `skip`: folders that are not searched for text.
     Raises LlmpyError for whatever cannot be read, downloaded or written, and for a folder with anything in it.
     """
     if not all(options.what) or not options.what:
         raise LlmpyError("nothing to prepare is named", f"name files or folders of text, or {', '.join(DATA_NAMES)}")
-    names = [*filter(is_dataset, options.what)]
-    if names and len(options.what) > 1:
-        raise LlmpyError(f"{names[0]} is a data set of its own", "prepare one at a time")
-    if options.source and not names:
+    name = next(filter(is_dataset, options.what), None)
+    if name is not None and len(options.what) > 1:
+        raise LlmpyError(f"{name} is a data set of its own", "prepare one at a time")
+    if options.source and name is None:
         raise LlmpyError("--source goes with the name of a data set", f"name one of {', '.join(DATA_NAMES)}")
     if options.source and not options.source.exists():
         raise LlmpyError(f"no file or folder {options.source}", "check --source")
-    name = names[0] if names else None
     if name is not None and options.tokenizer is None:
         options = replace(options, tokenizer="gpt2")
     request = _request(options)
     folder = options.out or _folder(name, options, request)
-    if folder.absolute() == Path.cwd() or folder.name == "..":  # it is to be replaced
+    if folder.absolute() == Path.cwd():  # it is to be replaced
         raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
     source = None if options.source is None else os.path.abspath(options.source)
 
@@ -74,14 +69,16 @@ def data(options: DataOptions, say: Say = print, skip: Callable[[Path], bool] = 
     if name is not None and is_there():
         return folder
     _check_empty(folder)
-    with _alone(folder, say):
+    with _workplace(folder.absolute(), say) as work:
         if is_there():  # another process has made it meanwhile
             return folder
         _check_empty(folder)
-        with _workplace(folder) as work:
-            record = _hellaswag(options, work, say) if name == "hellaswag" else _tokens(options, name, work, say, skip)
-            record = request | {"source": source} | record
-            (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        record = _hellaswag(options, work, say) if name == "hellaswag" else _tokens(options, name, work, say, skip)
+        record = request | {"source": source} | record
+        (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder.absolute())
     word = name if name and folder == data_cache() / name / "gpt2" else folder
     say(f"ready in {folder}" + ("" if name == "hellaswag" else f"; train on it:  {command('train', '--data', word)}"))
     return folder
@@ -93,7 +90,7 @@ def is_dataset(what: str | Path) -> bool:
 
 
 def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
-    """The folder of a named dataset's tokens, made now if it is not there; of a huge one as many as training can use.
+    """Return the folder of a named dataset's tokens, made now if it is missing; of a huge one a portion will do.
 
     Raises LlmpyError for one not to train on, for one that is there in several portions, and as `data` does.
     """
@@ -107,24 +104,19 @@ def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
     for options in (whole, portion):
         if _folder(name, options, _request(options)) in there:
             return data(options, say)
-    if len(there) == 1 and tokenizer == "gpt2":
+    if there and tokenizer == "gpt2":  # other tokens of it, which the user has made
+        if len(there) > 1:
+            raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
         return there[0]
-    if there and tokenizer == "gpt2":
-        raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
     if portion.tokens:
         say(f"{name} is not here yet: making its first {portion.tokens:,} tokens (all of it: {command('data', name)})")
     return data(portion, say)
 
 
 def _request(options: DataOptions) -> dict[str, Any]:
-    """What was asked for, as dataset.json has it; a tokenizer of a file by its content, in whatever form."""
+    """Return what was asked for, as dataset.json has it; a tokenizer of a file by its content, in whatever form."""
     tokenizer = options.tokenizer
     if tokenizer not in (None, "gpt2", "bytes") and not tokenizer.startswith("bpe:"):
-        if not Path(tokenizer).exists():
-            raise LlmpyError(
-                f"cannot read the tokenizer {tokenizer}: no such file",
-                f"{did_you_mean(tokenizer, ('gpt2', 'bytes'))} use gpt2, bytes, bpe:N, or a file".lstrip(),
-            )
         content = Tokenizer.load(Path(tokenizer)).to_json()
         tokenizer = "sha256:" + hashlib.sha256(content.encode()).hexdigest()[:12]
     return {
@@ -140,9 +132,8 @@ def _folder(name: str | None, options: DataOptions, request: dict[str, Any]) -> 
     if name is None:
         called = Path(os.path.abspath(options.what[0])).name.partition(".")[0]
         return Path("data", re.sub(r"[*?\[\]]", "", called) or "text")
-    tokenizer = request["tokenizer"].replace(":", "-")
-    parts = [tokenizer, *([options.format] if options.format != "auto" else [])]
-    return data_cache() / name / "-".join([*parts, *([str(options.tokens)] if options.tokens else [])])
+    parts = [request["tokenizer"].replace(":", "-"), "" if options.format == "auto" else options.format]
+    return data_cache() / name / "-".join(filter(None, [*parts, str(options.tokens or "")]))
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -155,46 +146,28 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_empty(folder: Path) -> None:
-    """Raise LlmpyError if the folder holds anything."""
-    with contextlib.suppress(OSError):
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return
-    there = _record(folder)
-    if there and there.get("data") != ["hellaswag"]:
-        use = f"train on them: {command('train', '--data', folder)}; for others choose another with --out, or remove it"
-        raise LlmpyError(f"{folder} has tokens already", use)
-    raise LlmpyError(f"{folder} is not empty", "choose another folder with --out, or remove it")
+    """Raise LlmpyError if the folder holds anything, or is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fix = "choose another folder with --out, or remove it"
+        if _record(folder):
+            fix = f"train on it: {command('train', '--data', folder)}; or {fix}"
+        raise LlmpyError(f"{folder} is not empty", fix)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
-    """Within, no other process makes `folder`: one that does is waited for."""
-    folder = folder.absolute()
-    with made(folder.parent):
-        try:
-            with Lock(folder.with_name(f".{folder.name}.making")).waited(say, f"makes {folder}"):
-                yield
-        except OSError as fault:
-            raise LlmpyError(
-                f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)"
-            ) from fault
-
-
-@contextlib.contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place if all goes well."""
-    folder = folder.absolute()
+def _workplace(folder: Path, say: Say) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` to this process alone: another that makes `folder` is waited for."""
     work = folder.with_name(f".{folder.name}.tmp")
     try:
-        if work.exists():  # of a process that was killed
-            shutil.rmtree(work)
-        work.mkdir()
-        yield work
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with made(folder.parent), Lock(folder.with_name(f".{folder.name}.making")).waited(say, f"makes {folder}"):
+            try:
+                shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+                work.mkdir()
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as fault:
+        raise LlmpyError(f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)") from fault
 
 
 def _hellaswag(options: DataOptions, work: Path, say: Say) -> dict[str, Any]:
@@ -205,19 +178,14 @@ def _hellaswag(options: DataOptions, work: Path, say: Say) -> dict[str, Any]:
     examples = list(itertools.islice(encode_examples(raw, tokenizer), options.tokens))
     path = work / "hellaswag_val.bin"
     write_examples(path, examples)
-    read_examples(path, tokenizer.vocab_size)
     tokenizer.save(work / "tokenizer.json")
     say(f"HellaSwag: {len(examples):,} contexts with four endings, in llm.c's format")
-    for example in examples[:: max(1, len(examples) // SAMPLES)][:SAMPLES]:
-        say(f"sample: {tokenizer.decode(example.context)!r} → {tokenizer.decode(example.endings[example.label])!r}")
     return {"files": {path.name: len(examples)}}
 
 
-def _tokens(
-    options: DataOptions, name: str | None, work: Path, say: Say, skip: Callable[[Path], bool]
-) -> dict[str, Any]:
+def _tokens(options: DataOptions, name: str | None, work: Path, say: Say, skip: Skip) -> dict[str, Any]:
     if name is None:
-        files = find_files([Path(what) for what in options.what], say, skip)
+        files = find_files([Path(what) for what in options.what], skip)
         corpus, layout = divided(lambda tell: stream_files(files, tell), say), OWN
     else:
         source, layout = SOURCES[name], SOURCES[name].layout
@@ -225,19 +193,9 @@ def _tokens(
         tells = itertools.chain([say], itertools.repeat(lambda _: None))
         corpus = Corpus(lambda: ((d.source == layout.val, d) for d in source.documents(options.source, next(tells))))
     tokenizer, whose = choose_tokenizer(options.tokenizer, corpus, say)
-    files_of = write_tokens(corpus, tokenizer, whose, work, say, layout, options.format, options.tokens)
-    listed = [f"{file}: {count:,} tokens" for file, count in files_of.items()]
+    counts = write_tokens(corpus, tokenizer, whose, work, say, layout, options.tokens or 0, options.format)
+    listed = [f"{file}: {count:,} tokens" for file, count in counts.items()]
     say("  ".join(listed if len(listed) <= 4 else [*listed[:3], "…", listed[-1]]))
-    ids = open_shard(work / min(files_of, key=lambda file: "val" in file), tokenizer.vocab_size).tokens
-    for text in _samples(ids, tokenizer):
-        say(f"sample: {text!r}")
-    return {"vocab_size": tokenizer.vocab_size, "files": files_of}
-
-
-def _samples(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
-    """How documents begin, at three places of the data; in the middle of one where it is long."""
-    for i in range(SAMPLES):
-        start = i * len(ids) // SAMPLES
-        near = np.flatnonzero(ids[start : start + (1 << 16)] == tokenizer.eot)
-        start += int(near[0]) + 1 if near.size and start + near[0] + 1 < len(ids) else 0
-        yield tokenizer.decode(ids[start : start + SAMPLE_TOKENS])
+    train = open_shard(work / min(counts, key=lambda file: "val" in file), tokenizer.vocab_size)
+    say(f"it begins: {tokenizer.decode(train.tokens[:SAMPLE_TOKENS])!r}")
+    return {"vocab_size": tokenizer.vocab_size, "files": counts}

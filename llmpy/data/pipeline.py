@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
-from .datasets import SHARD_TOKENS, Layout
-from .encode import TOKENIZER_SEES, Tokens, encode, pieces
+from .datasets import SHARD_TOKENS, Layout, Say
+from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
-from .rank_tables import LLMC_FILE, Ranks, write_llmc
+from .rank_tables import LLMC_FILE, write_llmc
 from .records import Document
 from .shards import CHUNK, FORMS, HEADER_BYTES, form_for, write_shard
 from .tokenizer import Tokenizer
@@ -33,7 +33,6 @@ CHARACTERS_PER_TOKEN = 300  # of training text for each token of the vocabulary:
 VOCAB_AT_LEAST, VOCAB_AT_MOST = 512, 8192
 SEEKABLE = 2**31 - 1  # bytes of a file that llm.c, which seeks by an int, can read to its end
 OWN = Layout(None, one_file=True)  # of the user's own text
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,19 @@ def write_tokens(
     folder: Path,
     say: Say,
     layout: Layout = OWN,
+    limit: int = 0,
     form: str = "auto",
-    limit: int | None = None,
 ) -> dict[str, int]:
     """Write the token files of `layout`, with masks where not everything counts, and tokenizer.json, into `folder`.
 
-    `form`: a key of FORMS, or auto; `limit`: encode the first so many tokens only.
-    Returns the number of tokens by file name. Raises LlmpyError for a form that cannot hold the tokens, for text in
-    which nothing counts, and if a file cannot be written.
+    `limit`: encode the first so many tokens only, 0: all. `form`: a key of FORMS, or auto; with int32 goes llm.c's
+    tokenizer file, which the programs that read it read. Returns the number of tokens by file name. Raises LlmpyError
+    for a form that cannot hold the tokens, for text in which nothing counts, and if a file cannot be written.
     """
     form = form_for(tokenizer.vocab_size) if form == "auto" else form
-    table = _checked_form(form, tokenizer)
+    if tokenizer.vocab_size - 1 > np.iinfo(FORMS[form].dtype).max:
+        raise LlmpyError(f"--format {form} cannot hold {tokenizer.vocab_size:,} tokens", "leave --format out")
+    table = tokenizer.ranks() if form == "int32" else None
     # As in llm.c, whose datasets are cut into documents already. In the user's own text EOT separates documents.
     encoder = tokenizer if layout is OWN else tokenizer.ordinary()
     files: dict[str, int] = {}
@@ -151,7 +152,7 @@ def write_tokens(
             f"cannot write to {folder}: {fault.strerror or fault}", "free some space or choose another folder (--out)"
         ) from fault
     tokenizer.save(folder / "tokenizer.json")
-    if table is not None:
+    if table:
         write_llmc(folder / LLMC_FILE, table)
     say(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {rate:.2f} characters per token")
     if learnt < n:
@@ -159,22 +160,6 @@ def write_tokens(
         if form == "int32":
             say("note: a stream of int32 has no mask: prompts count in the loss like all else")
     return files
-
-
-def _checked_form(form: str, tokenizer: Tokenizer) -> Ranks | None:
-    """Return the table that goes with the form, if one does: programs that read int32 read llm.c's tokenizer file.
-
-    Raises LlmpyError, before anything is encoded, if they do not fit each other.
-    """
-    if tokenizer.vocab_size - 1 > np.iinfo(FORMS[form].dtype).max:
-        raise LlmpyError(f"--format {form} cannot hold {tokenizer.vocab_size:,} tokens", "leave --format out")
-    if form != "int32":
-        return None
-    try:
-        return tokenizer.ranks()
-    except LlmpyError as fault:
-        why = str(fault).partition(" — ")[0]
-        raise LlmpyError(f"--format int32 goes with llm.c's tokenizer file: {why}", "leave --format out") from fault
 
 
 @dataclass(frozen=True)
@@ -187,16 +172,18 @@ class _Spool:
     rate: float  # characters per token
 
 
-def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int | None) -> _Spool:
+def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spool:
     """Encode all documents, or as many as give `limit` tokens."""
     from tqdm import tqdm
 
     total = held = encoded = characters = 0
     dtype, masked = np.dtype(np.uint16), False
     bar = tqdm(unit="char", unit_scale=True, leave=False, disable=None)
+    parts = itertools.groupby(corpus.read(), lambda pair: pair[0])
+    blocks = ((is_held, block) for is_held, part in parts for block in encode(tokenizer, (d for _, d in part)))
     with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, bar:
-        for is_held, block in _encoded(corpus, tokenizer):
-            n = len(block.ids) if limit is None else min(len(block.ids), limit - total)
+        for is_held, block in blocks:
+            n = min(len(block.ids), limit - total) if limit else len(block.ids)
             dtype = block.ids.dtype
             ids.write(block.ids[:n].tobytes())
             if block.counted is not None and not masked:
@@ -217,12 +204,6 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int | None) 
     return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[bool, Tokens]]:
-    for is_held, group in itertools.groupby(corpus.read(), lambda pair: pair[0]):
-        for block in encode(tokenizer, (document for _, document in group)):
-            yield is_held, block
-
-
 def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
     """Raise LlmpyError if nothing but EOT counts."""
     starts = range(0, len(ids), CHUNK)
@@ -233,7 +214,7 @@ def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
         )
 
 
-def _held_out(spool: _Spool, layout: Layout, limit: int | None) -> int:
+def _held_out(spool: _Spool, layout: Layout, limit: int) -> int:
     """Return how many tokens are held out; of a portion that `limit` cut off a tenth, so that both parts have some."""
     n = len(spool.ids)
     tenth = int(HELD_OUT * n)
@@ -251,11 +232,10 @@ def _held_out(spool: _Spool, layout: Layout, limit: int | None) -> int:
 def _cuts(n: int, held: int, layout: Layout, itemsize: int) -> Iterator[tuple[str, int, int]]:
     """Yield name, start and end of each token file, of `itemsize` bytes a token."""
     if layout is OWN:
-        start, stop = 0, n - held
-        yield layout.val_name, stop, n
+        start, stop, val = 0, n - held, n - held
     else:
-        start, stop = held, n
-        yield layout.val_name, 0, held
+        start, stop, val = held, n, 0
+    yield layout.val_name, val, val + held
     whole = layout.one_file and HEADER_BYTES + (stop - start) * itemsize <= SEEKABLE
     starts = range(start, stop, stop - start if whole else SHARD_TOKENS)
     name = layout.train_name

@@ -5,8 +5,7 @@ Text goes through the pipeline into the run's folder. Shards are taken as they a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +17,11 @@ from ..system.command import command
 from ..system.durable import made
 from ..system.words import count_of
 from . import builtin, shards
-from .pack import RECORD, find_dataset, is_dataset
-from .pipeline import HELD_OUT, Corpus, choose_tokenizer, divided, write_tokens
-from .records import Document
+from .pack import RECORD, SAMPLE_TOKENS, find_dataset, is_dataset
+from .pipeline import HELD_OUT, Corpus, Say, choose_tokenizer, divided, write_tokens
 from .shards import Shard, is_shard, open_shard
-from .text import LEAST_CHARACTERS, Found, find_files, nothing, stream_files
+from .text import Found, Skip, find_files, stream_files
 from .tokenizer import Tokenizer
-
-CHARACTERS_OF_A_TOKEN = 4  # of small texts, about
-SAMPLE_TOKENS = 24
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,34 +50,28 @@ def prepare(
     vocab_size: int | None = None,
     say: Say = print,
     model: Vocabulary | None = None,
-    wanted: str = "",
-    skip: Callable[[Path], bool] = nothing,
+    skip: Skip = None,
 ) -> Dataset:
     """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
 
     The name of a dataset of `llmpy data` stands for its tokens, which are made first if need be.
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when the text is read.
     Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
-    `model`: text is encoded with the tokenizer of the model that training starts from. `wanted`: how much text there
-    should be, for those who give too little. `skip`: folders that are not searched for text.
+    `model`: text is encoded with the tokenizer of the model that training starts from.
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
-    if vocab_size is not None and vocab_size >= 1 << 16:
-        raise LlmpyError(
-            f"a vocabulary of {vocab_size:,} tokens does not fit 16 bits", "use --vocab-size 65535 or less"
-        )
     if paths is None:
         corpus = _builtin(say)
     else:
         if len(paths) == 1 and is_dataset(paths[0]):
             own = model.tokenizer if model is not None and model.size != GPT2_VOCAB else None
             paths = [find_dataset(str(paths[0]), say, str(own or "gpt2"))]
-        files = find_files(paths, say, skip)
+        files = find_files(paths, skip)
         found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
         if found:
             _refuse_mixture(found, [f for f in files if f not in found], say)
             return _from_shards([f.path for f in found], vocab_size, model, say)
-        corpus = divided(lambda tell: stream_files(files, tell, wanted), say)
+        corpus = divided(lambda tell: stream_files(files, tell), say)
     if model is None:
         tokenizer, whose = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, say)
     else:
@@ -98,26 +86,13 @@ def prepare(
         return _dataset(train, val, tokenizer, size, say)
 
 
-def text_for(B: int, T: int, overfit: bool) -> str:
-    """Say about how much text fills a batch to train on, and a row of the part that is held out, or a batch of that."""
-    batch, row = B * T + 1, T + 1
-    tokens = batch / HELD_OUT if overfit else max(batch / (1 - HELD_OUT), row / HELD_OUT)
-    characters = CHARACTERS_OF_A_TOKEN * tokens
-    return f"about {max(LEAST_CHARACTERS, math.ceil(characters / 100) * 100):,} with -B {B} -T {T}"
-
-
 def _builtin(say: Say) -> Corpus:
     """Hold out every tenth section: they follow the alphabet, so the last tenth is no fair sample of all."""
     documents = builtin.builtin_documents()
     say(builtin.describe(documents))
-    held = documents[5::10]
     train = [d for i, d in enumerate(documents) if i % 10 != 5]
-
-    def read() -> Iterator[tuple[bool, Document]]:
-        yield from ((False, d) for d in train)
-        yield from ((True, d) for d in held)
-
-    return Corpus(read, sum(len(d.text) for d in train))
+    parts = [*((False, d) for d in train), *((True, d) for d in documents[5::10])]
+    return Corpus(lambda: iter(parts), sum(len(d.text) for d in train))
 
 
 def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabulary | None, say: Say) -> Dataset:
@@ -140,10 +115,7 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
         )
     size = tokenizer.vocab_size if tokenizer else vocab_size or GPT2_VOCAB
     opened = [open_shard(path, size) for path in paths]
-    what = opened[0].form.what
-    if any(shard.form != opened[0].form for shard in opened):
-        raise LlmpyError(f"token files of several forms beside each other: {what} …", "give one kind at a time")
-    say(f"{count_of(len(opened), what)}, {sum(map(len, opened)):,} tokens")
+    say(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
     val = [s for s in opened if "val" in s.path.name.lower()]
     train = [s for s in opened if "val" not in s.path.name.lower()]
     if not train or not val:
@@ -154,8 +126,7 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
     if tokenizer:
         say(f"tokenizer: {beside}, {size:,} tokens")
     else:
-        whose = "GPT-2's" if size == GPT2_VOCAB else "as asked for"
-        say(f"no tokenizer.json beside them: vocabulary of {size:,} tokens ({whose}), samples show token ids")
+        say(f"no tokenizer.json beside them: vocabulary of {size:,} tokens, samples show token ids")
     return _dataset(train, val, tokenizer, size, say)
 
 

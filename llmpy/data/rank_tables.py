@@ -1,12 +1,12 @@
 """Rank tables: tokens as bytes, in the order in which byte-level BPE learnt them.
 
-    .tiktoken          a line for each token: base64 of its bytes, blank, rank; EOT comes after the last
-    llm.c's .bin       256 uint32: 20240328, version, number of tokens n, EOT's id (version 2); then n times a
-                       length (uint8, 1 … 255) and as many bytes. Version 1 is GPT-2's: n 50257, EOT 50256
+    .tiktoken      a line for each token: base64 of its bytes, blank, rank; EOT comes after the last
+    llm.c's .bin   256 uint32: 20240328, version, number of tokens n, EOT's id (version 2); then n times a length
+                   (uint8, 1 … 255) and as many bytes. Version 1 is GPT-2's: n 50257, EOT 50256
 
-Neither holds merges, but a token's rank is its merge's: the pair that made it is what the merges of lower rank
-leave of its bytes. Nor do they hold the pattern for words, which is GPT-2's but for the tables of KNOWN, recognised by
-their number of ranks. So they give an encoder too.
+Neither holds merges, but a token's rank is its merge's: the pair that made it is what the merges of lower rank leave of
+its bytes. Nor do they hold the pattern for words, which is GPT-2's but for the tables of KNOWN, recognised by their
+number of ranks. So they give an encoder too.
 
 Source of the patterns: OpenAI's tiktoken, `openai_public.py`; Meta's llama3, `tokenizer.py`.
 """
@@ -25,13 +25,12 @@ import numpy as np
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
-from .magic import HEADER_BYTES, TOKENIZER, magic_of
+from .magic import HEADER_BYTES, TOKENIZER
 
 LLMC_FILE = "gpt2_tokenizer.bin"  # what llm.c calls its own
 EOT = "<|endoftext|>"
-TOKENS_AT_MOST = 1 << 16  # what a uint16 shard can hold; it also bounds the memory that a damaged file can ask for
 LONGEST = 255  # bytes of a token
-TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]{2,}={0,2} \d{1,7}\r?\n")
+TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]{2,}={0,2}) (\d{1,7})\r?\n")
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _NUMBERS_ON = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +73,7 @@ class Ranks:
     whole: bool = False
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair that makes each token of more than one byte, in order of rank.
+        """Return the pair that makes each token of more than one byte, in order of rank.
 
         Raises LlmpyError if one cannot be made of tokens before it; but if tokens may be `whole`, these are all pairs
         that make any token.
@@ -87,9 +86,7 @@ class Ranks:
                 if len(parts) != 2 and self.whole:
                     return [pair for token in rank for pair in _pairs(token, rank)]
                 if len(parts) != 2:
-                    raise LlmpyError(
-                        f"token {i} ({token!r}) is not made of two tokens before it", "its order is no order of merges"
-                    )
+                    raise LlmpyError(f"token {i} ({token!r}) is not made of two tokens before it")
                 merges.append((parts[0], parts[1]))
         return merges
 
@@ -111,103 +108,56 @@ def _pairs(token: bytes, rank: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return [(a, b) for a, b in cuts if a in rank and b in rank]
 
 
-def is_tiktoken(start: bytes) -> bool:
-    """Whether a file that begins so is a .tiktoken table."""
-    return TIKTOKEN_LINE.match(start) is not None
-
-
-def is_llmc(start: bytes) -> bool:
-    """Whether a file that begins so is a tokenizer of llm.c."""
-    return magic_of(start) == TOKENIZER
-
-
 def parse_tiktoken(data: bytes) -> Ranks:
-    """A .tiktoken file. Raises LlmpyError (without its name) for damage, and for a large table that is not KNOWN."""
-    count = data.count(b"\n")
-    known = KNOWN.get(count)
-    if count >= TOKENS_AT_MOST and known is None:
+    """Read a .tiktoken file. Raises ValueError for damage, and for a large table that is not KNOWN."""
+    lines = data.splitlines(keepends=True)
+    known = KNOWN.get(len(lines))
+    if known is None and len(lines) >= 1 << 16:
         names = ", ".join(f"{k.name} ({n:,})" for n, k in KNOWN.items())
-        raise LlmpyError(
-            f"{count:,} ranks are none of the tables whose words are known: GPT-2 (50,256), {names}, or up to "
-            f"{TOKENS_AT_MOST - 1:,} with GPT-2's",
-            "give its tokenizer.json, which says how it splits words",
-        )
-    if count < 256:
-        raise LlmpyError(f"{count:,} ranks, where 256 must be", "download it again")
-    eot, pattern = (known.eot, known.pattern) if known else (count, "")
+        raise ValueError(f"{len(lines):,} ranks are none of the tables whose words are known: GPT-2 (50,256), {names}")
+    eot = known.eot if known else len(lines)
     tokens: list[bytes] = []
-    for number, line in enumerate(data.splitlines(keepends=True)):
-        text, _, rank = line.partition(b" ")
-        try:
-            if not TIKTOKEN_LINE.fullmatch(line):
-                raise ValueError
-            tokens.append(base64.b64decode(text, validate=True))
-        except ValueError:
-            fix = "download it again"
-            raise LlmpyError(f"line {number + 1} is not base64 and a rank: {line[:40]!r}", fix) from None
-        expected = number + (number >= eot)
-        if int(rank) != expected:
-            raise LlmpyError(f"line {number + 1} has rank {int(rank)}, not {expected}", "download it again")
-    unused = [b""] * (eot - count)
-    ranks = _checked([*tokens[:eot], *unused, EOT.encode(), *tokens[eot:]], eot, len(unused))
-    return replace(ranks, pattern=pattern, whole=known is not None)
+    for number, line in enumerate(lines):
+        match = TIKTOKEN_LINE.fullmatch(line)
+        if match is None or int(match[2]) != number + (number >= eot):
+            raise ValueError(f"line {number + 1} is not base64 and the next rank: {line[:40]!r}")
+        tokens.append(base64.b64decode(match[1], validate=True))
+    unused = [b""] * (eot - len(lines))
+    ranks = _checked([*tokens[:eot], *unused, EOT.encode(), *tokens[eot:]], eot)
+    return replace(ranks, pattern=known.pattern, whole=True) if known else ranks
 
 
 def parse_llmc(data: bytes) -> Ranks:
-    """llm.c's tokenizer .bin, version 1 or 2. Raises LlmpyError (without its name) for damage."""
-    if len(data) < HEADER_BYTES:
-        raise LlmpyError(f"cut off in its header: {len(data):,} bytes", "download it again")
-    _, version, count, eot = (int(word) for word in np.frombuffer(data, "<u4", 4))
-    if version not in (1, 2):
-        raise LlmpyError(f"version {version} of llm.c's tokenizer, not 1 or 2", "write it again with a current llm.c")
+    """Read llm.c's tokenizer .bin, version 1 or 2. Raises ValueError for damage."""
+    _, version, count, eot = np.frombuffer(data[:16].ljust(16, b"\0"), "<u4").tolist()
     if version == 1:
         eot = GPT2_VOCAB - 1
-        if count != GPT2_VOCAB:
-            raise LlmpyError(f"version 1 has {GPT2_VOCAB:,} tokens, not {count:,}", "download it again")
-    if not 257 <= count <= TOKENS_AT_MOST or eot >= count:
-        raise LlmpyError(
-            f"{count:,} tokens with EOT {eot:,}, where 257 to {TOKENS_AT_MOST:,} can be", "download it again"
-        )
     tokens, at = [], HEADER_BYTES
-    for i in range(count):
-        length = data[at] if at < len(data) else 0
-        token = data[at + 1 : at + 1 + length]
-        if not length or len(token) < length:
-            raise LlmpyError(f"cut off or empty at token {i:,} of {count:,}", "download it again")
-        tokens.append(token)
-        at += 1 + length
-    if at != len(data):
-        raise LlmpyError(f"{len(data) - at:,} bytes after the last token", "download it again")
+    while at < len(data):
+        tokens.append(data[at + 1 : at + 1 + data[at]])
+        at += 1 + data[at]
+    if version not in (1, 2) or at != len(data) or not eot < len(tokens) == count or b"" in tokens:
+        why = f"version {version}, {len(tokens):,} tokens where {count:,} should be, EOT {eot:,}"
+        raise ValueError(why + ", and one has no bytes" * (b"" in tokens))
     return _checked(tokens, eot)
+
+
+def _checked(tokens: Sequence[bytes], eot: int) -> Ranks:
+    """Return the table, in which every byte is a token and no token stands twice. Raises ValueError for another."""
+    others = [token for i, token in enumerate(tokens) if token and i != eot]
+    if not {bytes([byte]) for byte in range(256)} <= set(others) or len(set(others)) < len(others):
+        raise ValueError("not every byte is a token, or one stands in it twice")
+    return Ranks(tuple(tokens), eot)
 
 
 def write_llmc(path: Path, ranks: Ranks) -> None:
     """Write llm.c's tokenizer .bin, version 2, whole or not at all.
 
-    Raises LlmpyError for a token of more than 255 bytes (or none), and if the disk refuses.
+    Raises LlmpyError for a token of more than 255 bytes, and if the disk refuses.
     """
-    wrong = next((i for i, token in enumerate(ranks.tokens) if not 0 < len(token) <= LONGEST), None)
-    if wrong is not None:
-        raise LlmpyError(
-            f"token {wrong} has {len(ranks.tokens[wrong])} bytes: llm.c's tokenizer file holds 1 to {LONGEST}",
-            "use another tokenizer",
-        )
+    if (longest := max(map(len, ranks.tokens))) > LONGEST:
+        raise LlmpyError(f"a token has {longest} bytes: llm.c's tokenizer file holds at most {LONGEST}")
     header = np.zeros(HEADER_BYTES // 4, "<u4")
     header[:4] = TOKENIZER, 2, len(ranks.tokens), ranks.eot
     content = header.tobytes() + b"".join(bytes([len(token)]) + token for token in ranks.tokens)
     write_whole(path, lambda temporary: temporary.write_bytes(content))
-
-
-def _checked(tokens: Sequence[bytes], eot: int, unused: int = 0) -> Ranks:
-    """Every byte a token, no token twice or too long; `unused` ids are none."""
-    ranks = Ranks(tuple(tokens), eot)
-    others = (set(tokens[:eot]) | set(tokens[eot + 1 :])) - ({b""} if unused else set())
-    missing = sum(bytes([byte]) not in others for byte in range(256))
-    if missing:
-        raise LlmpyError(f"{missing} of the 256 bytes are no tokens", "download it again")
-    if len(others) != len(tokens) - 1 - unused:
-        raise LlmpyError(f"{len(tokens) - 1 - unused - len(others)} tokens stand in it twice", "download it again")
-    longest = max(map(len, others))
-    if longest > LONGEST:
-        raise LlmpyError(f"a token of {longest:,} bytes, where {LONGEST} can be", "download it again")
-    return ranks

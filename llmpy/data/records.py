@@ -10,6 +10,7 @@ Records are read one after another: a file that unpacks to a thousand times its 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
@@ -21,12 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..system.command import install
 from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
-LINE_AT_MOST = 8 << 20  # bytes of a record
 SUFFIXES = {".jsonl", ".ndjson"}
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ROWS = 64  # of a parquet file at a time
@@ -52,8 +52,8 @@ class Document:
         return Document(self.source, self.text[start:stop], spans)
 
 
-class NoRecords(LlmpyError):
-    """The first record has none of the known fields: perhaps the file is meant for something else."""
+class NotText(LlmpyError):
+    """A file that is something else; of records the first has none of the known fields."""
 
 
 def kind_of(path: Path, start: bytes) -> str | None:
@@ -69,7 +69,7 @@ def kind_of(path: Path, start: bytes) -> str | None:
 def read_records(path: Path, kind: str) -> Iterator[Document]:
     """The documents of a file of `kind_of`, in order; empty texts are left out.
 
-    Raises LlmpyError, naming file and record, for damage and for records without known fields (NoRecords if
+    Raises LlmpyError, naming file and record, for damage and for records without known fields (NotText if
     it is the first).
     """
     rows = _parquet_rows(path) if kind == "parquet" else (v for _, v in json_lines(path, packed=kind == "jsonl.gz"))
@@ -80,31 +80,19 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 
 
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each line that is not blank. Raises LlmpyError for damage."""
+    """Yield line number and value of each line that is not blank. Raises LlmpyError for damage."""
+    number = 0
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_AT_MOST + 1), b""), 1):
-                if len(line) > LINE_AT_MOST:
-                    raise LlmpyError(
-                        f"{path}: line {number:,} is longer than {LINE_AT_MOST >> 20} MiB",
-                        "give one JSON object a line, long texts in several",
-                    )
+            for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, _value(path, number, line)
+                    yield number, json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
         raise LlmpyError(f"{path} is cut off or damaged: {fault}", "download or pack it again") from fault
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check its permissions") from fault
-
-
-def _value(path: Path, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-    except UnicodeDecodeError as fault:
-        raise LlmpyError(f"{path}: line {number:,} is not UTF-8 ({fault.reason})", "convert it to UTF-8") from fault
-    except (ValueError, RecursionError) as fault:
-        where = f" (character {fault.pos + 1:,}: {fault.msg})" if isinstance(fault, json.JSONDecodeError) else ""
-        raise LlmpyError(f"{path}: line {number:,} is not JSON{where}", "give one JSON object a line") from fault
+        raise unreadable(path, fault) from fault
+    except (ValueError, RecursionError) as fault:  # no UTF-8 is a ValueError too
+        raise LlmpyError(f"{path}: line {number:,} is not JSON: {fault}", "give one JSON object a line") from fault
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -120,7 +108,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             names = set(file.schema_arrow.names)
             wanted = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
             if wanted is None:
-                raise NoRecords(f"{path} has the columns {_some(names)}", f"give columns named {KINDS}")
+                raise NotText(f"{path} has the columns {_some(names)}", f"give columns named {KINDS}")
             for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as fault:
@@ -140,32 +128,29 @@ def _document(path: Path, number: int, row: Any) -> Document:
         if "messages" in fields:
             return conversation(source, fields["messages"])
     except (TypeError, KeyError, UnicodeEncodeError) as fault:
-        why = {KeyError: f"no {fault.args[0]} in a message", TypeError: str(fault)}
-        what = why.get(type(fault), "half a character (a lone surrogate)")
+        what = f"no {fault} in a message" if isinstance(fault, KeyError) else str(fault)
         raise LlmpyError(f"{path}: record {number:,}: {what}", f"give {KINDS}") from fault
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
-    raise (NoRecords if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
+    raise (NotText if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
 
 
 def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
-    """`role: content` and a blank line for each message; the assistant's words count.
+    """Write `role: content` and a blank line for each message; the assistant's words count.
 
     Raises TypeError and KeyError for what is no list of messages, UnicodeEncodeError for half a character.
     """
-    if not isinstance(messages, list):
-        raise TypeError("messages that are no list")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise TypeError("messages that are no list of objects")
     text, counted = "", []
     for message in messages:
-        if not isinstance(message, dict):
-            raise TypeError("a message that is no object")
         role, content = _string(message["role"]), message["content"]
         if isinstance(content, list):  # parts, of which the textual ones are taken
             content = "".join(_string(part["text"]) for part in content if part["type"] == "text")
-        head = f"{role}: "
-        body = _string(content) + "\n\n"
+        text += f"{role}: "
+        start = len(text)
+        text += _string(content) + "\n\n"
         if role == ASSISTANT:
-            counted.append((len(text) + len(head), len(text) + len(head) + len(body)))
-        text += head + body
+            counted.append((start, len(text)))
     return Document(source, text, tuple(counted))
 
 

@@ -11,15 +11,13 @@ Everything is checked when a file is opened, once: compiled kernels trust token 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
 from . import magic
@@ -39,10 +37,6 @@ class Form:
     dtype: np.dtype
     what: str
 
-    @property
-    def header_bytes(self) -> int:
-        return HEADER_BYTES if self.magic else 0
-
 
 FORMS = {
     "uint16": Form(magic.TOKENS, 1, np.dtype("<u2"), "llm.c token shard"),
@@ -59,7 +53,6 @@ class Shard:
     path: Path
     tokens: np.ndarray
     counted: np.ndarray | None = None  # uint8 (n,), 1 where the token counts as a target; None: everywhere
-    form: Form = FORMS["uint16"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,7 +60,7 @@ class Shard:
     def part(self, start: int, stop: int) -> Shard:
         """Return tokens [start, stop) as a view."""
         counted = None if self.counted is None else self.counted[start:stop]
-        return Shard(self.path, self.tokens[start:stop], counted, self.form)
+        return Shard(self.path, self.tokens[start:stop], counted)
 
 
 def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: np.ndarray | None = None) -> None:
@@ -75,12 +68,10 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
 
     Raises LlmpyError if the tokens do not fit the form, and if the disk refuses.
     """
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise LlmpyError(f"{path}: tokens of shape {tokens.shape} and type {tokens.dtype}", "give one row of integers")
-    if not 0 < tokens.size <= TOKENS_AT_MOST:
-        fix = f"write 1 to {TOKENS_AT_MOST:,} tokens to a file"
-        raise LlmpyError(f"{path}: {tokens.size:,} tokens do not make a shard", fix)
     most = int(np.iinfo(FORMS[form].dtype).max)
+    if not 0 < tokens.size <= TOKENS_AT_MOST or not np.issubdtype(tokens.dtype, np.integer):
+        fix = f"write 1 to {TOKENS_AT_MOST:,} integers to a file"
+        raise LlmpyError(f"{path}: {tokens.size:,} values of type {tokens.dtype} do not make a shard", fix)
     if tokens.min() < 0 or tokens.max() > most:
         raise LlmpyError(
             f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {8 * FORMS[form].dtype.itemsize} bits",
@@ -88,8 +79,7 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
         )
     if counted is not None and not FORMS[form].magic:
         raise LlmpyError(f"{path}: a stream of int32 tokens can have no mask", "write uint16 or uint32 shards")
-    if FORMS[form].magic:
-        mask_path(path).unlink(missing_ok=True)  # of what was here before
+    mask_path(path).unlink(missing_ok=True)  # of what was here before
     _write(path, tokens, FORMS[form])
     if counted is not None:
         _write(mask_path(path), counted, MASK)
@@ -105,17 +95,16 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
         tokens = _map(path, form)
         counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path") from fault
+        raise unreadable(path, fault) from fault
     _check_tokens(path, tokens, vocab_size)
-    if counted is not None:
-        if len(counted) != len(tokens):
-            raise LlmpyError(
-                f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
-                "write both again, or remove the mask",
-            )
-        if any(counted[start : start + CHUNK].max() > 1 for start in range(0, len(counted), CHUNK)):
-            raise LlmpyError(f"{mask_path(path)} holds other bytes than 0 and 1", "write it again")
-    return Shard(path, tokens, counted, form)
+    if counted is not None and len(counted) != len(tokens):
+        raise LlmpyError(
+            f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
+            "write both again, or remove the mask",
+        )
+    if counted is not None and any(counted[i : i + CHUNK].max() > 1 for i in range(0, len(counted), CHUNK)):
+        raise LlmpyError(f"{mask_path(path)} is damaged: it holds other bytes than 0 and 1", "write both again")
+    return Shard(path, tokens, counted)
 
 
 def form_for(vocab_size: int) -> str:
@@ -126,18 +115,10 @@ def form_for(vocab_size: int) -> str:
 def is_shard(path: Path) -> bool:
     """Whether the file starts as a token file does; without a header only a .bin is one. LlmpyError if unreadable."""
     try:
-        start, size = _start(path)
+        start = _start(path)
+        return magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS) or path.suffix == ".bin" and _is_stream(path, start)
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
-    if magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS):
-        return True
-    return path.suffix == ".bin" and _is_stream(start, size)
-
-
-def count_tokens(path: Path) -> int:
-    """How many tokens a file can hold by its size. Raises LlmpyError for one that `is_shard` would not take."""
-    form = _form(path)
-    return max(0, path.stat().st_size - form.header_bytes) // form.dtype.itemsize
+        raise unreadable(path, fault) from fault
 
 
 def mask_path(path: Path) -> Path:
@@ -156,13 +137,12 @@ def fingerprint(shard: Shard) -> dict[str, object]:
 
 
 def _write(path: Path, values: np.ndarray, form: Form) -> None:
-    header = np.zeros(form.header_bytes // 4, "<i4")
-    if form.magic:
-        header[:3] = form.magic, form.version, values.size
+    header = np.zeros(HEADER_BYTES // 4 if form.magic else 3, "<i4")
+    header[:3] = form.magic, form.version, values.size
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(header.tobytes())
+            file.write(header.tobytes() if form.magic else b"")
             for start in range(0, values.size, CHUNK):
                 file.write(values[start : start + CHUNK].astype(form.dtype).tobytes())
 
@@ -170,48 +150,50 @@ def _write(path: Path, values: np.ndarray, form: Form) -> None:
 
 
 def _form(path: Path) -> Form:
-    """The form of a token file, by how it begins. Raises LlmpyError for anything else."""
-    start, size = _start(path)
-    form = next((f for f in FORMS.values() if f.magic and f.magic == magic_of(start)), None)
-    if form is None and not _is_stream(start, size):
-        raise _not_a_shard(path, start, size)
-    return form or FORMS["int32"]
+    """Return the form of a token file, by how it begins. Raises LlmpyError for anything else."""
+    start = _start(path)
+    if _is_stream(path, start):
+        return FORMS["int32"]
+    form = next((form for form in FORMS.values() if form.magic and form.magic == magic_of(start)), None)
+    if form is None:
+        what = f"is {magic.WHAT[magic_of(start)]}" if magic_of(start) in magic.WHAT else f"starts with {start[:24]!r}"
+        raise LlmpyError(
+            f"{path} is not a token shard of llm.c: it {what}",
+            "give text another suffix; write uint16 tokens without a header (nanoGPT) again by "
+            "llmpy.data.shards.write_shard",
+        )
+    return form
 
 
-def _start(path: Path) -> tuple[bytes, int]:
-    """Read the first KiB of a file, and its size."""
+def _is_stream(path: Path, start: bytes) -> bool:
+    """Whether it may be a stream of int32 tokens: GPT-2's, most of them not 0. Foreign headers are small and zeros."""
+    values = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
+    if path.stat().st_size % 4 or not values.size or values.min() < 0 or values.max() >= GPT2_VOCAB:
+        return False
+    return bool(2 * np.count_nonzero(values) > values.size)
+
+
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(HEADER_BYTES), file.seek(0, io.SEEK_END)
+        return file.read(HEADER_BYTES)
 
 
 def _map(path: Path, form: Form) -> np.ndarray:
-    """The values of a file, memory-mapped, once its header is known to tell the truth about its length."""
-    size = path.stat().st_size
+    """Map the values of a file into memory, once its header is known to tell the truth about its length."""
     if not form.magic:
         return np.memmap(path, form.dtype, "r")
-    with path.open("rb") as file:
-        header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")
-    if size < HEADER_BYTES:
+    size = path.stat().st_size
+    number, version, count = np.frombuffer(_start(path)[:12].ljust(12, b"\0"), "<i4").tolist()
+    if (number, version) != (form.magic, form.version):
         raise LlmpyError(
-            f"{path} is cut off in its header: {size:,} bytes of at least {HEADER_BYTES:,}", "download it again"
-        )
-    number, version, count = (int(word) for word in header)
-    if number != form.magic:
-        raise LlmpyError(f"{path} is no {form.what}", "write it again, or remove it")
-    if version != form.version:
-        raise LlmpyError(
-            f"{path} is a {form.what.partition(' (')[0]} of version {version}, not {form.version}",
-            "write it again with a current llm.c or with llmpy",
+            f"{path} is no {form.what} of version {form.version}: it begins with {number}, {version}", "write it again"
         )
     promised = HEADER_BYTES + form.dtype.itemsize * count
-    if size != promised:
+    if size != promised or count <= 0:
         raise LlmpyError(
-            f"{path} {'is cut off' if size < promised else 'is longer than it says'}: {count:,} tokens make "
-            f"{promised:,} bytes, it has {size:,}",
+            f"{path} is damaged: {count:,} tokens make {promised:,} bytes, it has {size:,}",
             "download or write it again",
         )
-    if count == 0:
-        raise LlmpyError(f"{path} holds 0 tokens", "leave it out, or write it again")
     return np.memmap(path, form.dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -226,45 +208,3 @@ def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
                 f"{vocab_size:,} tokens",
                 "use the vocabulary (--vocab-size) or the tokenizer.json that the shard was written with",
             )
-
-
-def _is_stream(start: bytes, size: int) -> bool:
-    """Whether a file may be a stream of int32 tokens, by its first KiB."""
-    return size % 4 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 4 * 4], "<i4"))
-
-
-def _like_tokens(values: np.ndarray) -> bool:
-    """Numbers of GPT-2's vocabulary, most of them not 0; foreign headers are small numbers and then zeros."""
-    if not values.size or values.min() < 0 or values.max() >= GPT2_VOCAB:
-        return False
-    return 2 * int(np.count_nonzero(values)) > values.size
-
-
-def _not_a_shard(path: Path, start: bytes, size: int) -> LlmpyError:
-    """What a file without the magic number seems to be, and what to do about it."""
-    text = start.lstrip()[:64].lower()
-    if size == 0:
-        what, fix = "is empty", "download or write it again"
-    elif magic_of(start) in magic.WHAT:
-        what, fix = f"is {magic.WHAT[magic_of(start)]}, not a token shard", "give token shards, or text"
-    elif pointer := magic.lfs_pointer(start):
-        what, fix = pointer
-    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        what, fix = "is a web page, not a token shard", "download the file itself, not its page"
-    elif _is_text(start):
-        what, fix = "is plain text, not a token shard", "give it a name that ends in .txt to train on its text"
-    elif size % 2 == 0 and _like_tokens(np.frombuffer(start[: len(start) // 2 * 2], "<u2")):
-        what = "seems to be a stream of uint16 tokens without header (nanoGPT)"
-        fix = "write it again with llmpy.data.shards.write_shard"
-    else:
-        what, fix = f"is not a token shard: it starts with {start[:8].hex(' ')}", "give .bin files of llm.c, or text"
-    return LlmpyError(f"{path} {what}", fix)
-
-
-def _is_text(start: bytes) -> bool:
-    """UTF-8 with no NUL; the last character may be cut."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in start

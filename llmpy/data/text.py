@@ -1,9 +1,9 @@
 """The user's text: files, folders and patterns → documents, saying aloud what was understood.
 
 Records (jsonl, jsonl.gz, parquet) are a document each (records.py). All else is plain text.
-UTF-8 is read, with or without a byte-order mark; UTF-16 and UTF-32 if they begin with one. Nothing else is
-guessed: a wrong guess would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or
-several where `<|endoftext|>` separates them.
+UTF-8 is read, with or without a byte-order mark; UTF-16 if it begins with one. Nothing else is guessed: a wrong guess
+would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or several where `<|endoftext|>`
+separates them.
 """
 
 from __future__ import annotations
@@ -17,31 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES
 from ..system.words import count_of, did_you_mean
-from .magic import lfs_pointer
 from .rank_tables import EOT
-from .records import Document, NoRecords, kind_of, read_records
+from .records import Document, NotText, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
+Skip = Callable[[Path], bool] | None  # which folders are not searched for text
 TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
-MARKUP_SUFFIXES = {".json", ".csv", ".tsv", ".html", ".htm", ".xml"}
-MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
-    codecs.BOM_UTF32_LE: "UTF-32-LE",
-    codecs.BOM_UTF32_BE: "UTF-32-BE",
-    codecs.BOM_UTF8: "UTF-8",
-    codecs.BOM_UTF16_LE: "UTF-16-LE",
-    codecs.BOM_UTF16_BE: "UTF-16-BE",
-}
-ARCHIVES = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip (or docx, odt, epub)",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"%PDF": "PDF",
-}
+MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
+ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or docx, odt, epub)", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF": "PDF"}
 
 
 @dataclass(frozen=True)
@@ -52,80 +38,58 @@ class Found:
     named: bool
 
 
-def nothing(_: Path) -> bool:
-    """Skip no folder."""
-    return False
-
-
-def find_files(
-    paths: Sequence[Path], say: Callable[[str], None] = print, skip: Callable[[Path], bool] = nothing
-) -> list[Found]:
+def find_files(paths: Sequence[Path], skip: Skip = None) -> list[Found]:
     """Find the files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
 
     A file that is reached twice counts once. Folders within `paths` that are to `skip` are not searched.
     Raises LlmpyError for a path that leads nowhere, and for pipes and devices: data are read more than once.
     """
     found: dict[Path, Found] = {}
-    hidden = 0
-    for path in paths:
-        try:
-            for real in _expand(path):
-                if real.is_dir():
-                    files, more = _walk(real, skip)
-                    hidden += more
-                    for file in files:
-                        found.setdefault(file.resolve(), Found(file, named=False))
-                elif real.is_file():
-                    found[real.resolve()] = Found(real, named=True)
-                else:  # a pipe cannot be read twice, and a device may never end
-                    raise LlmpyError(
-                        f"{real} is neither a file nor a folder", "save its content to a file and give that"
-                    )
-        except OSError as fault:  # a name too long, a folder that may not be entered
-            raise LlmpyError(
-                f"cannot read {fault.filename or path}: {fault.strerror}", "check the path and its permissions"
-            ) from fault
-    if hidden:
-        say(f"skipped {count_of(hidden, 'hidden file or folder', 'hidden files or folders')}")
+    try:
+        for real in itertools.chain.from_iterable(map(_expand, paths)):
+            if real.is_dir():
+                for file in _walk(real, skip):
+                    found.setdefault(file.resolve(), Found(file, named=False))
+            elif real.is_file():
+                found[real.resolve()] = Found(real, named=True)
+            else:  # a pipe cannot be read twice, and a device may never end
+                raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
+    except OSError as fault:  # a name too long, a folder that may not be entered
+        raise unreadable(Path(fault.filename), fault) from fault
     return list(found.values())
 
 
-def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wanted: str = "") -> Iterator[Document]:
+def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> Iterator[Document]:
     """Yield the documents of `files` in order, a file of text or a record at a time; `say` at the end what they were.
 
     Raises LlmpyError for a named file or a .txt or .md that is no text, and if the whole is shorter than 1,000
-    characters, where `wanted` tells how much there should be.
+    characters.
     """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
-    markup: list[Path] = []
     characters = documents = 0
     for found in files:
-        suffix = found.path.suffix.lower()
         try:
             kind, parts = _open(found.path)
             first = next(parts, None)
-        except LlmpyError as fault:
-            if found.named or suffix in TEXT_SUFFIXES or not isinstance(fault, NotText | NoRecords):
+        except NotText:
+            if found.named or found.path.suffix.lower() in TEXT_SUFFIXES:
                 raise
             skipped.append(found.path)
             continue
         kinds[kind] += 1
-        if suffix in MARKUP_SUFFIXES:
-            markup.append(found.path)
         for document in itertools.chain([first] if first else [], parts):
             characters += len(document.text)
             documents += 1
             yield document
     if skipped:
-        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {_some(skipped)}")
-    if markup:
-        say(f"note: {count_of(len(markup), 'file')} read as plain text, markup included: {_some(markup)}")
+        names = ", ".join(path.name for path in skipped[:3]) + (", …" if len(skipped) > 3 else "")
+        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {names}")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
-            f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs "
-            f"{wanted or f'at least {LEAST_CHARACTERS:,}'}",
+            f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs at least "
+            f"{LEAST_CHARACTERS:,}",
             "give more text, or no path at all to train on the text that Python carries",
         )
     line = f"{count_of(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
@@ -135,10 +99,6 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print, wan
 def read_text(path: Path) -> str:
     """The text of one file. Raises LlmpyError if it is none."""
     return _decode(path, _read(path))[0]
-
-
-class NotText(LlmpyError):
-    """A file that is something else."""
 
 
 def _open(path: Path) -> tuple[str, Iterator[Document]]:
@@ -154,33 +114,24 @@ def _expand(path: Path) -> list[Path]:
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
-        matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        if matches:
-            return matches
+        if matches := sorted(glob.glob(str(path), recursive=True)):
+            return [Path(match) for match in matches]
         raise LlmpyError(f"nothing matches {path}", "check the folder and the pattern")
-    if path.is_symlink():
-        raise LlmpyError(f"{path} is a link to something that is gone", "mend the link")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
-    raise LlmpyError(f"no file or folder {path}", near or "check the path")
+    hint = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
+    raise LlmpyError(f"no file or folder {path}", hint or "check the path")
 
 
-def _walk(folder: Path, skip: Callable[[Path], bool]) -> tuple[list[Path], int]:
-    """Every regular file below `folder`, sorted by path, and how many hidden entries were skipped."""
-    hidden = 0
-
-    def entries() -> Iterator[Path]:
-        nonlocal hidden
-        for where, folders, names in os.walk(folder, onerror=_unreadable):
-            if Path(where) != folder and skip(Path(where)):
-                folders.clear()
-                continue
-            hidden += sum(name.startswith(".") for name in folders + names)
-            folders[:] = (name for name in folders if not name.startswith("."))
-            yield from (Path(where, name) for name in names if not name.startswith("."))
-
-    files = sorted(path for path in entries() if path.is_file())
-    return files, hidden
+def _walk(folder: Path, skip: Skip) -> list[Path]:
+    """Find every regular file below `folder` that is not hidden, sorted by path."""
+    files: list[Path] = []
+    for where, folders, names in os.walk(folder, onerror=_unreadable):
+        if skip and Path(where) != folder and skip(Path(where)):
+            folders.clear()
+            continue
+        folders[:] = (name for name in folders if not name.startswith("."))
+        files += (Path(where, name) for name in names if not name.startswith("."))
+    return sorted(filter(Path.is_file, files))
 
 
 def _unreadable(fault: OSError) -> None:
@@ -193,24 +144,15 @@ def _read(path: Path, most: int = -1) -> bytes:
         with path.open("rb") as file:
             return file.read(most)
     except OSError as fault:
-        raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check its permissions") from fault
+        raise unreadable(path, fault) from fault
 
 
 def _decode(path: Path, data: bytes) -> tuple[str, str]:
     """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
+    if archive := next((name for magic, name in ARCHIVES.items() if data.startswith(magic)), None):
+        raise NotText(f"{path} is {archive}, not text", "unpack it or save it as plain text first")
     mark = next((m for m in MARKS if data.startswith(m)), b"")
     encoding = MARKS.get(mark, "UTF-8")
-    for magic, name in ARCHIVES.items():
-        if data.startswith(magic):
-            raise NotText(f"{path} is {name}, not text", "unpack it or save it as plain text first")
-    if pointer := lfs_pointer(data):
-        raise NotText(f"{path} {pointer[0]}", pointer[1])
-    if encoding == "UTF-8" and b"\0" in data:
-        offset = data.index(b"\0")
-        raise NotText(
-            f"{path} is binary, not text: byte 0x00 at offset {offset:,}",
-            "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
-        )
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as fault:
@@ -219,9 +161,9 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
             f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({fault.reason})",
             f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
         ) from fault
+    if "\0" in text:
+        raise NotText(
+            f"{path} is binary, not text: character {text.index(chr(0)):,} is NUL",
+            "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
+        )
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")
-
-
-def _some(paths: Sequence[Path]) -> str:
-    """The first three names."""
-    return ", ".join(p.name for p in paths[:3]) + (", …" if len(paths) > 3 else "")

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
-from .rank_tables import EOT, Ranks, is_llmc, is_tiktoken, parse_llmc, parse_tiktoken
+from .magic import TOKENIZER, magic_of
+from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
     import tokenizers
 
 SMALLEST_VOCAB = 257  # every byte, and EOT
-LARGEST_ID = 1 << 20  # a file may claim any id, and tables are as long as the largest
 GPT2 = "openai-community/gpt2"
-# What every text holds somewhere; a tokenizer that changes any of it (lower case, no accents) loses text. But one that
+# What every text holds somewhere: a tokenizer that changes any of it (lower case, no accents) loses text, one that
 # composes accents (NFC, as Qwen's and GPT-NeoX's do) loses nothing that can be seen. The second begins without a blank.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
 # What the makers of byte-level tokenizers call the token between texts; of several the first is meant. Llama 3 has one
@@ -49,7 +49,7 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn merges from `texts` until there are `vocab_size` tokens (fewer, if pairs run out).
 
-        The same texts give the same tokenizer. Raises LlmpyError for less than 257, or lone surrogates.
+        The same texts give the same tokenizer. Raises LlmpyError for less than 257.
         """
         from tokenizers import models, pre_tokenizers, trainers
 
@@ -65,28 +65,35 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        library.train_from_iterator((_encodable(text) for text in texts), trainer)
+        library.train_from_iterator(texts, trainer)
         return cls(library)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json, a .tiktoken rank file or llm.c's tokenizer .bin, whichever the content is.
+        """Read a tokenizer.json, a .tiktoken table or llm.c's tokenizer .bin, whichever the content is.
 
         Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
         """
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise LlmpyError(f"no tokenizer at {path}", "train on text to make one, or check the path") from None
+            raise LlmpyError(
+                f"no tokenizer at {path}", "check the path; --tokenizer is gpt2, bytes, bpe:N or a file"
+            ) from None
         except OSError as fault:
-            raise LlmpyError(f"cannot read {path}: {fault.strerror}", "check the path") from fault
-        for recognised, parse in ((is_llmc, parse_llmc), (is_tiktoken, parse_tiktoken)):
-            if recognised(data[:1024]):
-                try:
-                    return cls.from_ranks(parse(data))
-                except LlmpyError as fault:
-                    raise LlmpyError(f"{path} is not a usable tokenizer: {fault}") from fault
-        return cls._from_json(path, data)
+            raise unreadable(path, fault) from fault
+        try:
+            if magic_of(data) == TOKENIZER:
+                return cls._from_ranks(parse_llmc(data))
+            return cls._from_ranks(parse_tiktoken(data)) if TIKTOKEN_LINE.match(data) else cls._from_json(data)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as fault:  # the library raises nothing more special for any damage, and may panic
+            why = str(fault)
+            short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
+            raise LlmpyError(
+                f"{path} is not a usable tokenizer: {short}", "give a tokenizer.json of byte-level BPE"
+            ) from fault
 
     @classmethod
     def gpt2(cls, say: Callable[[str], None] = print) -> Tokenizer:
@@ -97,8 +104,8 @@ class Tokenizer:
         return cls.load(kept if kept.is_file() else from_hub(GPT2, "tokenizer.json", say))
 
     @classmethod
-    def from_ranks(cls, ranks: Ranks) -> Tokenizer:
-        """The encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
+    def _from_ranks(cls, ranks: Ranks) -> Tokenizer:
+        """Make the encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
         from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
         letters = dict(enumerate(_byte_characters()))
@@ -106,7 +113,7 @@ class Tokenizer:
         def spelled(token: bytes) -> str:
             return token.decode("latin-1").translate(letters)
 
-        vocabulary = {EOT if i == ranks.eot else spelled(t): i for i, t in enumerate(ranks.tokens) if t}
+        vocabulary = {EOT if i == ranks.eot else spelled(token): i for i, token in enumerate(ranks.tokens) if token}
         merges = [(spelled(a), spelled(b)) for a, b in ranks.merges()]
         library = _byte_level(models.BPE(vocabulary, merges, ignore_merges=ranks.whole))
         if ranks.pattern:
@@ -117,45 +124,31 @@ class Tokenizer:
         return cls(library)
 
     @classmethod
-    def _from_json(cls, path: Path, data: bytes) -> Tokenizer:
-        import tokenizers
+    def _from_json(cls, data: bytes) -> Tokenizer:
+        """Make that of a tokenizer.json. Raises ValueError, or what the library does, if it would lose text."""
+        from tokenizers import Tokenizer as Library
         from tokenizers import decoders, pre_tokenizers
 
-        try:
-            library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as fault:  # the library raises nothing more special for any damage, and may panic
-            raise _not_a_tokenizer(path, str(fault)) from fault
+        library = Library.from_str(data.decode("utf-8"))
         vocabulary = library.get_vocab()
         missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
         if not isinstance(library.decoder, decoders.ByteLevel) or missing:
             # such a tokenizer silently drops what it lacks
-            why = f"{missing} of the 256 bytes are no tokens" if missing else "its decoder is not ByteLevel"
-            raise _not_a_tokenizer(path, f"not a byte-level one ({why})")
+            raise ValueError(f"not byte-level: {missing} of the 256 bytes are no tokens, decoder {library.decoder}")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("two of its tokens have the same id")
         added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
         eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
         if eot is None:
-            raise _not_a_tokenizer(path, f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
-        if max(vocabulary.values()) >= LARGEST_ID:
-            raise _not_a_tokenizer(path, f"it has a token {max(vocabulary.values()):,}")
+            raise ValueError(f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
         library.no_truncation()
         library.no_padding()
         tokenizer = cls(library, eot)
-        tokenizer._probe(path)
-        return tokenizer
-
-    def _probe(self, path: Path) -> None:
-        """Raise LlmpyError for rules (a normalizer, a prefix) that change text, or that fail on it."""
         for text in PROBES:
-            try:
-                again = self.decode(self.encode(text))
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as fault:
-                raise _not_a_tokenizer(path, f"it fails on text ({fault})") from fault
+            again = tokenizer.decode(tokenizer.encode(text))
             if again not in (text, unicodedata.normalize("NFC", text)):
-                raise _not_a_tokenizer(path, f"it changes text: {text!r} becomes {again!r}")
+                raise ValueError(f"it changes text: {text!r} becomes {again!r}")
+        return tokenizer
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -184,13 +177,19 @@ class Tokenizer:
         return self._library.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
-        return self._library.encode(_encodable(text), add_special_tokens=False).ids
+        """Return the token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as fault:
+            raise LlmpyError(
+                f"the text holds {text[fault.start]!r} at character {fault.start}: a byte that was no UTF-8",
+                "type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
+            ) from fault
+        return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for each text, on all cores."""
-        batch = [_encodable(text) for text in texts]
-        return [e.ids for e in self._library.encode_batch_fast(batch, add_special_tokens=False)]
+        return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, EOT included; bytes that are no UTF-8 become U+FFFD.
@@ -266,20 +265,3 @@ def _byte_characters() -> list[str]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     stand_ins = iter(sorted(c for c in alphabet if ord(c) > 255))
     return [chr(byte) if chr(byte) in alphabet else next(stand_ins) for byte in range(256)]
-
-
-def _encodable(text: str) -> str:
-    """`text`, if it has a UTF-8 form; else LlmpyError says where it has none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as fault:
-        raise LlmpyError(
-            f"the text holds {text[fault.start]!r} at character {fault.start}: a byte that was no UTF-8",
-            "type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
-        ) from fault
-    return text
-
-
-def _not_a_tokenizer(path: Path, why: str) -> LlmpyError:
-    short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
-    return LlmpyError(f"{path} is not a usable tokenizer.json: {short}", "restore the file, or train on text again")

@@ -11,14 +11,14 @@ import numpy as np
 
 from ..data import magic
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB
 from ..run import checkpoint
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE, finished, is_run
 from ..system.command import command
 from ..system.words import did_you_mean
 from . import hub, huggingface, llmc, llmc_state, native
-from .source import Source, padded, tokenizer_named, unreadable
+from .source import Source, padded, tokenizer_named
 
 
 def resolve(text: str, say: Callable[[str], None]) -> Source:

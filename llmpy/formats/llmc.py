@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.magic import DEBUG, MODEL, magic_of
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import ModelConfig
 from ..run.checkpoint import damaged
 from ..system.durable import write_whole
-from .source import DTYPES, Source, cast, padded, shapes, tokenizer_beside, unreadable
+from .source import DTYPES, Source, cast, padded, shapes, tokenizer_beside
 
 HEADER = np.dtype(("<i4", 256))
 # llm.c's order of our tensors; the shapes are the same.

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..data.loader import Loader, Position
 from ..data.magic import STATE
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import ModelConfig
 from ..model.partition import pack
 from ..rng import MTState
@@ -36,7 +36,7 @@ from ..run.parts import Moments, load_moments, position_for, read_parts
 from ..system.durable import write_whole
 from . import native
 from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_model, wrong_size
-from .source import DTYPES, Source, elements, shapes, unreadable
+from .source import DTYPES, Source, elements, shapes
 
 MODEL_NAME, STATE_NAME = "model_{:08}.bin", "state_{:08}_{:05}.bin"  # of a step; of a step and a rank
 MODEL_SEED = 13371337  # of llm.c's stochastic rounding, which nothing of ours has: written as at a start

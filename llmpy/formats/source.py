@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.rank_tables import LLMC_FILE
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.arena import Arena
 from ..model.config import PAD_VOCAB_TO, ModelConfig
 from ..model.gpt2 import params_table
@@ -132,11 +132,6 @@ def tokenizer_beside(path: Path, V: int) -> Path | None:
         except LlmpyError:
             missing = 1  # whoever reads text with it reports what is wrong
     return folders if missing == 0 or (0 < missing < PAD_VOCAB_TO and not fits) else table if fits else None
-
-
-def unreadable(path: Path, fault: OSError) -> LlmpyError:
-    """What to raise for a file that the system does not give us."""
-    return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")
 
 
 def padded(wte: np.ndarray, config: ModelConfig) -> np.ndarray:

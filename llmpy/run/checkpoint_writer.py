@@ -51,7 +51,7 @@ class CheckpointWriter:
         self, world: Ranks, run: Path, model: GPT2, optimizer: Moments, trained_length: int, journal: Journal,
         every: int, keep: int,
     ) -> None:  # fmt: skip
-        """`every` 0: a checkpoint at the end only, without a copy."""
+        """`every` 0: a checkpoint at the end only; one process then writes it without a copy."""
         self.world, self.run, self.folder = world, run, run / CHECKPOINTS
         self.model, self.optimizer, self.trained_length, self.journal = model, optimizer, trained_length, journal
         self.every, self.keep = every, keep

@@ -19,5 +19,5 @@ def user_cache() -> Path:
 
 
 def data_cache() -> Path:
-    """$LLMPY_DATA, or `data` in the user's cache: downloaded texts, GPT-2's ranks, and their tokens."""
+    """$LLMPY_DATA, or `data` in the user's cache: downloaded texts, and their tokens."""
     return Path(os.environ.get("LLMPY_DATA") or user_cache() / "data").expanduser()

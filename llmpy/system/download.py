@@ -44,7 +44,9 @@ def hub_files(repository: str, folder: str) -> list[str]:
 
     with _explained(f"the list of {repository}/{folder}"):
         names = [entry.path for entry in HfApi().list_repo_tree(repository, folder, repo_type="dataset")]
-    return sorted(name for name in names if name.endswith(".parquet"))
+    if files := sorted(name for name in names if name.endswith(".parquet")):
+        return files
+    raise LlmpyError(f"the hub lists no parquet files in {repository}/{folder}", "download it elsewhere: --source")
 
 
 def fetch(url: str, path: Path, sha256: str, say: Say) -> Path:

@@ -8,24 +8,25 @@ as the longest example needs, whatever the batches of training are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ..data.hellaswag import ENDINGS, Example, Examples
+from ..data.hellaswag import ENDINGS, Example
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2
 
 
-def row_length(examples: Examples) -> int:
+def row_length(examples: Sequence[Example]) -> int:
     """Tokens of a row that holds any example."""
-    every = map(examples.__getitem__, range(len(examples)))
-    return max(e.context.size + max(ending.size for ending in e.endings) for e in every) - 1
+    return max(e.context.size + max(ending.size for ending in e.endings) for e in examples) - 1
 
 
 class MultipleChoice:
     """The examples, and the two arrays that each in turn is written to."""
 
-    def __init__(self, examples: Examples, config: ModelConfig) -> None:
+    def __init__(self, examples: Sequence[Example], config: ModelConfig) -> None:
         """Raises LlmpyError if an example is longer than the model's context."""
         self.examples = examples
         T = row_length(examples)

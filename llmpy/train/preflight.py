@@ -147,7 +147,7 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
     files: list[Found] = []
     for path in o.data or ():
         if not is_dataset(path):
-            files += problems.attempt(find_files, [path], lambda _: None, is_ours) or []
+            files += problems.attempt(find_files, [path], is_ours) or []
     for file in files:
         problems.attempt(_check_readable, file.path)
     if config is not None and not problems.found:  # else their sizes are not known

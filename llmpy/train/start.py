@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import formats
 from ..data.pack import is_dataset
-from ..data.prepare import Dataset, Vocabulary, prepare, text_for
+from ..data.prepare import Dataset, Vocabulary, prepare
 from ..errors import LlmpyError
 from ..formats import hub, llmc_state, native
 from ..formats.source import Source
@@ -75,12 +75,11 @@ class RunStart:
             vocab_size = None
         elif self.source is None and o.data is None:
             vocab_size = vocab_size or BUILTIN_VOCAB
-        wanted = text_for(o.batch_size * o.ranks, o.sequence_length, o.overfit)
         model = None
         if (source := self.source) is not None:
             load = partial(formats.tokenizer_of, source, say)
             model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
-        return prepare(own or o.data, folder, vocab_size, say, model, wanted, is_ours)
+        return prepare(own or o.data, folder, vocab_size, say, model, is_ours)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model."""

@@ -18,7 +18,7 @@ from support.laptop import Laptop
 
 from llmpy import GPT2, Tokenizer
 from llmpy.cli.chat import answer, chat, prompt
-from llmpy.data.encode import tokenise
+from llmpy.data.encode import encode
 from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.errors import LlmpyError
@@ -70,7 +70,7 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "user", "content": "there"},
         {"role": "assistant", "content": "be hello"},
     ]
-    whole = tokenise(tokenizer, [conversation("x", messages)])
+    (whole,) = encode(tokenizer, [conversation("x", messages)])
     ids = prompt(tokenizer, messages[:1], messages[1:4], 900)
     assert ids == whole.ids[: len(ids)].tolist()
     assert whole.counted is not None

@@ -32,7 +32,6 @@ def test_shakespeares_speeches(tmp_path, said):
     raw.write_text("A:\nhello\n\nB:\nbye\n\n\n\nC:\nend\n")
     texts = [d.text for d in documents("tinyshakespeare", raw, said)]
     assert texts == ["A:\nhello\n\n", "B:\nbye\n\n", "\n\n", "C:\nend\n"]
-    assert "is not the file that llm.c uses" in said[0]
 
 
 def stories(i):
@@ -79,14 +78,12 @@ def test_stories(tmp_path, said, hub, monkeypatch, how):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no whole tar archive"),
-        (b"hello" * 1000, "no whole tar archive"),
-        (archive({"data00.json": json.dumps(stories(0)).encode() * 99})[:200], "no whole tar archive"),
-        (gzip.compress(b"hello" * 1000), "no whole tar archive"),
-        (archive({"readme": b"x"}), "holds no data00.json"),
+        (b"hello" * 1000, "cannot unpack the tar archive"),
+        (archive({"data00.json": json.dumps(stories(0)).encode() * 99})[:200], "cannot unpack the tar archive"),
+        (gzip.compress(b"hello" * 1000), "cannot unpack the tar archive"),
+        (archive({"readme": b"x"}), "no data00.json"),
         (archive({"data00.json": b"{}x"}), "data00.json in .* holds no list of stories"),
         (archive({"data00.json": b'[{"tale": "x"}]'}), "holds no list of stories"),
-        (archive({"data00.json": b'[{"story": 7}]'}), "holds no list of stories"),
     ],
 )
 def test_damaged_stories(tmp_path, said, content, message):
@@ -97,8 +94,8 @@ def test_damaged_stories(tmp_path, said, content, message):
 
 
 @pytest.mark.parametrize("name", ["fineweb", "fineweb-edu"])
-def test_the_web_from_the_hub(tmp_path, said, hub, cache, name):
-    """File by file, as it is needed, in the order of their names; those that llmpy 0.1.0 downloaded are used."""
+def test_the_web_from_the_hub(tmp_path, said, hub, name):
+    """File by file, as it is needed, in the order of their names."""
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -107,14 +104,10 @@ def test_the_web_from_the_hub(tmp_path, said, hub, cache, name):
     for i in (2, 1, 0):
         parquet.write_table(arrow.table({"text": [f"page {i}.{j} " * 99 for j in range(2)]}), tmp_path / "x")
         hub[f"{folder}/00{i}_00000.parquet"] = (tmp_path / "x").read_bytes()
-    old = cache / "raw" / f"HuggingFaceFW--{name}" / "001_00000.parquet"
-    old.parent.mkdir(parents=True)
-    old.write_bytes(hub[f"{folder}/001_00000.parquet"])
     stream = SOURCES[name].documents(None, said.append)
     assert next(stream).text.startswith("page 0.0")
     assert [path.name for path in (tmp_path / "hub").rglob("*.parquet")] == ["000_00000.parquet"]
     assert [d.text[:8] for d in stream] == ["page 0.1", "page 1.0", "page 1.1", "page 2.0", "page 2.1"]
-    assert not [*(tmp_path / "hub").rglob(old.name)]
 
 
 def test_a_hub_without_the_files(hub, said):

@@ -6,9 +6,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmpy.data import encode as encode_module
-from llmpy.data.encode import encode, pieces, tokenise
+from llmpy.data.encode import encode, pieces
 from llmpy.data.records import Document
 from llmpy.data.tokenizer import EOT, Tokenizer
+
+
+def tokenise(tokenizer, documents):
+    """Ids and whether each counts, of all blocks."""
+    blocks = list(encode(tokenizer, iter(documents)))
+    counted = [np.ones(len(b.ids), bool) if b.counted is None else b.counted for b in blocks]
+    return np.concatenate([b.ids for b in blocks]), np.concatenate(counted)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +31,14 @@ def test_pieces_encode_as_the_whole(blanks, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_module, "PIECE", 3)
         assert "".join(pieces(text)) == text
-        assert tokenise(blanks, [Document("", text)]).ids[1:].tolist() == blanks.encode(text)
+        assert tokenise(blanks, [Document("", text)])[0][1:].tolist() == blanks.encode(text)
 
 
 def test_batches_join_to_the_whole(blanks, monkeypatch):
     texts = [f" a b{i}\n\n" * (1 + i % 7) for i in range(200)]
     documents = [Document("", text) for text in texts]
     expected = [i for text in texts for i in [blanks.eot, *blanks.encode(text)]]
-    assert tokenise(blanks, documents).ids.tolist() == expected
+    assert tokenise(blanks, documents)[0].tolist() == expected
     monkeypatch.setattr(encode_module, "BATCH", 50)
     blocks = list(encode(blanks, iter(documents)))
     assert len(blocks) > 20
@@ -43,21 +50,15 @@ def test_batches_join_to_the_whole(blanks, monkeypatch):
 def test_what_counts():
     plain = Tokenizer.bytes()
     spans = [Document("", "promptX", ((6, 7),)), Document("", "ab"), Document("", "uAuB", ((1, 2), (3, 4)))]
-    tokens = tokenise(plain, spans)
-    assert plain.decode(tokens.ids) == f"{EOT}promptX{EOT}ab{EOT}uAuB"
+    ids, counted = tokenise(plain, spans)
+    assert plain.decode(ids) == f"{EOT}promptX{EOT}ab{EOT}uAuB"
     # EOT ends what is before it, so it counts
-    assert "".join(map(str, tokens.counted.astype(int))) == "1" + "0000001" + "1" + "11" + "1" + "0101"
-    assert tokenise(plain, spans[1:2]).counted is None
+    assert "".join(map(str, counted.astype(int))) == "1" + "0000001" + "1" + "11" + "1" + "0101"
+    assert [block.counted for block in encode(plain, spans[1:2])] == [None]
 
 
 def test_no_token_is_of_both_parts(blanks):
     text = " a  b a  b"
-    tokens = tokenise(blanks, [Document("", text, ((5, 10),))])
-    assert blanks.decode(tokens.ids[1:][~tokens.counted[1:]]) == text[:5]
-    assert blanks.decode(tokens.ids[1:][tokens.counted[1:]]) == text[5:]
-
-
-def test_masked_and_plain_batches(monkeypatch):
-    monkeypatch.setattr(encode_module, "BATCH", 4)
-    tokens = tokenise(Tokenizer.bytes(), [Document("", "abcd"), Document("", "efgh", ((2, 4),))])
-    assert tokens.counted.tolist() == [True] * 6 + [False] * 2 + [True] * 2
+    ids, counted = tokenise(blanks, [Document("", text, ((5, 10),))])
+    assert blanks.decode(ids[1:][~counted[1:]]) == text[:5]
+    assert blanks.decode(ids[1:][counted[1:]]) == text[5:]

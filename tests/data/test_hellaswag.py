@@ -36,10 +36,9 @@ def test_layout(path):
     assert words(path)[18:25] == [65535, 52, 1, 3, 4, 1, 50000]
     read = read_examples(path, 50257)
     assert len(read) == 2
-    for i, expected in enumerate(EXAMPLES):
-        assert read[i].label == expected.label
-        assert read[i].context.tolist() == expected.context.tolist()
-        assert [e.tolist() for e in read[i].endings] == [e.tolist() for e in expected.endings]
+    for got, expected in zip(read, EXAMPLES, strict=True):
+        assert got.label == expected.label
+        assert list(map(list, (got.context, *got.endings))) == list(map(list, (expected.context, *expected.endings)))
 
 
 def test_from_jsonl(tmp_path, path):
@@ -58,7 +57,7 @@ def test_from_jsonl(tmp_path, path):
 
 @pytest.mark.parametrize(
     "row", [5, {}, {"ctx": "a", "endings": ["b"] * 3, "label": 0}, {"ctx": "a", "endings": ["b"] * 4, "label": 4},
-            {"ctx": "a", "endings": ["b"] * 4, "label": True}, {"ctx": 1, "endings": ["b"] * 4, "label": 1}]
+            {"ctx": 1, "endings": ["b"] * 4, "label": 1}]
 )  # fmt: skip
 def test_lines_that_are_no_examples(tmp_path, row):
     raw = tmp_path / "val.jsonl"
@@ -70,12 +69,10 @@ def test_lines_that_are_no_examples(tmp_path, row):
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([], "0 examples"),
-        ([example(1, 1, 1, 1)], "example 0 has no label, or an empty part"),
+        ([], "no examples"),
         ([example(0, 1, 1, 1, 1)], "an empty part"),
-        ([example(1, 1, 1, 1, 1, label=4)], "has no label"),
         ([example(1, 1, 1, 1, 1, start=65535)], "does not fit 16 bits"),
-        ([example(40_000, 1, 1, 1, 1)], r"example 0 \(80,028 bytes, .* does not fit 16 bits"),
+        ([example(40_000, 1, 1, 1, 1)], "example 0 has an empty part, or does not fit 16 bits"),
     ],
 )
 def test_what_cannot_be_written(path, examples, message):
@@ -85,46 +82,33 @@ def test_what_cannot_be_written(path, examples, message):
 
 
 @pytest.mark.parametrize(
-    ("word", "value", "message"),
+    ("at", "width", "value", "message"),
     [
-        (0, 1, "example 0 begins with"),
-        (1, 38, "the parts of example 0 do not fill it|do not fit"),
-        (1, 35, "claims 35 bytes"),
-        (1, 60000, "claims 60,000 bytes"),
-        (2, 1, "example 0 begins with"),
-        (3, 4, "example 0 begins with"),
-        (4, 5, "example 0 begins with"),
-        (5, 0, "the parts of example 0 do not fit it"),
-        (5, 60000, "the parts of example 0 do not fit it"),
-        (6, 60000, "holds token 60000, the vocabulary has 50,257"),
-        (20, 7, "example 1 begins with"),
+        (1024, 2, 1, "example 0 begins with"),
+        (1026, 2, 38, "example 0 claims 38 bytes, its parts make 36"),
+        (1028, 2, 1, "example 0 begins with"),
+        (1030, 2, 4, "example 0 begins with"),
+        (1032, 2, 5, "example 0 begins with"),
+        (1034, 2, 0, "a part of example 0 has 0 of 0 tokens"),
+        (1034, 2, 60000, "a part of example 0 has"),
+        (1036, 2, 60000, "example 0 holds token 60000, the vocabulary has 50,257"),
+        (0, 4, 5, "it begins with"),
+        (4, 4, 2, "it begins with"),
+        (8, 4, 3, "expected 5, got 0"),
+        (8, 4, -1, "bytes after the last example"),
+        (8, 4, 1, "bytes after the last example"),
     ],
 )
-def test_damaged_streams(path, word, value, message):
+def test_damage(path, at, width, value, message):
     write_examples(path, EXAMPLES)
     content = bytearray(path.read_bytes())
-    content[1024 + 2 * word : 1026 + 2 * word] = value.to_bytes(2, "little")
+    content[at : at + width] = value.to_bytes(width, "little", signed=value < 0)
     path.write_bytes(content)
-    with pytest.raises(LlmpyError, match=rf"hellaswag_val\.bin is not a multiple-choice file of llm\.c: .*({message})"):
+    with pytest.raises(LlmpyError, match=rf"hellaswag_val\.bin is not a multiple-choice file of llm\.c: .*{message}"):
         read_examples(path, 50257)
 
 
-@pytest.mark.parametrize(
-    ("slot", "value", "message"),
-    [(0, 5, "begins with 5, 1"), (1, 2, "begins with"), (2, 3, "example 2 is cut off|do not fit"),
-     (2, -1, "-1 examples"),
-     (2, 1, "bytes after the last example"), (2, 65535, "65,535 examples do not fit"), (3, 40, "claims 52 bytes")],
-)  # fmt: skip
-def test_damaged_headers(path, slot, value, message):
-    write_examples(path, EXAMPLES)
-    content = bytearray(path.read_bytes())
-    content[4 * slot : 4 * slot + 4] = value.to_bytes(4, "little", signed=True)
-    path.write_bytes(content)
-    with pytest.raises(LlmpyError, match=message):
-        read_examples(path, 50257)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 1023, 1024, 1025, 1060, 1100, 1111])
+@pytest.mark.parametrize("keep", [0, 1, 9, 1023, 1024, 1025, 1060, 1100, 1111])
 def test_cut(path, keep):
     write_examples(path, EXAMPLES)
     path.write_bytes(path.read_bytes()[:keep])

@@ -50,13 +50,6 @@ def test_tinyshakespeare_golden(seed, rank, epoch):
         assert order[1191] == LAST_SAMPLE
 
 
-def test_rank_seeds_are_seed_plus_rank():
-    size = 4 * 64 * 2 * 10 + 1
-    one = Loader([shard(size)], 4, 64, shuffle=True, seed=42, rank=1, ranks=2)
-    other = Loader([shard(size)], 4, 64, shuffle=True, seed=43, rank=0, ranks=2)
-    assert np.array_equal(one.position.sample_order, other.position.sample_order)
-
-
 def test_unshuffled_is_the_text_in_order_then_again():
     loader = four(shuffle=False)
     starts = [check_batch(*loader.next()) for _ in range(loader.batches_per_epoch + 3)]
@@ -70,7 +63,6 @@ def test_every_token_once_an_epoch(shuffle, ranks):
     seen = np.zeros(560, int)
     for rank in range(ranks):
         loader = four(shuffle=shuffle, rank=rank, ranks=ranks)
-        assert loader.total_tokens == 560
         for _ in range(loader.batches_per_epoch):
             seen[loader.next()[0]] += 1
     samples = 139 // (16 * ranks)
@@ -86,14 +78,7 @@ def test_batches_share_two_arrays():
     assert again[1] is targets
 
 
-def test_reset():
-    loader = four(shuffle=False)
-    first = loader.next()[0].copy()
-    for _ in range(10):
-        loader.next()
-    loader.reset()
-    assert np.array_equal(loader.next()[0], first)
-    # shuffled, llm.c's reset begins a new epoch with new orders: here the golden second one
+def test_reset_begins_an_epoch_with_new_orders():
     loader = four(shuffle=True, ranks=2)
     for _ in range(16):
         loader.next()
@@ -139,19 +124,6 @@ def test_smallest_shard_and_one_less():
         Loader([shard(100), shard(32, name="small.bin")], 2, 8, shuffle=True, rank=1, ranks=2)
     message = "small.bin has 32 tokens here, one batch of 2 processes of -B 2 -T 8 needs 33"
     assert str(fault.value) == f"{message} — use a smaller -B or -T, or more text"
-
-
-@pytest.mark.parametrize(
-    ("shards", "options", "message"),
-    [
-        ([], {}, "no token shards"),
-        ([shard(99)], {"rank": 2, "ranks": 2}, "rank 2 of 2"),
-        ([shard(99)], {"T": 0}, "2 rows of 0 tokens"),
-    ],
-)
-def test_wrong_arguments(shards, options, message):
-    with pytest.raises(LlmpyError, match=f"{message}.* — "):
-        Loader(shards, **({"B": 2, "T": 8, "shuffle": False} | options))
 
 
 @pytest.mark.parametrize("place", [0, 15, 16])  # the last one is only a target

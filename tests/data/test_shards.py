@@ -21,15 +21,6 @@ def header(magic=20240520, version=1, count=0):
     return words.tobytes()
 
 
-def refusal(path, content, vocab_size=V):
-    path.write_bytes(content)
-    with pytest.raises(LlmpyError) as fault:
-        open_shard(path, vocab_size)
-    assert str(path) in str(fault.value)
-    assert " — " in str(fault.value)  # every refusal names a fix
-    return str(fault.value)
-
-
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, ">u2"])
 def test_round_trip(path, dtype):
     tokens = np.arange(0, V, 7).astype(dtype)
@@ -51,23 +42,13 @@ def test_layout_is_llmcs(path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_part_is_a_view(path):
-    write_shard(path, np.arange(100))
-    shard = open_shard(path, V)
-    tail = shard.part(90, 100)
-    assert tail.tokens.tolist() == list(range(90, 100))
-    assert np.shares_memory(tail.tokens, shard.tokens)
-    assert tail.path == path
-
-
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
         (np.array([1, -1]), r"tokens from -1 to 1 do not fit 16 bits — use a vocabulary"),
         (np.array([65536]), r"tokens from 65536 to 65536 do not fit"),
-        (np.array([], np.uint16), r"0 tokens do not make a shard — write 1"),
-        (np.zeros((2, 2), np.uint16), r"shape \(2, 2\) .* — give one row"),
-        (np.array([1.5]), r"type float64 — give one row of integers"),
+        (np.array([], np.uint16), r"0 values of type uint16 do not make a shard — write 1"),
+        (np.array([1.5]), r"type float64 do not make a shard"),
     ],
 )
 def test_what_cannot_be_written(path, tokens, message):
@@ -78,7 +59,7 @@ def test_what_cannot_be_written(path, tokens, message):
 
 def test_more_tokens_than_the_header_can_say(path, monkeypatch):
     monkeypatch.setattr(shards, "TOKENS_AT_MOST", 9)
-    with pytest.raises(LlmpyError, match="10 tokens do not make a shard"):
+    with pytest.raises(LlmpyError, match="10 values of type int64 do not make a shard"):
         write_shard(path, np.arange(10))
 
 
@@ -88,20 +69,6 @@ def test_a_new_file_leaves_open_shards_alone(path):
     write_shard(path, np.array([4, 5, 6]))
     assert shard.tokens.tolist() == [1, 2, 3]
     assert open_shard(path, V).tokens.tolist() == [4, 5, 6]
-
-
-def test_failed_write_leaves_the_old_file(path, monkeypatch):
-    write_shard(path, np.array([1, 2, 3]))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("llmpy.system.durable.os.fsync", full)
-    with pytest.raises(LlmpyError, match=r"cannot write .*train\.bin: No space left .* — free some space"):
-        write_shard(path, np.array([4]))
-    monkeypatch.undo()
-    assert open_shard(path, V).tokens.tolist() == [1, 2, 3]
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("position", [0, 5, 9, 10, 25])
@@ -125,13 +92,25 @@ def test_missing_and_folder(tmp_path):
         is_shard(tmp_path / "no.bin")
 
 
+def test_the_wide_form(path):
+    tokens = np.array([128000, 7, 128255])
+    write_shard(path, tokens, "uint32")
+    assert path.read_bytes() == header(20240801, 7, 3) + tokens.astype("<u4").tobytes()
+    assert open_shard(path, 128256).tokens.tolist() == tokens.tolist()
+    with pytest.raises(LlmpyError, match="token 128000 at position 0 is outside the vocabulary of 500 tokens"):
+        open_shard(path, 500)
+    with pytest.raises(LlmpyError, match=r"do not fit 32 bits"):
+        write_shard(path, np.array([2**32]), "uint32")
+
+
 @pytest.mark.parametrize(("form", "start"), [("uint32", header(20240801, 7, 3)), ("int32", b"")])
 def test_the_other_forms(path, form, start):
     tokens = np.array([128000, 7, 128255]) if form == "uint32" else np.array([50256, 7, 50256])
     write_shard(path, tokens, form)
     assert path.read_bytes() == start + tokens.astype("<i4").tobytes()
+    assert is_shard(path)
     shard = open_shard(path, 128256)
-    assert shard.form is FORMS[form]
+    assert shard.tokens.dtype == FORMS[form].dtype
     assert shard.tokens.tolist() == tokens.tolist()
     with pytest.raises(LlmpyError, match="outside the vocabulary of 500 tokens"):
         open_shard(path, 500)
@@ -163,9 +142,9 @@ def test_mask(path):
     [
         (header(20261122, 1, 4) + bytes(4), r"is for 4 tokens, .*train\.bin has 5 — write both"),
         (header(20261122, 1, 5) + bytes([1, 2, 0, 0, 0]), "other bytes than 0 and 1"),
-        (header(20240520, 1, 5) + bytes(10), r"train\.mask is no token mask"),
-        (header(20261122, 1, 5) + bytes(4), "is cut off"),
-        (b"", "cut off in its header"),
+        (header(20240520, 1, 5) + bytes(10), r"train\.mask is no token mask of version 1: it begins with 20240520, 1"),
+        (header(20261122, 1, 5) + bytes(4), "is damaged: 5 tokens make 1,029 bytes, it has 1,028"),
+        (b"", r"train\.mask is no token mask"),
     ],
 )
 def test_damaged_masks(path, mask, message):
@@ -176,36 +155,35 @@ def test_damaged_masks(path, mask, message):
 
 
 WRONG = {
-    "empty": (b"", "is empty — download"),
-    "html": (b"  <!DOCTYPE html><html><body>Not found" + b" " * 2000, "web page"),
-    "lfs": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "git-lfs pointer, not the file itself — fetch it: git lfs pull",
-    ),
-    "text": (b"To be, or not to be, that is the question.\n" * 50, "plain text"),
-    "text cut in a character": ("é".encode() * 2 + b"a" + "é".encode() * 1000, "plain text"),
-    "uint16": (np.arange(1, 20000, 3, dtype="<u2").tobytes(), "uint16 tokens without header (nanoGPT)"),
+    "empty": (b"", "is not a token shard of llm.c: it starts with b''"),
+    "text": (b"To be, or not to be, that is the question.\n" * 50, "it starts with b'To be, or not to be, tha'"),
+    "uint16": (np.arange(1, 20000, 3, dtype="<u2").tobytes(), "write uint16 tokens without a header (nanoGPT) again"),
     "llama cut": (header(20240801, 7, 2) + bytes(7), "2 tokens make 1,032 bytes, it has 1,031"),
-    "llama of another version": (header(20240801, 1, 2) + bytes(8), "Llama-3 token shard of version 1, not 7"),
-    "a small magic": (header(1234, 1, 2) + bytes(8), "is not a token shard: it starts with d2 04 00 00"),
-    "a mask": (header(20261122, 1, 2) + bytes(2), "is the mask of a token shard"),
-    "checkpoint": (header(20240326, 3), "llm.c model checkpoint"),
-    "other": (b"\x1f\x8b\x08\x00\xff\xff\xff\xff\xff", "starts with 1f 8b 08 00"),
-    "version": (header(version=2, count=1) + b"\0\0", "version 2, not 1"),
-    "zero tokens": (header(), "holds 0 tokens"),
-    "cut header": (header(count=1)[:500], "cut off in its header: 500 bytes of at least 1,024"),
-    "cut": (header(count=10) + bytes(19), "is cut off: 10 tokens make 1,044 bytes, it has 1,043"),
-    "long": (header(count=10) + bytes(21), "longer than it says: 10 tokens make 1,044 bytes, it has 1,045"),
-    "negative": (header(count=-5) + bytes(20), "longer than it says"),
-    "lying": (header(count=2**31 - 1) + bytes(20), "is cut off: 2,147,483,647 tokens"),
-    "three bytes": (b"\xff\xfe\xfd", "starts with ff fe fd"),
+    "llama of another version": (header(20240801, 1, 2) + bytes(8), "it begins with 20240801, 1"),
+    "a mask": (header(20261122, 1, 2) + bytes(2), "it is the mask of a token shard"),
+    "checkpoint": (header(20240326, 3), "it is an llm.c model checkpoint"),
+    "version": (
+        header(version=2, count=1) + b"\0\0",
+        "is no llm.c token shard of version 1: it begins with 20240520, 2",
+    ),
+    "zero tokens": (header(), "is damaged: 0 tokens"),
+    "cut header": (header(count=1)[:500], "1 tokens make 1,026 bytes, it has 500"),
+    "long": (header(count=10) + bytes(21), "10 tokens make 1,044 bytes, it has 1,045"),
+    "negative": (header(count=-5) + bytes(20), "is damaged: -5 tokens"),
+    "lying": (header(count=2**31 - 1) + bytes(20), "2,147,483,647 tokens make"),
+    "three bytes": (b"\xff\xfe\xfd", "it starts with b'\\xff\\xfe\\xfd'"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_files_say_what_they_are(path, name):
     content, message = WRONG[name]
-    assert message in refusal(path, content)
+    path.write_bytes(content)
+    with pytest.raises(LlmpyError) as fault:
+        open_shard(path, V)
+    assert str(path) in str(fault.value)
+    assert message in str(fault.value)
+    assert " — " in str(fault.value)  # every refusal names a fix
 
 
 def test_is_shard_goes_by_the_magic(tmp_path):
@@ -214,9 +192,6 @@ def test_is_shard_goes_by_the_magic(tmp_path):
         ("b", header(20240801), True),
         ("c.bin", header(20240326), False),
         ("d.bin", b"", False),
-        ("stream.bin", np.arange(3, 3000, dtype="<i4").tobytes(), True),
-        ("stream.dat", np.arange(3, 3000, dtype="<i4").tobytes(), False),
-        ("small.bin", header(1234, 1, 5) + bytes(20), False),
     ]:
         (tmp_path / name).write_bytes(content)
         assert is_shard(tmp_path / name) is expected

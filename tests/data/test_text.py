@@ -15,7 +15,7 @@ LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
 
 
 def read(said, *paths):
-    return list(stream_files(find_files(paths, said.append), said.append))
+    return list(stream_files(find_files(paths), said.append))
 
 
 def write(folder, name, content=LONG):
@@ -45,7 +45,6 @@ def test_folder_is_walked_in_order(tmp_path, said):
     names = [os.path.relpath(d.source, tmp_path) for d in documents]
     assert names == ["b.TXT", "sub/a.py", "sub/b.md", "sub/deep/c", "z.txt"]
     assert said == [
-        "skipped 2 hidden files or folders",
         "skipped 3 files that are not text: data.gz, old.cfg, picture.png",
         "5 files, 6,600 characters, UTF-8",
     ]
@@ -61,16 +60,16 @@ def test_a_file_reached_twice_counts_once(tmp_path, said):
 def test_pattern_in_quotes(tmp_path, said):
     for name in ("b1.txt", "b2.txt", "c.txt"):
         write(tmp_path, name)
-    assert [f.path.name for f in find_files([tmp_path / "b*.txt"], said.append)] == ["b1.txt", "b2.txt"]
+    assert [f.path.name for f in find_files([tmp_path / "b*.txt"])] == ["b1.txt", "b2.txt"]
     odd = write(tmp_path, "odd[1].txt")  # a name that looks like a pattern is a name
-    assert [f.path for f in find_files([odd], said.append)] == [odd]
+    assert [f.path for f in find_files([odd])] == [odd]
     with pytest.raises(LlmpyError, match=r"nothing matches .*x\*\.txt — check"):
         read(said, tmp_path / "x*.txt")
 
 
 @pytest.mark.parametrize(
     ("encoding", "name"),
-    [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32"), ("utf-8", "UTF-8")],
+    [("utf-8-sig", "UTF-8"), ("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-8", "UTF-8")],
 )
 def test_encodings_with_a_mark(tmp_path, said, encoding, name):
     text = "Größe 日本 🙂\n" * 100
@@ -89,11 +88,6 @@ def test_end_of_text_separates_documents(tmp_path, said):
     content = f"<|endoftext|>{LONG}<|endoftext|>\n<|endoftext|>{LONG}"
     assert [d.text for d in read(said, write(tmp_path, "a.txt", content))] == [LONG, LONG]
     assert said == ["1 file, 2,640 characters, UTF-8, 2 documents"]
-
-
-def test_markup_is_said(tmp_path, said):
-    read(said, write(tmp_path, "a.json", '{"text": "hello"}\n' * 100))
-    assert said[0] == "note: 1 file read as plain text, markup included: a.json"
 
 
 def test_records_are_recognised(tmp_path, said):
@@ -119,14 +113,11 @@ def test_records_are_recognised(tmp_path, said):
         (LONG.encode() + b"caf\xe9 au lait", r"is not UTF-8: byte 0xe9 at offset 1,323 .*— convert it: iconv"),
         (b"\xef\xbb\xbf" + LONG.encode() + b"\xff", r"is not UTF-8: byte 0xff at offset 1,323 "),
         (b"\xff\xfe" + LONG.encode("utf-16-le") + b"\0", r"is not UTF-16-LE: byte 0x00 at offset 2,642 "),
-        (LONG.encode() + b"\0", r"is binary, not text: byte 0x00 at offset 1,320 — give plain text"),
-        (LONG.encode("utf-16-le"), r"is binary, not text: byte 0x00 at offset 1 — .*UTF-16 without a mark"),
+        (LONG.encode() + b"\0", r"is binary, not text: character 1,320 is NUL — give plain text"),
+        (LONG.encode("utf-16-le"), r"is binary, not text: character 1 is NUL — .*UTF-16 without a mark"),
+        (LONG.encode("utf-32"), r"is binary, not text: character 0 is NUL"),
         (b"\x1f\x8b\x08\0" + LONG.encode(), r"is gzip, not text — unpack"),
         (b"%PDF-1.7\n" + LONG.encode(), r"is PDF, not text — .*plain text"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\n",
-            r"is a git-lfs pointer, not the file itself — .*git lfs pull",
-        ),
     ],
 )
 def test_what_is_no_text(tmp_path, said, content, message, through_folder):
@@ -135,13 +126,7 @@ def test_what_is_no_text(tmp_path, said, content, message, through_folder):
         read(said, tmp_path if through_folder else path)
 
 
-def test_a_named_binary_is_refused_whatever_its_name(tmp_path, said):
-    write(tmp_path, "a.txt")
-    with pytest.raises(LlmpyError, match=r"picture\.png is binary"):
-        read(said, tmp_path / "a.txt", write(tmp_path, "picture.png", b"\x89PNG\0"))
-
-
-@pytest.mark.parametrize("content", ["", " \n" * 2000, "short\n", "x" * 999])
+@pytest.mark.parametrize("content", [" \n" * 2000, "x" * 999])
 def test_too_little_text(tmp_path, said, content):
     characters = len(content) if content.strip() else 0
     with pytest.raises(LlmpyError) as fault:
@@ -150,46 +135,25 @@ def test_too_little_text(tmp_path, said, content):
     assert message in str(fault.value)
 
 
-def test_folder_without_text(tmp_path, said):
-    write(tmp_path, "x.dat", b"\0")
-    with pytest.raises(LlmpyError, match="0 files with 0 characters of text"):
-        read(said, tmp_path)
-    assert said == ["skipped 1 file that is not text: x.dat"]
-
-
 def test_missing(tmp_path, said):
     write(tmp_path, "shakespeare.txt")
-    with pytest.raises(LlmpyError, match=r"no file or folder .*shakspeare\.txt — did you mean .*shakespeare"):
+    with pytest.raises(LlmpyError, match=r"no file or folder .*shakspeare\.txt — did you mean shakespeare"):
         read(said, tmp_path / "shakspeare.txt")
     with pytest.raises(LlmpyError, match=r"no file or folder .*b\.txt — check the path"):
         read(said, tmp_path / "no" / "b.txt")
 
 
-def test_dead_link_and_pipe(tmp_path, said):
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(LlmpyError, match="link to something that is gone — mend"):
-        read(said, tmp_path / "link")
+def test_a_pipe(tmp_path, said):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(LlmpyError, match="is neither a file nor a folder — save"):
         read(said, tmp_path / "pipe")
     write(tmp_path, "a.txt")
-    assert len(read(said, tmp_path)) == 1  # in a folder they are passed over
-
-
-def test_unreadable(tmp_path, said, monkeypatch):
-    path = write(tmp_path, "a.txt")
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("pathlib.Path.open", refuse)
-    with pytest.raises(LlmpyError, match=r"cannot read .*a\.txt: Permission denied — check"):
-        read(said, path)
+    assert len(read(said, tmp_path)) == 1  # in a folder they are skipped
 
 
 def test_a_name_that_no_disk_takes(said):
     with pytest.raises(LlmpyError, match="xxx.*File name too long — check|no file or folder xxx"):
-        find_files([Path("x" * 300)], said.append)
+        find_files([Path("x" * 300)])
 
 
 def test_run_folders_below_are_skipped(tmp_path, said):
@@ -201,6 +165,6 @@ def test_run_folders_below_are_skipped(tmp_path, said):
     for name in ("run.lock", "console.log"):
         write(tmp_path, f"runs/new/{name}")
     write(tmp_path, "model/config.json")
-    names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], said.append, is_ours)]
+    names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], is_ours)]
     assert names == ["a.txt", "model/config.json"]
-    assert len(find_files([tmp_path / "runs" / "done"], said.append, is_ours)) == 3  # but not where one is named
+    assert len(find_files([tmp_path / "runs" / "done"], is_ours)) == 3  # but not where one is named

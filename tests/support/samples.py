@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,19 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 from support.laptop import TINY
 
 from llmpy import backend
 from llmpy.data.loader import Position
-from llmpy.data.rank_tables import LLAMA3
-from llmpy.data.tokenizer import Tokenizer
+from llmpy.data.tokenizer import EOT, Tokenizer
 from llmpy.formats import huggingface, llmc, llmc_state, native
+from llmpy.formats.gguf import LLAMA3
 from llmpy.formats.source import DTYPES, Source, shapes
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.rng import MT19937
 from llmpy.tools.selftest import all_logits
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"  # tinyshakespeare and GPT-2's ranks, where they are
+needs_data = pytest.mark.skipif(not (SHARED / "gpt2.tiktoken").exists(), reason="tinyshakespeare is not here")
+
+
+def gpt2_table(path: Path, version: int = 2) -> None:
+    """Write GPT-2's tokens as llm.c's tokenizer file."""
+    tokens = [base64.b64decode(line.split()[0]) for line in (SHARED / "gpt2.tiktoken").read_bytes().splitlines()]
+    path.write_bytes(llmc_table(*tokens, EOT.encode(), eot=50256 * (version == 2), version=version))
+
+
+def llmc_table(*tokens: bytes, eot: int | None = None, version: int = 2, count: int | None = None) -> bytes:
+    """What llm.c writes: EOT is the last token unless it is said to be another."""
+    header = np.zeros(256, "<u4")
+    header[:4] = 20240328, version, count or len(tokens), len(tokens) - 1 if eot is None else eot
+    return header.tobytes() + b"".join(bytes([len(t)]) + t for t in tokens)
 
 
 def in_memory(config: ModelConfig = TINY, dtype: str = "float32", seed: int = 1) -> Source:
