@@ -141,10 +141,7 @@ class GPT2:
     def continued(
         self, ids: Sequence[int], count: int, choice: Choice, stop: Sequence[str] = (), seed: int = 1337
     ) -> Iterator[str]:
-        """The text of up to `count` tokens after `ids`: to the end of the text, or to one of the strings `stop`.
-
-        Raises LlmpyError for an id that is no token of the model.
-        """
+        """The text of up to `count` tokens after `ids`, or to one of `stop`. Raises LlmpyError for an unknown id."""
         self._check_range(ids, "ids", 0)
         tokenizer, reach = self.require_tokenizer(), self.trained_length
         check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
@@ -152,8 +149,7 @@ class GPT2:
         generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
         text = TextStream(tokenizer.decode, stop)
         for _ in range(count):
-            token = generation.step([0])[0].id
-            if token == tokenizer.eot:
+            if (token := generation.step([0])[0].id) == tokenizer.eot:
                 break
             yield text.feed(token)
             if text.stopped:
@@ -184,10 +180,7 @@ class GPT2:
         self.export(path, "hf", dtype)
 
     def export(self, path: str | Path, to: str | None = None, dtype: str | None = None) -> None:
-        """Write what `llmpy convert` writes: `to` llmc, hf, native or gguf, or by the name of `path`.
-
-        Raises LlmpyError if there is something at `path`, or if it cannot be written.
-        """
+        """Write `to` llmc, hf, native or gguf, else by `path`'s name. Raises LlmpyError, also if `path` exists."""
         path = Path(path)
         to = convert.format_of(path, to)
         with tempfile.TemporaryDirectory(prefix="llmpy-") as folder:
@@ -225,9 +218,8 @@ class GPT2:
             hint = "give token ids, integers (B, T), or (T,) for a single row"
             raise LlmpyError(f"{what} of shape {ids.shape} and type {ids.dtype}", hint)
         ids = ids.reshape(-1, ids.shape[-1])
-        if ids.shape[1] > longest:
-            what = f"{what}: rows of {ids.shape[1]:,}, and the model's context is {self.config.context:,}"
-            raise LlmpyError(what, "cut them")
+        if (T := ids.shape[1]) > longest:
+            raise LlmpyError(f"{what}: rows of {T:,}, and the model's context is {self.config.context:,}", "cut them")
         self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
 
@@ -259,9 +251,8 @@ class Trainer:
         machine: Machine | None = None, **options: Any,
     ) -> None:  # fmt: skip
         told = dict(options)
-        self._trained: GPT2 | None = None
+        self._trained = model if isinstance(model, GPT2) else None
         if isinstance(model, GPT2):
-            self._trained = model
             if "init" in told:
                 raise LlmpyError("a model and init", "give one of them: both say what to start from")
             tokenizer, V = model.tokenizer, model.config.vocab_size
@@ -283,10 +274,7 @@ class Trainer:
         self._machine = machine
 
     def run(self, verbose: bool = True) -> Self:
-        """Train to the end; `verbose` prints what the command does. Ctrl-C stops and saves.
-
-        Raises LlmpyError for whatever the command would refuse, Diverged for numbers that are not finite.
-        """
+        """Train to the end; Ctrl-C stops and saves. `verbose` prints as the command. Raises LlmpyError, or Diverged."""
         model, options = self._trained, self.options
         folder = RunFolder.claim(options if model is None else replace(options, model=f"d{model.config.layers}"))
         try:

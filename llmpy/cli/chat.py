@@ -64,8 +64,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
 def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message], room: int) -> list[int]:
     """Return at most `room` tokens, up to where the assistant speaks; `messages` alternate and end with a question.
 
-    Removes the oldest questions with their answers until the rest fits. Raises LlmpyError if the last question alone
-    does not.
+    Removes the oldest questions with their answers until the rest fits. Raises LlmpyError if the last one does not.
     """
     while True:
         document = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from ..errors import LlmpyError, Stopped
 from ..options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
 from ..options.data import DataOptions
-from ..options.fields import Options, flags_of
+from ..options.fields import Options, Reported, flags_of
 from ..options.llmc_letters import LETTERS, translated
 from ..options.sample_chat import ChatOptions, SampleOptions
 from ..options.tools import CompletionOptions, ConvertOptions, DoctorOptions, PlanOptions, SelftestOptions
@@ -58,18 +58,14 @@ def train(options: TrainOptions) -> int:
 
 
 def end(number: int, _frame: Any) -> NoReturn:
-    """End a run that has not started, and discard its folder.
-
-    An exception would not do: libraries catch them, and LLVM's callbacks lose them.
-    """
-    modules = {
-        name: sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch")
-    }  # no imports here
+    """End a run that has not started, and discard its folder."""
+    # An exception would not do: libraries catch them, and LLVM's callbacks lose them.
+    folders, launch = (sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch"))  # no imports
     with on_signal(lambda *_: None):
-        for folder in [*getattr(modules["run.folder"], "HELD", ())]:
+        for folder in [*getattr(folders, "HELD", ())]:
             folder.discard()
         stopped = Stopped(number)
-        tell = getattr(modules["distributed.launch"], "leave_word", None)
+        tell = getattr(launch, "leave_word", None)
         if tell is None or not tell("stopped", str(number)):
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.write(2, f"llmpy: error: {stopped}\n".encode())
@@ -103,23 +99,14 @@ def completion(options: CompletionOptions) -> int:
 
 
 def calling(module: str, name: str, *more: Any) -> Callable[[Any], int]:
-    """Return a verb: a function of a module, imported when it is called with the options and `more`."""
-
-    def verb(options: Any) -> int:
-        code = getattr(importlib.import_module(f"llmpy.{module}"), name)(options, *more)
-        return code if isinstance(code, int) else 0
-
-    return verb
-
-
-def reporting(module: str, name: str) -> Callable[[Any], int]:
-    """Return a verb that prints numbers, as the `table` of the function's module or as one JSON object."""
+    """Return a verb: a module's function, imported when it is called; numbers of a Reported one are printed."""
 
     def verb(options: Any) -> int:
         imported = importlib.import_module(f"llmpy.{module}")
-        numbers = getattr(imported, name)(options)
-        print(json.dumps(numbers) if options.json else imported.table(numbers))
-        return 0
+        found = getattr(imported, name)(options, *more)
+        if isinstance(options, Reported):
+            print(json.dumps(found) if options.json else imported.table(found))
+        return found if isinstance(found, int) else 0
 
     return verb
 
@@ -154,13 +141,13 @@ VERBS = (
     Verb("watch", WatchOptions, calling("watch.server", "watch", say), "Show runs as they train, in the browser"),
     Verb("plot", PlotOptions, calling("watch.plot", "plot", say), "Draw the curves of runs: a file or the terminal"),
     Verb("data", DataOptions, data, "Make token files of a data set or of your own text"),
-    Verb("plan", PlanOptions, reporting("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
+    Verb("plan", PlanOptions, calling("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
     Verb("convert", ConvertOptions, calling("formats.convert", "convert", say), "Write a model in another format"),
     Verb("doctor", DoctorOptions, doctor, "Check this machine; print a fix for each problem"),
     Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", say), "Check that kernels compute right"),
-    Verb("bench step", BenchOptions, reporting("bench.step", "bench_step"), "Time training steps against the peak"),
-    Verb("bench ops", OpsOptions, reporting("bench.ops", "bench_ops"), "Time each operation against the peaks"),
-    Verb("bench decode", DecodeOptions, reporting("bench.decoding", "bench_decode"), "Time generation"),
+    Verb("bench step", BenchOptions, calling("bench.step", "bench_step"), "Time training steps against the peak"),
+    Verb("bench ops", OpsOptions, calling("bench.ops", "bench_ops"), "Time each operation against the peaks"),
+    Verb("bench decode", DecodeOptions, calling("bench.decoding", "bench_decode"), "Time generation"),
     Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", say), "Time other programs on this work"),
     Verb("completion", CompletionOptions, completion, "Print a shell-completion script"),
 )
@@ -242,7 +229,3 @@ def build_parser() -> Parser:
         leaf.set_defaults(verb=verb, parser=leaf)
         add_flags(leaf, verb.options)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import typing
 from pathlib import Path
-from types import NoneType
+from types import UnionType
 from typing import Any, NoReturn
 
 import shtab
@@ -27,41 +26,35 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: Parser, options: type) -> None:
-    """Add the flags of a dataclass of options."""
+    """Add the flags of a dataclass of options, and its words without flag; a field's type says how it is parsed."""
     kinds = typing.get_type_hints(options)
     for field in flags_of(options):
-        action = _add_flag(parser, field, kinds[field.name])
-        if field.metadata["metavar"] in FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-
-
-def _add_flag(parser: Parser, field: dataclasses.Field[Any], kind: Any) -> argparse.Action:
-    """Add the flag of one field, or a word without flag; the field's type says how it is parsed."""
-    if NoneType in typing.get_args(kind):
-        kind = next(k for k in typing.get_args(kind) if k is not NoneType)
-    about = field.metadata
-    text = about["help"]
-    if field.default is not None and field.default not in ("", False, (), Path()) and "default" not in text:
-        default = f"{field.default:g}" if type(field.default) is float else field.default
-        text += f" (default: {'yes' if default is True else default})"
-    # A flag that was not given is absent: a file of options may set it, or the run that is resumed.
-    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    if kind is bool:
-        settings["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
-        return parser.add_argument(flag_of(field.name), **settings)
-    if about["choices"]:
-        settings["choices"], settings["metavar"] = about["choices"], about["metavar"] or None
-    else:
+        kind, about, names = kinds[field.name], field.metadata, [*field.metadata["flags"], flag_of(field.name)]
+        if isinstance(kind, UnionType):
+            kind = typing.get_args(kind)[0]
+        text = about["help"]
+        if field.default is not None and field.default not in ("", False, (), Path()) and "default" not in text:
+            default = f"{field.default:g}" if type(field.default) is float else field.default
+            text += f" (default: {'yes' if default is True else default})"
+        # A flag that was not given is absent: a file of options may set it, or the run that is resumed.
+        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+            parser.add_argument(*names, **settings)
+            continue
         settings["metavar"] = about["metavar"] or {int: "N", float: "X"}.get(kind, "TEXT")
-    inner, many = kind, typing.get_origin(kind) is tuple
-    if many:
-        inner = typing.get_args(kind)[0]
-        settings |= {"action": "append"} if about["each"] else {"action": "extend", "nargs": "+"}
-    settings["type"] = _named if inner is Path else inner
-    if about["word"]:
-        settings |= {"nargs": "*"} if many else {}
-        return parser.add_argument(settings.pop("dest"), **settings)
-    return parser.add_argument(*about["flags"], flag_of(field.name), **settings)
+        if about["choices"]:
+            settings["choices"], settings["metavar"] = about["choices"], about["metavar"] or None
+        if many := typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+            settings |= {"action": "append"} if about["each"] else {"action": "extend", "nargs": "+"}
+        settings["type"] = _named if kind is Path else kind
+        if about["word"]:
+            names = [settings.pop("dest")]
+            settings |= {"nargs": "*"} if many else {}
+        action = parser.add_argument(*names, **settings)
+        if about["metavar"] in FILES:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _named(word: str) -> Path:

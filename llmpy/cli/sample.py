@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from .. import backend
 from ..backend.machine import Machine
@@ -61,26 +61,22 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     for row, stream in enumerate(streams):
         pieces[row].append(stream.finish())
     if o.json:
-        texts = [record(*row, eot) for row in zip(prompts, pieces, added, streams, strict=True)]
+        texts = [
+            {
+                "prompt": words[0],
+                "prompt_tokens": ids,
+                "text": "".join(words[1:]),
+                "tokens": [token.id for token in new],
+                "logprobs": [token.logprob for token in new],  # nats
+                "ended": "stop" if stream.stopped else "eot" if new[-1].id == eot else "length",
+            }
+            for ids, words, new, stream in zip(prompts, pieces, added, streams, strict=True)
+        ]
         write(json.dumps({"texts": texts}) + "\n")
     elif streaming:
         write(pieces[0][-1] + "\n")
     else:
         write("\n---\n".join(map("".join, pieces)) + "\n")
-
-
-def record(
-    prompt: list[int], pieces: list[str], added: list[Token], stream: TextStream, eot: int | None
-) -> dict[str, Any]:
-    """Return what --json prints of a text: ids, texts, log-probabilities (nats) and why it ended."""
-    return {
-        "prompt": pieces[0],
-        "prompt_tokens": prompt,
-        "text": "".join(pieces[1:]),
-        "tokens": [token.id for token in added],
-        "logprobs": [token.logprob for token in added],
-        "ended": "stop" if stream.stopped else "eot" if added[-1].id == eot else "length",
-    }
 
 
 def read_prompts(options: SampleOptions) -> list[str]:

@@ -24,10 +24,7 @@ SWITCHES = ("--auto-resume", "--overfit")
 
 
 def translated(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of `llmpy train` with llm.c's letters replaced by our flags, and the letters that were ignored.
-
-    A letter without the number it needs stays as it is, so that the parser reports it.
-    """
+    """Return the words of `llmpy train` with our flags for llm.c's letters, and the letters that were ignored."""
     ours, ignored, rest = list[str](), list[str](), list(words)
     while rest:
         word = rest.pop(0)
@@ -40,5 +37,5 @@ def translated(words: Sequence[str]) -> tuple[list[str], list[str]]:
             ignored.append(word)
             rest.pop(0)
         else:
-            ours.append(word)
+            ours.append(word)  # without the number it needs: the parser reports it
     return ours, ignored

@@ -96,10 +96,7 @@ class TrainOptions(OnMachine):
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:
-        """Return the options of a command line: its flags, else those of --config, of --recipe, or the defaults.
-
-        Raises LlmpyError for a file that cannot be read or is invalid.
-        """
+        """Return the flags, else --config's, --recipe's, or the defaults. Raises LlmpyError for an invalid file."""
         values: dict[str, Any] = dict(given)
         if names_file(values.get("model", "")):  # llm.c's -e takes both
             values.setdefault("init", values.pop("model"))
@@ -118,10 +115,7 @@ class TrainOptions(OnMachine):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return the options of a record of `as_record`, of older versions too.
-
-        Raises LlmpyError for what no option understands.
-        """
+        """Return the options of an `as_record`, of older versions too. Raises LlmpyError for what none understands."""
         for name, default in DROPPED.items():
             if record.get(name, default) != default:
                 what = f"this run was started with {flag_of(name)} {record[name]}, an option that no longer exists"
@@ -129,10 +123,7 @@ class TrainOptions(OnMachine):
         return cls(**{name: converted(cls, name, value) for name, value in record.items() if name not in DROPPED})
 
     def resumed_from(self, saved: Self) -> Self:
-        """Return the saved options, with those that the user gave again in their place.
-
-        Raises LlmpyError for an option that cannot change within a run.
-        """
+        """Return the saved options, with those given again in place. Raises LlmpyError for one that cannot change."""
         told = {name: getattr(self, name) for name in self.given - TELLING - {"init", "init_state"}}
         # A file of --config may leave open what the run has settled.
         changes = {name: value for name, value in told.items() if value is not None and (name, value) not in LEFT_OPEN}
@@ -146,10 +137,7 @@ class TrainOptions(OnMachine):
         return replace(saved, **changes, **launched, resume=self.resume, given=self.given)
 
     def taking_over(self) -> Self:
-        """Return the options of a run that resumes one of llm.c, which --resume names, in a folder of its own.
-
-        Raises LlmpyError with --init.
-        """
+        """Return the options of a new run that resumes --resume, one of llm.c. Raises LlmpyError with --init."""
         assert self.resume is not None
         if self.init is not None:
             raise LlmpyError(f"both --resume {self.resume} and --init {self.init}", "give one of them")

@@ -108,10 +108,7 @@ def file_header(entries: Entries, metadata: Mapping[str, str] | None = None) -> 
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a model file, and check names, shapes and types of its tensors: the table's, float32.
-
-    Raises LlmpyError for a file that is missing, damaged or not ours.
-    """
+    """Read a model file's header and check its tensors: the table's, float32. Raises LlmpyError for any other file."""
     with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
@@ -138,9 +135,8 @@ def read_header(path: Path) -> Header:
 def load_parameters(path: Path, params: Arena) -> None:
     """Read the file's tensors into `params`, in its types. `read_header` must have accepted the file.
 
-    By pieces on several threads, straight into place where the type is float32: the library would make a copy of each
-    tensor, and what takes the time is memory that is touched for the first time. Raises LlmpyError for numbers that are
-    not finite.
+    By pieces on several threads, straight into place where the type is float32: the library would copy each tensor, and
+    touching new memory is what takes the time. Raises LlmpyError for numbers that are not finite.
     """
 
     def read(piece: tuple[str, np.ndarray, int]) -> None:
@@ -169,17 +165,13 @@ def load_parameters(path: Path, params: Arena) -> None:
 def check_finite(path: Path, name: str, x: np.ndarray) -> None:
     """Raise LlmpyError for numbers that are not finite: nothing comes of them."""
     if not np.isfinite(x).all():
-        raise LlmpyError(
-            f"{path}: {name} holds numbers that are not finite", "its training went wrong: use another file"
-        )
+        what = f"{path}: {name} holds numbers that are not finite"
+        raise LlmpyError(what, "its training went wrong: use another file")
 
 
 def tensors_of(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a sound safetensors file, and where its tensors start.
-
-    Such a file is the length of its header (uint64), the header (JSON), the tensors.
-    """
-    with path.open("rb") as file:
+    """Return the header of a sound safetensors file, and where its tensors start."""
+    with path.open("rb") as file:  # the length of the header (uint64), the header (JSON), the tensors
         length = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(length)), 8 + length
 
@@ -225,10 +217,7 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint all of whose bytes are those that were written.
-
-    Raises LlmpyError, which says what is not; NotNow, if it is not damaged but cannot be used.
-    """
+    """The manifest of a sound checkpoint. Raises LlmpyError, which says what is damaged, or NotNow."""
     try:
         text = (checkpoint / MANIFEST).read_bytes()
         manifest = json.loads(text)["manifest"]
@@ -245,11 +234,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise damaged(checkpoint / MANIFEST, str(error)) from error
     except OSError as error:
         why = f"{error.filename or checkpoint}: {error.strerror or error}"
-        raise (
-            damaged(checkpoint, why)
-            if error.errno in BROKEN
-            else NotNow(f"cannot read {why}", "mend that and try again")
-        ) from error
+        if error.errno in BROKEN:
+            raise damaged(checkpoint, why) from error
+        raise NotNow(f"cannot read {why}", "mend that and try again") from error
     return dict(manifest)
 
 

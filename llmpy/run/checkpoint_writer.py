@@ -122,10 +122,8 @@ class CheckpointWriter:
                     self._commit()
             if self._error:
                 kept = f"the checkpoint of step {self.last} is kept" if self.last else "no earlier checkpoint exists"
-                raise LlmpyError(
-                    f"the checkpoint of step {step} could not be written: {self._error}; {kept}",
-                    f"free some space, then resume with: {command('train', '--resume', self.run)}",
-                )
+                what = f"the checkpoint of step {step} could not be written: {self._error}; {kept}"
+                raise LlmpyError(what, f"free some space, then resume with: {command('train', '--resume', self.run)}")
         if self.world.rank == 0:
             (self.run / START_FILE).unlink(missing_ok=True)  # from here on checkpoints say what the run resumes from
 
@@ -144,11 +142,15 @@ class CheckpointWriter:
             return None
 
     def keep_best(self, score: Score) -> None:
-        """Keep the model next to the run's if no earlier one had a smaller loss on the same text.
-
-        The file is its own record: what it says of itself is true even where the run resumed from before it.
-        """
-        if not self.world.tell(self._improves(score))[0]:  # by the first rank, which writes the file
+        """Keep the model next to the run's if no earlier one had a smaller loss on the same text."""
+        # The file is its own record: what it says of itself is true even where the run resumed from before it.
+        before = self.best()
+        improves = before is None or score.val_loss < before.val_loss
+        if before is not None and before.measured_on != score.measured_on:
+            replaced = f"the best model so far, of step {before.step}, is replaced"
+            self.journal.say(f"validation now takes {score.measured_on}: {replaced}")
+            improves = True
+        if not self.world.tell(improves)[0]:  # by the first rank, which writes the file
             return
         if self.world.size > 1:
             self.settle()  # the thread reads what is gathered
@@ -166,15 +168,6 @@ class CheckpointWriter:
         # A norm may overflow where no number is infinite.
         fine = all(np.isfinite(float(norm(x))) or all_finite(host(x)) for x in flat)
         return all(here for (here,) in self.world.gather(fine))
-
-    def _improves(self, score: Score) -> bool:
-        before = self.best()
-        if before is None or before.measured_on == score.measured_on:
-            return before is None or score.val_loss < before.val_loss
-        self.journal.say(
-            f"validation now takes {score.measured_on}: the best model so far, of step {before.step}, is replaced"
-        )
-        return True
 
     def _snapshot(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """The weights, on the first rank, and m and v of this rank's part: views where that is possible."""

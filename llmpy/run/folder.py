@@ -62,16 +62,12 @@ class RunFolder:
 
     @classmethod
     def claim(cls, options: TrainOptions) -> Self:
-        """The folder that the options speak of: of a run to go on with, else a new one, also for a run of llm.c.
-
-        Raises LlmpyError if it cannot be had.
-        """
+        """The run's folder to go on in, else (also for llm.c's) a new one. Raises LlmpyError if it cannot be had."""
         run, out, called = options.resume, options.out, options.called
         if run and out and os.path.realpath(run) != os.path.realpath(out) and not holds_llmc(run):
-            raise LlmpyError(
-                f"--resume {run} goes on in that folder, not in --out {out}",
-                f"leave one of them out, or begin a new run from its model: --init {run} --out {out}",
-            )
+            what = f"--resume {run} goes on in that folder, not in --out {out}"
+            fix = f"leave one of them out, or begin a new run from its model: --init {run} --out {out}"
+            raise LlmpyError(what, fix)
         if run is None and options.auto_resume and out is not None and is_run(out):
             run = out
         if run is not None and holds_llmc(run) and not is_run(run):
@@ -81,11 +77,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, out: Path | None, called: str) -> Self:
-        """Make the folder `out`, or one named for what is trained, date and time below `runs/`.
-
-        Raises LlmpyError for an existing folder with anything in it, for one that another run is writing to, and for
-        one that cannot be written.
-        """
+        """Make `out`, or a named folder below `runs/`. Raises LlmpyError for one in use, not empty or not writable."""
         run = cls(out or Path("runs"), made=[p for p in (out, *out.parents) if not os.path.exists(p)] if out else [])
         if out is None:
             with run._undone():
@@ -143,10 +135,8 @@ class RunFolder:
 
     def _take(self) -> None:
         if not self._lock.take():
-            raise LlmpyError(
-                f"{self.path} is in use: {self._lock.holder()} is training in it",
-                "wait for its end, or choose another --out",
-            )
+            what = f"{self.path} is in use: {self._lock.holder()} is training in it"
+            raise LlmpyError(what, "wait for its end, or choose another --out")
         HELD.append(self)
 
     def _let_go(self) -> None:

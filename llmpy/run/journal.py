@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO, cast
 
 from ..errors import LlmpyError
+from ..system import durable
 from ..system.terminal import silence
 from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
@@ -65,8 +66,6 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until these are on the disk. Raises OSError if that fails; may run beside all else."""
-        from ..system import durable  # here, because the command line uses this module and must not wait for NumPy
-
         for file in self._files.values():
             durable.sync(file.fileno())
 

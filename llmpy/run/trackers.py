@@ -26,13 +26,9 @@ class Trackers:
         self, names: Sequence[str], run: Path, record: Mapping[str, Any], say: Callable[[str], None],
         since: int | None = None,
     ) -> None:  # fmt: skip
-        """`record` describes the run. Of a resumed one, what was logged of steps `since` … comes again.
-
-        Raises LlmpyError if a package is missing.
-        """
+        """`record` describes the run; steps `since` … are logged again. Raises LlmpyError if a package is missing."""
         self._say, self._open = say, dict[str, Open]()
-        modules = {name: package(name) for name in names}
-        for name, module in modules.items():
+        for name, module in {name: package(name) for name in names}.items():  # all are there before one starts
             self._guard(name, lambda n, m: self._open.update({n: _start(n, m, run, record, since)}), name, module)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:

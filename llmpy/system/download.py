@@ -17,11 +17,7 @@ Say = Callable[[str], None]
 
 
 def from_hub(repository: str, name: str, say: Say, *, dataset: bool = False, sha256: str | None = None) -> Path:
-    """Return a file of a repository in the hub's own cache ($HF_HOME), downloaded if it is missing.
-
-    Raises LlmpyError if the hub cannot be reached, lacks the file or refuses it, if the disk is full, and for a new
-    file with another `sha256` (hex).
-    """
+    """Return a file in the hub's cache, downloaded if missing. Raises LlmpyError, also if its `sha256` then differs."""
     from huggingface_hub import errors, hf_hub_download
 
     kind = "dataset" if dataset else "model"
@@ -50,10 +46,7 @@ def hub_files(repository: str, folder: str) -> list[str]:
 
 
 def fetch(url: str, path: Path, sha256: str, say: Say) -> Path:
-    """Return `path`, downloaded from `url` unless it is there. The file is small, and passes through memory.
-
-    Raises LlmpyError if it cannot be reached or written, and for another `sha256` (hex).
-    """
+    """Return `path`, downloaded through memory if missing. Raises LlmpyError, also for another `sha256` (hex)."""
     if path.is_file() and _sha256(path) == sha256:
         return path
     say(f"downloading {url}")

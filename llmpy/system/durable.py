@@ -73,10 +73,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make a folder; if that fails, or what is done within, remove those that were made for it.
-
-    Raises LlmpyError if it cannot be made.
-    """
+    """Make a folder; if that or what is within fails, remove those made for it. Raises LlmpyError if making does."""
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         try:
@@ -92,18 +89,12 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` next to `path`, then sync, rename, and sync the folder.
-
-    Raises LlmpyError if that fails; what was there stays.
-    """
+    """Call `write(temporary)`, then sync, rename, sync the folder. Raises LlmpyError; what was at `path` then stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        handle = os.open(temporary, os.O_RDWR)  # Windows syncs only what may be written
-        try:
-            sync(handle)
-        finally:
-            os.close(handle)
+        with temporary.open("rb+") as file:  # Windows syncs only what may be written
+            sync(file.fileno())
         replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -11,10 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def on_signal(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Call `handler(number, frame)` within, except for SIGHUP where it is ignored, as under nohup.
-
-    Python handles signals in the main thread: in another one this changes nothing.
-    """
+    """Call `handler(number, frame)` within; not for SIGHUP under nohup, nor in a thread, where Python handles none."""
     numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     if numbers and hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:

@@ -55,13 +55,10 @@ def container_cores(folder: Path = CONTAINER) -> float | None:
 
 
 def container_memory(folder: Path = CONTAINER) -> int | None:
-    """Return the bytes that the container may still take; None: no limit.
-
-    Files that were read and not used since do not count: the system gives their memory back when it is asked for.
-    """
+    """Return the bytes that the container may still take, cached files' among them; None: no limit."""
     try:
         most, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # ValueError: "max"
         return None
-    return most - max(0, taken - int(stat["inactive_file"]))
+    return most - max(0, taken - int(stat["inactive_file"]))  # of files not used since: given back when asked for
