@@ -36,10 +36,7 @@ FORMATS = {
 
 
 def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
-    """Read `options.source`, write `options.target`, and say what was read and written.
-
-    Raises LlmpyError for a model that cannot be read, for a target that exists, and for a type that it cannot hold.
-    """
+    """Read `options.source`, write `options.target`, and say so. Raises LlmpyError if either cannot be done."""
     target, to, state = options.target, format_of(options.target, options.to), None
     if to == "llmc-run":
         source, state, record = llmc_state.of_run(options.source)
@@ -59,10 +56,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None]) -> None:
 
 
 def format_of(target: Path, to: str | None) -> str:
-    """Return the format for `target`: `to`, or that of its suffix.
-
-    Raises LlmpyError if neither is known, or if the target exists.
-    """
+    """Return the format for `target`: `to`, or that of its suffix. Raises LlmpyError for neither, or if it exists."""
     to = to or next((name for name, format in FORMATS.items() if format.suffix == target.suffix), None)
     if to is None:
         raise LlmpyError(f"{target} does not say its format", f"use --to {', '.join(FORMATS)}")
@@ -83,10 +77,9 @@ def write(
     source: Source, target: Path, to: str, dtype: str | None, say: Callable[[str], None],
     state: llmc_state.TrainingState | None = None,
 ) -> str:  # fmt: skip
-    """Write a model in a format, its tokenizer with it; return the type of its numbers.
+    """Write a model, its tokenizer with it, in folders that are made; return the type of its numbers.
 
-    That is `dtype`, or the source's if the format has it. llmc-run takes a `state` too. Missing folders are made.
-    Raises LlmpyError for a type that the format cannot hold, and if the write fails.
+    That is `dtype`, or the source's if the format has it. Raises LlmpyError for one that it cannot hold.
     """
     dtypes, _, write_model = FORMATS[to]
     dtype = dtype or (source.dtype if source.dtype in dtypes else dtypes[0])
@@ -108,22 +101,17 @@ def write(
     if tokenizer is not None and named:
         tokenizer.save(named)
         say(f"wrote its tokenizer: {named}")
-    if tokenizer is not None and to.startswith("llmc"):
-        _put_table(tokenizer, target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE), say)
+    if tokenizer is not None and to.startswith("llmc"):  # its programs take one table in a folder
+        table = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
+        try:
+            if not table.exists():
+                write_llmc(table, tokenizer.ranks())
+                say(f"wrote its tokenizer for llm.c's programs: {table}")
+            elif not _same(table, tokenizer):
+                say(f"note: {table}, which llm.c's programs read, is another model's")
+        except LlmpyError as error:
+            say(f"no {table} for llm.c's programs: {error}")
     return dtype
-
-
-def _put_table(tokenizer: Tokenizer, table: Path, say: Callable[[str], None]) -> None:
-    """Write the tokenizer for llm.c's programs, which take one table in a folder: another model's is left."""
-    if table.exists():
-        if not _same(table, tokenizer):
-            say(f"note: {table}, which llm.c's programs read, is another model's")
-        return
-    try:
-        write_llmc(table, tokenizer.ranks())
-        say(f"wrote its tokenizer for llm.c's programs: {table}")
-    except LlmpyError as error:
-        say(f"no {table} for llm.c's programs: {error}")
 
 
 def _same(path: Path, tokenizer: Tokenizer | None) -> bool:

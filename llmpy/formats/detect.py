@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ..data import magic
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, unreadable
@@ -22,8 +20,17 @@ from .source import Source, padded, tokenizer_named
 
 
 def resolve(text: str, say: Callable[[str], None]) -> Source:
-    """The model that `find` gives, to use: its vocabulary is that of its tokenizer."""
-    return _fitted(find(text, say), say)
+    """The model that `find` gives, to use, without the rows of wte that no token has: some pad to a round number."""
+    source = find(text, say)
+    V, own = source.config.vocab_size, source.tokenizer
+    have = Tokenizer.load(own).vocab_size if own is not None else V
+    if have == V:
+        return source
+    if have > V:
+        raise LlmpyError(f"{own} has {have:,} tokens but the model {V:,}", "put the model's own tokenizer.json there")
+    say(f"note: of the {V:,} tokens of {source.path} its tokenizer has {have:,}: the others are left out")
+    config = replace(source.config, vocab_size=have)
+    return replace(source, config=config, read=padded(source.read, config), load=None)
 
 
 def find(text: str, say: Callable[[str], None]) -> Source:
@@ -46,27 +53,6 @@ def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer,
         return Tokenizer.gpt2(say), "GPT-2's"
     there = tokenizer_named(source.path) if source.path.is_file() else source.path / TOKENIZER_FILE
     raise LlmpyError(f"{source.path} came without a tokenizer, which text needs", f"put its tokenizer.json at {there}")
-
-
-def _fitted(source: Source, say: Callable[[str], None]) -> Source:
-    """The model without the rows of wte that no token has: some pad their vocabulary to a round number."""
-    if source.tokenizer is None:
-        return source
-    V, have = source.config.vocab_size, Tokenizer.load(source.tokenizer).vocab_size
-    if have == V:
-        return source
-    if have > V:
-        raise LlmpyError(
-            f"{source.tokenizer} has {have:,} tokens but the model {V:,}", "put the model's own tokenizer.json there"
-        )
-    say(f"note: of the {V:,} tokens of {source.path} its tokenizer has {have:,}: the others are left out")
-    config = replace(source.config, vocab_size=have)
-
-    def read(name: str) -> np.ndarray:
-        x = source.read(name)
-        return padded(x, config) if name == "wte" else x
-
-    return replace(source, config=config, read=read, load=None)
 
 
 def open_model(path: Path) -> Source:
@@ -94,7 +80,7 @@ def open_model(path: Path) -> Source:
 def _open_folder(path: Path) -> Source:
     if (path / MODEL_FILE).is_file() and _is_ours(path / MODEL_FILE):
         return native.read_model(path)
-    if llmc_state.is_checkpoint(path):
+    if llmc_state.latest(path) is not None:
         return llmc_state.read_checkpoint(path)[0]
     if is_run(path) and not (path / MODEL_FILE).exists():
         raise LlmpyError(f"{path} is a run that has no checkpoint yet", f"go on: {command('train', '--resume', path)}")

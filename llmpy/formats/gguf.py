@@ -20,24 +20,17 @@ from ..system.command import install
 from ..system.durable import write_whole
 from .source import DTYPES, Source, by_name, cast
 
-# ours → llama.cpp's; {} is the layer
+# ours → llama.cpp's, as `by_name` takes them
 NAMES = {
-    "wte": "token_embd.weight",
-    "wpe": "position_embd.weight",
-    "attn_qkv_w": "blk.{}.attn_qkv.weight",
-    "attn_proj_w": "blk.{}.attn_output.weight",
-    "mlp_fc_w": "blk.{}.ffn_up.weight",
-    "mlp_proj_w": "blk.{}.ffn_down.weight",
-    "ln_1_w": "blk.{}.attn_norm.weight",
-    "ln_1_b": "blk.{}.attn_norm.bias",
-    "attn_qkv_b": "blk.{}.attn_qkv.bias",
-    "attn_proj_b": "blk.{}.attn_output.bias",
-    "ln_2_w": "blk.{}.ffn_norm.weight",
-    "ln_2_b": "blk.{}.ffn_norm.bias",
-    "mlp_fc_b": "blk.{}.ffn_up.bias",
-    "mlp_proj_b": "blk.{}.ffn_down.bias",
-    "ln_f_w": "output_norm.weight",
-    "ln_f_b": "output_norm.bias",
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "attn_qkv": "blk.{}.attn_qkv",
+    "attn_proj": "blk.{}.attn_output",
+    "mlp_fc": "blk.{}.ffn_up",
+    "mlp_proj": "blk.{}.ffn_down",
+    "ln_1": "blk.{}.attn_norm",
+    "ln_2": "blk.{}.ffn_norm",
+    "ln_f": "output_norm",
 }
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -25,27 +25,20 @@ from ..version import __version__
 from .source import DTYPES, Source, by_name, cast, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
-# ours → theirs; {} is the layer, whose matrices are transposed
+# ours → theirs, as `by_name` takes them
 NAMES = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "attn_qkv_w": "h.{}.attn.c_attn.weight",
-    "attn_proj_w": "h.{}.attn.c_proj.weight",
-    "mlp_fc_w": "h.{}.mlp.c_fc.weight",
-    "mlp_proj_w": "h.{}.mlp.c_proj.weight",
-    "ln_1_w": "h.{}.ln_1.weight",
-    "ln_1_b": "h.{}.ln_1.bias",
-    "attn_qkv_b": "h.{}.attn.c_attn.bias",
-    "attn_proj_b": "h.{}.attn.c_proj.bias",
-    "ln_2_w": "h.{}.ln_2.weight",
-    "ln_2_b": "h.{}.ln_2.bias",
-    "mlp_fc_b": "h.{}.mlp.c_fc.bias",
-    "mlp_proj_b": "h.{}.mlp.c_proj.bias",
-    "ln_f_w": "ln_f.weight",
-    "ln_f_b": "ln_f.bias",
+    "wte": "wte",
+    "wpe": "wpe",
+    "attn_qkv": "h.{}.attn.c_attn",
+    "attn_proj": "h.{}.attn.c_proj",
+    "mlp_fc": "h.{}.mlp.c_fc",
+    "mlp_proj": "h.{}.mlp.c_proj",
+    "ln_1": "h.{}.ln_1",
+    "ln_2": "h.{}.ln_2",
+    "ln_f": "ln_f",
 }
 PREFIX = "transformer."  # of a model with a head; OpenAI's own upload has none
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files carry along
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What our GPT-2 is; a file that says otherwise is another model. Left out, each has this value.
@@ -62,13 +55,10 @@ FIXED = {
 
 
 def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
-    """Open a GPT-2 folder, checking every tensor's name, shape and type; `weights` is the file that has them.
-
-    Raises LlmpyError for another kind of model, and for files that are missing or damaged.
-    """
+    """Open a GPT-2 folder; `weights` has its tensors. Raises LlmpyError for another model, and for damaged files."""
     config, trained_length = _read_config(folder / CONFIG_FILE)
     where = _find_tensors(folder, weights, config)
-    prefix = PREFIX if PREFIX + NAMES["wte"] in where else ""
+    prefix = PREFIX if PREFIX + EMBEDDING in where else ""
     expected = {
         prefix + theirs: x.shape
         for name, shape in shapes(config).items()
@@ -96,7 +86,7 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
             x[...] = tensor(prefix + theirs)
         return out
 
-    wte = prefix + NAMES["wte"]
+    wte = prefix + EMBEDDING
     if HEAD in where and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
         raise LlmpyError(f"{folder} has a head of its own ({HEAD} is not wte)", "only tied heads are known here")
     tokenizer = folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
@@ -104,13 +94,10 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
 
 
 def write_model(folder: Path, source: Source, dtype: str) -> None:
-    """Write a folder that `transformers` loads as GPT2LMHeadModel; the weights come last.
-
-    Raises LlmpyError if the disk refuses.
-    """
+    """Write a folder that `transformers` loads as GPT2LMHeadModel; the weights come last."""
     c = source.config
     tensors: dict[str, np.ndarray] = {}
-    for name in NAMES:
+    for name in shapes(c):
         for theirs, x in _theirs(name, cast(source.read(name), dtype, name), c):
             tensors[PREFIX + theirs] = np.ascontiguousarray(x)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,21 +109,18 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         ends = dict.fromkeys(("eos_token", "bos_token"), tokenizer.eot_text)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "model_max_length": c.context}
         _write_json(folder / "tokenizer_config.json", about)
-    _write_json(
-        folder / CONFIG_FILE,
-        {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            **dict(zip(SHAPE, (c.layers, c.heads, c.channels, c.context, c.vocab_size), strict=True)),
-            "n_ctx": c.context,
-            **{key: values[0] for key, values in FIXED.items()},
-            "bos_token_id": eot,
-            "eos_token_id": eot,
-            "dtype": dtype,
-            "llmpy_version": __version__,
-            TRAINED: source.trained_length,
-        },
-    )
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **dict(zip(SHAPE, (c.layers, c.heads, c.channels, c.context, c.vocab_size), strict=True)),
+        "n_ctx": c.context,
+        **{key: values[0] for key, values in FIXED.items()},
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
+        "dtype": dtype,
+        "llmpy_version": __version__,
+        TRAINED: source.trained_length,
+    }
+    _write_json(folder / CONFIG_FILE, config)
 
     def write(temporary: Path) -> None:
         try:

@@ -57,15 +57,9 @@ def read_model(path: Path) -> Source:
         raise damaged(path, str(error)) from error
     if Vp != config.padded_vocab_size:
         raise damaged(path, f"a vocabulary of {V:,} tokens padded to {Vp:,}")
-    places = layout(config, VERSIONS[version])
-    end = places[ORDER[-1]].end
-    if size != end:
-        raise wrong_size(path, size, end, f"{L} layers of {C} channels and {Vp:,} rows of wte make")
-
-    def read(name: str) -> np.ndarray:
-        x = read_at(path, places[name])
-        return padded(x, config) if name == "wte" else x
-
+    makes = f"{L} layers of {C} channels and {Vp:,} rows of wte make"
+    places = layout(config, VERSIONS[version], HEADER.itemsize, path, size, makes)
+    read = padded(lambda name: read_at(path, places[name]), config)
     what = f"model of llm.c, version {version}"
     return Source(path, what, config, VERSIONS[version], context, read, tokenizer_beside(path, V))
 
@@ -106,10 +100,7 @@ def read_debug(path: Path, config: ModelConfig) -> DebugState:
     tokens = Place(HEADER.itemsize, (2, B, T), np.dtype("<i4"))
     logits = Place(tokens.end, (B, T, V), DTYPES["float32"])
     loss = Place(logits.end, (1,), DTYPES["float32"])
-    gradients = layout(config, "float32", start=loss.end)
-    end = gradients[ORDER[-1]].end
-    if size != end:
-        raise wrong_size(path, size, end, f"for this model a batch of {B} x {T} makes")
+    gradients = layout(config, "float32", loss.end, path, size, f"for this model a batch of {B} x {T} makes")
     x = read_at(path, tokens)
     if x.min() < 0 or x.max() >= V:
         raise damaged(path, f"its tokens are not all in the vocabulary of {V:,}")
@@ -135,8 +126,7 @@ def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
 def read_at(path: Path, place: Place) -> np.ndarray:
     """A new array with what lies there. Raises LlmpyError if the file is shorter now."""
     try:
-        found = np.fromfile(path, place.dtype, math.prod(place.shape), offset=place.offset)
-        return found.reshape(place.shape)
+        return np.fromfile(path, place.dtype, math.prod(place.shape), offset=place.offset).reshape(place.shape)
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:
@@ -149,10 +139,12 @@ def wrong_size(path: Path, size: int, expected: int, why: str) -> LlmpyError:
     return LlmpyError(f"{path} {what}: {why} {expected:,} bytes, it has {size:,}", "download or write it again")
 
 
-def layout(config: ModelConfig, dtype: str, start: int = HEADER.itemsize) -> dict[str, Place]:
-    """Return where each tensor lies in a file."""
+def layout(config: ModelConfig, dtype: str, start: int, path: Path, size: int, why: str) -> dict[str, Place]:
+    """Return where each tensor lies in a file. Raises LlmpyError, which says `why`, if it does not end there."""
     ours, places = shapes(config), dict[str, Place]()
     for name in ORDER:
         places[name] = place = Place(start, ours[name], DTYPES[dtype])
         start = place.end
+    if size != start:
+        raise wrong_size(path, size, start, why)
     return places

@@ -40,9 +40,7 @@ from .source import DTYPES, Source, elements, shapes
 
 MODEL_NAME, STATE_NAME = "model_{:08}.bin", "state_{:08}_{:05}.bin"  # of a step; of a step and a rank
 MODEL_SEED = 13371337  # of llm.c's stochastic rounding, which nothing of ours has: written as at a start
-TWISTER = np.dtype(
-    [("seed", "<u8"), ("left", "<i4"), ("next", "<u4"), ("state", "<u4", 624), ("matrix", "<u4", 2)], align=False
-)
+TWISTER = np.dtype([("seed", "<u8"), ("left", "<i4"), ("next", "<u4"), ("state", "<u4", 624), ("matrix", "<u4", 2)])
 MATRIX = (0, 0x9908B0DF)
 KEY_WORDS = 624
 STATE_HEADER = np.dtype(
@@ -72,8 +70,7 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
 
     Several ranks become one process whose batches are as large as theirs together, in the options too: it reads the
     same tokens in a step, shuffled as the first rank has them.
-    Outlier detectors, clocks and the options have no place in llm.c's files.
-    Raises LlmpyError if there is no checkpoint, or if it is damaged.
+    Outlier detectors, clocks and options have no place in llm.c's files. Raises LlmpyError without a whole checkpoint.
     """
     found = checkpoint.listed(run / CHECKPOINTS)
     if not found:
@@ -124,16 +121,10 @@ def latest(folder: Path) -> int | None:
     return max((s for s in steps if {MODEL_NAME.format(s), STATE_NAME.format(s, 0)} <= names), default=None)
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a folder that holds a complete checkpoint."""
-    return path.is_dir() and latest(path) is not None
-
-
 def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
-    """Open the latest checkpoint, with the state of all its ranks.
+    """Open the latest checkpoint, with the state of all its ranks. Raises LlmpyError if none is there and whole.
 
     The source reads the master weights where there are any: they are what the next update starts from.
-    Raises LlmpyError for a folder without one, for missing ranks and for damage.
     """
     step = latest(folder)
     if step is None:
@@ -142,7 +133,7 @@ def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
     state = read_state(folder / STATE_NAME.format(step, 0), model.config)
     if state.master is None:
         return model, state
-    views = {name: state.master[where].reshape(shape) for name, where, shape in _tensors(model.config)}
+    views = {name: state.master[where].reshape(shape) for name, where, shape, _ in _tensors(model.config)}
     what = f"checkpoint of llm.c at step {step}, master weights"
     return replace(model, what=what, dtype="float32", read=views.__getitem__), state
 
@@ -157,10 +148,7 @@ def write_checkpoint(folder: Path, source: Source, state: TrainingState, dtype: 
 
 
 def read_state(path: Path, config: ModelConfig) -> TrainingState:
-    """Read the state in `path` (of rank 0) and, with several ranks, in its sisters `…_00001.bin` and on.
-
-    Raises LlmpyError for files that are missing, damaged, of another model or of different steps.
-    """
+    """Read the state in `path` (of rank 0) and its sisters. Raises LlmpyError for files that do not fit together."""
     first = _RankFile(path, config)
     stem = path.name.removesuffix("00000.bin")
     files = [first, *(_RankFile(path.with_name(f"{stem}{r:05}.bin"), config) for r in range(1, first.ranks))]
@@ -191,7 +179,7 @@ def write_state(path: Path, config: ModelConfig, state: TrainingState, rank: int
         with temporary.open("wb") as file:
             file.write(header.tobytes())
             for x in (state.m, state.v, state.master):
-                for _, where, _ in _tensors(config) if x is not None else ():
+                for _, where, _, _ in _tensors(config) if x is not None else ():
                     x[where].astype("<f4", copy=False).tofile(file)  # type: ignore[index]
             if state.shuffle:
                 for order in (place.shard_order, place.sample_order):
@@ -215,24 +203,20 @@ class _RankFile:
         # nothing says whether ZeRO-1 split the arrays: the size does
         for self.parts in sorted({1, ranks}):
             start = HEADER.itemsize + 4 * (n // self.parts) * self.arrays
-            divides = all(math.prod(s) // _layers(name, s) % self.parts == 0 for name, s in shapes(config).items())
+            divides = all(math.prod(s) // layers % self.parts == 0 for _, _, s, layers in _tensors(config))
             if divides and (place := self._place(start, shard, sample)) is not None:
                 self.place = place
+                self.facts = ranks, master, shuffle, step, self.parts  # what must agree among the files of a step
                 return
         raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * self.arrays, "m, v and weights alone make")
-
-    @property
-    def facts(self) -> tuple[object, ...]:
-        """What must agree among the files of a step."""
-        return self.ranks, self.arrays, self.shuffle, self.step, self.parts
 
     def copy(self, out: np.ndarray, which: int) -> None:
         """Copy array number `which` (m, v, master) into its part of `out` (n,), which is in the order of our table."""
         at = HEADER.itemsize + 4 * (out.size // self.parts) * which
-        for name, where, shape in _tensors(self.config):
-            layers = out[where].reshape(_layers(name, shape), self.parts, -1)
-            place = Place(at, (len(layers), layers.shape[2]), DTYPES["float32"])
-            layers[:, self.rank % self.parts] = read_at(self.path, place)
+        for _, where, _, layers in _tensors(self.config):
+            tensor = out[where].reshape(layers, self.parts, -1)
+            place = Place(at, (layers, tensor.shape[2]), DTYPES["float32"])
+            tensor[:, self.rank % self.parts] = read_at(self.path, place)
             at = place.end
 
     def _place(self, start: int, shard: int, sample: int) -> Position | None:
@@ -258,15 +242,11 @@ class _RankFile:
         return Position(shard, sample, shards, samples, rng)
 
 
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
-    """Yield name, place in our flat arena, and shape of every tensor, in llm.c's order."""
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, slice, tuple[int, ...], int]]:
+    """Yield name, place in our flat arena, shape and number of layers of every tensor, in llm.c's order."""
     found, at = {}, 0
     for name, shape in shapes(config).items():
-        found[name] = slice(at, at + math.prod(shape)), shape
+        layers = 1 if name in ("wte", "wpe", "ln_f_w", "ln_f_b") else shape[0]
+        found[name] = name, slice(at, at + math.prod(shape)), shape, layers
         at += math.prod(shape)
-    return ((name, *found[name]) for name in ORDER)
-
-
-def _layers(name: str, shape: tuple[int, ...]) -> int:
-    """Over how many layers a tensor is stacked."""
-    return 1 if name in ("wte", "wpe", "ln_f_w", "ln_f_b") else shape[0]
+    return (found[name] for name in ORDER)

@@ -22,18 +22,14 @@ def read_model(path: Path) -> Source:
         with checkpoint.opened(path) as file:
             return np.asarray(file.get_tensor(name))
 
-    runs = _run_of(path) / TOKENIZER_FILE
+    folder = path.absolute().parent
+    run = folder.parent.parent  # of the model in a checkpoint
+    in_checkpoint = folder.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file()
+    runs = (run if in_checkpoint else path.parent) / TOKENIZER_FILE
     ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_named(path).is_file()
     tokenizer = runs if ours else tokenizer_beside(path, header.config.vocab_size)
     load = partial(checkpoint.load_parameters, path)
     return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer, load)
-
-
-def _run_of(path: Path) -> Path:
-    """Return the folder of the run that a model is of: its own, or two above that of a checkpoint."""
-    folder = path.absolute().parent
-    run = folder.parent.parent
-    return run if folder.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file() else path.parent
 
 
 def write_model(path: Path, source: Source) -> None:

@@ -25,11 +25,7 @@ from ..model.gpt2 import params_table
 from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
 
-DTYPES = {
-    "float32": np.dtype("<f4"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype("<f2"),
-}
+DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True)
@@ -75,10 +71,7 @@ def elements(config: ModelConfig) -> int:
 
 
 def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """x in another type, rounded to nearest even; the same array if it has that type.
-
-    Raises LlmpyError where a finite number becomes infinite: float16 ends at 65504.
-    """
+    """x in another type, rounded to nearest even. Raises LlmpyError where what is finite becomes infinite."""
     if x.dtype == DTYPES[dtype]:
         return x
     with np.errstate(over="ignore", invalid="ignore"):
@@ -89,8 +82,11 @@ def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def by_name(names: Mapping[str, str], name: str, x: np.ndarray, V: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield views of tensor x under the `names` of another program: each layer for {}, of wte the V rows in use."""
-    theirs = names[name]
+    """Yield views of tensor x under the `names` of another program, where {} is the layer; of wte the V rows in use.
+
+    The names are without _w and _b, and theirs without .weight and .bias.
+    """
+    theirs = names[name.removesuffix("_w").removesuffix("_b")] + (".bias" if name.endswith("_b") else ".weight")
     if "{}" in theirs:
         yield from ((theirs.format(l), layer) for l, layer in enumerate(x))
     else:
@@ -118,8 +114,7 @@ def tokenizer_named(path: Path) -> Path:
 def tokenizer_beside(path: Path, V: int) -> Path | None:
     """The tokenizer of a model that is one file: that of its name, else the folder's tokenizer.json or llm.c's table.
 
-    The folder's may be another model's: it is one of V tokens; or a tokenizer.json of somewhat fewer, for a vocabulary
-    may be padded.
+    The folder's may be another model's: it has V tokens, or is a tokenizer.json of somewhat fewer, as some pad them.
     """
     own, folders, table = tokenizer_named(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
     if own.is_file():
@@ -134,8 +129,14 @@ def tokenizer_beside(path: Path, V: int) -> Path | None:
     return folders if missing == 0 or (0 < missing < PAD_VOCAB_TO and not fits) else table if fits else None
 
 
-def padded(wte: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Return the first rows of wte (≥Vp, C), those beyond the vocabulary := 0: (Vp, C)."""
-    out = wte[: config.padded_vocab_size]
-    out[config.vocab_size :] = 0
-    return out
+def padded(read: Callable[[str], np.ndarray], config: ModelConfig) -> Callable[[str], np.ndarray]:
+    """Return a `read` that gives the first rows of wte (≥Vp, C), those beyond the vocabulary := 0: (Vp, C)."""
+
+    def fitted(name: str) -> np.ndarray:
+        x = read(name)
+        if name == "wte":
+            x = x[: config.padded_vocab_size]
+            x[config.vocab_size :] = 0
+        return x
+
+    return fitted

@@ -29,6 +29,7 @@ from ..system.words import did_you_mean
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
 from .sampling import Choice, Coin, choose, logprob
 
+DEFAULT = Choice()
 SLIDE = 4  # the window slides by reach / SLIDE
 
 
@@ -48,8 +49,7 @@ def window_start(length: int, reach: int) -> int:
 class Generation:
     """Texts that are continued side by side. What becomes of one does not depend on the others.
 
-    `prompts` have at least one token each; `count` bounds the tokens added to each; a token sees at most `reach` before
-    it. `pack`: see `Decoder`.
+    `prompts` have a token or more; `count` bounds those added to each; one sees `reach` back. `pack`: see `Decoder`.
     """
 
     def __init__(
@@ -93,13 +93,7 @@ class Generation:
 
 
 def generate(
-    model: GPT2,
-    prompt: Sequence[int],
-    count: int,
-    reach: int,
-    coin: Coin,
-    choice: Choice = Choice(),  # noqa: B008 - frozen
-    pack: bool = True,
+    model: GPT2, prompt: Sequence[int], count: int, reach: int, coin: Coin, choice: Choice = DEFAULT, pack: bool = True
 ) -> Iterator[int]:
     """Yield `count` tokens that continue `prompt` (at least one token); arguments as of `Generation`."""
     generation = Generation(model, [prompt], count, reach, [coin], choice, pack)
@@ -110,8 +104,7 @@ def generate(
 class TextStream:
     """Tokens in, text out as soon as it is whole: a token may end inside a UTF-8 character.
 
-    The text ends before the first of the strings `stop`; what may become one of them is held back. `stopped` tells
-    whether that has happened: then no more tokens are needed.
+    It ends before the first of the strings `stop`, and is `stopped` then; what may become one of them is held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
@@ -153,10 +146,7 @@ class TextStream:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of the prompt; an empty one is the end-of-text token, after which texts begin.
-
-    Raises LlmpyError for a prompt that is no text: bytes of the command line that are not UTF-8.
-    """
+    """Token ids of the prompt; of an empty one end-of-text, after which texts begin. Raises LlmpyError for no UTF-8."""
     return tokenizer.encode(prompt) or [tokenizer.eot]
 
 

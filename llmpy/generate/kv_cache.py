@@ -112,10 +112,7 @@ class Decoder:
         return self._on_host(logits)[0]
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Append a token to each of these slots, none twice; the logits (B, V) of what follows.
-
-        Each slot must have been prefilled, and have room for a position more.
-        """
+        """Append a token to each of these slots, none twice, that have text and room; the logits (B, V) after it."""
         if self._to_pack:
             self.pack()
         ops, w, B = self.ops, self.model.weights, len(slots)

@@ -6,7 +6,7 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from ..errors import LlmpyError
 from ..options.watch import AXES, CURVES, PlotOptions
 from ..system.durable import write_whole
 from ..system.terminal import coloured
-from .curves import Curves, Line, charts
+from .curves import Line, charts
 from .figure import COLOURS, CONFIG, POINTS, figure, need
 from .runs import Runs
 
 ANSI = ("blue", "orange", "green", "magenta", "cyan", "red")  # of plotext
 LETTERS = "*+xo#@"  # for curve after curve where neither colour nor dots tell them apart
 ROWS, TEXT_POINTS = 18, 400  # of a chart of text
-NOTHING_LOADS = (  # a page from a file needs nothing from elsewhere
+NOTHING_LOADS = (  # a page from a file needs nothing from elsewhere: plotly's script is in it
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data: blob:\">"
 )
@@ -40,29 +40,21 @@ def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
     wanted = options.curves or (tuple(CURVES) if kind == "html" else ("loss",))
     drawn = charts(runs, wanted, options.x, options.smooth, POINTS)
     if not drawn:
-        curves = " or ".join(options.curves or ["loss"])
-        raise LlmpyError(
-            f"no {curves} in {', '.join(runs)} yet", "wait for a step that has it, or choose other --curves"
-        )
+        missing = f"no {' or '.join(options.curves or ['loss'])} in {', '.join(runs)} yet"
+        raise LlmpyError(missing, "wait for a step that has it, or choose other --curves")
     if options.out is not None:
         colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
         if kind == "html":
-            write_page(runs, wanted, options, colours, options.out)
+            made = figure(runs, wanted, options.x, options.smooth, options.log, 2, colours)
+            page = made.update_layout(showlegend=True).to_html(config=CONFIG, div_id="figure")
+            page = page.replace("<head>", f"<head>{NOTHING_LOADS}", 1)
+            write_whole(options.out, lambda temporary: temporary.write_text(page, "utf-8"))
         else:
             write_picture(drawn, options, colours, options.out)
         say(f"wrote {options.out}")
     if in_terminal:
         for chart in text_of(charts(runs, wanted, options.x, options.smooth, TEXT_POINTS), options):
             say(chart)
-
-
-def write_page(
-    runs: dict[str, Curves], wanted: Sequence[str], options: PlotOptions, colours: dict[str, str], path: Path
-) -> None:
-    """Write one file that needs no server and no network: plotly's script is in it."""
-    made = figure(runs, wanted, options.x, options.smooth, options.log, 2, colours).update_layout(showlegend=True)
-    page = made.to_html(config=CONFIG, div_id="figure").replace("<head>", f"<head>{NOTHING_LOADS}", 1)
-    write_whole(path, lambda temporary: temporary.write_text(page, "utf-8"))
 
 
 def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: dict[str, str], path: Path) -> None:
@@ -93,11 +85,11 @@ def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: d
         write_whole(path, lambda to: made.savefig(to, format=kind, dpi=160, metadata=undated.get(kind)))
 
 
-def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
+def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> Iterator[str]:
     """The charts as text, as wide as the terminal; in colours only on one, and not against NO_COLOR."""
     import plotext
 
-    colour, found = coloured(sys.stdout), []
+    colour = coloured(sys.stdout)
     for chart, lines in drawn.items():
         dots = colour or len(lines) == 1
         plotext.clear_figure()
@@ -115,5 +107,4 @@ def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> list[str]:
             label = f"{line.y[-1]:.4g} {line.run}{also}"  # plotext cuts off what is too long
             shown = y > (0 if log else -math.inf)
             plotext.plot(x[shown].tolist(), y[shown].tolist(), color=ANSI[n % len(ANSI)], marker=marker, label=label)
-        found.append(plotext.build() if colour else plotext.uncolorize(plotext.build()))
-    return found
+        yield plotext.build() if colour else plotext.uncolorize(plotext.build())

@@ -55,10 +55,10 @@ class Run:
                 with path.open("rb") as file:
                     file.seek(max(0, file.seek(0, os.SEEK_END) - last))
                     self._known[reader] = state, reader(file)
+            value: T = self._known[reader][1]
+            return value
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return None
-        value: T = self._known[reader][1]
-        return value
 
     def trains(self) -> bool:
         """Whether a process trains it: one that holds its lock, or, on another machine, seems to."""
@@ -103,11 +103,8 @@ def described_in(file: BinaryIO) -> str:
 def samples_of(file: BinaryIO) -> list[dict[str, Any]]:
     """The last samples, newest first."""
     pieces = HEADING.split(file.read(SAMPLE_BYTES).decode("utf-8", "replace"))
-    found = [
-        {"step": int(step), "text": text.strip("\n")[:SAMPLE_LETTERS]}
-        for step, text in zip(pieces[1::2], pieces[2::2], strict=True)
-    ]
-    return found[: -SHOWN_SAMPLES - 1 : -1]
+    last = list(zip(pieces[1::2], pieces[2::2], strict=True))[: -SHOWN_SAMPLES - 1 : -1]
+    return [{"step": int(step), "text": text.strip("\n")[:SAMPLE_LETTERS]} for step, text in last]
 
 
 def mark(path: Path) -> tuple[int, int, int] | None:
@@ -143,20 +140,14 @@ class Runs:
         paths += [child for folder in self._given if folder not in paths for child in children(folder)]
         for path in paths:
             self._runs.setdefault(path, Run(path, len(self._runs)))
-        return {name_of(path): self._runs[path] for path in paths}
+        # names do nothing to a terminal
+        return {"".join(c if c.isprintable() else "\ufffd" for c in str(path)): self._runs[path] for path in paths}
 
     def chosen(self, runs: dict[str, Run]) -> list[str]:
-        """The names to show when none is asked for: those that were named, and of folders those that train, or the
-        newest.
-        """
+        """The names to show if none is asked for: those named, and of folders those that train, or the newest."""
         named = [name for name, run in runs.items() if run.folder in self._given]
         others = [name for name in runs if name not in named]
         return named + ([name for name in others if runs[name].trains()] or ([] if named else others[:1]))
-
-
-def name_of(path: Path) -> str:
-    """A path as text that does nothing to a terminal."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(path))
 
 
 def has_curves(path: Path) -> bool:

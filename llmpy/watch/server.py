@@ -30,10 +30,9 @@ from .runs import Runs
 ADDRESS = "127.0.0.1"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
 PORTS = 100  # that are tried from the first one on
-STALLED_SECONDS = 60.0
 LEAST_SECONDS, SHARE = 1.0, 0.1  # between answers; of a core, that answers may take
-HTML, CSS, SCRIPT = "text/html", "text/css", "text/javascript"
-FILES = {"/": ("page.html", HTML), "/page.css": ("page.css", CSS), "/page.js": ("page.js", SCRIPT)}
+SCRIPT = "text/javascript"
+FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", SCRIPT)}
 # plotly sets styles of its own elements; without a source of images or fonts they give nothing away.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -80,7 +79,7 @@ class Page(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = f"llmpy/{__version__}", ""
-    timeout = STALLED_SECONDS
+    timeout = 60.0  # seconds, of a connection that stalls
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "")
