@@ -40,8 +40,7 @@ COIN = Xorshift64Star(1)  # greedy choices do not ask it
 def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict[str, Any]:
     """Return rates in tokens/s, GB/s (10⁹ bytes) and GFLOP/s, times in ms, memory in MB of 10⁶ bytes."""
     o, config = options, ModelConfig.from_dial(options.model)
-    length = o.prompt_tokens + WARM_TOKENS + o.tokens
-    longest = max(length, o.prefill)
+    longest = max(o.prompt_tokens + WARM_TOKENS + o.tokens, o.prefill)
     if longest > config.context:
         what = f"a text of {longest} tokens is longer than the model's context of {config.context}"
         raise LlmpyError(what, "use fewer --tokens or a shorter --prefill")
@@ -52,10 +51,30 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     initialise(model.params, config)
     decoder = Decoder(model, o.batch_size, longest)
     text = np.random.default_rng(0).integers(0, config.vocab_size, max(o.prefill, o.prompt_tokens)).tolist()
-    prefill, peak = time_prefill(decoder, ops, text[: o.prefill])
-    times, reading, triad = time_tokens(decoder, ops, o.batch_size, text[: o.prompt_tokens], o.tokens)
+
+    peaks, prefills = [ops.measure_peak()], []
+    for _ in range(PREFILLS):
+        start = time.perf_counter()
+        decoder.prefill(0, text[: o.prefill])
+        prefills.append(1e3 * (time.perf_counter() - start))
+        peaks.append(ops.measure_peak())
+
+    slots = range(o.batch_size)
+    tokens = [choose(decoder.prefill(slot, text[: o.prompt_tokens]), COIN, GREEDY) for slot in slots]
+    readings, triads, times = [], [], []
+    for n in range(-WARM_TOKENS, o.tokens + 1):
+        if n >= 0 and n % TOKENS_A_PEAK == 0 or n == o.tokens:
+            readings.append(ops.measure_reading(decoder.matrices.buffer))
+            triads.append(ops.measure_bandwidth())
+        if n == o.tokens:
+            break
+        start = time.perf_counter()
+        tokens = [choose(logits, COIN, GREEDY) for logits in decoder.decode(slots, tokens)]
+        if n >= 0:
+            times.append(1e3 * (time.perf_counter() - start))
+
+    prefill, peak, ms, reading, triad = map(statistics.median, (prefills, peaks, times, readings, triads))
     weights = decoder.matrices.size * np.dtype(ops.dtype).itemsize
-    ms = statistics.median(times)
     rate = weights / ms / 1e6
     gflops = prefill_flops(config, o.prefill) / prefill / 1e6
     return {
@@ -68,37 +87,6 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     }  # fmt: skip
 
 
-def time_prefill(decoder: Decoder, ops: Machine, text: list[int]) -> tuple[float, float]:
-    """Median ms of a prefill, and of the peak of multiply-adds between, GFLOP/s."""
-    peaks, times = [ops.measure_peak()], []
-    for _ in range(PREFILLS):
-        start = time.perf_counter()
-        decoder.prefill(0, text)
-        times.append(1e3 * (time.perf_counter() - start))
-        peaks.append(ops.measure_peak())
-    return statistics.median(times), statistics.median(peaks)
-
-
-def time_tokens(
-    decoder: Decoder, ops: Machine, batch: int, prompt: list[int], count: int
-) -> tuple[list[float], float, float]:
-    """The ms of each token after the first ones; medians of reading and of the triad meanwhile, GB/s."""
-    slots = range(batch)
-    tokens = [choose(decoder.prefill(slot, prompt), COIN, GREEDY) for slot in slots]
-    reading, triad, times = [], [], []
-    for n in range(-WARM_TOKENS, count + 1):
-        if n >= 0 and n % TOKENS_A_PEAK == 0 or n == count:
-            reading.append(ops.measure_reading(decoder.matrices.buffer))
-            triad.append(ops.measure_bandwidth())
-        if n == count:
-            break
-        start = time.perf_counter()
-        tokens = [choose(logits, COIN, GREEDY) for logits in decoder.decode(slots, tokens)]
-        if n >= 0:
-            times.append(1e3 * (time.perf_counter() - start))
-    return times, statistics.median(reading), statistics.median(triad)
-
-
 def prefill_flops(config: ModelConfig, T: int) -> int:
     """Operations of a forward pass over T tokens with the logits of the last: 2 a multiply-add, causal attention."""
     head = config.padded_vocab_size * config.channels
@@ -106,22 +94,20 @@ def prefill_flops(config: ModelConfig, T: int) -> int:
     return 2 * T * layers + 2 * head + 2 * config.layers * config.channels * T * T
 
 
-def table(numbers: dict[str, Any]) -> str:
+def table(n: dict[str, Any]) -> str:
     """Return the same for a reader."""
-    n = numbers
-    return columns(
-        [
-            ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
-            ("decoding", f"{n['tokens_per_s']:,.1f} tokens/s"),
-            ("a token", f"{n['ms_a_token']:,.2f} ms"),
-            ("weights read", f"{n['weights_gb_s']:,.1f} GB/s"),
-            ("memory, reading", f"{n['reading_gb_s']:,.1f} GB/s"),
-            ("memory, triad", f"{n['triad_gb_s']:,.1f} GB/s"),
-            ("share of reading", f"{100 * n['share_of_bandwidth']:.1f} %"),
-            (f"prefill of {n['prefill_tokens']} tokens", f"{n['prefill_ms']:,.1f} ms"),
-            ("its rate", f"{n['prefill_gflops']:,.1f} GFLOP/s"),
-            ("machine's peak", f"{n['peak_gflops']:,.1f} GFLOP/s"),
-            ("share of peak", f"{100 * n['prefill_share_of_peak']:.1f} %"),
-            ("peak memory", f"{n['peak_rss_mb']:,.0f} MB"),
-        ]
-    )
+    rows = [
+        ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
+        ("decoding", f"{n['tokens_per_s']:,.1f} tokens/s"),
+        ("a token", f"{n['ms_a_token']:,.2f} ms"),
+        ("weights read", f"{n['weights_gb_s']:,.1f} GB/s"),
+        ("memory, reading", f"{n['reading_gb_s']:,.1f} GB/s"),
+        ("memory, triad", f"{n['triad_gb_s']:,.1f} GB/s"),
+        ("share of reading", f"{100 * n['share_of_bandwidth']:.1f} %"),
+        (f"prefill of {n['prefill_tokens']} tokens", f"{n['prefill_ms']:,.1f} ms"),
+        ("its rate", f"{n['prefill_gflops']:,.1f} GFLOP/s"),
+        ("machine's peak", f"{n['peak_gflops']:,.1f} GFLOP/s"),
+        ("share of peak", f"{100 * n['prefill_share_of_peak']:.1f} %"),
+        ("peak memory", f"{n['peak_rss_mb']:,.0f} MB"),
+    ]
+    return columns(rows)

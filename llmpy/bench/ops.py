@@ -94,8 +94,6 @@ FLOPS: dict[str, Callable[[Case], int]] = {
     "attention_backward": lambda c: 4 * c.rows * c.T * c.C,
     "classifier": lambda c: (2 if c.variant == "losses" else 6) * c.rows * c.C * c.Vp,
 }
-
-
 # The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
 # and `+=` mark what is written. S: rows of wpe, or positions of a cache.
 ARGUMENTS = {
@@ -137,19 +135,15 @@ ARGUMENTS = {
     "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
 }
 # What makes an operation's inputs: it is called first, on the arguments that both have.
-BEFORE = {
-    "layernorm_backward": "layernorm_forward",
-    "attention_backward": "attention_forward",
-    "packed_linear_forward": "pack",
-}
-Args = dict[str, Any]
+BEFORE = {f"{name}_backward": f"{name}_forward" for name in ("layernorm", "attention")}
+BEFORE["packed_linear_forward"] = "pack"
 
 
-def arguments(op: str, c: Case, ops: Any) -> Args:
+def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     """Draw the arguments of an operation, by name, in the order of the seam: small random numbers."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, c.V, (c.B, c.T), dtype=np.int32)
-    others: Args = {
+    others: dict[str, Any] = {
         "tokens": tokens, "targets": tokens.reshape(-1), "vocab_size": c.V, "scale": 1 / c.rows, "accumulate": False,
         "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5, "step": 3,
         "slots": np.arange(c.B, dtype=np.int32), "positions": np.full(c.B, c.T - 1, np.int32),
@@ -157,15 +151,13 @@ def arguments(op: str, c: Case, ops: Any) -> Args:
     sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "HS": c.C // c.NH}
     sizes |= {"S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
     unused = set()
-    if op.startswith("linear"):
+    if "linear" in op:
         unused = {name for name, word in (("bias", "bias"), ("pre_gelu", "gelu")) if word not in c.variant}
-    elif op == "packed_linear_forward":
-        unused = {"bias", "pre_gelu"}
     elif op == "classifier" and c.variant == "losses":
         unused = {"dinp", "dwte"}
     elif op == "adamw" and ops.dtype == ops.wide:
         unused = {"stored"}
-    args: Args = {}
+    args: dict[str, Any] = {}
     for text in ARGUMENTS[op].split("; "):
         name, *marks = text.split()
         if name in unused or not marks:
@@ -182,17 +174,16 @@ def arguments(op: str, c: Case, ops: Any) -> Args:
     return args
 
 
-def moved_bytes(op: str, c: Case, args: Args) -> int:
+def moved_bytes(op: str, c: Case, args: dict[str, Any]) -> int:
     """Return bytes that pass between memory and caches in one call: every input once, every output twice."""
     written = {text.split()[0] for text in ARGUMENTS[op].split("; ") if text.endswith("=")}
-    total = 0
-    for name, x in args.items():
-        if isinstance(x, np.ndarray):
-            # Of the token embedding only the rows of the tokens are touched; of wpe only the first T.
-            rows = {"wte": c.rows, "dwte": c.rows, "wpe": c.T}.get(name) if op.startswith("embedding") else None
-            size = x.nbytes if rows is None else rows * c.C * x.itemsize
-            total += (2 if name in written else 1) * size
-    return total
+    # Of the token embedding only the rows of the tokens are touched; of wpe only the first T.
+    rows = {"wte": c.rows, "dwte": c.rows, "wpe": c.T} if op.startswith("embedding") else {}
+    return sum(
+        (2 if name in written else 1) * (rows[name] * c.C * x.itemsize if name in rows else x.nbytes)
+        for name, x in args.items()
+        if isinstance(x, np.ndarray)
+    )
 
 
 def time_case(
@@ -220,6 +211,11 @@ def time_case(
     }  # fmt: skip
 
 
+def rates_of(machine: Machine) -> tuple[float, float]:
+    """Measure the peak of multiply-adds, GFLOP/s, and the bandwidth of a stream, GB/s."""
+    return machine.measure_peak(), machine.measure_bandwidth()
+
+
 def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> dict[str, Any]:
     """Time the cases; `load` makes the machine, and a second one with a single thread for its peaks.
 
@@ -227,36 +223,28 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     """
     ops: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
     single: Machine = load("cpu", threads=1, dtype=options.dtype)
-    peaks: dict[str, list[float]] = {"GFLOP/s": [], "GB/s": []}
-    one = {"GFLOP/s": single.measure_peak(), "GB/s": single.measure_bandwidth()}
-    results = []
-
-    def measure_peaks() -> None:
-        peaks["GFLOP/s"].append(ops.measure_peak())
-        peaks["GB/s"].append(ops.measure_bandwidth())
-
+    one, rates, results = rates_of(single), [], []
     for op, cases in BENCH.items():
         if options.op not in (None, op) or (op == "narrow" and ops.dtype == ops.wide):
             continue
-        measure_peaks()
+        rates.append(rates_of(ops))
         results += [time_case(ops, op, case, BUDGET, REPEATS) for case in cases]
     if not results:
         raise LlmpyError(f"--op {options.op}: there is nothing to do in {ops.dtype}", "use --dtype bfloat16")
-    measure_peaks()
-    all_ = {unit: statistics.median(rates) for unit, rates in peaks.items()}
+    peaks = dict(zip(("GFLOP/s", "GB/s"), zip(*rates, rates_of(ops), strict=True), strict=True))
+    all_ = {unit: statistics.median(found) for unit, found in peaks.items()}
     for result in results:
         result["share_of_peak"] = result["rate"] / all_[result["unit"]]
     return {
         "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "isa": ops.isa,
-        "peaks": {unit: {"one_thread": one[unit], "all_threads": all_[unit]} for unit in peaks},
+        "peaks": {u: {"one_thread": rate, "all_threads": all_[u]} for u, rate in zip(peaks, one, strict=True)},
         "steady": max(peaks["GFLOP/s"]) < UNSTEADY * min(peaks["GFLOP/s"]),
         "ops": results,
     }  # fmt: skip
 
 
-def table(numbers: dict[str, Any]) -> str:
+def table(n: dict[str, Any]) -> str:
     """Return the same for a reader."""
-    n = numbers
     peaks = [
         (what, *(f"{rate:,.1f} {unit}" for rate in n["peaks"][unit].values()))  # of one thread, of all
         for what, unit in (("peak of multiply-adds", "GFLOP/s"), ("bandwidth of a stream", "GB/s"))

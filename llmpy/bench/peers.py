@@ -50,10 +50,6 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-class PeerError(Exception):
-    """A program that could not be measured; the others continue."""
-
-
 @dataclass
 class Peer:
     """A program to measure: a list of words, or a line for the shell."""
@@ -67,7 +63,7 @@ class Peer:
     error: str = ""
 
     def run(self, steps: int) -> list[float]:
-        """Run once; return and keep the times of `steps` steps, in ms. Raises PeerError."""
+        """Run once; return and keep the times of `steps` steps, in ms. Raises LlmpyError."""
         times: list[float] = []
         peak, last = 0, ""
         try:
@@ -76,7 +72,7 @@ class Peer:
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
             )  # fmt: skip
         except OSError as error:
-            raise PeerError(f"cannot be run: {error.strerror}") from None
+            raise LlmpyError(f"cannot be run: {error.strerror}") from None
         assert process.stdout is not None
         with process:
             try:
@@ -95,7 +91,13 @@ class Peer:
                         member.kill()
         if len(times) < WARM_STEPS + steps:
             wanted = f"{WARM_STEPS + steps} lines like 'step 1: train loss 5.3 (took 99 ms)'"
-            raise PeerError(ending(process.returncode, last) or f"printed {len(times)} of {wanted}")
+            fault = f"printed {len(times)} of {wanted}"
+            if code := process.returncode:
+                fault = (
+                    f"ended with exit code {code}" if code > 0 else f"was ended by signal {signal.Signals(-code).name}"
+                )
+                fault += f": {last.removeprefix('llmpy: error: ')}" if last else ""
+            raise LlmpyError(fault)
         if peak:
             # The least of all rounds: what a first run compiles is kept on disk, and stays out of the others.
             self.memory = min(peak / 1e6, self.memory or peak / 1e6)
@@ -111,26 +113,15 @@ def tree(pid: int) -> list[psutil.Process]:
     return []
 
 
-def ending(code: int, last: str) -> str:
-    """Say how a program failed, with the last line that it printed; "" if it did not."""
-    if not code:
-        return ""
-    how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {signal.Signals(-code).name}"
-    return f"{how}: {last.removeprefix('llmpy: error: ')}" if last else how
-
-
-def our_peers(options: PeersOptions, threads: int) -> list[Peer]:
+def our_peers(o: PeersOptions, threads: int) -> list[Peer]:
     """Return this program, in both arithmetics."""
-    o = options
-    work = {"--model": o.model, "-B": o.batch_size, "-T": o.sequence_length, "--steps": o.steps, "--threads": threads}
-    words = [str(word) for pair in work.items() for word in pair]
-    command = [sys.executable, "-m", "llmpy", "bench", "step", *words]
+    work = f"--model {o.model} -B {o.batch_size} -T {o.sequence_length} --steps {o.steps} --threads {threads}".split()
+    command = [sys.executable, "-m", "llmpy", "bench", "step", *work]
     return [Peer(f"{OURS} {short}", dtype, [*command, "--dtype", dtype]) for dtype, short in SHORT.items()]
 
 
-def torch_peers(options: PeersOptions, threads: int) -> list[Peer]:
+def torch_peers(o: PeersOptions, threads: int) -> list[Peer]:
     """Return PyTorch eager and compiled in both arithmetics; nothing, and say why, where it is not installed."""
-    o = options
     if o.torch_python is None and importlib.util.find_spec("torch") is None:
         aside("PyTorch is left out: this Python has none (--torch-python names one that has)")
         return []
@@ -152,14 +143,12 @@ def torch_peers(options: PeersOptions, threads: int) -> list[Peer]:
 
 def tcmalloc() -> str | None:
     """Return the library to preload, by the name that the loader knows it by."""
-    if sys.platform != "linux":
-        return None
-    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+    names = ("tcmalloc_minimal", "tcmalloc") if sys.platform == "linux" else ()
+    return next(filter(None, map(ctypes.util.find_library, names)), None)
 
 
-def given_peers(options: PeersOptions, threads: int) -> list[Peer]:
+def given_peers(o: PeersOptions, threads: int) -> list[Peer]:
     """Return those of --peer; float32, as llm.c is, unless their name says bf16."""
-    o = options
     work = {"B": o.batch_size, "T": o.sequence_length, "STEPS": o.steps + WARM_STEPS, "THREADS": threads}
     environment = dict.fromkeys(THREAD_COUNTS, str(threads)) | {name: str(value) for name, value in work.items()}
     peers = []
@@ -170,29 +159,25 @@ def given_peers(options: PeersOptions, threads: int) -> list[Peer]:
     return peers
 
 
-def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str, Any]:
+def bench_peers(o: PeersOptions, say: Callable[[str], object]) -> dict[str, Any]:
     """Measure all, say the table, write --json; then raise LlmpyError if a program failed.
 
     Times in ms, memory in MB of 10⁶ bytes; ratio: median over llm.py's of the same dtype.
     """
-    o = options
     if o.json is not None and not o.json.absolute().parent.is_dir():
         raise LlmpyError(f"{o.json}: there is no folder {o.json.parent}", "make it first")
     config = ModelConfig.from_dial(o.model)
     if o.sequence_length > config.context:
         raise LlmpyError(f"-T {o.sequence_length}: {o.model} has a context of {config.context}", "use a smaller -T")
-
     threads = cores() if o.threads is None else o.threads
     peers = [*our_peers(o, threads), *torch_peers(o, threads), *given_peers(o, threads)]
     peers = [p for p in peers if not any(word in p.name for word in o.without or ())]
     try:
         for number in range(1, o.rounds + 1):
-            for peer in peers:
-                if peer.error:
-                    continue
+            for peer in (p for p in peers if not p.error):
                 try:
                     found = f"{statistics.median(peer.run(o.steps)):,.1f} ms"
-                except PeerError as error:
+                except LlmpyError as error:
                     found = peer.error = str(error)
                 aside(f"round {number}/{o.rounds}  {peer.name} {found}")
     finally:  # Ctrl-C keeps what was measured
@@ -208,30 +193,28 @@ def bench_peers(options: PeersOptions, say: Callable[[str], object]) -> dict[str
     return numbers
 
 
-def report(options: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
+def report(o: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
     """Return everything measured, as JSON has it."""
-    o, medians = options, {p.name: statistics.median(p.times) for p in peers if p.times}
-
-    def result(peer: Peer) -> dict[str, Any]:
-        median, ours = medians[peer.name], medians.get(f"{OURS} {SHORT[peer.dtype]}")
-        return {
-            "name": peer.name, "dtype": peer.dtype, "median_ms": median, "min_ms": min(peer.times),
-            "tokens_per_s": 1e3 * o.batch_size * o.sequence_length / median, "peak_rss_mb": peer.memory,
-            "ratio": median / ours if ours else None, "step_ms": peer.times,
-        }  # fmt: skip
-
+    medians = {p.name: statistics.median(p.times) for p in peers if p.times}
+    ours = {dtype: medians.get(f"{OURS} {short}") for dtype, short in SHORT.items()}
     return {
         "model": o.model, "batch_size": o.batch_size, "sequence_length": o.sequence_length, "steps": o.steps,
         "rounds": o.rounds, "threads": threads, "tcmalloc": tcmalloc(),
         "machine": {"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
-        "peers": [result(peer) for peer in peers if peer.times],
+        "peers": [
+            {
+                "name": p.name, "dtype": p.dtype, "median_ms": medians[p.name], "min_ms": min(p.times),
+                "tokens_per_s": 1e3 * o.batch_size * o.sequence_length / medians[p.name], "peak_rss_mb": p.memory,
+                "ratio": medians[p.name] / our if (our := ours[p.dtype]) else None, "step_ms": p.times,
+            }
+            for p in peers if p.times
+        ],
         "failed": {p.name: p.error for p in peers if p.error},
     }  # fmt: skip
 
 
-def table(numbers: dict[str, Any]) -> str:
+def table(n: dict[str, Any]) -> str:
     """Return the same for a reader."""
-    n = numbers
     head = (
         f"a step of {n['model']}, {n['batch_size']} x {n['sequence_length']} tokens, "
         f"{count_of(n['threads'], 'thread')}; {n['rounds']} rounds of {n['steps']} steps; {n['machine']['cpu']}"

@@ -1,8 +1,7 @@
 """`llmpy bench step`: whole training steps against the machine's own peak, both measured in one run.
 
-A step is what training does: loss and gradients, global norm, clipping, AdamW. The multiply-add peak
-is measured before, between and after the steps, so that both see the same machine; each is
-represented by its median.
+A step is what training does: loss and gradients, global norm, clipping, AdamW. The multiply-add peak is measured
+before, between and after the steps, so that both see the same machine; each is represented by its median.
 
 What the first start costs, with every kernel to compile:  LLMPY_CACHE_DIR=an/empty/folder llmpy bench step
 """
@@ -78,20 +77,18 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     }  # fmt: skip
 
 
-def table(numbers: dict[str, Any]) -> str:
+def table(n: dict[str, Any]) -> str:
     """Return the same for a reader."""
-    n = numbers
-    return columns(
-        [
-            ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
-            ("step, median", f"{n['median_ms']:,.1f} ms"),
-            ("step, fastest", f"{n['min_ms']:,.1f} ms"),
-            ("rate", f"{n['gflops']:,.1f} GFLOP/s"),
-            ("machine's peak", f"{n['peak_gflops']:,.1f} GFLOP/s"),
-            ("share of peak", f"{100 * n['share_of_peak']:.1f} %"),
-            ("tokens a second", f"{n['tokens_per_s']:,.0f}"),
-            ("peak memory", f"{n['peak_rss_mb']:,.0f} MB"),
-            ("first step", f"{n['first_step_ms']:,.1f} ms"),
-            ("start to first step", f"{n['seconds_to_first_step']:,.1f} s"),
-        ]
-    )
+    rows = [
+        ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
+        ("step, median", f"{n['median_ms']:,.1f} ms"),
+        ("step, fastest", f"{n['min_ms']:,.1f} ms"),
+        ("rate", f"{n['gflops']:,.1f} GFLOP/s"),
+        ("machine's peak", f"{n['peak_gflops']:,.1f} GFLOP/s"),
+        ("share of peak", f"{100 * n['share_of_peak']:.1f} %"),
+        ("tokens a second", f"{n['tokens_per_s']:,.0f}"),
+        ("peak memory", f"{n['peak_rss_mb']:,.0f} MB"),
+        ("first step", f"{n['first_step_ms']:,.1f} ms"),
+        ("start to first step", f"{n['seconds_to_first_step']:,.1f} s"),
+    ]
+    return columns(rows)

@@ -71,11 +71,11 @@ def main() -> None:
 
     model = GPT2(o.model)
     run = torch.compile(model) if o.compile else model
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    version = tuple(int(n) for n in torch.__version__.split(".")[:2])
-    fused = version >= (2, 4)  # the first with a fused AdamW for CPUs
+    groups = [
+        {"params": [p for p in model.parameters() if (p.dim() == 2) == matrices], "weight_decay": 0.1 * matrices}
+        for matrices in (True, False)
+    ]
+    fused = [*map(int, torch.__version__.split(".")[:2])] >= [2, 4]  # the first with a fused AdamW for CPUs
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     text = torch.randint(0, o.model["vocab_size"], (o.B * o.T + 1,))
     tokens, targets = text[:-1].view(o.B, o.T), text[1:].view(o.B, o.T)

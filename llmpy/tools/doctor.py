@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -98,19 +98,14 @@ def program() -> Iterator[Check]:
 
 def machine_checks(load: Callable[..., Any], options: DoctorOptions) -> Iterator[Check]:
     """Everything that the CPU backend is needed for."""
-    machine = cast(Machine, load("cpu", threads=options.threads, dtype=options.dtype))
-    yield cpu(machine)
-    yield threads(machine)
-    yield peaks(machine, load)
-    yield memory(machine)
-
-
-def cpu(machine: Machine) -> Check:
-    """The CPU, and the row of the table of instruction sets that its kernels are compiled for."""
+    machine: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
     count, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
     found = f"{cpu_name()}, {count} cores ({logical} logical); kernels for {machine.isa}, products in {machine.dtype}"
     fix = "this CPU has no wide vectors: expect a tenth of the usual speed" if machine.isa == "generic" else ""
-    return seen("cpu", found, fix, cores=count, logical=logical, isa=machine.isa, dtype=str(machine.dtype))
+    yield seen("cpu", found, fix, cores=count, logical=logical, isa=machine.isa, dtype=str(machine.dtype))
+    yield threads(machine)
+    yield peaks(machine, load)
+    yield memory(machine)
 
 
 def threads(machine: Machine) -> Check:
@@ -129,7 +124,7 @@ def threads(machine: Machine) -> Check:
 def peaks(machine: Machine, load: Callable[..., Any]) -> Check:
     """What the machine reaches now, and whether all threads take part."""
     machine.warm_up(aside)
-    single = cast(Machine, load("cpu", threads=1, dtype=str(machine.dtype)))
+    single: Machine = load("cpu", threads=1, dtype=str(machine.dtype))
     one, all_, stream = single.measure_peak(), machine.measure_peak(), machine.measure_bandwidth()
     found = (
         f"{all_:,.0f} GFLOP/s of multiply-adds in {machine.dtype}, {all_ / one:.2f} times one thread's {one:,.0f}; "
@@ -163,8 +158,7 @@ def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Ite
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         yield seen(name, f"cannot write to {there}: {error.strerror}", fix, fault=needed > 0)
         return

@@ -2,9 +2,7 @@
 
     python -m llmpy.tools.lm_eval --model_args run=runs/NAME --tasks hellaswag,lambada_openai
 
-is lm_eval's own command with one model more, and in Python a model made here goes wherever lm_eval takes one:
-
-    lm_eval.simple_evaluate(Harness("runs/NAME"), tasks=["hellaswag"])
+is lm_eval's own command with one model more; in Python, `Harness("runs/NAME")` goes wherever lm_eval takes a model.
 
 log p(continuation | context) = Σ log softmax(logits)[token] over its tokens, each with as much text before it as the
 model has learnt to read. Rows are padded on the right, where no token sees them.
@@ -81,7 +79,12 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
 
         A context that is empty, or blank, is the end-of-text token, after which texts begin.
         """
-        pairs = [self._pair(*request.args) for request in requests]
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            # Blanks at a context's end belong to the word that follows.
+            ids = self.tokens.encode(context.rstrip())
+            follows = self.tokens.encode(context + continuation)[len(ids) :]
+            pairs.append((ids or [self.tokens.eot], follows))
         return self._answers("loglikelihood", requests, pairs, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -106,13 +109,6 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return texts
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, cut where the context's end: blanks at its end belong to the word that follows."""
-        if not context.strip():
-            return [self.tokens.eot], self.tokens.encode(context + continuation)
-        ids = self.tokens.encode(context.rstrip())
-        return ids, self.tokens.encode(context + continuation)[len(ids) :]
-
     def _answers(
         self, name: str, requests: Sequence[Any], pairs: Sequence[tuple[list[int], list[int]]], quiet: bool
     ) -> list[tuple[float, bool]]:
@@ -133,9 +129,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
     def _score(self, batch: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:
         """Of each text's last n tokens: their log-likelihood, and whether each is the likeliest."""
         model = self.model
-        T = SHORTEST_ROW
-        while max(len(ids) for ids, _ in batch) - 1 > T:
-            T *= 2
+        T = max(SHORTEST_ROW, 1 << (max(len(ids) for ids, _ in batch) - 2).bit_length())
         tokens = np.zeros((self.batch_size, min(T, self.reach)), np.int32)
         for row, (ids, _) in enumerate(batch):
             tokens[row, : len(ids) - 1] = ids[:-1]
@@ -157,10 +151,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
         count = int(next((told[name] for name in names if told.get(name) is not None), NEW_TOKENS))
         temperature = told.get("temperature")
-        if not told.get("do_sample", bool(temperature)):
-            temperature = 0.0
+        sampled = told.get("do_sample", bool(temperature))
         limits = {name: told[name] for name in ("top_k", "top_p", "min_p") if told.get(name) is not None}
-        choice = Choice(1.0 if temperature is None else float(temperature), **limits)
+        choice = Choice((1.0 if temperature is None else float(temperature)) if sampled else 0.0, **limits)
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
         generation = Generation(self.model, prompts, count, self.reach, coins, choice)
@@ -168,9 +161,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         texts, live = [""] * len(prompts), list(range(len(prompts)))
         for _ in range(count):
             for row, token in zip(list(live), generation.step(live), strict=True):
-                if token.id != self.tokens.eot:
-                    texts[row] += streams[row].feed(token.id)
-                if token.id == self.tokens.eot or streams[row].stopped:
+                ended = token.id == self.tokens.eot
+                texts[row] += "" if ended else streams[row].feed(token.id)
+                if ended or streams[row].stopped:
                     live.remove(row)
             if not live:
                 break
@@ -183,19 +176,16 @@ def windows(context: Sequence[int], continuation: Sequence[int], reach: int) -> 
     Every token of the continuation is asked for once, with as much before it as a piece that ends later allows.
     """
     text = [*context, *continuation]
-    done = len(context)
-    while done < len(text):
+    for done in range(len(context), len(text), reach):
         end = min(done + reach, len(text))
         yield text[max(0, end - reach - 1) : end], end - done
-        done = end
 
 
 def _batches(items: Sequence[Any], size: int) -> list[Any]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def main() -> None:
-    """lm_eval's command, with --model llmpy."""
+if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv[1:1] = ["--model", "llmpy"]
@@ -203,7 +193,3 @@ def main() -> None:
         cli_evaluate()
     except LlmpyError as error:
         sys.exit(f"llmpy: error: {error}")
-
-
-if __name__ == "__main__":
-    main()

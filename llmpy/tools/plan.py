@@ -27,7 +27,7 @@ from .. import backend
 from ..backend import Ops
 from ..backend.machine import Machine
 from ..backend.recorder import Recorder
-from ..bench.ops import UNSTEADY, Case, time_case
+from ..bench.ops import UNSTEADY, Case, rates_of, time_case
 from ..distributed.cost import communication
 from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
@@ -95,10 +95,8 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
     if op.startswith("linear"):
         words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre_gelu" in shape)
         return replace(case, OC=len(arguments["weight"]), variant=" ".join(word for word, there in words if there))
-    if "wte" in shape or "dwte" in shape:
-        Vp = len(arguments["wte"] if "wte" in shape else arguments["dwte"])
-        return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp)
-    return case
+    Vp, _ = shape.get("wte") or shape.get("dwte") or (1, 1)
+    return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp)
 
 
 def smaller(part: Part) -> tuple[Case, float]:
@@ -136,21 +134,18 @@ def measure(machine: Machine, parts: Sequence[Part]) -> Measured:
         median = time_case(machine, part.op, case, BUDGET, REPEATS, lambda: machine.global_norm(other))["median_ms"]
         return part.calls * times * median / 1e3
 
-    peaks, streams, rounds = [machine.measure_peak()], [machine.measure_bandwidth()], []
+    rates, rounds = [rates_of(machine)], []
     for _ in range(ROUNDS):
         rounds.append([seconds(part) for part in parts])
-        peaks.append(machine.measure_peak())
-        streams.append(machine.measure_bandwidth())
+        rates.append(rates_of(machine))
+    peaks, streams = zip(*rates, strict=True)
     steady = all(max(x) < UNSTEADY * min(x) for x in (peaks, [sum(r) for r in rounds]))
     medians = [statistics.median(x) for x in zip(*rounds, strict=True)]
     return Measured(medians, statistics.median(peaks), statistics.median(streams), steady)
 
 
 def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]:
-    """Return what `--json` prints: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an impossible batch.
-
-    `machine` None: the CPU.
-    """
+    """Return what `--json` prints: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an impossible batch."""
     o, config = options, ModelConfig.from_dial(options.model, vocab_size=options.vocab_size)
     check_length(o.sequence_length, config.context)
     run = TrainOptions(
@@ -159,7 +154,14 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     )  # fmt: skip
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     ops.warm_up(aside)
-    memory = memory_of(config, o, ops)
+    available = available_memory()
+
+    def needed(B: int) -> dict[str, int]:
+        copied = o.checkpoint_every > 0
+        return memory_parts(config, B, o.sequence_length, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
+
+    tables = needed(o.batch_size)
+    largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(needed(B).values()))
     parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
     measured = measure(ops, parts)
 
@@ -186,7 +188,10 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
             "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": measured.peak,
             "bandwidth_gb_s": measured.bandwidth, "steady": measured.steady,
         },
-        "memory": memory,
+        "memory": {
+            "parts": tables, "total": sum(tables.values()), "available": available,
+            "largest_batch": largest,  # 0: none fits
+        },
         "batch": {
             "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
             "tokens": tokens,
@@ -218,19 +223,6 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     }  # fmt: skip
 
 
-def memory_of(config: ModelConfig, o: PlanOptions, ops: Machine) -> dict[str, Any]:
-    """Return bytes by part and in all, what is available, and the largest batch that fits into it (0: none does)."""
-    available = available_memory()
-
-    def parts(B: int) -> dict[str, int]:
-        copied = o.checkpoint_every > 0
-        return memory_parts(config, B, o.sequence_length, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
-
-    needed = parts(o.batch_size)
-    largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(parts(B).values()))
-    return {"parts": needed, "total": sum(needed.values()), "available": available, "largest_batch": largest}
-
-
 def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[str, int]]:
     """Return numbers of tokens to train on, with who recommends them."""
     found = [("--tokens", o.tokens)] if o.tokens else []
@@ -239,8 +231,8 @@ def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[
         recipe = read_recipe(TrainOptions, name)
         of = ModelConfig.from_dial(recipe["model"])
         if (of.layers, of.channels) == (config.layers, config.channels):
-            steps = recipe["steps"]
-            found.append((f"llm.c's {name}", FINEWEB_TOKENS if steps < 0 else steps * recipe["total_batch"]))
+            n = FINEWEB_TOKENS if recipe["steps"] < 0 else recipe["steps"] * recipe["total_batch"]
+            found.append((f"llm.c's {name}", n))
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,14 +65,6 @@ class Check(NamedTuple):
     error: float
     bound: float
 
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound
-
-    def row(self) -> str:
-        verdict = "ok" if self.passed else "FAILED"
-        return f"{self.name:<68} {self.error:>9.2g}   at most {self.bound:<8.2g} {verdict}"
-
 
 def selftest(options: SelftestOptions, say: Callable[[str], None]) -> int:
     """Run every check and print a row for each as it is done; return 0 if all pass, else 1.
@@ -81,16 +74,14 @@ def selftest(options: SelftestOptions, say: Callable[[str], None]) -> int:
     if (options.model is None) != (options.debug_state is None):
         given, missing = ("--model", "--debug-state") if options.model else ("--debug-state", "--model")
         raise LlmpyError(f"{given} without {missing}", "give both: a model, and the debug state llm.c made of it")
-    checks = []
+    passed = []
     for check in from_files(options) if options.model else own_model(options):
-        checks.append(check)
-        say(check.row())
-    failed = sum(not check.passed for check in checks)
-    say(f"{len(checks)} checks, {f'{failed} FAILED' if failed else 'all passed'}")
+        passed.append(check.error <= check.bound)
+        verdict = "ok" if passed[-1] else "FAILED"
+        say(f"{check.name:<68} {check.error:>9.2g}   at most {check.bound:<8.2g} {verdict}")
+    failed = passed.count(False)
+    say(f"{len(passed)} checks, {f'{failed} FAILED' if failed else 'all passed'}")
     return 1 if failed else 0
-
-
-# A model of our own
 
 
 def own_model(options: SelftestOptions) -> Iterator[Check]:
@@ -108,8 +99,19 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
         loss = model.loss_and_grads(tokens, targets)
         yield Check(f"{dtype}: loss", abs(loss - want_loss) / want_loss, LOSS_ERROR[dtype])
         yield from _gradients(dtype, model, want)
-        yield from _micro_batches(dtype, model, tokens, targets)
-        yield from _threads(dtype, tokens, targets)
+        model.loss_and_grads(tokens, targets)
+        whole = np.array(model.ops.to_host(_grads(model).buffer))
+        for i in range(len(tokens)):
+            model.loss_and_grads(tokens[i : i + 1], targets[i : i + 1], accumulate=i > 0, micro_steps=len(tokens))
+        error = _error(model.ops.to_host(_grads(model).buffer), whole)
+        yield Check(f"{dtype}: {len(tokens)} micro-batches against one batch", error, SAME_ERROR)
+        results = []
+        for threads in THREADS:
+            twin = _filled(backend.load("cpu", threads=threads, dtype=dtype))
+            loss = twin.loss_and_grads(tokens, targets)
+            results.append(np.append(twin.ops.to_host(_grads(twin).buffer), np.float32(loss)))
+        differing = sum(_different(r, results[0]) for r in results[1:])
+        yield Check(f"{dtype}: values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
         try:
             yield from _resume(dtype, options)
         except LlmpyError as error:  # numbers that are not finite are refused when they are read
@@ -122,28 +124,17 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
 
 def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
     """Row by row what backward leaves in each layer, the worst tensor named."""
-    groups: dict[str, list[tuple[float, str]]] = {}
+    groups = defaultdict(list)
     for (tensor, got), (_, expected) in zip(_grads(model).items(), _grads(want).items(), strict=True):
         host = model.ops.to_host(got)
         if tensor.name.startswith(("wte", "wpe", "ln_f")):
-            groups.setdefault("embeddings and last LayerNorm", []).append((_error(host, expected), tensor.name))
+            groups["embeddings and last LayerNorm"].append((_error(host, expected), tensor.name))
         else:
             for l in range(len(host)):
-                groups.setdefault(f"layer {l}", []).append((_error(host[l], expected[l]), tensor.name))
+                groups[f"layer {l}"].append((_error(host[l], expected[l]), tensor.name))
     for where, errors in sorted(groups.items()):
         worst, name = max(errors, key=lambda e: (math.isnan(e[0]), e[0]))
         yield Check(f"{dtype}: gradients, {where} (worst: {name})", worst, GRADIENT_ERROR[dtype])
-
-
-def _micro_batches(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
-    """The rows one at a time, accumulated, against all at once."""
-    model.loss_and_grads(tokens, targets)
-    whole = np.array(model.ops.to_host(_grads(model).buffer))
-    for i in range(len(tokens)):
-        one = slice(i, i + 1)
-        model.loss_and_grads(tokens[one], targets[one], accumulate=i > 0, micro_steps=len(tokens))
-    error = _error(model.ops.to_host(_grads(model).buffer), whole)
-    yield Check(f"{dtype}: {len(tokens)} micro-batches against one batch", error, SAME_ERROR)
 
 
 def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
@@ -154,7 +145,6 @@ def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -
     _grads(twin).buffer[...] = model.ops.to_host(_grads(model).buffer)
     optimizers = [AdamW(m, clip=0.5) for m in (model, twin)]
     before = np.array(twin.params.buffer)
-    norms = []
     for _ in range(OWN_STEPS):
         norms = [o.step(1e-2) for o in optimizers]
     moved = model.ops.to_host(model.params.buffer) - before
@@ -163,21 +153,9 @@ def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -
     yield Check(f"{dtype}: AdamW, {OWN_STEPS} updates", _error(moved, twin.params.buffer - before), SAME_ERROR)
 
 
-def _threads(dtype: str, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
-    """Loss and gradients at several numbers of threads: bits that differ."""
-    results = []
-    for threads in THREADS:
-        model = _filled(backend.load("cpu", threads=threads, dtype=dtype))
-        loss = model.loss_and_grads(tokens, targets)
-        results.append(np.append(np.array(model.ops.to_host(_grads(model).buffer)), np.float32(loss)))
-    differing = sum(_different(r, results[0]) for r in results[1:])
-    yield Check(f"{dtype}: values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
-
-
 def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
     """Train, save, load into new objects, resume: values that differ from never stopping."""
-    text = np.random.default_rng(3).integers(0, OWN.vocab_size, 3000).astype(np.uint16)
-    shard = Shard(Path("selftest"), text)
+    shard = Shard(Path("selftest"), np.random.default_rng(3).integers(0, OWN.vocab_size, 3000).astype(np.uint16))
 
     def begin() -> tuple[GPT2, AdamW, Loader]:
         model = _filled(_machine(options, dtype))
@@ -189,7 +167,7 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
         for _ in range(OWN_STEPS):
             losses.append(model.loss_and_grads(*loader.next()))
             optimizer.update(1e-3, optimizer.norm())
-        return np.append(np.array(model.ops.to_host(model.params.buffer)), np.array(losses, np.float32))
+        return np.append(model.ops.to_host(model.params.buffer), np.array(losses, np.float32))
 
     def writer(folder: str, model: GPT2, optimizer: AdamW) -> CheckpointWriter:
         return CheckpointWriter(SINGLE_PROCESS, Path(folder), model, optimizer, OWN_BATCH[1], Journal(), 0, 1)
@@ -205,21 +183,15 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
         yield Check(f"{dtype}: values that differ after save, load and resume", _different(go(*second), on), 0)
 
 
-# llm.c's files
-
-
 def from_files(options: SelftestOptions) -> Iterator[Check]:
     """A model of any format and llm.c's debug state of it, in float32."""
-    assert options.model is not None
-    assert options.debug_state is not None
+    assert options.model is not None and options.debug_state is not None
     source = open_model(options.model)
     debug = llmc.read_debug(options.debug_state, source.config)
-    B, T = debug.tokens.shape
     model = GPT2(source.config, _machine(options, "float32"))
     source.fill(model.params)
     model.store_weights()
     yield Check("logits", _error(all_logits(model, debug.tokens), debug.logits), FILE_ERROR)
-    model.reserve(B, T, training=True)
     loss = model.loss_and_grads(debug.tokens, debug.targets)
     yield Check("loss", abs(loss - debug.loss) / abs(debug.loss), FILE_ERROR)
     for name in llmc.ORDER:
@@ -233,16 +205,11 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
 def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
     """The losses of ten steps as llm.c's test makes them: decay on every tensor, no clipping."""
     ops = model.ops
-    B, T = debug.tokens.shape
-    model.reserve(B, T, training=True)
     m, v = (ops.zeros(model.params.size, ops.wide) for _ in range(2))
     for step in range(1, 1 + len(LOSSES)):
         yield model.loss_and_grads(debug.tokens, debug.targets)
         ops.adamw(model.params.buffer, _grads(model).buffer, m, v, LR, *BETAS, EPSILON, DECAY, 1.0, step)
         model.store_weights()
-
-
-# Helpers
 
 
 def _machine(options: SelftestOptions, dtype: str) -> Any:
@@ -261,10 +228,7 @@ def all_logits(model: GPT2, tokens: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of every position."""
     B, T = tokens.shape
     a = model.forward(tokens, model.reserve(B, T, training=False))
-    out = model.ops.empty((B * T, model.config.padded_vocab_size), model.ops.dtype)
-    model.ops.linear_forward(out, a.ln_f, model.weights.wte, None)
-    host: np.ndarray = model.ops.to_host(out)[:, : model.config.vocab_size].astype(model.ops.wide)
-    return host.reshape(B, T, -1)
+    return model.head(model.ops.to_host(a.ln_f)).reshape(B, T, -1)
 
 
 def _filled(ops: Any) -> GPT2:
@@ -281,8 +245,8 @@ def _filled(ops: Any) -> GPT2:
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:
     """‖got − want‖ / ‖want‖."""
-    difference = np.asarray(got, np.float64) - want
-    return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(want, np.float64)))
+    exact = np.asarray(want, np.float64)
+    return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
 
 
 def _different(a: np.ndarray, b: np.ndarray) -> int:

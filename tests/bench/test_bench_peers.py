@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from llmpy.bench import peers
-from llmpy.bench.peers import Peer, PeerError
+from llmpy.bench.peers import Peer
 from llmpy.cli import main as cli
+from llmpy.errors import LlmpyError
 from llmpy.options.bench import PeersOptions
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="shell lines of a POSIX shell")
@@ -98,7 +99,7 @@ def test_ctrl_c_keeps_what_was_measured(
     ],
 )
 def test_programs_that_cannot_be_measured(command: str, said: str) -> None:
-    with pytest.raises(PeerError, match=said):
+    with pytest.raises(LlmpyError, match=said):
         Peer("x", "float32", command).run(2)
 
 
@@ -151,7 +152,7 @@ def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert found[0].environment["LD_PRELOAD"] == "liba.so libtcmalloc_minimal.so.4"
     assert found[0].environment["OMP_NUM_THREADS"] == "2"
     assert peers.TORCH_STEP.is_file()
-    with pytest.raises(PeerError, match="cannot be run: No such file or directory"):
+    with pytest.raises(LlmpyError, match="cannot be run: No such file or directory"):
         found[0].run(1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert peers.torch_peers(PeersOptions(), 2) == []
