@@ -83,13 +83,14 @@ def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
 def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
     path = raw or _from_hub(STORIES, STORIES_ARCHIVE, STORIES_ARCHIVE, say, STORIES_SHA256)
     with _unpacked(path) as folder:
-        files = sorted(file for file in folder.rglob("*.json") if STORIES_FILE.fullmatch(file.name))
+        listed = folder.glob("*.json") if folder.is_dir() else [folder]
+        files = sorted(file for file in listed if STORIES_FILE.fullmatch(file.name))
         if not files:
             raise LlmpyError(f"no data00.json, data01.json … in {path}", f"give {STORIES_ARCHIVE}, or its folder")
         for file in files:
             try:
                 stories = [story["story"].strip() for story in json.loads(file.read_bytes())]
-            except (ValueError, TypeError, KeyError) as fault:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
                 raise LlmpyError(f"{file.name} in {path} holds no list of stories", "download it again") from fault
             # data00.json, which is held out, has the seed of data01.json, the first to train on
             random.Random(1337 + max(0, int(file.name[4:6]) - 1)).shuffle(stories)
@@ -98,8 +99,8 @@ def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
 
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[Path]:
-    """Give the folder `path`, or one in the cache with what the archive `path` holds: files in any order, 6.5 GB."""
-    if path.is_dir():
+    """Give `path`, or a folder in the cache with what the archive `path` holds: files in any order, 6.5 GB."""
+    if path.is_dir() or path.suffix == ".json":
         yield path
         return
     data_cache().mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,8 @@ def _texts(path: Path, number: int, row: Any) -> list[str]:
     """Return context and endings of a line, as they are encoded."""
     try:
         texts = [row["ctx"], *(" " + ending for ending in row["endings"])]
-        right = len(texts) == 1 + ENDINGS and isinstance(texts[0], str) and row["label"] in range(ENDINGS)
+        right = len(texts) == 1 + ENDINGS and isinstance(texts[0], str) and isinstance(row["endings"], list)
+        right = right and type(row["label"]) is int and row["label"] in range(ENDINGS)
     except (TypeError, KeyError):
         right = False
     if not right:

@@ -131,7 +131,8 @@ class Loader:
         counted as read, come the samples that begin in one that was read, then the others in the order of the old ones.
         """
         mine = self.B * self.T * self.ranks
-        if mine != BT and position.shard_order.size == len(self.shards):
+        there = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
+        if mine != BT and there:
             samples = self._samples(self.shards[int(position.shard_order[position.shard])])
             place = np.argsort(position.sample_order)  # of each sample in the old order
             when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES, DataOptions
 from ..system.cache import data_cache
 from ..system.command import command
@@ -147,7 +147,11 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _check_empty(folder: Path) -> None:
     """Raise LlmpyError if the folder holds anything, or is none."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as fault:
+        raise unreadable(folder, fault) from fault
+    if taken:
         fix = "choose another folder with --out, or remove it"
         if _record(folder):
             fix = f"train on it: {command('train', '--data', folder)}; or {fix}"

@@ -115,6 +115,9 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
         )
     size = tokenizer.vocab_size if tokenizer else vocab_size or GPT2_VOCAB
     opened = [open_shard(path, size) for path in paths]
+    if any(shard.tokens.dtype != opened[0].tokens.dtype for shard in opened):
+        kinds = ", ".join(sorted({str(shard.tokens.dtype) for shard in opened}))
+        raise LlmpyError(f"token files of several kinds beside each other: {kinds}", "give one kind at a time")
     say(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
     val = [s for s in opened if "val" in s.path.name.lower()]
     train = [s for s in opened if "val" not in s.path.name.lower()]

@@ -69,7 +69,7 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
     Raises LlmpyError if the tokens do not fit the form, and if the disk refuses.
     """
     most = int(np.iinfo(FORMS[form].dtype).max)
-    if not 0 < tokens.size <= TOKENS_AT_MOST or not np.issubdtype(tokens.dtype, np.integer):
+    if tokens.ndim != 1 or not 0 < tokens.size <= TOKENS_AT_MOST or not np.issubdtype(tokens.dtype, np.integer):
         fix = f"write 1 to {TOKENS_AT_MOST:,} integers to a file"
         raise LlmpyError(f"{path}: {tokens.size:,} values of type {tokens.dtype} do not make a shard", fix)
     if tokens.min() < 0 or tokens.max() > most:

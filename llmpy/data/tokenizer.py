@@ -189,7 +189,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for each text, on all cores."""
-        return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        except (TypeError, UnicodeEncodeError):
+            return [self.encode(text) for text in texts]  # which names the character
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, EOT included; bytes that are no UTF-8 become U+FFFD.

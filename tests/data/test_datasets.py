@@ -84,6 +84,7 @@ def test_stories(tmp_path, said, hub, monkeypatch, how):
         (archive({"readme": b"x"}), "no data00.json"),
         (archive({"data00.json": b"{}x"}), "data00.json in .* holds no list of stories"),
         (archive({"data00.json": b'[{"tale": "x"}]'}), "holds no list of stories"),
+        (archive({"data00.json": b'[{"story": null}]'}), "holds no list of stories"),
     ],
 )
 def test_damaged_stories(tmp_path, said, content, message):
@@ -91,6 +92,14 @@ def test_damaged_stories(tmp_path, said, content, message):
     raw.write_bytes(content)
     with pytest.raises(LlmpyError, match=message):
         documents("tinystories", raw, said)
+
+
+def test_one_file_of_stories_and_only_the_folder_itself(tmp_path, said):
+    (tmp_path / "again").mkdir()
+    for path in (tmp_path / "data00.json", tmp_path / "again" / "data00.json"):
+        path.write_text(json.dumps(stories(0)))
+    assert documents("tinystories", tmp_path / "data00.json", said) == expected_stories(0)
+    assert documents("tinystories", tmp_path, said) == expected_stories(0)
 
 
 @pytest.mark.parametrize("name", ["fineweb", "fineweb-edu"])

@@ -169,3 +169,10 @@ def test_a_bin_that_is_no_shard_says_what_it_is(tmp_path, folder, said):
     ):
         prepare([path], folder, say=said.append)
     assert not folder.exists()
+
+
+def test_shards_of_several_kinds(tmp_path, folder, said):
+    write_shard(tmp_path / "train.bin", np.arange(1, 5000))
+    write_shard(tmp_path / "labels.bin", np.arange(1, 5000), "int32")
+    with pytest.raises(LlmpyError, match="several kinds beside each other: int32, uint16"):
+        prepare([tmp_path], folder, say=said.append)

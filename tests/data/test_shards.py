@@ -195,3 +195,8 @@ def test_is_shard_goes_by_the_magic(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content)
         assert is_shard(tmp_path / name) is expected
+
+
+def test_several_rows_are_no_shard(path):
+    with pytest.raises(LlmpyError, match="do not make a shard"):
+        write_shard(path, np.arange(6).reshape(2, 3))

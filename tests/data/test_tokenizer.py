@@ -231,3 +231,8 @@ def test_vocabulary_too_small_for_bytes():
 def test_importing_does_not_import_the_library():
     code = "import sys, llmpy.data.prepare; sys.exit('tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_batch_names_a_lone_surrogate():
+    with pytest.raises(LlmpyError, match="at character 1: a byte that was no UTF-8"):
+        Tokenizer.bytes().encode_batch(["fine", "a\ud83d"])
