@@ -5,7 +5,8 @@
     {"messages": [{"role": …, "content": …}, …]}  "role: content" and a blank line for each; what the assistant
                                                   says counts, with the blank line that ends it
 
-Records are read one after another: a file that unpacks to a thousand times its size needs no more memory.
+Records are read one after another: a file that unpacks to a thousand times its size needs no more memory
+than its longest record.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from pathlib import Path
 from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES
 from ..system.words import count_of, did_you_mean
+from .magic import lfs_pointer
 from .rank_tables import EOT
 from .records import Document, NotText, kind_of, read_records
 
@@ -151,6 +152,8 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
     """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
     if archive := next((name for magic, name in ARCHIVES.items() if data.startswith(magic)), None):
         raise NotText(f"{path} is {archive}, not text", "unpack it or save it as plain text first")
+    if pointer := lfs_pointer(data):
+        raise NotText(f"{path} {pointer[0]}", pointer[1])
     mark = next((m for m in MARKS if data.startswith(m)), b"")
     encoding = MARKS.get(mark, "UTF-8")
     try:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from support.cases import ACCUMULATES, CASES, REF, Args, Case, prepare
+from support.cases import CALLS, CASES, REF, Args, Case, prepare
 from support.guarded import Guarded, bits, only
 from support.models import batch, build
 
@@ -40,13 +40,6 @@ FLOAT32 = 1e-6
 ROUNDED = 0.47 * U
 # The same where operands were rounded too; measured 0.468, 0.62 and 0.71 (dinp; dwte 0.56).
 ROUNDED_INSIDE = {"attention_forward": 0.5 * U, "attention_backward": 0.68 * U, "classifier": 0.78 * U}
-
-CALLS = [
-    pytest.param(op, case, accumulate, id=f"{op}-{case}{'-accumulate' if accumulate else ''}")
-    for op, cases in CASES.items()
-    for case in cases
-    for accumulate in ((False, True) if op in ACCUMULATES else (False,))
-]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.cases import ACCUMULATES, CASES, REF, Case, prepare
+from support.cases import CALLS, REF, Case, prepare
 from support.guarded import Guarded, bits, only
 
 from llmpy.backend import load
@@ -19,13 +19,6 @@ TOLERANCE = 1e-5
 # With one channel n = 0 and dinp is exactly 0, but rstd = 1/√eps = 316 multiplies the one rounding left in
 # dn − Σdn/C, 2⁻²⁴ of |dn| ≈ 1, to 2e-5.
 ONE_CHANNEL = 1e-4
-
-CALLS = [
-    pytest.param(op, case, accumulate, id=f"{op}-{case}{'-accumulate' if accumulate else ''}")
-    for op, cases in CASES.items()
-    for case in cases
-    for accumulate in ((False, True) if op in ACCUMULATES else (False,))
-]
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,7 @@ def test_records_are_recognised(tmp_path, said):
         (LONG.encode("utf-16-le"), r"is binary, not text: character 1 is NUL — .*UTF-16 without a mark"),
         (LONG.encode("utf-32"), r"is binary, not text: character 0 is NUL"),
         (b"\x1f\x8b\x08\0" + LONG.encode(), r"is gzip, not text — unpack"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", r"is a git-lfs pointer, not the file itself"),
         (b"%PDF-1.7\n" + LONG.encode(), r"is PDF, not text — .*plain text"),
     ],
 )

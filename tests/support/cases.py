@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from llmpy.backend.reference import Reference, gelu
 from llmpy.bench.ops import Case as Size
@@ -349,3 +350,10 @@ CASES: dict[str, list[Case]] = {
     "global_norm": [*FLAT, Case(n=1_000_003)],
     "narrow": FLAT,
 }
+
+CALLS = [  # of every operation, each case; twice where gradients are written or added
+    pytest.param(op, case, accumulate, id=f"{op}-{case}{'-accumulate' if accumulate else ''}")
+    for op, cases in CASES.items()
+    for case in cases
+    for accumulate in ((False, True) if op in ACCUMULATES else (False,))
+]
