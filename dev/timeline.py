@@ -166,7 +166,7 @@ def main() -> None:
         means = [statistics.mean(values) for values in zip(*rows, strict=True)]
         numbers["at once" if at_once else "overlapped"] = dict(zip(each[0], means, strict=True))
     last = modes[False][-1]
-    ranks = world.tell(last)
+    ranks = world.gather_values(last)
     if world.rank == 0:
         draw(told.out, ranks, told.caption)
         alone, both = numbers["at once"], numbers["overlapped"]

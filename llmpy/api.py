@@ -117,7 +117,9 @@ class GPT2:
         """Logits (B, V) float32 of what follows one position of tokens (B, T)."""
         ids = self._ids(tokens, "tokens", 0, self.config.context)
         if not -ids.shape[1] <= position < ids.shape[1]:
-            raise LlmpyError(f"position {position} of {ids.shape[1]} tokens", "use one of theirs; -1 is the last")
+            raise LlmpyError(
+                "api.x", f"position {position} of {ids.shape[1]} tokens", "Use one of theirs; -1 is the last"
+            )
         self._make_room(ids.shape)
         return self._net.logits(ids, position)
 
@@ -132,7 +134,7 @@ class GPT2:
     def stream(self, prompt: str = "", tokens: int = 200, **choices: Any) -> Iterator[str]:
         """What comes after the prompt, piece by piece; arguments as of `generate`."""
         if unknown := choices.keys() - CHOICES:
-            raise LlmpyError(f"unknown choices {sorted(unknown)}", f"use {', '.join(sorted(CHOICES))}")
+            raise LlmpyError("api.x", f"unknown choices {sorted(unknown)}", f"Use {', '.join(sorted(CHOICES))}")
         values = {name: converted(SampleOptions, name, value) for name, value in choices.items()}
         options = SampleOptions(tokens=converted(SampleOptions, "tokens", tokens), **values)
         prompt_ids = encode_prompt(self.require_tokenizer(), prompt)
@@ -165,10 +167,12 @@ class GPT2:
         if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
             self.tokenizer = Tokenizer.gpt2(aside)
         if self.tokenizer is None:
-            raise LlmpyError("the model has no tokenizer", "set model.tokenizer = llmpy.Tokenizer.load(…)")
+            raise LlmpyError("api.x", "the model has no tokenizer", "Set model.tokenizer = llmpy.Tokenizer.load(…)")
         have, V = self.tokenizer.vocab_size, self.config.vocab_size
         if have > V:
-            raise LlmpyError(f"the tokenizer has {have:,} tokens but the model {V:,}", "use the model's own tokenizer")
+            raise LlmpyError(
+                "api.x", f"the tokenizer has {have:,} tokens but the model {V:,}", "Use the model's own tokenizer"
+            )
         return self.tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -199,12 +203,12 @@ class GPT2:
         ids = self._ids(tokens, "tokens", 0, self.config.context + (targets is None))
         if targets is None:
             if ids.shape[1] < 2:
-                raise LlmpyError("a row of one token has no target", "give rows of two or more, or targets")
+                raise LlmpyError("api.x", "a row of one token has no target", "Give rows of two or more, or targets")
             ids, wanted = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
         else:
             wanted = self._ids(targets, "targets", IGNORED, self.config.context)
             if wanted.shape != ids.shape:
-                raise LlmpyError(f"targets {wanted.shape} for tokens {ids.shape}", "give one for each token")
+                raise LlmpyError("api.x", f"targets {wanted.shape} for tokens {ids.shape}", "Give one for each token")
         self._make_room(ids.shape)
         return ids, wanted
 
@@ -213,13 +217,15 @@ class GPT2:
         try:
             ids = np.asarray(values)
         except ValueError:
-            raise LlmpyError(f"{what} are rows of different lengths", "give an array (B, T)") from None
+            raise LlmpyError("api.x", f"{what} are rows of different lengths", "Give an array (B, T)") from None
         if ids.ndim not in (1, 2) or ids.size == 0 or ids.dtype.kind not in "iu":
             hint = "give token ids, integers (B, T), or (T,) for a single row"
-            raise LlmpyError(f"{what} of shape {ids.shape} and type {ids.dtype}", hint)
+            raise LlmpyError("api.x", f"{what} of shape {ids.shape} and type {ids.dtype}", hint)
         ids = ids.reshape(-1, ids.shape[-1])
         if (T := ids.shape[1]) > longest:
-            raise LlmpyError(f"{what}: rows of {T:,}, and the model's context is {self.config.context:,}", "cut them")
+            raise LlmpyError(
+                "api.x", f"{what}: rows of {T:,}, and the model's context is {self.config.context:,}", "Cut them"
+            )
         self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
 
@@ -227,7 +233,9 @@ class GPT2:
         """Raise LlmpyError unless all are in `least` … V − 1."""
         V = self.config.vocab_size
         if wrong := [i for i in ids if not least <= i < V]:
-            raise LlmpyError(f"{what}: {wrong[0]} is no token of this model", f"ids go from {least} to {V - 1}")
+            raise LlmpyError(
+                "api.x", f"{what}: {wrong[0]} is no token of this model", f"Ids go from {least} to {V - 1}"
+            )
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Only one shape's activations are kept."""
@@ -254,11 +262,11 @@ class Trainer:
         self._trained = model if isinstance(model, GPT2) else None
         if isinstance(model, GPT2):
             if "init" in told:
-                raise LlmpyError("a model and init", "give one of them: both say what to start from")
+                raise LlmpyError("api.x", "a model and init", "Give one of them: both say what to start from")
             tokenizer, V = model.tokenizer, model.config.vocab_size
             if tokenizer is not None and tokenizer.vocab_size != V:
                 what = f"the tokenizer has {tokenizer.vocab_size:,} tokens but the model {V:,}"
-                raise LlmpyError(what, "train a model of as many as its tokenizer has")
+                raise LlmpyError("api.x", what, "Train a model of as many as its tokenizer has")
         elif model:
             told["model"] = model
         if isinstance(data, list | tuple) and data and isinstance(data[0], int | np.integer):
@@ -269,7 +277,7 @@ class Trainer:
         values = {name: converted(TrainOptions, name, value) for name, value in told.items()}
         self.options = TrainOptions.gather(values)
         if self.options.ranks > 1:
-            raise LlmpyError("a Trainer is one process", "start ranks with llmpy train --ranks N")
+            raise LlmpyError("api.x", "a Trainer is one process", "Start ranks with llmpy train --ranks N")
         self.folder: Path | None = None
         self._machine = machine
 
@@ -313,11 +321,11 @@ class Trainer:
         """Raise LlmpyError if a resumed run is of another model or of other tokens than are in memory."""
         begun = [path for path in (folder / MODEL_FILE, folder / START_FILE) if path.is_file()]
         if self._trained is not None and begun and checkpoint.read_header(begun[0]).config != self._trained.config:
-            raise LlmpyError(f"{folder.path} is a run of a model of another shape", "choose another out")
+            raise LlmpyError("api.x", f"{folder.path} is a run of a model of another shape", "Choose another out")
         for name, part in self._parts.items():
             there = folder / name
             if not there.is_file() or not np.array_equal(open_shard(there, 1 << 31).tokens, part):
-                raise LlmpyError(f"{folder.path} was not trained on these tokens", "choose another out")
+                raise LlmpyError("api.x", f"{folder.path} was not trained on these tokens", "Choose another out")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -338,17 +346,19 @@ class Trainer:
 
     def _done(self) -> Path:
         if self.folder is None:
-            raise LlmpyError("nothing was trained yet", "call run() first")
+            raise LlmpyError("api.x", "nothing was trained yet", "Call run() first")
         return self.folder
 
 
 def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Return token ids (n,) divided, by the names of the run's files. Raises LlmpyError for others."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise LlmpyError(f"data of shape {tokens.shape} and type {tokens.dtype}", "give token ids, integers (n,)")
+        raise LlmpyError(
+            "api.x", f"data of shape {tokens.shape} and type {tokens.dtype}", "Give token ids, integers (n,)"
+        )
     held = int(HELD_OUT * tokens.size)
     if not held or tokens.min() < 0:
-        raise LlmpyError("data of negative tokens, or of too few", "give token ids, as tokenizer.encode does")
+        raise LlmpyError("api.x", "data of negative tokens, or of too few", "Give token ids, as tokenizer.encode does")
     return dict(zip(PARTS, (tokens[:-held], tokens[-held:]), strict=True))
 
 

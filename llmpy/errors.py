@@ -1,4 +1,4 @@
-"""The one exception a user ever sees: what is wrong, and what to do about it; and words for such messages."""
+"""The one exception that users see: what is wrong, how to fix it, and a stable code."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from pathlib import Path
 
 
 class LlmpyError(Exception):
-    """An error of the input or the machine, not of the program; the command line prints it as one line.
+    """An error in the input or the machine, not in the program; the command line prints it on one line.
 
-    `hint` names the fix and follows the message after a dash. `code` is the exit code of the process.
+    `code` is stable (`data.not-utf8`), for programs and tests; `message` says what is wrong and `hint`, the sentence
+    after it, how to fix it. `exit_code` is that of the process.
     """
 
-    code = 1
+    exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(f"{message} — {hint}" if hint else message)
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}. {hint}" if hint else message)
+        self.code, self.message, self.hint = code, message, hint
 
 
 class Diverged(LlmpyError):
     """Training produced numbers that are not finite."""
 
-    code = 3
+    exit_code = 3
 
 
 class Stopped(LlmpyError):
-    """A signal ended the program before there was anything to save, or a second one at once."""
+    """A signal ended the program before there was anything to save, or a second signal forced the end."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
-        self.code = 128 + number
+        super().__init__(
+            "stopped", f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
+        )
+        self.exit_code = 128 + number
 
 
-def unreadable(path: Path, fault: OSError) -> LlmpyError:
-    """Return what to raise for a file that the system does not give us."""
-    return LlmpyError(f"cannot read {path}: {fault.strerror or fault}", "check the path and its permissions")
+def unreadable(path: Path, error: OSError) -> LlmpyError:
+    """Return the error to raise when the system cannot read a file."""
+    return LlmpyError(
+        "file.unreadable", f"cannot read {path}: {error.strerror or error}", "Check the path and its permissions"
+    )

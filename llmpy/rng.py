@@ -30,7 +30,7 @@ class MT19937:
 
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 1 << 32:
-            raise LlmpyError(f"seed {seed} cannot start this generator", "use a seed from 0 to 2^32 - 1")
+            raise LlmpyError("rng.x", f"seed {seed} cannot start this generator", "Use a seed from 0 to 2^32 - 1")
         self._stream = np.random.RandomState(seed)
 
     @property
@@ -108,7 +108,7 @@ class Xorshift64Star:
 
     def __init__(self, seed: int) -> None:
         if not 0 < seed < 1 << 64:
-            raise LlmpyError(f"seed {seed} cannot start this generator", "use a seed from 1 to 2^64 - 1")
+            raise LlmpyError("rng.x", f"seed {seed} cannot start this generator", "Use a seed from 1 to 2^64 - 1")
         self.state = seed
 
     def uint32(self) -> int:

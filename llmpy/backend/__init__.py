@@ -208,4 +208,4 @@ def load(name: str = "cpu", **options: Any) -> Ops:
         from .reference import Reference
 
         return Reference(**options)
-    raise LlmpyError(f"unknown backend {name!r}", "use cpu or reference")
+    raise LlmpyError("backend.x", f"unknown backend {name!r}", "Use cpu or reference")

@@ -17,7 +17,7 @@ class Machine(Ops, Protocol):
     def compiled(self) -> bool:
         """Whether the kernels of training are in the cache."""
 
-    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
+    def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
         """Compile the kernels of training, or of decoding, that are not cached, and report that."""
 
     def measure_peak(self) -> float:

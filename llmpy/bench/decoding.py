@@ -43,7 +43,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     longest = max(o.prompt_tokens + WARM_TOKENS + o.tokens, o.prefill)
     if longest > config.context:
         what = f"a text of {longest} tokens is longer than the model's context of {config.context}"
-        raise LlmpyError(what, "use fewer --tokens or a shorter --prefill")
+        raise LlmpyError("bench.x", what, "Use fewer --tokens or a shorter --prefill")
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, longest)
     ops.warm_up(aside, decoding=True)

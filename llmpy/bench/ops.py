@@ -230,7 +230,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
         rates.append(rates_of(ops))
         results += [time_case(ops, op, case, BUDGET, REPEATS) for case in cases]
     if not results:
-        raise LlmpyError(f"--op {options.op}: there is nothing to do in {ops.dtype}", "use --dtype bfloat16")
+        raise LlmpyError("bench.x", f"--op {options.op}: there is nothing to do in {ops.dtype}", "Use --dtype bfloat16")
     peaks = dict(zip(("GFLOP/s", "GB/s"), zip(*rates, rates_of(ops), strict=True), strict=True))
     all_ = {unit: statistics.median(found) for unit, found in peaks.items()}
     for result in results:

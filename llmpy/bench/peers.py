@@ -72,7 +72,7 @@ class Peer:
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
             )  # fmt: skip
         except OSError as error:
-            raise LlmpyError(f"cannot be run: {error.strerror}") from None
+            raise LlmpyError("bench.x", f"cannot be run: {error.strerror}") from None
         assert process.stdout is not None
         with process:
             try:
@@ -91,13 +91,13 @@ class Peer:
                         member.kill()
         if len(times) < WARM_STEPS + steps:
             wanted = f"{WARM_STEPS + steps} lines like 'step 1: train loss 5.3 (took 99 ms)'"
-            fault = f"printed {len(times)} of {wanted}"
+            what = f"printed {len(times)} of {wanted}"
             if code := process.returncode:
-                fault = (
+                what = (
                     f"ended with exit code {code}" if code > 0 else f"was ended by signal {signal.Signals(-code).name}"
                 )
-                fault += f": {last.removeprefix('llmpy: error: ')}" if last else ""
-            raise LlmpyError(fault)
+                what += f": {last.removeprefix('llmpy: error: ')}" if last else ""
+            raise LlmpyError("bench.x", what)
         if peak:
             # The least of all rounds: what a first run compiles is kept on disk, and stays out of the others.
             self.memory = min(peak / 1e6, self.memory or peak / 1e6)
@@ -159,16 +159,18 @@ def given_peers(o: PeersOptions, threads: int) -> list[Peer]:
     return peers
 
 
-def bench_peers(o: PeersOptions, say: Callable[[str], object]) -> dict[str, Any]:
+def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]:
     """Measure all, say the table, write --json; then raise LlmpyError if a program failed.
 
     Times in ms, memory in MB of 10⁶ bytes; ratio: median over llm.py's of the same dtype.
     """
     if o.json is not None and not o.json.absolute().parent.is_dir():
-        raise LlmpyError(f"{o.json}: there is no folder {o.json.parent}", "make it first")
+        raise LlmpyError("bench.x", f"{o.json}: there is no folder {o.json.parent}", "Make it first")
     config = ModelConfig.from_dial(o.model)
     if o.sequence_length > config.context:
-        raise LlmpyError(f"-T {o.sequence_length}: {o.model} has a context of {config.context}", "use a smaller -T")
+        raise LlmpyError(
+            "bench.x", f"-T {o.sequence_length}: {o.model} has a context of {config.context}", "Use a smaller -T"
+        )
     threads = cores() if o.threads is None else o.threads
     peers = [*our_peers(o, threads), *torch_peers(o, threads), *given_peers(o, threads)]
     peers = [p for p in peers if not any(word in p.name for word in o.without or ())]
@@ -183,13 +185,13 @@ def bench_peers(o: PeersOptions, say: Callable[[str], object]) -> dict[str, Any]
     finally:  # Ctrl-C keeps what was measured
         numbers = report(o, threads, peers)
         if numbers["peers"]:
-            say(table(numbers))
+            log(table(numbers))
             if o.json is not None:
                 text = json.dumps(numbers, indent=1) + "\n"
                 write_whole(o.json, lambda to: to.write_text(text, encoding="utf-8"))
     if numbers["failed"]:
         failed = "; ".join(f"{name} {error}" for name, error in numbers["failed"].items())
-        raise LlmpyError(failed, "run it alone, or leave it out with --without")
+        raise LlmpyError("bench.x", failed, "Run it alone, or leave it out with --without")
     return numbers
 
 

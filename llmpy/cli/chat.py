@@ -74,7 +74,7 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
             return ids
         if len(messages) == 1:
             what = f"the message has {len(ids):,} tokens with its surroundings, and there is room for {room:,}"
-            raise LlmpyError(what, "use fewer words")
+            raise LlmpyError("cli.x", what, "Use fewer words")
         del messages[:2]
 
 

@@ -65,11 +65,11 @@ def end(number: int, _frame: Any) -> NoReturn:
         for folder in [*getattr(folders, "HELD", ())]:
             folder.discard()
         stopped = Stopped(number)
-        tell = getattr(launch, "leave_word", None)
-        if tell is None or not tell("stopped", str(number)):
+        gather_values = getattr(launch, "leave_word", None)
+        if gather_values is None or not gather_values("stopped", str(number)):
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.write(2, f"llmpy: error: {stopped}\n".encode())
-        os._exit(stopped.code)
+        os._exit(stopped.exit_code)
 
 
 def data(options: DataOptions) -> int:
@@ -77,7 +77,7 @@ def data(options: DataOptions) -> int:
     from ..data.pack import data
     from ..run.folder import is_ours
 
-    data(options, say, is_ours)
+    data(options, log, is_ours)
     return 0
 
 
@@ -116,7 +116,7 @@ def write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line of a verb at work, which continues without its reader."""
     try:
         print(line, flush=True)
@@ -138,17 +138,17 @@ VERBS = (
     Verb("train", TrainOptions, train, "Train a model"),
     Verb("sample", SampleOptions, calling("cli.sample", "sample", write), "Continue a text with a trained model"),
     Verb("chat", ChatOptions, calling("cli.chat", "chat"), "Chat with a model fine-tuned on messages"),
-    Verb("watch", WatchOptions, calling("watch.server", "watch", say), "Show runs as they train, in the browser"),
-    Verb("plot", PlotOptions, calling("watch.plot", "plot", say), "Draw the curves of runs: a file or the terminal"),
+    Verb("watch", WatchOptions, calling("watch.server", "watch", log), "Show runs as they train, in the browser"),
+    Verb("plot", PlotOptions, calling("watch.plot", "plot", log), "Draw the curves of runs: a file or the terminal"),
     Verb("data", DataOptions, data, "Make token files of a data set or of your own text"),
     Verb("plan", PlanOptions, calling("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
-    Verb("convert", ConvertOptions, calling("formats.convert", "convert", say), "Write a model in another format"),
+    Verb("convert", ConvertOptions, calling("formats.convert", "convert", log), "Write a model in another format"),
     Verb("doctor", DoctorOptions, doctor, "Check this machine; print a fix for each problem"),
-    Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", say), "Check that kernels compute right"),
+    Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", log), "Check that kernels compute right"),
     Verb("bench step", BenchOptions, calling("bench.step", "bench_step"), "Time training steps against the peak"),
     Verb("bench ops", OpsOptions, calling("bench.ops", "bench_ops"), "Time each operation against the peaks"),
     Verb("bench decode", DecodeOptions, calling("bench.decoding", "bench_decode"), "Time generation"),
-    Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", say), "Time other programs on this work"),
+    Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", log), "Time other programs on this work"),
     Verb("completion", CompletionOptions, completion, "Print a shell-completion script"),
 )
 # fmt: on
@@ -165,9 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # where a broken pipe is expected, and not at the interpreter's end
     except LlmpyError as error:
-        return fail(str(error), error.code)
+        return fail(f"{error} [{error.code}]", error.exit_code)
     except MemoryError as error:
-        return fail(f"out of memory: {error} — use a smaller -B, -T or --model")
+        return fail(f"out of memory: {error}. Use a smaller -B, -T or --model [out-of-memory]")
     except OSError as error:
         silence()
         if isinstance(error, BrokenPipeError):  # the reader has left (`| head`)
@@ -199,8 +199,8 @@ def run(arguments: Sequence[str]) -> int:
     if unknown:
         word = unknown[0].partition("=")[0]
         near = did_you_mean(word, [flag for action in found.parser._actions for flag in action.option_strings])
-        near = near or (found.VERB == "train" and not word.startswith("-") and "text is given with --data PATH") or ""
-        found.parser.error(" — ".join(filter(None, (f"unknown argument {unknown[0]}", near))))
+        near = near or (found.VERB == "train" and not word.startswith("-") and "Pass text with --data PATH") or ""
+        found.parser.error(". ".join(filter(None, (f"unknown argument {unknown[0]}", near))))
     given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return int(found.verb.call(found.verb.options.gather(given)))

@@ -86,11 +86,13 @@ def read_prompts(options: SampleOptions) -> list[str]:
         try:
             lines = options.prompts_file.read_text("utf-8").splitlines()
         except OSError as error:
-            raise LlmpyError(f"cannot read {options.prompts_file}: {error.strerror}", "check the path") from None
+            raise LlmpyError(
+                "cli.x", f"cannot read {options.prompts_file}: {error.strerror}", "Check the path"
+            ) from None
         except UnicodeDecodeError:
-            raise LlmpyError(f"{options.prompts_file} is not UTF-8", "save it as UTF-8 text") from None
+            raise LlmpyError("cli.x", f"{options.prompts_file} is not UTF-8", "Save it as UTF-8 text") from None
         found = [line for line in lines if line.strip()]
         if not found:
-            raise LlmpyError(f"{options.prompts_file} has no prompts", "write one on each line")
+            raise LlmpyError("cli.x", f"{options.prompts_file} has no prompts", "Write one on each line")
         prompts += found
     return prompts or [""]

@@ -28,7 +28,7 @@ def builtin_documents() -> list[Document]:
         return _sections(importlib.import_module("pydoc_data.topics").topics)
     except ImportError:
         fix = f"give a text file: {command('train', '--data', 'book.txt')}"
-        raise LlmpyError("this Python carries no text to train on", fix) from None
+        raise LlmpyError("data.x", "this Python carries no text to train on", fix) from None
 
 
 def describe(documents: Sequence[Document]) -> str:

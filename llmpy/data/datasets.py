@@ -40,7 +40,7 @@ STORIES, STORIES_ARCHIVE = "roneneldan/TinyStories", "TinyStories_all_data.tar.g
 STORIES_SHA256 = "26cf7605aca15bc4ea6fa637256400d9d01317b28ed296172b2d1dd160cd7699"
 STORIES_FILE = re.compile(r"data\d\d\.json")
 SHARD_TOKENS = 100_000_000
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,40 +58,44 @@ class Source:
     """A named data set: `documents(raw, say)` are those of the file or folder `raw`, None: of the network."""
 
     layout: Layout
-    documents: Callable[[Path | None, Say], Iterator[Document]]
+    documents: Callable[[Path | None, Log], Iterator[Document]]
     portion: int | None = None  # tokens that `llmpy train` makes if there are none; None: all
 
 
-def hellaswag_lines(raw: Path | None, say: Say) -> Path:
+def hellaswag_lines(raw: Path | None, log: Log) -> Path:
     """Return HellaSwag's jsonl, downloaded if `raw` is None."""
-    return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", HELLASWAG_SHA256, say)
+    return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", HELLASWAG_SHA256, log)
 
 
-def _from_hub(repository: str, name: str, kept: str, say: Say, sha256: str | None = None) -> Path:
+def _from_hub(repository: str, name: str, kept: str, log: Log, sha256: str | None = None) -> Path:
     """Return a file of a dataset on the hub; `kept`: its name where llmpy 0.1.0 put it."""
     old = data_cache() / "raw" / kept
-    return old if old.is_file() else from_hub(repository, name, say, dataset=True, sha256=sha256)
+    return old if old.is_file() else from_hub(repository, name, log, dataset=True, sha256=sha256)
 
 
-def _shakespeare(raw: Path | None, say: Say) -> Iterator[Document]:
-    path = raw or fetch(SHAKESPEARE, data_cache() / "raw" / "tinyshakespeare.txt", SHAKESPEARE_SHA256, say)
+def _shakespeare(raw: Path | None, log: Log) -> Iterator[Document]:
+    path = raw or fetch(SHAKESPEARE, data_cache() / "raw" / "tinyshakespeare.txt", SHAKESPEARE_SHA256, log)
     *speeches, last = read_text(path).split("\n\n")
     yield from (Document("tinyshakespeare", speech + "\n\n") for speech in speeches)
     yield Document("tinyshakespeare", last)
 
 
-def _stories(raw: Path | None, say: Say) -> Iterator[Document]:
-    path = raw or _from_hub(STORIES, STORIES_ARCHIVE, STORIES_ARCHIVE, say, STORIES_SHA256)
+def _stories(raw: Path | None, log: Log) -> Iterator[Document]:
+    path = raw or _from_hub(STORIES, STORIES_ARCHIVE, STORIES_ARCHIVE, log, STORIES_SHA256)
     with _unpacked(path) as folder:
         listed = folder.glob("*.json") if folder.is_dir() else [folder]
         files = sorted(file for file in listed if STORIES_FILE.fullmatch(file.name))
         if not files:
-            raise LlmpyError(f"no data00.json, data01.json … in {path}", f"give {STORIES_ARCHIVE}, or its folder")
+            raise LlmpyError(
+                "data.x", f"no data00.json, data01.json … in {path}", f"Give {STORIES_ARCHIVE}, or its folder"
+            )
         for file in files:
             try:
                 stories = [story["story"].strip() for story in json.loads(file.read_bytes())]
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
-                raise LlmpyError(f"{file.name} in {path} holds no list of stories", "download it again") from fault
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise LlmpyError(
+                    "data.x", f"{file.name} in {path} holds no list of stories", "Download it again"
+                ) from error
             # data00.json, which is held out, has the seed of data01.json, the first to train on
             random.Random(1337 + max(0, int(file.name[4:6]) - 1)).shuffle(stories)
             yield from (Document(file.name, story) for story in stories)
@@ -112,20 +116,20 @@ def _unpacked(path: Path) -> Iterator[Path]:
                     if STORIES_FILE.fullmatch(name) and (content := archive.extractfile(member)):
                         with Path(folder, name).open("wb") as file:
                             shutil.copyfileobj(content, file)
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as fault:
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             fix = "download it again; unpacked it takes 6.5 GB below LLMPY_DATA"
-            raise LlmpyError(f"cannot unpack the tar archive {path}: {fault}", fix) from fault
+            raise LlmpyError("data.x", f"cannot unpack the tar archive {path}: {error}", fix) from error
         yield Path(folder)
 
 
 def _web(repository: str, name: str) -> Source:
     """A sample of 10 billion tokens in parquet files, which are downloaded one by one as they are needed."""
 
-    def documents(raw: Path | None, say: Say) -> Iterator[Document]:
+    def documents(raw: Path | None, log: Log) -> Iterator[Document]:
         for file in [""] if raw else hub_files(repository, "sample/10BT"):
             kept = f"{repository.replace('/', '--')}/{Path(file).name}"
-            path = raw or _from_hub(repository, file, kept, say)
-            yield from stream_files(find_files([path]), say)
+            path = raw or _from_hub(repository, file, kept, log)
+            yield from stream_files(find_files([path]), log)
 
     layout = Layout(SHARD_TOKENS, f"{name}_val_000000.bin", name + "_train_{:06d}.bin")
     return Source(layout, documents, SHARD_TOKENS)

@@ -48,7 +48,7 @@ def encode_examples(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write llm.c's file, whole or not at all. Raises LlmpyError for what it cannot hold."""
     if not examples:
-        raise LlmpyError(f"{path}: no examples", "give at least one")
+        raise LlmpyError("data.x", f"{path}: no examples", "Give at least one")
     body = [_packed(path, i, example) for i, example in enumerate(examples)]
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:4] = EXAMPLES, VERSION, len(body), max(map(len, body))
@@ -71,12 +71,12 @@ def read_examples(path: Path, vocab_size: int) -> list[Example]:
             examples.append(example)
         if at != len(stream):
             raise ValueError(f"{2 * (len(stream) - at):,} bytes after the last example")
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
-    except (ValueError, IndexError, OverflowError) as fault:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, IndexError, OverflowError) as error:
         raise LlmpyError(
-            f"{path} is not a multiple-choice file of llm.c: {fault}", "download or write it again"
-        ) from fault
+            "data.x", f"{path} is not a multiple-choice file of llm.c: {error}", "Download or write it again"
+        ) from error
     return examples
 
 
@@ -111,8 +111,9 @@ def _texts(path: Path, number: int, row: Any) -> list[str]:
         right = False
     if not right:
         raise LlmpyError(
+            "data.x",
             f"{path}: line {number:,} is no example of HellaSwag (ctx, {ENDINGS} endings, label 0 … {ENDINGS - 1})",
-            "give hellaswag_val.jsonl as it is downloaded",
+            "Give hellaswag_val.jsonl as it is downloaded",
         )
     return texts
 
@@ -125,7 +126,8 @@ def _packed(path: Path, index: int, example: Example) -> bytes:
     words[1] = 2 * len(words)
     if not all(map(len, parts)) or max(words[1:]) >= DELIMITER:
         raise LlmpyError(
+            "data.x",
             f"{path}: example {index:,} has an empty part, or does not fit 16 bits",
-            "leave it out, or use a smaller vocabulary",
+            "Leave it out, or use a smaller vocabulary",
         )
     return np.array(words, WORD).tobytes()

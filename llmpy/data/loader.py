@@ -88,9 +88,10 @@ class Loader:
             largest = max(x.view(np.uint32).max() for x in (self._inputs, self._targets))  # below 0 is large too
             if largest >= self.vocab_size:
                 raise LlmpyError(
+                    "data.x",
                     f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
                     f"the vocabulary of {self.vocab_size:,} tokens",
-                    "leave the data as they are while they are in use",
+                    "Leave the data as they are while they are in use",
                 )
         if self._counted is not None:
             self._targets.reshape(-1)[self._counted[start + 1 : start + BT + 1] == 0] = -1
@@ -115,8 +116,9 @@ class Loader:
             fits = position.sample_order.size == self._samples(shard)
         if not fits or not 0 <= position.sample <= position.sample_order.size:
             raise LlmpyError(
+                "data.x",
                 "the saved place in the data does not fit these token shards and this batch size",
-                "continue with the same --data, -B, -T and number of processes",
+                "Continue with the same --data, -B, -T and number of processes",
             )
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order
@@ -170,7 +172,8 @@ class Loader:
         if len(shard) < needed:
             processes = f" of {self.ranks} processes" if self.ranks > 1 else ""
             raise LlmpyError(
+                "data.x",
                 f"{shard.path} has {len(shard):,} tokens here, one batch{processes} of -B {self.B} "
                 f"-T {self.T} needs {needed:,}",
-                "use a smaller -B or -T, or more text",
+                "Use a smaller -B or -T, or more text",
             )

@@ -27,7 +27,7 @@ from ..system.durable import made
 from ..system.lock import Lock
 from .datasets import SOURCES, hellaswag_lines
 from .hellaswag import encode_examples, write_examples
-from .pipeline import OWN, Corpus, Say, choose_tokenizer, divided, write_tokens
+from .pipeline import OWN, Corpus, Log, choose_tokenizer, divided, write_tokens
 from .shards import open_shard
 from .text import Skip, find_files, stream_files
 from .tokenizer import Tokenizer
@@ -36,26 +36,28 @@ RECORD = "dataset.json"
 SAMPLE_TOKENS = 24
 
 
-def data(options: DataOptions, say: Say = print, skip: Skip = None) -> Path:
+def data(options: DataOptions, log: Log = print, skip: Skip = None) -> Path:
     """Make the token files of a dataset or of the user's text; returns their folder.
 
     Raises LlmpyError for whatever cannot be read, downloaded or written, and for a folder with anything in it.
     """
     if not all(options.what) or not options.what:
-        raise LlmpyError("nothing to prepare is named", f"name files or folders of text, or {', '.join(DATA_NAMES)}")
+        raise LlmpyError(
+            "data.x", "nothing to prepare is named", f"Name files or folders of text, or {', '.join(DATA_NAMES)}"
+        )
     name = next(filter(is_dataset, options.what), None)
     if name is not None and len(options.what) > 1:
-        raise LlmpyError(f"{name} is a data set of its own", "prepare one at a time")
+        raise LlmpyError("data.x", f"{name} is a data set of its own", "Prepare one at a time")
     if options.source and name is None:
-        raise LlmpyError("--source goes with the name of a data set", f"name one of {', '.join(DATA_NAMES)}")
+        raise LlmpyError("data.x", "--source goes with the name of a data set", f"Name one of {', '.join(DATA_NAMES)}")
     if options.source and not options.source.exists():
-        raise LlmpyError(f"no file or folder {options.source}", "check --source")
+        raise LlmpyError("data.x", f"no file or folder {options.source}", "Check --source")
     if name is not None and options.tokenizer is None:
         options = replace(options, tokenizer="gpt2")
     request = _request(options)
     folder = options.out or _folder(name, options, request)
     if folder.absolute() == Path.cwd():  # it is to be replaced
-        raise LlmpyError(f"--out {folder} is a folder that is in use", "name a new one in it")
+        raise LlmpyError("data.x", f"--out {folder} is a folder that is in use", "Name a new one in it")
     source = None if options.source is None else os.path.abspath(options.source)
 
     def is_there() -> bool:
@@ -63,24 +65,24 @@ def data(options: DataOptions, say: Say = print, skip: Skip = None) -> Path:
         if there is None or any(there.get(key) != value for key, value in request.items()):
             return False
         other = f", made from {there.get('source')}: remove the folder to make it from another source"
-        say(f"{options.what[0]} is already in {folder}" + other * (there.get("source") != source))
+        log(f"{options.what[0]} is already in {folder}" + other * (there.get("source") != source))
         return True
 
     if name is not None and is_there():
         return folder
     _check_empty(folder)
-    with _workplace(folder.absolute(), say) as work:
+    with _workplace(folder.absolute(), log) as work:
         if is_there():  # another process has made it meanwhile
             return folder
         _check_empty(folder)
-        record = _hellaswag(options, work, say) if name == "hellaswag" else _tokens(options, name, work, say, skip)
+        record = _hellaswag(options, work, log) if name == "hellaswag" else _tokens(options, name, work, log, skip)
         record = request | {"source": source} | record
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if folder.exists():
             folder.rmdir()
         work.rename(folder.absolute())
     word = name if name and folder == data_cache() / name / "gpt2" else folder
-    say(f"ready in {folder}" + ("" if name == "hellaswag" else f"; train on it:  {command('train', '--data', word)}"))
+    log(f"ready in {folder}" + ("" if name == "hellaswag" else f"; train on it:  {command('train', '--data', word)}"))
     return folder
 
 
@@ -89,28 +91,28 @@ def is_dataset(what: str | Path) -> bool:
     return str(what) in DATA_NAMES and not Path(what).exists()
 
 
-def find_dataset(name: str, say: Say, tokenizer: str = "gpt2") -> Path:
+def find_dataset(name: str, log: Log, tokenizer: str = "gpt2") -> Path:
     """Return the folder of a named dataset's tokens, made now if it is missing; of a huge one a portion will do.
 
     Raises LlmpyError for one not to train on, for one that is there in several portions, and as `data` does.
     """
     if name not in SOURCES:
         raise LlmpyError(
-            f"{name} is there to evaluate on", f"train on one of {', '.join(SOURCES)}, or on your own text"
+            "data.x", f"{name} is there to evaluate on", f"Train on one of {', '.join(SOURCES)}, or on your own text"
         )
     whole = DataOptions(what=(name,), tokenizer=tokenizer)
     portion = replace(whole, tokens=SOURCES[name].portion)
     there = sorted(record.parent for record in (data_cache() / name).glob(f"[!.]*/{RECORD}"))
     for options in (whole, portion):
         if _folder(name, options, _request(options)) in there:
-            return data(options, say)
+            return data(options, log)
     if there and tokenizer == "gpt2":  # other tokens of it, which the user has made
         if len(there) > 1:
-            raise LlmpyError(f"{name} is there more than once", f"name one: {', '.join(map(str, there))}")
+            raise LlmpyError("data.x", f"{name} is there more than once", f"Name one: {', '.join(map(str, there))}")
         return there[0]
     if portion.tokens:
-        say(f"{name} is not here yet: making its first {portion.tokens:,} tokens (all of it: {command('data', name)})")
-    return data(portion, say)
+        log(f"{name} is not here yet: making its first {portion.tokens:,} tokens (all of it: {command('data', name)})")
+    return data(portion, log)
 
 
 def _request(options: DataOptions) -> dict[str, Any]:
@@ -149,57 +151,59 @@ def _check_empty(folder: Path) -> None:
     """Raise LlmpyError if the folder holds anything, or is none."""
     try:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    except OSError as fault:
-        raise unreadable(folder, fault) from fault
+    except OSError as error:
+        raise unreadable(folder, error) from error
     if taken:
         fix = "choose another folder with --out, or remove it"
         if _record(folder):
             fix = f"train on it: {command('train', '--data', folder)}; or {fix}"
-        raise LlmpyError(f"{folder} is not empty", fix)
+        raise LlmpyError("data.x", f"{folder} is not empty", fix)
 
 
 @contextlib.contextmanager
-def _workplace(folder: Path, say: Say) -> Iterator[Path]:
+def _workplace(folder: Path, log: Log) -> Iterator[Path]:
     """Give a temporary folder beside `folder` to this process alone: another that makes `folder` is waited for."""
     work = folder.with_name(f".{folder.name}.tmp")
     try:
-        with made(folder.parent), Lock(folder.with_name(f".{folder.name}.making")).waited(say, f"makes {folder}"):
+        with made(folder.parent), Lock(folder.with_name(f".{folder.name}.making")).waited(log, f"makes {folder}"):
             try:
                 shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
                 work.mkdir()
                 yield work
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    except OSError as fault:
-        raise LlmpyError(f"cannot make {folder}: {fault.strerror or fault}", "choose another folder (--out)") from fault
+    except OSError as error:
+        raise LlmpyError(
+            "data.x", f"cannot make {folder}: {error.strerror or error}", "Choose another folder (--out)"
+        ) from error
 
 
-def _hellaswag(options: DataOptions, work: Path, say: Say) -> dict[str, Any]:
+def _hellaswag(options: DataOptions, work: Path, log: Log) -> dict[str, Any]:
     if str(options.tokenizer).startswith("bpe:"):
-        raise LlmpyError("HellaSwag is no text to train a tokenizer on", "use --tokenizer gpt2 or a file")
-    raw = hellaswag_lines(options.source, say)
-    tokenizer, _ = choose_tokenizer(options.tokenizer, Corpus(lambda: iter(())), say)
+        raise LlmpyError("data.x", "HellaSwag is no text to train a tokenizer on", "Use --tokenizer gpt2 or a file")
+    raw = hellaswag_lines(options.source, log)
+    tokenizer, _ = choose_tokenizer(options.tokenizer, Corpus(lambda: iter(())), log)
     examples = list(itertools.islice(encode_examples(raw, tokenizer), options.tokens))
     path = work / "hellaswag_val.bin"
     write_examples(path, examples)
     tokenizer.save(work / "tokenizer.json")
-    say(f"HellaSwag: {len(examples):,} contexts with four endings, in llm.c's format")
+    log(f"HellaSwag: {len(examples):,} contexts with four endings, in llm.c's format")
     return {"files": {path.name: len(examples)}}
 
 
-def _tokens(options: DataOptions, name: str | None, work: Path, say: Say, skip: Skip) -> dict[str, Any]:
+def _tokens(options: DataOptions, name: str | None, work: Path, log: Log, skip: Skip) -> dict[str, Any]:
     if name is None:
         files = find_files([Path(what) for what in options.what], skip)
-        corpus, layout = divided(lambda tell: stream_files(files, tell), say), OWN
+        corpus, layout = divided(lambda log: stream_files(files, log), log), OWN
     else:
         source, layout = SOURCES[name], SOURCES[name].layout
         # Documents may be read twice, to train a tokenizer and to encode. Once is enough to say what they are.
-        tells = itertools.chain([say], itertools.repeat(lambda _: None))
+        tells = itertools.chain([log], itertools.repeat(lambda _: None))
         corpus = Corpus(lambda: ((d.source == layout.val, d) for d in source.documents(options.source, next(tells))))
-    tokenizer, whose = choose_tokenizer(options.tokenizer, corpus, say)
-    counts = write_tokens(corpus, tokenizer, whose, work, say, layout, options.tokens or 0, options.format)
+    tokenizer, whose = choose_tokenizer(options.tokenizer, corpus, log)
+    counts = write_tokens(corpus, tokenizer, whose, work, log, layout, options.tokens or 0, options.format)
     listed = [f"{file}: {count:,} tokens" for file, count in counts.items()]
-    say("  ".join(listed if len(listed) <= 4 else [*listed[:3], "…", listed[-1]]))
+    log("  ".join(listed if len(listed) <= 4 else [*listed[:3], "…", listed[-1]]))
     train = open_shard(work / min(counts, key=lambda file: "val" in file), tokenizer.vocab_size)
-    say(f"it begins: {tokenizer.decode(train.tokens[:SAMPLE_TOKENS])!r}")
+    log(f"it begins: {tokenizer.decode(train.tokens[:SAMPLE_TOKENS])!r}")
     return {"vocab_size": tokenizer.vocab_size, "files": counts}

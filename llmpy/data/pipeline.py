@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
-from .datasets import SHARD_TOKENS, Layout, Say
+from .datasets import SHARD_TOKENS, Layout, Log
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
 from .rank_tables import LLMC_FILE, write_llmc
@@ -43,7 +43,7 @@ class Corpus:
     characters: int | None = None  # of those to train on; None: not counted
 
 
-def divided(read: Callable[[Say], Iterable[Document]], say: Say) -> Corpus:
+def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
     """Hold out the last tenth of the characters (10 or more of them).
 
     The cut is the border of documents nearest to it, unless that would make the part smaller or larger by half; then a
@@ -54,7 +54,7 @@ def divided(read: Callable[[Say], Iterable[Document]], say: Say) -> Corpus:
     def quietly() -> Iterable[Document]:
         return read(lambda _: None)
 
-    lengths = np.fromiter((len(d.text) for d in read(say)), np.int64)
+    lengths = np.fromiter((len(d.text) for d in read(log)), np.int64)
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     held = min(HELD_OUT * total, HELD_OUT_AT_MOST)
@@ -83,13 +83,13 @@ def choose_vocab_size(characters: int) -> int:
     return min(max(fits, VOCAB_AT_LEAST), VOCAB_AT_MOST)
 
 
-def choose_tokenizer(name: str | None, corpus: Corpus, say: Say) -> tuple[Tokenizer, str]:
+def choose_tokenizer(name: str | None, corpus: Corpus, log: Log) -> tuple[Tokenizer, str]:
     """Return the tokenizer of `--tokenizer`, and what to call it: gpt2, bytes, bpe:N (trained on the text), or a file.
 
     None: bpe of `choose_vocab_size`.
     """
     if name == "gpt2":
-        return Tokenizer.gpt2(say), "GPT-2's"
+        return Tokenizer.gpt2(log), "GPT-2's"
     if name == "bytes":
         return Tokenizer.bytes(), "bytes"
     if name is not None and not name.startswith("bpe:"):
@@ -116,7 +116,7 @@ def write_tokens(
     tokenizer: Tokenizer,
     whose: str,
     folder: Path,
-    say: Say,
+    log: Log,
     layout: Layout = OWN,
     limit: int = 0,
     form: str = "auto",
@@ -129,7 +129,7 @@ def write_tokens(
     """
     form = form_for(tokenizer.vocab_size) if form == "auto" else form
     if tokenizer.vocab_size - 1 > np.iinfo(FORMS[form].dtype).max:
-        raise LlmpyError(f"--format {form} cannot hold {tokenizer.vocab_size:,} tokens", "leave --format out")
+        raise LlmpyError("data.x", f"--format {form} cannot hold {tokenizer.vocab_size:,} tokens", "Leave --format out")
     table = tokenizer.ranks() if form == "int32" else None
     # As in llm.c, whose datasets are cut into documents already. In the user's own text EOT separates documents.
     encoder = tokenizer if layout is OWN else tokenizer.ordinary()
@@ -147,18 +147,20 @@ def write_tokens(
             learnt = n if spool.counted is None else np.count_nonzero(spool.counted)
             rate = spool.rate
             del spool, counted  # Windows removes no file that is mapped
-    except OSError as fault:
+    except OSError as error:
         raise LlmpyError(
-            f"cannot write to {folder}: {fault.strerror or fault}", "free some space or choose another folder (--out)"
-        ) from fault
+            "data.x",
+            f"cannot write to {folder}: {error.strerror or error}",
+            "Free some space or choose another folder (--out)",
+        ) from error
     tokenizer.save(folder / "tokenizer.json")
     if table:
         write_llmc(folder / LLMC_FILE, table)
-    say(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {rate:.2f} characters per token")
+    log(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {rate:.2f} characters per token")
     if learnt < n:
-        say(f"the loss counts {learnt:,} of {n:,} tokens: completions and what the assistant says")
+        log(f"the loss counts {learnt:,} of {n:,} tokens: completions and what the assistant says")
         if form == "int32":
-            say("note: a stream of int32 has no mask: prompts count in the loss like all else")
+            log("note: a stream of int32 has no mask: prompts count in the loss like all else")
     return files
 
 
@@ -199,7 +201,7 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
             if total == limit:
                 break
     if total < 2:
-        raise LlmpyError("there is no text in it", "give other data")
+        raise LlmpyError("data.x", "there is no text in it", "Give other data")
     counted = np.memmap(work / "mask", np.bool_, "r") if masked else None
     return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
 
@@ -209,6 +211,7 @@ def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
     starts = range(0, len(ids), CHUNK)
     if not any((counted[i : i + CHUNK] & (ids[i : i + CHUNK] != eot)).any() for i in starts):
         raise LlmpyError(
+            "data.x",
             "nothing in the text to train on counts: no message of the assistant, no completion",
             'give records with {"role": "assistant", "content": …} among their messages',
         )
@@ -225,7 +228,9 @@ def _held_out(spool: _Spool, layout: Layout, limit: int) -> int:
     else:
         held = spool.held if spool.held < n else tenth
     if not 0 < held < n:
-        raise LlmpyError(f"of {n:,} tokens {held:,} would be held out", "give more data, or a larger --tokens")
+        raise LlmpyError(
+            "data.x", f"of {n:,} tokens {held:,} would be held out", "Give more data, or a larger --tokens"
+        )
     return held
 
 

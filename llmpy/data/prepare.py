@@ -18,7 +18,7 @@ from ..system.durable import made
 from ..system.words import count_of
 from . import builtin, shards
 from .pack import RECORD, SAMPLE_TOKENS, find_dataset, is_dataset
-from .pipeline import HELD_OUT, Corpus, Say, choose_tokenizer, divided, write_tokens
+from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, divided, write_tokens
 from .shards import Shard, is_shard, open_shard
 from .text import Found, Skip, find_files, stream_files
 from .tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def prepare(
     paths: Sequence[Path] | None,
     folder: Path,
     vocab_size: int | None = None,
-    say: Say = print,
+    log: Log = print,
     model: Vocabulary | None = None,
     skip: Skip = None,
 ) -> Dataset:
@@ -61,41 +61,41 @@ def prepare(
     Raises LlmpyError, which names the fix, for whatever cannot be read or used.
     """
     if paths is None:
-        corpus = _builtin(say)
+        corpus = _builtin(log)
     else:
         if len(paths) == 1 and is_dataset(paths[0]):
             own = model.tokenizer if model is not None and model.size != GPT2_VOCAB else None
-            paths = [find_dataset(str(paths[0]), say, str(own or "gpt2"))]
+            paths = [find_dataset(str(paths[0]), log, str(own or "gpt2"))]
         files = find_files(paths, skip)
         found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
         if found:
-            _refuse_mixture(found, [f for f in files if f not in found], say)
-            return _from_shards([f.path for f in found], vocab_size, model, say)
-        corpus = divided(lambda tell: stream_files(files, tell), say)
+            _refuse_mixture(found, [f for f in files if f not in found], log)
+            return _from_shards([f.path for f in found], vocab_size, model, log)
+        corpus = divided(lambda log: stream_files(files, log), log)
     if model is None:
-        tokenizer, whose = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, say)
+        tokenizer, whose = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, log)
     else:
         tokenizer, whose = model.load()
     size = tokenizer.vocab_size
     with made(folder):
-        written = write_tokens(corpus, tokenizer, whose, folder, say)
+        written = write_tokens(corpus, tokenizer, whose, folder, log)
         if "train.bin" not in written:
             fix = f"make token files of it first: {command('data', '…')}"
-            raise LlmpyError(f"{sum(written.values()):,} tokens are too many for the folder of a run", fix)
+            raise LlmpyError("data.x", f"{sum(written.values()):,} tokens are too many for the folder of a run", fix)
         train, val = ([open_shard(folder / name, size)] for name in ("train.bin", "val.bin"))
-        return _dataset(train, val, tokenizer, size, say)
+        return _dataset(train, val, tokenizer, size, log)
 
 
-def _builtin(say: Say) -> Corpus:
+def _builtin(log: Log) -> Corpus:
     """Hold out every tenth section: they follow the alphabet, so the last tenth is no fair sample of all."""
     documents = builtin.builtin_documents()
-    say(builtin.describe(documents))
+    log(builtin.describe(documents))
     train = [d for i, d in enumerate(documents) if i % 10 != 5]
     parts = [*((False, d) for d in train), *((True, d) for d in documents[5::10])]
     return Corpus(lambda: iter(parts), sum(len(d.text) for d in train))
 
 
-def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabulary | None, say: Say) -> Dataset:
+def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabulary | None, log: Log) -> Dataset:
     beside = paths[0].parent / "tokenizer.json"
     tokenizer = Tokenizer.load(beside) if beside.exists() else None
     if model is not None:
@@ -104,53 +104,59 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
             models = Tokenizer.load(model.tokenizer)
             if tokenizer and not tokenizer.same_tokens(models):
                 raise LlmpyError(
+                    "data.x",
                     f"{paths[0].parent} holds tokens of another tokenizer than that of the model, {model.tokenizer}",
-                    f"make them again: {command('data', '…', '--tokenizer', model.tokenizer)}",
+                    f"Make them again: {command('data', '…', '--tokenizer', model.tokenizer)}",
                 )
             tokenizer, beside = models, model.tokenizer
     if tokenizer and vocab_size not in (None, tokenizer.vocab_size):
         raise LlmpyError(
+            "data.x",
             f"{beside} has {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} that were asked for",
-            "leave --vocab-size out, or move that file away",
+            "Leave --vocab-size out, or move that file away",
         )
     size = tokenizer.vocab_size if tokenizer else vocab_size or GPT2_VOCAB
     opened = [open_shard(path, size) for path in paths]
     if any(shard.tokens.dtype != opened[0].tokens.dtype for shard in opened):
         kinds = ", ".join(sorted({str(shard.tokens.dtype) for shard in opened}))
-        raise LlmpyError(f"token files of several kinds beside each other: {kinds}", "give one kind at a time")
-    say(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
+        raise LlmpyError(
+            "data.x", f"token files of several kinds beside each other: {kinds}", "Give one kind at a time"
+        )
+    log(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
     val = [s for s in opened if "val" in s.path.name.lower()]
     train = [s for s in opened if "val" not in s.path.name.lower()]
     if not train or not val:
         *whole, last = opened
         cut = len(last) - int(HELD_OUT * len(last))
         train, val = [*whole, last.part(0, cut)], [last.part(cut, len(last))]
-        say(f"no pair of training and validation shards: the last tenth of {last.path.name} is held out")
+        log(f"no pair of training and validation shards: the last tenth of {last.path.name} is held out")
     if tokenizer:
-        say(f"tokenizer: {beside}, {size:,} tokens")
+        log(f"tokenizer: {beside}, {size:,} tokens")
     else:
-        say(f"no tokenizer.json beside them: vocabulary of {size:,} tokens, samples show token ids")
-    return _dataset(train, val, tokenizer, size, say)
+        log(f"no tokenizer.json beside them: vocabulary of {size:,} tokens, samples show token ids")
+    return _dataset(train, val, tokenizer, size, log)
 
 
-def _dataset(train: list[Shard], val: list[Shard], tokenizer: Tokenizer | None, size: int, say: Say) -> Dataset:
+def _dataset(train: list[Shard], val: list[Shard], tokenizer: Tokenizer | None, size: int, log: Log) -> Dataset:
     """Say how much there is, and how it begins, to be recognised by the person who gave it."""
-    say(f"{sum(map(len, train)):,} training tokens, {sum(map(len, val)):,} validation tokens")
+    log(f"{sum(map(len, train)):,} training tokens, {sum(map(len, val)):,} validation tokens")
     first = train[0].tokens[:SAMPLE_TOKENS].tolist()
-    say(f"it begins: {tokenizer.decode(first)!r}" if tokenizer else f"it begins: {first}")
+    log(f"it begins: {tokenizer.decode(first)!r}" if tokenizer else f"it begins: {first}")
     return Dataset(train, val, tokenizer, size, _bytes_per_token(tokenizer, val) if tokenizer else None)
 
 
-def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], say: Say) -> None:
+def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], log: Log) -> None:
     """Refuse text beside shards if the user named it or it is .txt; other files in folders are skipped."""
     text = next((f for f in others if f.named or f.path.suffix.lower() == ".txt"), None)
     if text:
         raise LlmpyError(
-            f"both token shards ({found[0].path}) and text ({text.path}) were given", "give one kind at a time"
+            "data.x",
+            f"both token shards ({found[0].path}) and text ({text.path}) were given",
+            "Give one kind at a time",
         )
     others = [f for f in others if f.path.name not in ("tokenizer.json", RECORD) and f.path.suffix != ".mask"]
     if others:
-        say(f"skipped {count_of(len(others), 'file')} beside the shards: {others[0].path.name} …")
+        log(f"skipped {count_of(len(others), 'file')} beside the shards: {others[0].path.name} …")
 
 
 def _bytes_per_token(tokenizer: Tokenizer, parts: Sequence[Shard]) -> float:

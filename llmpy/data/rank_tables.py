@@ -86,7 +86,7 @@ class Ranks:
                 if len(parts) != 2 and self.whole:
                     return [pair for token in rank for pair in _pairs(token, rank)]
                 if len(parts) != 2:
-                    raise LlmpyError(f"token {i} ({token!r}) is not made of two tokens before it")
+                    raise LlmpyError("data.x", f"token {i} ({token!r}) is not made of two tokens before it")
                 merges.append((parts[0], parts[1]))
         return merges
 
@@ -156,7 +156,7 @@ def write_llmc(path: Path, ranks: Ranks) -> None:
     Raises LlmpyError for a token of more than 255 bytes, and if the disk refuses.
     """
     if (longest := max(map(len, ranks.tokens))) > LONGEST:
-        raise LlmpyError(f"a token has {longest} bytes: llm.c's tokenizer file holds at most {LONGEST}")
+        raise LlmpyError("data.x", f"a token has {longest} bytes: llm.c's tokenizer file holds at most {LONGEST}")
     header = np.zeros(HEADER_BYTES // 4, "<u4")
     header[:4] = TOKENIZER, 2, len(ranks.tokens), ranks.eot
     content = header.tobytes() + b"".join(bytes([len(token)]) + token for token in ranks.tokens)

@@ -88,12 +88,14 @@ def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
-        raise LlmpyError(f"{path} is cut off or damaged: {fault}", "download or pack it again") from fault
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
-    except (ValueError, RecursionError) as fault:  # no UTF-8 is a ValueError too
-        raise LlmpyError(f"{path}: line {number:,} is not JSON: {fault}", "give one JSON object a line") from fault
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise LlmpyError("data.x", f"{path} is cut off or damaged: {error}", "Download or pack it again") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError too
+        raise LlmpyError(
+            "data.x", f"{path}: line {number:,} is not JSON: {error}", "Give one JSON object a line"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -102,18 +104,18 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         from pyarrow import parquet
     except ImportError:
         raise LlmpyError(
-            f"{path} is parquet, which needs the pyarrow library", f"install it: {install('llmpy[parquet]')}"
+            "data.x", f"{path} is parquet, which needs the pyarrow library", f"Install it: {install('llmpy[parquet]')}"
         ) from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = set(file.schema_arrow.names)
             wanted = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
             if wanted is None:
-                raise NotText(f"{path} has the columns {_some(names)}", f"give columns named {KINDS}")
+                raise NotText("data.x", f"{path} has the columns {_some(names)}", f"Give columns named {KINDS}")
             for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as fault:
-        raise LlmpyError(f"{path} is no readable parquet file: {fault}", "download it again") from fault
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        raise LlmpyError("data.x", f"{path} is no readable parquet file: {error}", "Download it again") from error
 
 
 def _document(path: Path, number: int, row: Any) -> Document:
@@ -128,11 +130,11 @@ def _document(path: Path, number: int, row: Any) -> Document:
             return Document(source, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
         if "messages" in fields:
             return conversation(source, fields["messages"])
-    except (TypeError, KeyError, UnicodeEncodeError) as fault:
-        what = f"no {fault} in a message" if isinstance(fault, KeyError) else str(fault)
-        raise LlmpyError(f"{path}: record {number:,}: {what}", f"give {KINDS}") from fault
+    except (TypeError, KeyError, UnicodeEncodeError) as error:
+        what = f"no {error} in a message" if isinstance(error, KeyError) else str(error)
+        raise LlmpyError("data.x", f"{path}: record {number:,}: {what}", f"Give {KINDS}") from error
     what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
-    raise (NotText if number == 1 else LlmpyError)(f"{path}: record {number:,} has {what}", f"give {KINDS}")
+    raise (NotText if number == 1 else LlmpyError)("data.x", f"{path}: record {number:,} has {what}", f"Give {KINDS}")
 
 
 def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:

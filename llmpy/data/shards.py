@@ -71,14 +71,17 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
     most = int(np.iinfo(FORMS[form].dtype).max)
     if tokens.ndim != 1 or not 0 < tokens.size <= TOKENS_AT_MOST or not np.issubdtype(tokens.dtype, np.integer):
         fix = f"write 1 to {TOKENS_AT_MOST:,} integers to a file"
-        raise LlmpyError(f"{path}: {tokens.size:,} values of type {tokens.dtype} do not make a shard", fix)
+        raise LlmpyError("data.x", f"{path}: {tokens.size:,} values of type {tokens.dtype} do not make a shard", fix)
     if tokens.min() < 0 or tokens.max() > most:
         raise LlmpyError(
+            "data.x",
             f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {8 * FORMS[form].dtype.itemsize} bits",
-            f"use a vocabulary of at most {most + 1:,} tokens, or a wider form",
+            f"Use a vocabulary of at most {most + 1:,} tokens, or a wider form",
         )
     if counted is not None and not FORMS[form].magic:
-        raise LlmpyError(f"{path}: a stream of int32 tokens can have no mask", "write uint16 or uint32 shards")
+        raise LlmpyError(
+            "data.x", f"{path}: a stream of int32 tokens can have no mask", "Write uint16 or uint32 shards"
+        )
     mask_path(path).unlink(missing_ok=True)  # of what was here before
     _write(path, tokens, FORMS[form])
     if counted is not None:
@@ -94,16 +97,19 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
         form = _form(path)
         tokens = _map(path, form)
         counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
+    except OSError as error:
+        raise unreadable(path, error) from error
     _check_tokens(path, tokens, vocab_size)
     if counted is not None and len(counted) != len(tokens):
         raise LlmpyError(
+            "data.x",
             f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
-            "write both again, or remove the mask",
+            "Write both again, or remove the mask",
         )
     if counted is not None and any(counted[i : i + CHUNK].max() > 1 for i in range(0, len(counted), CHUNK)):
-        raise LlmpyError(f"{mask_path(path)} is damaged: it holds other bytes than 0 and 1", "write both again")
+        raise LlmpyError(
+            "data.x", f"{mask_path(path)} is damaged: it holds other bytes than 0 and 1", "Write both again"
+        )
     return Shard(path, tokens, counted)
 
 
@@ -117,8 +123,8 @@ def is_shard(path: Path) -> bool:
     try:
         start = _start(path)
         return magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS) or path.suffix == ".bin" and _is_stream(path, start)
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def mask_path(path: Path) -> Path:
@@ -158,8 +164,9 @@ def _form(path: Path) -> Form:
     if form is None:
         what = f"is {magic.WHAT[magic_of(start)]}" if magic_of(start) in magic.WHAT else f"starts with {start[:24]!r}"
         raise LlmpyError(
+            "data.x",
             f"{path} is not a token shard of llm.c: it {what}",
-            "give text another suffix; write uint16 tokens without a header (nanoGPT) again by "
+            "Give text another suffix; write uint16 tokens without a header (nanoGPT) again by "
             "llmpy.data.shards.write_shard",
         )
     return form
@@ -186,13 +193,16 @@ def _map(path: Path, form: Form) -> np.ndarray:
     number, version, count = np.frombuffer(_start(path)[:12].ljust(12, b"\0"), "<i4").tolist()
     if (number, version) != (form.magic, form.version):
         raise LlmpyError(
-            f"{path} is no {form.what} of version {form.version}: it begins with {number}, {version}", "write it again"
+            "data.x",
+            f"{path} is no {form.what} of version {form.version}: it begins with {number}, {version}",
+            "Write it again",
         )
     promised = HEADER_BYTES + form.dtype.itemsize * count
     if size != promised or count <= 0:
         raise LlmpyError(
+            "data.x",
             f"{path} is damaged: {count:,} tokens make {promised:,} bytes, it has {size:,}",
-            "download or write it again",
+            "Download or write it again",
         )
     return np.memmap(path, form.dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
@@ -204,7 +214,8 @@ def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
         if chunk.max() >= vocab_size or chunk.min() < 0:
             position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
             raise LlmpyError(
+                "data.x",
                 f"{path}: token {tokens[position]} at position {position:,} is outside the vocabulary of "
                 f"{vocab_size:,} tokens",
-                "use the vocabulary (--vocab-size) or the tokenizer.json that the shard was written with",
+                "Use the vocabulary (--vocab-size) or the tokenizer.json that the shard was written with",
             )

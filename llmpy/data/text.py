@@ -54,13 +54,15 @@ def find_files(paths: Sequence[Path], skip: Skip = None) -> list[Found]:
             elif real.is_file():
                 found[real.resolve()] = Found(real, named=True)
             else:  # a pipe cannot be read twice, and a device may never end
-                raise LlmpyError(f"{real} is neither a file nor a folder", "save its content to a file and give that")
-    except OSError as fault:  # a name too long, a folder that may not be entered
-        raise unreadable(Path(fault.filename), fault) from fault
+                raise LlmpyError(
+                    "data.x", f"{real} is neither a file nor a folder", "Save its content to a file and give that"
+                )
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise unreadable(Path(error.filename), error) from error
     return list(found.values())
 
 
-def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> Iterator[Document]:
+def stream_files(files: Sequence[Found], log: Callable[[str], None] = print) -> Iterator[Document]:
     """Yield the documents of `files` in order, a file of text or a record at a time; `say` at the end what they were.
 
     Raises LlmpyError for a named file or a .txt or .md that is no text, and if the whole is shorter than 1,000
@@ -85,16 +87,17 @@ def stream_files(files: Sequence[Found], say: Callable[[str], None] = print) -> 
             yield document
     if skipped:
         names = ", ".join(path.name for path in skipped[:3]) + (", …" if len(skipped) > 3 else "")
-        say(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {names}")
+        log(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {names}")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         raise LlmpyError(
+            "data.x",
             f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs at least "
             f"{LEAST_CHARACTERS:,}",
-            "give more text, or no path at all to train on the text that Python carries",
+            "Give more text, or no path at all to train on the text that Python carries",
         )
     line = f"{count_of(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
-    say(line + (f", {documents:,} documents" if documents != read else ""))
+    log(line + (f", {documents:,} documents" if documents != read else ""))
 
 
 def read_text(path: Path) -> str:
@@ -117,10 +120,10 @@ def _expand(path: Path) -> list[Path]:
     if glob.has_magic(str(path)):
         if matches := sorted(glob.glob(str(path), recursive=True)):
             return [Path(match) for match in matches]
-        raise LlmpyError(f"nothing matches {path}", "check the folder and the pattern")
+        raise LlmpyError("data.x", f"nothing matches {path}", "Check the folder and the pattern")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
-    raise LlmpyError(f"no file or folder {path}", hint or "check the path")
+    raise LlmpyError("data.x", f"no file or folder {path}", hint or "check the path")
 
 
 def _walk(folder: Path, skip: Skip) -> list[Path]:
@@ -135,8 +138,8 @@ def _walk(folder: Path, skip: Skip) -> list[Path]:
     return sorted(filter(Path.is_file, files))
 
 
-def _unreadable(fault: OSError) -> None:
-    raise fault
+def _unreadable(error: OSError) -> None:
+    raise error
 
 
 def _read(path: Path, most: int = -1) -> bytes:
@@ -144,29 +147,31 @@ def _read(path: Path, most: int = -1) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(most)
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _decode(path: Path, data: bytes) -> tuple[str, str]:
     """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
     if archive := next((name for magic, name in ARCHIVES.items() if data.startswith(magic)), None):
-        raise NotText(f"{path} is {archive}, not text", "unpack it or save it as plain text first")
+        raise NotText("data.x", f"{path} is {archive}, not text", "Unpack it or save it as plain text first")
     if pointer := lfs_pointer(data):
-        raise NotText(f"{path} {pointer[0]}", pointer[1])
+        raise NotText("data.x", f"{path} {pointer[0]}", pointer[1])
     mark = next((m for m in MARKS if data.startswith(m)), b"")
     encoding = MARKS.get(mark, "UTF-8")
     try:
         text = data[len(mark) :].decode(encoding)
-    except UnicodeDecodeError as fault:
-        offset = len(mark) + fault.start
+    except UnicodeDecodeError as error:
+        offset = len(mark) + error.start
         raise NotText(
-            f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({fault.reason})",
-            f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
-        ) from fault
+            "data.x",
+            f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({error.reason})",
+            f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
+        ) from error
     if "\0" in text:
         raise NotText(
+            "data.x",
             f"{path} is binary, not text: character {text.index(chr(0)):,} is NUL",
-            "give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
+            "Give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
         )
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")

@@ -55,8 +55,9 @@ class Tokenizer:
 
         if vocab_size < SMALLEST_VOCAB:
             raise LlmpyError(
+                "data.x",
                 f"a vocabulary of {vocab_size} tokens has no room for the 256 bytes and {EOT}",
-                f"use --vocab-size {SMALLEST_VOCAB} or more",
+                f"Use --vocab-size {SMALLEST_VOCAB} or more",
             )
         library = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -78,30 +79,30 @@ class Tokenizer:
             data = path.read_bytes()
         except FileNotFoundError:
             raise LlmpyError(
-                f"no tokenizer at {path}", "check the path; --tokenizer is gpt2, bytes, bpe:N or a file"
+                "data.x", f"no tokenizer at {path}", "Check the path; --tokenizer is gpt2, bytes, bpe:N or a file"
             ) from None
-        except OSError as fault:
-            raise unreadable(path, fault) from fault
+        except OSError as error:
+            raise unreadable(path, error) from error
         try:
             if magic_of(data) == TOKENIZER:
                 return cls._from_ranks(parse_llmc(data))
             return cls._from_ranks(parse_tiktoken(data)) if TIKTOKEN_LINE.match(data) else cls._from_json(data)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as fault:  # the library raises nothing more special for any damage, and may panic
-            why = str(fault)
+        except BaseException as error:  # the library raises nothing more special for any damage, and may panic
+            why = str(error)
             short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
             raise LlmpyError(
-                f"{path} is not a usable tokenizer: {short}", "give a tokenizer.json of byte-level BPE"
-            ) from fault
+                "data.x", f"{path} is not a usable tokenizer: {short}", "Give a tokenizer.json of byte-level BPE"
+            ) from error
 
     @classmethod
-    def gpt2(cls, say: Callable[[str], None] = print) -> Tokenizer:
+    def gpt2(cls, log: Callable[[str], None] = print) -> Tokenizer:
         """Return GPT-2's, downloaded once from the hub (1.4 MB). Raises LlmpyError if that fails."""
         from ..system.download import from_hub
 
         kept = data_cache() / "gpt2.tiktoken"  # where llmpy 0.1.0 put its ranks
-        return cls.load(kept if kept.is_file() else from_hub(GPT2, "tokenizer.json", say))
+        return cls.load(kept if kept.is_file() else from_hub(GPT2, "tokenizer.json", log))
 
     @classmethod
     def _from_ranks(cls, ranks: Ranks) -> Tokenizer:
@@ -180,11 +181,12 @@ class Tokenizer:
         """Return the token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as fault:
+        except UnicodeEncodeError as error:
             raise LlmpyError(
-                f"the text holds {text[fault.start]!r} at character {fault.start}: a byte that was no UTF-8",
-                "type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
-            ) from fault
+                "data.x",
+                f"the text holds {text[error.start]!r} at character {error.start}: a byte that was no UTF-8",
+                "Type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
+            ) from error
         return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -202,8 +204,9 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise LlmpyError(
+                "data.x",
                 f"token {wrong[0]} is not in the tokenizer's {self.vocab_size:,} tokens",
-                "use the tokenizer that made these tokens",
+                "Use the tokenizer that made these tokens",
             )
         return self._library.decode(ids, skip_special_tokens=False)
 
@@ -227,10 +230,10 @@ class Tokenizer:
         """
         if not self.splits_as_gpt2:
             fix = "use its tokenizer.json"
-            raise LlmpyError("the tokenizer splits words unlike GPT-2, which llm.c's table cannot tell", fix)
+            raise LlmpyError("data.x", "the tokenizer splits words unlike GPT-2, which llm.c's table cannot tell", fix)
         spelled = {i: token for token, i in self._library.get_vocab().items()}
         if len(spelled) < self.vocab_size:
-            raise LlmpyError("the tokenizer has ids that no token has", "use one whose ids have no gaps")
+            raise LlmpyError("data.x", "the tokenizer has ids that no token has", "Use one whose ids have no gaps")
         value = {ord(c): byte for byte, c in enumerate(_byte_characters())}
         tokens = [
             self.eot_text.encode() if i == self.eot else spelled[i].translate(value).encode("latin-1", "replace")

@@ -74,10 +74,16 @@ def needed(ranks: int, given: bool, environment: Mapping[str, str] = os.environ)
 def mpiexec() -> str:
     """Return the mpiexec next to this Python, else the one on PATH. Raises LlmpyError if it or mpi4py is missing."""
     if importlib.util.find_spec("mpi4py") is None:
-        raise LlmpyError("training by several processes needs mpi4py and an MPI", f"install them: {install(MPI)}")
+        raise LlmpyError(
+            "distributed.x", "training by several processes needs mpi4py and an MPI", f"Install them: {install(MPI)}"
+        )
     found = shutil.which("mpiexec", path=sysconfig.get_path("scripts")) or shutil.which("mpiexec")
     if found is None:
-        raise LlmpyError("there is no mpiexec, neither beside this Python nor on PATH", f"install one: {install(MPI)}")
+        raise LlmpyError(
+            "distributed.x",
+            "there is no mpiexec, neither beside this Python nor on PATH",
+            f"Install one: {install(MPI)}",
+        )
     return found
 
 
@@ -99,8 +105,10 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         if signals and _word(folder, "stopped"):
             raise Stopped(signals[-1])
         code, _, error = _word(folder, "error").partition(" ")
-        raised = LlmpyError(dead or error or f"mpiexec ended with code {process.returncode} before the run did")
-        raised.code = int(code or 1)
+        raised = LlmpyError(
+            "distributed.x", dead or error or f"mpiexec ended with code {process.returncode} before the run did"
+        )
+        raised.exit_code = int(code or 1)
         raise raised
 
 

@@ -39,7 +39,7 @@ WELCOME = b"welcome\n"
 
 
 @dataclass(frozen=True)
-class Fault:
+class RankFailure:
     """Why the world ends: which rank, what, and the exit code."""
 
     rank: int
@@ -71,14 +71,14 @@ class Watch:
         """`patience` 0: nobody is watched, only an error of this rank is known."""
         self.rank, self.patience = rank, patience
         self.hint = ""  # how to resume, once there is a checkpoint folder
-        self.fault: Fault | None = None
-        self.ending = threading.Event()  # the main thread acts on the fault
+        self.failure: RankFailure | None = None
+        self.ending = threading.Event()  # the main thread acts on the failure
         self._peers: list[Peer] = []
         self._closed = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
-    def start(self, size: int, tell: Callable[[Any], list[Any]]) -> None:
+    def start(self, size: int, gather_values: Callable[[Any], list[Any]]) -> None:
         """Connect; `tell` gives a value to all ranks and returns theirs. Raises LlmpyError if a rank cannot."""
         if not self.patience:
             return
@@ -86,7 +86,7 @@ class Watch:
         if self.rank == 0:
             with socket.create_server(("", 0), backlog=size) as server:
                 found = addresses()
-                names = [told[0] for told in tell([name, secret, server.getsockname()[1], found])]
+                names = [told[0] for told in gather_values([name, secret, server.getsockname()[1], found])]
                 server.settimeout(CONNECTING * (1 + len(found)))
                 with contextlib.suppress(TimeoutError):
                     while len(self._peers) < size - 1:
@@ -94,25 +94,26 @@ class Watch:
                         if rank := _introduced(line, secret):
                             self._peers.append(Peer(line, rank, names[rank]))
         else:
-            told = tell([name])
+            told = gather_values([name])
             names = [who[0] for who in told]
             _, secret, port, found = told[0]
             called = next(filter(None, (_call(address, port, secret, self.rank) for address in found)), None)
             self._peers = [Peer(called, 0, names[0])] if called else []
-        reached = tell(self.rank == 0 or bool(self._peers))
+        reached = gather_values(self.rank == 0 or bool(self._peers))
         missing = [name for name, there in zip(names, reached, strict=True) if not there]
         if missing:
             raise LlmpyError(
+                "distributed.x",
                 f"{', '.join(missing)} cannot reach the first rank over TCP, by which ranks watch each other",
-                "let the hosts connect to each other, or watch nobody: --rank-timeout 0",
+                "Let the hosts connect to each other, or watch nobody: --rank-timeout 0",
             )
         self._thread.start()
 
-    def say(self, fault: Fault) -> None:
-        """Let all ranks know; the first fault counts."""
+    def broadcast(self, failure: RankFailure) -> None:
+        """Let all ranks know; the first failure counts."""
         with self._lock:
-            self.fault = self.fault or fault
-        self._send_all({"fault": astuple(self.fault)})
+            self.failure = self.failure or failure
+        self._send_all({"failure": astuple(self.failure)})
 
     def close(self) -> None:
         """End the watch of a run that went well: nobody is missed from now on."""
@@ -144,15 +145,17 @@ class Watch:
                 self._read(peer)
             # A thread that was kept from running itself, by a suspended machine say, accuses nobody.
             late = time.monotonic() - now > self.patience / 2
-            for peer in present if self.fault is None else ():
+            for peer in present if self.failure is None else ():
                 peer.heard = time.monotonic() if late else peer.heard
                 silent = time.monotonic() - peer.heard
                 if not peer.left and silent > self.patience:
-                    self.say(Fault(peer.rank, f"{peer.name} has given no sign of life for {silent:.0f} s", lost=True))
-            if self.fault is not None:
+                    self.broadcast(
+                        RankFailure(peer.rank, f"{peer.name} has given no sign of life for {silent:.0f} s", lost=True)
+                    )
+            if self.failure is not None:
                 ended = ended or now
                 if now - ended > GRACE and not self.ending.is_set():
-                    end(self, self.fault)
+                    end(self, self.failure)
         for peer in self._peers:
             peer.line.close()
 
@@ -163,23 +166,23 @@ class Watch:
             data = b""
         if not data:
             peer.left = True
-            if not self._closed and self.fault is None:
-                self.say(Fault(peer.rank, f"{peer.name} has died", lost=True))
+            if not self._closed and self.failure is None:
+                self.broadcast(RankFailure(peer.rank, f"{peer.name} has died", lost=True))
             return
         peer.heard = time.monotonic()
         *lines, peer.unread = (peer.unread + data).split(b"\n")
         for message in map(json.loads, lines):
             peer.left = peer.left or "farewell" in message
-            if "fault" in message and self.fault is None:
-                self.say(Fault(*message["fault"]))
+            if "failure" in message and self.failure is None:
+                self.broadcast(RankFailure(*message["failure"]))
 
 
-def end(watch: Watch, fault: Fault) -> NoReturn:
+def end(watch: Watch, failure: RankFailure) -> NoReturn:
     """Report what ended the world, unless another rank does, and leave at once: MPI would wait for who is gone."""
     watch.ending.set()
     # The first rank speaks for all; if it is the one that is gone, everyone for himself.
-    speaks = watch.rank == 0 or fault.rank == 0 or not watch.patience
-    launch.leave(fault.text + (watch.hint if fault.lost else ""), fault.code, speaks)
+    speaks = watch.rank == 0 or failure.rank == 0 or not watch.patience
+    launch.leave(failure.text + (watch.hint if failure.lost else ""), failure.code, speaks)
 
 
 def addresses() -> list[str]:

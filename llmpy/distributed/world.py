@@ -37,7 +37,7 @@ from ..system.interrupts import signals_held_back
 from ..system.resources import cores
 from ..train.single_process import SingleProcess
 from . import launch
-from .watchdog import Fault, Watch, end
+from .watchdog import RankFailure, Watch, end
 from .zero import Zero
 
 LOOKS = 50  # at a request in a row before sleeping: an answer from this host mostly comes sooner
@@ -46,7 +46,7 @@ BLAME = 3.0  # to learn from the watchdog which rank is dead when MPI fails
 
 
 class World(SingleProcess):
-    """All ranks of a run. A context manager: whatever fault leaves it on one rank ends all of them."""
+    """All ranks of a run. A context manager: whatever failure leaves it on one rank ends all of them."""
 
     def __init__(self, mpi: Any, patience: float) -> None:
         """`mpi` is mpi4py's module; the ranks are those of COMM_WORLD. Raises LlmpyError if they cannot be watched."""
@@ -60,31 +60,32 @@ class World(SingleProcess):
         mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
         about = {"host": socket.gethostname(), "cores": mine, "available": cores(), "physical": physical}
-        self._ranks = self.tell(about)
+        self._ranks = self.gather_values(about)
         self._local = [q for q, other in enumerate(self._ranks) if other["host"] == about["host"]]
         self.local_size = len(self._local)
-        self._watch.start(self.size, self.tell)
+        self._watch.start(self.size, self.gather_values)
         launch.leave_word(f"rank-{self.rank}", str(os.getpid()))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, failure: BaseException | None, _: TracebackType | None) -> None:
         watch = self._watch
-        if fault is None:
+        if failure is None:
             self.gather(0)
             watch.close()
             self._runner.shutdown()
             return
-        if not isinstance(fault, Ended):
-            known = isinstance(fault, LlmpyError)
+        if not isinstance(failure, Ended):
+            known = isinstance(failure, LlmpyError)
             if not known:
-                traceback.print_exception(fault)
+                traceback.print_exception(failure)
             name = "" if self.rank == 0 else f"rank {self.rank} on {socket.gethostname()}: "
-            text = str(fault) if known else f"{type(fault).__name__}: {fault}"
-            watch.say(Fault(self.rank, name + text, getattr(fault, "code", 130 if kind is KeyboardInterrupt else 1)))
-        assert watch.fault is not None
-        end(watch, watch.fault)
+            text = str(failure) if known else f"{type(failure).__name__}: {failure}"
+            code = getattr(failure, "exit_code", 130 if kind is KeyboardInterrupt else 1)
+            watch.broadcast(RankFailure(self.rank, name + text, code))
+        assert watch.failure is not None
+        end(watch, watch.failure)
 
     def _finish(self, start: Callable[[], list[Any]]) -> None:
         """Start requests and wait until all are done. Raises Ended if the world ends before."""
@@ -96,17 +97,17 @@ class World(SingleProcess):
                 with self._lock:
                     if self._mpi.Request.Testall(requests):
                         return
-                if self._watch.fault is not None:
-                    raise Ended("another rank has ended the run")
+                if self._watch.failure is not None:
+                    raise Ended("ranks.ended", "another rank has ended the run")
                 looks += 1
                 time.sleep(NAP if looks > LOOKS else 0)
         except self._mpi.Exception as error:  # mostly a rank is dead
             until = time.monotonic() + BLAME
-            while self._watch.fault is None and time.monotonic() < until:
+            while self._watch.failure is None and time.monotonic() < until:
                 time.sleep(NAP)
-            if self._watch.fault is not None:
-                raise Ended("another rank has ended the run") from error
-            raise LlmpyError(f"MPI: {error}", "see what mpiexec printed") from error
+            if self._watch.failure is not None:
+                raise Ended("ranks.ended", "another rank has ended the run") from error
+            raise LlmpyError("distributed.x", f"MPI: {error}", "See what mpiexec printed") from error
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
         """See `SingleProcess`, as for all that have no text here."""
@@ -117,7 +118,7 @@ class World(SingleProcess):
         self._waited += time.perf_counter() - start
         return [tuple(row) for row in all_of_them.tolist()]
 
-    def tell(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = [int(count) for (count,) in self.gather(mine.size)]
         texts = np.empty(sum(counts), np.uint8)
@@ -207,11 +208,13 @@ class World(SingleProcess):
     def claim(self, options: TrainOptions) -> RunFolder:
         """The run's folder: the first rank has it, the others write into it what they are told to."""
         mine = RunFolder.claim(options) if self.rank == 0 else None
-        path, resumed = self.tell([str(mine.path.absolute()), mine.resumed] if mine else None)[0]
+        path, resumed = self.gather_values([str(mine.path.absolute()), mine.resumed] if mine else None)[0]
         if mine is not None:
             return mine
         if not Path(path).is_dir():
-            raise LlmpyError(f"{path} is not there", "let all hosts have the run folder, on a shared file system")
+            raise LlmpyError(
+                "distributed.x", f"{path} is not there", "Let all hosts have the run folder, on a shared file system"
+            )
         return Lent(Path(path), resumed)
 
     def optimizer(self, model: GPT2, o: TrainOptions) -> Zero:
@@ -220,20 +223,20 @@ class World(SingleProcess):
     def checkpoints(
         self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
     ) -> CheckpointWriter:
-        self._watch.hint = f" — go on, on fewer ranks too, with: {command('train', '--resume', run)}"
+        self._watch.hint = f". Resume, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:
             launch.leave_word("hint", self._watch.hint)
         return super().checkpoints(run, model, optimizer, length, journal, o)
 
 
 class Ended(LlmpyError):
-    """Another rank, or the watchdog, has ended the run: `Watch.fault` says why."""
+    """Another rank, or the watchdog, has ended the run: `Watch.failure` says why."""
 
 
 class NullJournal(Journal):
     """What the other ranks print and record: nothing, for it would be the same."""
 
-    def say(self, line: str = "") -> None:
+    def log(self, line: str = "") -> None:
         pass
 
     def open(self, folder: Path, sizes: Any = None) -> None:
@@ -272,23 +275,29 @@ def join(options: TrainOptions) -> World | None:
             warnings.simplefilter("ignore", RuntimeWarning)  # where the launcher is another MPI's: see below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
-        raise LlmpyError(f"several processes need mpi4py and an MPI: {error}", install(launch.MPI)) from error
+        raise LlmpyError(
+            "distributed.x", f"several processes need mpi4py and an MPI: {error}", install(launch.MPI)
+        ) from error
     library = _line(MPI.Get_library_version())
     if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
         raise LlmpyError(
+            "distributed.x",
             f"the launcher is Open MPI's, but mpi4py has found another MPI: {library}",
-            "use the mpiexec of the same MPI",
+            "Use the mpiexec of the same MPI",
         )
     with signals_held_back():  # afterwards our handlers are back: MPICH would swallow SIGHUP
         if MPI.Init_thread(MPI.THREAD_MULTIPLE) < MPI.THREAD_SERIALIZED:
-            raise LlmpyError(f"{library} allows one thread only", "use an MPI built with threads")
+            raise LlmpyError("distributed.x", f"{library} allows one thread only", "Use an MPI built with threads")
     size, expected = MPI.COMM_WORLD.Get_size(), launch.tasks()
     if size == 1 and expected > 1:
         raise LlmpyError(
+            "distributed.x",
             f"the launcher says {expected} tasks, but MPI sees one: {expected} runs would write to one folder",
-            "use the mpiexec of the same MPI, or srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH); or, if one process "
+            "Use the mpiexec of the same MPI, or srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH); or, if one process "
             "is meant, say --ranks 1",
         )
     if "ranks" in options.given and options.ranks != size:
-        raise LlmpyError(f"--ranks {options.ranks}, but {size} were started", "leave --ranks out, or let them agree")
+        raise LlmpyError(
+            "distributed.x", f"--ranks {options.ranks}, but {size} were started", "Leave --ranks out, or let them agree"
+        )
     return World(MPI, options.rank_timeout) if size > 1 else None

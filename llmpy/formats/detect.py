@@ -19,40 +19,44 @@ from . import hub, huggingface, llmc, llmc_state, native
 from .source import Source, padded, tokenizer_named
 
 
-def resolve(text: str, say: Callable[[str], None]) -> Source:
+def resolve(text: str, log: Callable[[str], None]) -> Source:
     """The model that `find` gives, to use, without the rows of wte that no token has: some pad to a round number."""
-    source = find(text, say)
+    source = find(text, log)
     V, own = source.config.vocab_size, source.tokenizer
     have = Tokenizer.load(own).vocab_size if own is not None else V
     if have == V:
         return source
     if have > V:
-        raise LlmpyError(f"{own} has {have:,} tokens but the model {V:,}", "put the model's own tokenizer.json there")
-    say(f"note: of the {V:,} tokens of {source.path} its tokenizer has {have:,}: the others are left out")
+        raise LlmpyError(
+            "formats.x", f"{own} has {have:,} tokens but the model {V:,}", "Put the model's own tokenizer.json there"
+        )
+    log(f"note: of the {V:,} tokens of {source.path} its tokenizer has {have:,}: the others are left out")
     config = replace(source.config, vocab_size=have)
     return replace(source, config=config, read=padded(source.read, config), load=None)
 
 
-def find(text: str, say: Callable[[str], None]) -> Source:
+def find(text: str, log: Callable[[str], None]) -> Source:
     """A model of the hub, downloaded if need be, or at a path. Raises LlmpyError for anything else."""
     if text in hub.NAMES:
-        return open_model(hub.download(text, say))
+        return open_model(hub.download(text, log))
     path = Path(text)
     if not os.path.exists(path):
         near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
         hint = f"{near} use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
-        raise LlmpyError(f"no model {text}", hint)
+        raise LlmpyError("formats.x", f"no model {text}", hint)
     return open_model(path)
 
 
-def tokenizer_of(source: Source, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
+def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer, str]:
     """The tokenizer of a model, and what to call it. Raises LlmpyError if it came without, and is not GPT-2's."""
     if source.tokenizer is not None:
         return Tokenizer.load(source.tokenizer), f"the model's ({source.tokenizer})"
     if source.config.vocab_size == GPT2_VOCAB:
-        return Tokenizer.gpt2(say), "GPT-2's"
+        return Tokenizer.gpt2(log), "GPT-2's"
     there = tokenizer_named(source.path) if source.path.is_file() else source.path / TOKENIZER_FILE
-    raise LlmpyError(f"{source.path} came without a tokenizer, which text needs", f"put its tokenizer.json at {there}")
+    raise LlmpyError(
+        "formats.x", f"{source.path} came without a tokenizer, which text needs", f"Put its tokenizer.json at {there}"
+    )
 
 
 def open_model(path: Path) -> Source:
@@ -62,19 +66,21 @@ def open_model(path: Path) -> Source:
             return _open_folder(path)
         with path.open("rb") as file:
             start = file.read(64)
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
+    except OSError as error:
+        raise unreadable(path, error) from error
     if magic.magic_of(start) == magic.MODEL:
         return llmc.read_model(path)
     if start[8:9] == b"{":  # after the length of its header
         return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
     if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
-        raise LlmpyError(f"{path} is a pickle of PyTorch, which can run code when it is read", "save it as safetensors")
+        raise LlmpyError(
+            "formats.x", f"{path} is a pickle of PyTorch, which can run code when it is read", "Save it as safetensors"
+        )
     if pointer := magic.lfs_pointer(start):
-        raise LlmpyError(f"{path} {pointer[0]}", pointer[1])
+        raise LlmpyError("formats.x", f"{path} {pointer[0]}", pointer[1])
     what = magic.WHAT.get(magic.magic_of(start), f"no model: it begins with {start[:8].hex(' ') or 'nothing'}")
     what = "GGUF, which is written here but not read" if start[:4] == b"GGUF" else what
-    raise LlmpyError(f"{path} is {what}", "give a model of llm.c, Hugging Face or llmpy")
+    raise LlmpyError("formats.x", f"{path} is {what}", "Give a model of llm.c, Hugging Face or llmpy")
 
 
 def _open_folder(path: Path) -> Source:
@@ -83,10 +89,12 @@ def _open_folder(path: Path) -> Source:
     if llmc_state.latest(path) is not None:
         return llmc_state.read_checkpoint(path)[0]
     if is_run(path) and not (path / MODEL_FILE).exists():
-        raise LlmpyError(f"{path} is a run that has no checkpoint yet", f"go on: {command('train', '--resume', path)}")
+        raise LlmpyError(
+            "formats.x", f"{path} is a run that has no checkpoint yet", f"Go on: {command('train', '--resume', path)}"
+        )
     if (path / huggingface.CONFIG_FILE).is_file():
         return huggingface.read_model(path)
-    raise LlmpyError(f"{path} holds no model", "give a run folder, or one of Hugging Face or llm.c")
+    raise LlmpyError("formats.x", f"{path} holds no model", "Give a run folder, or one of Hugging Face or llm.c")
 
 
 def _is_ours(path: Path) -> bool:

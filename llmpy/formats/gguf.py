@@ -42,7 +42,7 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     try:
         import gguf
     except ImportError:
-        raise LlmpyError("writing GGUF needs the gguf library", install("llmpy[gguf]")) from None
+        raise LlmpyError("formats.x", "writing GGUF needs the gguf library", install("llmpy[gguf]")) from None
     c = source.config
     tensors = [(t.name, t.shape, dtype if t.decay and t.name != "wpe" else "float32") for t in params_table(c)]
 
@@ -88,12 +88,15 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     as_llama = first.get("pattern") == {"Regex": LLAMA3} and about["model"].get("ignore_merges") is True
     if not tokenizer.splits_as_gpt2 and not as_llama:
         raise LlmpyError(
+            "formats.x",
             f"{source.tokenizer} splits words unlike GPT-2 and Llama 3, and llama.cpp knows other ways by name alone",
-            "convert the model without it (move the file away): llama.cpp then takes token ids",
+            "Convert the model without it (move the file away): llama.cpp then takes token ids",
         )
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
-        raise LlmpyError(f"{source.tokenizer} has more tokens than the model's {V:,}", "give its own tokenizer")
+        raise LlmpyError(
+            "formats.x", f"{source.tokenizer} has more tokens than the model's {V:,}", "Give its own tokenizer"
+        )
     words = {i: word for word, i in ids.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if tokenizer.splits_as_gpt2 else "llama-bpe")

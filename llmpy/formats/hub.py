@@ -13,9 +13,9 @@ NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = (CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE)
 
 
-def download(name: str, say: Callable[[str], None]) -> Path:
+def download(name: str, log: Callable[[str], None]) -> Path:
     """Return the folder of one of NAMES, downloaded if it is missing. Raises LlmpyError as `from_hub` does."""
     folder = user_cache() / "models" / name  # where llmpy 0.1.0 put it
     if all((folder / file).is_file() for file in FILES):
         return folder
-    return [from_hub(f"openai-community/{name}", file, say).parent for file in FILES][0]
+    return [from_hub(f"openai-community/{name}", file, log).parent for file in FILES][0]

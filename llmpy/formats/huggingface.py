@@ -68,7 +68,7 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
     unknown = sorted(n for n in where.keys() - expected.keys() if n != HEAD and not n.endswith(BUFFERS))
     if missing or unknown:
         which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which GPT-2 has not"
-        raise LlmpyError(f"{folder} {which}", "give a GPT-2 model with its head tied to the embedding")
+        raise LlmpyError("formats.x", f"{folder} {which}", "Give a GPT-2 model with its head tied to the embedding")
     for name, shape in expected.items():
         path, found, kind = where[name]
         if found != shape or kind not in TYPES:
@@ -88,7 +88,9 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
 
     wte = prefix + EMBEDDING
     if HEAD in where and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
-        raise LlmpyError(f"{folder} has a head of its own ({HEAD} is not wte)", "only tied heads are known here")
+        raise LlmpyError(
+            "formats.x", f"{folder} has a head of its own ({HEAD} is not wte)", "Only tied heads are known here"
+        )
     tokenizer = folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
     return Source(folder, "GPT-2 of Hugging Face", config, dtype, trained_length, read, tokenizer)
 
@@ -125,8 +127,8 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
     def write(temporary: Path) -> None:
         try:
             save_file(tensors, temporary, {"format": "pt"})  # as transformers writes and wants it
-        except SafetensorError as fault:  # how the library reports a full disk
-            raise OSError(str(fault)) from fault
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
         temporary.chmod((folder / CONFIG_FILE).stat().st_mode)  # the library makes files that only their owner may read
 
     write_whole(folder / WEIGHTS_FILE, write)
@@ -136,14 +138,18 @@ def _read_config(path: Path) -> tuple[ModelConfig, int]:
     """The shape that a config.json says, if it is our GPT-2, and the length that it was trained at."""
     about = read_json(path)
     if about.get("model_type") != "gpt2":
-        raise LlmpyError(f"{path} is of a model {about.get('model_type')!r}, not of gpt2", "give a GPT-2 model")
+        raise LlmpyError(
+            "formats.x", f"{path} is of a model {about.get('model_type')!r}, not of gpt2", "Give a GPT-2 model"
+        )
     shape = [about.get(key) for key in SHAPE]
     if not all(type(x) is int and 0 < x < 1 << 31 for x in shape):
         raise damaged(path, f"{', '.join(SHAPE)} are not five whole numbers")
     layers, heads, channels, context, vocab_size = shape
     for key, values in {**FIXED, "n_inner": (4 * channels, None)}.items():
         if about.get(key, values[0]) not in values:
-            raise LlmpyError(f"{path}: {key} is {about[key]!r}, and this GPT-2 has {values[0]!r}", "give another model")
+            raise LlmpyError(
+                "formats.x", f"{path}: {key} is {about[key]!r}, and this GPT-2 has {values[0]!r}", "Give another model"
+            )
     trained = about.get(TRAINED)
     try:
         config = ModelConfig(layers, heads, channels, context, vocab_size)
@@ -157,7 +163,9 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
     files, index = [weights], folder / INDEX_FILE
     if not (folder / weights).is_file():
         if not index.is_file():
-            raise LlmpyError(f"{folder} has no {weights}", "save the model as safetensors (save_pretrained does)")
+            raise LlmpyError(
+                "formats.x", f"{folder} has no {weights}", "Save the model as safetensors (save_pretrained does)"
+            )
         weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not files or not all(isinstance(f, str) and f.isprintable() and Path(f).name == f for f in files):

@@ -50,7 +50,9 @@ def read_model(path: Path) -> Source:
     header, size = read_header(path, MODEL, "a model of llm.c")
     version, context, V, L, NH, C, Vp = (int(x) for x in header[1:8])
     if version not in VERSIONS:
-        raise LlmpyError(f"{path} is of version {version}", "write it as version 3 or 5, which llm.c itself reads")
+        raise LlmpyError(
+            "formats.x", f"{path} is of version {version}", "Write it as version 3 or 5, which llm.c itself reads"
+        )
     try:
         config = ModelConfig(L, NH, C, context, V)
     except LlmpyError as error:
@@ -114,10 +116,12 @@ def read_header(path: Path, magic: int, what: str) -> tuple[np.ndarray, int]:
         with path.open("rb") as file:
             start = file.read(HEADER.itemsize)
             size = file.seek(0, 2)
-    except OSError as fault:
-        raise unreadable(path, fault) from fault
+    except OSError as error:
+        raise unreadable(path, error) from error
     if magic_of(start) != magic:
-        raise LlmpyError(f"{path} is not {what}: it begins with {start[:8].hex(' ') or 'nothing'}", "check the path")
+        raise LlmpyError(
+            "formats.x", f"{path} is not {what}: it begins with {start[:8].hex(' ') or 'nothing'}", "Check the path"
+        )
     if size < HEADER.itemsize:
         raise damaged(path, f"it ends inside its header, after {size:,} bytes")
     return np.frombuffer(start, "<i4"), size
@@ -136,7 +140,9 @@ def read_at(path: Path, place: Place) -> np.ndarray:
 def wrong_size(path: Path, size: int, expected: int, why: str) -> LlmpyError:
     """What to raise for a file that is shorter or longer than its header says."""
     what = "is cut off" if size < expected else "is longer than it says"
-    return LlmpyError(f"{path} {what}: {why} {expected:,} bytes, it has {size:,}", "download or write it again")
+    return LlmpyError(
+        "formats.x", f"{path} {what}: {why} {expected:,} bytes, it has {size:,}", "Download or write it again"
+    )
 
 
 def layout(config: ModelConfig, dtype: str, start: int, path: Path, size: int, why: str) -> dict[str, Place]:

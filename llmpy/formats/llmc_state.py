@@ -74,7 +74,7 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
     """
     found = checkpoint.listed(run / CHECKPOINTS)
     if not found:
-        raise LlmpyError(f"{run} has no checkpoint, only a model", "convert that alone: --to llmc")
+        raise LlmpyError("formats.x", f"{run} has no checkpoint, only a model", "Convert that alone: --to llmc")
     manifest = checkpoint.verify(found[0])
     source = native.read_model(found[0] / MODEL_FILE)
     parts = read_parts(found[0], manifest)
@@ -100,8 +100,9 @@ def restore_place(state: TrainingState, loader: Loader) -> None:
     """Put the loader where `state` says. Raises LlmpyError if data, -B, -T or ranks are others."""
     if (len(state.places), state.shuffle) != (loader.ranks, loader.shuffle):
         raise LlmpyError(
+            "formats.x",
             f"the state was saved by {len(state.places)} processes, shuffling {'on' if state.shuffle else 'off'}",
-            f"continue with as many (now {loader.ranks}) and the same shuffling, or from the weights alone: --init",
+            f"Continue with as many (now {loader.ranks}) and the same shuffling, or from the weights alone: --init",
         )
     place = state.places[loader.rank]
     if not state.shuffle:  # llm.c does not write down the orders then
@@ -115,8 +116,8 @@ def latest(folder: Path) -> int | None:
     """Return the largest step whose DONE, model and first state are all there; None: there is no checkpoint."""
     try:
         names = {entry.name for entry in folder.iterdir()}
-    except OSError as fault:
-        raise unreadable(folder, fault) from fault
+    except OSError as error:
+        raise unreadable(folder, error) from error
     steps = {int(found[1]) for name in names if (found := LLMC_DONE.fullmatch(name))}
     return max((s for s in steps if {MODEL_NAME.format(s), STATE_NAME.format(s, 0)} <= names), default=None)
 
@@ -128,7 +129,9 @@ def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
     """
     step = latest(folder)
     if step is None:
-        raise LlmpyError(f"{folder} has no complete checkpoint of llm.c", "it would have a file DONE_00001000 or so")
+        raise LlmpyError(
+            "formats.x", f"{folder} has no complete checkpoint of llm.c", "It would have a file DONE_00001000 or so"
+        )
     model = read_model(folder / MODEL_NAME.format(step))
     state = read_state(folder / STATE_NAME.format(step, 0), model.config)
     if state.master is None:

@@ -77,7 +77,7 @@ def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         out = x.astype(DTYPES[dtype])
     if DTYPES[dtype].itemsize < x.dtype.itemsize and not np.array_equal(np.isfinite(out), np.isfinite(x)):
-        raise LlmpyError(f"{name} holds numbers too large for {dtype}", "use --dtype float32 or bfloat16")
+        raise LlmpyError("formats.x", f"{name} holds numbers too large for {dtype}", "Use --dtype float32 or bfloat16")
     return out
 
 

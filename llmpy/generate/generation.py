@@ -159,9 +159,10 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
     available = available_memory()
     if needed > available:
         raise LlmpyError(
+            "generate.x",
             f"{B} text{'s' * (B > 1)} of {S:,} tokens need about {needed / 1e9:.1f} GB of memory, and "
             f"{available / 1e9:.1f} GB are available",
-            "use fewer prompts, fewer --tokens, or close other programs",
+            "Use fewer prompts, fewer --tokens, or close other programs",
         )
 
 
@@ -171,11 +172,13 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
         try:
             there = run.exists()
             known = [] if there else [str(folder) for folder in finished()]
-        except OSError as fault:  # a name too long, a folder that may not be entered
-            raise LlmpyError(f"cannot read {run}: {fault.strerror}", "check the path and its permissions") from None
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise LlmpyError(
+                "generate.x", f"cannot read {run}: {error.strerror}", "Check the path and its permissions"
+            ) from None
         if not there:
             others = f"there are: {', '.join(known[:5])}" if known else f"train one: {command('train')}"
             near = did_you_mean(str(run), [*hub.NAMES, *known])
-            raise LlmpyError(f"no run folder {run}", f"{near} {others}".lstrip())
+            raise LlmpyError("generate.x", f"no run folder {run}", f"{near} {others}".lstrip())
     source = resolve(str(run), aside)
     return source, tokenizer_of(source, aside)[0]

@@ -42,7 +42,7 @@ class Choice:
 def choose(logits: np.ndarray, coin: Coin, choice: Choice, text: Sequence[int] = ()) -> int:
     """Return a token id by its logits (V,) and the text so far. Raises LlmpyError for logits that are not finite."""
     if not np.isfinite(logits).all():
-        raise LlmpyError("the model's output is not finite", "its training went wrong: train again")
+        raise LlmpyError("generate.x", "the model's output is not finite", "Its training went wrong: train again")
     c = choice
     if c.repetition_penalty != 1:
         seen = np.unique(np.asarray(text, np.int64))

@@ -38,13 +38,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "channels", "context", "vocab_size"):
             if type(getattr(self, name)) is not int:
-                raise LlmpyError(f"model: {name} is {getattr(self, name)!r}", f"{name} must be a whole number")
+                raise LlmpyError(
+                    "model.x", f"model: {name} is {getattr(self, name)!r}", f"{name} must be a whole number"
+                )
             if getattr(self, name) < 1:
-                raise LlmpyError(f"model: {name} is {getattr(self, name)}", f"{name} must be at least 1")
+                raise LlmpyError("model.x", f"model: {name} is {getattr(self, name)}", f"{name} must be at least 1")
         if self.channels % self.heads:
             raise LlmpyError(
+                "model.x",
                 f"model: {self.channels} channels do not divide into {self.heads} heads",
-                "choose channels as a multiple of heads",
+                "Choose channels as a multiple of heads",
             )
 
     def __str__(self) -> str:
@@ -123,8 +126,9 @@ def _rung(depth: int) -> tuple[int, int]:
 def _unknown(dial: str) -> LlmpyError:
     known = [*NAMES, *(f"gpt3:c{c}" for c in GPT3)]  # no d6: of a wrong number none is nearer than another
     small = dial.strip().lower().replace("_", "-") in ("gpt2-small", "gpt2-base", "gpt-2", "gpt2-124m")
-    close = "did you mean gpt2?" if small else did_you_mean(dial, known)
+    close = "Did you mean gpt2?" if small else did_you_mean(dial, known)
     return LlmpyError(
+        "model.x",
         f"unknown model {dial!r}",
         f"{close} use d1 … d{max(LADDER)}, {', '.join(NAMES)}, or gpt3:c768 (c384 … c12288)".lstrip(),
     )

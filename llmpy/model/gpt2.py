@@ -163,11 +163,12 @@ class GPT2:
         """Make the arenas for batches of (B, T), so that no step allocates; returns the activations."""
         if not 1 <= T <= self.config.context:
             raise LlmpyError(
+                "model.x",
                 f"a sequence of {T} tokens does not fit the model's context of {self.config.context}",
-                f"use -T between 1 and {self.config.context}",
+                f"Use -T between 1 and {self.config.context}",
             )
         if B < 1:
-            raise LlmpyError(f"batch size {B}", "use -B 1 or more")
+            raise LlmpyError("model.x", f"batch size {B}", "Use -B 1 or more")
         if training and not self.trainable:
             raise ValueError("this model was made without `trainable`: it has no float32 matrices to train")
         ops = self.ops

@@ -104,7 +104,7 @@ def converted(options: type, name: str, value: Any) -> Any:
     """Return a value of JSON or YAML as the field has it. Raises LlmpyError if it is of another kind."""
     known = [f.name for f in options_of(options)]
     if name not in known:
-        raise LlmpyError(f"unknown option {name!r}", did_you_mean(name, known) or "see llmpy train --help")
+        raise LlmpyError("options.x", f"unknown option {name!r}", did_you_mean(name, known) or "See llmpy train --help")
     hint = typing.get_type_hints(options)[name]
     kind, *others = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and others:
@@ -118,9 +118,9 @@ def converted(options: type, name: str, value: Any) -> Any:
         return kind(value)
     except (TypeError, ValueError, OverflowError):
         what = f"option {name}: {reprlib.repr(value)} is no {kind.__name__}"
-        raise LlmpyError(what, "give it as for the flag") from None
+        raise LlmpyError("options.x", what, "Give it as for the flag") from None
 
 
 def refusal(name: str, value: Any, hint: str) -> LlmpyError:
     """Return the error of an option's value."""
-    return LlmpyError(f"{flag_of(name)} {value}", hint)
+    return LlmpyError("options.x", f"{flag_of(name)} {value}", hint)

@@ -105,7 +105,8 @@ class TrainOptions(OnMachine):
         if recipe := values.get("recipe"):
             values = read_recipe(cls, recipe) | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):
-                raise LlmpyError(f"--recipe {recipe} needs --data", "give the shards of FineWeb: --data FOLDER")
+                what = f"--recipe {recipe} needs --data"
+                raise LlmpyError("options.x", what, "Give the shards of FineWeb: --data FOLDER")
         tuning = values.get("init") and not values.get("init_state")  # a run that goes on is no fine-tuning
         return cls(**(FINE_TUNING if tuning else {}) | values, given=frozenset(values))
 
@@ -119,7 +120,7 @@ class TrainOptions(OnMachine):
         for name, default in DROPPED.items():
             if record.get(name, default) != default:
                 what = f"this run was started with {flag_of(name)} {record[name]}, an option that no longer exists"
-                raise LlmpyError(what, "resume it with llmpy 0.1.0")
+                raise LlmpyError("options.x", what, "Resume it with llmpy 0.1.0")
         return cls(**{name: converted(cls, name, value) for name, value in record.items() if name not in DROPPED})
 
     def resumed_from(self, saved: Self) -> Self:
@@ -130,7 +131,7 @@ class TrainOptions(OnMachine):
         for name in FIXED:
             if changes.get(name, there := getattr(saved, name)) != there:
                 what = f"{flag_of(name)} cannot change within a run: it is {there}"
-                raise LlmpyError(what, "leave it out, or start another run with --out")
+                raise LlmpyError("options.x", what, "Leave it out, or start another run with --out")
         if not {"steps", "minutes"}.isdisjoint(changes):  # one that is given alone is the only bound, as in a new run
             changes = {"steps": None, "minutes": None} | changes
         launched = {name: getattr(self, name) for name in LAUNCHING}
@@ -140,7 +141,7 @@ class TrainOptions(OnMachine):
         """Return the options of a new run that resumes --resume, one of llm.c. Raises LlmpyError with --init."""
         assert self.resume is not None
         if self.init is not None:
-            raise LlmpyError(f"both --resume {self.resume} and --init {self.init}", "give one of them")
+            raise LlmpyError("options.x", f"both --resume {self.resume} and --init {self.init}", "Give one of them")
         return replace(self, init=str(self.resume.absolute()), init_state=True, resume=None)
 
     @property
@@ -162,7 +163,7 @@ class TrainOptions(OnMachine):
             product = f"-B {self.batch_size} x -T {self.sequence_length} x {self.ranks} ranks = {tokens}"
             near = max(1, round(total / tokens)) * tokens
             what = f"--total-batch {total} is no multiple of {product}"
-            raise LlmpyError(what, f"use --total-batch {near}, or another -B")
+            raise LlmpyError("options.x", what, f"Use --total-batch {near}, or another -B")
         return total // tokens
 
     @property

@@ -20,16 +20,18 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text("utf-8")) or {}
     except OSError as error:
-        raise LlmpyError(f"cannot read {path}: {error.strerror or error}", "check the name") from None
+        raise LlmpyError("options.x", f"cannot read {path}: {error.strerror or error}", "Check the name") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise LlmpyError(f"{path} is no YAML: {error}", "see llmpy train --print-config for one") from None
+        raise LlmpyError("options.x", f"{path} is no YAML: {error}", "See llmpy train --print-config for one") from None
     if not isinstance(found, dict):
-        raise LlmpyError(f"{path} holds no options", "write one a line, as llmpy train --print-config does")
+        raise LlmpyError(
+            "options.x", f"{path} holds no options", "Write one a line, as llmpy train --print-config does"
+        )
     named = {str(name).replace("-", "_"): value for name, value in found.items()}
     try:
         return {name: converted(options, name, value) for name, value in named.items() if name != "config"}
     except LlmpyError as error:
-        raise LlmpyError(f"{path}: {error}") from None
+        raise LlmpyError("options.x", f"{path}: {error}") from None
 
 
 def read_recipe(options: type, name: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def read_header(path: Path) -> Header:
     with opened(path) as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
-            raise LlmpyError(f"{path} is not a model of llmpy", f"train one with: {command('train')}")
+            raise LlmpyError("run.x", f"{path} is not a model of llmpy", f"Train one with: {command('train')}")
         try:
             about = json.loads(metadata[KEY])
             if about["format"] != FORMAT:
@@ -166,7 +166,7 @@ def check_finite(path: Path, name: str, x: np.ndarray) -> None:
     """Raise LlmpyError for numbers that are not finite: nothing comes of them."""
     if not np.isfinite(x).all():
         what = f"{path}: {name} holds numbers that are not finite"
-        raise LlmpyError(what, "its training went wrong: use another file")
+        raise LlmpyError("run.x", what, "Its training went wrong: use another file")
 
 
 def tensors_of(path: Path) -> tuple[dict[str, Any], int]:
@@ -225,7 +225,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("its checksum differs")
         if (found := manifest["format"]) > CHECKPOINT_FORMAT:
             what = f"{checkpoint} has format {found}, this program reads {CHECKPOINT_FORMAT}"
-            raise NotNow(what, "use a newer llmpy")
+            raise NotNow("run.x", what, "Use a newer llmpy")
         for name in sorted({MODEL, *manifest["files"]}):
             about = manifest["files"][name]
             if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):
@@ -236,7 +236,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         why = f"{error.filename or checkpoint}: {error.strerror or error}"
         if error.errno in BROKEN:
             raise damaged(checkpoint, why) from error
-        raise NotNow(f"cannot read {why}", "mend that and try again") from error
+        raise NotNow("run.x", f"cannot read {why}", "Mend that and try again") from error
     return dict(manifest)
 
 
@@ -247,7 +247,7 @@ def listed(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+def newest(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest sound checkpoint below `folder` and its manifest; None if there never was one.
 
     Newer ones that are damaged are named and put aside. Raises LlmpyError if all are damaged, and NotNow.
@@ -259,17 +259,17 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, An
         except NotNow:
             raise
         except LlmpyError as error:
-            say(f"warning: {str(error).partition(' — ')[0]}")
+            log(f"warning: {error.message}")
             continue
         for bad in found[:count]:
             aside = bad.with_name(DAMAGED + bad.name)
             durable.remove(aside)
             durable.replace(bad, aside)
         if count:
-            say(f"going back to step {manifest['step']}; what is damaged was renamed to {DAMAGED}…")
+            log(f"going back to step {manifest['step']}; what is damaged was renamed to {DAMAGED}…")
         return path, manifest
     if found:
-        raise LlmpyError(f"every checkpoint in {folder} is damaged", "restore one of them, or train anew")
+        raise LlmpyError("run.x", f"every checkpoint in {folder} is damaged", "Restore one of them, or train anew")
     return None
 
 
@@ -288,13 +288,13 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError:
-        raise LlmpyError(f"no model at {path}", f"train one with: {command('train')}") from None
+        raise LlmpyError("run.x", f"no model at {path}", f"Train one with: {command('train')}") from None
     except PermissionError:
-        raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions") from None
+        raise LlmpyError("run.x", f"cannot read {path}: Permission denied", "Check its permissions") from None
     except (OSError, SafetensorError) as error:
         raise damaged(path, str(error)) from error
 
 
 def damaged(path: Path, why: str) -> LlmpyError:
     """Return what to raise for a file that is not what it claims to be."""
-    return LlmpyError(f"{path} is damaged: {why}", "restore the file, or make it again")
+    return LlmpyError("run.x", f"{path} is damaged: {why}", "Restore the file, or make it again")

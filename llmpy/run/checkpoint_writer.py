@@ -40,7 +40,7 @@ class Ranks(Protocol):
     def gather(self, *numbers: float) -> Sequence[tuple[float, ...]]:
         """The numbers of every rank, by rank."""
 
-    def tell(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         """The JSON value of every rank, by rank."""
 
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
             try:
                 self._publish(path)
             except OSError as error:
-                self.journal.say(f"warning: cannot write {self.run / MODEL_FILE}: {_why(error)}")
+                self.journal.log(f"warning: cannot write {self.run / MODEL_FILE}: {_why(error)}")
 
     def due(self, step: int) -> bool:
         """Return whether to call `save` now: a checkpoint is due, and the one before is written."""
@@ -123,7 +123,9 @@ class CheckpointWriter:
             if self._error:
                 kept = f"the checkpoint of step {self.last} is kept" if self.last else "no earlier checkpoint exists"
                 what = f"the checkpoint of step {step} could not be written: {self._error}; {kept}"
-                raise LlmpyError(what, f"free some space, then resume with: {command('train', '--resume', self.run)}")
+                raise LlmpyError(
+                    "run.x", what, f"Free some space, then resume with: {command('train', '--resume', self.run)}"
+                )
         if self.world.rank == 0:
             (self.run / START_FILE).unlink(missing_ok=True)  # from here on checkpoints say what the run resumes from
 
@@ -148,9 +150,9 @@ class CheckpointWriter:
         improves = before is None or score.val_loss < before.val_loss
         if before is not None and before.measured_on != score.measured_on:
             replaced = f"the best model so far, of step {before.step}, is replaced"
-            self.journal.say(f"validation now takes {score.measured_on}: {replaced}")
+            self.journal.log(f"validation now takes {score.measured_on}: {replaced}")
             improves = True
-        if not self.world.tell(improves)[0]:  # by the first rank, which writes the file
+        if not self.world.gather_values(improves)[0]:  # by the first rank, which writes the file
             return
         if self.world.size > 1:
             self.settle()  # the thread reads what is gathered
@@ -159,7 +161,7 @@ class CheckpointWriter:
             try:
                 checkpoint.write_model(self.run / BEST_FILE, self.model.config, self.trained_length, weights, score)
             except LlmpyError as error:
-                self.journal.say(f"warning: the best model so far is not kept: {str(error).partition(' — ')[0]}")
+                self.journal.log(f"warning: the best model so far is not kept: {error.message}")
 
     def finite(self) -> bool:
         """Return whether parameters and moments are, by their norms, which cost a tenth of a search."""
@@ -182,7 +184,7 @@ class CheckpointWriter:
                 checkpoint.make_room_for(self.folder, step)
             except OSError as error:
                 self._error = _why(error)
-        self._error = str(self.world.tell(self._error)[0])
+        self._error = str(self.world.gather_values(self._error)[0])
         return not self._error
 
     def _write(self, weights: np.ndarray, moments: list[np.ndarray], position: Position) -> None:
@@ -200,7 +202,7 @@ class CheckpointWriter:
 
     def _commit(self) -> None:
         """Make all parts a checkpoint, the run's model a second name of its model; older checkpoints go."""
-        told = self.world.tell([self._error, self._written])
+        told = self.world.gather_values([self._error, self._written])
         several = self.world.size > 1
         errors = [f"{error} (rank {rank})" if several else error for rank, (error, _) in enumerate(told) if error]
         error = "".join(errors[:1])
@@ -217,7 +219,7 @@ class CheckpointWriter:
         if self.world.rank == 0 and error:
             with contextlib.suppress(OSError):
                 durable.remove(checkpoint.being_made(self.folder, self._step))
-        self._error = str(self.world.tell(error)[0])
+        self._error = str(self.world.gather_values(error)[0])
         if not self._error:
             self.last = self._step
 
@@ -238,7 +240,7 @@ class CheckpointWriter:
     def _report(self) -> None:
         if self._error:
             kept = "none exists yet" if self.last is None else f"that of step {self.last} is kept"
-            self.journal.say(f"warning: cannot write a checkpoint: {self._error}; {kept}; training continues")
+            self.journal.log(f"warning: cannot write a checkpoint: {self._error}; {kept}; training continues")
 
     def _publish(self, written: Path) -> None:
         """The checkpoint's model becomes the run's."""

@@ -67,7 +67,7 @@ class RunFolder:
         if run and out and os.path.realpath(run) != os.path.realpath(out) and not holds_llmc(run):
             what = f"--resume {run} goes on in that folder, not in --out {out}"
             fix = f"leave one of them out, or begin a new run from its model: --init {run} --out {out}"
-            raise LlmpyError(what, fix)
+            raise LlmpyError("run.x", what, fix)
         if run is None and options.auto_resume and out is not None and is_run(out):
             run = out
         if run is not None and holds_llmc(run) and not is_run(run):
@@ -95,7 +95,7 @@ class RunFolder:
         run = cls(path, made=[])
         with run._undone():
             if not is_run(path):
-                raise LlmpyError(f"no run in {path}", "name the folder of a run, or begin one with --out")
+                raise LlmpyError("run.x", f"no run in {path}", "Name the folder of a run, or begin one with --out")
             run._take()
         run.resumed = True
         run.keep()
@@ -109,7 +109,9 @@ class RunFolder:
         except OSError as error:
             self._let_go()
             fix = "choose another with --out, or check its permissions"
-            raise LlmpyError(f"cannot write to the run folder {self.path}: {error.strerror or error}", fix) from None
+            raise LlmpyError(
+                "run.x", f"cannot write to the run folder {self.path}: {error.strerror or error}", fix
+            ) from None
         except LlmpyError:
             self._let_go()
             raise
@@ -136,7 +138,7 @@ class RunFolder:
     def _take(self) -> None:
         if not self._lock.take():
             what = f"{self.path} is in use: {self._lock.holder()} is training in it"
-            raise LlmpyError(what, "wait for its end, or choose another --out")
+            raise LlmpyError("run.x", what, "Wait for its end, or choose another --out")
         HELD.append(self)
 
     def _let_go(self) -> None:
@@ -198,7 +200,7 @@ def _refuse_loss(path: Path) -> None:
         (names, f"is not empty ({', '.join(names[:3])})", "choose an empty or new folder with --out"),
     ):
         if found:
-            raise LlmpyError(f"{path} {what}", fix)
+            raise LlmpyError("run.x", f"{path} {what}", fix)
 
 
 def own_tokens(folder: Path) -> tuple[Path, ...]:
@@ -218,5 +220,5 @@ def read_config(path: Path) -> dict[str, Any]:
     """The options in a config.json. Raises LlmpyError if there are none."""
     try:
         return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise LlmpyError(f"{path} cannot be read: {fault}", "begin a new run") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LlmpyError("run.x", f"{path} cannot be read: {error}", "Begin a new run") from None

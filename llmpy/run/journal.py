@@ -57,7 +57,9 @@ class Journal:
                     file.truncate(min(os.fstat(file.fileno()).st_size, sizes.get(name, 0)))
             held, self._console = cast(io.StringIO, self._console), _lines(folder / CONSOLE, sizes is None)
         except OSError as error:
-            raise LlmpyError(f"cannot write {error.filename}: {error.strerror}", "choose another --out") from error
+            raise LlmpyError(
+                "run.x", f"cannot write {error.filename}: {error.strerror}", "Choose another --out"
+            ) from error
         self._write(self._console, held.getvalue())
 
     def sizes(self) -> dict[str, int]:
@@ -69,7 +71,7 @@ class Journal:
         for file in self._files.values():
             durable.sync(file.fileno())
 
-    def say(self, line: str = "") -> None:
+    def log(self, line: str = "") -> None:
         """Print a line, above the bar if there is one, and keep it in console.log."""
         self._print(line)
         self._write(self._console, line + "\n")
@@ -137,10 +139,10 @@ class Journal:
         """Into a file. One that cannot be written is warned of once, and tried again at the next line."""
         try:
             file.write(text)
-        except OSError as fault:
+        except OSError as error:
             if not self._warned:
                 self._warned = True
-                self._print(f"warning: cannot write {file.name}: {fault.strerror or fault}; the run goes on")
+                self._print(f"warning: cannot write {file.name}: {error.strerror or error}; the run goes on")
 
 
 def _lines(path: Path, new: bool) -> TextIO:

@@ -23,11 +23,11 @@ class Trackers:
     """Open trackers, without those that failed."""
 
     def __init__(
-        self, names: Sequence[str], run: Path, record: Mapping[str, Any], say: Callable[[str], None],
+        self, names: Sequence[str], run: Path, record: Mapping[str, Any], log: Callable[[str], None],
         since: int | None = None,
     ) -> None:  # fmt: skip
         """`record` describes the run; steps `since` … are logged again. Raises LlmpyError if a package is missing."""
-        self._say, self._open = say, dict[str, Open]()
+        self._say, self._open = log, dict[str, Open]()
         for name, module in {name: package(name) for name in names}.items():  # all are there before one starts
             self._guard(name, lambda n, m: self._open.update({n: _start(n, m, run, record, since)}), name, module)
 
@@ -69,4 +69,6 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(PACKAGES[name])
     except ImportError:
-        raise LlmpyError(f"--track {name} needs the package {PACKAGES[name]}", install(PACKAGES[name])) from None
+        raise LlmpyError(
+            "run.x", f"--track {name} needs the package {PACKAGES[name]}", install(PACKAGES[name])
+        ) from None

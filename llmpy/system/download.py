@@ -13,10 +13,10 @@ from ..errors import LlmpyError
 from .durable import made, write_whole
 
 TIMEOUT = 30.0  # seconds without a byte
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def from_hub(repository: str, name: str, say: Say, *, dataset: bool = False, sha256: str | None = None) -> Path:
+def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha256: str | None = None) -> Path:
     """Return a file in the hub's cache, downloaded if missing. Raises LlmpyError, also if its `sha256` then differs."""
     from huggingface_hub import errors, hf_hub_download
 
@@ -25,7 +25,7 @@ def from_hub(repository: str, name: str, say: Say, *, dataset: bool = False, sha
         try:
             return Path(hf_hub_download(repository, name, repo_type=kind, local_files_only=True))
         except errors.LocalEntryNotFoundError:
-            say(f"downloading {name} of {repository}")
+            log(f"downloading {name} of {repository}")
             path = Path(hf_hub_download(repository, name, repo_type=kind))
     if sha256 is not None and _sha256(path) != sha256:
         path.resolve().unlink()
@@ -42,20 +42,22 @@ def hub_files(repository: str, folder: str) -> list[str]:
         names = [entry.path for entry in HfApi().list_repo_tree(repository, folder, repo_type="dataset")]
     if files := sorted(name for name in names if name.endswith(".parquet")):
         return files
-    raise LlmpyError(f"the hub lists no parquet files in {repository}/{folder}", "download it elsewhere: --source")
+    raise LlmpyError(
+        "system.x", f"the hub lists no parquet files in {repository}/{folder}", "Download it elsewhere: --source"
+    )
 
 
-def fetch(url: str, path: Path, sha256: str, say: Say) -> Path:
+def fetch(url: str, path: Path, sha256: str, log: Log) -> Path:
     """Return `path`, downloaded through memory if missing. Raises LlmpyError, also for another `sha256` (hex)."""
     if path.is_file() and _sha256(path) == sha256:
         return path
-    say(f"downloading {url}")
+    log(f"downloading {url}")
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
             content = reply.read()
     except (OSError, http.client.HTTPException) as error:  # the latter: cut off
         what = f"cannot download {url}: {getattr(error, 'reason', error)}"
-        raise LlmpyError(what, "check the network, or download it elsewhere: --source") from error
+        raise LlmpyError("system.x", what, "Check the network, or download it elsewhere: --source") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise _wrong(url)
     with made(path.parent):
@@ -79,11 +81,13 @@ def _explained(what: str) -> Iterator[None]:
             hint = "accept its terms on its page, then log in: hf auth login, or set HF_TOKEN"
         elif status == 404:
             hint = "check the name, and HF_ENDPOINT if it is set"
-        raise LlmpyError(f"cannot download {what}: {why}", f"{hint}, or give the path of a copy") from error
+        raise LlmpyError("system.x", f"cannot download {what}: {why}", f"{hint}, or give the path of a copy") from error
 
 
 def _wrong(what: str) -> LlmpyError:
-    return LlmpyError(f"{what} is not the file expected: its sha256 differs", "try again later, or get it elsewhere")
+    return LlmpyError(
+        "system.x", f"{what} is not the file expected: its sha256 differs", "Try again later, or get it elsewhere"
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -79,7 +79,7 @@ def made(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LlmpyError(f"cannot make {folder}: {error.strerror}", "choose another folder") from error
+            raise LlmpyError("system.x", f"cannot make {folder}: {error.strerror}", "Choose another folder") from error
         yield
     except BaseException:
         for path in new:
@@ -99,7 +99,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     except OSError as error:
         what = f"cannot write {path}: {error.strerror or error}"
-        raise LlmpyError(what, "free some space or choose another folder") from error
+        raise LlmpyError("system.x", what, "Free some space or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be what is wrong
             temporary.unlink(missing_ok=True)

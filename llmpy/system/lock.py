@@ -37,10 +37,10 @@ class Lock:
         return "another process"
 
     @contextlib.contextmanager
-    def waited(self, say: Callable[[str], None], what: str) -> Iterator[None]:
+    def waited(self, log: Callable[[str], None], what: str) -> Iterator[None]:
         """Hold it within. `say` prints who is waited for, and `what` they do. Raises OSError as `take` does."""
         if not self.take():
-            say(f"waiting for {self.holder()}, which {what}")
+            log(f"waiting for {self.holder()}, which {what}")
             self.take(wait=True)
         try:
             yield

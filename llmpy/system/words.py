@@ -29,11 +29,11 @@ def count_of(n: int, one: str, many: str = "") -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean A or B?`: the known words that start with the word, else the most similar one; or ""."""
+    """Return `Did you mean A or B?`: the known words that start with the word, else the most similar one; or ""."""
     known = [*known]
     started = [k for k in known if len(word) > 2 and k.startswith(word)][:3]
     near = started or difflib.get_close_matches(word, known, 1, 0.7)
-    return f"did you mean {' or '.join(near)}?" if near else ""
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 ok       as it should be
 note     training works; something could be faster, or is not installed
-fault    something prevents training: exit code 1
+error    something prevents training: exit code 1
 
 Nothing is installed, removed or downloaded; the hub is asked whether it answers (HEAD of its address).
 """
@@ -40,8 +40,8 @@ from ..train.memory import PROGRAM_BYTES, disk_needed, memory_of
 from ..train.start import BUILTIN_VOCAB
 from ..version import __version__
 
-OK, NOTE, FAULT = "ok", "note", "fault"
-STYLES = {OK: "green", NOTE: "yellow", FAULT: "red"}
+OK, NOTE, ERROR = "ok", "note", "error"
+STYLES = {OK: "green", NOTE: "yellow", ERROR: "red"}
 PACKAGES = (
     "numpy", "numba", "tokenizers", "safetensors", "ml_dtypes", "matplotlib", "plotly", "pyarrow", "gguf",
     "tensorboardX", "mpi4py", "lm_eval",
@@ -62,13 +62,13 @@ class Check:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def seen(name: str, found: str, fix: str = "", fault: bool = False, **numbers: Any) -> Check:
-    """Return a check: ok where there is nothing to fix, else a note, or a fault."""
-    return Check(name, FAULT if fault else NOTE if fix else OK, found, fix, numbers)
+def seen(name: str, found: str, fix: str = "", error: bool = False, **numbers: Any) -> Check:
+    """Return a check: ok where there is nothing to fix, else a note, or an error."""
+    return Check(name, ERROR if error else NOTE if fix else OK, found, fix, numbers)
 
 
 def doctor(options: DoctorOptions, load: Callable[..., Any] = backend.load) -> list[Check]:
-    """Make every check, in the order of the report; an error in one is a fault, and the others are made."""
+    """Make every check, in the order of the report; an error in one is a error, and the others are made."""
     needed = disk_needed(TrainOptions(), DEFAULT)
     looks = {
         "program": program(),
@@ -82,8 +82,8 @@ def doctor(options: DoctorOptions, load: Callable[..., Any] = backend.load) -> l
         try:
             checks.extend(look)
         except (LlmpyError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: this user has no home
-            what, _, fix = str(error).partition(" — ")
-            checks.append(seen(name, f"{type(error).__name__}: {what}", fix or "reinstall llm.py", fault=True))
+            fix = getattr(error, "hint", "") or "reinstall llm.py"
+            checks.append(seen(name, f"{type(error).__name__}: {getattr(error, 'message', error)}", fix, error=True))
     return checks
 
 
@@ -153,14 +153,14 @@ def kernel_cache() -> Iterator[Check]:
 
 
 def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Iterator[Check]:
-    """Whether a folder can be written, or made, and has room; a fault if bytes are needed."""
+    """Whether a folder can be written, or made, and has room; a error if bytes are needed."""
     folder = find().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        yield seen(name, f"cannot write to {there}: {error.strerror}", fix, fault=needed > 0)
+        yield seen(name, f"cannot write to {there}: {error.strerror}", fix, error=needed > 0)
         return
     found = f"{gigabytes(free)} free in {folder}" + (f"; {gigabytes(needed)} are needed" if free < needed else "")
     yield seen(name, found, fix if free < needed else "", free < needed, folder=str(folder), free=free, needed=needed)
@@ -181,7 +181,7 @@ def network() -> Iterator[Check]:
 
 def record(checks: list[Check]) -> dict[str, Any]:
     """Return what --json prints: every check, and whether nothing prevents training."""
-    return {"can_train": all(c.state != FAULT for c in checks), "checks": [asdict(check) for check in checks]}
+    return {"can_train": all(c.state != ERROR for c in checks), "checks": [asdict(check) for check in checks]}
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -194,6 +194,6 @@ def table(numbers: dict[str, Any]) -> str:
         lines.append(f"{state}  {check['name']:<{width}}  {check['found']}")
         if check["fix"]:
             lines.append(f"{'':5}  {'':{width}}  → {check['fix']}")
-    faults = sum(check["state"] == FAULT for check in checks)
+    errors = sum(check["state"] == ERROR for check in checks)
     ending = "this machine can train; whether it computes correctly is tested by:  llmpy selftest"
-    return "\n".join([*lines, "", f"faults that prevent training: {faults}" if faults else ending])
+    return "\n".join([*lines, "", f"errors that prevent training: {errors}" if errors else ending])

@@ -34,10 +34,12 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError:
-    MISSING = f"the tasks of lm_eval need the package lm_eval — {install('llmpy[lm_eval]')}"
+    missing = LlmpyError(
+        "package.missing", "the lm_eval adapter needs the package lm_eval", f"Install it: {install('llmpy[lm_eval]')}"
+    )
     if __name__ == "__main__":
-        sys.exit(f"llmpy: error: {MISSING}")
-    raise LlmpyError(MISSING) from None
+        sys.exit(f"llmpy: error: {missing} [{missing.code}]")
+    raise missing from None
 
 BATCH_SIZE = 8  # rows side by side
 SHORTEST_ROW = 32  # rows are padded to powers of two from here on: a few shapes, hence few arenas

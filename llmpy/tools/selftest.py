@@ -66,21 +66,23 @@ class Check(NamedTuple):
     bound: float
 
 
-def selftest(options: SelftestOptions, say: Callable[[str], None]) -> int:
+def selftest(options: SelftestOptions, log: Callable[[str], None]) -> int:
     """Run every check and print a row for each as it is done; return 0 if all pass, else 1.
 
     Raises LlmpyError for files that cannot be read, or one of them without the other.
     """
     if (options.model is None) != (options.debug_state is None):
         given, missing = ("--model", "--debug-state") if options.model else ("--debug-state", "--model")
-        raise LlmpyError(f"{given} without {missing}", "give both: a model, and the debug state llm.c made of it")
+        raise LlmpyError(
+            "tools.x", f"{given} without {missing}", "Give both: a model, and the debug state llm.c made of it"
+        )
     passed = []
     for check in from_files(options) if options.model else own_model(options):
         passed.append(check.error <= check.bound)
         verdict = "ok" if passed[-1] else "FAILED"
-        say(f"{check.name:<68} {check.error:>9.2g}   at most {check.bound:<8.2g} {verdict}")
+        log(f"{check.name:<68} {check.error:>9.2g}   at most {check.bound:<8.2g} {verdict}")
     failed = passed.count(False)
-    say(f"{len(passed)} checks, {f'{failed} FAILED' if failed else 'all passed'}")
+    log(f"{len(passed)} checks, {f'{failed} FAILED' if failed else 'all passed'}")
     return 1 if failed else 0
 
 

@@ -56,7 +56,7 @@ def train(
         raise
     try:
         with world.journal() as journal:
-            journal.say(f"llm.py {__version__}")
+            journal.log(f"llm.py {__version__}")
             return assemble(options, folder, journal, machine, world).run()
     finally:
         folder.discard()
@@ -68,15 +68,15 @@ def assemble(
 ) -> Trainer:  # fmt: skip
     """Return a trainer, ready to run, in a folder that is claimed. When this returns the folder is kept."""
     with world.first_rank_first():
-        start = resolve(options, folder, journal.say)
+        start = resolve(options, folder, journal.log)
     machine = machine or load_machine(start.options, world)
     with world.first_rank_first():
         if start.manifest is None:
             check(start, folder.path, machine, world.local_size)
             if world.rank == 0:
                 write_config(folder.path, start.options)  # from here on the run can be resumed
-        start = start.load(journal.say)
-        data = start.read_data(folder.path, journal.say, world.rank)
+        start = start.load(journal.log)
+        data = start.read_data(folder.path, journal.log, world.rank)
     return build(start, data, folder, journal, machine, world)
 
 
@@ -105,16 +105,16 @@ def build(
         fed.check_same(start.manifest["data"], folder.path)
     flight = inspect(start, config, options, machine, fed.tokens)
     for line in [*flight.lines(), *world.lines(machine.threads)]:
-        journal.say(line)
+        journal.log(line)
     with world.each_host_once():
-        machine.warm_up(journal.say)
+        machine.warm_up(journal.log)
     model = GPT2(config, machine, options.recompute)
     start.fill(model)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)
     since = start.done + 1 if folder.resumed else None
     tracked = (options.track or ()) if world.rank == 0 else ()
-    trackers = Trackers(tracked, folder.path, options.as_record(), journal.say, since)
+    trackers = Trackers(tracked, folder.path, options.as_record(), journal.log, since)
     peak = sum(part for (part,) in world.gather(flight.peak))
     flops = config.flops_per_token(options.sequence_length)
     report = Report(journal, trackers, peak, flops, flight.step_seconds, world)
@@ -133,7 +133,7 @@ def build(
         write_config(folder.path, options, **about)
     journal.open(folder.path, None if not folder.resumed else start.manifest["logs"] if start.manifest else {})
     folder.keep()
-    journal.say(f"run folder {folder.path}")
+    journal.log(f"run folder {folder.path}")
     sync_folder(folder.path)
     sync_folder(folder.path.absolute().parent)
     return trainer

@@ -55,7 +55,7 @@ class Evaluation:
             if self._stop.signal:
                 return None
         if not weight:
-            report.journal.say(f"step {step:>5} | no target of the {self._batches:,} validation batches counts")
+            report.journal.log(f"step {step:>5} | no target of the {self._batches:,} validation batches counts")
             return None
         loss = total / weight
         if not math.isfinite(loss):
@@ -66,7 +66,7 @@ class Evaluation:
             line += f" | {numbers['val_bits_per_byte']:.3f} bits a byte"
         report.record(step, **numbers)
         report.journal.record_llmc(f"s:{step} tel:{loss:.4f}")
-        report.journal.say(line)
+        report.journal.log(line)
         self.loss = loss
         return Score(step, loss, self._measured_on)
 
@@ -83,4 +83,4 @@ class Evaluation:
                 return
         self._report.record(step, hellaswag=right / count)
         self._report.journal.record_llmc(f"s:{step} eval:{right / count:.4f}")
-        self._report.journal.say(f"step {step:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")
+        self._report.journal.log(f"step {step:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")

@@ -48,9 +48,10 @@ def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, a
         copied = o.checkpoint_every > 0 and o.ranks == 1
         copy = "; --checkpoint-every 0 saves the copy that checkpoints are made from" if copied else ""
         raise LlmpyError(
+            "train.x",
             f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
             f"{gigabytes(available)} are available",
-            f"use a smaller -B, -T or --model, or close other programs{copy}",
+            f"Use a smaller -B, -T or --model, or close other programs{copy}",
         )
 
 
@@ -67,9 +68,10 @@ def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None
     needed = disk_needed(options, config)
     if needed > free:
         raise LlmpyError(
+            "train.x",
             f"the checkpoints of this run need up to {gigabytes(needed)} on the disk of {folder}, and "
             f"{gigabytes(free)} are free",
-            "make room, choose another --out, a smaller --keep, or a larger --checkpoint-every",
+            "Make room, choose another --out, a smaller --keep, or a larger --checkpoint-every",
         )
 
 

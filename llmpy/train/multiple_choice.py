@@ -32,8 +32,9 @@ class MultipleChoice:
         T = row_length(examples)
         if config.context < T:
             raise LlmpyError(
+                "train.x",
                 f"the longest example of --hellaswag has {T + 1:,} tokens, the model's context {config.context:,}",
-                "use a model with more, or a file without that example",
+                "Use a model with more, or a file without that example",
             )
         self._tokens = np.zeros((ENDINGS, T), np.int32)
         self._targets = np.empty((ENDINGS, T), np.int32)

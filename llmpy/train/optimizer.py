@@ -72,7 +72,7 @@ class AdamW:
         """
         norm = self.norm()
         if not math.isfinite(norm):
-            raise LlmpyError(f"the gradient is no longer finite (norm {norm})", "use a smaller --lr")
+            raise LlmpyError("train.x", f"the gradient is no longer finite (norm {norm})", "Use a smaller --lr")
         self.update(lr, norm)
         return norm
 

@@ -127,7 +127,7 @@ class Problems:
             raise self.found[0]
         if self.found:
             listed = "; ".join(f"({n}) {error}" for n, error in enumerate(self.found, 1))
-            raise LlmpyError(f"{len(self.found)} problems: {listed}")
+            raise LlmpyError("train.x", f"{len(self.found)} problems: {listed}")
 
 
 def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, *known: LlmpyError) -> None:
@@ -160,7 +160,7 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
 
 def _check_readable(path: Path) -> None:
     if not os.access(path, os.R_OK):
-        raise LlmpyError(f"cannot read {path}: Permission denied", "check its permissions")
+        raise LlmpyError("train.x", f"cannot read {path}: Permission denied", "Check its permissions")
 
 
 def _vocab_size(files: Sequence[Found], options: TrainOptions) -> int:
@@ -173,7 +173,9 @@ def _vocab_size(files: Sequence[Found], options: TrainOptions) -> int:
 def check_length(T: int, context: int) -> None:
     """Raise LlmpyError for a row longer than the model's context."""
     if context < T:
-        raise LlmpyError(f"-T {T} is longer than the model's context of {context}", f"use -T {context} or less")
+        raise LlmpyError(
+            "train.x", f"-T {T} is longer than the model's context of {context}", f"Use -T {context} or less"
+        )
 
 
 def inspect(

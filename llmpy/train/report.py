@@ -101,10 +101,10 @@ class Report:
         left = (r.total - r.step) * self.step_seconds
         if r.skipped:
             names = ", ".join(f"{file} {sample}" for file, sample in r.batches)
-            self.journal.say(f"step {r.step}: skipped, for {r.skipped}; batches {names}")
+            self.journal.log(f"step {r.step}: skipped, for {r.skipped}; batches {names}")
         if share > 1 and not self._peak_doubted:
             self._peak_doubted = True
-            self.journal.say("note: more than the measured peak: others were at work when it was measured")
+            self.journal.log("note: more than the measured peak: others were at work when it was measured")
         numbers = {"loss": r.loss, "lr": r.lr, "grad_norm": r.norm, **{f"{name}_z": z for name, z in r.z.items()}}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self.record(
@@ -135,7 +135,7 @@ class Report:
             return
         self._line_at = now
         share = self._flops_per_token * self._rate / self._peak / 1e7
-        self.journal.say(
+        self.journal.log(
             f"step {r.step:>5}/{r.total} | loss {r.loss:.4f}{signed(r.z['loss'])} | lr {r.lr:.2e} | "
             f"norm {r.norm:.3f}{signed(r.z['norm'])} | {1e3 * r.seconds:.0f} ms | {self._rate:,.0f} tok/s | "
             f"{share:.0f}% of peak | {duration(left)} left"

@@ -27,7 +27,7 @@ def write_sample(
     until_asked = itertools.takewhile(lambda _: not stop.asked, tokens)
     text = (data.opening + "".join(map(stream.feed, until_asked)) + stream.finish()).strip("\n")
     for line in (f"--- sample at step {step}", text, "---"):
-        journal.say(line)
+        journal.log(line)
     journal.record_sample(f"--- step {step}", text)
 
 

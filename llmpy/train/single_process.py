@@ -41,7 +41,7 @@ class SingleProcess:
         """Within: the first rank acts, with all weights in place, while the others wait. Yields whether this is it."""
         yield True
 
-    def tell(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         """Return the value, as JSON has it, of every rank, in the order of ranks."""
         return [value]
 

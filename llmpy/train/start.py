@@ -52,16 +52,16 @@ class RunStart:
         """Seconds that they and all else took."""
         return self.manifest["seconds"]["elapsed"] if self.manifest else 0.0
 
-    def load(self, say: Callable[[str], None]) -> RunStart:
+    def load(self, log: Callable[[str], None]) -> RunStart:
         """Return the same with its parameters at hand: downloaded, if they are a hub's."""
         source = self.source
         if source is None and self.options.init is not None:
-            source = formats.resolve(self.options.init, say)
+            source = formats.resolve(self.options.init, log)
         if source is not None and self.manifest is None:
-            say(f"init     {source.describe()}")
+            log(f"init     {source.describe()}")
         return replace(self, source=source, config=self.config if source is None else source.config)
 
-    def read_data(self, folder: Path, say: Callable[[str], None], rank: int = 0) -> Dataset:
+    def read_data(self, folder: Path, log: Callable[[str], None], rank: int = 0) -> Dataset:
         """Return the data: tokens that the run or its first rank made of text, or the shards or text that it was given.
 
         Tokens of a run without a checkpoint are made again: it may have been killed while it made them.
@@ -69,7 +69,9 @@ class RunStart:
         o = self.options
         own = own_tokens(folder) if rank or self.manifest is not None else ()
         if self.manifest is not None and o.data is None and not own:
-            raise LlmpyError(f"train.bin or val.bin in {folder} is missing", "restore them, or begin a new run")
+            raise LlmpyError(
+                "train.x", f"train.bin or val.bin in {folder} is missing", "Restore them, or begin a new run"
+            )
         vocab_size = o.vocab_size
         if own and (folder / TOKENIZER_FILE).is_file():  # its vocabulary is that of the tokens
             vocab_size = None
@@ -77,9 +79,9 @@ class RunStart:
             vocab_size = vocab_size or BUILTIN_VOCAB
         model = None
         if (source := self.source) is not None:
-            load = partial(formats.tokenizer_of, source, say)
+            load = partial(formats.tokenizer_of, source, log)
             model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
-        return prepare(own or o.data, folder, vocab_size, say, model, is_ours)
+        return prepare(own or o.data, folder, vocab_size, log, model, is_ours)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the shape of what is trained. Raises LlmpyError unless the data have the vocabulary of the model."""
@@ -87,8 +89,9 @@ class RunStart:
             return ModelConfig.from_dial(self.options.model, vocab_size=data.vocab_size)
         if self.config.vocab_size != data.vocab_size:
             raise LlmpyError(
+                "train.x",
                 f"the model of --init has {self.config.vocab_size:,} tokens, the data {data.vocab_size:,}",
-                "use data that were made with the model's tokenizer",
+                "Use data that were made with the model's tokenizer",
             )
         return self.config
 
@@ -103,17 +106,17 @@ class RunStart:
         model.store_weights()
 
 
-def resolve(options: TrainOptions, folder: RunFolder | None, say: Callable[[str], None]) -> RunStart:
+def resolve(options: TrainOptions, folder: RunFolder | None, log: Callable[[str], None]) -> RunStart:
     """Return what the run in `folder` starts from; None: a new one that has no folder yet.
 
     Raises LlmpyError if nothing sound is left of a run to resume.
     """
     if folder is not None and folder.resumed:
-        return saved(options, folder, say)
-    return fresh(options if options.resume is None else options.taking_over(), say)
+        return saved(options, folder, log)
+    return fresh(options if options.resume is None else options.taking_over(), log)
 
 
-def fresh(options: TrainOptions, say: Callable[[str], None]) -> RunStart:
+def fresh(options: TrainOptions, log: Callable[[str], None]) -> RunStart:
     """Return what a new run starts from, with paths that hold anywhere, for it may be resumed from another folder."""
     init, source, state, config = options.init, None, None, None
     try:
@@ -122,13 +125,13 @@ def fresh(options: TrainOptions, say: Callable[[str], None]) -> RunStart:
         elif init in hub.NAMES:
             config = ModelConfig.from_dial(str(init))
         elif init is not None:
-            source = formats.resolve(init, say)
+            source = formats.resolve(init, log)
         config = source.config if source is not None else config
         model = dial(options.model, config, source.describe() if source is not None else str(init))
     except LlmpyError as error:
         return RunStart(options, errors=(error,))
     if state is not None:
-        say(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")
+        log(f"going on after step {state.step} of llm.c's run, with its moments and its place in the data")
         if "shuffle" not in options.given:
             options = replace(options, shuffle=state.shuffle)
     return RunStart(replace(anywhere(options), model=model), config, source, state)
@@ -151,42 +154,45 @@ def dial(model: str, have: ModelConfig | None, described: str = "") -> str:
     if have is None:
         return model or DEFAULT_MODEL
     if model and ModelConfig.from_dial(model, have.vocab_size, have.context) != have:
-        raise LlmpyError(f"--model {model} is not what --init is: {described}", "leave --model out, or let them agree")
+        raise LlmpyError(
+            "train.x", f"--model {model} is not what --init is: {described}", "Leave --model out, or let them agree"
+        )
     return model or f"d{have.layers}"
 
 
-def saved(options: TrainOptions, folder: RunFolder, say: Callable[[str], None]) -> RunStart:
+def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) -> RunStart:
     """Return what a resumed run starts from: its newest sound checkpoint, or its start if it has none yet.
 
     Raises LlmpyError if all that is left of it is damaged.
     """
-    found = checkpoint.newest(folder / CHECKPOINTS, say)
+    found = checkpoint.newest(folder / CHECKPOINTS, log)
     if found is None:
         before = TrainOptions.from_record(read_config(folder / CONFIG_FILE))
-        say("no checkpoint was complete: the run begins again from its start")
+        log("no checkpoint was complete: the run begins again from its start")
         now = options.resumed_from(before)
-        return fresh(replace(now, model="" if now.init else now.model), say)  # --init says its size again
+        return fresh(replace(now, model="" if now.init else now.model), log)  # --init says its size again
     path, manifest = found
     before = replace(TrainOptions.from_record(manifest["options"]), ranks=manifest.get("ranks", 1))
     now = anywhere(options.resumed_from(replace(before, dtype=manifest["dtype"])))
     if "init" in options.given and anywhere(options).init not in (None, before.init):
         raise LlmpyError(
-            f"--init cannot change within a run: it is {before.init}", "leave it out, or use another --out"
+            "train.x", f"--init cannot change within a run: it is {before.init}", "Leave it out, or use another --out"
         )
     if now.data != before.data and own_tokens(folder.path):
         raise LlmpyError(
+            "train.x",
             f"--data cannot change within a run: {folder.path} goes on with the tokens it made of its text",
-            "leave it out, or begin another run with --out",
+            "Leave it out, or begin another run with --out",
         )
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
-    say(f"going on after step {step}, from {path}")
+    log(f"going on after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
-        say(
+        log(
             f"the run is at its end, with {count_of(step, 'step')} in {duration(elapsed)}; to train on give more "
             "--steps or --minutes than that: both count from its beginning"
         )
     for line in changed(replace(before, dtype=manifest["dtype"]), now):
-        say(line)
+        log(line)
     source = native.read_model(path / checkpoint.MODEL)
     return RunStart(now, source.config, source, checkpoint=path, manifest=manifest)
 

@@ -226,23 +226,23 @@ class Trainer:
 
     def conclude(self) -> None:
         """Say what came of the run and how to continue; a sample unless the user wants to be gone."""
-        say, data, folder = self.report.journal.say, self.data, self.checkpoints.run
+        log, data, folder = self.report.journal.log, self.data, self.checkpoints.run
         if self.stop.signal:
-            say(f"stopped after {count_of(self.done, 'step')}; go on with:  {command('train', '--resume', folder)}")
+            log(f"stopped after {count_of(self.done, 'step')}; go on with:  {command('train', '--resume', folder)}")
         else:
             self.sample()
             taken = duration(self.report.elapsed())
-            say(f"trained {count_of(self.done, 'step')} in {taken}; the model is in {folder}")
+            log(f"trained {count_of(self.done, 'step')} in {taken}; the model is in {folder}")
             best = self.checkpoints.best()
             if best is not None and best.val_loss < self.evaluation.loss:  # of the same text: else it was replaced
-                say(
+                log(
                     f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
                     f"{shlex.quote(str(folder / BEST_FILE))}"
                 )
         if data.holds_answers:
-            say(f"talk with it:  {command('chat', folder)}")
+            log(f"talk with it:  {command('chat', folder)}")
         elif data.tokenizer is not None:
-            say(f'continue a text with:  {command("sample", folder)} --prompt "…"')
+            log(f'continue a text with:  {command("sample", folder)} --prompt "…"')
 
     def diverged(self, what: str) -> Diverged:
         """Return what to raise, on all ranks; a checkpoint that is being written is finished first."""
@@ -255,4 +255,6 @@ class Trainer:
         else:
             kept = f"the last good checkpoint is of step {last}"
             again = f", and go on from it: {command('train', '--resume', self.checkpoints.run)} --lr …"
-        return Diverged(f"step {self.done}: {what}; {kept}", f"use a smaller --lr or a longer --warmup{again}")
+        return Diverged(
+            "train.x", f"step {self.done}: {what}; {kept}", f"Use a smaller --lr or a longer --warmup{again}"
+        )

@@ -71,8 +71,9 @@ class TrainingData:
             return text or opening, asked or encode_prompt(data.tokenizer, opening)
         if opening:
             raise LlmpyError(
+                "train.x",
                 "--prompt needs a tokenizer, and the token shards came without one",
-                "put the tokenizer.json that they were made with beside them",
+                "Put the tokenizer.json that they were made with beside them",
             )
         return "", [data.vocab_size - 1]  # where GPT-2 has its end-of-text
 
@@ -97,7 +98,9 @@ class TrainingData:
     def check_same(self, before: Fingerprints, folder: object) -> None:
         """Raise LlmpyError if these are not the data of before, by their fingerprints."""
         if any(contents(before[part]) != contents(marks) for part, marks in self.fingerprints.items()):
-            raise LlmpyError(f"the data are not those that {folder} was trained on", "restore them, or begin a new run")
+            raise LlmpyError(
+                "train.x", f"the data are not those that {folder} was trained on", "Restore them, or begin a new run"
+            )
 
 
 def contents(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,6 +127,7 @@ def check_enough(data: Dataset, options: TrainOptions) -> None:
     if t > 0 and o.total_batch is None:
         fix += f", or use -B {min(o.batch_size, (len(train) - 1) // (t * o.ranks))} -T {t}"
     raise LlmpyError(
+        "train.x",
         f"there are {len(train):,} tokens{of_shard} to train on and {len(val):,} to validate, and -B {o.batch_size} "
         f"-T {T}{of_ranks} takes {needed[0]:,} and {needed[1]:,} at least",
         fix,

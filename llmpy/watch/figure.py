@@ -84,4 +84,4 @@ def traces(line: Line, colour: str) -> list[dict[str, Any]]:
 def need(package: str, purpose: str) -> None:
     """Raise LlmpyError if a package of the `plot` extra is missing."""
     if importlib.util.find_spec(package) is None:
-        raise LlmpyError(f"{purpose} needs {package}", install("llmpy[plot]"))
+        raise LlmpyError("watch.x", f"{purpose} needs {package}", install("llmpy[plot]"))

@@ -27,7 +27,7 @@ NOTHING_LOADS = (  # a page from a file needs nothing from elsewhere: plotly's s
 )
 
 
-def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
+def plot(options: PlotOptions, log: Callable[[str], None]) -> None:
     """Draw. Raises LlmpyError, and writes no file, if there is no run, nothing to draw, or a package is missing."""
     kind = options.out.suffix[1:].lower() if options.out else ""
     in_terminal = options.terminal or not kind
@@ -41,7 +41,7 @@ def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
     drawn = charts(runs, wanted, options.x, options.smooth, POINTS)
     if not drawn:
         missing = f"no {' or '.join(options.curves or ['loss'])} in {', '.join(runs)} yet"
-        raise LlmpyError(missing, "wait for a step that has it, or choose other --curves")
+        raise LlmpyError("watch.x", missing, "Wait for a step that has it, or choose other --curves")
     if options.out is not None:
         colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
         if kind == "html":
@@ -51,10 +51,10 @@ def plot(options: PlotOptions, say: Callable[[str], None]) -> None:
             write_whole(options.out, lambda temporary: temporary.write_text(page, "utf-8"))
         else:
             write_picture(drawn, options, colours, options.out)
-        say(f"wrote {options.out}")
+        log(f"wrote {options.out}")
     if in_terminal:
         for chart in text_of(charts(runs, wanted, options.x, options.smooth, TEXT_POINTS), options):
-            say(chart)
+            log(chart)
 
 
 def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: dict[str, str], path: Path) -> None:

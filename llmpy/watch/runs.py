@@ -132,7 +132,9 @@ class Runs:
         for path in self._given:
             if not has_curves(path) and not children(path):
                 near = did_you_mean(str(path), map(str, children(BELOW)))
-                raise LlmpyError(f"no run in {path}", near or f"name a run's folder, or start one: {command('train')}")
+                raise LlmpyError(
+                    "watch.x", f"no run in {path}", near or f"name a run's folder, or start one: {command('train')}"
+                )
 
     def all(self) -> dict[str, Run]:
         """Name → run: first those that were named, then the newest."""

@@ -124,7 +124,7 @@ class Server(ThreadingHTTPServer):
                 super().__init__((ADDRESS, candidate), Page)
                 break
         else:
-            raise LlmpyError(f"no port from {port} on is free", "choose another with --port")
+            raise LlmpyError("watch.x", f"no port from {port} on is free", "Choose another with --port")
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -133,14 +133,14 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def watch(options: WatchOptions, say: Callable[[str], None]) -> None:
+def watch(options: WatchOptions, log: Callable[[str], None]) -> None:
     """Serve until Ctrl-C. Raises LlmpyError if there is no such run, no free port, or plotly is missing."""
     need("plotly", "the page")
     runs = Runs(options.runs or ())
     with Server(runs, options.port) as server:
-        say(f"{server.address}  (Ctrl-C ends it; the runs go on)")
+        log(f"{server.address}  (Ctrl-C ends it; the runs go on)")
         if options.open:
             threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-        say("")
+        log("")

@@ -264,7 +264,7 @@ def test_products_take_what_operands_lose_as_zero(ops: Any) -> None:
 
 
 def test_rounding_at_the_ends(ops: Any) -> None:
-    """The table by hand, so that a fault that ml_dtypes shares would show."""
+    """The table by hand, so that a error that ml_dtypes shares would show."""
     table = {
         0x3F808000: 0x3F80,  # 1 + ½ ulp: a tie, to even, down
         0x3F818000: 0x3F82,  # a tie, to even, up

@@ -1,4 +1,4 @@
-"""The command line: names of flags, faults of one line with an exit code, nothing heavy before it is needed."""
+"""The command line: names of flags, errors of one line with an exit code, nothing heavy before it is needed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_faults_are_one_line_and_code_1(
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "said"),
+    ("error", "code", "said"),
     [
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory: Unable to allocate 9 TiB — use a smaller"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
@@ -126,10 +126,10 @@ def test_faults_are_one_line_and_code_1(
     ],
 )
 def test_other_ends(
-    fault: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(_: object) -> int:
-        raise fault
+        raise error
 
     monkeypatch.setattr(cli, "run", failing)
     assert cli.main(["train"]) == code

@@ -55,7 +55,7 @@ def records(path: Path) -> None:
     with path.open("rb") as file:
         kind = kind_of(path, file.read(16))
     if kind is None:
-        raise LlmpyError(f"{path} is nothing known")
+        raise LlmpyError("data.x", f"{path} is nothing known")
     for document in read_records(path, kind):
         document.text.encode("utf-8")
 
@@ -114,10 +114,10 @@ def read(path: Path, reader: Callable[[Path], None]) -> bool:
     try:
         reader(path)
         good = True
-    except LlmpyError as fault:
+    except LlmpyError as error:
         good = False
-        assert path.with_suffix("").name in str(fault), f"no name: {fault}"
-        assert 10 < len(str(fault)) < 2000, f"no sentence: {fault}"
+        assert path.with_suffix("").name in str(error), f"no name: {error}"
+        assert 10 < len(str(error)) < 2000, f"no sentence: {error}"
     seconds = time.thread_time() - start
     assert seconds < SECONDS, f"{seconds:.1f} s"
     return good
@@ -141,8 +141,8 @@ def campaign(seed: int, count: int, folder: Path) -> None:
             path.write_bytes(tokens)
         try:
             return read(path, files[name][1])
-        except Exception as fault:
-            raise AssertionError(f"{name}, seed {seed}, {path}: {type(fault).__name__}: {fault}") from fault
+        except Exception as error:
+            raise AssertionError(f"{name}, seed {seed}, {path}: {type(error).__name__}: {error}") from error
 
     for name in files:
         assert run(name, files[name][0]), name

@@ -120,10 +120,10 @@ def test_smallest_shard_and_one_less():
     loader = Loader([shard(33)], 2, 8, shuffle=True, rank=1, ranks=2)
     assert loader.batches_per_epoch == 1
     assert [check_batch(*loader.next()) for _ in range(3)] == [16, 16, 16]
-    with pytest.raises(LlmpyError) as fault:
+    with pytest.raises(LlmpyError) as error:
         Loader([shard(100), shard(32, name="small.bin")], 2, 8, shuffle=True, rank=1, ranks=2)
     message = "small.bin has 32 tokens here, one batch of 2 processes of -B 2 -T 8 needs 33"
-    assert str(fault.value) == f"{message} — use a smaller -B or -T, or more text"
+    assert str(error.value) == f"{message} — use a smaller -B or -T, or more text"
 
 
 @pytest.mark.parametrize("place", [0, 15, 16])  # the last one is only a target
@@ -133,7 +133,7 @@ def test_tokens_that_change_under_the_loader(place):
     check_batch(*loader.next())
     loader.reset()
     tokens[place] = 33
-    with pytest.raises(LlmpyError) as fault:
+    with pytest.raises(LlmpyError) as error:
         loader.next()
     message = "one.bin was changed since it was opened: it holds token 33 now, outside the vocabulary of 33 tokens"
-    assert str(fault.value) == f"{message} — leave the data as they are while they are in use"
+    assert str(error.value) == f"{message} — leave the data as they are while they are in use"

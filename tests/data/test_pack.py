@@ -123,7 +123,7 @@ def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
     names = sorted(p.name for p in folder.glob("train_*.bin"))
     assert names == ["train_000001.bin", "train_000002.bin", "train_000003.bin"]
     assert own_text(folder, *names, "val.bin") == raw.read_text()
-    dataset = prepare([folder], tmp_path / "run", say=said.append)
+    dataset = prepare([folder], tmp_path / "run", log=said.append)
     assert (len(dataset.train), len(dataset.val), dataset.vocab_size) == (3, 1, 257)
     with pytest.raises(LlmpyError, match="too many for the folder of a run — make token files of it first: llmpy data"):
         prepare([raw], tmp_path / "run", 257, said.append)
@@ -205,35 +205,35 @@ def test_hellaswag(tmp_path, said):
 
 
 def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, log: cls.bytes()))
     monkeypatch.setattr("llmpy.data.datasets.fetch", lambda *_, **__: raw)
     monkeypatch.chdir(tmp_path)
-    dataset = prepare([Path("tinyshakespeare")], tmp_path / "run", say=said.append)
+    dataset = prepare([Path("tinyshakespeare")], tmp_path / "run", log=said.append)
     assert dataset.train[0].path == cache / "tinyshakespeare" / "gpt2" / "tiny_shakespeare_train.bin"
     assert dataset.vocab_size == 257
     with pytest.raises(LlmpyError, match="hellaswag is there to evaluate on — train on one of tinyshakespeare"):
         find_dataset("hellaswag", said.append)
     raw.with_name("tinystories").mkdir()  # a folder of that name is meant by it
     with pytest.raises(LlmpyError, match="0 files"):
-        prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+        prepare([Path("tinystories")], tmp_path / "run", log=said.append)
 
 
 def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
     """All of TinyStories, of the web a portion; and that is found again, until all of it is there."""
-    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+    monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, log: cls.bytes()))
     folder = tmp_path / "stories"
     folder.mkdir()
     for i in range(2):
         (folder / f"data{i:02}.json").write_text(stories(i))
     monkeypatch.setattr("llmpy.data.datasets.from_hub", lambda *_, **__: folder)
     monkeypatch.chdir(tmp_path)
-    dataset = prepare([Path("tinystories")], tmp_path / "run", say=said.append)
+    dataset = prepare([Path("tinystories")], tmp_path / "run", log=said.append)
     assert dataset.train[0].path == cache / "tinystories" / "gpt2" / "TinyStories_train.bin"
     assert dataset.tokenizer.decode(dataset.train[0].tokens).count("Story 1.") == 50
     web = replace(SOURCES["fineweb"], documents=lambda *_: iter([Document("x", raw.read_text())] * 3), portion=5000)
     monkeypatch.setitem(SOURCES, "fineweb", web)
     for _ in range(2):
-        dataset = prepare([Path("fineweb")], tmp_path / "run", say=said.append)
+        dataset = prepare([Path("fineweb")], tmp_path / "run", log=said.append)
         assert (len(dataset.train[0]), len(dataset.val[0])) == (4500, 500)
         assert dataset.train[0].path.parent == cache / "fineweb" / "gpt2-5000"
     assert said.count("fineweb is not here yet: making its first 5,000 tokens (all of it: llmpy data fineweb)") == 1
@@ -245,10 +245,10 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
     own = Tokenizer.train([raw.read_text()], 300)
     own.save(tmp_path / "own.json")
     model = Vocabulary(300, tmp_path / "own.json", lambda: (own, "the model's"))
-    first = prepare([Path("tinystories")], tmp_path / "run", say=said.append, model=model)
+    first = prepare([Path("tinystories")], tmp_path / "run", log=said.append, model=model)
     assert first.tokenizer.same_tokens(own)
     (tmp_path / "own.json").write_text(json.dumps(json.loads((tmp_path / "own.json").read_text())))
-    again = prepare([Path("tinystories")], tmp_path / "run", say=said.append, model=model)
+    again = prepare([Path("tinystories")], tmp_path / "run", log=said.append, model=model)
     assert again.train[0].path == first.train[0].path
 
 

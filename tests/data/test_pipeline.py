@@ -38,7 +38,7 @@ def documents(*lengths):
 
 
 def split(documents):
-    parts = list(divided(lambda tell: documents, print).read())
+    parts = list(divided(lambda log: documents, print).read())
     assert [held for held, _ in parts] == sorted(held for held, _ in parts)
     return [d for held, d in parts if not held], [d for held, d in parts if held]
 
@@ -94,7 +94,7 @@ def test_a_large_text_trains_the_tokenizer_on_a_part(monkeypatch, said):
         return train(seen, vocab_size)
 
     monkeypatch.setattr(Tokenizer, "train", watch)
-    pipeline.choose_tokenizer(None, divided(lambda tell: [Document("a", TEXT)], said.append), said.append)
+    pipeline.choose_tokenizer(None, divided(lambda log: [Document("a", TEXT)], said.append), said.append)
     assert 500 < sum(map(len, seen)) <= 1100
     assert seen[-1] in TEXT[len(TEXT) // 2 :]  # from the whole length of it
     assert all(piece in TEXT[: -len(TEXT) // 11] for piece in seen)  # of what is trained on
@@ -150,5 +150,5 @@ def test_the_first_tokens_of_a_text(tmp_path, said):
 def test_text_in_which_nothing_counts(source, tmp_path, said):
     source.write_text(source.read_text().replace("assistant", "bot"))
     with pytest.raises(LlmpyError, match="nothing in the text to train on counts: no message of the assistant"):
-        prepare([source], tmp_path / "run", say=said.append)
+        prepare([source], tmp_path / "run", log=said.append)
     assert not (tmp_path / "run").exists()

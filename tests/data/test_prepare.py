@@ -33,7 +33,7 @@ def whole(dataset, part):
 
 
 def test_text_round_trips_through_its_shards(text, folder, said):
-    dataset = prepare([text], folder, say=said.append)
+    dataset = prepare([text], folder, log=said.append)
     assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "train.bin", "val.bin"]
     train, val = whole(dataset, "train"), whole(dataset, "val")
     assert train.startswith(EOT)
@@ -55,7 +55,7 @@ def test_text_round_trips_through_its_shards(text, folder, said):
 
 
 def test_builtin(folder, said):
-    dataset = prepare(None, folder, say=said.append)
+    dataset = prepare(None, folder, log=said.append)
     documents = builtin.builtin_documents()
     assert said[0] == builtin.describe(documents)
     assert "sha256" in said[0]
@@ -75,12 +75,12 @@ def test_builtin(folder, said):
 def test_builtin_without_topics(monkeypatch, folder, said):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(LlmpyError, match="carries no text .* — give a text file"):
-        prepare(None, folder, say=said.append)
+        prepare(None, folder, log=said.append)
 
 
 def test_a_vocabulary_too_small_for_bytes(text, folder, said):
     with pytest.raises(LlmpyError, match="--vocab-size 257 or more"):
-        prepare([text], folder, vocab_size=256, say=said.append)
+        prepare([text], folder, vocab_size=256, log=said.append)
     assert not folder.parent.exists()
 
 
@@ -88,7 +88,7 @@ def test_nothing_is_made_when_the_input_is_refused(tmp_path, folder, said):
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 2000)
     for wrong in (tmp_path / "bad.txt", tmp_path / "missing.txt"):
         with pytest.raises(LlmpyError):
-            prepare([wrong], folder, say=said.append)
+            prepare([wrong], folder, log=said.append)
     assert not folder.parent.exists()
 
 
@@ -110,7 +110,7 @@ def test_shards(tmp_path, folder, said, how):
     if how == "no suffix":  # the content decides, not the name
         for name in names:
             (where / name).rename(where / name.replace(".bin", ""))
-    dataset = prepare(paths.get(how, [where]), folder, say=said.append)
+    dataset = prepare(paths.get(how, [where]), folder, log=said.append)
     assert [s.tokens[0] for s in dataset.train] == [0, 1000]
     assert [s.tokens[0] for s in dataset.val] == [2000]
     assert (dataset.vocab_size, dataset.tokenizer, dataset.bytes_per_token) == (50257, None, None)
@@ -124,7 +124,7 @@ def test_shards(tmp_path, folder, said, how):
 @pytest.mark.parametrize("name", ["tokens.bin", "only_val.bin"])
 def test_a_single_shard_gives_both_parts(tmp_path, folder, said, name):
     where = make_shards(tmp_path / "data", "a.bin", name) if name == "tokens.bin" else make_shards(tmp_path, name)
-    dataset = prepare([where], folder, say=said.append)
+    dataset = prepare([where], folder, log=said.append)
     assert f"the last tenth of {name} is held out" in said[1]
     assert len(dataset.train[-1]) == 900
     assert len(dataset.val[0]) == 100
@@ -132,33 +132,33 @@ def test_a_single_shard_gives_both_parts(tmp_path, folder, said, name):
 
 
 def test_shards_with_their_tokenizer(text, tmp_path, folder, said):
-    made = prepare([text], tmp_path / "made", say=said.append)
-    again = prepare([tmp_path / "made"], folder, say=said.append)
+    made = prepare([text], tmp_path / "made", log=said.append)
+    again = prepare([tmp_path / "made"], folder, log=said.append)
     assert again.vocab_size == made.vocab_size
     assert again.bytes_per_token == made.bytes_per_token
     assert whole(again, "train") == whole(made, "train")
     assert any(line.startswith("tokenizer: ") and "made" in line for line in said)
     with pytest.raises(LlmpyError, match=r"tokenizer\.json has .* not the 999 .* — leave --vocab-size out"):
-        prepare([tmp_path / "made"], folder, vocab_size=999, say=said.append)
+        prepare([tmp_path / "made"], folder, vocab_size=999, log=said.append)
 
 
 def test_shards_of_another_vocabulary(tmp_path, folder, said):
     where = make_shards(tmp_path / "data", "a.bin")
     with pytest.raises(LlmpyError, match="token 500 at position 500 is outside the vocabulary of 500 tokens"):
-        prepare([where], folder, vocab_size=500, say=said.append)
-    assert prepare([where], folder, vocab_size=1000, say=said.append).vocab_size == 1000
+        prepare([where], folder, vocab_size=500, log=said.append)
+    assert prepare([where], folder, vocab_size=1000, log=said.append).vocab_size == 1000
 
 
 def test_text_and_shards_together(text, tmp_path, folder, said):
     where = make_shards(tmp_path / "data", "a.bin")
     with pytest.raises(LlmpyError, match=r"both token shards \(.*a\.bin\) and text \(.*book\.txt\).* — give one"):
-        prepare([where, text], folder, say=said.append)
+        prepare([where, text], folder, log=said.append)
     (where / "README.md").write_text("About these tokens.")
-    prepare([where], folder, say=said.append)
+    prepare([where], folder, log=said.append)
     assert "skipped 1 file beside the shards: README.md …" in said
     shutil.copy(text, where)
     with pytest.raises(LlmpyError, match="both token shards"):
-        prepare([where], folder, say=said.append)
+        prepare([where], folder, log=said.append)
 
 
 def test_a_bin_that_is_no_shard_says_what_it_is(tmp_path, folder, said):
@@ -167,7 +167,7 @@ def test_a_bin_that_is_no_shard_says_what_it_is(tmp_path, folder, said):
     with pytest.raises(
         LlmpyError, match=r"train\.bin is not a token shard of llm\.c: it starts with b'<!DOCTYPE html>"
     ):
-        prepare([path], folder, say=said.append)
+        prepare([path], folder, log=said.append)
     assert not folder.exists()
 
 
@@ -175,4 +175,4 @@ def test_shards_of_several_kinds(tmp_path, folder, said):
     write_shard(tmp_path / "train.bin", np.arange(1, 5000))
     write_shard(tmp_path / "labels.bin", np.arange(1, 5000), "int32")
     with pytest.raises(LlmpyError, match="several kinds beside each other: int32, uint16"):
-        prepare([tmp_path], folder, say=said.append)
+        prepare([tmp_path], folder, log=said.append)

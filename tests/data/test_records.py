@@ -71,9 +71,9 @@ def test_damage(tmp_path, line, message):
     path.write_bytes(b'{"text": "fine"}\n' + text.encode("utf-8", "surrogatepass"))
     documents = read_records(path, "jsonl")
     assert next(documents).text == "fine"
-    with pytest.raises(LlmpyError, match=rf"a\.jsonl: {message}") as fault:
+    with pytest.raises(LlmpyError, match=rf"a\.jsonl: {message}") as error:
         next(documents)
-    assert not isinstance(fault.value, NotText)
+    assert not isinstance(error.value, NotText)
 
 
 def test_unknown_fields_at_once(tmp_path):

@@ -78,10 +78,10 @@ def test_token_outside_the_vocabulary(path, monkeypatch, position):
     tokens[position:] = 100  # more bad ones follow: the first is named
     write_shard(path, tokens)
     assert len(open_shard(path, 101)) == 26
-    with pytest.raises(LlmpyError) as fault:
+    with pytest.raises(LlmpyError) as error:
         open_shard(path, 100)
-    assert f"token 100 at position {position} is outside the vocabulary of 100 tokens" in str(fault.value)
-    assert "--vocab-size" in str(fault.value)
+    assert f"token 100 at position {position} is outside the vocabulary of 100 tokens" in str(error.value)
+    assert "--vocab-size" in str(error.value)
 
 
 def test_missing_and_folder(tmp_path):
@@ -179,11 +179,11 @@ WRONG = {
 def test_wrong_files_say_what_they_are(path, name):
     content, message = WRONG[name]
     path.write_bytes(content)
-    with pytest.raises(LlmpyError) as fault:
+    with pytest.raises(LlmpyError) as error:
         open_shard(path, V)
-    assert str(path) in str(fault.value)
-    assert message in str(fault.value)
-    assert " — " in str(fault.value)  # every refusal names a fix
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert " — " in str(error.value)  # every refusal names a fix
 
 
 def test_is_shard_goes_by_the_magic(tmp_path):

@@ -130,10 +130,10 @@ def test_what_is_no_text(tmp_path, said, content, message, through_folder):
 @pytest.mark.parametrize("content", [" \n" * 2000, "x" * 999])
 def test_too_little_text(tmp_path, said, content):
     characters = len(content) if content.strip() else 0
-    with pytest.raises(LlmpyError) as fault:
+    with pytest.raises(LlmpyError) as error:
         read(said, write(tmp_path, "a.txt", content))
     message = f"1 file with {characters} characters of text; training needs at least 1,000 — give more text"
-    assert message in str(fault.value)
+    assert message in str(error.value)
 
 
 def test_missing(tmp_path, said):

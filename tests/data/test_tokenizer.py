@@ -148,9 +148,9 @@ def test_load_a_tokenizer_that_would_lose_text(trained, tmp_path, damage, messag
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(LlmpyError) as fault:
+    with pytest.raises(LlmpyError) as error:
         Tokenizer.load(path)
-    assert message in str(fault.value)
+    assert message in str(error.value)
 
 
 def test_the_tokenizer_of_llama_3(tmp_path):

@@ -28,7 +28,7 @@ from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
 from llmpy.distributed import launch
 from llmpy.distributed import watchdog as watch
-from llmpy.distributed.watchdog import Fault, Watch
+from llmpy.distributed.watchdog import RankFailure, Watch
 from llmpy.distributed.zero import Zero
 from llmpy.formats import llmc_state
 from llmpy.model.config import ModelConfig
@@ -226,9 +226,9 @@ def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path: Path, t
     monkeypatch.setattr(checkpoint.durable, "write_stretches", refuse)
 
     def attempt(fellow: Fellow) -> str:
-        with pytest.raises(checkpoint.LlmpyError, match=r"No space left on device \(rank 1\)") as fault:
+        with pytest.raises(checkpoint.LlmpyError, match=r"No space left on device \(rank 1\)") as failure:
             kept(fellow, tmp_path / "run", tokens)
-        return str(fault.value)
+        return str(failure.value)
 
     assert len(set(Fellows(2).run(attempt))) == 1
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -243,7 +243,7 @@ def test_ranks_that_cannot_write_warn_and_try_again(tmp_path: Path, tokens: Path
     def attempts(fellow: Fellow) -> tuple[list[int], list[str]]:
         model, loader = tiny_model(TINY, B, T), Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, 2)
         optimizer, said, tried = Zero(model, fellow, **SETTINGS, limit=700), list[str](), list[int]()
-        journal = SimpleNamespace(say=said.append)
+        journal = SimpleNamespace(log=said.append)
         keeper = CheckpointWriter(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2)  # type: ignore[arg-type]
         keeper.begin(0)
         for step in range(1, 60):
@@ -283,13 +283,13 @@ def test_without_mpi4py_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, float], list[Watch]]]:
-    """So many ranks in this process, which a fault does not end."""
+    """So many ranks in this process, which a failure does not end."""
     monkeypatch.setattr(watch, "GRACE", 60.0)
     found: list[Watch] = []
 
     def act(fellow: Fellow, patience: float) -> Watch:
         one = Watch(fellow.rank, patience)
-        one.start(fellow.size, fellow.tell)
+        one.start(fellow.size, fellow.gather_values)
         found.append(one)
         return one
 
@@ -298,12 +298,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, float], 
         one.close()
 
 
-def fault_of(one: Watch, within: float) -> Fault:
+def failure_of(one: Watch, within: float) -> RankFailure:
     until = time.monotonic() + within
-    while one.fault is None and time.monotonic() < until:
+    while one.failure is None and time.monotonic() < until:
         time.sleep(0.01)
-    assert one.fault is not None
-    return one.fault
+    assert one.failure is not None
+    return one.failure
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -315,9 +315,9 @@ def test_a_rank_that_dies_is_named(gone: int, watched: Any, monkeypatch: pytest.
     for peer in ranks[gone]._peers:
         peer.line.shutdown(2)
     for q in {0, 1, 2} - {gone}:
-        fault = fault_of(ranks[q], 5)
-        assert (fault.rank, fault.lost) == (gone, True) or gone == 0 and q == 0
-        assert re.fullmatch(rf"rank {gone} \(process \d+ on .*\) has died", fault.text)
+        failure = failure_of(ranks[q], 5)
+        assert (failure.rank, failure.lost) == (gone, True) or gone == 0 and q == 0
+        assert re.fullmatch(rf"rank {gone} \(process \d+ on .*\) has died", failure.text)
 
 
 def test_a_rank_that_is_silent_is_named(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,17 +325,17 @@ def test_a_rank_that_is_silent_is_named(watched: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Watch, "_send_all", lambda self, m: None if self.rank == 2 and "beat" in m else send(self, m))
     ranks = watched(3, 2.0)
     for q in (0, 1):
-        assert re.match(r"rank 2 .* has given no sign of life for \d s", fault_of(ranks[q], 6).text)
+        assert re.match(r"rank 2 .* has given no sign of life for \d s", failure_of(ranks[q], 6).text)
 
 
 def test_a_fault_is_known_to_all_and_a_farewell_is_none(watched: Any) -> None:
     ranks = watched(3, 20.0)
-    ranks[2].say(Fault(2, "the disk is full", 5))
-    assert all(fault_of(one, 5) == Fault(2, "the disk is full", 5) for one in ranks)
+    ranks[2].broadcast(RankFailure(2, "the disk is full", 5))
+    assert all(failure_of(one, 5) == RankFailure(2, "the disk is full", 5) for one in ranks)
     ranks = watched(2, 20.0)
     ranks[1].close()
     time.sleep(0.5)  # for the other to see that the connection is closed
-    assert ranks[0].fault is None
+    assert ranks[0].failure is None
 
 
 COMMAND = [sys.executable, "-m", "llmpy", "train"]
@@ -578,7 +578,7 @@ sleep 1000
         "from llmpy.distributed import launch; from llmpy.errors import LlmpyError\n"
         f"launch.mpiexec = lambda: {str(launcher)!r}\n"
         "try: launch.run(2, [])\n"
-        "except LlmpyError as fault: print(fault); sys.exit(fault.code)"
+        "except LlmpyError as failure: print(failure); sys.exit(failure.code)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     while not (children.exists() and children.read_text().endswith("\n")):

@@ -127,12 +127,12 @@ def campaign(reader: Reader, folder: Path, cases: int, seed: int) -> int:
         try:
             with bounded(len(bad)):
                 reader.read(folder)
-        except LlmpyError as fault:
+        except LlmpyError as error:
             refused += 1
-            assert len(str(fault)) > 20, fault
-            assert "\n" not in str(fault).strip() or len(str(fault)) < 2000
-        except BaseException as fault:
-            raise AssertionError(f"case {case} of seed {seed}, {name} ({len(bad)} bytes): {fault!r}") from fault
+            assert len(str(error)) > 20, error
+            assert "\n" not in str(error).strip() or len(str(error)) < 2000
+        except BaseException as error:
+            raise AssertionError(f"case {case} of seed {seed}, {name} ({len(bad)} bytes): {error!r}") from error
         (folder / name).write_bytes(good[name])
     return refused
 

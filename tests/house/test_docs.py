@@ -47,10 +47,10 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 # Empty lines before it: a failing line has the page's number.
                 code = "\n" * (fence.line - 1) + fence.text
                 exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
-    except ModuleNotFoundError as fault:
-        if fault.name not in OPTIONAL:
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
             raise
-        pytest.skip(f"{fault.name} is not installed")
+        pytest.skip(f"{error.name} is not installed")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -85,7 +85,7 @@ def test_who_waits_says_for_whom(tmp_path: Path, said: list[str]) -> None:
         assert said == []
         other = Lock(lock.path)
         assert not other.take()
-        say = lambda line: (said.append(line), lock.drop())  # noqa: E731
-        with other.waited(say, "makes a"):
+        log = lambda line: (said.append(line), lock.drop())  # noqa: E731
+        with other.waited(log, "makes a"):
             assert said == [f"waiting for process {os.getpid()}, which makes a"]
     assert not lock.path.exists()

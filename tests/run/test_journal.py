@@ -26,15 +26,15 @@ def test_lines_numbers_and_the_bar(terminal: bool, tmp_path: Path, monkeypatch: 
     shown = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)
     with Journal() as journal:
-        journal.say("before")
+        journal.log("before")
         journal.open(tmp_path)
         journal.begin_progress()
         journal.progress(0.5, "step 1/2")
-        journal.say("during")
+        journal.log("during")
         journal.record(step=1, loss=0.5)
         assert json.loads((tmp_path / "metrics.jsonl").read_text("utf-8")) == {"step": 1, "loss": 0.5}
         journal.end_progress()
-        journal.say("after — ½")
+        journal.log("after — ½")
     assert (tmp_path / "console.log").read_text("utf-8") == "before\nduring\nafter — ½\n"
     text = shown.getvalue()
     assert [w for w in ("before", "during", "after — ½") if w in text] == ["before", "during", "after — ½"]
@@ -44,31 +44,31 @@ def test_lines_numbers_and_the_bar(terminal: bool, tmp_path: Path, monkeypatch: 
 class Mortal(Terminal):
     """A terminal that dies."""
 
-    fault: Exception | None = None
+    error: Exception | None = None
 
     def write(self, text: str) -> int:
-        if self.fault:
-            raise self.fault
+        if self.error:
+            raise self.error
         return super().write(text)
 
 
-@pytest.mark.parametrize("fault", [OSError(5, "EIO"), ValueError("closed file")])
+@pytest.mark.parametrize("error", [OSError(5, "EIO"), ValueError("closed file")])
 @pytest.mark.parametrize("bar", [True, False])
-def test_a_terminal_that_dies(bar: bool, fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_dies(bar: bool, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Mortal()
     monkeypatch.setattr(sys, "stdout", shown)
     with Journal() as journal:
         journal.open(tmp_path)
         if bar:
             journal.begin_progress()
-        journal.say("seen")
-        shown.fault = fault
+        journal.log("seen")
+        shown.error = error
         journal.progress(0.5, "half")
-        journal.say("unseen")
-        shown.fault = None
+        journal.log("unseen")
+        shown.error = None
         journal.begin_progress()
         journal.progress(0.6, "more")
-        journal.say("still unseen")
+        journal.log("still unseen")
         journal.record(step=1)
     assert (tmp_path / "console.log").read_text("utf-8") == "seen\nunseen\nstill unseen\n"
     assert (tmp_path / "metrics.jsonl").read_text("utf-8") == '{"step": 1}\n'
@@ -92,12 +92,12 @@ def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint(tmp_path: Path) -> Non
         sizes = journal.sizes()
         journal.record(step=2)
         journal.record_llmc("s:1 trl:1")
-        journal.say("first")
+        journal.log("first")
     with Journal() as journal:
         journal.open(tmp_path, sizes)
         assert journal.sizes() == sizes
         journal.record(step=3)
-        journal.say("second")
+        journal.log("second")
         journal.sync()
     assert (tmp_path / "metrics.jsonl").read_text("utf-8") == '{"step": 1}\n{"step": 3}\n'
     assert (tmp_path / "main.log").read_text("utf-8") == "s:0 trl:1\n"
@@ -109,7 +109,7 @@ def test_bytes_of_a_path_that_are_no_text(tmp_path: Path, capsys: pytest.Capture
     with Journal() as journal:
         journal.open(tmp_path)
         journal._show = lambda *_: None  # type: ignore[method-assign]  # the terminal is cli's matter
-        journal.say("run folder r\udcff")
+        journal.log("run folder r\udcff")
     assert (tmp_path / "console.log").read_text("utf-8") == "run folder r?\n"
 
 
@@ -121,6 +121,6 @@ def test_a_full_disk_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFix
         journal._files["metrics.jsonl"] = open("/dev/full", "w", buffering=1)  # noqa: SIM115
         for step in range(3000):  # more than any buffer holds
             journal.record(step=step)
-        journal.say("on it goes")
+        journal.log("on it goes")
     warning = "warning: cannot write /dev/full: No space left on device; the run goes on\n"
     assert capsys.readouterr().out == warning + "on it goes\n"

@@ -19,11 +19,11 @@ WAIT_SECONDS = 30.0
 
 
 class Browser:
-    """One page. `faults` gathers what its scripts threw, what its console complained of, and dialogs that opened."""
+    """One page. `errors` gathers what its scripts threw, what its console complained of, and dialogs that opened."""
 
     def __init__(self, width: int = 1200, height: int = 900) -> None:
         assert PROGRAM is not None
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self._out = os.pipe()
         self._in, answers = os.pipe()
@@ -91,11 +91,11 @@ class Browser:
 
     def _note(self, event: str, told: Mapping[str, Any]) -> None:
         if event == "Runtime.exceptionThrown":
-            self.faults.append(json.dumps(told["exceptionDetails"]))
+            self.errors.append(json.dumps(told["exceptionDetails"]))
         elif event == "Log.entryAdded" and told["entry"]["level"] == "error":
-            self.faults.append(told["entry"]["text"])
+            self.errors.append(told["entry"]["text"])
         elif event == "Page.javascriptDialogOpening":
-            self.faults.append(f"dialog: {told['message']}")
+            self.errors.append(f"dialog: {told['message']}")
 
     def go(self, address: str) -> None:
         """Open an address and wait until its scripts have run."""
@@ -112,7 +112,7 @@ class Browser:
         """The value of an expression once it is true."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}\n{self.faults}"
+            assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}\n{self.errors}"
             time.sleep(0.05)
         return value
 

@@ -148,9 +148,9 @@ def child(options: TrainOptions, log: Path, shim: Callable[[], object] = lambda:
         os.dup2(out, 2)
         shim()
         code = assemble.train(options, Laptop())
-    except BaseException as fault:
-        print(f"{type(fault).__name__}: {fault}", flush=True)
-        code = getattr(fault, "code", 71)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        code = getattr(error, "code", 71)
     finally:
         os._exit(code if isinstance(code, int) else 72)
 

@@ -45,7 +45,7 @@ class Fellow:
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
         return self._meet(0, tuple(float(n) for n in numbers))
 
-    def tell(self, value: Any) -> list[Any]:
+    def gather_values(self, value: Any) -> list[Any]:
         return [json.loads(text) for text in self._meet(0, json.dumps(value))]
 
     def exchange(self, tag: int, outgoing: Sequence[np.ndarray], incoming: Sequence[np.ndarray]) -> None:

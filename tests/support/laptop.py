@@ -37,9 +37,9 @@ class Laptop(Reference):
     def measure_reading(self, x: object) -> float:
         return 16.0
 
-    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
+    def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
         self.warmed += 1
-        say("compiling nothing")
+        log("compiling nothing")
 
     def version_info(self) -> dict[str, str]:
         return {"isa": self.isa, "threads": str(self.threads), "numpy": np.__version__}

@@ -20,7 +20,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.options.tools import DoctorOptions
 from llmpy.options.train import DEFAULT_MODEL, TrainOptions
 from llmpy.tools import doctor
-from llmpy.tools.doctor import FAULT, NOTE, OK, Check
+from llmpy.tools.doctor import ERROR, NOTE, OK, Check
 from llmpy.train.memory import memory_of
 
 
@@ -53,7 +53,7 @@ def test_everything_is_looked_at() -> None:
     assert all(check.state == (NOTE if check.fix else OK) for check in checks), checks
 
 
-@pytest.mark.parametrize(("state", "code", "said"), [(FAULT, 1, "prevent training: 1"), (OK, 0, "can train")])
+@pytest.mark.parametrize(("state", "code", "said"), [(ERROR, 1, "prevent training: 1"), (OK, 0, "can train")])
 def test_a_fault_is_exit_code_1(
     state: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,11 +69,11 @@ def test_a_fault_is_exit_code_1(
 
 def test_a_machine_that_does_not_load() -> None:
     def broken(name: str, **_: Any) -> Any:
-        raise LlmpyError("2000 threads", "use --threads between 1 and 1024")
+        raise LlmpyError("tools.x", "2000 threads", "use --threads between 1 and 1024")
 
     checks = doctor.doctor(DoctorOptions(network=False), broken)
     check = next(check for check in checks if check.name == "cpu")
-    assert (check.state, check.fix) == (FAULT, "use --threads between 1 and 1024")
+    assert (check.state, check.fix) == (ERROR, "use --threads between 1 and 1024")
     assert not doctor.record(checks)["can_train"]
     assert "disk" in [c.name for c in checks]  # the rest is looked at all the same
 
@@ -81,7 +81,7 @@ def test_a_machine_that_does_not_load() -> None:
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=512)  # as `llmpy train` takes for its own text
     needed = memory_of(TrainOptions(), trained, Meter())
-    for free, state in ((needed << 4, OK), (needed + 1, NOTE), (needed - 1, FAULT)):
+    for free, state in ((needed << 4, OK), (needed + 1, NOTE), (needed - 1, ERROR)):
         monkeypatch.setattr(doctor, "available_memory", lambda free=free: free)
         check = doctor.memory(Meter())
         assert (check.state, check.numbers["default_training"]) == (state, needed)
@@ -124,7 +124,7 @@ def test_the_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("folder", "needed", "state"),
-    [("runs", 1000, OK), ("runs", 1 << 60, FAULT), ("a file/runs", 0, NOTE), ("a file/runs", 1000, FAULT)],
+    [("runs", 1000, OK), ("runs", 1 << 60, ERROR), ("a file/runs", 0, NOTE), ("a file/runs", 1000, ERROR)],
 )
 def test_a_folder_that_is_full_or_cannot_be_written(tmp_path: Path, folder: str, needed: int, state: str) -> None:
     (tmp_path / "a file").touch()

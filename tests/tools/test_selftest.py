@@ -1,4 +1,4 @@
-"""The self-test passes on a machine that is right, and fails on every fault that is put into it."""
+"""The self-test passes on a machine that is right, and fails on every error that is put into it."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_sample_takes_every_format(form: str, beside: bool, tmp_path: Path, monk
             Tokenizer.bytes().save(tmp_path / "tokenizer.json")
         else:
             monkeypatch.setattr(formats.detect, "GPT2_VOCAB", WORDS.vocab_size)
-            monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, say: cls.bytes()))
+            monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, log: cls.bytes()))
     native.write_model(tmp_path / "run", model)
     told: dict[Path, list[str]] = {tmp_path / "run": [], path: []}
     for run, pieces in told.items():

@@ -47,7 +47,7 @@ def test_what_changes_is_told() -> None:
 
 
 def half_way(*_: object) -> None:
-    raise LlmpyError("half way")
+    raise LlmpyError("train.x", "half way")
 
 
 def test_a_new_run_leaves_its_record_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

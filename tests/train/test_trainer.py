@@ -335,7 +335,7 @@ def test_what_serves_where_there_is_too_little(
     files[0].parent.mkdir()
     for file, size in zip(files, sizes, strict=True):
         write_shard(file, np.zeros(size, np.uint16))
-    data = prepare([tmp_path / "a"], tmp_path / "run", say=lambda _: None)
+    data = prepare([tmp_path / "a"], tmp_path / "run", log=lambda _: None)
     with pytest.raises(LlmpyError, match=said):
         check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **told))
 
@@ -710,8 +710,8 @@ def test_a_folder_with_other_files_is_left_alone(options: Options, tmp_path: Pat
     assert (tmp_path / "run" / "train.bin").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("fault", ["too long a row", "good"])
-def test_input_inside_the_run_folder_survives(options: Options, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("error", ["too long a row", "good"])
+def test_input_inside_the_run_folder_survives(options: Options, tmp_path: Path, error: str) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for name in ("train.bin", "val.bin"):
@@ -720,7 +720,7 @@ def test_input_inside_the_run_folder_survives(options: Options, tmp_path: Path, 
     (run / "main.log").write_text("precious\n")
     before = contents(run)
     with pytest.raises(LlmpyError):
-        assemble.train(options(data=(run,), sequence_length=16 if fault == "good" else 1000), Laptop())
+        assemble.train(options(data=(run,), sequence_length=16 if error == "good" else 1000), Laptop())
     assert contents(run) == before
 
 
@@ -963,7 +963,7 @@ def test_a_best_model_that_cannot_be_written_ends_no_run(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
-        raise LlmpyError("cannot write best.safetensors: No space left on device", "free some space")
+        raise LlmpyError("train.x", "cannot write best.safetensors: No space left on device", "free some space")
 
     monkeypatch.setattr(checkpoint, "write_model", full)
     assert assemble.train(options(steps=2), Laptop()) == 0

@@ -153,7 +153,7 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     browser.until(f"{STEP % 0} === 123456")
     assert browser.run("document.getElementById('status').textContent") == ""
     assert browser.run("window.never") == "reloaded"
-    assert [f for f in browser.faults if "ERR_CONNECTION_REFUSED" not in f] == []
+    assert [f for f in browser.errors if "ERR_CONNECTION_REFUSED" not in f] == []
 
 
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script></pre><b>%{x}&amp;"
@@ -186,7 +186,7 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
         assert browser.run(alien) == 0 and browser.run("({}).polluted") is None
         share = browser.run("[...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)")
         assert len(share) == 4 and not any("hare" in title or "loud" in title for title in share)
-        assert browser.faults == []
+        assert browser.errors == []
         if place == address:
             assert browser.run("document.querySelector('#samples pre').textContent") == EVIL
             assert EVIL[:60] in browser.run(ROW)  # the model of config.json
@@ -194,8 +194,8 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
             script = "Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'})"
             browser.run(f"document.body.append({script})")  # one that came in nevertheless would not run
             assert browser.run("window.ran") is None
-            assert any("Content Security Policy" in fault for fault in browser.faults)
-            browser.faults.clear()
+            assert any("Content Security Policy" in error for error in browser.errors)
+            browser.errors.clear()
 
 
 def test_controls_and_colours(tmp_path: Path, browser: Browser, serve: Serve) -> None:
@@ -221,7 +221,7 @@ def test_controls_and_colours(tmp_path: Path, browser: Browser, serve: Serve) ->
     light = browser.run(f"[{back}, {ink}]")
     browser.dark(True)
     browser.until(f"{back} !== '{light[0]}' && {ink} !== '{light[1]}'")
-    assert browser.faults == []
+    assert browser.errors == []
 
 
 def test_a_run_without_numbers(tmp_path: Path, browser: Browser, serve: Serve) -> None:
@@ -229,4 +229,4 @@ def test_a_run_without_numbers(tmp_path: Path, browser: Browser, serve: Serve) -
     _, address = serve(str(tmp_path))
     browser.go(address)
     browser.until("document.getElementById('status').textContent === 'no numbers yet'")
-    assert browser.faults == []
+    assert browser.errors == []

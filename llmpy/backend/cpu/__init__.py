@@ -59,11 +59,11 @@ class CPU:
         if dtype == "auto":
             dtype = native_dtype()
         if dtype not in ("float32", "bfloat16"):
-            raise LlmpyError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or auto")
+            raise LlmpyError("backend.x", f"unknown dtype {dtype!r}", "Use float32, bfloat16 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = cores() if threads is None else threads
         if not 1 <= self.threads <= pool.MOST:
-            raise LlmpyError(f"{self.threads} threads", f"use --threads between 1 and {pool.MOST}")
+            raise LlmpyError("backend.x", f"{self.threads} threads", f"Use --threads between 1 and {pool.MOST}")
         self.isa = simd.HOST.name
         jit.hire(self.threads)
         self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))
@@ -271,7 +271,7 @@ class CPU:
         names = (name for name, _ in _smallest_calls(self) if name not in DECODING_ALONE)
         return all(jit.is_cached(name, str(self.dtype)) for name in names)
 
-    def warm_up(self, say: Callable[[str], None], decoding: bool = False) -> None:
+    def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
         """Compile or load the kernels of training, or of `decoding`, by running each on the smallest arrays.
 
         Says what has to be compiled.
@@ -281,10 +281,10 @@ class CPU:
         missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
         if missing:
             again = "once" if jit.CACHE_FOLDER else "at every start: there is no folder to keep them (LLMPY_CACHE_DIR)"
-            say(f"compiling {len(missing)} kernels for this machine ({self.isa}, {self.dtype}), {again}")
+            log(f"compiling {len(missing)} kernels for this machine ({self.isa}, {self.dtype}), {again}")
         for name, call in calls:
             if name in missing:
-                say(f"  {missing.index(name) + 1}/{len(missing)} {name}")
+                log(f"  {missing.index(name) + 1}/{len(missing)} {name}")
             call()
             jit.mark_cached(name, str(self.dtype))
 

@@ -1,0 +1,20 @@
+"""Expect an error by its stable code, so that wording stays free to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from llmpy.errors import LlmpyError
+
+
+@contextmanager
+def refused(code: str, *names: object) -> Iterator[pytest.ExceptionInfo[LlmpyError]]:
+    """Expect an LlmpyError of this code whose text holds every one of `names`: a path, a value, a flag."""
+    with pytest.raises(LlmpyError) as caught:
+        yield caught
+    assert caught.value.code == code, caught.value
+    missing = [str(name) for name in names if str(name) not in str(caught.value)]
+    assert not missing, f"{caught.value} does not name {missing}"
