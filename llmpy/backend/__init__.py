@@ -1,20 +1,18 @@
-"""THE SEAM: every operation that a model may ask of a machine. `load("cpu")` returns one machine.
+"""THE SEAM: every operation that a model may call. `load("cpu")` returns a backend that implements them.
 
-Outputs come first. Each output is written by one of two contracts, stated with it:
-`:=` overwrites whatever was there; `+=` adds to it. Parameter gradients (dweight, dbias, dwte, dwpe)
-are `:=` when `accumulate` is False, the first micro-step, and `+=` when it is True.
+Outputs come first. Each follows one of two contracts, stated where it is declared: `:=` overwrites, `+=` adds.
+Parameter gradients (dweight, dbias, dwte, dwpe) are `:=` if `accumulate` is False (the first micro-step), else `+=`.
 
-Dimensions: B batch, T time, C channels, NH heads, V vocabulary, Vp padded vocabulary, OC output
-channels; BT = B·T rows. Any leading shape that multiplies to BT may stand for BT. Arrays are
-C-contiguous; tokens and targets are int32.
+Dimensions: B batch, T time, C channels, NH heads, V vocabulary, Vp padded vocabulary, OC output channels; BT = B·T
+rows. Any leading shape of product BT may replace BT. Arrays are C-contiguous; tokens and targets are int32.
 
-Floats are of two types. `wide` holds parameters, their gradients and moments, biases, the residual stream
-(resid, inp1, inp of LayerNorm, dinp of its backward), statistics and losses; `dtype` holds all that products
-read or write (weight, wte, wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, GELU's inp). On the CPU `wide` is
-float32 and `dtype` float32 or bfloat16; in the reference both are float64, float32 or complex128.
+Floats have two types. `wide`: parameters, their gradients and moments, biases, the residual stream (resid, inp1, inp
+of LayerNorm, dinp of its backward), statistics, losses. `dtype`: all operands and results of products (weight, wte,
+wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, GELU's inp). On the CPU `wide` is float32 and `dtype` float32
+or bfloat16; in the reference both are float64, float32 or complex128.
 
-Operations trust their caller: token ids are checked where data enters (`data.shards`), shapes where
-arenas are made (`gpt2`), because compiled kernels check no bounds.
+Operations trust their caller, because compiled kernels check no bounds: `data.shards` checks token ids, and shapes
+are checked where arenas are made (`gpt2`).
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from typing import Any, Protocol
 
 from ..errors import LlmpyError
 
-Array = Any  # a NumPy array, or whatever a device backend hands out
+Array = Any  # a NumPy array, or the array type of a device backend
 
 
 class Ops(Protocol):
@@ -35,31 +33,31 @@ class Ops(Protocol):
     wide: Any
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
-        """Uninitialised memory of this backend, aligned for its vectors."""
+        """Return uninitialised memory of this backend, aligned for its vectors."""
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
-        """As `empty`, but 0. Pages come from the system when they are first used, by the threads that use them."""
+        """Return zeros. Pages are mapped on first touch, by the thread that touches them."""
 
     def to_host(self, x: Array) -> Any:
-        """The same values as a NumPy array (no copy where the backend lives in host memory)."""
+        """Return the values as a NumPy array, without a copy if the backend lives in host memory."""
 
     def zero(self, x: Array) -> None:
         """x := 0."""
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        """Run what calls operations, and return what makes the same calls again, on the same arrays as they are then.
+        """Run `run`, and return a function that repeats its operations on the same arrays with their current contents.
 
-        What `run` does besides is not done again. Only operations without a number among their results or arguments.
+        Other side effects of `run` are not repeated. Operations with scalar arguments or results cannot be captured.
         """
 
     def narrow(self, out: Array, x: Array) -> None:
-        """out (dtype) := x (wide), rounded to nearest even; nothing to do where out is x."""
+        """out (dtype) := x (wide), rounded to nearest even; a no-op if out is x."""
 
     def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array) -> None:
         """out (B, T, C) := wte[token] + wpe[t].  tokens (B, T), wte (Vp, C), wpe (≥T, C)."""
 
     def embedding_backward(self, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool) -> None:
-        """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position, rows beyond T get 0 or keep theirs.
+        """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position; with `:=`, rows beyond T become 0.
 
         dwte is always `+=`: the head shares it and writes first.
         """
@@ -95,14 +93,14 @@ class Ops(Protocol):
         """dinp (BT, C) += (joins the residual stream);  dweight (C,), dbias (C,) by `accumulate`."""
 
     def gelu_forward(self, out: Array, inp: Array) -> None:
-        """out (n…) := GELU(inp), the tanh form; bitwise what `linear_forward` makes of the same pre_gelu."""
+        """out (n…) := GELU(inp), the tanh form; bitwise identical to `linear_forward` on the same pre_gelu."""
 
     def linear_forward(
         self, out: Array, inp: Array, weight: Array, bias: Array | None, pre_gelu: Array | None = None
     ) -> None:
         """out (BT, OC) := inp (BT, C) · weight (OC, C)ᵀ + bias (OC,).
 
-        With `pre_gelu` (BT, OC): pre_gelu := that, and out := GELU(pre_gelu), the tanh form.
+        With `pre_gelu` (BT, OC): pre_gelu := that product, and out := GELU(pre_gelu), the tanh form.
         """
 
     def linear_backward(
@@ -118,39 +116,39 @@ class Ops(Protocol):
     ) -> None:
         """dinp (BT, C) := dout (BT, OC) · weight (OC, C);  dweight += doutᵀ · inp;  dbias += Σ_rows dout.
 
-        With `pre_gelu` (BT, C), inp was GELU(pre_gelu) and dinp is the gradient of pre_gelu:
+        With `pre_gelu` (BT, C), inp was GELU(pre_gelu), and dinp is the gradient of pre_gelu:
         dinp := (dout · weight) ∘ GELU′(pre_gelu).  dweight and dbias by `accumulate`.
         """
 
     def attention_forward(self, out: Array, stats: Array, qkv: Array) -> None:
         """out (B, T, C), stats (B, NH, T) := causal self-attention of qkv (B, T, 3C), scale 1/√HS.
 
-        stats is the log-sum-exp of every row of scaled scores; NH is read from its shape.
+        stats is the log-sum-exp of each row of scaled scores; its shape gives NH.
         """
 
     def attention_backward(self, dqkv: Array, dout: Array, qkv: Array, out: Array, stats: Array) -> None:
-        """dqkv (B, T, 3C) := gradient, recomputing probabilities from stats."""
+        """dqkv (B, T, 3C) := gradient; probabilities are recomputed from stats."""
 
     def packed_size(self, OC: int, C: int) -> int:
-        """Elements (dtype) of a packed weight (OC, C)."""
+        """Return the number of elements (dtype) of a packed weight (OC, C)."""
 
     def pack(self, packed: Array, weight: Array) -> None:
-        """packed (packed_size,) dtype := weight (OC, C) in the order in which few rows are fastest multiplied by it."""
+        """packed (packed_size,) dtype := weight (OC, C), in the layout that is fastest for few rows."""
 
     def packed_linear_forward(
         self, out: Array, inp: Array, packed: Array, bias: Array | None, pre_gelu: Array | None = None
     ) -> None:
-        """`linear_forward`, to the bit, with the weight as `pack` left it; for few rows, at the speed of memory."""
+        """`linear_forward`, bitwise identical, of a weight packed by `pack`; memory-bound for few rows."""
 
     def cache_fill(self, cache: Array, qkv: Array) -> None:
-        """cache (B, NH, 2, S, HS), keys and values by head: positions 0 … T−1 := those of qkv (B, T, 3C); T ≤ S."""
+        """cache (B, NH, 2, S, HS), keys and values by head: positions 0 … T−1 := qkv (B, T, 3C), T ≤ S."""
 
     def attention_decode(self, out: Array, cache: Array, qkv: Array, slots: Array, positions: Array) -> None:
-        """out (B, C) := causal self-attention of one query a sequence, as `attention_forward` has it, to the bit.
+        """out (B, C) := causal self-attention of one query per sequence, bitwise as `attention_forward`.
 
         qkv (B, 3C) is position t = positions[b] < S of the sequence in cache[slots[b]]; slots and positions (B,) are
-        int32, no slot twice. cache (≥B, NH, 2, S, HS): position t := the key and value of qkv; then the query sees
-        positions 0 … t, which must have been written.
+        int32, slots distinct. cache (≥B, NH, 2, S, HS): position t := the key and value of qkv. The query then
+        attends to positions 0 … t, which must be written.
         """
 
     def classifier(
@@ -165,12 +163,11 @@ class Ops(Protocol):
         scale: float,
         accumulate: bool,
     ) -> None:
-        """Head, softmax and cross-entropy, and their gradients, by chunks of rows.
+        """Head, softmax and cross-entropy, and their gradients, in chunks of rows.
 
-        losses (BT,) := −log softmax(inp (BT, C) · wte (Vp, C)ᵀ)[target] over the first V columns
-        (unscaled).  With dlogits = scale·(softmax − onehot):  dinp (BT, C) := dlogits · wte,
-        dwte (Vp, C) by `accumulate`, rows beyond V get zero gradient.  A target of −1 leaves its row
-        out: loss 0, gradient 0.  dinp and dwte both None: losses only.
+        losses (BT,) := −log softmax(inp (BT, C) · wte (Vp, C)ᵀ)[target] over the first V columns, unscaled.
+        With dlogits = scale·(softmax − onehot):  dinp (BT, C) := dlogits · wte,  dwte (Vp, C) by `accumulate`; rows
+        beyond V get zero gradient.  A target of −1 masks its row: loss 0, gradient 0.  dinp and dwte None: losses only.
         """
 
     def adamw(
@@ -195,11 +192,11 @@ class Ops(Protocol):
         """
 
     def global_norm(self, grad: Array) -> float:
-        """√Σ grad² of a flat (n,) array, in the same order of addition on every call."""
+        """√Σ grad² of a flat (n,) array, summed in the same order on every call."""
 
 
 def load(name: str = "cpu", **options: Any) -> Ops:
-    """A backend by name: "cpu" (Numba; options `threads`, `dtype`) or "reference" (NumPy; option `dtype`)."""
+    """Return a backend: "cpu" (Numba; options `threads`, `dtype`) or "reference" (NumPy; option `dtype`)."""
     if name == "cpu":
         from .cpu import CPU
 
@@ -208,4 +205,4 @@ def load(name: str = "cpu", **options: Any) -> Ops:
         from .reference import Reference
 
         return Reference(**options)
-    raise LlmpyError("backend.x", f"unknown backend {name!r}", "Use cpu or reference")
+    raise LlmpyError("option.unknown-backend", f"unknown backend {name!r}", "Use cpu or reference")

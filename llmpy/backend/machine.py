@@ -1,4 +1,4 @@
-"""What a backend reports of its machine, beside the operations of the seam."""
+"""The protocol of a backend that can train: the operations of the seam, and its machine."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from . import Ops
 
 
 class Machine(Ops, Protocol):
-    """A backend that can train: the operations, and what they run on. The one protocol of all that is handed one."""
+    """A backend that can train: the operations, and measurements of the machine they run on."""
 
     threads: int
     isa: str
 
     def compiled(self) -> bool:
-        """Whether the kernels of training are in the cache."""
+        """Return whether the kernels of training are in the cache."""
 
     def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
-        """Compile the kernels of training, or of decoding, that are not cached, and report that."""
+        """Compile the kernels of training, or of decoding, that are not cached, and log that."""
 
     def measure_peak(self) -> float:
-        """GFLOP/s of multiply-adds in its dtype over all threads, measured now (about 0.2 s)."""
+        """Measure GFLOP/s of multiply-adds in its dtype over all threads (about 0.2 s)."""
 
     def measure_bandwidth(self) -> float:
-        """GB/s of a stream over all threads, measured now: three arrays, two read and one written."""
+        """Measure GB/s of a stream over all threads: three arrays, two read and one written."""
 
     def measure_reading(self, x: Any) -> float:
-        """GB/s at which all threads read the array, measured now."""
+        """Measure GB/s at which all threads read the array."""
 
     def version_info(self) -> dict[str, str]:
-        """Versions of what computes, for the run's records."""
+        """Return versions of the software that computes, for the run's records."""

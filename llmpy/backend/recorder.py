@@ -1,10 +1,10 @@
-"""A backend that computes nothing: it notes which operations are asked of it, and on arrays of which shapes.
+"""A backend that computes nothing: it records which operations are called, and on which array shapes.
 
     ops = Recorder(np.float32)
     GPT2(config, cast(Ops, ops)).loss_and_grads(tokens, targets)
     ops.calls → [("embedding_forward", {"out": …, "tokens": …, "wte": …, "wpe": …}), …]
 
-Its arrays have a shape and a dtype but no memory, so that a model of any size can be recorded.
+Its arrays have a shape and a dtype but no memory, so a model of any size can be recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import Ops
 
 
 class Recorder:
-    """The operations of `backend.Ops`; `calls` holds (operation, arguments by their names in the seam)."""
+    """The operations of `backend.Ops`; `calls` lists (operation, arguments by name)."""
 
     name = "recorder"
     wide = np.dtype(np.float32)
@@ -29,7 +29,7 @@ class Recorder:
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return a read-only array whose elements are all one zero."""
+        """Return a read-only array of zeros that share one element."""
         return np.broadcast_to(np.zeros((), dtype), shape)
 
     zeros = empty
@@ -44,12 +44,12 @@ class Recorder:
         return run
 
     def narrow(self, out: np.ndarray, x: np.ndarray) -> None:
-        """Note a call, but for arrays that are one: there is nothing to do."""
+        """Record a call, unless out is x (a no-op)."""
         if out is not x:
             self.calls.append(("narrow", {"out": out, "x": x}))
 
     def __getattr__(self, name: str) -> Callable[..., float]:
-        """Return an operation that notes its calls; the number it returns stands for a global norm."""
+        """Return an operation that records its calls and returns 1.0, a stand-in for a global norm."""
         signature = inspect.signature(getattr(Ops, name))
 
         def note(*arguments: Any, **named: Any) -> float:

@@ -1,9 +1,9 @@
-"""The seam in plain NumPy: a specification to be read, and what every other backend is tested against.
+"""The seam in plain NumPy: a readable specification, and the reference for testing other backends.
 
-Any dtype. float64 is the yardstick. complex128 runs the forward operations for gradients without
-rounding noise: f′(x) = Im f(x + ih)/h, exact to machine precision at h = 1e-30 because nothing is
-subtracted. That needs every forward operation to be analytic: no abs, no conjugate, and comparisons
-on real parts only. Backward operations are analytic formulas over real arrays.
+Any dtype. float64 is the standard. complex128 runs forward operations for gradients without cancellation:
+f′(x) = Im f(x + ih)/h, exact to machine precision at h = 1e-30, since nothing is subtracted. Every forward
+operation must therefore be analytic: no abs, no conjugate, comparisons on real parts only. Backward operations
+are analytic formulas over real arrays.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-EPS = 1e-5  # of LayerNorm
+EPS = 1e-5  # in LayerNorm
 GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def rows(x: np.ndarray) -> np.ndarray:
-    """x (…, N) as (BT, N): a view, since arrays are contiguous."""
+    """Return x (…, N) as (BT, N): a view, since arrays are contiguous."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -44,9 +44,9 @@ def gelu_derivative(x: np.ndarray) -> np.ndarray:
 
 
 def exponentials(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """largest, e = exp(x − largest) and Σe over the last axis of x (…, N); largest and Σe are (…, 1).
+    """Return largest, e = exp(x − largest) and Σe over the last axis of x (…, N); largest and Σe are (…, 1).
 
-    Softmax is e/Σe and log Σ exp(x) is largest + log Σe; taking out the largest (real part) avoids overflow.
+    Softmax is e/Σe and log Σ exp(x) is largest + log Σe. Subtracting the largest real part avoids overflow.
     """
     largest = x.real.max(axis=-1, keepdims=True)
     e = np.exp(x - largest)
@@ -54,19 +54,19 @@ def exponentials(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def heads(x: np.ndarray, stats: np.ndarray, N: int) -> np.ndarray:
-    """x (BT, N·C), N tensors side by side in every row, as a view (N, B, NH, T, HS); stats (B, NH, T)."""
+    """Return x (BT, N·C), N tensors side by side in each row, as a view (N, B, NH, T, HS); stats (B, NH, T)."""
     B, NH, T = stats.shape
     return x.reshape(B, T, N, NH, -1).transpose(2, 0, 3, 1, 4)
 
 
 def causal_scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """q·kᵀ/√HS as (B, NH, T, T), and −∞ where a query would see a later key; q, k (B, NH, T, HS)."""
+    """Return q·kᵀ/√HS as (B, NH, T, T), −∞ for keys later than the query; q, k (B, NH, T, HS)."""
     T, HS = q.shape[2:]
     return np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / math.sqrt(HS), -np.inf)
 
 
 class Reference:
-    """Every operation of the seam; contracts and shapes are stated there (`backend/__init__.py`)."""
+    """Every operation of the seam; see `backend/__init__.py` for contracts and shapes."""
 
     name = "reference"
 
@@ -222,7 +222,7 @@ class Reference:
         dk[...] = ds.swapaxes(2, 3) @ q
         dv[...] = p.swapaxes(2, 3) @ do
 
-    # Decoding: the same with one position at a time; a packed weight is the weight
+    # Decoding: one position at a time; a packed weight is the weight itself
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         run()

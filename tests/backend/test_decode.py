@@ -1,4 +1,4 @@
-"""The operations of decoding: to the bit those of training, on every odd size."""
+"""The operations of decoding: bitwise identical to those of training, at every odd size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def machines(request: pytest.FixtureRequest) -> list[Any]:
 
 
 def guarded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A copy of x between canaries, and the bytes of all of it; in front stand 2 or 4 bytes more than a line."""
+    """Return a copy of x between canaries, and the whole buffer; x starts 2 or 4 bytes past a cache line."""
     buffer = np.full(x.size + 2 * GUARD, CANARY, x.dtype)
     buffer[GUARD : GUARD + x.size] = x.reshape(-1)
     return buffer[GUARD : GUARD + x.size].reshape(x.shape), buffer
@@ -35,7 +35,7 @@ def unharmed(buffer: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_packed_linear_has_the_bits_of_linear(machines: list[Any], case: Case) -> None:
-    """At any number of threads; NaN around the inputs and canaries around the outputs stay where they are."""
+    """At any number of threads. NaN around inputs has no effect; canaries around outputs survive."""
     call = prepare("linear_forward", case, dtype=machines[0].dtype)
     call.run(machines[1])
     want, a = call.args, prepare("linear_forward", case, dtype=machines[0].dtype).args
@@ -57,7 +57,7 @@ def test_packed_linear_has_the_bits_of_linear(machines: list[Any], case: Case) -
 
 
 def rows_of(case: Case, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """qkv (B, T, 3C), and what attention makes of it: out (B, T, C) in NaN yet, stats."""
+    """Return qkv (B, T, 3C), and outputs of attention filled with NaN: out (B, T, C), stats."""
     B, T = case.B, case.T
     qkv = Draw(dtype, 1).normal(B, T, 3 * case.C, std=1.5)
     return qkv, np.full((B, T, case.C), np.nan, qkv.dtype), np.full((B, case.NH, T), np.nan, np.float32)
@@ -65,7 +65,7 @@ def rows_of(case: Case, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("case", [*ATTENTION, Case(T=400, C=128, NH=2)], ids=str)
 def test_attention_of_one_query_has_the_bits_of_all(machines: list[Any], case: Case) -> None:
-    """Token by token into a cache of NaN, in slots of another order; nothing else of it is written."""
+    """Token by token into a cache of NaN, with slots reordered; nothing else in the cache is written."""
     qkv, want, stats = rows_of(case, machines[0].dtype)
     machines[1].attention_forward(want, stats, qkv)
     B, T, NH, HS = case.B, case.T, case.NH, case.C // case.NH

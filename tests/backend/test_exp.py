@@ -1,4 +1,4 @@
-"""exp and 2^z against float64, in units of the last place of the right answer."""
+"""exp and 2^z against float64, in units in the last place."""
 
 from __future__ import annotations
 

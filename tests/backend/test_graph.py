@@ -1,4 +1,4 @@
-"""Kernels called again without Python: the same bits, from arrays as they are then."""
+"""Kernels replayed without Python: bitwise identical results from the current array contents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def machines(request: pytest.FixtureRequest) -> list[Any]:
 
 
 class Work:
-    """LayerNorm of some rows, and two products with a bias and without."""
+    """LayerNorm of some rows, and two products, with and without a bias."""
 
     def __init__(self, ops: Any, rows: int = 5, C: int = 37, OC: int = 101) -> None:
         self.ops = ops
@@ -62,7 +62,7 @@ def test_replayed_calls_have_the_bits_of_the_calls(machines: list[Any]) -> None:
             assert all(np.array_equal(a, b) for a, b in zip(work.results(), again.results(), strict=True))
 
 
-def test_capturing_runs_once_and_notes_no_more_afterwards(machines: list[Any]) -> None:
+def test_capturing_runs_once_and_stops_recording(machines: list[Any]) -> None:
     work = Work(machines[0])
     work.draw(3)
     work.run()
@@ -77,7 +77,7 @@ def test_capturing_runs_once_and_notes_no_more_afterwards(machines: list[Any]) -
     assert len(calls) == 3
 
 
-def test_what_another_thread_calls_is_not_noted(machines: list[Any]) -> None:
+def test_calls_of_another_thread_are_not_recorded(machines: list[Any]) -> None:
     work, elsewhere = Work(machines[0]), Work(machines[0])
     other = threading.Thread(target=elsewhere.run)
     with graph.recording() as calls:
@@ -88,7 +88,7 @@ def test_what_another_thread_calls_is_not_noted(machines: list[Any]) -> None:
     assert len(calls) == 3
 
 
-def test_an_interrupted_capture_ends_the_noting(machines: list[Any]) -> None:
+def test_an_interrupted_capture_stops_recording(machines: list[Any]) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -97,18 +97,18 @@ def test_an_interrupted_capture_ends_the_noting(machines: list[Any]) -> None:
     assert jit.notes.calls is None
 
 
-def test_what_is_noted_is_not_noted_twice(machines: list[Any]) -> None:
+def test_captures_do_not_nest(machines: list[Any]) -> None:
     work = Work(machines[0])
     replay = machines[0].capture(work.run)
-    with pytest.raises(RuntimeError, match="being noted already"):
+    with pytest.raises(RuntimeError, match="recorded"):
         machines[0].capture(lambda: machines[0].capture(work.run))
-    with pytest.raises(RuntimeError, match="cannot be noted"):
+    with pytest.raises(RuntimeError, match="replay"):
         machines[0].capture(replay)
     replay()
 
 
 def test_decoding_compiles_nothing(machines: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """After `warm_up`: an answer may be interrupted, LLVM at work may not."""
+    """After `warm_up`: generation may be interrupted, a compilation by LLVM may not."""
     model = GPT2(ModelConfig(layers=2, heads=2, channels=32, context=16, vocab_size=300), machines[1])
     initialise(model.params, model.config)
     model.store_weights()
@@ -138,7 +138,7 @@ def test_a_graph_keeps_its_arrays(machines: list[Any]) -> None:
     assert all((x == 7).all() for x in filler)
 
 
-def test_what_returns_a_number_or_takes_a_fraction_is_refused(machines: list[Any]) -> None:
+def test_floats_as_arguments_or_results_are_refused(machines: list[Any]) -> None:
     ops = machines[0]
     grad = np.ones(100, np.float32)
     with pytest.raises(TypeError, match="global_norm"):
@@ -161,7 +161,7 @@ def fail_on_three(threads, x):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_kernel_that_fails_is_not_passed_over(threads: int) -> None:
+def test_a_failing_kernel_raises(threads: int) -> None:
     jit.hire(threads)
     x = np.zeros(10)
     with graph.recording() as calls:

@@ -1,8 +1,7 @@
-"""Every row of the table of instruction sets: its microkernel in assembly, and the suite on those that run here.
+"""The table of instruction sets: the microkernel of each row in assembly, and the suite on rows that run here.
 
-LLVM compiles for machines that the host is not, so the inner loop of every row is looked at: it must hold one
-multiply-add for each accumulator, one load for each vector of B, one broadcast for each row of A, and keep all
-of them in registers.
+LLVM cross-compiles, so the inner loop of every row is inspected. It must hold one multiply-add per accumulator, one
+load per vector of B and one broadcast per row of A, and keep all of them in registers.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ AVX512 = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx2,+fma"
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU, and what its loops must look like. `isa` is its row of the table."""
+    """A CPU, and the instructions its loops must have. `isa` is its row of the table."""
 
     isa: str
     cpu: str
@@ -40,10 +39,10 @@ class Target:
     # The instruction that does one multiply-add, in float32 and in bfloat16.
     float32: str = "vfmadd231ps"
     bfloat16: str = "vfmadd231ps"
-    # Vectors that the bfloat16 loop may store to the stack, and read back, for one word of k: where the CPU has
-    # no bfloat16 product, the sums stand beside 2·NV halves of B, two of A and a mask, 24 + 9 of 32 registers or
-    # 12 + 7 of 16. Measured with LLVM 22, for 2·MR·NV multiply-adds. Tiles of 7 × 3 (AVX-512, NEON) and 4 × 2
-    # (AVX2) would spill nothing. In float32, and in bfloat16 where it is native, no row spills.
+    # Vectors that the bfloat16 loop may spill per word of k. Without a bfloat16 product, registers hold the sums,
+    # 2·NV halves of B, two of A and a mask: 24 + 9 of 32, or 12 + 7 of 16. Measured with LLVM 22, for 2·MR·NV
+    # multiply-adds. Tiles of 7 × 3 (AVX-512, NEON) and 4 × 2 (AVX2) would not spill. In float32 and native bfloat16
+    # no row spills.
     spilled: int = 0
 
     def __str__(self) -> str:
@@ -68,7 +67,7 @@ TARGETS = [
 ]
 
 
-def test_every_row_of_the_table_is_looked_at() -> None:
+def test_every_row_of_the_table_has_a_target() -> None:
     assert {t.isa for t in TARGETS} == {isa.name for isa in host.ISAS}
 
 
@@ -85,7 +84,7 @@ def target(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def simd(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module `simd` as the target's machine would import it."""
+    """Import `simd` as on the target's machine."""
     name = f"{host.__name__}_{target.isa.replace('-', '_')}"
     spec = importlib.util.spec_from_file_location(name, host.__file__)
     assert spec is not None
@@ -100,14 +99,14 @@ def simd(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Context:
-    """What the intrinsic asks of Numba's code generator."""
+    """The part of Numba's code generation context that the intrinsic uses."""
 
     def get_dummy_value(self) -> None:
         return None
 
 
 def assembly(simd: Any, target: Target, element: Any, strip: bool) -> str:
-    """The microkernel for whole panels (nv = NV), compiled as Numba does; A by rows, or a packed strip."""
+    """Compile the microkernel for whole panels (nv = NV) as Numba does; A by rows, or a packed strip."""
     like = types.Array(element, 2, "C")
     i64, rs_a = types.int64, types.none if strip else types.int64
     _, codegen = simd.microkernel._defn(
@@ -134,7 +133,7 @@ def assembly(simd: Any, target: Target, element: Any, strip: bool) -> str:
 
 
 def inner_loops(text: str) -> list[list[str]]:
-    """The instructions of every block that jumps to its own beginning."""
+    """Return the instructions of every block that jumps to its own start."""
     found: list[list[str]] = []
     labels: dict[str, int] = {}
     code: list[str] = []
@@ -154,18 +153,18 @@ VECTOR = re.compile(r"%[xyz]mm\d|\b[qvds]\d")
 
 
 def counts(loop: list[str]) -> dict[str, int]:
-    """How often a mnemonic stands in a loop."""
+    """Count each mnemonic in a loop."""
     mnemonics = [line.split()[0] for line in loop]
     return {m: mnemonics.count(m) for m in mnemonics}
 
 
 def spills(loop: list[str]) -> list[str]:
-    """Instructions that move a vector to or from the stack."""
+    """Return the instructions that move a vector to or from the stack."""
     return [line for line in loop if STACK.search(line) and VECTOR.search(line)]
 
 
 def stores(lines: list[str]) -> int:
-    """Vectors that these instructions store: AT&T's destination stands last, Arm's `stp` stores two."""
+    """Count the vectors that these instructions store: AT&T's destination is last, Arm's `stp` stores two."""
     return sum(
         1 + line.startswith("stp") if line.startswith("st") else line.endswith(")") and line.startswith(("vmov", "mov"))
         for line in lines
@@ -177,7 +176,7 @@ def stores(lines: list[str]) -> int:
 def test_the_inner_loop(simd: Any, target: Target, dtype: str, strip: bool) -> None:
     assert target.isa == simd.HOST.name, "the table has another row for this CPU"
     text = assembly(simd, target, types.float32 if dtype == "float32" else types.uint16, strip)
-    loop = max(inner_loops(text), key=len)  # shorter ones: narrower tiles, and the odd word of a loop that takes two
+    loop = max(inner_loops(text), key=len)  # shorter loops are narrower tiles and remainders
     has = counts(loop)
     instruction = target.float32 if dtype == "float32" else target.bfloat16
     emulated = dtype == "bfloat16" and not simd.HOST.bf16
@@ -186,10 +185,10 @@ def test_the_inner_loop(simd: Any, target: Target, dtype: str, strip: bool) -> N
     if simd.HOST.ahead:
         assert turns == simd.TOGETHER, has
         assert sum(n for m, n in has.items() if m.startswith("prefetch")) == turns
-        # What a step does beside its products, loads and jumps: more would hold these up.
+        # Other instructions of a step: more would delay its products and loads.
         assert emulated or len(loop) <= turns * (a_turn + simd.NV + simd.MR + 8), len(loop)
     else:
-        assert turns in (1, 2), has  # LLVM takes two words a turn where the CPU gains by it
+        assert turns in (1, 2), has  # LLVM unrolls by two where the CPU gains by it
     others = [
         m for m in has if re.match(r"v?(fn?m(add|sub|l)|mul[ps]|fmul|dp\w*ps|bfdot|f?div)", m) and m != instruction
     ]
@@ -200,10 +199,10 @@ def test_the_inner_loop(simd: Any, target: Target, dtype: str, strip: bool) -> N
     assert all(width in line for line in loop if line.startswith(instruction))
     spilled = spills(loop)
     if emulated and target.spilled:
-        assert 0 < stores(spilled) <= target.spilled * turns, spilled  # 0: then say so in TARGETS
+        assert 0 < stores(spilled) <= target.spilled * turns, spilled  # 0: update TARGETS
     else:
         assert not spilled
-        # Nothing else touches a vector: loads of B, broadcasts of A, and for emulated bfloat16 their halves.
+        # Vector accesses: loads of B, broadcasts of A, and for emulated bfloat16 their halves.
         loads = [line for line in loop if VECTOR.search(line) and re.search(r"\(%|\[x", line)]
         vectors, rows = simd.NV, simd.MR
         if target.machine == "aarch64":  # ldp loads two
@@ -212,7 +211,7 @@ def test_the_inner_loop(simd: Any, target: Target, dtype: str, strip: bool) -> N
 
 
 def test_the_counters_count() -> None:
-    """What would be missed if a pattern above stopped matching."""
+    """Fails if a pattern above stops matching."""
     x86 = "f:\n\tmovq\t%rax, %rbx\n.LBB0_1:\n\tvmovups\t%zmm1, -64(%rsp)\n\tvandps\t(%rsp), %zmm1, %zmm0\n\tjl\t.LBB0_1"
     arm = "f:\n.LBB0_3:\n\tstp\tq9, q0, [sp, #96]\n\tldr\tq8, [sp]\n\tldr\tx8, [sp]\n\tb.lt\t.LBB0_3\n\tret"
     for text, length, moved, stored in ((x86, 3, 2, 1), (arm, 4, 2, 2)):
@@ -222,7 +221,7 @@ def test_the_counters_count() -> None:
         assert stores(spills(loop)) == stored
 
 
-# The suite, in a process of its own that takes the CPU for another one.
+# The suite, in a subprocess that compiles for another CPU.
 
 RUNS = [
     Target("avx2", "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2,+sse4.1,+popcnt"),
@@ -230,7 +229,7 @@ RUNS = [
     Target("avx512", "skylake-avx512", AVX512 + ",+avx,+f16c,+bmi,+bmi2,+sse4.2,+sse4.1,+popcnt"),
 ]
 SHORT = "linear_forward or rounding or widening"
-# Chooses as the environment says, then runs the tests; fails if that was not the row that was meant.
+# Run the tests; fail if the environment selected another row than intended.
 PROGRAM = """
 import sys, pytest
 from llmpy.backend.cpu import simd
@@ -262,12 +261,12 @@ def run_suite(target: Target, *selection: str) -> None:
 
 @pytest.mark.parametrize("target", RUNS[:2], ids=str)
 def test_products_and_conversions_on_other_cpus(target: Target) -> None:
-    """What has code of its own for every row: packing, microkernels, exp, rounding. Both dtypes."""
+    """Code that differs per row: packing, microkernels, exp, rounding. Both dtypes."""
     run_suite(target, "-k", SHORT)
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("target", RUNS, ids=str)
 def test_everything_on_other_cpus(target: Target) -> None:
-    """A minute each when nothing is in the cache: `make test-isa`."""
+    """A minute each without a cache: `make test-isa`."""
     run_suite(target)

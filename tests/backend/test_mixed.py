@@ -1,12 +1,12 @@
 """Mixed precision: the CPU backend in bfloat16 against the float64 reference on the same inputs.
 
-Inputs are bfloat16 numbers, so every product of two is exact in float32, and sums are float32: before it is
-stored, a result differs from the reference by float32 noise and by what operands rounded inside the operation
-(P, dS, logits, dlogits) pass on. Rounding is monotone. So a stored output must lie between
+Inputs are bfloat16, so a product of two is exact in float32, and sums are float32. Before it is stored, a result
+differs from the reference by float32 noise and by the propagated rounding of operands inside the operation (P, dS,
+logits, dlogits). Rounding is monotone, so each stored element must lie between
 
     round(want − noise)   and   round(want + noise)
 
-element by element. With no operand rounded inside, that is the one correctly rounded number almost everywhere.
+With no operand rounded inside, that is the one correctly rounded number almost everywhere.
 `noise` is derived here for each operation, from U = 2⁻⁸: |round(x) − x| ≤ U·|x|.
 """
 
@@ -32,13 +32,13 @@ from llmpy.train.optimizer import AdamW
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 U = 2.0**-8
-# Of float32 sums, relative to the largest element: measured up to 3.3e-7 (dweight over 600 rows). Tighter than
-# in test_ops, where products are rounded too.
+# float32 sums, relative to the largest element: measured up to 3.3e-7 (dweight over 600 rows). Tighter than in
+# test_ops, where products are rounded too.
 FLOAT32 = 1e-6
-# Relative error of a whole tensor whose elements are rounded once: ulp/√12 against numbers anywhere between two
-# powers of 2, U/√3 at most and 0.42–0.44·U measured. Truncation would have 0.85·U.
+# Relative error of a tensor with elements rounded once: ulp/√12 against numbers anywhere between two powers of 2,
+# U/√3 at most and 0.42–0.44·U measured. Truncation would give 0.85·U.
 ROUNDED = 0.47 * U
-# The same where operands were rounded too; measured 0.468, 0.62 and 0.71 (dinp; dwte 0.56).
+# With operands rounded too; measured 0.468, 0.62 and 0.71 (dinp; dwte 0.56).
 ROUNDED_INSIDE = {"attention_forward": 0.5 * U, "attention_backward": 0.68 * U, "classifier": 0.78 * U}
 
 
@@ -53,11 +53,11 @@ def ops(machines: list[Any]) -> Any:
     return machines[1]
 
 
-# Values: what rounding inside an operation may add, element by element; `a` is the reference's call, after it ran.
+# Noise: error bounds from rounding inside an operation, per element; `a` holds the reference's results.
 
 
 def attention_noise(a: Args) -> dict[str, np.ndarray]:
-    """out = Σ_k P·v over float32 Σ_k P, and only the P that multiplies v is rounded: U·Σ_k P·|v|."""
+    """out = Σ_k P·v over float32 Σ_k P; only the P that multiplies v is rounded: U·Σ_k P·|v|."""
     qkv, C = a["qkv"].copy(), a["out"].shape[-1]
     qkv[..., 2 * C :] = np.abs(qkv[..., 2 * C :])
     bound = np.empty_like(a["out"])
@@ -68,7 +68,7 @@ def attention_noise(a: Args) -> dict[str, np.ndarray]:
 def attention_backward_noise(a: Args) -> dict[str, np.ndarray]:
     """dq = dS·k, dk = dSᵀ·q, dv = Pᵀ·dout with dS and P rounded: U·|dS|·|k| and so on.
 
-    dS itself is a difference, P∘(dP − D): float32 noise of |dP| + |D| comes with it.
+    dS is a difference, P∘(dP − D), which adds float32 noise of |dP| + |D|.
     """
     q, k, v = heads(a["qkv"], a["stats"], 3)
     o, do = heads(a["out"], a["stats"], 1)[0], heads(a["dout"], a["stats"], 1)[0]
@@ -88,8 +88,8 @@ def attention_backward_noise(a: Args) -> dict[str, np.ndarray]:
 def classifier_noise(a: Args) -> dict[str, np.ndarray]:
     """Logits x are rounded by δ ≤ U·|x|, dlogits once more.
 
-    loss = lse(x) − x[target] moves by at most Σpδ + δ[target];  p by p·(δ + Σpδ);  both times the growth
-    of p itself on the way, e^(2·max δ).
+    loss = lse(x) − x[target] moves by at most Σpδ + δ[target];  p by p·(δ + Σpδ);  both times the growth of p
+    along the way, e^(2·max δ).
     """
     V, inp, target = a["vocab_size"], rows(a["inp"]), a["targets"].reshape(-1)
     counted = np.flatnonzero(target >= 0)
@@ -141,9 +141,9 @@ def test_agrees_with_the_reference(ops: Any, op: str, case: Case, accumulate: bo
         assert result == pytest.approx(wanted, rel=FLOAT32)
     a, want = guarded.call.args, expected.args
     if op == "linear_forward" and want["pre_gelu"] is not None:
-        want["out"] = gelu(a["pre_gelu"].astype(np.float64))  # the seam: out is GELU of what is stored
+        want["out"] = gelu(a["pre_gelu"].astype(np.float64))  # contract: out is GELU of the stored value
     if op == "adamw":
-        want["stored"] = a["param"].astype(np.float64)  # to the bit
+        want["stored"] = a["param"].astype(np.float64)  # exactly
     inside = NOISE[op](want) if op in NOISE else {}
     for name in call.outputs:
         exactly = op == "narrow" or name == "stored"
@@ -175,7 +175,7 @@ def test_same_bits_at_any_number_of_threads(machines: list[Any], op: str, case: 
 
 
 def test_gelu_alone_has_the_bits_of_linear(ops: Any) -> None:
-    """What is computed again in backward is what forward had."""
+    """Backward recomputes the same GELU that forward had."""
     call = prepare("linear_forward", Case(T=63, C=129, OC=51, variant="bias gelu"), dtype=BF16)
     call.run(ops)
     again = np.full_like(call.args["out"], np.nan)
@@ -187,7 +187,7 @@ def test_gelu_alone_has_the_bits_of_linear(ops: Any) -> None:
 
 
 def narrowed(ops: Any, x: np.ndarray) -> np.ndarray:
-    """What `simd.to` makes of float32 numbers, as uint16; once more in pieces too short for vectors."""
+    """Convert float32 by `simd.to`, to uint16; also in pieces too short for vectors."""
     out = np.full(x.size, np.nan, BF16)
     ops.narrow(out, x)
     for start in range(0, 200, 7):
@@ -198,7 +198,7 @@ def narrowed(ops: Any, x: np.ndarray) -> np.ndarray:
 
 
 def written(ops: Any, x: np.ndarray) -> np.ndarray:
-    """What `simd.write_row` makes of them: biases, to which a product of zeros adds 0. −0 becomes 0."""
+    """Convert by `simd.write_row`: biases plus a product of zeros. −0 becomes 0."""
     out = np.full((9, x.size), np.nan, BF16)
     ops.linear_forward(out, np.zeros((9, 2), BF16), np.zeros((x.size, 2), BF16), x)
     got = out.view(np.uint16)
@@ -207,7 +207,7 @@ def written(ops: Any, x: np.ndarray) -> np.ndarray:
 
 
 def check_conversion(got: np.ndarray, patterns: np.ndarray, flushed: bool = False) -> None:
-    """`flushed`: a subnormal number may have become 0."""
+    """Compare with ml_dtypes. `flushed`: subnormals may have become 0."""
     x = patterns.view(np.float32)
     nan = np.isnan(x)
     zeros = (patterns >> 16 & 0x8000).astype(np.uint16)
@@ -218,7 +218,7 @@ def check_conversion(got: np.ndarray, patterns: np.ndarray, flushed: bool = Fals
     assert np.array_equal(got[nan] & 0xFFC0, sign_and_quiet_nan)
 
 
-# Every bfloat16 (subnormals, ±0, ±∞ and NaN among them) followed by low halves around 0, ½ and 1 ulp, and random bits.
+# Every bfloat16 (with subnormals, ±0, ±∞, NaN) with low halves around 0, ½ and 1 ulp, and random bits.
 LOW = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
 PATTERNS = np.concatenate(
     [
@@ -234,7 +234,7 @@ def test_rounding(ops: Any, conversion: Callable[[Any, np.ndarray], np.ndarray])
 
 
 def test_rounding_of_operands() -> None:
-    """By one, by vectors, and alike but for a NaN's lower bits."""
+    """One by one and by vectors: identical except for a NaN's low bits."""
 
     @numba.njit
     def one_by_one(out: np.ndarray, x: np.ndarray) -> None:
@@ -254,8 +254,8 @@ def test_rounding_of_operands() -> None:
     assert np.array_equal(one[~np.isnan(x)], several[~np.isnan(x)])
 
 
-@pytest.mark.skipif(not simd.HOST.rounds, reason="this CPU's rounding keeps subnormal numbers")
-def test_products_take_what_operands_lose_as_zero(ops: Any) -> None:
+@pytest.mark.skipif(not simd.HOST.rounds, reason="this CPU's rounding keeps subnormals")
+def test_products_read_subnormals_as_zero(ops: Any) -> None:
     out = np.full((8, 48), np.nan, BF16)
     subnormal = np.full((8, 2), 1e-39).astype(BF16)
     assert subnormal.all()
@@ -264,13 +264,13 @@ def test_products_take_what_operands_lose_as_zero(ops: Any) -> None:
 
 
 def test_rounding_at_the_ends(ops: Any) -> None:
-    """The table by hand, so that a error that ml_dtypes shares would show."""
+    """A table by hand, to catch an error shared with ml_dtypes."""
     table = {
         0x3F808000: 0x3F80,  # 1 + ½ ulp: a tie, to even, down
         0x3F818000: 0x3F82,  # a tie, to even, up
         0x3F808001: 0x3F81,
         0xBF818000: 0xBF82,
-        0x7F7F7FFF: 0x7F7F,  # just below half-way between the largest bfloat16 and 2¹²⁸
+        0x7F7F7FFF: 0x7F7F,  # just below halfway between the largest bfloat16 and 2¹²⁸
         0x7F7FFFFF: 0x7F80,  # the largest float32: overflows to ∞
         0xFF7FFFFF: 0xFF80,
         0x7F800000: 0x7F80,
@@ -279,8 +279,8 @@ def test_rounding_at_the_ends(ops: Any) -> None:
         0x80000001: 0x8000,
         0x00008001: 0x0001,
         0x007FFFFF: 0x0080,  # a subnormal that rounds up to a normal number
-        0x7F800001: 0x7FC0,  # a signalling NaN whose payload is in the half that is lost
-        0xFFFFFFFF: 0xFFFF,  # adding the rounding to this one would give 0
+        0x7F800001: 0x7FC0,  # a signalling NaN with its payload in the low half
+        0xFFFFFFFF: 0xFFFF,  # rounding it as a number would give 0
     }
     x = np.array(list(table), np.uint32).view(np.float32)
     assert [hex(y) for y in narrowed(ops, x)] == [hex(y) for y in table.values()]
@@ -288,7 +288,7 @@ def test_rounding_at_the_ends(ops: Any) -> None:
 
 
 def test_widening_of_every_bfloat16(ops: Any) -> None:
-    """simd.f32, by way of an embedding to which −0 is added."""
+    """simd.f32, by way of an embedding plus −0."""
     wte = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256).view(BF16)
     tokens, out = np.arange(256, dtype=np.int32).reshape(1, 256), np.full((256, 256), np.nan, np.float32)
     ops.embedding_forward(out, tokens, wte, np.full((256, 256), -0.0, BF16))
@@ -302,7 +302,7 @@ def test_wide_is_float32(ops: Any) -> None:
     assert ops.dtype == BF16
     assert ops.wide == np.float32
     x = np.ones(3, np.float32)
-    load("cpu", threads=1).narrow(x, x)  # in float32 what products read are the parameters themselves
+    load("cpu", threads=1).narrow(x, x)  # in float32, products read the parameters themselves
 
 
 # NaN in, NaN out.
@@ -347,7 +347,7 @@ def test_nan_goes_where_the_reference_has_it(ops: Any, op: str, name: str) -> No
 
 
 def test_nan_in_attention(ops: Any) -> None:
-    """As test_ops: a query poisons its row, a key every later query, a value its column."""
+    """As in test_ops: NaN in a query reaches its row, in a key every later query, in a value its column."""
     B, T, C, NH, HS = 2, 71, 36, 3, 12
     t, head = 40, slice(HS, 2 * HS)
 
@@ -389,26 +389,26 @@ def test_nan_in_classifier(ops: Any) -> None:
 
 
 def test_attention_of_sharp_scores(ops: Any) -> None:
-    """Scores in the thousands: P is one-hot, so out is a value vector and rounding it changes nothing."""
+    """Scores in the thousands: P is one-hot, so out is a value vector and exact in bfloat16."""
     call = prepare("attention_forward", Case(T=65, C=34, NH=2), dtype=BF16)
     call.args["qkv"][:, :68] *= np.array(30, BF16)
     expected = call.astype(np.float64)
     expected.run(REF)
     call.run(ops)
-    # float32 holds scores near 4000 to 2e-4, and exp turns that into a relative error of a probability.
+    # float32 holds scores near 4000 to 2e-4, which exp turns into a relative error of a probability.
     noise = attention_noise(expected.args)["out"] + 1e-3
     check_stored("out", call.args["out"], expected.args["out"], noise)
     assert np.abs(call.args["stats"] - expected.args["stats"]).max() <= FLOAT32 * np.abs(expected.args["stats"]).max()
 
 
-# The whole model, at sizes that divide by nothing.
+# The whole model, at odd sizes.
 
 ODD = ModelConfig(layers=2, heads=4, channels=100, context=40, vocab_size=97)
 B, T = 3, 37
 
 
 class StoredReference(Reference):
-    """The float64 reference with bfloat16 wherever the seam stores: the error that no backend can avoid."""
+    """The float64 reference with bfloat16 storage as in the seam: the error that no backend can avoid."""
 
     def __init__(self) -> None:
         super().__init__(np.float64)
@@ -416,12 +416,12 @@ class StoredReference(Reference):
 
 
 def through_float64(op: str) -> Callable[..., Any]:
-    """An operation of the reference that reads bfloat16 arrays in float64, and rounds what it wrote to them."""
+    """Return an operation that reads bfloat16 arrays as float64, and rounds its results to them."""
 
     def run(self: StoredReference, *args: Any, **named: Any) -> Any:
         given = [*args, *named.values()]
         stored = [isinstance(x, np.ndarray) and x.dtype == BF16 for x in given]
-        with np.errstate(invalid="ignore"):  # outputs that hold no numbers yet
+        with np.errstate(invalid="ignore"):  # uninitialised outputs
             exact = [x.astype(np.float64) if s else x for x, s in zip(given, stored, strict=True)]
         result = getattr(Reference, op)(self, *exact)
         for x, value, s in zip(given, exact, stored, strict=True):
@@ -443,7 +443,7 @@ def mixed(threads: int = 2, ops: Any = None) -> GPT2:
 
 
 def errors(model: GPT2, exact: GPT2, tokens: np.ndarray) -> dict[str, float]:
-    """Relative error ‖got − want‖/‖want‖ of every gradient tensor, and of logits."""
+    """Return the relative error ‖got − want‖/‖want‖ of every gradient tensor, and of logits."""
     assert model.grads is not None
     assert exact.grads is not None
     pairs = {t.name: (g, getattr(exact.grads, t.name)) for t, g in model.grads.items()}
@@ -452,10 +452,10 @@ def errors(model: GPT2, exact: GPT2, tokens: np.ndarray) -> dict[str, float]:
 
 
 def test_model_agrees_with_the_reference() -> None:
-    """The loss to 0.5 %; gradients as close to float64's as bfloat16 storage allows, tensor by tensor.
+    """The loss to 0.5 %; gradients as close to float64 as bfloat16 storage allows, tensor by tensor.
 
-    Measured: the loss to 3e-5; errors of 0.4 % (ln_f_b) to 3.2 % (attn_qkv_w), two thirds of it from rounding the
-    weights; 0.96 to 1.06 times those of the reference that stores bfloat16, which rounds neither P nor logits.
+    Measured: the loss to 3e-5; errors of 0.4 % (ln_f_b) to 3.2 % (attn_qkv_w), two thirds of them from rounding the
+    weights; 0.96 to 1.06 times those of the reference with bfloat16 storage, which rounds neither P nor logits.
     """
     tokens, targets = batch(ODD, B, T)
     exact, fast, stored = build(ODD, load("reference")), mixed(), mixed(ops=StoredReference())
@@ -476,7 +476,7 @@ def test_evaluation_and_training_have_the_same_bits() -> None:
     assert lean == model.loss_and_grads(tokens, targets) == model.loss(tokens, targets)
 
 
-def test_gradients_do_not_depend_on_what_was_there() -> None:
+def test_gradients_do_not_depend_on_old_contents() -> None:
     tokens, targets = batch(ODD, B, T)
     model = mixed()
     model.loss_and_grads(tokens, targets)
@@ -491,7 +491,7 @@ def test_gradients_do_not_depend_on_what_was_there() -> None:
 
 @pytest.mark.parametrize("micro_steps", [2, 3])
 def test_micro_batches_add_up_to_the_batch(micro_steps: int) -> None:
-    """Rows do not meet before the sums over them, which are float32: the same tolerance as in float32."""
+    """Rows meet only in float32 sums: the same tolerance as in float32."""
     tokens, targets = batch(ODD, B=6, T=17)
     whole, parts = mixed(), mixed()
     want = whole.loss_and_grads(tokens, targets)
@@ -509,7 +509,7 @@ def test_micro_batches_add_up_to_the_batch(micro_steps: int) -> None:
 
 
 def train(threads: int, steps: int = 20) -> tuple[GPT2, list[float]]:
-    """The model and its losses after some AdamW steps on two batches in turn."""
+    """Return the model and its losses after AdamW steps alternating between two batches."""
     model = mixed(threads)
     model.reserve(B, T, training=True)
     optimizer = AdamW(model)

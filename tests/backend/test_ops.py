@@ -1,7 +1,7 @@
-"""The CPU backend, float32, against the float64 reference: values, gradients, contracts, bounds, bits.
+"""The CPU backend in float32 against the float64 reference: values, gradients, contracts, bounds, determinism.
 
-Relative error is the largest absolute difference over the largest absolute value of the reference
-tensor: single elements near zero carry the rounding of the large ones they were summed from.
+Relative error is the largest absolute difference over the largest absolute value of the reference tensor: elements
+near zero carry the rounding of the large ones they were summed from.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def test_memory_of_the_backend(ops: Any) -> None:
         assert not fresh.any()
 
 
-# NaN and infinity: what IEEE arithmetic says, and not what fast-math would make of it.
+# NaN and infinity: as in IEEE arithmetic, not fast-math.
 
 
 def poisoned(ops: Any, op: str, case: Case, name: str, where: Any) -> dict[str, Any]:
-    """The arguments of a case after a run with NaN at one place of one input and outputs that were 0."""
+    """Run a case with NaN at one place of one input and outputs of 0; return its arguments."""
     call = prepare(op, case)
     for output in call.outputs:
         call.args[output].fill(0)
@@ -91,7 +91,7 @@ def poisoned(ops: Any, op: str, case: Case, name: str, where: Any) -> dict[str, 
     return call.args
 
 
-R = 4  # the row that is poisoned
+R = 4  # the poisoned row
 
 
 def test_nan_in_embedding(ops: Any) -> None:
@@ -160,7 +160,7 @@ def test_nan_in_classifier(ops: Any) -> None:
     a = poisoned(ops, "classifier", case, "inp", (R, 2))
     only(a["losses"], R)
     only(a["dinp"], R)
-    # Of the padding nothing is asked: a kernel that multiplies its zero dlogits by NaN makes NaN there too.
+    # Padding is not checked: zero dlogits times NaN may be NaN there.
     assert np.isnan(a["dwte"][:97]).all()
 
 
@@ -175,7 +175,7 @@ def test_nan_in_adamw_and_norm(ops: Any) -> None:
 
 
 def test_gelu_at_the_ends(ops: Any) -> None:
-    """GELU(∞) is ∞, GELU of a large x is x, of a large −x it is 0: also where x³ overflows."""
+    """GELU(∞) = ∞; GELU(x) = x for large x and 0 for large −x, also where x³ overflows."""
     x = np.array([[np.inf], [1e30], [1e4], [30], [-30], [-1e4], [-1e30]], np.float32)
     out, pre = np.full_like(x, np.nan), np.full_like(x, np.nan)
     with np.errstate(all="ignore"):
@@ -192,7 +192,7 @@ def test_gelu_at_the_ends(ops: Any) -> None:
 
 
 def classify(ops: Any, logits: list[float], target: int) -> tuple[float, np.ndarray]:
-    """Loss of one row with these logits, and its dlogits, both in float32."""
+    """Return loss and dlogits (float32) of one row with these logits."""
     V = len(logits)
     wte = np.array(logits, np.float32).reshape(V, 1)
     losses, dinp, dwte = np.zeros(1, np.float32), np.zeros((1, 1), np.float32), np.zeros((V, 1), np.float32)
@@ -203,7 +203,7 @@ def classify(ops: Any, logits: list[float], target: int) -> tuple[float, np.ndar
 
 
 def test_infinite_logits(ops: Any) -> None:
-    loss, dlogits = classify(ops, [0, -np.inf, 0, 0], target=2)  # probability 0: as if it were not there
+    loss, dlogits = classify(ops, [0, -np.inf, 0, 0], target=2)  # probability 0: no effect
     assert loss == pytest.approx(np.log(3), rel=TOLERANCE)
     assert np.allclose(dlogits, [1 / 3, 0, -2 / 3, 1 / 3], rtol=TOLERANCE)
     loss, _ = classify(ops, [0, -np.inf, 0, 0], target=1)
@@ -240,7 +240,7 @@ def test_attention_of_flat_and_of_sharp_scores(ops: Any, scale: float) -> None:
     expected = call.astype(np.float64)
     expected.run(REF)
     call.run(ops)
-    # float32 holds scores near 4000 to 2e-4, and exp turns that into a relative error of a probability.
+    # float32 holds scores near 4000 to 2e-4, which exp turns into a relative error of a probability.
     tolerance = TOLERANCE if scale < 1 else 1e-3
     for name in call.outputs:
         got, want = call.args[name], expected.args[name]

@@ -1,4 +1,4 @@
-"""The kernels that measure memory compute what they are named for."""
+"""The kernels that measure memory compute the sums they are named for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The threads that help: every item once, in ranges of their own, and asleep when there is nothing to do."""
+"""Helper threads: every item runs once, ranges belong to workers, idle helpers sleep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def helpers() -> None:
 @inline
 def _mark(worker, item, times, workers, rounds):
     once = 1.0
-    for _ in range(rounds):  # work that the compiler cannot leave out
+    for _ in range(rounds):  # work that the compiler cannot remove
         once = once * 0.5 + 0.5
     times[item] += once
     workers[item] = worker
@@ -30,12 +30,12 @@ def _mark(worker, item, times, workers, rounds):
 
 @jit.kernel
 def mark(threads, times, workers, rounds):
-    """times[item] += 1 and workers[item] := worker for every item, which takes some `rounds` of work."""
+    """times[item] += 1 and workers[item] := worker for every item, after some `rounds` of work."""
     fork(_mark, threads, times.shape[0], (times, workers, rounds))
 
 
 def marked(threads: int, items: int, rounds: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """How often each item was done, and by whom."""
+    """Return how often each item ran, and on which worker."""
     times, workers = np.zeros(items), np.full(items, -1)
     mark(threads, times, workers, rounds)
     return times, workers
@@ -51,25 +51,25 @@ def test_every_item_once(threads: int, items: int) -> None:
 
 
 def test_more_threads_than_helpers() -> None:
-    """Nobody comes for some of the ranges: those who are there do them."""
+    """Ranges without a worker are done by the others."""
     times, _ = marked(4 * THREADS, 999)
     assert (times == 1).all()
 
 
-def test_a_worker_begins_with_its_own_range() -> None:
-    """Of a worker that did most of its range, the first item of it is its own."""
+def test_a_worker_starts_with_its_own_range() -> None:
+    """If a worker did most of its range, it also did the first item."""
     items, end = 400, time.monotonic() + 60
     while True:
         times, workers = marked(2, items, rounds=50_000)
         assert (times == 1).all()
-        if (workers[items // 2 :] == 1).sum() > 0.8 * items / 2:  # one that came late would share it with worker 0
+        if (workers[items // 2 :] == 1).sum() > 0.8 * items / 2:  # a late helper would share it with worker 0
             assert workers[items // 2] == 1
             return
         assert time.monotonic() < end, "the helper never did its part"
 
 
 def test_kernels_of_several_threads_at_once() -> None:
-    """One has the helpers, the others work alone: nobody's items are lost or done twice."""
+    """One call has the helpers, the others run alone; no item is lost or repeated."""
     with ThreadPoolExecutor(3) as callers:
         results = list(callers.map(lambda _: marked(THREADS, 301)[0], range(600)))
     assert all((times == 1).all() for times in results)
@@ -82,7 +82,7 @@ def test_helpers_sleep_when_there_is_nothing_to_do() -> None:
     while pool._sleeping < helpers:
         assert time.monotonic() < end, f"{helpers - pool._sleeping} of {helpers} helpers still look for work"
         time.sleep(0.01)
-    for _ in range(50):  # and nothing but a kernel wakes them
+    for _ in range(50):  # only a kernel wakes them
         time.sleep(0.002)
         assert pool._sleeping == helpers
     assert (marked(THREADS, 64)[0] == 1).all()

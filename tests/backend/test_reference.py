@@ -1,7 +1,7 @@
-"""The reference's backward passes against the complex step through its own forward passes.
+"""The reference's backward passes against complex steps through its own forward passes.
 
-For L(θ) = Σ dout·forward(θ), the gradient along a direction d is Im L(θ + i·h·d)/h, exact to machine
-precision at h = 1e-30, since no difference is taken.
+For L(θ) = Σ dout·forward(θ), the gradient along a direction d is Im L(θ + i·h·d)/h, exact to machine precision at
+h = 1e-30, since nothing is subtracted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def residual_layernorm(call: Call, x: Values) -> Any:
 def linear(call: Call, x: Values) -> Any:
     dout, inp = call.args["dout"], x["inp"]
     if call.args["pre_gelu"] is not None:
-        # x["inp"] stands for pre_gelu, and the GELU is that of the forward pass behind an identity.
+        # x["inp"] is pre_gelu; its GELU is a forward pass through an identity weight.
         before, inp = blank(*inp.shape), blank(*inp.shape)
         COMPLEX.linear_forward(inp, x["inp"], np.eye(inp.shape[-1]), None, before)
     out = blank(*dout.shape)
@@ -74,7 +74,7 @@ def classifier(call: Call, x: Values) -> Any:
     return (losses * a["scale"]).sum()
 
 
-# Backward operation → the forward it differentiates (as L) and the inputs with respect to which.
+# Backward operation, its forward (as L), and the inputs to differentiate by.
 PAIRS: list[tuple[str, Callable[[Call, Values], Any], tuple[str, ...]]] = [
     ("embedding_backward", embedding, ("wte", "wpe")),
     ("layernorm_backward", layernorm, ("inp", "weight", "bias")),
@@ -100,7 +100,7 @@ def test_backward_is_the_complex_step(
         call.args[name].fill(0)
     call.run(REAL)
     rng = np.random.default_rng(2)
-    # The point of differentiation: anything for inputs that the gradient does not depend on (a bias).
+    # The point of differentiation; arbitrary for inputs the gradient does not depend on (a bias).
     x = {name: rng.normal(size=call.args["d" + name].shape) for name in wrt}
     x |= {name: call.args[name] for name in (*wrt, "weight") if name in call.args}
     if forward is residual_layernorm:
@@ -135,7 +135,7 @@ def test_softmax_survives_large_scores() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_is_the_sum_over_past_gradients(decay: float) -> None:
-    """m̂ and v̂ from their closed form, weighted means of all gradients so far, element by element."""
+    """m̂ and v̂ in closed form, as weighted means of all gradients so far, per element."""
     lr, beta1, beta2, eps, scale, n = 1e-2, 0.9, 0.95, 1e-8, 0.5, 5
     rng = np.random.default_rng(3)
     start, grads = rng.normal(size=n), rng.normal(size=(6, n))
@@ -170,6 +170,6 @@ def test_every_operation_of_the_seam_has_cases() -> None:
         "zero",
         "capture",
     }
-    # Held to the bits of linear_forward and attention_forward, on their cases, in test_decode.
+    # test_decode compares these bitwise with linear_forward and attention_forward.
     decoding = {"packed_size", "pack", "packed_linear_forward", "cache_fill", "attention_decode"}
     assert operations == set(CASES) | decoding

@@ -1,7 +1,7 @@
 """GPT-2 on both backends against an independent one in PyTorch: logits, gradients, ten AdamW steps.
 
-Optional: needs PyTorch. It runs there in float64, so that the differences are ours; parameters start from
-the same float32 values. The reference must agree to 1e-10, the CPU backend to float32's 1e-5.
+PyTorch is optional. It runs in float64 from the same float32 values, so differences are ours. The reference must
+agree to 1e-10, the CPU backend to 1e-5.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ F = torch.nn.functional
 CONFIG = ModelConfig(layers=2, heads=3, channels=48, context=40, vocab_size=97)
 TOLERANCE = {"reference": 1e-10, "cpu": 1e-5}
 LR, BETA1, BETA2, DECAY = 1e-3, 0.9, 0.95, 0.1
-# Adam divides a gradient by its own size: one that is nearly 0 moves its parameter by a whole lr in a
-# direction that float32's rounding chose. A larger eps damps those, and float64 proves the usual one.
+# Adam divides a gradient by its own size: one that is nearly 0 moves its parameter by a whole lr, in a direction
+# chosen by float32 rounding. A larger eps damps those; float64 covers the usual one.
 EPS = {"reference": 1e-8, "cpu": 1e-4}
 
 
 def torch_logits(p: dict[str, Any], tokens: Any) -> Any:
-    """Logits (B, T, V) from named parameters: the textbook GPT-2, on PyTorch's own layers."""
+    """Return logits (B, T, V) from named parameters: the textbook GPT-2, in PyTorch's own layers."""
     B, T = tokens.shape
     C, NH, V = CONFIG.channels, CONFIG.heads, CONFIG.vocab_size
     x = F.embedding(tokens, p["wte"]) + p["wpe"][:T]
@@ -59,12 +59,12 @@ def model(request: pytest.FixtureRequest) -> GPT2:
 
 @pytest.fixture
 def twin(model: GPT2) -> dict[str, Any]:
-    """The model's parameters as PyTorch leaves in float64."""
+    """Return the model's parameters as PyTorch leaves in float64."""
     return {t.name: torch.tensor(view, dtype=torch.float64, requires_grad=True) for t, view in model.params.items()}
 
 
 def batch(seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets (2, 33), int32, some targets left out."""
+    """Return tokens and targets (2, 33), int32, with some targets masked."""
     text = np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (2, 34), dtype=np.int32)
     targets = text[:, 1:].copy()
     targets[1, :4] = -1

@@ -1,4 +1,4 @@
-"""The CPU backend: the seam's operations, each one call of a compiled kernel, and the scratch they need."""
+"""The CPU backend: each operation of the seam calls one compiled kernel; scratch memory belongs to this class."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from . import (
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-NO_BIAS = np.empty(0, np.float32)  # "no array", for kernels that have one signature
-CLASSIFIER_ROWS = 512  # rows whose logits exist at one time
-# Kernels that decoding needs: some of training's, and its own, which training does not wait for.
+NO_BIAS = np.empty(0, np.float32)  # stands for an absent array: kernels have one signature
+CLASSIFIER_ROWS = 512  # rows of logits in memory at a time
+# Kernels of decoding: some of training, and some that only decoding compiles.
 DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
 DECODING = DECODING_ALONE | {
     "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
     "narrow",
 }  # fmt: skip
-# What a token consists of; made ready when the program starts, for a Ctrl-C would break LLVM at work.
+# Kernels of one decoded token, prepared at start: Ctrl-C must not interrupt LLVM.
 REPLAYED = {
     "layernorm_forward", "residual_layernorm_forward", "linear_forward", "packed_linear_forward", "attention_decode",
 }  # fmt: skip
@@ -45,12 +45,12 @@ FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
 def native_dtype() -> str:
-    """What dtype "auto" takes: bfloat16 where the CPU multiplies it natively, else float32."""
+    """Return the dtype that "auto" selects: bfloat16 if the CPU multiplies it natively, else float32."""
     return "bfloat16" if simd.HOST.bf16 else "float32"
 
 
 class CPU:
-    """Mixed precision (`dtype` "bfloat16") or float32, on `threads` threads (default: all cores of this process)."""
+    """float32 or mixed precision (`dtype` "bfloat16") on `threads` threads (default: all cores of this process)."""
 
     name = "cpu"
     wide = FLOAT32
@@ -59,11 +59,12 @@ class CPU:
         if dtype == "auto":
             dtype = native_dtype()
         if dtype not in ("float32", "bfloat16"):
-            raise LlmpyError("backend.x", f"unknown dtype {dtype!r}", "Use float32, bfloat16 or auto")
+            raise LlmpyError("option.unknown-dtype", f"unknown dtype {dtype!r}", "Use float32, bfloat16 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = cores() if threads is None else threads
         if not 1 <= self.threads <= pool.MOST:
-            raise LlmpyError("backend.x", f"{self.threads} threads", f"Use --threads between 1 and {pool.MOST}")
+            message = f"--threads {self.threads} is out of range"
+            raise LlmpyError("option.out-of-range", message, f"Use a number from 1 to {pool.MOST}")
         self.isa = simd.HOST.name
         jit.hire(self.threads)
         self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))
@@ -76,15 +77,15 @@ class CPU:
         self._decode_scratch = self.empty((self.threads, decode.LINEAR_SCRATCH), FLOAT32)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Uninitialised memory that begins on a cache line."""
+        """Return uninitialised memory aligned to a cache line."""
         return _aligned(np.empty, shape, dtype)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        """As `empty`, but 0; large arrays take no memory before they are used."""
+        """Return zeros aligned to a cache line; large arrays take no memory until they are used."""
         return _aligned(np.zeros, shape, dtype)
 
     def to_host(self, x: np.ndarray) -> np.ndarray:
-        """x itself."""
+        """Return x."""
         return x
 
     def zero(self, x: np.ndarray) -> None:
@@ -92,19 +93,19 @@ class CPU:
         x.fill(0)
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        """Without Python between the kernels."""
+        """See `backend.Ops`. The repeat runs without Python between kernels."""
         with graph.recording() as calls:
             run()
         return graph.Graph(calls)
 
     def _partials(self, count: int) -> np.ndarray:
-        """Room for partial sums; grows when a larger shape first comes along."""
+        """Return scratch for partial sums, grown for larger shapes."""
         if self._partial.size < count:
             self._partial = self.empty(count, FLOAT32)
         return self._partial
 
     def _packed_inputs(self, rows: int, columns: int) -> np.ndarray:
-        """Room for the panels that `linear_backward` shares; grows when a larger shape first comes along."""
+        """Return scratch for the panels shared within `linear_backward`, grown for larger shapes."""
         size = min(rows, simd.KC) * (columns + simd.LANES)
         if self._packed.size < size:
             self._packed = self.empty(size, FLOAT32)
@@ -117,7 +118,7 @@ class CPU:
         return self._attention_scratch
 
     def narrow(self, out: Any, x: Any) -> None:
-        """See `backend.Ops`, as for all that follow."""
+        """See `backend.Ops`, as for all operations below."""
         if out is not x:
             narrow_.narrow(self.threads, _bits(out).reshape(-1), x.reshape(-1))
 
@@ -238,21 +239,21 @@ class CPU:
         return float(global_norm.global_norm(self.threads, grad, partial))
 
     def measure_peak(self, seconds: float = 0.2) -> float:
-        """GFLOP/s of multiply-adds in this backend's dtype on all its threads, measured now."""
+        """Measure GFLOP/s of multiply-adds in this backend's dtype on all its threads."""
         return peak.measure(self.threads, self._none_1, self._partials(16 * self.threads), seconds)
 
     def measure_bandwidth(self) -> float:
-        """GB/s of a stream far larger than the caches on all threads of this backend, measured now; see `peak`."""
+        """Measure GB/s of a stream far larger than the caches on all threads; see `peak`."""
         a, b, c = (self.empty(peak.STREAM, FLOAT32) for _ in range(3))
         return peak.measure_bandwidth(self.threads, a, b, c)
 
     def measure_reading(self, x: Any) -> float:
-        """GB/s of reading x (n,), far more than the caches hold, on all threads of this backend, measured now."""
+        """Measure GB/s of reading x (n,), far larger than the caches, on all threads."""
         a = x.view(np.uint8)[: x.nbytes // 4 * 4].view(FLOAT32)
         return peak.measure_reading(self.threads, self._partials(-(-a.size // peak.READ_BLOCK)), a)
 
     def version_info(self) -> dict[str, str]:
-        """What a run's record should say about the code that computed it."""
+        """Return versions and settings of the code that computes, for the run's record."""
         import llvmlite
         import numba
 
@@ -267,21 +268,18 @@ class CPU:
         }
 
     def compiled(self) -> bool:
-        """Whether the kernels of training are in the cache."""
+        """Return whether the kernels of training are in the cache."""
         names = (name for name, _ in _smallest_calls(self) if name not in DECODING_ALONE)
         return all(jit.is_cached(name, str(self.dtype)) for name in names)
 
     def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
-        """Compile or load the kernels of training, or of `decoding`, by running each on the smallest arrays.
-
-        Says what has to be compiled.
-        """
+        """Compile or load the kernels of training, or of `decoding`, by calling each on minimal arrays; log misses."""
         calls = [(name, call) for name, call in _smallest_calls(self) if name in DECODING or not decoding]
         calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
         missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
         if missing:
-            again = "once" if jit.CACHE_FOLDER else "at every start: there is no folder to keep them (LLMPY_CACHE_DIR)"
-            log(f"compiling {len(missing)} kernels for this machine ({self.isa}, {self.dtype}), {again}")
+            again = "first run on this machine only" if jit.CACHE_FOLDER else "every run: no cache. Set LLMPY_CACHE_DIR"
+            log(f"compiling {len(missing)} kernels for {self.isa}, {self.dtype} ({again})")
         for name, call in calls:
             if name in missing:
                 log(f"  {missing.index(name) + 1}/{len(missing)} {name}")
@@ -298,12 +296,12 @@ def _aligned(allocate: Callable[..., np.ndarray], shape: int | tuple[int, ...], 
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    """bfloat16 as uint16, the form in which kernels take it; anything else as it is."""
+    """Return bfloat16 as uint16, as kernels take it; other dtypes unchanged."""
     return x.view(np.uint16) if x.dtype == BFLOAT16 else x
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """(…, C) → (rows, C), as `_bits`."""
+    """Return (…, C) as (rows, C), by way of `_bits`."""
     return _bits(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 

@@ -4,7 +4,7 @@
     m := m + (1−β1)·(g − m)            v := v + (1−β2)·(g² − v)
     p := p − lr·( m/(1−β1ᵗ) / (√(v/(1−β2ᵗ)) + eps) + weight_decay·p )
 
-Memory-bound: four streams in, three out; the bfloat16 copy of the weights is written while they are in L1.
+Memory-bound: four streams in, three out. The bfloat16 copy of the weights is written while they are in L1.
 Source: Loshchilov and Hutter 2019.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from .jit import fork, inline, kernel
 from .simd import to
 
-BLOCK = 1 << 14  # elements of one item: 64 kB of each array
+BLOCK = 1 << 14  # elements per item: 64 kB of each array
 
 
 @inline
@@ -43,7 +43,7 @@ def adamw(
     grad,      # (n,)
     m,         # (n,) f32 updated
     v,         # (n,) f32 updated
-    lr,        # f32, as all that follow
+    lr,        # f32, like all below
     rest1,     # 1 − β1
     rest2,     # 1 − β2
     eps,

@@ -1,19 +1,18 @@
 """Causal self-attention, tile by tile.     B batch, T time, NH heads, HS head size, scale 1/√HS
 
 forward    S = scale·Q·Kᵗ, causal      lse := log Σ_k e^S      out := e^(S − lse)·V
-backward   P  = e^(S − lse)            D   = Σ_c dout·out      (one number a row)
+backward   P  = e^(S − lse)            D   = Σ_c dout·out      (one number per row)
            dS = P∘(dout·Vᵗ − D)·scale
            dQ := dS·K      dK := dSᵗ·Q      dV := Pᵗ·dout
 
-The T × T matrix never exists: a tile of TILE_Q queries meets tiles of TILE_K keys, and the forward pass
-keeps a running maximum and sum for each query, rescaling what it has when the maximum grows (Dao et
-al. 2022). `stats` is lse, all that backward needs to make P again. Tiles above the diagonal are skipped.
-Backward takes one tile of keys after another: its dK and dV stay in cache, and sum over QUERIES rows at a time.
-Powers are of 2, which saves the reduction that e would need: log₂e goes into the scale.
+The T × T matrix is never stored. A tile of TILE_Q queries meets tiles of TILE_K keys; tiles above the diagonal are
+skipped. Forward keeps a running maximum and sum per query, and rescales them when the maximum grows (Dao et al. 2022).
+Backward recomputes P from `stats`, which is lse. It takes one tile of keys at a time, so that its dK and dV stay in
+cache, and sums them over QUERIES rows at once. Powers are of 2, with log₂e folded into the scale: that saves the
+range reduction of e.
 
-One item is one head of one sequence: its sums have one order. Its operands are packed once into panels
-for the microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS take the type of
-qkv where they become operands.
+One item is one head of one sequence, so its sums have a fixed order. Its operands are packed once into panels for the
+microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS take the type of qkv as operands.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ from .simd import (
 
 TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
-QUERIES = 4 * TILE_Q  # rows over which dK and dV are summed at once: one tile would be mostly beginning and end
-STRIPS = QUERIES * (TILE_K + MR)  # floats of so many rows of P or dS, packed by columns
-COLUMN = np.arange(TILE_K, dtype=np.int32)  # as long as a score, so that a comparison fills whole vectors
+QUERIES = 4 * TILE_Q  # rows summed into dK and dV at once: with one tile, start and end would dominate
+STRIPS = QUERIES * (TILE_K + MR)  # floats of QUERIES rows of P or dS, packed by columns
+COLUMN = np.arange(TILE_K, dtype=np.int32)  # as wide as a score, so that comparisons fill whole vectors
 MINUS_INFINITY = np.float32(-np.inf)
 
 
 def scratch_size(T: int, HS: int) -> int:
-    """Floats that each thread needs for a sequence of T and heads of HS; float32 leaves P's and dS's tiles unused."""
+    """Return floats of scratch per thread for T tokens and heads of HS; float32 leaves tiles of P and dS unused."""
     operands = 2 * (T + LANES) * HS + 3 * (T + 1) * (HS + LANES)
     sums = T * HS + 2 * TILE_K * HS + 2 * T
     tiles = 4 * TILE_Q * TILE_K + 2 * STRIPS
@@ -62,14 +61,14 @@ def scratch_size(T: int, HS: int) -> int:
 
 @inline
 def _cut(cols):
-    """The width of as few panels as hold `cols` columns, about equal: a narrow one is slower than its share."""
+    """Return the panel width for `cols` columns: few panels of about equal width, since narrow ones are slow."""
     panels = (cols + NR - 1) // NR
     return (cols + panels * LANES - 1) // (panels * LANES) * LANES
 
 
 @inline
 def _pack_turned(packed, matrix, first, T, col, HS):
-    """T rows of one head, transposed: the panel that begins with row k starts at packed[k·words(HS)]."""
+    """Pack T rows of one head, transposed; the panel that starts at row k is at packed[k·words(HS)]."""
     width = _cut(min(T, TILE_K))
     for k in range(0, T, width):
         pack_transposed(packed[k * words(matrix, HS) :], matrix, first + k, col, HS, min(width, T - k))
@@ -77,7 +76,7 @@ def _pack_turned(packed, matrix, first, T, col, HS):
 
 @inline
 def _pack_lying(packed, matrix, first, T, col, HS):
-    """T rows of one head as they lie: the panel that begins with column c starts at packed[c·words(T)]."""
+    """Pack T rows of one head, not transposed; the panel that starts at column c is at packed[c·words(T)]."""
     width = _cut(HS)
     for c in range(0, HS, width):
         pack_rows(packed[c * words(matrix, T) :], matrix, first, col + c, T, min(width, HS - c))
@@ -85,7 +84,7 @@ def _pack_lying(packed, matrix, first, T, col, HS):
 
 @inline
 def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, edge):
-    """tile (rows, TILE_K) := rows of one head · turned rowsᵗ, for the panels that begin before last_key."""
+    """tile (rows, TILE_K) := rows of one head · turned rowsᵗ, for the panels that start before last_key."""
     ld, size = matrix.shape[1], 4 // per_word(matrix)
     a = address(matrix) + size * (row * ld + col)
     width = _cut(min(T, TILE_K))
@@ -96,7 +95,7 @@ def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, ed
 
 @inline
 def _weighted(sums, like, a, rs_a, lying, first, T, rows, HS, depth, edge):
-    """sums (rows, HS) += A (rows, depth) · lying rows first … first + depth.  a, rs_a: see `microkernel`."""
+    """sums (rows, HS) += A (rows, depth) · lying rows first … first + depth.  For a, rs_a see `microkernel`."""
     width = _cut(HS)
     for col in range(0, HS, width):
         cols = min(width, HS - col)
@@ -106,12 +105,12 @@ def _weighted(sums, like, a, rs_a, lying, first, T, rows, HS, depth, edge):
 
 @inline
 def _whole_words(like, count):
-    """`count` rounded up to whole words: a last odd row of T meets a zero."""
+    """Return `count` rounded up to whole words; a last odd row of T pairs with a zero."""
     return words(like, count) * per_word(like)
 
 
 def operand_tile(tile, room, like):
-    """Where a tile becomes an operand of products with `like`: where it is, or in other scratch."""
+    """Return where a tile becomes an operand of products with `like`: in place, or in other scratch."""
     raise NotImplementedError("for kernels")
 
 
@@ -124,7 +123,7 @@ def _operand_tile(tile, room, like):
 
 @inline
 def _to_operands(out, line):
-    """out (TILE_K,) := line, if it is not line itself."""
+    """out (TILE_K,) := line; a no-op if out is line."""
     if per_word(out) > 1:
         for j in range(0, TILE_K, LANES):
             write_operands(out, address(out) + 4 // per_word(out) * j, address(line) + 4 * j)
@@ -132,7 +131,7 @@ def _to_operands(out, line):
 
 @inline
 def _scale_of_powers(HS):
-    """scale·log₂e, rounded once: P of backward is that of forward."""
+    """Return scale·log₂e, rounded once, so that forward and backward get the same P."""
     return np.float32(LOG2_E / math.sqrt(HS))
 
 
@@ -140,7 +139,7 @@ def _scale_of_powers(HS):
 def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS):
     """p := 2^(scale·log₂e·s − running maximum), 0 above the diagonal; rescales sums (rows, HS) and total.
 
-    Loops run over whole tiles, a constant length: what is above the diagonal counts as −∞.
+    Loops cover whole tiles, a constant length; scores above the diagonal are set to −∞.
     """
     scale = _scale_of_powers(HS)
     for i in range(rows):
@@ -219,7 +218,7 @@ def attention_forward(
 
 @inline
 def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, HS):
-    """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal. lse: times log₂e."""
+    """From raw scores s and ds = dout·Vᵗ: p := P and dp := dS, both 0 above the diagonal. lse is in base 2."""
     scale, scale_2 = np.float32(1.0 / math.sqrt(HS)), _scale_of_powers(HS)
     for i in range(rows):
         valid = np.int32(row + i + 1 - first_key)
@@ -303,7 +302,7 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
 
 @inline
 def _add_turned(sums, like, strips, lying, q, T, keys, HS, rows, edge):
-    """sums (keys, HS) += what `pack_columns` made of (rows, keys)  ·  lying rows q … q + rows."""
+    """sums (keys, HS) += (rows, keys)ᵗ, packed by `pack_columns`, · lying rows q … q + rows."""
     total = words(like, rows)
     for i in range(0, keys, MR):
         a, some = address(strips) + 4 * i * total, min(MR, keys - i)

@@ -4,8 +4,8 @@
     dlogits := scale·(p − onehot(target)),     0 in the padding columns
 
 Three passes over a row (maximum; sum of exponentials; gradient), which stays in L2 between them. The exponential
-is computed twice: cheaper than storing it, and never rounded to what the logits are stored in.
-A target of −1 leaves its row out: loss 0, gradient 0.
+is computed twice: cheaper than storing it, and never rounded to the dtype of the logits.
+A target of −1 masks its row: loss 0, gradient 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _row(worker, row, losses, logits, targets, vocab_size, scale, gradient):
 def softmax_cross_entropy(
     threads,     # int
     losses,      # (rows,) f32 :=
-    logits,      # (rows, Vp): logits in, gradient out if asked for
+    logits,      # (rows, Vp) logits; := their gradient if `gradient`
     targets,     # (rows,) i32 in [−1, V)
     vocab_size,  # V
     scale,       # f32

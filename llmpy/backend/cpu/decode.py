@@ -1,14 +1,14 @@
-"""What decoding adds: products of few rows with packed weights, and attention of one query over a cache.
+"""Kernels of decoding: products of few rows with packed weights, and attention of one query over a cache.
 
-    packed    weight (OC, C) → panels of NR outputs, a panel (words, width) as `gemm` packs it, one after another
+    packed    weight (OC, C) → panels of NR outputs, each (words, width) as `gemm` packs it, one after another
     linear    out (BT, OC) := inp · weightᵀ + bias, or GELU of that; each panel is streamed once for all rows
-    attention one query a sequence meets keys and values 0 … t of its cache, tile by tile as in training
+    attention one query per sequence meets keys and values 0 … t of its cache, tile by tile as in training
 
-Memory-bound: a token costs one pass through all weights. Packed they are one stream, which a core follows at full
-bandwidth; as they lie, turning them in registers took as long as reading them (dev/LOG.md).
+Memory-bound: a token costs one pass over all weights. Packed, they are one stream at full bandwidth; unpacked,
+transposing them in registers took as long as reading them (dev/LOG.md).
 
-Every sum is taken in the order of the training kernels: along k, from zero, cut at KC, then added; softmax
-by the same tiles. So a row has the same bits here, in a whole forward pass, and beside any other rows.
+Every sum has the order of the training kernels: along k, from zero, cut at KC, then added; softmax by the same
+tiles. A row is bitwise identical here and in a full forward pass, whatever other rows the batch holds.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from .simd import (
 
 ZERO = np.float32(0)
 TILE = MR * NR
-LINEAR_SCRATCH = 2 * TILE + MR  # floats for each thread
+LINEAR_SCRATCH = 2 * TILE + MR  # floats per thread
 
 
 def attention_scratch(HS: int) -> int:
-    """Floats that each thread needs for heads of HS."""
+    """Return floats of scratch per thread for heads of HS."""
     return NR * max(HS, TILE_K) + 2 * TILE_K + NR + 2 * HS + 3
 
 
 def packed_words(OC: int, C: int, per: int) -> int:
-    """Words of a packed weight (OC, C) with `per` elements in a word: OC rounded up to whole vectors."""
+    """Return the words of a packed weight (OC, C), `per` elements per word: OC rounded up to whole vectors."""
     return -(-OC // LANES) * LANES * -(-C // per)
 
 
@@ -76,10 +76,10 @@ def multiply_rows(
     rs_b: Any,
     words: Any,
 ) -> Any:
-    """C (rows, nv·LANES) += A (rows, words) · B (words, nv·LANES), each sum going on where C stands.
+    """C (rows, nv·LANES) += A (rows, words) · B (words, nv·LANES); each sum starts from the value in C.
 
     1 ≤ rows ≤ MR, 1 ≤ nv ≤ NV, words ≥ 1. a, b and c are addresses; rs_a in bytes, rs_b and rs_c in words. C is
-    float32, `like` any array of the operands' type, as in `simd.microkernel`.
+    float32; `like` is any array of the operands' type, as in `simd.microkernel`.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
@@ -126,7 +126,7 @@ def multiply_rows(
 
 
 def as_words(array):
-    """A flat array of stored numbers as float32 words: the inverse of `simd.typed`."""
+    """Return a flat array of stored numbers as float32 words: the inverse of `simd.typed`."""
     raise NotImplementedError("for kernels")
 
 
@@ -177,7 +177,7 @@ def _linear_item(worker, item, out, pre_gelu, inp, packed, bias, scratch):
             part[: rows * NR] = ZERO
             if whole > 0:
                 multiply_rows(inp, rows, width // LANES, address(part), width, a, size * C, b, width, whole)
-            if whole * per < kc:  # half a word: what follows it in memory belongs to someone else
+            if whole * per < kc:  # half a word: the next element in memory is not part of this row
                 for i in range(rows):
                     last[i] = get_half(a + i * size * C + 4 * whole)
                 b += 4 * width * whole
@@ -188,7 +188,7 @@ def _linear_item(worker, item, out, pre_gelu, inp, packed, bias, scratch):
             tile = sums[i * width : i * width + NR]
             if pre_gelu.size > 0:
                 write_tile(pre_gelu, row + i, col, tile, 1, cols)
-                for j in range(NR):  # a constant length: whole vectors, whatever follows the row
+                for j in range(NR):  # constant length, for whole vectors
                     part[j] = gelu(f32(to(pre_gelu, tile[j])))
                 tile = part
             write_tile(out, row + i, col, tile, 1, cols)
@@ -209,7 +209,7 @@ def packed_linear_forward(
 
 @inline
 def _multiply_row(like, c, a, panel, cols, depth):
-    """c (cols) += a (depth) · panel (words, width of cols).  c and a: addresses."""
+    """c (cols) += a (depth) · panel (words, width of cols).  c and a are addresses."""
     width = panel_width(cols)
     multiply_rows(like, 1, width // LANES, c, 0, a, 0, address(panel), width, words(like, depth))
 
@@ -230,7 +230,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
         keys[t, c] = qkv[row, C + col + c]
         values[t, c] = qkv[row, 2 * C + col + c]
         sums[c] = ZERO
-    q = typed(query, qkv)[: words(qkv, HS) * per_word(qkv)]  # a copy, so that half a word at its end meets a zero
+    q = typed(query, qkv)[: words(qkv, HS) * per_word(qkv)]  # a copy, so that a final half word pairs with a zero
     q[HS - 1 :] = 0
     for c in range(HS):
         q[c] = qkv[row, col + c]
@@ -240,7 +240,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
         n = min(TILE_K, t + 1 - k)
         s[0, :] = ZERO
         for j in range(0, n, NR):
-            # Some later keys too: whole vectors, and softmax leaves them out.
+            # Whole vectors: this covers some later keys, which softmax masks.
             cols = min(panel_width(n - j), keys.shape[0] - k - j)
             pack_transposed(panel, keys, k + j, 0, HS, cols)
             _multiply_row(qkv, address(s) + 4 * j, address(q), panel, cols, HS)
@@ -264,7 +264,7 @@ def attention_decode(
     out,        # (B, C) :=
     cache,      # (≥B, NH, 2, S, HS) keys and values; position t of each slot :=
     qkv,        # (B, 3C)
-    slots,      # (B,) i32, the sequence of each row
+    slots,      # (B,) i32, sequence of each row
     positions,  # (B,) i32, t < S
     scratch,    # (threads, ≥ attention_scratch) f32
 ):  # fmt: skip

@@ -2,8 +2,8 @@
 
 backward   dwte[token] += Σ dout rows with that token        dwpe[t] += Σ_b dout[b, t]
 
-A token may stand in many rows. Backward is cut by columns, and each item takes all rows in order: no
-two threads meet, and the sum has one order.
+A token may occur in many rows. Backward is therefore cut by columns, and each item takes all rows in order: no two
+threads write to the same element, and sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from .jit import fork, inline, kernel
 from .simd import f32
 
-ROWS = 32  # of one item, forward
-COLUMNS = 64  # of one item, backward: four cache lines
+ROWS = 32  # per item, forward
+COLUMNS = 64  # per item, backward: four cache lines
 
 
 @inline

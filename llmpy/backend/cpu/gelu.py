@@ -1,10 +1,10 @@
-"""GELU in its tanh form, and the exponential under it, as functions of one number.
+"""GELU in its tanh form, and the exponential that it needs, as scalar functions.
 
     z = −2·log₂e·√(2/π)·(x + 0.044715·x³)
     GELU(x)  = ½·x·(1 + tanh √(2/π)·(x + 0.044715·x³)) = x·s         s = 1/(1 + 2^z)
     GELU′(x) = s + x·s·(1 − s)·d       d = 2·√(2/π)·(1 + 3·0.044715·x²)
 
-Written with the logistic s instead of tanh: one exponential, no cancellation for x ≪ 0.
+The logistic s replaces tanh: one exponential, no cancellation for x ≪ 0.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .jit import exact, fork, inline, kernel
 from .simd import bits_to_float, f32, float_to_bits, fma, to
 
 LOG2_E = np.float32(math.log2(math.e))
-LN2_HIGH = np.float32(0.693359375)  # few bits: n·LN2_HIGH is exact
+LN2_HIGH = np.float32(0.693359375)  # so few bits that n·LN2_HIGH is exact
 LN2_LOW = np.float32(-2.12194440e-4)
-MAGIC = np.float32(12582912.0)  # 1.5·2²³: adding it rounds to an integer, which its low bits then hold
-LEAST, MOST = np.float32(-126), np.float32(127)  # the exponents of normal numbers
+MAGIC = np.float32(12582912.0)  # 1.5·2²³: adding it rounds to an integer, held in the low bits
+LEAST, MOST = np.float32(-126), np.float32(127)  # exponents of normal numbers
 LEAST_X = np.float32(-126 * math.log(2))
-# 2^f = 1 + Σ c_i·f^i for |f| ≤ ½: the least maximal relative error that these have as float32, 3e-9.
+# 2^f = 1 + Σ c_i·f^i for |f| ≤ ½: minimax in float32, relative error 3e-9.
 C1, C2, C3 = np.float32(0.6931472), np.float32(0.24022648), np.float32(0.0555036)
 C4, C5, C6 = np.float32(0.009618506), np.float32(0.0013390806), np.float32(0.00015326464)
 ONE, ZERO, INFINITY = np.float32(1), np.float32(0), np.float32(np.inf)
 
-BLOCK = 1 << 14  # elements of one item
+BLOCK = 1 << 14  # elements per item
 SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
 Z_1 = np.float32(-2 * math.log2(math.e) * SQRT_2_OVER_PI)
 Z_3 = np.float32(-2 * math.log2(math.e) * SQRT_2_OVER_PI * CUBIC)
@@ -36,7 +36,7 @@ D_0, D_2 = np.float32(2 * SQRT_2_OVER_PI), np.float32(6 * SQRT_2_OVER_PI * CUBIC
 
 @exact
 def _power(t, f):
-    """2^(n + f), where t = MAGIC + n: 2ⁿ is made by writing n into the exponent bits."""
+    """Return 2^(n + f), where t = MAGIC + n: 2ⁿ is made by writing n into the exponent bits."""
     p = fma(C6, f, C5)
     p = fma(p, f, C4)
     p = fma(p, f, C3)
@@ -48,14 +48,14 @@ def _power(t, f):
 
 @exact
 def exp2(z):
-    """2^z in float32 for z ≤ MOST, within 1.1 ulp; 0 for z < LEAST; NaN stays NaN."""
+    """Return 2^z in float32 for z ≤ MOST, within 1.1 ulp; 0 for z < LEAST; NaN for NaN."""
     t = z + MAGIC
     return ZERO if z < LEAST else _power(t, z - (t - MAGIC))
 
 
 @exact
 def exp(x):
-    """e^x in float32 for x ≤ 88, within 1.4 ulp: what x·log₂e loses when it is rounded is kept. Ends as of `exp2`."""
+    """Return e^x in float32 for x ≤ 88, within 1.4 ulp, by compensating the rounding of x·log₂e. Limits as `exp2`."""
     t = fma(x, LOG2_E, MAGIC)
     n = t - MAGIC
     return ZERO if x < LEAST_X else _power(t, fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x)) * LOG2_E)
@@ -63,20 +63,20 @@ def exp(x):
 
 @exact
 def _logistic_divisor(square, x):
-    """1 + 2^z of x and its square, infinity where `exp2` does not reach."""
+    """Return 1 + 2^z of x and its square; infinity beyond the range of `exp2`."""
     z = x * fma(Z_3, square, Z_1)
     return INFINITY if z > MOST else ONE + exp2(z)
 
 
 @exact
 def gelu(x):
-    """GELU(x), float32."""
+    """Return GELU(x), float32."""
     return x / _logistic_divisor(x * x, x)
 
 
 @exact
 def gelu_gradient(x):
-    """GELU′(x), float32."""
+    """Return GELU′(x), float32."""
     square = x * x
     s = ONE / _logistic_divisor(square, x)
     return fma(x * (s * (ONE - s)), fma(D_2, square, D_0), s)

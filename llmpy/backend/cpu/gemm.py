@@ -1,9 +1,9 @@
-"""Products of matrices: pack a panel of B, then run the microkernel down a block of A.
+"""Matrix products: pack a panel of B, then run the microkernel down a block of A.
 
     C (M, N) (+)= A (M, K) · B (K, N)
 
 B is cut into panels of NR columns. A panel is packed, so that the microkernel reads it as one stream and it
-stays in L2, and then meets every MR rows of A:
+stays in L2, and is then multiplied by every MR rows of A:
 
     B (K, N)                            packed panel (words, width)
     ┌──────┬──────┬──────┐              ┌──────────────┐
@@ -12,13 +12,12 @@ stays in L2, and then meets every MR rows of A:
     │      │      │      │              └──────────────┘
     └──────┴──────┴──────┘
 
-A is read where it lies, if its words along k are whole there, or packed by strips of MR rows. K is always cut
-at the same places and summed in that order, whatever thread runs what: an element of C has the same bits
-every time.
+A is read in place if its words along k are contiguous there; else it is packed in strips of MR rows. K is always cut
+at the same places and summed in that order, on any thread: every element of C is bitwise reproducible.
 
-A word is one float32, or two bfloat16 that follow each other along k (`simd`); an odd K leaves the last
-word's high half 0. `width` is the panel's columns rounded up to whole vectors; columns beyond the matrix are
-zeros in the panel, and a tile that sticks out of C is computed aside and copied.
+A word is one float32, or two bfloat16 adjacent along k (`simd`); for odd K the last word's high half is 0. `width` is
+the panel's columns rounded up to whole vectors. Columns beyond the matrix are zeros in the panel; a tile that overlaps
+the edge of C is computed in scratch and copied.
 """
 
 from __future__ import annotations
@@ -55,31 +54,31 @@ from .simd import (
 )
 
 ZERO = np.float32(0)
-NONE = (0, 0, 0, 0)  # no cache lines to ask for
+NONE = (0, 0, 0, 0)  # nothing to prefetch
 PANEL = KC * NR  # words of a packed panel
-EDGE = MR * KC + MR * NR  # words for a tile at the border: rows of A, then the tile of C
+EDGE = MR * KC + MR * NR  # words for a border tile: rows of A, then the tile of C
 
 
 @inline
 def depth(array):
-    """KC in elements: where K is cut."""
+    """Return KC in elements: where K is cut."""
     return KC * per_word(array)
 
 
 @inline
 def words(array, k):
-    """Words that hold k elements."""
+    """Return the words that hold k elements."""
     return (k + per_word(array) - 1) // per_word(array)
 
 
 @inline
 def panel_width(cols):
-    """Columns rounded up to whole vectors, at most NR."""
+    """Return columns rounded up to whole vectors, at most NR."""
     return min(NR, (cols + LANES - 1) // LANES * LANES)
 
 
 def word_along(matrix, row, col, down, left):
-    """The word that begins at an element and goes on along its row, or `down` its column; `left` elements remain."""
+    """Return the word that starts at an element and extends along its row, or `down` its column; `left` remain."""
     raise NotImplementedError("for kernels")
 
 
@@ -138,13 +137,13 @@ def pack_transposed(panel, matrix, row, col, kc, cols):
 def pack_columns(packed, matrix, row, col, kc, cols, total):
     """packed (cols/MR, total, MR) := matrix[row : row + kc, col : col + cols] by MR columns, zeros at the end.
 
-    Of the `total` words of a strip only the first are written, those that hold kc.
+    Of the `total` words of a strip, only the first, those that hold kc, are written.
     """
     per, ld = per_word(matrix), matrix.shape[1]
     size = 4 // per
     whole, strips = kc // per, cols // MR * MR
     src, dst = address(matrix) + size * (row * ld + col), address(packed)
-    for k in range(whole):  # a row at a time: strips of their own would read every cache line twice
+    for k in range(whole):  # row by row: strip by strip would read every cache line twice
         for i in range(0, strips, MR):
             copy_strip(matrix, dst + 4 * (i * total + k * MR), src + size * (k * per * ld + i), size * ld)
     for i in range(0, cols, MR):
@@ -156,7 +155,7 @@ def pack_columns(packed, matrix, row, col, kc, cols, total):
 
 
 def strides(rs_a):
-    """Bytes from row to row and from word to word of A, as `microkernel` takes it."""
+    """Return bytes from row to row and from word to word of A, for rs_a as `microkernel` takes it."""
     raise NotImplementedError("for kernels")
 
 
@@ -169,8 +168,8 @@ def _strides(rs_a):
 def multiply_panel(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge):
     """C (rows, cols) float32 := or += (by `mode`, see `microkernel`) A (rows, kc) · packed panel.
 
-    c and a are addresses, `like` an array of the operands' type; rs_c in floats, rs_a as `microkernel` takes it;
-    of strips there is one.
+    c and a are addresses, `like` any array of the operands' type; rs_c in floats, rs_a as in `microkernel`. A packed A
+    is a single strip.
     """
     down, _ = strides(rs_a)
     for i in range(0, rows, MR):
@@ -180,7 +179,7 @@ def multiply_panel(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge):
 
 @inline
 def multiply_tile(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge, ahead):
-    """As `multiply_panel`, for at most MR rows; ahead: see `microkernel`."""
+    """Multiply as `multiply_panel`, for at most MR rows; ahead: see `microkernel`."""
     width, total = panel_width(cols), words(like, kc)
     nv, b = width // LANES, address(panel)
     if rows == MR and cols == width and kc % per_word(like) == 0:
@@ -191,7 +190,7 @@ def multiply_tile(c, rs_c, like, a, rs_a, panel, rows, cols, kc, mode, edge, ahe
 
 @inline
 def lines_of_tile(matrix, row, col, cols):
-    """The cache lines of MR rows of a tile, for `microkernel` to ask for."""
+    """Return the cache lines of MR rows of a tile, for `microkernel` to prefetch."""
     size = 4 // per_word(matrix)
     where, stride = address(matrix) + size * (row * matrix.shape[1] + col), size * matrix.shape[1]
     return where, stride, CACHE_LINE, (size * cols + CACHE_LINE - 1) // CACHE_LINE
@@ -212,7 +211,7 @@ def write_tile(matrix, row, col, tile, rows, cols):
 
 @inline
 def read_tile(tile, matrix, row, col, rows, cols):
-    """tile (rows, width) float32 := matrix[row : row + rows, col : col + cols]; columns to the right stay."""
+    """tile (rows, width) float32 := matrix[row : row + rows, col : col + cols]; padding columns are unchanged."""
     width, ld, size = panel_width(cols), matrix.shape[1], 4 // per_word(matrix)
     whole = cols // LANES * LANES
     for i in range(rows):
@@ -225,7 +224,7 @@ def read_tile(tile, matrix, row, col, rows, cols):
 
 @inline
 def _border_tile(c, rs_c, like, a, rs_a, b, width, rows, cols, kc, mode, edge):
-    """One tile of fewer than MR rows, a broken vector or a half word: computed in `edge`, then copied to C."""
+    """Multiply a tile of fewer than MR rows, a partial vector or a half word: in `edge`, then copy it to C."""
     total, whole = words(like, kc), kc // per_word(like)
     down, along = strides(rs_a)
     for i in range(MR):

@@ -1,4 +1,4 @@
-"""√Σ x² over a flat array: blocks in float32 lanes, the blocks' sums in float64, in order."""
+"""√Σ x² over a flat array: blocks in float32 lanes, their sums added in float64, in order."""
 
 from __future__ import annotations
 

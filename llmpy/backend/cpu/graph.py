@@ -1,14 +1,14 @@
-"""Calls of kernels, noted once and made again without Python between them.
+"""Record calls of kernels once and repeat them without Python between them, as CUDA graphs do on GPUs.
 
-    with recording() as calls:     every kernel that this thread calls is noted with its arguments
+    with recording() as calls:     records every kernel that this thread calls, with its arguments
         …
-    again = Graph(calls)           again() makes the same calls, on the same arrays
+    replay = Graph(calls)          replay() makes the same calls, on the same arrays
 
-Python takes some 4 µs from one kernel to the next. In training that is nothing; of a token, which is a hundred kernels
-and waits for memory all the time, it is a tenth. CUDA has graphs for the same reason.
+Python takes some 4 µs from one kernel to the next: negligible in training, but a tenth of the time of a decoded token,
+which is a hundred memory-bound kernels.
 
-A kernel's machine code is a function of 8-byte words or less: an array is seven or more of them, a number is one. Each
-call becomes a line of words and the address of a small function that passes them on, made for each list of types.
+A kernel's machine code is a function of words of at most 8 bytes: seven or more for an array, one for a number. Each
+call becomes a line of words and the address of a small function that passes them on, compiled per list of types.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from .jit import I32, I64, Call, intrinsic, kernel, notes
 
-STEP = ir.FunctionType(I32, [I64.as_pointer()])  # what passes a line of words on: 0, or the kernel failed
-_steps: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by kernel and types: its address, and what keeps it in memory
-_numbers = itertools.count()  # of the names of STEPs, none given twice
+STEP = ir.FunctionType(I32, [I64.as_pointer()])  # passes a line of words to a kernel; 0 on success
+_steps: dict[tuple[Any, ...], tuple[int, Any]] = {}  # by kernel and types: address, and owners of its memory
+_numbers = itertools.count()  # numbers STEPs, for unique names
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
-    """The kernels that this thread calls meanwhile; not what it replays."""
+    """Collect the kernels that this thread calls meanwhile; replayed calls are not allowed."""
     if notes.calls is not None:
-        raise RuntimeError("calls are being noted already")
+        raise RuntimeError("calls are already being recorded")
     notes.calls = []
     try:
         yield notes.calls
@@ -43,20 +43,20 @@ def recording() -> Iterator[list[Call]]:
 
 
 def words_of(x: Any) -> list[int]:
-    """An argument as Numba passes it: an array that Python owns (no owner, no parent), or an integer."""
+    """Return an argument as Numba passes it: an array that Python owns (no owner, no parent), or an integer."""
     if isinstance(x, np.ndarray):
         return [0, 0, x.size, x.itemsize, x.ctypes.data, *x.shape, *x.strides]
     return [int(x)]
 
 
 def step_of(compiled: Any, args: Sequence[Any]) -> int:
-    """Address of the STEP that calls a kernel, compiled for arguments of these types: arrays and integers."""
+    """Return the address of the STEP that calls a kernel, compiled for arguments of these types: arrays, integers."""
     kinds = tuple(compiled.typeof_pyval(x) for x in args)
     if (compiled, kinds) in _steps:
         return _steps[compiled, kinds][0]
     with global_compiler_lock:
-        if (compiled, kinds) not in _steps:  # another thread may have been here first
-            compiled.compile(kinds)  # done before, unless the call was served by code for types that these convert to
+        if (compiled, kinds) not in _steps:  # another thread may have been first
+            compiled.compile(kinds)  # cached, unless the call converted its arguments
             code = compiled.overloads[kinds]
             simple = all(isinstance(kind, types.Array | types.Integer) for kind in kinds)
             if not simple or code.signature.return_type != types.none:
@@ -66,7 +66,7 @@ def step_of(compiled: Any, args: Sequence[Any]) -> int:
 
 
 def _compile_step(name: str, code: Any) -> tuple[int, Any]:
-    """The STEP of a compiled kernel: its address, and what keeps both in memory."""
+    """Return the address of the STEP of a compiled kernel, and the owners of their memory."""
     function = code.target_context.call_conv.get_function_type(code.fndesc.restype, code.fndesc.argtypes)
     library = code.library.codegen.create_library(name)
     module = library.create_ir_module(name)
@@ -85,7 +85,7 @@ def _compile_step(name: str, code: Any) -> tuple[int, Any]:
 
 @intrinsic
 def _take(typingctx: Any, step: Any, words: Any) -> Any:
-    """What the STEP at an address makes of the words at another."""
+    """Call the STEP at one address with the words at another; return its result."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         step, words = args
@@ -97,7 +97,7 @@ def _take(typingctx: Any, step: Any, words: Any) -> Any:
 @kernel
 def replay(
     steps,  # (calls,) i64, addresses of STEPs
-    words,  # (calls,) i64, addresses of what each is given
+    words,  # (calls,) i64, addresses of their arguments
 ):  # fmt: skip
     for i in range(steps.size):
         if _take(steps[i], words[i]) != 0:
@@ -105,7 +105,7 @@ def replay(
 
 
 class Graph:
-    """Calls of kernels, ready to be made again; holds their arrays."""
+    """Calls of kernels, ready to repeat; keeps their arrays alive."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = list(calls)
@@ -114,7 +114,7 @@ class Graph:
         self._words = np.array([line.ctypes.data for line in self._lines], np.int64)
 
     def __call__(self) -> None:
-        """Make them."""
+        """Make the calls."""
         if notes.calls is not None:
-            raise RuntimeError("what is replayed cannot be noted")
+            raise RuntimeError("a replay cannot be recorded")
         replay(self._steps, self._words)

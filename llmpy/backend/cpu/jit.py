@@ -1,20 +1,18 @@
-"""How Python becomes machine code here: two decorators, one way to run on all cores, one cache.
+"""Compiling Python to machine code: two decorators, one way to run on all cores, one cache.
 
     @inline    a piece of a kernel: compiled into its callers, never called from Python
     @kernel    an operation: called from Python, releases the GIL, cached on disk
     fork(body, threads, items, (args…))
                inside a kernel: body(worker, item, args…) for every item, on `threads` threads
 
-`fork` gives every thread of ours (`pool`) its own range of items, the same share in every kernel, so that it finds in
-its caches what it left there: the rows of a batch, its part of the weights. Items are handed out one by one from an
-atomic counter to each range, and a thread that has done its own helps with the next one's, so that a core which another
-process slows down does fewer. Numba's `prange` costs a second of compile time for each loop, divides the work
-beforehand and waits for every thread at its end. `worker` is in [0, threads) and names the scratch memory of whoever
-runs the item; results must not depend on it.
+`fork` gives each thread (`pool`) its own range of items, the same share in every kernel, so that its data is still in
+its caches: the rows of a batch, its part of the weights. Items come one at a time from an atomic counter per range. A
+thread that has finished its own range helps with the next one, so a core slowed down by another process does fewer.
+Numba's `prange` costs a second of compilation per loop, divides the work in advance and waits for every thread.
+`worker` in [0, threads) selects scratch memory; results must not depend on it.
 
-Numba's disk cache watches neither the other files a kernel is made of nor the globals it froze.
-The cache folder is therefore named by a hash of everything: all sources of this package, the
-versions of Numba and llvmlite, and the CPU.
+Numba's disk cache tracks neither the other files of a kernel nor the globals it froze. The cache folder is therefore
+named by a hash of everything: all sources of this package, the versions of Numba and llvmlite, and the CPU.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ from numba.core import cgutils, codegen, extending
 from ...system.cache import user_cache
 from . import pool
 
-# Sums may be taken in vector order (the same one every time) and products fused into them; nothing is
-# assumed about NaN, infinity or signed zeros.
+# Sums may be vectorised (in a fixed order) and products fused; NaN, infinity and signed zeros keep their meaning.
 FASTMATH = {"reassoc", "contract"}
 
 intrinsic: Any = extending.intrinsic
@@ -49,13 +46,13 @@ config: Any = numba.config
 
 
 def target() -> tuple[str, str]:
-    """Name and features ("+avx2,-avx512f,…") of the CPU that Numba compiles for: the host, or what NUMBA_* say."""
+    """Return name and features ("+avx2,-avx512f,…") of the CPU that Numba compiles for: the host, or NUMBA_*."""
     features = config.CPU_FEATURES if config.CPU_FEATURES is not None else codegen.get_host_cpu_features()
     return config.CPU_NAME or llvm.get_host_cpu_name(), features
 
 
 def _fingerprint() -> str:
-    """Hash of all that compiled code depends on, and of where this copy lives, as Numba's own index has it."""
+    """Return a hash of everything that compiled code depends on, and of this copy's path, as in Numba's own index."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(str(folder).encode())
     for source in sorted(folder.glob("*.py")):
@@ -67,9 +64,9 @@ def _fingerprint() -> str:
 
 
 def _cache_folder() -> str | None:
-    """A folder that only this user may write: Numba's cache is pickle, which runs what it reads.
+    """Return a folder that only this user can write: Numba's cache is pickle, which executes what it reads.
 
-    None where there can be no such folder: every start then compiles anew.
+    Return None if there is no such folder; every start then recompiles.
     """
     try:
         folder = user_cache() / "kernels" / _fingerprint()
@@ -78,7 +75,7 @@ def _cache_folder() -> str | None:
             status = folder.stat()
             if status.st_uid != os.getuid() or status.st_mode & 0o022:
                 return None
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return str(folder) if os.access(folder, os.W_OK) else None
 
@@ -87,17 +84,17 @@ CACHE_FOLDER = _cache_folder()
 
 
 def inline(function: Callable) -> Any:
-    """Compile into callers; exact arithmetic unless the caller's own loops say otherwise."""
+    """Compile into callers; arithmetic is exact unless a caller's own loops relax it."""
     return numba.njit(error_model="numpy", fastmath=FASTMATH)(function)
 
 
 def exact(function: Callable) -> Any:
-    """As `inline`, for formulas whose order of operations is their point (exp's range reduction)."""
+    """Compile as `inline`, for formulas that depend on their order of operations (range reduction of exp)."""
     return numba.njit(error_model="numpy", fastmath={"contract"})(function)
 
 
 def _compiled(function: Callable) -> Any:
-    """Machine code, once it is called: no GIL, no bounds checks, cached in `CACHE_FOLDER`."""
+    """Compile on first call: no GIL, no bounds checks, cached in `CACHE_FOLDER`."""
     before = config.CACHE_DIR
     config.CACHE_DIR = CACHE_FOLDER or before
     try:
@@ -106,11 +103,11 @@ def _compiled(function: Callable) -> Any:
         config.CACHE_DIR = before
 
 
-Call = tuple[Any, tuple[Any, ...]]  # a compiled kernel, and what it was given
+Call = tuple[Any, tuple[Any, ...]]  # a compiled kernel and its arguments
 
 
 class _Notes(threading.local):
-    """Where this thread's calls of kernels are noted, if they are: see `graph`."""
+    """Records the kernels this thread calls, while enabled; see `graph`."""
 
     calls: list[Call] | None = None
 
@@ -119,7 +116,7 @@ notes = _Notes()
 
 
 def kernel(function: Callable) -> Any:
-    """An operation callable from Python, `_compiled`; keeps the helpers awake."""
+    """Make an operation callable from Python, `_compiled`; it keeps the helpers awake."""
     compiled = _compiled(function)
 
     @functools.wraps(function)
@@ -138,14 +135,14 @@ def kernel(function: Callable) -> Any:
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 POINTER = I8.as_pointer()
 JOB_TYPE = ir.FunctionType(ir.VoidType(), [POINTER, I64])  # state, worker
-WAITS_BEFORE_YIELD = 2000  # pauses, some 40 µs: a helper inside is mostly done sooner
+WAITS_BEFORE_YIELD = 2000  # pauses, some 40 µs: usually longer than a helper needs
 
 llvm.add_symbol("llmpy_board", pool.BOARD)
 llvm.add_symbol("llmpy_yield", pool.yield_address())
 
 
 def _board(bd: Any, where: int) -> Any:
-    """Pointer to one number of the board."""
+    """Return a pointer to one number on the board."""
     name, kind = "llmpy_board", ir.ArrayType(I64, pool.SIZE)
     board = bd.module.globals.get(name) or ir.GlobalVariable(bd.module, kind, name)
     return bd.gep(board, [I32(0), I32(where)], inbounds=True)
@@ -160,7 +157,7 @@ def _write(bd: Any, where: int, value: Any) -> None:
 
 
 def _pause(bd: Any) -> None:
-    """Tell the core that this is a waiting loop."""
+    """Hint to the core that this is a spin loop."""
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         bd.call(
@@ -172,7 +169,7 @@ def _pause(bd: Any) -> None:
 
 
 def _start_of(bd: Any, worker: Any, items: Any, workers: Any) -> Any:
-    """The item with which a worker's range begins, and its neighbour's ends."""
+    """Return the first item of a worker's range, where its neighbour's ends."""
     return bd.sdiv(bd.mul(worker, items), workers)
 
 
@@ -182,7 +179,7 @@ def _give_way(bd: Any) -> None:
 
 
 def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any, arg_types: Any) -> Any:
-    """void job(state, worker): take the items of the worker's own range, then of the others', until none is left."""
+    """Build void job(state, worker): take the items of the worker's own range, then of the others'."""
     compiled = body.dispatcher.get_compile_result(signature)
     context.active_code_library.add_linking_library(compiled.library)
     callee = context.declare_function(builder.module, compiled.fndesc)
@@ -226,7 +223,7 @@ def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any,
 
 
 def _run_with_helpers(bd: Any, fn: Any, state: Any) -> None:
-    """Announce the job, work on it, close it, and wait for the helpers that are inside."""
+    """Announce the job, work on it, close it, and wait for the helpers inside."""
     _write(bd, pool.STATE, bd.ptrtoint(state, I64))
     _write(bd, pool.JOB, bd.ptrtoint(fn, I64))
     bd.atomic_rmw("add", _board(bd, pool.GENERATION), I64(1), "seq_cst")
@@ -255,7 +252,7 @@ def _run_with_helpers(bd: Any, fn: Any, state: Any) -> None:
 
 @intrinsic(prefer_literal=False)
 def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
-    """body(worker, item, *args) for item in range(items), shared by up to `threads` threads, `pool.MOST` at most."""
+    """Run body(worker, item, *args) for item in range(items) on up to `threads` ≤ `pool.MOST` threads."""
     arg_types = tuple(args.types)
     signature = types.void(body, types.intp, types.intp, args)
 
@@ -280,7 +277,7 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
         several = builder.and_(builder.icmp_signed(">", limit, I64(1)), builder.icmp_signed(">", n_items, I64(1)))
         with builder.if_else(several) as (shared, alone):
             with shared:
-                # Another thread of this program may be running a job: then this one is done without helpers.
+                # If another thread of this program is running a job, run this one without helpers.
                 taken = builder.atomic_rmw("xchg", _board(builder, pool.LOCK), I64(1), "seq_cst")
                 with builder.if_else(builder.icmp_signed("==", taken, I64(0))) as (free, busy):
                     with free:
@@ -304,7 +301,7 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
 
 @intrinsic
 def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
-    """As `worker`, join a job newer than generation `seen`, if there is one; returns the generation now seen."""
+    """Join a job newer than generation `seen` as `worker`, if there is one; return the current generation."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         generation = _read(bd, pool.GENERATION)
@@ -312,7 +309,7 @@ def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
             with old:
                 _pause(bd)
             with new:
-                # Inside first, then look: whoever closes the job closes it first, then looks who is inside.
+                # Enter first, then read the job; its owner closes it first, then reads how many are inside.
                 bd.atomic_rmw("add", _board(bd, pool.ACTIVE), I64(1), "seq_cst")
                 job = _read(bd, pool.JOB)
                 with bd.if_then(bd.icmp_signed("!=", job, I64(0))):
@@ -326,7 +323,7 @@ def _look(typingctx: Any, seen: Any, worker: Any) -> Any:
 
 @intrinsic
 def _stay_awake(typingctx: Any) -> Any:
-    """Let another thread run on this core, then say whether a kernel is running."""
+    """Let another thread run on this core, then return whether a kernel is running."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _give_way(bd)
@@ -337,9 +334,9 @@ def _stay_awake(typingctx: Any) -> Any:
 
 @_compiled
 def help_out(worker, spins):
-    """What a helper does: join one job after another, until none has come for `spins` looks and no kernel runs.
+    """Join job after job as a helper, until `spins` looks have found none and no kernel runs.
 
-    No kernel itself: it would wake the helper that calls it.
+    This is not a kernel: a kernel would wake the helper that calls it.
     """
     seen, idle = 0, 0
     while idle < spins or _stay_awake():
@@ -351,9 +348,9 @@ def help_out(worker, spins):
 
 
 def hire(threads: int) -> None:
-    """Have the helpers that kernels on `threads` threads need."""
+    """Start the helpers that kernels on `threads` threads need."""
     if threads > 1:
-        help_out(0, 0)  # compiled here: a helper that compiles would be missing from the first kernels
+        help_out(0, 0)  # compile here: helpers busy compiling would miss the first kernels
         pool.hire(threads, help_out)
 
 
@@ -362,13 +359,13 @@ def _mark(name: str, variant: str) -> Path | None:
 
 
 def is_cached(name: str, variant: str) -> bool:
-    """Whether a kernel has been compiled on this machine for this dtype."""
+    """Return whether a kernel has been compiled on this machine for this dtype."""
     mark = _mark(name, variant)
     return mark is not None and mark.exists()
 
 
 def mark_cached(name: str, variant: str) -> None:
-    """Remember that a kernel is in the cache; a full disk only means that it will be compiled again."""
+    """Record that a kernel is in the cache. If the disk is full, it is merely compiled again."""
     mark = _mark(name, variant)
     if mark is not None and not mark.exists():
         with contextlib.suppress(OSError):

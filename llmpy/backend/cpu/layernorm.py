@@ -3,13 +3,13 @@
 forward    mean := Σ inp/C       rstd := 1/√(Σ(inp−mean)²/C + eps)
            n     = (inp−mean)·rstd        not stored: one fma to recompute
            out  := n·weight + bias
-           residual form: inp is resid := inp1 + inp2, made in the same pass
+           residual form: inp is resid := inp1 + inp2, in the same pass
 backward   dn       = dout·weight
-           dinp    += rstd·(dn − Σdn/C − n·Σ(dn·n)/C)    joins the residual stream
+           dinp    += rstd·(dn − Σdn/C − n·Σ(dn·n)/C)    added to the gradient of the residual stream
            dweight += Σ_rows dout·n       dbias += Σ_rows dout
 
-Memory-bound; a row stays in L1 between passes. The sums over rows are taken in blocks of BLOCK rows,
-the blocks' partial sums then in order: the same bits whatever thread took which block.
+Memory-bound; a row stays in L1 between passes. Sums over rows are taken in blocks of BLOCK rows, then the partial
+sums are added in order: bitwise identical at any number of threads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .jit import fork, inline, kernel
 from .simd import f32, to
 
 EPS = np.float32(1e-5)
-BLOCK = 32  # rows of one item
-COLUMNS = 64  # columns of one item when partial sums are added up
+BLOCK = 32  # rows per item
+COLUMNS = 64  # columns per item when partial sums are added
 
 
 @inline
@@ -77,7 +77,7 @@ def residual_layernorm_forward(
     mean,     # (BT,) f32 :=
     rstd,     # (BT,) f32 :=
     inp1,     # (BT, C) f32, the residual stream
-    inp2,     # (BT, C) the branch
+    inp2,     # (BT, C), the branch
     weight,   # (C,)
     bias,     # (C,)
 ):  # fmt: skip

@@ -6,13 +6,13 @@ backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
            dweight += doutᵀ · inp                                  (OC, C)
            dbias   += Σ_rows dout                                  (OC,)
 
-Compute-bound. The weight, or for dweight the input, is the packed operand; the other is read where it
-lies, except doutᵀ, which is packed by strips of MR columns. Sums are float32 in scratch; a finished tile is
-written while it is in L1, with bias, GELU and rounding.
-While a tile is multiplied, the microkernel asks for what comes after it: the lines that the tile goes to, the
-weight's next panel, the next rows of A, the next tile of dweight. The input's panels are packed once and shared.
-Items go by rows, if there are enough of them: then a thread reads the rows that it wrote. Both products of
-backward are items of one fork, so that no core waits between them.
+Compute-bound. The packed operand is the weight, or for dweight the input; the other is read in place, except doutᵀ,
+which is packed in strips of MR columns. Sums are float32 in scratch; the epilogue (bias, GELU, rounding) and the
+write happen while a tile is in L1.
+The microkernel prefetches while it multiplies: the tile's destination, the weight's next panel, the next rows of A,
+the next tile of dweight. The input's panels are packed once and shared.
+Items are ranges of rows if there are enough, so that a thread reads the rows it wrote. Both products of backward are
+items of one fork, so that no core idles between them.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ from .simd import (
     read_row,
 )
 
-BLOCK_ROWS = 1024 // MR * MR  # rows of A that meet one packed panel, whole tiles; more would not fit in L2 beside it
-BLOCK_COLS = 8 * MR  # rows of dweight that one item computes, at most
-OWN_ROWS = 512  # of fewer, threads share them: each would pack all panels
+BLOCK_ROWS = 1024 // MR * MR  # rows of A per packed panel, whole tiles; L2 holds no more next to it
+BLOCK_COLS = 8 * MR  # most rows of dweight per item
+OWN_ROWS = 512  # fewer are shared by threads, each of which would pack all panels
 TILE = MR * NR
-SUMS = 8 * MR  # partial sums of a strip's columns: enough that none waits for the one before
-SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats for each thread
+SUMS = 8 * MR  # partial sums of a strip's columns: enough to hide latency
+SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats per thread
 
-# The head's dinp sums over the whole vocabulary. All its columns take SEGMENT·KC of it before any goes on, so that
-# this part of dout and weight is read from memory once and not once for each panel of columns.
+# The head's dinp sums over the whole vocabulary. All its columns process SEGMENT·KC of it before the next segment, so
+# that this part of dout and weight is read from memory once, not once per panel of columns.
 SEGMENT = 4
 
 
 def shared_sums(BT: int, OC: int, C: int) -> int:
-    """Floats in which `linear_backward` keeps the sums of dinp between segments; 0 if there is only one."""
+    """Return the floats that `linear_backward` needs for sums of dinp between segments; 0 for one segment."""
     rows, panels = -(-BT // MR) * MR, -(-C // NR)
     return rows * panels * NR if OC > SEGMENT * KC else 0
 
 
 @inline
 def _rows_per_item(rows, panels, threads):
-    """Rows of one item: as many as the cache takes, fewer if that leaves threads without work.
+    """Return rows per item: as many as fit in cache, fewer if threads would otherwise be idle.
 
-    Each thread has rows of its own if these are OWN_ROWS or more.
+    Each thread has its own rows if these are at least OWN_ROWS.
     """
     own = (rows + threads - 1) // threads
     whole = own if own >= OWN_ROWS else rows
@@ -104,8 +104,8 @@ def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch
             if k == 0 and bias.size > 0:
                 _start_with_bias(tile, bias, col, some, cols)
             mode = ADD if k > 0 or bias.size > 0 else WRITE
-            # Asked for: the lines that the tile goes to; the first tiles then ask for the rows of the next panel, the
-            # others for the rows of A that the next one reads.
+            # Prefetch the tile's destination; then the first tiles prefetch rows of the next panel, the others the
+            # rows of A for the next tile.
             goes = lines_of_tile(out, row + i, col, cols) if last else NONE
             also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
             soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
@@ -128,12 +128,12 @@ def _start_with_bias(tile, bias, col, rows, cols):
 
 @inline
 def _finish_forward(out, pre_gelu, tile, row, col, rows, cols):
-    """A tile of finished sums to where it belongs, through GELU if asked for."""
+    """Write a tile of finished sums, through GELU if requested."""
     if pre_gelu.size > 0:
         write_tile(pre_gelu, row, col, tile, rows, cols)
-        if per_word(pre_gelu) > 1:  # as it is stored, and not as it was
+        if per_word(pre_gelu) > 1:  # GELU of the stored, rounded value
             read_tile(tile, pre_gelu, row, col, rows, cols)
-        for j in range(TILE):  # a constant length: whole vectors, whatever is in the tile's unused part
+        for j in range(TILE):  # constant length, for whole vectors; the unused part is ignored
             tile[j] = gelu(tile[j])
     write_tile(out, row, col, tile, rows, cols)
 
@@ -175,7 +175,7 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, s
         for i in range(0, rows, MR):
             some = min(MR, rows - i)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
-            # As in forward; of the next panel each tile takes one line of every row, or of every second row of pairs.
+            # As in forward; each tile prefetches one line per row of the next panel, or per second row of pairs.
             goes = lines_of_tile(dinp, row + i, col, cols) if last else NONE
             also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
             line, half = i // MR // per * CACHE_LINE, i // MR % per
@@ -192,7 +192,7 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, s
 
 @inline
 def _finish_dinp(dinp, pre_gelu, tile, before, row, col, rows, cols):
-    """A tile of finished sums, times GELU′ where the input was a GELU, to where it belongs."""
+    """Write a tile of finished sums, times GELU′ where the input was a GELU."""
     if pre_gelu.size > 0:
         read_tile(before, pre_gelu, row, col, rows, cols)
         for j in range(TILE):
@@ -202,7 +202,7 @@ def _finish_dinp(dinp, pre_gelu, tile, before, row, col, rows, cols):
 
 @inline
 def _pack_inputs(worker, item, packed, inp, k, kc):
-    """Panel `item` of inp[k : k + kc], for all items of dweight to share."""
+    """Pack panel `item` of inp[k : k + kc], shared by all items of dweight."""
     col = item * NR
     pack_rows(packed[col * words(inp, kc) :], inp, k, col, kc, min(NR, inp.shape[1] - col))
 
@@ -220,7 +220,7 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
         cols, panel = min(NR, C - col), packed_inp[col * total :]
         for i in range(0, rows, MR):
             c, a = address(dweight) + 4 * ((first + i) * C + col), address(packed) + 4 * i * total
-            # The tile that is written next: its lines come from memory.
+            # The next tile to write: its lines come from memory.
             soon = c + 4 * MR * C if i + MR < rows else address(dweight) + 4 * (first * C + col + NR)
             ahead = (soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE), NONE, NONE
             some, k_total, mode = min(MR, rows - i), total * per_word(dout), ADD if add else WRITE
@@ -229,7 +229,7 @@ def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, 
 
 @inline
 def _add_columns(dbias, packed, like, first, rows, total, add, sums):
-    """dbias[first + i] := or += the sum over k of column i of what `pack_columns` made. sums: at least SUMS floats."""
+    """dbias[first + i] := or += Σ_k of column i of strips from `pack_columns`. sums: at least SUMS floats."""
     for i in range(0, rows, MR):
         strip = packed[i * total : (i + MR) * total]
         for j in range(SUMS):
@@ -237,7 +237,7 @@ def _add_columns(dbias, packed, like, first, rows, total, add, sums):
         together = total * MR // SUMS * SUMS
         for start in range(0, together, SUMS):
             several = strip[start : start + SUMS]
-            for j in range(SUMS):  # a constant length: whole vectors
+            for j in range(SUMS):  # constant length, for whole vectors
                 sums[j] += _word_sum(like, several[j])
         for j in range(together, total * MR):
             sums[j % MR] += _word_sum(like, strip[j])
@@ -250,7 +250,7 @@ def _add_columns(dbias, packed, like, first, rows, total, add, sums):
 
 @inline
 def _word_sum(like, word):
-    """The sum of a word's elements."""
+    """Return the sum of a word's elements."""
     if per_word(like) == 1:
         return word
     bits = float_to_bits(word)
@@ -260,7 +260,7 @@ def _word_sum(like, word):
 @inline
 def _backward_item(worker, item, dinp_items, dweight_items, each, threads, dinp, dweight, dbias, dout, packed_inp,
                    weight, pre_gelu, k, kc, row_block, col_block, add, start, stop, shared, scratch):  # fmt: skip
-    """An item of either product: in each thread's range its part of dinp, then its part of dweight."""
+    """Run an item of either product: each thread's range is its part of dinp, then its part of dweight."""
     part, i = item // each, item % each
     first, last = part * dinp_items // threads, (part + 1) * dinp_items // threads
     if i < last - first:
@@ -304,7 +304,7 @@ def linear_backward(
     for k in range(0, BT, depth(dout)):
         kc = min(depth(dout), BT - k)
         dinp_now = dinp_items if k == 0 else 0
-        each = (dinp_now + threads - 1) // threads + (dweight_items + threads - 1) // threads  # items of a range
+        each = (dinp_now + threads - 1) // threads + (dweight_items + threads - 1) // threads  # items per range
         fork(_pack_inputs, threads, panels, (packed_inp, inp, k, kc))
         fork(
             _backward_item, threads, threads * each,

@@ -1,11 +1,11 @@
-"""float32 → the type that products read, rounded to nearest even."""
+"""float32 → the dtype that products read, rounded to nearest even."""
 
 from __future__ import annotations
 
 from .jit import fork, inline, kernel
 from .simd import to
 
-BLOCK = 1 << 14  # elements of one item
+BLOCK = 1 << 14  # elements per item
 
 
 @inline

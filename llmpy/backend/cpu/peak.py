@@ -1,11 +1,10 @@
-"""What this machine can do at best: fused multiply-adds on registers alone, and a stream through memory alone.
+"""Peak rates of this machine: fused multiply-adds on registers alone, and streams through memory alone.
 
-The stream is McCalpin's triad  a := b + s·c  on arrays well beyond the last-level cache. It moves 16 bytes
-an element: b and c are read, and a line of a is read before it is overwritten (write-allocate), then written
-back. A CPU that recognises whole-line writes (some Arm) saves that read; its bandwidth is then overstated
-by up to a third.
+The stream is McCalpin's triad  a := b + s·c  on arrays far larger than the last-level cache. It moves 16 bytes
+per element: b and c are read, and a line of a is read before it is overwritten (write-allocate), then written back.
+A CPU that detects whole-line writes (some Arm) saves that read; its bandwidth is then overstated by up to a third.
 
-What only reads, as decoding does, is bounded by a stream that only reads:  Σ a.
+Work that only reads, such as decoding, is bounded by a read-only stream:  Σ a.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ ROUNDS = 1 << 14
 
 @intrinsic
 def _multiply_adds(typingctx: Any, like: Any, rounds: Any, x: Any, y: Any) -> Any:
-    """`rounds` times CHAINS vector multiply-adds c := x·y + c, on float32 or pairs of bfloat16 as `like` has them.
+    """Do `rounds` times CHAINS vector multiply-adds c := x·y + c, on float32 or pairs of bfloat16, like `like`.
 
-    Returns one number that depends on all of them.
+    Return one number that depends on all of them.
     """
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
 
@@ -70,15 +69,15 @@ def multiply_adds(threads, like, items, sink, x, y):
 
 
 def measure(threads: int, like: np.ndarray, sink: np.ndarray, seconds: float = 0.2) -> float:
-    """GFLOP/s of multiply-adds on `threads` threads: the median of short bursts over `seconds`.
+    """Measure GFLOP/s of multiply-adds on `threads` threads: the median of short bursts over `seconds`.
 
-    `like` is an array of float32, or of uint16 for pairs of bfloat16: the arithmetic to measure.
+    `like` selects the arithmetic: an array of float32, or of uint16 for pairs of bfloat16.
     """
     items = min(sink.shape[0], 16 * threads)
     x, y = np.float32(0.999), np.float32(0.001)
     flops = items * ROUNDS * FLOPS_PER_ROUND * (2 if like.dtype == np.uint16 else 1)
     rates: list[float] = []
-    multiply_adds(threads, like, items, sink, x, y)  # untimed: it loads the kernel and wakes the helpers
+    multiply_adds(threads, like, items, sink, x, y)  # untimed: loads the kernel and wakes the helpers
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(rates) < 3:
         start = time.perf_counter()
@@ -87,9 +86,9 @@ def measure(threads: int, like: np.ndarray, sink: np.ndarray, seconds: float = 0
     return float(np.median(rates))
 
 
-STREAM = 32 << 20  # elements of each array: 3 × 128 MiB, beyond the caches of nearly every machine
-STREAM_BYTES = 16  # moved for each element, write-allocate included
-STREAM_BLOCK = 1 << 15  # elements of one item: 128 KiB of each array
+STREAM = 32 << 20  # elements per array: 3 × 128 MiB, larger than nearly all caches
+STREAM_BYTES = 16  # moved per element, write-allocate included
+STREAM_BLOCK = 1 << 15  # elements per item: 128 KiB of each array
 READ_BLOCK = 1 << 18  # 1 MiB
 
 
@@ -108,14 +107,14 @@ def triad(threads, a, b, c, s):
 
 
 def measure_bandwidth(threads: int, a: np.ndarray, b: np.ndarray, c: np.ndarray, seconds: float = 0.3) -> float:
-    """GB/s (10⁹ bytes, write-allocate counted) of the triad on `threads` threads: the median pass of `seconds`.
+    """Measure GB/s (10⁹ bytes, write-allocate counted) of the triad on `threads` threads: the median over `seconds`.
 
-    a, b and c: float32 (STREAM,), of any content; they are overwritten.
+    a, b and c: float32 (STREAM,), any content; they are overwritten.
     """
     for x in (a, b, c):
         x.fill(1)  # touches every page
     s = np.float32(0.5)
-    triad(threads, a, b, c, s)  # compiles, or loads what was compiled
+    triad(threads, a, b, c, s)  # untimed: compiles or loads the kernel
     rates: list[float] = []
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(rates) < 3:
@@ -141,12 +140,12 @@ def read(threads, sink, a):
 
 
 def measure_reading(threads: int, sink: np.ndarray, a: np.ndarray, seconds: float = 0.3) -> float:
-    """GB/s (10⁹ bytes) of reading a float32 (n,) on `threads` threads: the median pass of `seconds`.
+    """Measure GB/s (10⁹ bytes) of reading a float32 (n,) on `threads` threads: the median over `seconds`.
 
-    sink: (≥ ceil(n/READ_BLOCK),) float32. It is the rate of these very pages: others of the same machine, which may
-    lie elsewhere, are read half as fast or twice (dev/LOG.md).
+    sink: (≥ ceil(n/READ_BLOCK),) float32. The rate holds for these pages only: other pages of the same machine can be
+    twice as fast or half as fast (dev/LOG.md).
     """
-    read(threads, sink, a)  # compiles, or loads what was compiled
+    read(threads, sink, a)  # untimed: compiles or loads the kernel
     rates: list[float] = []
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(rates) < 3:

@@ -1,13 +1,12 @@
-"""The threads that help: they look for a job for a while, then sleep until a kernel is called.
+"""Helper threads: they spin for a job for a while, then sleep until a kernel is called.
 
-A job is a compiled function that takes items from counters until none is left (`jit.fork`). The thread that
-calls a kernel opens the job, works on it itself, closes it, and waits only for helpers that are still inside:
-a helper that another program keeps from running is not waited for, and with no helper at all the work is
-done all the same. A barrier would wait for every thread, whenever the scheduler lets it run.
+A job is a compiled function that takes items from counters until they are exhausted (`jit.fork`). The thread that
+calls a kernel opens the job, works on it, closes it, and waits only for helpers still inside. A helper that is not
+scheduled delays nothing, and without helpers the work is done all the same; a barrier would wait for every thread.
 
-Looking is done in compiled code (`jit.help_out`), without the GIL. A helper looks on as long as a kernel runs, whose
-next job may be milliseconds away; within SPINS looks of its end it comes back here and sleeps on a semaphore.
-`begin` and `end` around every kernel cost a fraction of a microsecond.
+Spinning is compiled code (`jit.help_out`), without the GIL. A helper spins while a kernel runs, since its next job
+may be milliseconds away; within SPINS looks of the end it returns here and sleeps on a semaphore. `begin` and `end`
+around every kernel cost a fraction of a microsecond.
 """
 
 from __future__ import annotations
@@ -19,22 +18,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-# The board on which jobs are announced: one number to a cache line (8 int64), so that helpers which read one
-# do not slow those that write another. LOCK: a job is being run; GENERATION: counts jobs; JOB: the function,
-# 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1 while one runs; COUNTERS: the next item of each
-# worker's range.
+# The board that announces jobs: one number per cache line (8 int64), against false sharing. LOCK: a job is running;
+# GENERATION: number of jobs; JOB: the function, 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1
+# while one runs; COUNTERS: the next item of each worker's range.
 LINE = 8
 MOST = 1024  # workers
 LOCK, GENERATION, JOB, STATE, ACTIVE, KERNEL, COUNTERS = (LINE * i for i in range(7))
 SIZE = COUNTERS + LINE * MOST
-SPINS = 20_000  # looks: half a millisecond or so, longer than Python takes from one kernel to the next
+SPINS = 20_000  # looks, about half a millisecond: longer than Python takes between kernels
 LAST_LOOKS = 1_000  # longer than from `begin` to the announcement of the job
 
 _memory = np.zeros(SIZE + LINE, np.int64)
 BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line
-_kernel = _memory[
-    (BOARD - _memory.ctypes.data) // 8 + KERNEL :
-].data  # as a memoryview, which takes a number in half the time
+_kernel = _memory[(BOARD - _memory.ctypes.data) // 8 + KERNEL :].data  # a memoryview: twice as fast to assign
 
 _helpers: list[threading.Thread] = []
 _bell = threading.Semaphore(0)
@@ -43,7 +39,7 @@ _sleeping = 0
 
 
 def yield_address() -> int:
-    """Address of the C function that lets another thread run on this core."""
+    """Return the address of the C function that lets another thread run on this core."""
     if sys.platform == "win32":
         function = ctypes.WinDLL("kernel32").SwitchToThread
     else:
@@ -52,9 +48,9 @@ def yield_address() -> int:
 
 
 def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
-    """Have at least `threads` − 1 helpers, workers 1, 2, …
+    """Start helpers until there are `threads` − 1: workers 1, 2, …
 
-    `help_out(worker, SPINS)` works until it has found nothing for a while.
+    `help_out(worker, SPINS)` works until it has found no job for a while.
     """
 
     def live(worker: int) -> None:
@@ -63,7 +59,7 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
             help_out(worker, SPINS)
             with _count:
                 _sleeping += 1
-            help_out(worker, LAST_LOOKS)  # for a job that began while nobody was known to sleep
+            help_out(worker, LAST_LOOKS)  # for a job that started before this sleeper was counted
             _bell.acquire()
 
     while len(_helpers) < threads - 1:
@@ -74,19 +70,19 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
 
 
 def begin() -> None:
-    """A kernel begins: ring for the helpers that sleep, if any."""
+    """Mark that a kernel runs, and wake sleeping helpers."""
     global _sleeping
     _kernel[0] = 1
     if _sleeping:
         with _count:
             sleeping, _sleeping = _sleeping, 0
-        if sleeping:  # else another kernel that began just now has rung
+        if sleeping:  # else another kernel has just woken them
             _bell.release(sleeping)
 
 
 def end() -> None:
-    """It has ended. Beside one that another thread runs this says too much: its helpers may sleep too soon.
+    """Mark that no kernel runs; if another thread still runs one, its helpers may sleep too early.
 
-    A count would not, but after a Ctrl-C between its two changes it would be wrong for ever.
+    A count would be exact, but Ctrl-C between its two updates would leave it wrong for good.
     """
     _kernel[0] = 0

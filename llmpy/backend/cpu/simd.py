@@ -1,26 +1,26 @@
-"""Vectors: the one table per instruction set, and the things that plain loops cannot say.
+"""Vectors: one table of instruction sets, and the operations that plain loops cannot express.
 
-LLVM turns the loops of the other files into vector code by itself. It needs help for
+LLVM vectorises the loops of the other files by itself. It needs help for
 
     microkernel   the inner loop of every product: a register tile of C, vectors of B, scalars of A
-    transpose     lanes × lanes words turned in registers, for packing
+    transpose     lanes × lanes words transposed in registers, for packing
     copy_row, copy_strip      rows into a packed panel
     write_row, read_row       a row of a tile to and from memory
-    address       where an array begins, as an integer (microkernels work on addresses)
+    address       where an array starts, as an integer (microkernels work on addresses)
     fma, larger, float_to_bits, get, put …       one instruction each
 
     microkernel:  C[MR, n] (+)= Σ_k A[:, k] ⊗ B[k, n]           n = 1 … NV vectors of LANES columns
 
            B panel, row k →  │ b0 │ b1 │ b2 │      loaded: NV vectors
                            ──┼────┼────┼────┤
-        A[0, k] broadcast →  │ c00│ c01│ c02│      MR × NV accumulators live in registers
+        A[0, k] broadcast →  │ c00│ c01│ c02│      MR × NV accumulators stay in registers
         A[1, k]           →  │ c10│ c11│ c12│      for the whole loop over k; each step is
           ⋮                  │  ⋮ │  ⋮ │  ⋮ │      MR broadcasts and MR·NV multiply-adds
 
-Operands come as 32-bit words: one float32, or two bfloat16 that follow each other along k. Then a step is
-two products in one instruction (vdpbf16ps), or, where the CPU has none, two float32 multiply-adds on the
-halves of the words: everything around the microkernel is the same for both. bfloat16 arrays are uint16
-to Numba; f32(x) and to(array, x) convert, rounding to nearest even.
+Operands are 32-bit words: one float32, or two bfloat16 adjacent along k. A step on pairs is two products in one
+instruction (vdpbf16ps), or on other CPUs two float32 multiply-adds on the halves of the words; everything around the
+microkernel is the same. Numba sees bfloat16 arrays as uint16; f32(x) and to(array, x) convert, rounding to nearest
+even.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ from .jit import intrinsic, target
 
 @dataclass(frozen=True)
 class Isa:
-    """One instruction set: its vectors and the register tile that fills its register file.
+    """One instruction set: its vectors, and the register tile that fills its register file.
 
     `rows` (MR) × `vectors` (NV) accumulators, plus NV vectors of B and a broadcast, must fit in the
     registers: 24 + 4 of 32 on AVX-512 and NEON, 12 + 3 of 16 on AVX2. `panel_k` (KC) is the depth at
     which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache. `ahead`: the inner
-    loop is long enough to hide the instructions that ask for memory ahead. `rounds`: one instruction rounds to
-    bfloat16, but makes subnormal numbers 0.
+    loop is long enough to hide prefetches. `rounds`: one instruction rounds to bfloat16, but flushes subnormals to 0.
     """
 
     name: str
@@ -82,10 +81,9 @@ ISAS = (
 
 
 def host_isa() -> Isa:
-    """The row of the table for the CPU that Numba compiles for.
+    """Return the table row for the CPU that Numba compiles for.
 
-    Chosen before anything is compiled: LLVM aborts the whole process on a vector instruction that
-    the target lacks.
+    It is chosen before compiling anything: LLVM aborts the process on a vector instruction that the target lacks.
     """
     has = {feature[1:] for feature in target()[1].split(",") if feature.startswith("+")}
     if platform.machine().lower() in ("arm64", "aarch64"):
@@ -111,7 +109,7 @@ BF16 = types.uint16
 
 
 class BFloats(ir.Type):
-    """<count x bfloat>, or one bfloat: llvmlite has none, but LLVM needs only the name."""
+    """<count x bfloat>, or bfloat. llvmlite has no such type, but LLVM needs only the name."""
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
@@ -147,7 +145,7 @@ def _splat(bd: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
 
 
 def _multiply_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a·b + c; fused where the CPU can (llvm.fma elsewhere would call libm for every lane)."""
+    """Return a·b + c, fused if the CPU can (llvm.fma elsewhere would call libm for every lane)."""
     if not HOST.fused:
         return bd.fadd(bd.fmul(a, b), c)
     fn = ir.FunctionType(VECTOR, [VECTOR] * 3)
@@ -155,7 +153,7 @@ def _multiply_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir
 
 
 def _dot_add(bd: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a₀·b₀ + a₁·b₁ + c for the two bfloat16 in every lane of a and b."""
+    """Return a₀·b₀ + a₁·b₁ + c for the two bfloat16 in every lane of a and b."""
     if HOST.bf16:
         pairs = BFloats(2 * LANES)
         fn = cgutils.get_or_insert_function(bd.module, ir.FunctionType(VECTOR, [VECTOR, pairs, pairs]), HOST.bf16)
@@ -182,22 +180,22 @@ def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, locality: int = 3) -> None:
 
 
 WRITE, ADD = 0, 1  # what the microkernel does to C
-LISTS = 3  # of cache lines that it asks for
-TOGETHER = 8  # lines, and steps, to a round
+LISTS = 3  # of cache lines to prefetch
+TOGETHER = 8  # lines, and steps, per round
 CACHE_LINE = 64  # bytes
 STRIP = 4, 4 * MR  # bytes from row to row and from word to word of A, packed by `gemm.pack_columns`
-IN_L2 = 2  # the prefetch hint that leaves L1 alone
+IN_L2 = 2  # prefetch hint: L2 only
 
 
 def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> Callable[..., Callable[[int], None]]:
-    """What the TOGETHER steps from k on do to ask for the lines of several lists, see `microkernel`."""
+    """Return a function of k that prepares the prefetches of the next TOGETHER steps; lists as in `microkernel`."""
     ends = [bd.mul(lists[0][3], I64(TOGETHER))]
     for _, _, _, rounds in lists[1:]:
         ends.append(bd.add(ends[-1], bd.mul(rounds, I64(TOGETHER))))
     starts = [I64(0), *ends[:-1]]
 
     def ask_from(k: ir.Value) -> Callable[[int], None]:
-        where, gap = nothing, I64(0)  # behind the last list
+        where, gap = nothing, I64(0)  # after the last list
         for start, end, (soon, its_gap, step, _) in reversed(list(zip(starts, ends, lists, strict=True))):
             here, rounds = bd.icmp_signed("<", k, end), bd.udiv(bd.sub(k, start), I64(TOGETHER))
             where = bd.select(here, bd.add(soon, bd.mul(rounds, step)), where)
@@ -219,9 +217,9 @@ def _tile_loop(
     words: ir.Value,
     ask_from: Callable[..., Callable[[int], None]] | None,
 ) -> list[list[ir.Value]]:
-    """The loop over k; leaves the builder behind it and returns the MR × nv accumulators.
+    """Emit the loop over k, leave the builder after it, and return the MR × nv accumulators.
 
-    One that asks takes TOGETHER steps at a time, and a second loop those that are left.
+    A loop that prefetches takes TOGETHER steps at a time; a second loop takes the rest.
     """
     rows = [_at(bd, bd.add(a, bd.mul(rs_a, I64(i))), I8) for i in range(MR)]
 
@@ -236,7 +234,7 @@ def _tile_loop(
         return [bd.add(k, I64(1)), bd.add(offset_a, cs_a), bd.gep(row_b, [rs_b]), *new]
 
     def steps(count: int, state: list[ir.Value]) -> list[ir.Value]:
-        """`count` steps, at least once, and again as often as so many are left."""
+        """Emit `count` steps, at least once, repeated while that many remain."""
         entry, loop, end = bd.block, bd.append_basic_block("k"), bd.append_basic_block("done")
         bd.branch(loop)
         bd.position_at_end(loop)
@@ -255,11 +253,11 @@ def _tile_loop(
         return after
 
     def enough_for(count: int, k: ir.Value) -> ir.Value:
-        """k + count ≤ words, in a form that LLVM unrolls where it pays."""
+        """Return k + count ≤ words, in a form that LLVM unrolls where it pays."""
         return bd.icmp_signed("<", k, bd.sub(words, I64(count - 1)))
 
     def steps_if_any(count: int, state: list[ir.Value]) -> list[ir.Value]:
-        """As `steps`, or nothing if there are fewer than `count`."""
+        """Emit `steps`, skipped if fewer than `count` remain."""
         before, some, join = bd.block, bd.append_basic_block("some"), bd.append_basic_block("join")
         bd.cbranch(enough_for(count, state[0]), some, join)
         bd.position_at_end(some)
@@ -298,14 +296,13 @@ def microkernel(
     mode WRITE: C :=;  ADD: C +=.
 
     `like` is any array of the operands' type: float32, or uint16 for pairs of bfloat16. a, b and c are
-    addresses; rs_a is in bytes, rs_b and rs_c in words. C is float32. rs_a is None where A is a strip that
-    `gemm.pack_columns` made, of MR words for every k: a type of its own, so that the step along k is a constant.
+    addresses; rs_a is in bytes, rs_b and rs_c in words. C is float32. rs_a is None if A is a strip from
+    `gemm.pack_columns`, of MR words for every k: a separate type, so that the step along k is a constant.
 
-    `ahead`, None or lists of cache lines (soon, gap, step, rounds): in each round TOGETHER lines, `gap` bytes apart,
-    the first of round r at soon + r·step. Every step asks for one of them, into L2: what is needed next would be
-    waited for, and asking for all at once would hold up the loads of B. Which lines is worked out once for TOGETHER
-    steps, for a step can hide few instructions. Steps of fewer than NV vectors hide none and do not ask, nor do those
-    that are left over.
+    `ahead` is None, or lists of cache lines to prefetch into L2 (soon, gap, step, rounds): round r covers TOGETHER
+    lines, `gap` bytes apart, from soon + r·step. Each step prefetches one line; all at once would delay the loads of B.
+    Addresses are computed once per TOGETHER steps, since a step can hide few instructions. Steps of fewer than NV
+    vectors hide none and do not prefetch, nor do leftover steps.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
@@ -322,7 +319,7 @@ def microkernel(
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
         adding = bd.icmp_signed("==", mode, I64(ADD))
         with bd.if_then(adding):
-            for row in c_rows:  # C is needed after the loop; ask for it now
+            for row in c_rows:  # C is needed after the loop
                 for j in range(NV):
                     _prefetch(bd, bd.gep(row, [I64(LANES * j)]))
         finish = bd.append_basic_block("finish")
@@ -355,10 +352,8 @@ def microkernel(
 def transpose(typingctx: Any, dst: Any, rs_dst: Any, src: Any, rs_src: Any) -> Any:
     """dst[j, i] := src[i, j] for a block of LANES × LANES words, in registers.
 
-    Addresses; the row stride of dst in words, of src in bytes.
-
-    log2(LANES) rounds; round s swaps, between vectors i and i + s, the blocks of s lanes that lie
-    off the diagonal.
+    dst and src are addresses; the row stride of dst is in words, of src in bytes. There are log2(LANES) rounds; round s
+    swaps, between vectors i and i + s, the off-diagonal blocks of s lanes.
     """
     signature = types.void(types.int64, types.int64, types.int64, types.int64)
 
@@ -390,7 +385,7 @@ def transpose(typingctx: Any, dst: Any, rs_dst: Any, src: Any, rs_src: Any) -> A
 
 @intrinsic
 def address(typingctx: Any, array: Any) -> Any:
-    """Address of an array's first element, as int64."""
+    """Return the address of an array's first element, as int64."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         data = context.make_array(sig.args[0])(context, bd, args[0]).data
@@ -400,15 +395,15 @@ def address(typingctx: Any, array: Any) -> Any:
 
 
 def _mirrored(bd: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """The bits of a negative float32 turned over but for the sign, and back again."""
+    """Flip all bits but the sign of a negative float32; its own inverse."""
     return bd.xor(bits, bd.and_(bd.ashr(bits, I32(31)), I32(0x7FFFFFFF)))
 
 
 @intrinsic
 def to_rank(typingctx: Any, x: Any) -> Any:
-    """An int32 that orders as the float32 does; a NaN lies beyond all numbers, on the side of its sign.
+    """Return an int32 that orders as the float32 does; NaN is beyond all numbers, on the side of its sign.
 
-    A maximum of floats must not lose a NaN by definition, which costs six instructions; one of integers costs one.
+    A maximum of floats must propagate NaN, which costs six instructions; a maximum of integers costs one.
     """
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
@@ -419,7 +414,7 @@ def to_rank(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def from_rank(typingctx: Any, x: Any) -> Any:
-    """The float32 of an int32 that `to_rank` made."""
+    """Return the float32 of an int32 from `to_rank`."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return bd.bitcast(_mirrored(bd, args[0]), F32)
@@ -429,7 +424,7 @@ def from_rank(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def larger(typingctx: Any, x: Any, y: Any) -> Any:
-    """The larger of two int32."""
+    """Return the larger of two int32."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return bd.select(bd.icmp_signed(">", *args), *args)
@@ -439,7 +434,7 @@ def larger(typingctx: Any, x: Any, y: Any) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
-    """x·y + z in float32, fused where the CPU can."""
+    """Return x·y + z in float32, fused if the CPU can."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         fn = ir.FunctionType(F32, [F32] * 3)
@@ -450,7 +445,7 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
 
 @intrinsic
 def float_to_bits(typingctx: Any, x: Any) -> Any:
-    """The 32 bits of a float32, as int32."""
+    """Return the 32 bits of a float32, as int32."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return bd.bitcast(args[0], I32)
@@ -460,7 +455,7 @@ def float_to_bits(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def bits_to_float(typingctx: Any, x: Any) -> Any:
-    """The float32 with these 32 bits."""
+    """Return the float32 with these 32 bits."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return bd.bitcast(args[0], F32)
@@ -469,7 +464,7 @@ def bits_to_float(typingctx: Any, x: Any) -> Any:
 
 
 def _copier(count: int) -> Any:
-    """A function that packs one row of `count` words."""
+    """Return a function that packs one row of `count` words."""
     floats, integers, halves = (ir.VectorType(kind, count) for kind in (F32, I32, I16))
 
     @intrinsic
@@ -495,8 +490,8 @@ def _copier(count: int) -> Any:
     return copy
 
 
-# copy(like, dst, src, rs_src): words from one row of float32, or from two rows of bfloat16, rs_src bytes
-# apart, that follow each other along k.
+# copy(like, dst, src, rs_src): words from one row of float32, or from two rows of bfloat16 adjacent along k, rs_src
+# bytes apart.
 copy_row = _copier(LANES)
 copy_strip = _copier(MR)
 
@@ -505,21 +500,21 @@ HALVES = ir.VectorType(I16, LANES)
 
 
 def _any_subnormal(bd: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Whether one of LANES float32 is neither 0 nor a normal number, an infinity or a NaN."""
+    """Return whether any of LANES float32 is subnormal."""
     magnitude = bd.and_(bd.bitcast(x, INTEGERS), ir.Constant(INTEGERS, [0x7FFFFFFF] * LANES))
-    less = bd.sub(magnitude, ir.Constant(INTEGERS, [1] * LANES))  # of 0, the largest there is
+    less = bd.sub(magnitude, ir.Constant(INTEGERS, [1] * LANES))  # 0 wraps to the largest integer
     lanes = bd.icmp_unsigned("<", less, ir.Constant(INTEGERS, [0x7FFFFF] * LANES))
     mask = ir.IntType(LANES)
     return bd.icmp_unsigned("!=", bd.bitcast(lanes, mask), mask(0))
 
 
 def _round_natively(bd: ir.IRBuilder, x: ir.Value, count: int = LANES) -> ir.Value:
-    """LANES float32, or one, → bfloat16 by the instruction that `Isa.rounds` tells of."""
+    """Round LANES float32, or one, to bfloat16 by the instruction described at `Isa.rounds`."""
     return bd.bitcast(bd.fptrunc(x, BFloats(count)), HALVES if count > 1 else I16)
 
 
 def _round(bd: ir.IRBuilder, x: ir.Value, count: int = LANES) -> ir.Value:
-    """LANES float32, or one, → bfloat16, rounded to nearest even; NaN stays NaN."""
+    """Round LANES float32, or one, to bfloat16, to nearest even; NaN stays NaN."""
     words, halves = (INTEGERS, HALVES) if count > 1 else (I32, I16)
 
     def each(value: int) -> ir.Value:
@@ -533,7 +528,7 @@ def _round(bd: ir.IRBuilder, x: ir.Value, count: int = LANES) -> ir.Value:
 
 
 def _writer(exact: bool) -> Any:
-    """write(like, dst, src): LANES float32 at address src, to address dst as `like` stores them."""
+    """Return write(like, dst, src): LANES float32 at address src, to address dst as `like` stores them."""
 
     @intrinsic
     def write(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
@@ -565,7 +560,7 @@ write_operands = _writer(exact=False)  # see `to_operand`
 
 @intrinsic
 def read_row(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
-    """LANES numbers at address src, as `like` stores them, to float32 at address dst."""
+    """Read LANES numbers at address src, stored as `like`, to float32 at address dst."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         if like.dtype == BF16:
@@ -582,7 +577,7 @@ def read_row(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
 
 @intrinsic
 def get(typingctx: Any, where: Any) -> Any:
-    """The float32 at an address."""
+    """Return the float32 at an address."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return bd.load(_at(bd, args[0]))
@@ -603,7 +598,7 @@ def put(typingctx: Any, where: Any, x: Any) -> Any:
 
 @intrinsic
 def get_half(typingctx: Any, where: Any) -> Any:
-    """The word whose low half is the bfloat16 at an address, and whose high half is 0."""
+    """Return the word with the bfloat16 at an address as its low half, and 0 as its high half."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         half = bd.load(_at(bd, args[0], I16))
@@ -614,7 +609,7 @@ def get_half(typingctx: Any, where: Any) -> Any:
 
 
 def per_word(array):
-    """Elements in a 32-bit word: 1 for float32, 2 for bfloat16."""
+    """Return elements per 32-bit word: 1 for float32, 2 for bfloat16."""
     raise NotImplementedError("for kernels")
 
 
@@ -624,7 +619,7 @@ def _per_word(array):
 
 
 def f32(x):
-    """A stored number as float32."""
+    """Return a stored number as float32."""
     raise NotImplementedError("for kernels")
 
 
@@ -636,7 +631,7 @@ def _f32(x):
 
 
 def to(array, x):
-    """float32 x as `array` stores it; bfloat16 rounds to nearest even and keeps NaN."""
+    """Return float32 x as `array` stores it; bfloat16 rounds to nearest even and keeps NaN."""
     raise NotImplementedError("for kernels")
 
 
@@ -650,7 +645,7 @@ def _to(array, x):
 
 @intrinsic
 def _rounded(typingctx: Any, x: Any) -> Any:
-    """A float32 as bfloat16, in uint16; in 32 bits all along, for Numba's sums of int32 are int64."""
+    """Return a float32 as bfloat16, in uint16; in 32 bits throughout, since Numba's int32 sums are int64."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return _round(bd, args[0], 1)
@@ -660,7 +655,7 @@ def _rounded(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def _rounded_natively(typingctx: Any, x: Any) -> Any:
-    """As `_rounded`, by the instruction that `Isa.rounds` tells of."""
+    """Round as `_rounded`, by the instruction described at `Isa.rounds`."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         return _round_natively(bd, args[0], 1)
@@ -669,7 +664,7 @@ def _rounded_natively(typingctx: Any, x: Any) -> Any:
 
 
 def to_operand(array, x):
-    """As `to`, for what only products read: a subnormal number may become 0, as which they take it."""
+    """Convert as `to`, for operands of products: a subnormal may become 0, as products read it anyway."""
     raise NotImplementedError("for kernels")
 
 
@@ -681,7 +676,7 @@ def _to_operand(array, x):
 
 
 def typed(words, like):
-    """float32 scratch seen as elements of `like`'s type."""
+    """Return float32 scratch as elements of `like`'s type."""
     raise NotImplementedError("for kernels")
 
 
