@@ -52,7 +52,7 @@ from .simd import (
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A per packed panel, whole tiles; L2 holds no more next to it
 BLOCK_COLS = 8 * MR  # most rows of dweight per item
-OWN_ROWS = 512  # fewer are shared by threads, each of which would pack all panels
+OWN_ROWS = 512  # fewer are shared, since each thread would pack all panels
 TILE = MR * NR
 SUMS = 8 * MR  # partial sums of a strip's columns: enough to hide latency
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats per thread
