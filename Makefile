@@ -1,5 +1,5 @@
-# Each target works alone from a fresh clone: it makes .venv and installs llm.py into it first.
-# `make train ARGS="--data my.txt --minutes 10"` passes options on. Windows: see README, "Train".
+# Every target works from a fresh clone: it creates .venv and installs llm.py into it first.
+# Pass options with ARGS: make train ARGS="--data my.txt --minutes 10". Windows has no make: see README.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,7 +42,7 @@ bench: $(INSTALLED)
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# The stamp comes last, so that an installation that was cut short is made again.
+# The stamp comes last, so that an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "llm.py needs Python 3.11 or newer: install it, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "llm.py needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): name a newer one: make PYTHON=python3.12" >&2; exit 1; }
@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || { echo "the installation failed: see the lines above; make needs the network this once" >&2; exit 1; }
 	@touch $@
 
-# pyarrow and MPI are as large as half of all the rest: only who tests or uses them needs them.
+# pyarrow and MPI are half as large as everything else; only tests and their users need them.
 $(PARQUET): $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parquet,mpi]' || { echo "the installation of pyarrow and MPI failed: see the lines above; make test needs the network this once" >&2; exit 1; }
 	@touch $@
