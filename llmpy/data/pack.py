@@ -93,7 +93,7 @@ def is_dataset(what: str | Path) -> bool:
 
 
 def find_dataset(name: str, log: Log, tokenizer: str = "gpt2") -> Path:
-    """Return the folder with the tokens of a named dataset. If there is none, write it: of a huge dataset a portion.
+    """Return the folder with the tokens of a named dataset. If missing, write it (a portion of a huge dataset).
 
     Raises LlmpyError for an evaluation dataset, if several folders match, and as `data` does.
     """

@@ -2,7 +2,7 @@
 
     documents → held out or not → tokenizer → token ids and mask → shards
 
-The end of the user's text is held out (`divided`); of a named dataset the same part as in llm.c. If no tokenizer is
+The end of the user's text is held out (`divided`), or llm.c's validation part of a named dataset. If no tokenizer is
 given, a byte-level BPE is trained on the training part. Tokens go to a temporary file first, since their number
 determines the files. Text is read several times rather than kept in memory.
 """
