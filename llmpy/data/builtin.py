@@ -1,8 +1,7 @@
-"""Text that every Python carries: training starts with no file and no network.
+"""Text that comes with Python, to train without a file or a network.
 
-CPython's own reference documentation (`pydoc_data.topics`, which `help("with")` shows) is clean technical
-English, about 250,000 characters of prose in 169 sections (3.11). It changes with the version of Python, hence the
-sha256 in the description.
+CPython's reference documentation (`pydoc_data.topics`, shown by `help("with")`) is clean technical English: about
+250,000 characters of prose in 169 sections (3.11). It differs between versions of Python: `describe` gives its sha256.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from .text import Document
 
 HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST
 CODE_SIGNS, PROSE_WORDS = ("::=", ">>>", " = ", "|", "...", "#", "<"), 7
-FULL_LINE = 52  # characters from which on a line may have been wrapped; the documents are wrapped at about 70
+FULL_LINE = 52  # characters: a line this long may be wrapped; the documents wrap at about 70
 
 
 def builtin_documents() -> list[Document]:
-    """Return the documentation's sections. Raises LlmpyError where a distribution of Python leaves them out."""
+    """Return the sections of the documentation. Raises LlmpyError if this distribution of Python omits it."""
     try:
         return _sections(importlib.import_module("pydoc_data.topics").topics)
     except ImportError:
-        fix = f"give a text file: {command('train', '--data', 'book.txt')}"
-        raise LlmpyError("data.x", "this Python carries no text to train on", fix) from None
+        hint = f"Give a text file: {command('train', '--data', 'book.txt')}"
+        raise LlmpyError("data.builtin-missing", "this Python comes without its documentation", hint) from None
 
 
 def describe(documents: Sequence[Document]) -> str:
-    """One line: what the text is, how much of it, and a hash by which to tell versions apart."""
+    """Return one line: source, size and hash of the text."""
     digest = hashlib.sha256("\0".join(d.text for d in documents).encode()).hexdigest()
     characters = sum(len(d.text) for d in documents)
     return (
@@ -42,10 +41,10 @@ def describe(documents: Sequence[Document]) -> str:
 
 
 def _sections(topics: Mapping[str, str]) -> list[Document]:
-    """Topics by name, cut at their headings, each section once.
+    """Split topics, sorted by name, at their headings; return each section once.
 
-    Topics contain one another ("with" is a part of "compound"): whole, a fifth of the text would stand in
-    it twice, and the validation part would have been seen in training.
+    Topics contain each other ("with" is a part of "compound"). Unsplit, a fifth of the text would occur twice, and
+    validation text would leak into training.
     """
     seen: set[str] = set()
     documents = []
@@ -54,7 +53,7 @@ def _sections(topics: Mapping[str, str]) -> list[Document]:
         starts = [0, *(m.start() for m in HEADING.finditer(text) if m.start() > 0), len(text)]
         for start, stop in zip(starts, starts[1:], strict=False):
             section = text[start:stop].strip()
-            # the underline's character tells the depth, which differs between two copies
+            # without heading and underline, whose character depends on the depth of the section
             body = " ".join(section.split("\n", 2)[2:]).strip()
             if body and body not in seen:
                 seen.add(body)
@@ -63,10 +62,9 @@ def _sections(topics: Mapping[str, str]) -> list[Document]:
 
 
 def _prose(section: str) -> str:
-    """The heading and the sentences of a section, each paragraph a line: no grammar, no code, no underlines.
+    """Return heading and sentences of a section, one line per paragraph, without grammar, code or underlines.
 
-    What is not English costs a small model the words that it could have learnt. A line of it is short or has
-    a sign that sentences lack.
+    A small model has no capacity to spare for these. Such lines are short or contain a sign that sentences lack.
     """
     heading, *lines = _unwrapped(section).split("\n")
     kept = [heading.strip()]
@@ -78,9 +76,9 @@ def _prose(section: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Paragraphs as one line each: where a line was wrapped says nothing that a small model could learn.
+    """Join each paragraph to one line.
 
-    A line continues the one before if that was full and both are equally indented (code lines are short).
+    A line continues the previous one if that was full and both have the same indentation (code lines are short).
     """
     lines: list[str] = []
     full, margin = False, 0

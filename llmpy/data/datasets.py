@@ -1,15 +1,14 @@
-"""Data sets that are known by name: where they are, what their documents are, how llm.c names and divides them.
+"""Named datasets: sources, documents, and llm.c's file names and validation splits.
 
-tinyshakespeare   a document for each speech; the first 32,768 tokens are held out
-tinystories       a document for each story, shuffled within each of 50 files; the first file is held out
-fineweb           10 billion tokens of the web, in shards of 10⁸; the first is held out
-fineweb-edu       the same, of pages that teach
-hellaswag         10,042 contexts with four endings each, to evaluate on
+tinyshakespeare   one document per speech; the first 32,768 tokens are held out
+tinystories       one document per story, shuffled within each of 50 files; the first file is held out
+fineweb           10 billion tokens of the web in shards of 10⁸; the first shard is held out
+fineweb-edu       the same, of educational pages
+hellaswag         10,042 contexts with four endings each, for evaluation only
 
-Of tinystories, llm.c's script sorts the files by name, holds the first one out, and shuffles the list of each by
-Python's generator with the seed 1337 + i, where i counts from 0 in each part anew. It joins what its workers make as it
-comes: the order of the training files in TinyStories_train.bin is chance there, and that of their names here.
-In all of these a text is encoded as it is: `<|endoftext|>` that somebody wrote is no end of a text.
+For tinystories, llm.c's script sorts the files by name and holds out the first. It shuffles each file with Python's
+generator, seed 1337 + i, where i counts from 0 in each split. Its workers append the training files in any order; here
+they are sorted by name. In all these datasets, `<|endoftext|>` within a text is encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -45,30 +44,30 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Layout:
-    """What is held out, and how the token files are called."""
+    """The validation split and the names of the token files."""
 
-    val: int | str | None  # the first so many tokens, the documents of this file, or (None) the last tenth
+    val: int | str | None  # held out: the first N tokens, the documents of this file, or (None) the last tenth
     val_name: str = "val.bin"
-    train_name: str = "train.bin"  # with {} for the number of a shard, from 1 on
-    one_file: bool = False  # all of it to train on, if llm.c can read that
+    train_name: str = "train.bin"  # {}: number of the shard, from 1
+    one_file: bool = False  # a single training file if llm.c can read one of this size
 
 
 @dataclass(frozen=True)
 class Source:
-    """A named data set: `documents(raw, say)` are those of the file or folder `raw`, None: of the network."""
+    """A named dataset. `documents(raw, log)` yields those of the file or folder `raw` (None: downloads them)."""
 
     layout: Layout
     documents: Callable[[Path | None, Log], Iterator[Document]]
-    portion: int | None = None  # tokens that `llmpy train` makes if there are none; None: all
+    portion: int | None = None  # tokens that `llmpy train` encodes if it finds none; None: all
 
 
 def hellaswag_lines(raw: Path | None, log: Log) -> Path:
-    """Return HellaSwag's jsonl, downloaded if `raw` is None."""
+    """Return the path of HellaSwag's jsonl; download it if `raw` is None."""
     return raw or fetch(HELLASWAG, data_cache() / "raw" / "hellaswag_val.jsonl", HELLASWAG_SHA256, log)
 
 
 def _from_hub(repository: str, name: str, kept: str, log: Log, sha256: str | None = None) -> Path:
-    """Return a file of a dataset on the hub; `kept`: its name where llmpy 0.1.0 put it."""
+    """Return the path of a file of a hub dataset; `kept`: its name in the cache of llmpy 0.1.0."""
     old = data_cache() / "raw" / kept
     return old if old.is_file() else from_hub(repository, name, log, dataset=True, sha256=sha256)
 
@@ -86,24 +85,22 @@ def _stories(raw: Path | None, log: Log) -> Iterator[Document]:
         listed = folder.glob("*.json") if folder.is_dir() else [folder]
         files = sorted(file for file in listed if STORIES_FILE.fullmatch(file.name))
         if not files:
-            raise LlmpyError(
-                "data.x", f"no data00.json, data01.json … in {path}", f"Give {STORIES_ARCHIVE}, or its folder"
-            )
+            hint = f"Give {STORIES_ARCHIVE}, or the folder it unpacks to"
+            raise LlmpyError("dataset.incomplete", f"{path} has no data00.json, data01.json …", hint)
         for file in files:
             try:
                 stories = [story["story"].strip() for story in json.loads(file.read_bytes())]
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise LlmpyError(
-                    "data.x", f"{file.name} in {path} holds no list of stories", "Download it again"
-                ) from error
-            # data00.json, which is held out, has the seed of data01.json, the first to train on
+                message = f"{file.name} in {path} is not a list of stories"
+                raise LlmpyError("dataset.corrupt", message, "Download it again") from error
+            # data00.json (held out) and data01.json (first of training) have the same seed
             random.Random(1337 + max(0, int(file.name[4:6]) - 1)).shuffle(stories)
             yield from (Document(file.name, story) for story in stories)
 
 
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[Path]:
-    """Give `path`, or a folder in the cache with what the archive `path` holds: files in any order, 6.5 GB."""
+    """Yield `path`, or a temporary folder in the cache with its files if it is an archive (6.5 GB, in any order)."""
     if path.is_dir() or path.suffix == ".json":
         yield path
         return
@@ -117,13 +114,13 @@ def _unpacked(path: Path) -> Iterator[Path]:
                         with Path(folder, name).open("wb") as file:
                             shutil.copyfileobj(content, file)
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-            fix = "download it again; unpacked it takes 6.5 GB below LLMPY_DATA"
-            raise LlmpyError("data.x", f"cannot unpack the tar archive {path}: {error}", fix) from error
+            hint = "Download it again. It unpacks to 6.5 GB below LLMPY_DATA"
+            raise LlmpyError("dataset.unpack-failed", f"cannot unpack the tar archive {path}: {error}", hint) from error
         yield Path(folder)
 
 
 def _web(repository: str, name: str) -> Source:
-    """A sample of 10 billion tokens in parquet files, which are downloaded one by one as they are needed."""
+    """Return the sample of 10 billion tokens; its parquet files are downloaded one at a time, when needed."""
 
     def documents(raw: Path | None, log: Log) -> Iterator[Document]:
         for file in [""] if raw else hub_files(repository, "sample/10BT"):

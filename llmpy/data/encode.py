@@ -1,8 +1,7 @@
-"""Documents → token ids: EOT and then the text, for each.
+"""Documents → token ids: EOT, then the text, for each document.
 
-Long texts are encoded in pieces, cut where a word begins anyway, so that every core has its share and what the
-library needs beside its input stays bounded. Characters that do not count in the loss are encoded apart from
-those that do: no token is of both.
+Long texts are split at word boundaries, which changes no token: this spreads the work over all cores and bounds the
+library's memory. Counted and uncounted characters are encoded separately, so no token contains both.
 """
 
 from __future__ import annotations
@@ -18,31 +17,31 @@ import numpy as np
 from .records import Document
 from .tokenizer import Tokenizer
 
-BORDER = re.compile(r"(?<=\S)[ \n]")  # a word of GPT-2's pattern always begins here (not at \x1c!)
-BLANK = re.compile(r"(?<=\S) ")  # of other patterns: they let line ends belong to the sign before
+BORDER = re.compile(r"(?<=\S)[ \n]")  # GPT-2's pattern always starts a word here (not at \x1c!)
+BLANK = re.compile(r"(?<=\S) ")  # for other patterns, which may join line ends to the preceding sign
 PIECE = 1 << 12  # characters encoded at a time
-TOKENIZER_SEES = 50_000_000  # characters to learn merges from: seven seconds of counting (two cores), and plenty
-BATCH = 1 << 20  # characters handed to the library at once: 18.5M at once took it 3.0 GB
-Piece = tuple[str, bool, bool]  # text, whether it begins a document, and whether it counts
+TOKENIZER_SEES = 50_000_000  # characters to learn merges from: plenty, and 7 s of counting on two cores
+BATCH = 1 << 20  # characters per call of the library; 18.5M took 3.0 GB
+Piece = tuple[str, bool, bool]  # text, whether it starts a document, whether it counts
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids (n,), and which of them count as targets: bool (n,), None for all."""
+    """Token ids (n,), and which count as targets: bool (n,), None for all."""
 
     ids: np.ndarray
     counted: np.ndarray | None
-    characters: int  # of the text they stand for
+    characters: int  # of text encoded
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Tokens]:
-    """The tokens of all documents, a batch at a time, in order: uint16, or uint32 for large vocabularies.
+    """Yield the tokens of all documents in order, in batches: uint16, or uint32 for large vocabularies.
 
-    EOT counts, for it ends the document before it; so does the text of a document that names no part of it.
+    EOT counts as a target, since it ends the previous document.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     waiting: deque[Future[Tokens]] = deque()
-    # The library encodes a batch on all cores, but its way in and out takes one: so the next is already begun.
+    # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
     with ThreadPoolExecutor(2) as pool:
         for batch in _batches(documents, BORDER if tokenizer.splits_as_gpt2 else BLANK):
             waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
@@ -53,7 +52,7 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
 
 
 def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:
-    """`text` in portions of about PIECE characters, cut only where a word begins."""
+    """Split `text` at word boundaries into pieces of about PIECE characters."""
     start = 0
     while len(text) - start > PIECE and (cut := border.search(text, start + PIECE)):
         yield text[start : cut.start()]
@@ -65,12 +64,12 @@ def _batches(documents: Iterable[Document], border: re.Pattern[str]) -> Iterator
     batch: list[Piece] = []
     characters = 0
     for document in documents:
-        begins = True
+        first = True
         for text, counts in _segments(document):
             for piece in pieces(text, border):
-                batch.append((piece, begins, counts))
+                batch.append((piece, first, counts))
                 characters += len(piece)
-                begins = False
+                first = False
                 if characters >= BATCH:
                     yield batch
                     batch, characters = [], 0
@@ -79,7 +78,7 @@ def _batches(documents: Iterable[Document], border: re.Pattern[str]) -> Iterator
 
 
 def _segments(document: Document) -> Iterator[tuple[str, bool]]:
-    """The stretches of a document that count, and those that do not."""
+    """Yield the consecutive segments of a document, and whether each counts."""
     if document.counted is None:
         yield document.text, True
         return
@@ -94,12 +93,12 @@ def _segments(document: Document) -> Iterator[tuple[str, bool]]:
 
 
 def _tokens(tokenizer: Tokenizer, batch: list[Piece], dtype: np.dtype) -> Tokens:
-    texts, begins, counts = zip(*batch, strict=True)
+    texts, starts, counts = zip(*batch, strict=True)
     rows = tokenizer.encode_batch(texts)
-    ids = np.empty(sum(map(len, rows)) + sum(begins), dtype)
+    ids = np.empty(sum(map(len, rows)) + sum(starts), dtype)
     counted = None if all(counts) else np.ones(len(ids), bool)
     at = 0
-    for row, first, counting in zip(rows, begins, counts, strict=True):
+    for row, first, counting in zip(rows, starts, counts, strict=True):
         if first:
             ids[at] = tokenizer.eot
             at += 1

@@ -1,10 +1,9 @@
 """Batches of shards in llm.c's order (`llmc/dataloader.h`).
 
-With P ranks, sample i of a shard is the stretch of B·T·P tokens at i·B·T·P; rank r takes its r-th part and
-the one token after it. Rows follow each other in the text: row b continues row b − 1. Shuffling permutes the
-shards at each epoch, starting from the last epoch's order, and the samples of a shard when it is opened; each
-rank has a generator of its own, and still an epoch covers every sample once. Where a shard's mask says that a
-token does not count, the target is −1.
+With P ranks, sample i of a shard is the B·T·P tokens from i·B·T·P on. Rank r reads its r-th part and the next token.
+Row b continues row b − 1. Shuffling permutes the shards at each epoch, starting from the previous order, and the
+samples of a shard when it is opened. Each rank has its own generator; an epoch still covers every sample once. Where
+the mask of a shard is 0, the target is −1.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .shards import Shard
 
 @dataclass(frozen=True)
 class Position:
-    """Where a loader stands: enough to go on with the next batch."""
+    """The state of a loader, enough to resume with the next batch."""
 
     shard: int  # index into shard_order
     sample: int  # index into sample_order
@@ -44,7 +43,7 @@ class Loader:
         ranks: int = 1,
         vocab_size: int | None = None,
     ) -> None:
-        """With `vocab_size` every batch is checked against it, for files may change after they were opened."""
+        """If `vocab_size` is given, check every batch against it: files may change after they were opened."""
         self.shards = tuple(shards)
         self.B, self.T, self.rank, self.ranks = B, T, rank, ranks
         self.shuffle, self.vocab_size = shuffle, vocab_size
@@ -58,18 +57,18 @@ class Loader:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches that each rank reads before an epoch ends."""
+        """Batches per rank and epoch."""
         return sum(self._samples(shard) for shard in self.shards)
 
     def reset(self) -> None:
-        """Begin an epoch. With shuffling this draws new orders, it does not repeat the old ones (llm.c)."""
+        """Start an epoch. If shuffling, draw new orders rather than repeat the old ones (as llm.c)."""
         self._shard = 0
         if self.shuffle:
             self._rng.permutation(self._shard_order)
         self._open()
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens and targets, int32 (B, T) each; the same two arrays every time, overwritten.
+        """Return the next tokens and targets, int32 (B, T) each. Every call overwrites the same two arrays.
 
         Raises LlmpyError for a token outside the vocabulary.
         """
@@ -84,15 +83,16 @@ class Loader:
         stretch = self._tokens[start : start + BT + 1]
         self._inputs.reshape(-1)[:] = stretch[:-1]
         self._targets.reshape(-1)[:] = stretch[1:]
-        if self.vocab_size is not None:  # the copies, which nobody changes any more; it takes microseconds
-            largest = max(x.view(np.uint32).max() for x in (self._inputs, self._targets))  # below 0 is large too
+        if self.vocab_size is not None:  # checks the copies, which cannot change; takes microseconds
+            largest = max(
+                x.view(np.uint32).max() for x in (self._inputs, self._targets)
+            )  # negative tokens are large too
             if largest >= self.vocab_size:
-                raise LlmpyError(
-                    "data.x",
-                    f"{self._shard_here.path} was changed since it was opened: it holds token {largest} now, outside "
-                    f"the vocabulary of {self.vocab_size:,} tokens",
-                    "Leave the data as they are while they are in use",
+                message = (
+                    f"{self._shard_here.path} was changed after it was opened: it has token {largest} now, outside the "
+                    f"vocabulary of {self.vocab_size:,} tokens"
                 )
+                raise LlmpyError("shard.changed", message, "Do not change data in use")
         if self._counted is not None:
             self._targets.reshape(-1)[self._counted[start + 1 : start + BT + 1] == 0] = -1
         self._sample += 1
@@ -100,9 +100,9 @@ class Loader:
 
     @property
     def position(self) -> Position:
-        """Where the loader stands; set it to continue from there. What it holds is never changed by reading on.
+        """The position of the next batch; set it to resume from there. Later reads do not modify it.
 
-        Raises LlmpyError (on setting) for a position of other shards or other -B, -T.
+        Setting raises LlmpyError if the position is of other shards, -B or -T.
         """
         return Position(self._shard, self._sample, self._shard_order.copy(), self._sample_order, self._rng.state)
 
@@ -116,9 +116,9 @@ class Loader:
             fits = position.sample_order.size == self._samples(shard)
         if not fits or not 0 <= position.sample <= position.sample_order.size:
             raise LlmpyError(
-                "data.x",
-                "the saved place in the data does not fit these token shards and this batch size",
-                "Continue with the same --data, -B, -T and number of processes",
+                "resume.position-mismatch",
+                "the saved position does not fit these token shards and this batch size",
+                "Resume with the same --data, -B, -T and number of processes",
             )
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order
@@ -126,29 +126,29 @@ class Loader:
         self._take(shard)
         self._sample_order = position.sample_order.astype(np.int32)
 
-    def go_on(self, position: Position, BT: int) -> None:
-        """Continue from where a loader of these shards stood whose samples had BT tokens.
+    def resume(self, position: Position, BT: int) -> None:
+        """Resume from the position of a loader of these shards with samples of BT tokens.
 
-        If they have as many here it is `position = position`. Else the open shard is cut anew: first in the order, and
-        counted as read, come the samples that begin in one that was read, then the others in the order of the old ones.
+        If the samples here have another size, the open shard is split again. Samples that start in one already read
+        come first and count as read; the others follow in the old order.
         """
-        mine = self.B * self.T * self.ranks
-        there = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
-        if mine != BT and there:
+        size = self.B * self.T * self.ranks
+        valid = position.shard_order.size == len(self.shards) > position.shard >= 0 and position.sample_order.size > 0
+        if size != BT and valid:
             samples = self._samples(self.shards[int(position.shard_order[position.shard])])
-            place = np.argsort(position.sample_order)  # of each sample in the old order
-            when = place[np.minimum(np.arange(samples) * mine // BT, place.size - 1)]
+            rank = np.argsort(position.sample_order)  # of each old sample in the old order
+            when = rank[np.minimum(np.arange(samples) * size // BT, rank.size - 1)]
             order, read = np.argsort(when, kind="stable").astype(np.int32), int((when < position.sample).sum())
             position = Position(position.shard, read, position.shard_order, order, position.rng)
         self.position = position
 
     @property
     def batch(self) -> tuple[str, int]:
-        """Which one `next` returned last: the name of its file, and the number of the sample in it."""
+        """File name and sample number of the last batch that `next` returned."""
         return self._shard_here.path.name, int(self._sample_order[self._sample - 1])
 
     def _open(self) -> None:
-        """Turn to the shard at `_shard`: its first sample, in a new order."""
+        """Start the shard at `_shard`, its samples in a new order."""
         shard = self._shard_here
         self._take(shard)
         self._sample = 0
@@ -170,10 +170,7 @@ class Loader:
     def _check_length(self, shard: Shard) -> None:
         needed = self.B * self.T * self.ranks + 1
         if len(shard) < needed:
-            processes = f" of {self.ranks} processes" if self.ranks > 1 else ""
-            raise LlmpyError(
-                "data.x",
-                f"{shard.path} has {len(shard):,} tokens here, one batch{processes} of -B {self.B} "
-                f"-T {self.T} needs {needed:,}",
-                "Use a smaller -B or -T, or more text",
-            )
+            processes = f" on {self.ranks} processes" if self.ranks > 1 else ""
+            batch = f"a batch of -B {self.B} -T {self.T}{processes}"
+            message = f"{shard.path} has {len(shard):,} tokens, {batch} needs {needed:,}"
+            raise LlmpyError("shard.too-short", message, "Use a smaller -B or -T, or more text")

@@ -1,6 +1,6 @@
-"""What the first bytes of a file say: the magic numbers of llm.c's files and our own, each once.
+"""Magic numbers of llm.c's files and our own.
 
-A binary file of llm.c begins with 256 int32 in little-endian order; the first is its magic number.
+A binary file of llm.c starts with 256 little-endian int32; the first is its magic number.
 
 Source: llm.c's `train_gpt2.py`, `train_llama3.py`, `dev/data/data_common.py` and `train_gpt2.cu`; MASK is ours.
 """
@@ -14,8 +14,8 @@ STATE = 20240527
 WIDE_TOKENS = 20240801  # uint32
 LLAMA3 = 20240803
 MASK = 20261122
-HEADER_BYTES = 1024  # of every one of them
-SPOOL = ".tokens-"  # what the name of a folder begins with in which tokens wait until their files are whole
+HEADER_BYTES = 1024  # of all these files
+SPOOL = ".tokens-"  # prefix of the temporary folders that hold tokens until their files are complete
 
 WHAT = {
     MODEL: "an llm.c model checkpoint",
@@ -31,12 +31,12 @@ WHAT = {
 
 
 def magic_of(start: bytes) -> int:
-    """Return the magic number of a file that begins with `start`; 0 for less than four bytes."""
+    """Return the magic number of a file that starts with `start`; 0 if shorter than four bytes."""
     return int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
 
 
 def lfs_pointer(start: bytes) -> tuple[str, str] | None:
-    """Return what is wrong and how to fix it, if a file that begins with `start` is a pointer of git-lfs."""
+    """Return message and hint if a file that starts with `start` is a git-lfs pointer, else None."""
     if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file itself", "fetch it: git lfs pull"
+        return "is a git-lfs pointer, not the file itself", "Fetch it: git lfs pull"
     return None

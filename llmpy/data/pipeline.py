@@ -1,10 +1,10 @@
-"""The one way from documents to token files, of `llmpy train --data` and of `llmpy data`.
+"""The pipeline from documents to token files, for `llmpy train --data` and `llmpy data`.
 
     documents → held out or not → tokenizer → token ids and mask → shards
 
-Of the user's own text the end is held out (`divided`), of a dataset known by name what llm.c holds out. Where no
-tokenizer is asked for, a byte-level BPE is trained on what is not held out. Tokens go to a temporary file first: how
-many there are decides how they are divided among files. Text is read several times instead of being kept in memory.
+The end of the user's text is held out (`divided`), or llm.c's validation part of a named dataset. If no tokenizer is
+given, a byte-level BPE is trained on the training part. Tokens go to a temporary file first, since their number
+determines the files. Text is read several times rather than kept in memory.
 """
 
 from __future__ import annotations
@@ -27,28 +27,27 @@ from .records import Document
 from .shards import CHUNK, FORMS, HEADER_BYTES, form_for, write_shard
 from .tokenizer import Tokenizer
 
-HELD_OUT = 0.1  # share of a text that is held out for validation
-HELD_OUT_AT_MOST = 400_000_000  # characters: about 10⁸ tokens, as of llm.c's largest datasets
-CHARACTERS_PER_TOKEN = 300  # of training text for each token of the vocabulary: each is then seen ~100 times
+HELD_OUT = 0.1  # share of a text held out for validation
+HELD_OUT_AT_MOST = 400_000_000  # characters: about 10⁸ tokens, as in llm.c's largest datasets
+CHARACTERS_PER_TOKEN = 300  # of training text per token of the vocabulary: each then occurs ~100 times
 VOCAB_AT_LEAST, VOCAB_AT_MOST = 512, 8192
-SEEKABLE = 2**31 - 1  # bytes of a file that llm.c, which seeks by an int, can read to its end
-OWN = Layout(None, one_file=True)  # of the user's own text
+SEEKABLE = 2**31 - 1  # bytes: llm.c seeks with an int, and cannot read larger files to the end
+OWN = Layout(None, one_file=True)  # for the user's own text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to read, again and again if need be, and which of them are held out."""
+    """Documents that can be read repeatedly, and which of them are held out."""
 
-    read: Callable[[], Iterator[tuple[bool, Document]]]  # held out?, document; those held out follow one another
-    characters: int | None = None  # of those to train on; None: not counted
+    read: Callable[[], Iterator[tuple[bool, Document]]]  # (held out, document); held-out documents are contiguous
+    characters: int | None = None  # of the training part; None: unknown
 
 
 def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
-    """Hold out the last tenth of the characters (10 or more of them).
+    """Hold out the last tenth of the characters (of 10 or more).
 
-    The cut is the border of documents nearest to it, unless that would make the part smaller or larger by half; then a
-    document is cut after a line, or at the very character if no line ends near. `read` is told whom to `say` what it
-    understood: that is the user once.
+    The cut moves to the nearest document boundary. If that would change the held-out part by more than half, a document
+    is cut after a line, or exactly there if no line ends nearby. Only the first call of `read` gets the user's `log`.
     """
 
     def quietly() -> Iterable[Document]:
@@ -59,7 +58,7 @@ def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
     total = int(ends[-1])
     held = min(HELD_OUT * total, HELD_OUT_AT_MOST)
     cut, slack = total - int(held), held / 2
-    whole = 1 + int(np.argmin(np.abs(ends - cut)))  # documents to train on, and `border` characters of the next one
+    whole = 1 + int(np.argmin(np.abs(ends - cut)))  # training documents, plus `border` characters of the next
     border = 0
     if whole == len(ends) or abs(int(ends[whole - 1]) - cut) > slack:
         whole = int(np.searchsorted(ends, cut, side="right"))
@@ -78,15 +77,15 @@ def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
 
 
 def choose_vocab_size(characters: int) -> int:
-    """Return a power of two that the text fills: 1024 from 307k characters on, 2048 from 614k, 8192 from 2.5M."""
+    """Return a power of two as the vocabulary size: 1024 from 307k characters, 2048 from 614k, 8192 from 2.5M."""
     fits = 2 ** int(math.log2(max(1, characters / CHARACTERS_PER_TOKEN)))
     return min(max(fits, VOCAB_AT_LEAST), VOCAB_AT_MOST)
 
 
 def choose_tokenizer(name: str | None, corpus: Corpus, log: Log) -> tuple[Tokenizer, str]:
-    """Return the tokenizer of `--tokenizer`, and what to call it: gpt2, bytes, bpe:N (trained on the text), or a file.
+    """Return a tokenizer and its description. `name`: gpt2, bytes, bpe:N (trained on the text), or a file.
 
-    None: bpe of `choose_vocab_size`.
+    None: bpe with `choose_vocab_size` tokens.
     """
     if name == "gpt2":
         return Tokenizer.gpt2(log), "GPT-2's"
@@ -103,7 +102,7 @@ def choose_tokenizer(name: str | None, corpus: Corpus, log: Log) -> tuple[Tokeni
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield texts until there are so many characters."""
+    """Yield texts until they have this many characters."""
     for text in texts:
         if characters <= 0:
             return
@@ -114,24 +113,25 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
 def write_tokens(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    whose: str,
+    label: str,
     folder: Path,
     log: Log,
     layout: Layout = OWN,
     limit: int = 0,
     form: str = "auto",
 ) -> dict[str, int]:
-    """Write the token files of `layout`, with masks where not everything counts, and tokenizer.json, into `folder`.
+    """Write the token files of `layout`, masks if not all tokens count, and tokenizer.json; return tokens by file name.
 
-    `limit`: encode the first so many tokens only, 0: all. `form`: a key of FORMS, or auto; with int32 goes llm.c's
-    tokenizer file, which the programs that read it read. Returns the number of tokens by file name. Raises LlmpyError
-    for a form that cannot hold the tokens, for text in which nothing counts, and if a file cannot be written.
+    `label`: the tokenizer's description for the log. `limit`: encode only the first N tokens (0: all). `form`: a key of
+    FORMS, or auto; int32 also writes llm.c's tokenizer file for programs that read int32 streams. Raises LlmpyError if
+    the form cannot hold the vocabulary, if no training token counts, and if a file cannot be written.
     """
     form = form_for(tokenizer.vocab_size) if form == "auto" else form
     if tokenizer.vocab_size - 1 > np.iinfo(FORMS[form].dtype).max:
-        raise LlmpyError("data.x", f"--format {form} cannot hold {tokenizer.vocab_size:,} tokens", "Leave --format out")
+        message = f"--format {form} cannot hold a vocabulary of {tokenizer.vocab_size:,} tokens"
+        raise LlmpyError("shard.vocab-too-large", message, "Omit --format")
     table = tokenizer.ranks() if form == "int32" else None
-    # As in llm.c, whose datasets are cut into documents already. In the user's own text EOT separates documents.
+    # In the user's text EOT separates documents. Named datasets are already split, and encode it as text (llm.c).
     encoder = tokenizer if layout is OWN else tokenizer.ordinary()
     files: dict[str, int] = {}
     try:
@@ -144,29 +144,26 @@ def write_tokens(
                 counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
                 write_shard(folder / name, spool.ids[start:stop], form, counted)
                 files[name] = stop - start
-            learnt = n if spool.counted is None else np.count_nonzero(spool.counted)
+            learned = n if spool.counted is None else np.count_nonzero(spool.counted)
             rate = spool.rate
-            del spool, counted  # Windows removes no file that is mapped
+            del spool, counted  # Windows cannot remove a mapped file
     except OSError as error:
-        raise LlmpyError(
-            "data.x",
-            f"cannot write to {folder}: {error.strerror or error}",
-            "Free some space or choose another folder (--out)",
-        ) from error
+        message = f"cannot write to {folder}: {error.strerror or error}"
+        raise LlmpyError("folder.unwritable", message, "Free some space or choose another folder (--out)") from error
     tokenizer.save(folder / "tokenizer.json")
     if table:
         write_llmc(folder / LLMC_FILE, table)
-    log(f"tokenizer: {whose}, {tokenizer.vocab_size:,} tokens, {rate:.2f} characters per token")
-    if learnt < n:
-        log(f"the loss counts {learnt:,} of {n:,} tokens: completions and what the assistant says")
+    log(f"tokenizer: {label}, {tokenizer.vocab_size:,} tokens, {rate:.2f} characters per token")
+    if learned < n:
+        log(f"the loss counts {learned:,} of {n:,} tokens: completions and assistant messages")
         if form == "int32":
-            log("note: a stream of int32 has no mask: prompts count in the loss like all else")
+            log("note: int32 streams have no mask, so prompts also count in the loss")
     return files
 
 
 @dataclass(frozen=True)
 class _Spool:
-    """All tokens in temporary files, memory-mapped; `held` of them come from documents that are held out."""
+    """All tokens, memory-mapped from temporary files; `held` of them are from held-out documents."""
 
     ids: np.ndarray
     counted: np.ndarray | None  # bool (n,); None: all count
@@ -175,7 +172,7 @@ class _Spool:
 
 
 def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spool:
-    """Encode all documents, or as many as give `limit` tokens."""
+    """Encode all documents, or the first `limit` tokens."""
     from tqdm import tqdm
 
     total = held = encoded = characters = 0
@@ -201,24 +198,24 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
             if total == limit:
                 break
     if total < 2:
-        raise LlmpyError("data.x", "there is no text in it", "Give other data")
+        raise LlmpyError("data.empty", "the data contain no text", "Give other data")
     counted = np.memmap(work / "mask", np.bool_, "r") if masked else None
     return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
 
 
 def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
-    """Raise LlmpyError if nothing but EOT counts."""
+    """Raise LlmpyError if no token but EOT counts."""
     starts = range(0, len(ids), CHUNK)
     if not any((counted[i : i + CHUNK] & (ids[i : i + CHUNK] != eot)).any() for i in starts):
         raise LlmpyError(
-            "data.x",
-            "nothing in the text to train on counts: no message of the assistant, no completion",
-            'give records with {"role": "assistant", "content": …} among their messages',
+            "data.nothing-counted",
+            "no training token counts in the loss: the records have no completion or assistant message",
+            'Give messages with {"role": "assistant", "content": …}',
         )
 
 
 def _held_out(spool: _Spool, layout: Layout, limit: int) -> int:
-    """Return how many tokens are held out; of a portion that `limit` cut off a tenth, so that both parts have some."""
+    """Return the number of held-out tokens: a tenth if `limit` leaves too few for the usual split."""
     n = len(spool.ids)
     tenth = int(HELD_OUT * n)
     if layout is OWN:
@@ -228,14 +225,13 @@ def _held_out(spool: _Spool, layout: Layout, limit: int) -> int:
     else:
         held = spool.held if spool.held < n else tenth
     if not 0 < held < n:
-        raise LlmpyError(
-            "data.x", f"of {n:,} tokens {held:,} would be held out", "Give more data, or a larger --tokens"
-        )
+        message = f"cannot hold out {held:,} of {n:,} tokens for validation"
+        raise LlmpyError("split.empty", message, "Give more data, or a larger --tokens")
     return held
 
 
 def _cuts(n: int, held: int, layout: Layout, itemsize: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, start and end of each token file, of `itemsize` bytes a token."""
+    """Yield name, start and stop of each token file; `itemsize`: bytes per token."""
     if layout is OWN:
         start, stop, val = 0, n - held, n - held
     else:

@@ -1,6 +1,6 @@
-"""From what the user gave to something to train on: text, token shards, or nothing at all.
+"""The user's data → a dataset to train on.
 
-Text goes through the pipeline into the run's folder. Shards are taken as they are.
+Text goes through the pipeline into the run folder, Python's documentation if none is given. Shards are used unchanged.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation tokens, and how to read them."""
+    """Training and validation tokens, with their vocabulary."""
 
     train: list[Shard]
     val: list[Shard]
-    tokenizer: Tokenizer | None  # None: shards that came without one
+    tokenizer: Tokenizer | None  # None: shards without one
     vocab_size: int
-    bytes_per_token: float | None  # of the validation text; turns loss into bits per byte
+    bytes_per_token: float | None  # in the validation text; converts loss to bits per byte
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary of a model that training starts from."""
+    """The vocabulary of a pretrained model."""
 
     size: int
-    tokenizer: Path | None  # the file it came with
-    load: Callable[[], tuple[Tokenizer, str]]  # that, or GPT-2's; and what to call it. LlmpyError if there is none
+    tokenizer: Path | None  # the model's own file
+    load: Callable[[], tuple[Tokenizer, str]]  # that or GPT-2's, and its description; raises LlmpyError
 
 
 def prepare(
@@ -52,13 +52,13 @@ def prepare(
     model: Vocabulary | None = None,
     skip: Skip = None,
 ) -> Dataset:
-    """Read `paths` (None: Python's own documentation) and `say` what they were understood to be.
+    """Read `paths` (None: Python's documentation), and log their interpretation.
 
-    The name of a dataset of `llmpy data` stands for its tokens, which are made first if need be.
-    Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is made when the text is read.
-    Shards: writes nothing; files named *val* are validation, else a tenth of the last shard is held out.
-    `model`: text is encoded with the tokenizer of the model that training starts from.
-    Raises LlmpyError, which names the fix, for whatever cannot be read or used.
+    A dataset name of `llmpy data` means its tokens, which are written first if missing.
+    Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is created after reading.
+    Shards: writes nothing. Files named *val* are for validation, else a tenth of the last shard is held out.
+    `model`: the pretrained model; its tokenizer encodes the text.
+    Raises LlmpyError for data that cannot be read or used.
     """
     if paths is None:
         corpus = _builtin(log)
@@ -73,21 +73,21 @@ def prepare(
             return _from_shards([f.path for f in found], vocab_size, model, log)
         corpus = divided(lambda log: stream_files(files, log), log)
     if model is None:
-        tokenizer, whose = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, log)
+        tokenizer, label = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, log)
     else:
-        tokenizer, whose = model.load()
+        tokenizer, label = model.load()
     size = tokenizer.vocab_size
     with made(folder):
-        written = write_tokens(corpus, tokenizer, whose, folder, log)
+        written = write_tokens(corpus, tokenizer, label, folder, log)
         if "train.bin" not in written:
-            fix = f"make token files of it first: {command('data', '…')}"
-            raise LlmpyError("data.x", f"{sum(written.values()):,} tokens are too many for the folder of a run", fix)
+            hint = f"Write token files first: {command('data', '…')}"
+            raise LlmpyError("data.too-large", f"{sum(written.values()):,} tokens are too many for a run folder", hint)
         train, val = ([open_shard(folder / name, size)] for name in ("train.bin", "val.bin"))
         return _dataset(train, val, tokenizer, size, log)
 
 
 def _builtin(log: Log) -> Corpus:
-    """Hold out every tenth section: they follow the alphabet, so the last tenth is no fair sample of all."""
+    """Hold out every tenth section: they are sorted by name, so the last tenth would not be representative."""
     documents = builtin.builtin_documents()
     log(builtin.describe(documents))
     train = [d for i, d in enumerate(documents) if i % 10 != 5]
@@ -96,32 +96,27 @@ def _builtin(log: Log) -> Corpus:
 
 
 def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabulary | None, log: Log) -> Dataset:
-    beside = paths[0].parent / "tokenizer.json"
-    tokenizer = Tokenizer.load(beside) if beside.exists() else None
+    path = paths[0].parent / "tokenizer.json"
+    tokenizer = Tokenizer.load(path) if path.exists() else None
     if model is not None:
         vocab_size = vocab_size or model.size
         if model.tokenizer is not None:
-            models = Tokenizer.load(model.tokenizer)
-            if tokenizer and not tokenizer.same_tokens(models):
+            own = Tokenizer.load(model.tokenizer)
+            if tokenizer and not tokenizer.same_tokens(own):
                 raise LlmpyError(
-                    "data.x",
-                    f"{paths[0].parent} holds tokens of another tokenizer than that of the model, {model.tokenizer}",
-                    f"Make them again: {command('data', '…', '--tokenizer', model.tokenizer)}",
+                    "tokenizer.mismatch",
+                    f"{paths[0].parent} holds tokens of another tokenizer than the model's, {model.tokenizer}",
+                    f"Encode the text again: {command('data', '…', '--tokenizer', model.tokenizer)}",
                 )
-            tokenizer, beside = models, model.tokenizer
+            tokenizer, path = own, model.tokenizer
     if tokenizer and vocab_size not in (None, tokenizer.vocab_size):
-        raise LlmpyError(
-            "data.x",
-            f"{beside} has {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} that were asked for",
-            "Leave --vocab-size out, or move that file away",
-        )
+        message = f"{path} has {tokenizer.vocab_size:,} tokens, but {vocab_size:,} are required"
+        raise LlmpyError("tokenizer.vocab-mismatch", message, "Omit --vocab-size, or move that file away")
     size = tokenizer.vocab_size if tokenizer else vocab_size or GPT2_VOCAB
-    opened = [open_shard(path, size) for path in paths]
+    opened = [open_shard(p, size) for p in paths]
     if any(shard.tokens.dtype != opened[0].tokens.dtype for shard in opened):
         kinds = ", ".join(sorted({str(shard.tokens.dtype) for shard in opened}))
-        raise LlmpyError(
-            "data.x", f"token files of several kinds beside each other: {kinds}", "Give one kind at a time"
-        )
+        raise LlmpyError("shard.mixed-types", f"token shards of several types: {kinds}", "Give one type at a time")
     log(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
     val = [s for s in opened if "val" in s.path.name.lower()]
     train = [s for s in opened if "val" not in s.path.name.lower()]
@@ -129,38 +124,35 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
         *whole, last = opened
         cut = len(last) - int(HELD_OUT * len(last))
         train, val = [*whole, last.part(0, cut)], [last.part(cut, len(last))]
-        log(f"no pair of training and validation shards: the last tenth of {last.path.name} is held out")
+        log(f"no separate training and validation shards: the last tenth of {last.path.name} is held out")
     if tokenizer:
-        log(f"tokenizer: {beside}, {size:,} tokens")
+        log(f"tokenizer: {path}, {size:,} tokens")
     else:
-        log(f"no tokenizer.json beside them: vocabulary of {size:,} tokens, samples show token ids")
+        log(f"no tokenizer.json next to the shards: vocabulary of {size:,} tokens, samples show token ids")
     return _dataset(train, val, tokenizer, size, log)
 
 
 def _dataset(train: list[Shard], val: list[Shard], tokenizer: Tokenizer | None, size: int, log: Log) -> Dataset:
-    """Say how much there is, and how it begins, to be recognised by the person who gave it."""
+    """Log the number of tokens and the first few, so that users recognize their data."""
     log(f"{sum(map(len, train)):,} training tokens, {sum(map(len, val)):,} validation tokens")
     first = train[0].tokens[:SAMPLE_TOKENS].tolist()
-    log(f"it begins: {tokenizer.decode(first)!r}" if tokenizer else f"it begins: {first}")
+    log(f"starts with: {tokenizer.decode(first) if tokenizer else first!r}")
     return Dataset(train, val, tokenizer, size, _bytes_per_token(tokenizer, val) if tokenizer else None)
 
 
 def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], log: Log) -> None:
-    """Refuse text beside shards if the user named it or it is .txt; other files in folders are skipped."""
+    """Raise LlmpyError if text that the user named, or any .txt, comes with shards. Other files are skipped."""
     text = next((f for f in others if f.named or f.path.suffix.lower() == ".txt"), None)
     if text:
-        raise LlmpyError(
-            "data.x",
-            f"both token shards ({found[0].path}) and text ({text.path}) were given",
-            "Give one kind at a time",
-        )
+        message = f"both token shards ({found[0].path}) and text ({text.path}) given"
+        raise LlmpyError("data.mixed", message, "Give one or the other")
     others = [f for f in others if f.path.name not in ("tokenizer.json", RECORD) and f.path.suffix != ".mask"]
     if others:
-        log(f"skipped {count_of(len(others), 'file')} beside the shards: {others[0].path.name} …")
+        log(f"skipped {count_of(len(others), 'file')} next to the shards: {others[0].path.name} …")
 
 
 def _bytes_per_token(tokenizer: Tokenizer, parts: Sequence[Shard]) -> float:
-    """Return the mean over the tokens that count."""
+    """Return the mean over the tokens that count in the loss."""
     lengths = tokenizer.byte_lengths()
     total = tokens = 0
     for shard in parts:

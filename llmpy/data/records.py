@@ -1,12 +1,12 @@
-"""Records of jsonl, jsonl.gz and parquet → documents, a record each.
+"""Records of jsonl, jsonl.gz and parquet → one document each.
 
     {"text": …}                                   all of it counts in the loss
     {"prompt": …, "completion": …}                one text; the completion counts
-    {"messages": [{"role": …, "content": …}, …]}  "role: content" and a blank line for each; what the assistant
-                                                  says counts, with the blank line that ends it
+    {"messages": [{"role": …, "content": …}, …]}  "role: content" and a blank line for each; the assistant's content
+                                                  counts, with the blank line after it
 
-Records are read one after another: a file that unpacks to a thousand times its size needs no more memory
-than its longest record.
+Records are read one at a time, so memory is bounded by the longest record, even for files that unpack to 1000 times
+their size.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from .tokenizer import Tokenizer
 
 SUFFIXES = {".jsonl", ".ndjson"}
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
-ROWS = 64  # of a parquet file at a time
-ASSISTANT = "assistant"  # whose words count
-LOOKED_AT = 1000  # stretches that count, of each shard
+ROWS = 64  # of a parquet file read at a time
+ASSISTANT = "assistant"  # the role that counts
+LOOKED_AT = 1000  # counted stretches examined per shard
 KINDS = "text, prompt and completion, or messages"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, the name of what it came from, and which characters count in the loss (None: all)."""
+    """A text, its source, and which characters count in the loss (None: all)."""
 
     source: str
     text: str
     counted: tuple[tuple[int, int], ...] | None = None  # [start, stop), ascending
 
     def part(self, start: int, stop: int) -> Document:
-        """Characters [start, stop)."""
+        """Return characters [start, stop) as a document."""
         spans = self.counted
         if spans is not None:
             cut = ((max(a, start) - start, min(b, stop) - start) for a, b in spans)
@@ -54,11 +54,11 @@ class Document:
 
 
 class NotText(LlmpyError):
-    """A file that is something else; of records the first has none of the known fields."""
+    """A file that is not text, or a first record without known fields."""
 
 
 def kind_of(path: Path, start: bytes) -> str | None:
-    """ "jsonl", "jsonl.gz" or "parquet" by how a file begins and is named; None: none of them."""
+    """Return "jsonl", "jsonl.gz" or "parquet" by the first bytes and name of a file, None for others."""
     if start.startswith(PARQUET):
         return "parquet"
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -68,10 +68,9 @@ def kind_of(path: Path, start: bytes) -> str | None:
 
 
 def read_records(path: Path, kind: str) -> Iterator[Document]:
-    """The documents of a file of `kind_of`, in order; empty texts are left out.
+    """Yield the documents of a file of `kind_of`, in order, without empty ones.
 
-    Raises LlmpyError, naming file and record, for damage and for records without known fields (NotText if
-    it is the first).
+    Raises LlmpyError, naming file and record, for corrupt files and records without known fields (the first: NotText).
     """
     rows = _parquet_rows(path) if kind == "parquet" else (v for _, v in json_lines(path, packed=kind == "jsonl.gz"))
     for number, row in enumerate(rows, 1):
@@ -81,7 +80,7 @@ def read_records(path: Path, kind: str) -> Iterator[Document]:
 
 
 def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
-    """Yield line number and value of each line that is not blank. Raises LlmpyError for damage."""
+    """Yield number and value of each non-blank line. Raises LlmpyError if the file is corrupt."""
     number = 0
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
@@ -89,13 +88,12 @@ def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise LlmpyError("data.x", f"{path} is cut off or damaged: {error}", "Download or pack it again") from error
+        raise LlmpyError("file.corrupt", f"{path} is corrupt: {error}", "Download or compress it again") from error
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError too
-        raise LlmpyError(
-            "data.x", f"{path}: line {number:,} is not JSON: {error}", "Give one JSON object a line"
-        ) from error
+    except (ValueError, RecursionError) as error:  # also invalid UTF-8
+        message = f"line {number:,} of {path} is not JSON: {error}"
+        raise LlmpyError("record.not-json", message, "Write one JSON object per line") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -103,23 +101,24 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise LlmpyError(
-            "data.x", f"{path} is parquet, which needs the pyarrow library", f"Install it: {install('llmpy[parquet]')}"
-        ) from None
+        hint = f"Install it: {install('llmpy[parquet]')}"
+        raise LlmpyError("package.missing", f"{path} is parquet, which requires pyarrow", hint) from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = set(file.schema_arrow.names)
-            wanted = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
-            if wanted is None:
-                raise NotText("data.x", f"{path} has the columns {_some(names)}", f"Give columns named {KINDS}")
-            for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
+            columns = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
+            if columns is None:
+                raise NotText(
+                    "record.unknown-fields", f"{path} has the columns {_some(names)}", f"Give columns named {KINDS}"
+                )
+            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        raise LlmpyError("data.x", f"{path} is no readable parquet file: {error}", "Download it again") from error
+        raise LlmpyError("file.corrupt", f"{path} is corrupt: {error}", "Download it again") from error
 
 
 def _document(path: Path, number: int, row: Any) -> Document:
-    """What a record says, by its fields."""
+    """Return the document of a record, by its fields."""
     fields = row if isinstance(row, dict) else {}
     source = f"{path}:{number}"
     try:
@@ -131,23 +130,25 @@ def _document(path: Path, number: int, row: Any) -> Document:
         if "messages" in fields:
             return conversation(source, fields["messages"])
     except (TypeError, KeyError, UnicodeEncodeError) as error:
-        what = f"no {error} in a message" if isinstance(error, KeyError) else str(error)
-        raise LlmpyError("data.x", f"{path}: record {number:,}: {what}", f"Give {KINDS}") from error
-    what = f"the fields {_some(fields)}" if fields else f"{type(row).__name__}, no object"
-    raise (NotText if number == 1 else LlmpyError)("data.x", f"{path}: record {number:,} has {what}", f"Give {KINDS}")
+        why = f"a message without {error}" if isinstance(error, KeyError) else str(error)
+        message = f"record {number:,} of {path} is invalid: {why}"
+        raise LlmpyError("record.invalid", message, f"Give {KINDS}") from error
+    found = f"has the fields {_some(fields)}" if fields else f"is {type(row).__name__}, not an object"
+    kind = NotText if number == 1 else LlmpyError
+    raise kind("record.unknown-fields", f"record {number:,} of {path} {found}", f"Give {KINDS}")
 
 
 def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
-    """Write `role: content` and a blank line for each message; the assistant's words count.
+    """Return `role: content` and a blank line for each message; the assistant's content counts.
 
-    Raises TypeError and KeyError for what is no list of messages, UnicodeEncodeError for half a character.
+    Raises TypeError or KeyError for invalid messages, UnicodeEncodeError for lone surrogates.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise TypeError("messages that are no list of objects")
+        raise TypeError("messages is not a list of objects")
     text, counted = "", []
     for message in messages:
         role, content = _string(message["role"]), message["content"]
-        if isinstance(content, list):  # parts, of which the textual ones are taken
+        if isinstance(content, list):  # in parts; only text is used
             content = "".join(_string(part["text"]) for part in content if part["type"] == "text")
         text += f"{role}: "
         start = len(text)
@@ -158,15 +159,16 @@ def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document
 
 
 def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
-    """Whether something that counts begins where an assistant speaks."""
+    """Return whether a counted stretch starts where an assistant message does."""
     head = f"{ASSISTANT}: "
     places = islice(begins(shard), LOOKED_AT)
     return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in places)
 
 
 def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[int]:
-    """What stands before the first answer of shards in which answers alone count: at most so many tokens, from the end
-    of another document on; of other shards nothing.
+    """Return the tokens before the first answer, if only answers count, else none.
+
+    At most `most` tokens, none of an earlier document.
     """
     for shard in shards:
         for place in begins(shard):
@@ -178,7 +180,7 @@ def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[i
 
 
 def begins(shard: Shard) -> Iterator[int]:
-    """Where tokens begin to count, after others that do not."""
+    """Yield each position where tokens start to count after others that do not."""
     if shard.counted is not None:
         for start in range(0, len(shard), CHUNK):
             stretch = shard.counted[start : start + CHUNK + 1].view(np.int8)
@@ -187,12 +189,12 @@ def begins(shard: Shard) -> Iterator[int]:
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} instead of a text")
-    value.encode("utf-8")  # JSON can spell half a character: \ud800
+        raise TypeError(f"{type(value).__name__} instead of a string")
+    value.encode("utf-8")  # JSON can spell a lone surrogate: \ud800
     return value
 
 
 def _some(names: Any) -> str:
-    """The first names, shortened: they are whatever the file says."""
+    """Return the first names, shortened, since files can contain any."""
     listed = sorted(map(str, names))
     return ", ".join(name[:30] for name in listed[:6]) + (", …" if len(listed) > 6 else "")

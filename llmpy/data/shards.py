@@ -1,12 +1,12 @@
-"""Token files of llm.c: 256 int32 of header, then tokens, little-endian; and the stream it began with.
+"""llm.c's token files: a header of 256 int32, then tokens, little-endian; and its older stream without header.
 
     uint16    20240520, 1, number of tokens   GPT-2, and any vocabulary up to 65,536
     uint32    20240801, 7, number of tokens   Llama 3, and larger vocabularies
-    int32     no header, tokens alone         llm.c before May 2024, llm.rs, llm.mojo
+    int32     no header, only tokens          llm.c before May 2024, llm.rs, llm.mojo
 
-The file ends with the last token. Beside NAME.bin there may be NAME.mask of the same layout (20261122, 1, number of
-tokens, then a byte for each): 1 where the token counts as a target in the loss, 0 where it does not.
-Everything is checked when a file is opened, once: compiled kernels trust token ids.
+The file ends with the last token. NAME.bin may have a mask NAME.mask of the same layout (20261122, 1, number of tokens,
+then a byte for each): 1 if the token counts as a target in the loss, else 0.
+All of a file is checked once, on opening: compiled kernels trust token ids.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..system.durable import write_whole
 from . import magic
 from .magic import HEADER_BYTES, magic_of
 
-TOKENS_AT_MOST = 2**31 - 1  # what the header's int32 can say
-MARKS, MARK_TOKENS = 64, 2048  # stretches that make a fingerprint, and their length
+TOKENS_AT_MOST = 2**31 - 1  # the limit of the header's int32
+MARKS, MARK_TOKENS = 64, 2048  # number of stretches in a fingerprint, and their length
 CHUNK = 1 << 22  # tokens checked or written at a time: 8 MiB
 
 
 @dataclass(frozen=True)
 class Form:
-    """One layout of a token file; `magic` 0: without header."""
+    """A layout of token files; `magic` 0: without header."""
 
     magic: int
     version: int
     dtype: np.dtype
-    what: str
+    name: str
 
 
 FORMS = {
@@ -48,11 +48,11 @@ MASK = Form(magic.MASK, 1, np.dtype("u1"), "token mask")
 
 @dataclass(frozen=True)
 class Shard:
-    """Tokens of a file, or of a part of it: (n,) of the form's integers, memory-mapped, read-only."""
+    """Tokens of a file or a part of it: (n,) of the form's dtype, memory-mapped, read-only."""
 
     path: Path
     tokens: np.ndarray
-    counted: np.ndarray | None = None  # uint8 (n,), 1 where the token counts as a target; None: everywhere
+    counted: np.ndarray | None = None  # uint8 (n,), 1 if the token counts as a target; None: all count
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,34 +64,32 @@ class Shard:
 
 
 def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: np.ndarray | None = None) -> None:
-    """Write tokens, integers (n,), whole or not at all; and, if `counted` (bool (n,)) is given, the mask beside.
+    """Write tokens, integers (n,), atomically; then their mask if `counted`, bool (n,), is given.
 
-    Raises LlmpyError if the tokens do not fit the form, and if the disk refuses.
+    Raises LlmpyError if the tokens do not fit the form, and if writing fails.
     """
     most = int(np.iinfo(FORMS[form].dtype).max)
     if tokens.ndim != 1 or not 0 < tokens.size <= TOKENS_AT_MOST or not np.issubdtype(tokens.dtype, np.integer):
-        fix = f"write 1 to {TOKENS_AT_MOST:,} integers to a file"
-        raise LlmpyError("data.x", f"{path}: {tokens.size:,} values of type {tokens.dtype} do not make a shard", fix)
+        hint = f"Give one row of 1 to {TOKENS_AT_MOST:,} integers"
+        message = f"cannot write {tokens.size:,} values of type {tokens.dtype} to {path}"
+        raise LlmpyError("shard.invalid-tokens", message, hint)
     if tokens.min() < 0 or tokens.max() > most:
-        raise LlmpyError(
-            "data.x",
-            f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {8 * FORMS[form].dtype.itemsize} bits",
-            f"Use a vocabulary of at most {most + 1:,} tokens, or a wider form",
-        )
+        message = f"{path}: tokens from {tokens.min()} to {tokens.max()} do not fit {form}"
+        hint = f"Use a vocabulary of at most {most + 1:,} tokens, or a wider form"
+        raise LlmpyError("shard.vocab-too-large", message, hint)
     if counted is not None and not FORMS[form].magic:
-        raise LlmpyError(
-            "data.x", f"{path}: a stream of int32 tokens can have no mask", "Write uint16 or uint32 shards"
-        )
-    mask_path(path).unlink(missing_ok=True)  # of what was here before
+        message = f"{path}: int32 streams cannot have a mask"
+        raise LlmpyError("shard.mask-unsupported", message, "Write uint16 or uint32 shards")
+    mask_path(path).unlink(missing_ok=True)  # of the file replaced
     _write(path, tokens, FORMS[form])
     if counted is not None:
         _write(mask_path(path), counted, MASK)
 
 
 def open_shard(path: Path, vocab_size: int) -> Shard:
-    """Map a token file into memory and check all of it: header, length, every token < vocab_size, its mask.
+    """Map a token file into memory and check header, length, mask, and that every token < vocab_size.
 
-    Raises LlmpyError, which says what the file seems to be if it holds no tokens.
+    Raises LlmpyError if it is not valid; if it has another known format, the error names that.
     """
     try:
         form = _form(path)
@@ -101,25 +99,21 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
         raise unreadable(path, error) from error
     _check_tokens(path, tokens, vocab_size)
     if counted is not None and len(counted) != len(tokens):
-        raise LlmpyError(
-            "data.x",
-            f"{mask_path(path)} is for {len(counted):,} tokens, {path} has {len(tokens):,}",
-            "Write both again, or remove the mask",
-        )
+        message = f"{mask_path(path)} is for {len(counted):,} tokens, but {path} has {len(tokens):,}"
+        raise LlmpyError("shard.mask-mismatch", message, "Write both again, or remove the mask")
     if counted is not None and any(counted[i : i + CHUNK].max() > 1 for i in range(0, len(counted), CHUNK)):
-        raise LlmpyError(
-            "data.x", f"{mask_path(path)} is damaged: it holds other bytes than 0 and 1", "Write both again"
-        )
+        message = f"{mask_path(path)} is corrupt: it has bytes other than 0 and 1"
+        raise LlmpyError("shard.corrupt", message, "Write both again")
     return Shard(path, tokens, counted)
 
 
 def form_for(vocab_size: int) -> str:
-    """The form of llm.c's that holds all tokens of a vocabulary."""
+    """Return llm.c's form for a vocabulary of this size."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def is_shard(path: Path) -> bool:
-    """Whether the file starts as a token file does; without a header only a .bin is one. LlmpyError if unreadable."""
+    """Return whether a file starts like a token file; without header only a .bin does. LlmpyError if unreadable."""
     try:
         start = _start(path)
         return magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS) or path.suffix == ".bin" and _is_stream(path, start)
@@ -128,12 +122,12 @@ def is_shard(path: Path) -> bool:
 
 
 def mask_path(path: Path) -> Path:
-    """Where the mask of a token file lies."""
+    """Return the path of the mask of a token file."""
     return path.with_suffix(".mask")
 
 
 def fingerprint(shard: Shard) -> dict[str, object]:
-    """By what a run knows its data again: name, number of tokens, and a hash of stretches of them and of the mask."""
+    """Return what identifies the data of a run: name, number of tokens, and a hash of samples of tokens and mask."""
     count = len(shard)
     digest = hashlib.blake2b(digest_size=16)
     for values in (shard.tokens,) if shard.counted is None else (shard.tokens, shard.counted):
@@ -156,24 +150,23 @@ def _write(path: Path, values: np.ndarray, form: Form) -> None:
 
 
 def _form(path: Path) -> Form:
-    """Return the form of a token file, by how it begins. Raises LlmpyError for anything else."""
+    """Return the form of a token file by its first bytes. Raises LlmpyError for other files."""
     start = _start(path)
     if _is_stream(path, start):
         return FORMS["int32"]
     form = next((form for form in FORMS.values() if form.magic and form.magic == magic_of(start)), None)
     if form is None:
-        what = f"is {magic.WHAT[magic_of(start)]}" if magic_of(start) in magic.WHAT else f"starts with {start[:24]!r}"
+        known = magic.WHAT.get(magic_of(start))
         raise LlmpyError(
-            "data.x",
-            f"{path} is not a token shard of llm.c: it {what}",
-            "Give text another suffix; write uint16 tokens without a header (nanoGPT) again by "
-            "llmpy.data.shards.write_shard",
+            "shard.unrecognized",
+            f"{path} is not a token shard of llm.c: it {f'is {known}' if known else f'starts with {start[:24]!r}'}",
+            "If it is text, rename it. If it is nanoGPT's uint16 tokens, convert it with llmpy.data.shards.write_shard",
         )
     return form
 
 
 def _is_stream(path: Path, start: bytes) -> bool:
-    """Whether it may be a stream of int32 tokens: GPT-2's, most of them not 0. Foreign headers are small and zeros."""
+    """Return whether a file may be an int32 stream: GPT-2's tokens, mostly not 0. Foreign headers are mostly zeros."""
     values = np.frombuffer(start[: len(start) // 4 * 4], "<i4")
     if path.stat().st_size % 4 or not values.size or values.min() < 0 or values.max() >= GPT2_VOCAB:
         return False
@@ -186,36 +179,30 @@ def _start(path: Path) -> bytes:
 
 
 def _map(path: Path, form: Form) -> np.ndarray:
-    """Map the values of a file into memory, once its header is known to tell the truth about its length."""
+    """Map the values of a file into memory. Raises LlmpyError if header or length is wrong."""
     if not form.magic:
         return np.memmap(path, form.dtype, "r")
     size = path.stat().st_size
     number, version, count = np.frombuffer(_start(path)[:12].ljust(12, b"\0"), "<i4").tolist()
     if (number, version) != (form.magic, form.version):
-        raise LlmpyError(
-            "data.x",
-            f"{path} is no {form.what} of version {form.version}: it begins with {number}, {version}",
-            "Write it again",
-        )
-    promised = HEADER_BYTES + form.dtype.itemsize * count
-    if size != promised or count <= 0:
-        raise LlmpyError(
-            "data.x",
-            f"{path} is damaged: {count:,} tokens make {promised:,} bytes, it has {size:,}",
-            "Download or write it again",
-        )
+        message = f"{path} is not a {form.name} of version {form.version}: it starts with {number}, {version}"
+        raise LlmpyError("shard.unrecognized", message, "Write it again")
+    expected = HEADER_BYTES + form.dtype.itemsize * count
+    if size != expected or count <= 0:
+        message = f"{path} is corrupt: {count:,} tokens require {expected:,} bytes, it has {size:,}"
+        raise LlmpyError("shard.corrupt", message, "Download or write it again")
     return np.memmap(path, form.dtype, "r", offset=HEADER_BYTES, shape=(count,))
 
 
 def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Every token < vocab_size, at the speed of a vector maximum; only a bad chunk is searched."""
+    """Raise LlmpyError unless 0 <= token < vocab_size. Only an invalid chunk is searched; the rest is a vector max."""
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
         if chunk.max() >= vocab_size or chunk.min() < 0:
             position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
             raise LlmpyError(
-                "data.x",
+                "shard.outside-vocabulary",
                 f"{path}: token {tokens[position]} at position {position:,} is outside the vocabulary of "
                 f"{vocab_size:,} tokens",
-                "Use the vocabulary (--vocab-size) or the tokenizer.json that the shard was written with",
+                "Use the --vocab-size or the tokenizer.json with which the shard was written",
             )

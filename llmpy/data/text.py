@@ -1,9 +1,8 @@
-"""The user's text: files, folders and patterns → documents, saying aloud what was understood.
+"""The user's text: files, folders and patterns → documents.
 
-Records (jsonl, jsonl.gz, parquet) are a document each (records.py). All else is plain text.
-UTF-8 is read, with or without a byte-order mark; UTF-16 if it begins with one. Nothing else is guessed: a wrong guess
-would train on garbage for hours. `\\r\\n` becomes `\\n`. A file is one document, or several where `<|endoftext|>`
-separates them.
+Records (jsonl, jsonl.gz, parquet) are one document each (records.py). All other files are plain text: UTF-8 with or
+without a byte-order mark, or UTF-16 with one. Other encodings are not guessed: a wrong guess would train on garbage for
+hours. `\\r\\n` becomes `\\n`. A file is one document, or several separated by `<|endoftext|>`.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from .rank_tables import EOT
 from .records import Document, NotText, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
-Skip = Callable[[Path], bool] | None  # which folders are not searched for text
-TEXT_SUFFIXES = {".txt", ".md"}  # in a folder these must be readable; other files are read if they are text
+Skip = Callable[[Path], bool] | None  # returns whether a folder is not searched
+TEXT_SUFFIXES = {".txt", ".md"}  # must be readable text; other files in a folder are skipped if not text
 MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
 ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip (or docx, odt, epub)", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF": "PDF"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file to read; `named` if the user gave it, or a pattern that it matches, not just its folder."""
+    """A file to read; `named` if the user gave it or a pattern for it, rather than its folder."""
 
     path: Path
     named: bool
 
 
 def find_files(paths: Sequence[Path], skip: Skip = None) -> list[Found]:
-    """Find the files of `paths`: files, folders (recursive, sorted, nothing hidden) and patterns (`*`, `?`, `[`).
+    """Return the files of `paths`: files, folders (recursive, sorted, not hidden) and patterns (`*`, `?`, `[`).
 
-    A file that is reached twice counts once. Folders within `paths` that are to `skip` are not searched.
-    Raises LlmpyError for a path that leads nowhere, and for pipes and devices: data are read more than once.
+    Files found twice count once. Subfolders for which `skip` returns true are not searched.
+    Raises LlmpyError for missing paths, pipes and devices: data are read more than once.
     """
     found: dict[Path, Found] = {}
     try:
@@ -54,19 +53,17 @@ def find_files(paths: Sequence[Path], skip: Skip = None) -> list[Found]:
             elif real.is_file():
                 found[real.resolve()] = Found(real, named=True)
             else:  # a pipe cannot be read twice, and a device may never end
-                raise LlmpyError(
-                    "data.x", f"{real} is neither a file nor a folder", "Save its content to a file and give that"
-                )
-    except OSError as error:  # a name too long, a folder that may not be entered
+                message = f"{real} is neither a file nor a folder"
+                raise LlmpyError("file.not-regular", message, "Save its content to a file and give that")
+    except OSError as error:  # name too long, no permission
         raise unreadable(Path(error.filename), error) from error
     return list(found.values())
 
 
 def stream_files(files: Sequence[Found], log: Callable[[str], None] = print) -> Iterator[Document]:
-    """Yield the documents of `files` in order, a file of text or a record at a time; `say` at the end what they were.
+    """Yield the documents of `files` in order, reading one text file or record at a time; log a summary at the end.
 
-    Raises LlmpyError for a named file or a .txt or .md that is no text, and if the whole is shorter than 1,000
-    characters.
+    Raises LlmpyError if a named file, .txt or .md is not text, and for less than 1,000 characters in all.
     """
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
@@ -90,23 +87,20 @@ def stream_files(files: Sequence[Found], log: Callable[[str], None] = print) -> 
         log(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {names}")
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
-        raise LlmpyError(
-            "data.x",
-            f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text; training needs at least "
-            f"{LEAST_CHARACTERS:,}",
-            "Give more text, or no path at all to train on the text that Python carries",
-        )
+        amount = f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text"
+        hint = "Give more text, or no path to train on Python's documentation"
+        raise LlmpyError("data.too-short", f"{amount}; training needs at least {LEAST_CHARACTERS:,}", hint)
     line = f"{count_of(read, 'file')}, {characters:,} characters, {', '.join(sorted(kinds))}"
     log(line + (f", {documents:,} documents" if documents != read else ""))
 
 
 def read_text(path: Path) -> str:
-    """The text of one file. Raises LlmpyError if it is none."""
+    """Return the text of a file. Raises LlmpyError if it is not text."""
     return _decode(path, _read(path))[0]
 
 
 def _open(path: Path) -> tuple[str, Iterator[Document]]:
-    """How a file is to be read, in a word, and its documents."""
+    """Return the format or encoding of a file, and its documents."""
     if kind := kind_of(path, _read(path, 16)):
         return kind, read_records(path, kind)
     text, encoding = _decode(path, _read(path))
@@ -114,22 +108,22 @@ def _open(path: Path) -> tuple[str, Iterator[Document]]:
 
 
 def _expand(path: Path) -> list[Path]:
-    """The path itself, or what it matches as a pattern (a shell leaves patterns in quotes to us)."""
+    """Return the path if it exists, else its matches as a pattern (which shells leave alone in quotes)."""
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
         if matches := sorted(glob.glob(str(path), recursive=True)):
             return [Path(match) for match in matches]
-        raise LlmpyError("data.x", f"nothing matches {path}", "Check the folder and the pattern")
+        raise LlmpyError("file.missing", f"nothing matches {path}", "Check the folder and the pattern")
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
-    raise LlmpyError("data.x", f"no file or folder {path}", hint or "check the path")
+    raise LlmpyError("file.missing", f"no file or folder {path}", hint or "Check the path")
 
 
 def _walk(folder: Path, skip: Skip) -> list[Path]:
-    """Find every regular file below `folder` that is not hidden, sorted by path."""
+    """Return all regular, non-hidden files below `folder`, sorted by path."""
     files: list[Path] = []
-    for where, folders, names in os.walk(folder, onerror=_unreadable):
+    for where, folders, names in os.walk(folder, onerror=_raise):
         if skip and Path(where) != folder and skip(Path(where)):
             folders.clear()
             continue
@@ -138,12 +132,12 @@ def _walk(folder: Path, skip: Skip) -> list[Path]:
     return sorted(filter(Path.is_file, files))
 
 
-def _unreadable(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error
 
 
 def _read(path: Path, most: int = -1) -> bytes:
-    """Read the first `most` bytes of a file, or all."""
+    """Return the first `most` bytes of a file, or all."""
     try:
         with path.open("rb") as file:
             return file.read(most)
@@ -152,11 +146,11 @@ def _read(path: Path, most: int = -1) -> bytes:
 
 
 def _decode(path: Path, data: bytes) -> tuple[str, str]:
-    """The text of a file and its encoding. Raises NotText, naming file and byte, if it is no text."""
+    """Return the text of a file and its encoding. Raises NotText, naming file and byte, if it is not text."""
     if archive := next((name for magic, name in ARCHIVES.items() if data.startswith(magic)), None):
-        raise NotText("data.x", f"{path} is {archive}, not text", "Unpack it or save it as plain text first")
+        raise NotText("data.not-text", f"{path} is {archive}, not text", "Unpack it, or save it as plain text")
     if pointer := lfs_pointer(data):
-        raise NotText("data.x", f"{path} {pointer[0]}", pointer[1])
+        raise NotText("file.lfs-pointer", f"{path} {pointer[0]}", pointer[1])
     mark = next((m for m in MARKS if data.startswith(m)), b"")
     encoding = MARKS.get(mark, "UTF-8")
     try:
@@ -164,14 +158,14 @@ def _decode(path: Path, data: bytes) -> tuple[str, str]:
     except UnicodeDecodeError as error:
         offset = len(mark) + error.start
         raise NotText(
-            "data.x",
+            "data.not-utf8",
             f"{path} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset:,} ({error.reason})",
-            f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or name its true encoding)",
+            f"Convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > new.txt (or from its actual encoding)",
         ) from error
     if "\0" in text:
         raise NotText(
-            "data.x",
+            "data.not-text",
             f"{path} is binary, not text: character {text.index(chr(0)):,} is NUL",
-            "Give plain text in UTF-8 (if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8)",
+            "Give plain UTF-8 text. If it is UTF-16 without a byte-order mark: iconv -f UTF-16LE -t UTF-8",
         )
     return text.replace("\r\n", "\n"), encoding.removesuffix("-LE").removesuffix("-BE")

@@ -1,10 +1,9 @@
-"""Byte-level BPE over the `tokenizers` library: trained on a text, loaded from any usual file, or plain bytes.
+"""Byte-level BPE with the `tokenizers` library: trained on a text, loaded from common file formats, or plain bytes.
 
-Text becomes UTF-8 bytes, split into words by GPT-2's pattern, and pairs of neighbours are merged in the
-order learnt (Sennrich et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so every text has an
-encoding and decodes to itself. `<|endoftext|>` stands before each document; written in a text it is that
-token too, as in files that separate their documents with it. A tokenizer.json of others may call it otherwise
-(END_OF_TEXT).
+Text becomes UTF-8 bytes, split into words by GPT-2's pattern. Adjacent pairs are merged in the order learned (Sennrich
+et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so any text round-trips. `<|endoftext|>` precedes each
+document. In a text it is the same token, since some files separate documents with it. Other tokenizers may name it
+differently (END_OF_TEXT).
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from ..system.durable import write_whole
 from .magic import TOKENIZER, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
-if TYPE_CHECKING:  # the library is imported where it is first needed: `llmpy --help` does without it
+if TYPE_CHECKING:  # imported on first use: `llmpy --help` does without it
     import tokenizers
 
 SMALLEST_VOCAB = 257  # every byte, and EOT
 GPT2 = "openai-community/gpt2"
-# What every text holds somewhere: a tokenizer that changes any of it (lower case, no accents) loses text, one that
-# composes accents (NFC, as Qwen's and GPT-NeoX's do) loses nothing that can be seen. The second begins without a blank.
+# A tokenizer that changes these (lower case, no accents) loses text. Composing accents is harmless (NFC, as Qwen and
+# GPT-NeoX do). The second has no leading space.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
-# What the makers of byte-level tokenizers call the token between texts; of several the first is meant. Llama 3 has one
-# that begins a text and one that ends it: llm.c puts the former before each document, and so do we.
+# Names of the token between texts in byte-level tokenizers; the first that exists is used. Llama 3 has one for the
+# start and one for the end of a text: like llm.c, we put the former before each document.
 END_OF_TEXT = (EOT, "<|begin_of_text|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOS_TOKEN>")
 
 
 class Tokenizer:
-    """Text ⇄ token ids. Made by `train`, `load` or `bytes`, never directly."""
+    """A map between text and token ids. Construct it by `train`, `load`, `gpt2` or `bytes`, not directly."""
 
     def __init__(self, library: tokenizers.Tokenizer, eot_text: str = EOT) -> None:
         self._library = library
@@ -47,18 +46,15 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn merges from `texts` until there are `vocab_size` tokens (fewer, if pairs run out).
+        """Learn merges from `texts` up to `vocab_size` tokens (fewer if pairs run out). Deterministic.
 
-        The same texts give the same tokenizer. Raises LlmpyError for less than 257.
+        Raises LlmpyError for less than 257.
         """
         from tokenizers import models, pre_tokenizers, trainers
 
         if vocab_size < SMALLEST_VOCAB:
-            raise LlmpyError(
-                "data.x",
-                f"a vocabulary of {vocab_size} tokens has no room for the 256 bytes and {EOT}",
-                f"Use --vocab-size {SMALLEST_VOCAB} or more",
-            )
+            message = f"a vocabulary of {vocab_size} tokens is too small for the 256 bytes and {EOT}"
+            raise LlmpyError("tokenizer.vocab-too-small", message, f"Use --vocab-size {SMALLEST_VOCAB} or more")
         library = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -71,16 +67,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json, a .tiktoken table or llm.c's tokenizer .bin, whichever the content is.
+        """Load a tokenizer.json, a .tiktoken table or llm.c's tokenizer .bin, recognized by content.
 
-        Raises LlmpyError: missing, damaged, or not byte-level BPE with a token of END_OF_TEXT.
+        Raises LlmpyError if it is missing, corrupt, or not byte-level BPE with a token of END_OF_TEXT.
         """
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise LlmpyError(
-                "data.x", f"no tokenizer at {path}", "Check the path; --tokenizer is gpt2, bytes, bpe:N or a file"
-            ) from None
+            hint = "Check the path. --tokenizer is gpt2, bytes, bpe:N or a file"
+            raise LlmpyError("tokenizer.missing", f"no tokenizer at {path}", hint) from None
         except OSError as error:
             raise unreadable(path, error) from error
         try:
@@ -89,16 +84,15 @@ class Tokenizer:
             return cls._from_ranks(parse_tiktoken(data)) if TIKTOKEN_LINE.match(data) else cls._from_json(data)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises nothing more special for any damage, and may panic
+        except BaseException as error:  # the library raises nothing more specific, and may panic
             why = str(error)
             short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
-            raise LlmpyError(
-                "data.x", f"{path} is not a usable tokenizer: {short}", "Give a tokenizer.json of byte-level BPE"
-            ) from error
+            message = f"{path} is not a usable tokenizer: {short}"
+            raise LlmpyError("tokenizer.invalid", message, "Give a tokenizer.json of byte-level BPE") from error
 
     @classmethod
     def gpt2(cls, log: Callable[[str], None] = print) -> Tokenizer:
-        """Return GPT-2's, downloaded once from the hub (1.4 MB). Raises LlmpyError if that fails."""
+        """Return GPT-2's tokenizer, downloaded once from the hub (1.4 MB). Raises LlmpyError on failure."""
         from ..system.download import from_hub
 
         kept = data_cache() / "gpt2.tiktoken"  # where llmpy 0.1.0 put its ranks
@@ -106,7 +100,7 @@ class Tokenizer:
 
     @classmethod
     def _from_ranks(cls, ranks: Ranks) -> Tokenizer:
-        """Make the encoder that a rank table implies. Raises LlmpyError if it is none of merges."""
+        """Return the encoder that a rank table implies. Raises LlmpyError if it is not made of merges."""
         from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
         letters = dict(enumerate(_byte_characters()))
@@ -126,7 +120,7 @@ class Tokenizer:
 
     @classmethod
     def _from_json(cls, data: bytes) -> Tokenizer:
-        """Make that of a tokenizer.json. Raises ValueError, or what the library does, if it would lose text."""
+        """Return the tokenizer of a tokenizer.json. Raises ValueError or a library error if invalid or lossy."""
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, pre_tokenizers
 
@@ -134,14 +128,14 @@ class Tokenizer:
         vocabulary = library.get_vocab()
         missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
         if not isinstance(library.decoder, decoders.ByteLevel) or missing:
-            # such a tokenizer silently drops what it lacks
-            raise ValueError(f"not byte-level: {missing} of the 256 bytes are no tokens, decoder {library.decoder}")
+            # it would silently drop missing bytes
+            raise ValueError(f"not byte-level: {missing} of the 256 bytes are missing, decoder {library.decoder}")
         if len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError("two of its tokens have the same id")
+            raise ValueError("two tokens have the same id")
         added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
         eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
         if eot is None:
-            raise ValueError(f"it has no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
+            raise ValueError(f"no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
         library.no_truncation()
         library.no_padding()
         tokenizer = cls(library, eot)
@@ -153,7 +147,7 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls) -> Tokenizer:
-        """256 tokens that are the bytes (id = byte), then EOT; no merges."""
+        """Return the tokenizer of plain bytes: id = byte, then EOT; no merges."""
         from tokenizers import AddedToken, models
 
         library = _byte_level(models.BPE(dict(zip(_byte_characters(), range(256), strict=True)), []))
@@ -161,7 +155,7 @@ class Tokenizer:
         return cls(library)
 
     def ordinary(self) -> Tokenizer:
-        """The same tokens, but what a text spells is never a special one: a web page may well write `<|endoftext|>`."""
+        """Return the same tokenizer without special tokens in texts, since a web page may contain `<|endoftext|>`."""
         from tokenizers import Tokenizer as Library
 
         library = Library.from_str(self.to_json())
@@ -169,12 +163,12 @@ class Tokenizer:
         return Tokenizer(library, self.eot_text)
 
     def save(self, path: Path) -> None:
-        """Write a `tokenizer.json`, whole or not at all. Raises LlmpyError if the disk refuses."""
+        """Write a `tokenizer.json` atomically. Raises LlmpyError on failure."""
         content = self.to_json()
         write_whole(path, lambda temporary: temporary.write_text(content, "utf-8", newline="\n"))
 
     def to_json(self) -> str:
-        """What a tokenizer.json holds."""
+        """Return the content of a tokenizer.json."""
         return self._library.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
@@ -182,58 +176,53 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise LlmpyError(
-                "data.x",
-                f"the text holds {text[error.start]!r} at character {error.start}: a byte that was no UTF-8",
-                "Type it again, or set a UTF-8 locale (LANG=C.UTF-8)",
-            ) from error
+            message = f"the text has {text[error.start]!r} at character {error.start}, from a byte that is not UTF-8"
+            hint = "Type it again, or set a UTF-8 locale (LANG=C.UTF-8)"
+            raise LlmpyError("tokenizer.lone-surrogate", message, hint) from error
         return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for each text, on all cores."""
+        """Return the token ids of each text, encoded on all cores. Raises LlmpyError as `encode`."""
         try:
             return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
         except (TypeError, UnicodeEncodeError):
-            return [self.encode(text) for text in texts]  # which names the character
+            return [self.encode(text) for text in texts]  # to name the character
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`, EOT included; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of `ids`, with EOT; invalid UTF-8 becomes U+FFFD.
 
         Raises LlmpyError for an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise LlmpyError(
-                "data.x",
-                f"token {wrong[0]} is not in the tokenizer's {self.vocab_size:,} tokens",
-                "Use the tokenizer that made these tokens",
-            )
+            message = f"token {wrong[0]} is outside the vocabulary of {self.vocab_size:,} tokens"
+            raise LlmpyError("tokenizer.outside-vocabulary", message, "Use the tokenizer that encoded these tokens")
         return self._library.decode(ids, skip_special_tokens=False)
 
     def same_tokens(self, other: Tokenizer) -> bool:
-        """Whether each id stands for the same text in both."""
+        """Return whether both have the same token for each id."""
         return self._library.get_vocab() == other._library.get_vocab()
 
     @property
     def splits_as_gpt2(self) -> bool:
-        """Whether words are those of GPT-2's pattern."""
+        """Whether text is split into words by GPT-2's pattern."""
         from tokenizers import pre_tokenizers
 
         splitter = self._library.pre_tokenizer
         return isinstance(splitter, pre_tokenizers.ByteLevel) and splitter.use_regex
 
     def ranks(self) -> Ranks:
-        """The bytes of every token, as llm.c's tokenizer file holds them.
+        """Return the bytes of every token, as in llm.c's tokenizer file.
 
-        Raises LlmpyError where the ids leave a gap, or are not in the order of merges, and for words unlike GPT-2's:
-        that file does not say how they are split.
+        Raises LlmpyError if ids are unused or not in the order of merges. Words must be split as in GPT-2, since that
+        file stores no pattern.
         """
         if not self.splits_as_gpt2:
-            fix = "use its tokenizer.json"
-            raise LlmpyError("data.x", "the tokenizer splits words unlike GPT-2, which llm.c's table cannot tell", fix)
+            message = "the tokenizer splits words unlike GPT-2, and llm.c's format stores no word pattern"
+            raise LlmpyError("tokenizer.not-gpt2-words", message, "Use its tokenizer.json")
         spelled = {i: token for token, i in self._library.get_vocab().items()}
         if len(spelled) < self.vocab_size:
-            raise LlmpyError("data.x", "the tokenizer has ids that no token has", "Use one whose ids have no gaps")
+            raise LlmpyError("tokenizer.id-gaps", "the tokenizer has unused ids", "Use one with contiguous ids")
         value = {ord(c): byte for byte, c in enumerate(_byte_characters())}
         tokens = [
             self.eot_text.encode() if i == self.eot else spelled[i].translate(value).encode("latin-1", "replace")
@@ -244,7 +233,7 @@ class Tokenizer:
         return ranks
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each token stands for, int32 (vocab_size,); 0 for EOT and unused ids."""
+        """Return the number of bytes of each token, int32 (vocab_size,); 0 for EOT and unused ids."""
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self._library.get_vocab(with_added_tokens=False).items():
             lengths[i] = len(token)  # in byte-level BPE a character is a byte
@@ -265,7 +254,7 @@ def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte: itself, or the next one from U+0100 on (GPT-2)."""
+    """Return the printable character for each byte: itself, or the next one from U+0100 on (GPT-2)."""
     from tokenizers import pre_tokenizers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()

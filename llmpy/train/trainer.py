@@ -211,7 +211,7 @@ class Trainer:
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:
         """Continue from a checkpoint that `checkpoint.newest` accepted."""
         position = self.checkpoints.restore(path, manifest, self.options.seed)
-        self.data.train.go_on(position, manifest["data"]["sample_tokens"])
+        self.data.train.resume(position, manifest["data"]["sample_tokens"])
         self.optimizer.updates = manifest["updates"]
         for name, detector in self.guard.detectors.items():
             detector.state = manifest["detectors"][name]

@@ -1,4 +1,4 @@
-"""Documents become tokens: the same however they are cut and batched, in order, with what counts marked."""
+"""Documents → tokens: in order, independent of pieces and batches, with counted tokens marked."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from llmpy.data.tokenizer import EOT, Tokenizer
 
 
 def tokenise(tokenizer, documents):
-    """Ids and whether each counts, of all blocks."""
+    """Return the ids of all blocks, and whether each counts."""
     blocks = list(encode(tokenizer, iter(documents)))
     counted = [np.ones(len(b.ids), bool) if b.counted is None else b.counted for b in blocks]
     return np.concatenate([b.ids for b in blocks]), np.concatenate(counted)
@@ -20,7 +20,7 @@ def tokenise(tokenizer, documents):
 
 @pytest.fixture(scope="module")
 def blanks():
-    """A tokenizer that has merged blanks, so that a cut in a wrong place shows."""
+    """A tokenizer with merged blanks, which reveals a cut in a wrong place."""
     return Tokenizer.train([" a  b\n\n a's \n b   !!  ab!\x1c ab\n" * 50], 300)
 
 
@@ -47,17 +47,17 @@ def test_batches_join_to_the_whole(blanks, monkeypatch):
     assert {b.ids.dtype for b in blocks} == {np.dtype(np.uint16)}
 
 
-def test_what_counts():
+def test_counted_tokens():
     plain = Tokenizer.bytes()
     spans = [Document("", "promptX", ((6, 7),)), Document("", "ab"), Document("", "uAuB", ((1, 2), (3, 4)))]
     ids, counted = tokenise(plain, spans)
     assert plain.decode(ids) == f"{EOT}promptX{EOT}ab{EOT}uAuB"
-    # EOT ends what is before it, so it counts
+    # EOT counts, since it ends the previous document
     assert "".join(map(str, counted.astype(int))) == "1" + "0000001" + "1" + "11" + "1" + "0101"
     assert [block.counted for block in encode(plain, spans[1:2])] == [None]
 
 
-def test_no_token_is_of_both_parts(blanks):
+def test_no_token_spans_counted_and_uncounted_text(blanks):
     text = " a  b a  b"
     ids, counted = tokenise(blanks, [Document("", text, ((5, 10),))])
     assert blanks.decode(ids[1:][~counted[1:]]) == text[:5]

@@ -1,7 +1,7 @@
-"""Damaged files of every kind that data come in: one exception with a sentence, never a crash, a second or much memory.
+"""Corrupt data files of every format: an LlmpyError, never a crash, a second of time or much memory.
 
-Each campaign is a process of its own, so that a crash or a hang is seen and the memory is its alone.
-`make fuzz` runs a million mutations; the seed that failed is in the name of the test.
+Each campaign is its own process, to detect crashes and hangs and to measure its memory alone.
+`make fuzz` runs a million mutations; the name of a failed test contains the seed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def records(path: Path) -> None:
     with path.open("rb") as file:
         kind = kind_of(path, file.read(16))
     if kind is None:
-        raise LlmpyError("data.x", f"{path} is nothing known")
+        raise LlmpyError("data.unknown-kind", f"{path} has no known format")
     for document in read_records(path, kind):
         document.text.encode("utf-8")
 
@@ -73,11 +73,11 @@ def headed(magic: int, version: int, count: int, body: bytes) -> bytes:
 
 
 def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], int]]:
-    """Name → an undamaged file, its reader, and its share of the mutations."""
+    """Return name → (valid content, its reader, its share of the mutations)."""
     ids = np.arange(1, 200)
-    learnt = Tokenizer.train([TEXT * 50], V)
-    learnt.save(folder / "tokenizer.json")
-    write_llmc(folder / "tokenizer.bin", learnt.ranks())
+    trained = Tokenizer.train([TEXT * 50], V)
+    trained.save(folder / "tokenizer.json")
+    write_llmc(folder / "tokenizer.bin", trained.ranks())
     llama_tokenizer(folder / "llama.json", names=["<tool>"])
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
     rows = [{"text": TEXT}, {"prompt": "2+2=", "completion": "4", "n": 1.5e3}, {"messages": chat}, {"text": "end"}]
@@ -95,7 +95,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
         "llama.json": ((folder / "llama.json").read_bytes(), tokenizer, 1),
         "a.jsonl": (lines, records, 4),
         "a.jsonl.gz": (gzip.compress(lines), records, 4),
-        "repacked.jsonl.gz": (lines, records, 4),  # damaged before it is packed
+        "repacked.jsonl.gz": (lines, records, 4),  # mutated before compression
         "hellaswag_val.bin": (choices.tobytes() + stream, hellaswag, 4),
     }
     try:
@@ -109,7 +109,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
 
 
 def read(path: Path, reader: Callable[[Path], None]) -> bool:
-    """Whether a file is read; refused with a sentence is the other thing that may happen."""
+    """Return whether the file is valid; fail unless an invalid one raises an LlmpyError that names it."""
     start = time.thread_time()
     try:
         reader(path)
@@ -124,7 +124,7 @@ def read(path: Path, reader: Callable[[Path], None]) -> bool:
 
 
 def campaign(seed: int, count: int, folder: Path) -> None:
-    """`count` mutations. Raises AssertionError, with the file left in `folder`, for one that is not refused well."""
+    """Read `count` mutations. Fails, leaving the file in `folder`, if one causes another error, or costs too much."""
     source = random.Random(seed)
     files = base_files(folder)
     for old in folder.iterdir():
@@ -160,7 +160,7 @@ def campaign(seed: int, count: int, folder: Path) -> None:
 
 
 def run_campaign(seed: int, count: int, seconds: float) -> str:
-    """The output of a process with this module in it. Fails if it does."""
+    """Run a campaign in a process of its own and return its output; fail if it fails."""
     code = "import sys, pathlib, test_fuzz_data as t; t.campaign(*map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
     paths = filter(None, [str(Path(__file__).parent), *sys.path])
     with tempfile.TemporaryDirectory() as folder:

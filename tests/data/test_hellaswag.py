@@ -1,13 +1,13 @@
-"""llm.c's multiple-choice file: to the byte as it writes it, and no other file read as one."""
+"""llm.c's multiple-choice file: identical bytes, and no other file accepted."""
 
 import json
 
 import numpy as np
 import pytest
+from support.refused import refused
 
 from llmpy.data.hellaswag import Example, encode_examples, read_examples, write_examples
 from llmpy.data.tokenizer import Tokenizer
-from llmpy.errors import LlmpyError
 
 
 def example(*lengths, label=1, start=0):
@@ -59,52 +59,52 @@ def test_from_jsonl(tmp_path, path):
     "row", [5, {}, {"ctx": "a", "endings": ["b"] * 3, "label": 0}, {"ctx": "a", "endings": ["b"] * 4, "label": 4},
             {"ctx": 1, "endings": ["b"] * 4, "label": 1}]
 )  # fmt: skip
-def test_lines_that_are_no_examples(tmp_path, row):
+def test_invalid_lines(tmp_path, row):
     raw = tmp_path / "val.jsonl"
     raw.write_text(json.dumps(row))
-    with pytest.raises(LlmpyError, match="line 1 is no example of HellaSwag"):
+    with refused("hellaswag.invalid-line", raw, "line 1"):
         list(encode_examples(raw, Tokenizer.bytes()))
 
 
 @pytest.mark.parametrize(
-    ("examples", "message"),
+    ("examples", "code"),
     [
-        ([], "no examples"),
-        ([example(0, 1, 1, 1, 1)], "an empty part"),
-        ([example(1, 1, 1, 1, 1, start=65535)], "does not fit 16 bits"),
-        ([example(40_000, 1, 1, 1, 1)], "example 0 has an empty part, or does not fit 16 bits"),
+        ([], "hellaswag.empty"),
+        ([example(0, 1, 1, 1, 1)], "hellaswag.unencodable"),
+        ([example(1, 1, 1, 1, 1, start=65535)], "hellaswag.unencodable"),
+        ([example(40_000, 1, 1, 1, 1)], "hellaswag.unencodable"),
     ],
 )
-def test_what_cannot_be_written(path, examples, message):
-    with pytest.raises(LlmpyError, match=message):
+def test_unencodable_examples(path, examples, code):
+    with refused(code, path, "example"):
         write_examples(path, examples)
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
-    ("at", "width", "value", "message"),
+    ("at", "width", "value", "names"),
     [
-        (1024, 2, 1, "example 0 begins with"),
-        (1026, 2, 38, "example 0 claims 38 bytes, its parts make 36"),
-        (1028, 2, 1, "example 0 begins with"),
-        (1030, 2, 4, "example 0 begins with"),
-        (1032, 2, 5, "example 0 begins with"),
-        (1034, 2, 0, "a part of example 0 has 0 of 0 tokens"),
-        (1034, 2, 60000, "a part of example 0 has"),
-        (1036, 2, 60000, "example 0 holds token 60000, the vocabulary has 50,257"),
-        (0, 4, 5, "it begins with"),
-        (4, 4, 2, "it begins with"),
-        (8, 4, 3, "expected 5, got 0"),
-        (8, 4, -1, "bytes after the last example"),
-        (8, 4, 1, "bytes after the last example"),
+        (1024, 2, 1, ["example 0", "[1, 36, 0, 1, 4]"]),
+        (1026, 2, 38, ["example 0", "38", "36"]),
+        (1028, 2, 1, ["example 0", "[65535, 36, 1, 1, 4]"]),
+        (1030, 2, 4, ["example 0", "[65535, 36, 0, 4, 4]"]),
+        (1032, 2, 5, ["example 0", "[65535, 36, 0, 1, 5]"]),
+        (1034, 2, 0, ["example 0", "0 of 0"]),
+        (1034, 2, 60000, ["example 0", "of 60,000"]),
+        (1036, 2, 60000, ["example 0", "token 60000", "50,257"]),
+        (0, 4, 5, ["[5, 1]"]),
+        (4, 4, 2, ["[20240522, 2]"]),
+        (8, 4, 3, ["expected 5, got 0"]),
+        (8, 4, -1, ["88 bytes"]),
+        (8, 4, 1, ["52 bytes"]),
     ],
 )
-def test_damage(path, at, width, value, message):
+def test_corruption(path, at, width, value, names):
     write_examples(path, EXAMPLES)
     content = bytearray(path.read_bytes())
     content[at : at + width] = value.to_bytes(width, "little", signed=value < 0)
     path.write_bytes(content)
-    with pytest.raises(LlmpyError, match=rf"hellaswag_val\.bin is not a multiple-choice file of llm\.c: .*{message}"):
+    with refused("hellaswag.corrupt", path, *names):
         read_examples(path, 50257)
 
 
@@ -112,7 +112,7 @@ def test_damage(path, at, width, value, message):
 def test_cut(path, keep):
     write_examples(path, EXAMPLES)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(LlmpyError, match="is not a multiple-choice file"):
+    with refused("hellaswag.corrupt", path):
         read_examples(path, 50257)
-    with pytest.raises(LlmpyError, match="cannot read"):
+    with refused("file.unreadable", path.with_name("none")):
         read_examples(path.with_name("none"), 50257)

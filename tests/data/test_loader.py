@@ -1,14 +1,14 @@
-"""llm.c's order, batch by batch, from vectors made with llm.c's own loader."""
+"""Batches in llm.c's order, compared with its own loader's."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.golden import FIRST_TOKENS, LAST_SAMPLE, SAMPLES
+from support.refused import refused
 
 from llmpy.data.loader import Loader
 from llmpy.data.shards import Shard
-from llmpy.errors import LlmpyError
 
 
 def shard(size, first=0, name="shard.bin"):
@@ -21,7 +21,7 @@ def four(**options):
 
 
 def check_batch(tokens, targets):
-    """In these shards a token is its own place: rows continue one another, targets are one ahead."""
+    """Each token is its own position here: check that rows are consecutive and targets one ahead."""
     assert tokens.dtype == targets.dtype == np.int32
     flat = tokens.reshape(-1)
     assert np.array_equal(flat, flat[0] + np.arange(flat.size))
@@ -50,7 +50,7 @@ def test_tinyshakespeare_golden(seed, rank, epoch):
         assert order[1191] == LAST_SAMPLE
 
 
-def test_unshuffled_is_the_text_in_order_then_again():
+def test_unshuffled_batches_are_in_order():
     loader = four(shuffle=False)
     starts = [check_batch(*loader.next()) for _ in range(loader.batches_per_epoch + 3)]
     epoch = [140 * s + 16 * i for s in range(4) for i in range(8)]
@@ -78,7 +78,7 @@ def test_batches_share_two_arrays():
     assert again[1] is targets
 
 
-def test_reset_begins_an_epoch_with_new_orders():
+def test_reset_draws_new_orders():
     loader = four(shuffle=True, ranks=2)
     for _ in range(16):
         loader.next()
@@ -89,7 +89,7 @@ def test_reset_begins_an_epoch_with_new_orders():
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("steps", [0, 1, 7, 8, 9, 31, 32, 33, 50])
-def test_position_continues(shuffle, steps):
+def test_resume_from_a_position(shuffle, steps):
     loader = four(shuffle=shuffle)
     for _ in range(steps):
         loader.next()
@@ -98,7 +98,7 @@ def test_position_continues(shuffle, steps):
     other = four(shuffle=shuffle, seed=7)
     other.position = position
     assert [check_batch(*other.next()) for _ in range(80)] == expected
-    other.position = position  # not changed by being used
+    other.position = position  # not modified by reading
     assert check_batch(*other.next()) == expected[0]
 
 
@@ -111,7 +111,7 @@ def test_position_of_other_data_is_refused():
     ]
     for other in others:
         before = other.position
-        with pytest.raises(LlmpyError, match="does not fit .* — continue with the same --data"):
+        with refused("resume.position-mismatch", "--data, -B, -T"):
             other.position = position
         assert np.array_equal(other.position.sample_order, before.sample_order)
 
@@ -120,20 +120,16 @@ def test_smallest_shard_and_one_less():
     loader = Loader([shard(33)], 2, 8, shuffle=True, rank=1, ranks=2)
     assert loader.batches_per_epoch == 1
     assert [check_batch(*loader.next()) for _ in range(3)] == [16, 16, 16]
-    with pytest.raises(LlmpyError) as error:
+    with refused("shard.too-short", "small.bin", "32 tokens", "-B 2 -T 8", "2 processes", "33"):
         Loader([shard(100), shard(32, name="small.bin")], 2, 8, shuffle=True, rank=1, ranks=2)
-    message = "small.bin has 32 tokens here, one batch of 2 processes of -B 2 -T 8 needs 33"
-    assert str(error.value) == f"{message} — use a smaller -B or -T, or more text"
 
 
-@pytest.mark.parametrize("place", [0, 15, 16])  # the last one is only a target
+@pytest.mark.parametrize("place", [0, 15, 16])  # the last is only a target
 def test_tokens_that_change_under_the_loader(place):
     tokens = np.arange(33).astype(np.uint16)
     loader = Loader([Shard(Path("one.bin"), tokens)], 2, 8, shuffle=False, vocab_size=33)
     check_batch(*loader.next())
     loader.reset()
     tokens[place] = 33
-    with pytest.raises(LlmpyError) as error:
+    with refused("shard.changed", "one.bin", "token 33", "33 tokens"):
         loader.next()
-    message = "one.bin was changed since it was opened: it holds token 33 now, outside the vocabulary of 33 tokens"
-    assert str(error.value) == f"{message} — leave the data as they are while they are in use"

@@ -1,4 +1,4 @@
-"""`llmpy data`: folders of tokens that are whole, that train, and that are llm.c's to the byte where it repeats."""
+"""`llmpy data`: complete folders of tokens, ready for training, identical to llm.c's where that is deterministic."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.refused import refused
 from support.samples import SHARED, needs_data
 
 from llmpy.cli import main as cli
@@ -21,7 +22,6 @@ from llmpy.data.rank_tables import parse_llmc
 from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
 from llmpy.data.tokenizer import EOT, Tokenizer
-from llmpy.errors import LlmpyError
 from llmpy.options.data import DataOptions
 
 SPEECHES = [f"Speaker {i}:\nLine {i * i} of the play, and another.\n\n" for i in range(300)]
@@ -49,7 +49,7 @@ def text(folder, *names):
 
 @needs_data
 @pytest.mark.parametrize("form", ["auto", "int32"])
-def test_tinyshakespeare_as_llmc_has_it(tmp_path, said, form):
+def test_tinyshakespeare_is_llmcs(tmp_path, said, form):
     options = {"source": SHARED / "tinyshakespeare.txt", "tokenizer": str(SHARED / "gpt2.tiktoken"), "format": form}
     folder = make(said, "tinyshakespeare", out=tmp_path / "out", **options)
     train, val = tokens(folder, "tiny_shakespeare_train.bin"), tokens(folder, "tiny_shakespeare_val.bin")
@@ -64,7 +64,7 @@ def test_tinyshakespeare_as_llmc_has_it(tmp_path, said, form):
         assert parse_llmc((folder / "gpt2_tokenizer.bin").read_bytes()) == gpt2.ranks()
 
 
-def test_what_is_there_and_said(raw, tmp_path, said):
+def test_output_folder_and_log(raw, tmp_path, said):
     folder = make(said, "tinyshakespeare", source=raw, tokens=9000)
     assert folder == tmp_path / "cache" / "tinyshakespeare" / "bytes-9000"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -75,14 +75,16 @@ def test_what_is_there_and_said(raw, tmp_path, said):
     assert whole == (EOT + EOT.join(SPEECHES))[: len(whole)]
     record = json.loads((folder / "dataset.json").read_text())
     assert record["files"] == {"tiny_shakespeare_val.bin": 900, "tiny_shakespeare_train.bin": 8100}
-    assert said[-2].startswith("it begins: ")
-    assert said[-1] == "ready in " + str(folder) + f"; train on it:  llmpy train --data {folder}"
+    assert EOT in said[-2]
+    assert said[-1].startswith(f"wrote {folder}")
+    assert said[-1].endswith(f"llmpy train --data {folder}")
     said.clear()
     assert make(said, "tinyshakespeare", source=raw, tokens=9000) == folder
-    assert said == [f"tinyshakespeare is already in {folder}"]
+    assert len(said) == 1
+    assert str(folder) in said[0]
 
 
-def test_another_source_of_what_is_there(raw, tmp_path, said):
+def test_another_source_of_existing_tokens(raw, tmp_path, said):
     other = tmp_path / "other.txt"
     other.write_text("x" * 20_000 + "\n\nand more.\n")
     folder = make(said, "tinyshakespeare", source=raw)
@@ -91,19 +93,19 @@ def test_another_source_of_what_is_there(raw, tmp_path, said):
     make(said, "tinyshakespeare", source=other)
     make(said, "tinyshakespeare")
     assert (folder / "tiny_shakespeare_train.bin").read_bytes() == before
-    there = f"tinyshakespeare is already in {folder}, made from {raw}: remove the folder to make it from another source"
-    assert said == [there, there]
+    assert len(said) == 2
+    assert all(str(folder) in line and str(raw) in line for line in said)
 
 
 def own_text(folder, *names):
-    """Train and validation part joined: where a document is cut, its rest is a document too."""
+    """Return the training and validation text joined. The rest of a cut document is a document, with EOT."""
     return "".join(text(folder, name).removeprefix(EOT) for name in names)
 
 
 def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     folder = make(said, raw, tokenizer="bpe:300", out=tmp_path / "out")
     assert said[0] == f"1 file, {len(raw.read_text()):,} characters, UTF-8"
-    assert sum("characters, UTF-8" in line for line in said) == 1  # though it was read twice
+    assert sum("characters, UTF-8" in line for line in said) == 1  # though read twice
     assert own_text(folder, "train.bin", "val.bin") == raw.read_text()
     share = len(tokens(folder, "val.bin")) / len(tokens(folder, "train.bin"))
     assert 0.08 < share < 0.14
@@ -112,11 +114,11 @@ def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     assert make(said, "in*.tx?") == Path("data/in")
     assert make(said, raw, out=tmp_path / "a name") == tmp_path / "a name"
     assert said[-1].endswith(f"--data '{tmp_path / 'a name'}'")
-    with pytest.raises(LlmpyError, match=r"data/input is not empty — train on it: llmpy train --data data/input; or "):
+    with refused("folder.not-empty", "data/input", "llmpy train --data data/input", "--out"):
         make(said, raw)
 
 
-def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
+def test_several_shards(raw, tmp_path, said, monkeypatch):
     monkeypatch.setattr(pipeline, "SHARD_TOKENS", 5000)
     monkeypatch.setattr(pipeline, "SEEKABLE", 10_000)
     folder = make(said, raw, out=tmp_path / "out")
@@ -125,13 +127,13 @@ def test_large_data_make_several_shards(raw, tmp_path, said, monkeypatch):
     assert own_text(folder, *names, "val.bin") == raw.read_text()
     dataset = prepare([folder], tmp_path / "run", log=said.append)
     assert (len(dataset.train), len(dataset.val), dataset.vocab_size) == (3, 1, 257)
-    with pytest.raises(LlmpyError, match="too many for the folder of a run — make token files of it first: llmpy data"):
+    with refused("data.too-large", "llmpy data"):
         prepare([raw], tmp_path / "run", 257, said.append)
 
 
 @pytest.mark.parametrize("most", [2**31 - 1, 8000])
-def test_llmcs_names_and_division(raw, tmp_path, said, monkeypatch, most):
-    """One file to train on, unless llm.c could not read it to its end; the web in shards."""
+def test_llmcs_names_and_split(raw, tmp_path, said, monkeypatch, most):
+    """One training file, unless llm.c could not read it to the end; shards for the web."""
     monkeypatch.setattr(pipeline, "SHARD_TOKENS", 3000)
     monkeypatch.setattr(pipeline, "SEEKABLE", most)
     folder = make(said, "tinyshakespeare", source=raw, out=tmp_path / "a")
@@ -150,8 +152,8 @@ def test_llmcs_names_and_division(raw, tmp_path, said, monkeypatch, most):
     assert len(tokens(folder, "fineweb_val_000000.bin")) == len(tokens(folder, "fineweb_train_000001.bin")) == 3000
 
 
-def test_a_page_that_writes_the_end_of_a_text(tmp_path, said, monkeypatch):
-    """In llm.c's data sets it is text; in the user's own it ends one."""
+def test_end_of_text_within_a_page(tmp_path, said, monkeypatch):
+    """It is ordinary text in named datasets, and separates documents in the user's text."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": f"They write {EOT} there. " * 50}) + "\n")
     folder = make(said, "fineweb", source=path, out=tmp_path / "a")
@@ -159,11 +161,11 @@ def test_a_page_that_writes_the_end_of_a_text(tmp_path, said, monkeypatch):
     assert np.count_nonzero(ids == 256) == 1
     folder = make(said, path, out=tmp_path / "b")
     ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"))])
-    assert np.count_nonzero(ids == 256) == 52  # and before what is held out
+    assert np.count_nonzero(ids == 256) == 52  # and before the held-out part
 
 
 def test_stories_hold_the_first_file_out(tmp_path, said):
-    """Of as many tokens as that file alone has, and of fewer, there still is something to train on."""
+    """Even if --tokens leaves no more than that file, there are training tokens."""
     raw = tmp_path / "raw"
     raw.mkdir()
     for i in range(3):
@@ -176,7 +178,7 @@ def test_stories_hold_the_first_file_out(tmp_path, said):
     assert (len(tokens(few, "TinyStories_val.bin")), len(tokens(few, "TinyStories_train.bin"))) == (40, 360)
 
 
-def test_completions_alone_are_learnt(tmp_path, said):
+def test_only_completions_count(tmp_path, said):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "completion": f"{2 * i}"}) + "\n" for i in range(400)))
     folder = make(said, path, out=tmp_path / "out")
@@ -185,11 +187,11 @@ def test_completions_alone_are_learnt(tmp_path, said):
     assert any(line.startswith("the loss counts") for line in said)
     inputs, targets = Loader([shard], 2, 64, shuffle=True, vocab_size=257).next()
     assert (targets == -1).any()
-    for row, wanted in zip(inputs, targets, strict=True):
-        learnt = wanted[wanted >= 0]
-        assert "+" not in plain.decode(learnt)
-        assert "=" not in plain.decode(learnt)
-        assert np.array_equal(wanted[:-1][wanted[:-1] >= 0], row[1:][wanted[:-1] >= 0])
+    for row, target in zip(inputs, targets, strict=True):
+        learned = target[target >= 0]
+        assert "+" not in plain.decode(learned)
+        assert "=" not in plain.decode(learned)
+        assert np.array_equal(target[:-1][target[:-1] >= 0], row[1:][target[:-1] >= 0])
 
 
 def test_hellaswag(tmp_path, said):
@@ -199,8 +201,8 @@ def test_hellaswag(tmp_path, said):
     folder = make(said, "hellaswag", source=raw, out=tmp_path / "out")
     examples = read_examples(folder / "hellaswag_val.bin", 257)
     assert [example.label for example in examples] == [i % 4 for i in range(20)]
-    assert said[-1] == f"ready in {folder}"  # not to train on
-    with pytest.raises(LlmpyError, match="no text to train a tokenizer on"):
+    assert said[-1] == f"wrote {folder}"  # not for training
+    with refused("dataset.evaluation-only", "--tokenizer"):
         make(said, "hellaswag", source=raw, out=tmp_path / "b", tokenizer="bpe:300")
 
 
@@ -211,15 +213,15 @@ def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
     dataset = prepare([Path("tinyshakespeare")], tmp_path / "run", log=said.append)
     assert dataset.train[0].path == cache / "tinyshakespeare" / "gpt2" / "tiny_shakespeare_train.bin"
     assert dataset.vocab_size == 257
-    with pytest.raises(LlmpyError, match="hellaswag is there to evaluate on — train on one of tinyshakespeare"):
+    with refused("dataset.evaluation-only", "hellaswag", "tinyshakespeare"):
         find_dataset("hellaswag", said.append)
-    raw.with_name("tinystories").mkdir()  # a folder of that name is meant by it
-    with pytest.raises(LlmpyError, match="0 files"):
+    raw.with_name("tinystories").mkdir()  # a local folder takes precedence
+    with refused("data.too-short", "0 files"):
         prepare([Path("tinystories")], tmp_path / "run", log=said.append)
 
 
-def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
-    """All of TinyStories, of the web a portion; and that is found again, until all of it is there."""
+def test_missing_tokens_are_written(raw, tmp_path, said, cache, monkeypatch):
+    """All of TinyStories; a portion of the web, which is reused until all of it exists."""
     monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, log: cls.bytes()))
     folder = tmp_path / "stories"
     folder.mkdir()
@@ -236,12 +238,12 @@ def test_what_is_not_there_is_made(raw, tmp_path, said, cache, monkeypatch):
         dataset = prepare([Path("fineweb")], tmp_path / "run", log=said.append)
         assert (len(dataset.train[0]), len(dataset.val[0])) == (4500, 500)
         assert dataset.train[0].path.parent == cache / "fineweb" / "gpt2-5000"
-    assert said.count("fineweb is not here yet: making its first 5,000 tokens (all of it: llmpy data fineweb)") == 1
+    assert sum("5,000" in line and "llmpy data fineweb" in line for line in said) == 1
     monkeypatch.setattr("llmpy.data.pipeline.SHARD_TOKENS", 10_000)
     monkeypatch.setitem(SOURCES, "fineweb", replace(web, layout=replace(web.layout, val=1000)))
     whole = data(DataOptions(what=("fineweb",)), said.append)
     assert find_dataset("fineweb", said.append) == whole == cache / "fineweb" / "gpt2"
-    # a model with another tokenizer reads it with its own, however that is spelled
+    # for a model with another tokenizer the tokens are its own; the file's formatting does not matter
     own = Tokenizer.train([raw.read_text()], 300)
     own.save(tmp_path / "own.json")
     model = Vocabulary(300, tmp_path / "own.json", lambda: (own, "the model's"))
@@ -259,43 +261,43 @@ def stories(i):
 COMMAND = "import sys; from llmpy.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
-def test_two_processes_make_one_data_set(raw, tmp_path, said):
-    """The second waits for the first, and finds it made."""
+def test_concurrent_processes(raw, tmp_path, said):
+    """The second waits for the first and uses its result."""
     out = tmp_path / "own"
     words = [sys.executable, "-c", COMMAND, "data", raw, "--tokenizer", "bytes", "--out", out]
-    with pack._workplace(out, print):  # until both have begun
+    with pack._workplace(out, print):  # until both have started
         both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
-        begun = [process.stdout.readline() for process in both]
+        waiting = [process.stdout.readline() for process in both]
     ends = [process.communicate(timeout=60) for process in both]
-    assert all(line.startswith("waiting for ") and line.endswith(f"which makes {out}\n") for line in begun)
+    assert all(line.startswith("waiting for ") and line.endswith(f"{out}\n") for line in waiting)
     assert [process.returncode for process in both] == [0, 0], ends
-    last = next(end for end in ends if "train on it" not in end[0])
+    last = next(end for end in ends if "llmpy train" not in end[0])
     assert f"{raw} is already in {out}\n" in last[0]
     assert len(tokens(out, "train.bin")) > 10_000
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "names"),
     [
-        (["tinyshakespeare", "fineweb"], "tinyshakespeare is a data set of its own"),
-        (["{raw}", "--source", "{raw}"], "--source goes with the name of a data set"),
-        (["tinyshakespeare", "--source", "nowhere"], "no file or folder nowhere"),
-        (["{raw}", "--tokenizer", "nowhere.json"], "no tokenizer at nowhere.json"),
-        (["{raw}", "--tokenizer", "gpt3"], "--tokenizer is gpt2, bytes, bpe:N or a file"),
-        (["{raw}", "--tokenizer", "bytes", "--out", "."], "--out . is a folder that is in use"),
-        (["{raw}", "--tokenizer", "bpe:5"], "--tokenizer bpe:5 — use bpe:N with N from 257"),
-        (["{raw}", "--tokenizer", "{raw}"], "is not a usable tokenizer"),
-        (["{raw}", "--tokens", "0"], "--tokens 0"),
-        (["{raw}", "--tokenizer", "bytes", "--out", "{raw}"], "is not empty"),
-        (["tiny"], "no file or folder tiny"),
+        (["tinyshakespeare", "fineweb"], ["tinyshakespeare", "[dataset.not-alone]"]),
+        (["{raw}", "--source", "{raw}"], ["--source", "[dataset.source-unnamed]"]),
+        (["tinyshakespeare", "--source", "nowhere"], ["nowhere", "[file.missing]"]),
+        (["{raw}", "--tokenizer", "nowhere.json"], ["nowhere.json", "[tokenizer.missing]"]),
+        (["{raw}", "--tokenizer", "gpt3"], ["gpt2, bytes, bpe:N", "[tokenizer.missing]"]),
+        (["{raw}", "--tokenizer", "bytes", "--out", "."], ["--out .", "[folder.in-use]"]),
+        (["{raw}", "--tokenizer", "bpe:5"], ["--tokenizer bpe:5", "257"]),
+        (["{raw}", "--tokenizer", "{raw}"], ["input.txt", "[tokenizer.invalid]"]),
+        (["{raw}", "--tokens", "0"], ["--tokens 0"]),
+        (["{raw}", "--tokenizer", "bytes", "--out", "{raw}"], ["input.txt", "[folder.not-empty]"]),
+        (["tiny"], ["tiny", "[file.missing]"]),
     ],
 )
-def test_refusals_leave_nothing(raw, tmp_path, capsys, monkeypatch, words, message):
+def test_errors_leave_no_files(raw, tmp_path, capsys, monkeypatch, words, names):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", *(word.format(raw=raw) for word in words)]) == 1
     error = capsys.readouterr().err
-    assert message in error
+    assert all(name in error for name in names), error
     assert error.count("\n") == 1
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["input.txt"]
 
@@ -305,6 +307,6 @@ def test_a_full_disk(raw, tmp_path, said, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pipeline, "_spool", full)
-    with pytest.raises(LlmpyError, match=r"cannot write to .*out.tmp: No space left on device — free"):
+    with refused("folder.unwritable", "out.tmp", "No space left on device"):
         make(said, raw, out=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]

@@ -1,4 +1,4 @@
-"""Text becomes the same tokens on every way: divided, encoded, written."""
+"""Text becomes the same tokens by `train` and `data`: split, encoded, written."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.laptop import Laptop
+from support.refused import refused
 
 from llmpy.data import encode, pipeline
 from llmpy.data.pack import data
@@ -15,7 +16,6 @@ from llmpy.data.prepare import Vocabulary, prepare
 from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
 from llmpy.data.tokenizer import Tokenizer
-from llmpy.errors import LlmpyError
 from llmpy.options.data import DataOptions
 from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train
@@ -26,7 +26,7 @@ CHAT = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": 
 
 @pytest.fixture
 def source(tmp_path, request):
-    """A text, or conversations, of which answers alone count."""
+    """A text, or conversations, where only answers count."""
     path = tmp_path / request.param
     rows = (json.dumps({"messages": messages}) for messages in CHAT)
     path.write_text(TEXT if path.suffix == ".txt" else "\n".join(rows), "utf-8")
@@ -43,7 +43,7 @@ def split(documents):
     return [d for held, d in parts if not held], [d for held, d in parts if held]
 
 
-def test_split_at_the_border_nearest_to_nine_tenths():
+def test_split_at_the_document_boundary_nearest_to_nine_tenths():
     many = documents(*[100] * 47)
     train, val = split(many)
     assert train + val == many
@@ -83,7 +83,7 @@ def test_choose_vocab_size(characters, size):
     assert choose_vocab_size(characters) == size
 
 
-def test_a_large_text_trains_the_tokenizer_on_a_part(monkeypatch, said):
+def test_a_tokenizer_trains_on_a_sample_of_a_large_text(monkeypatch, said):
     monkeypatch.setattr(pipeline, "TOKENIZER_SEES", 1000)
     monkeypatch.setattr(encode, "PIECE", 100)
     seen = []
@@ -96,37 +96,37 @@ def test_a_large_text_trains_the_tokenizer_on_a_part(monkeypatch, said):
     monkeypatch.setattr(Tokenizer, "train", watch)
     pipeline.choose_tokenizer(None, divided(lambda log: [Document("a", TEXT)], said.append), said.append)
     assert 500 < sum(map(len, seen)) <= 1100
-    assert seen[-1] in TEXT[len(TEXT) // 2 :]  # from the whole length of it
-    assert all(piece in TEXT[: -len(TEXT) // 11] for piece in seen)  # of what is trained on
+    assert seen[-1] in TEXT[len(TEXT) // 2 :]  # sampled from the whole text
+    assert all(piece in TEXT[: -len(TEXT) // 11] for piece in seen)  # of the training part only
 
 
 @pytest.mark.parametrize("source", ["book.txt", "chat.jsonl"], indirect=True)
-@pytest.mark.parametrize("asked", [None, "bpe:300", "own.json"])
-def test_train_and_data_make_the_same_tokens(source, tmp_path, said, asked):
-    """`train --data FILE` and `data FILE; train --data FOLDER`: the same files, to the byte."""
+@pytest.mark.parametrize("name", [None, "bpe:300", "own.json"])
+def test_train_and_data_write_the_same_tokens(source, tmp_path, said, name):
+    """`train --data FILE` and `data FILE; train --data FOLDER`: identical files."""
     model, size = None, None
-    if asked == "own.json":
+    if name == "own.json":
         own = Tokenizer.train([TEXT], 290)
-        own.save(tmp_path / asked)
-        model = Vocabulary(290, tmp_path / asked, lambda: (own, "the model's"))
-        asked = str(tmp_path / asked)
-    elif asked:
-        size = int(asked.removeprefix("bpe:"))
+        own.save(tmp_path / name)
+        model = Vocabulary(290, tmp_path / name, lambda: (own, "the model's"))
+        name = str(tmp_path / name)
+    elif name:
+        size = int(name.removeprefix("bpe:"))
     direct = prepare([source], tmp_path / "run", size, said.append, model)
-    folder = data(DataOptions(what=(str(source),), tokenizer=asked, out=tmp_path / "tokens"), said.append)
+    folder = data(DataOptions(what=(str(source),), tokenizer=name, out=tmp_path / "tokens"), said.append)
     names = {"train.bin", "val.bin", "tokenizer.json"} | (
         {"train.mask", "val.mask"} if "chat" in source.name else set()
     )
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     assert {path.name for path in folder.iterdir()} == names | {"dataset.json"}
-    for name in names:
-        assert (folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    for file in names:
+        assert (folder / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
     made = prepare([folder], tmp_path / "other", None, said.append, model)
     assert (made.vocab_size, made.bytes_per_token) == (direct.vocab_size, direct.bytes_per_token)
 
 
 @pytest.mark.parametrize("source", ["book.txt"], indirect=True)
-def test_train_and_data_make_the_same_model(source, tmp_path, said):
+def test_train_and_data_give_the_same_model(source, tmp_path, said):
     folder = data(DataOptions(what=(str(source),), out=tmp_path / "tokens"), said.append)
     for name, path in (("a", source), ("b", folder)):
         options = TrainOptions(
@@ -137,7 +137,7 @@ def test_train_and_data_make_the_same_model(source, tmp_path, said):
 
 
 def test_the_first_tokens_of_a_text(tmp_path, said):
-    """A tenth of so many is held out, wherever they end."""
+    """A tenth of them is held out, wherever they end."""
     path = tmp_path / "a.txt"
     path.write_text(TEXT, "utf-8")
     folder = data(DataOptions(what=(str(path),), tokenizer="bytes", tokens=1000, out=tmp_path / "out"), said.append)
@@ -147,8 +147,8 @@ def test_the_first_tokens_of_a_text(tmp_path, said):
 
 
 @pytest.mark.parametrize("source", ["chat.jsonl"], indirect=True)
-def test_text_in_which_nothing_counts(source, tmp_path, said):
+def test_text_without_counted_tokens(source, tmp_path, said):
     source.write_text(source.read_text().replace("assistant", "bot"))
-    with pytest.raises(LlmpyError, match="nothing in the text to train on counts: no message of the assistant"):
+    with refused("data.nothing-counted", "assistant"):
         prepare([source], tmp_path / "run", log=said.append)
     assert not (tmp_path / "run").exists()

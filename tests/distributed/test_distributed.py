@@ -161,7 +161,7 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
         path = folder / "checkpoints" / "step-00000003"
         manifest = checkpoint.verify(path)
         position = keeper.restore(path, manifest, 42)
-        loader.go_on(position, manifest["data"]["sample_tokens"])
+        loader.resume(position, manifest["data"]["sample_tokens"])
     else:
         for _ in range(3):
             optimizer.expect()

@@ -435,7 +435,7 @@ def test_other_batches_read_what_is_left_of_a_shard_once(B: int, shuffle: bool) 
     old = Loader([shard], 2, 16, shuffle)
     seen = [int(t) for _ in range(23) for t in old.next()[0].reshape(-1)]
     new = Loader([shard], B, 16, shuffle)
-    new.go_on(old.position, 32)
+    new.resume(old.position, 32)
     left = (len(new._sample_order) - new._sample) * B * 16
     assert abs(left - (1920 - len(seen))) <= B * 16 * (23 if shuffle else 1)
     first = new.next()[0].reshape(-1).tolist()
