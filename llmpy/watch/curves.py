@@ -84,11 +84,11 @@ class Curves:
 
 
 def charts(
-    runs: Mapping[str, Curves], wanted: Iterable[str], axis: str, over: float | None, points: int
+    runs: Mapping[str, Curves], selected: Iterable[str], axis: str, over: float | None, points: int
 ) -> dict[str, list[Line]]:
     """Return chart → lines, without the charts that have none."""
     found = {}
-    for chart in wanted:
+    for chart in selected:
         names = ("loss", "val_loss") if chart == "loss" else (chart,)
         lines = [curves.line(run, name, axis, over, points) for run, curves in runs.items() for name in names]
         if any(lines):

@@ -28,17 +28,17 @@ CONFIG = {
 
 
 def figure(
-    runs: Mapping[str, Curves], wanted: Sequence[str], axis: str, over: float | None, log: bool, columns: int,
+    runs: Mapping[str, Curves], selected: Sequence[str], axis: str, over: float | None, log: bool, columns: int,
     colours: Mapping[str, str],
 ) -> Figure:  # fmt: skip
     """Return a figure with a chart for each curve: the first in full width, the others in columns below."""
     from plotly.subplots import make_subplots
 
-    drawn = charts(runs, wanted, axis, over, POINTS)
+    drawn = charts(runs, selected, axis, over, POINTS)
     rows = 1 + -(-max(0, len(drawn) - 1) // columns)
     heights = [FIRST_ROW] + [ROW] * (rows - 1)
     height = sum(heights) + BETWEEN * (rows - 1)
-    made = make_subplots(
+    fig = make_subplots(
         rows, columns, specs=[[{"colspan": columns}] + [None] * (columns - 1)] + [[{}] * columns] * (rows - 1),
         row_heights=heights, vertical_spacing=BETWEEN / height, horizontal_spacing=0.12 / columns,
     )  # fmt: skip
@@ -46,22 +46,22 @@ def figure(
         place = {"row": 1, "col": 1} if n == 0 else {"row": 2 + (n - 1) // columns, "col": 1 + (n - 1) % columns}
         for line in curves:
             for trace in traces(line, colours[line.run]):
-                made.add_trace(trace | {"showlegend": n == 0 and trace["showlegend"]}, **place)
-        made.add_annotation(
+                fig.add_trace(trace | {"showlegend": n == 0 and trace["showlegend"]}, **place)
+        fig.add_annotation(
             text=CURVES[chart], xref="x domain", yref="y domain", x=0, y=1, xanchor="left", yanchor="bottom",
             showarrow=False, **place,
         )  # fmt: skip
     lines = {"gridcolor": GRID, "linecolor": EDGE, "zeroline": False}
-    made.update_xaxes(lines, matches="x", spikecolor=EDGE, spikethickness=1, spikedash="solid")
-    made.update_xaxes(title={"text": AXES[axis][0], "standoff": 4, "font": {"size": 12}}, row=1, col=1)
-    made.update_yaxes(lines, type="log" if log else "linear", nticks=6)
-    made.update_layout(
+    fig.update_xaxes(lines, matches="x", spikecolor=EDGE, spikethickness=1, spikedash="solid")
+    fig.update_xaxes(title={"text": AXES[axis][0], "standoff": 4, "font": {"size": 12}}, row=1, col=1)
+    fig.update_yaxes(lines, type="log" if log else "linear", nticks=6)
+    fig.update_layout(
         template="none", height=height + MARGINS["t"] + MARGINS["b"], margin=MARGINS, hovermode="x unified",
         paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, uirevision=axis, showlegend=False,
         modebar={"bgcolor": CLEAR, "color": EDGE, "activecolor": COLOURS[0]},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
     )  # fmt: skip
-    return made
+    return fig
 
 
 def traces(line: Line, colour: str) -> list[dict[str, Any]]:

@@ -19,9 +19,9 @@ function element(kind, className, text = "") {
 }
 
 function swatch(colour) {
-  const made = element("span", "swatch");
-  made.style.background = colour;
-  return made;
+  const span = element("span", "swatch");
+  span.style.background = colour;
+  return span;
 }
 
 /** Create the row of a run. */
@@ -86,10 +86,10 @@ function take(answer) {
   draw();
   const colours = Object.fromEntries(answer.runs.map((run) => [run.name, run.colour]));
   find("samples").replaceChildren(...answer.samples.map((sample) => {
-    const made = document.createElement("article"), title = document.createElement("h2");
+    const article = document.createElement("article"), title = document.createElement("h2");
     title.append(swatch(colours[sample.name]), `step ${sample.step.toLocaleString("en")} · ${sample.name}`);
-    made.append(title, element("pre", "", sample.text));
-    return made;
+    article.append(title, element("pre", "", sample.text));
+    return article;
   }));
 }
 

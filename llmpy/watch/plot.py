@@ -37,23 +37,23 @@ def plot(options: PlotOptions, log: Callable[[str], None]) -> None:
         need("plotext", "a plot in the terminal")
     found = list(Runs(options.runs or ()).all().items())
     runs = {name: run.curves() for name, run in (found if options.runs else found[:1])}
-    wanted = options.curves or (tuple(CURVES) if kind == "html" else ("loss",))
-    drawn = charts(runs, wanted, options.x, options.smooth, POINTS)
+    selected = options.curves or (tuple(CURVES) if kind == "html" else ("loss",))
+    drawn = charts(runs, selected, options.x, options.smooth, POINTS)
     if not drawn:
         what = f"no {' or '.join(options.curves or ['loss'])} in {', '.join(runs)} yet"
         raise LlmpyError("watch.no-curves", what, "Wait until it is recorded, or choose other --curves")
     if options.out is not None:
         colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
         if kind == "html":
-            made = figure(runs, wanted, options.x, options.smooth, options.log, 2, colours)
-            page = made.update_layout(showlegend=True).to_html(config=CONFIG, div_id="figure")
+            fig = figure(runs, selected, options.x, options.smooth, options.log, 2, colours)
+            page = fig.update_layout(showlegend=True).to_html(config=CONFIG, div_id="figure")
             page = page.replace("<head>", f"<head>{NOTHING_LOADS}", 1)
             write_whole(options.out, lambda temporary: temporary.write_text(page, "utf-8"))
         else:
             write_picture(drawn, options, colours, options.out)
         log(f"wrote {options.out}")
     if in_terminal:
-        for chart in text_of(charts(runs, wanted, options.x, options.smooth, TEXT_POINTS), options):
+        for chart in text_of(charts(runs, selected, options.x, options.smooth, TEXT_POINTS), options):
             log(chart)
 
 
@@ -63,8 +63,8 @@ def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: d
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "llmpy", "path.simplify": False}):
-        made = Figure(figsize=(7, 3.2 * len(drawn) + 0.8), layout="constrained")
-        panels = made.subplots(len(drawn), 1, squeeze=False)[:, 0]
+        fig = Figure(figsize=(7, 3.2 * len(drawn) + 0.8), layout="constrained")
+        panels = fig.subplots(len(drawn), 1, squeeze=False)[:, 0]
         for axes, (name, lines) in zip(panels, drawn.items(), strict=True):
             for line in lines:
                 label = line.run.replace("$", r"\$")  # "$" starts an equation
@@ -82,7 +82,7 @@ def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: d
         panels[-1].set_xlabel(AXES[options.x][0])
         kind = path.suffix[1:].lower()
         undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        write_whole(path, lambda to: made.savefig(to, format=kind, dpi=160, metadata=undated.get(kind)))
+        write_whole(path, lambda to: fig.savefig(to, format=kind, dpi=160, metadata=undated.get(kind)))
 
 
 def text_of(drawn: dict[str, list[Line]], options: PlotOptions) -> Iterator[str]:

@@ -50,7 +50,7 @@ def board(runs: Runs, query: str) -> dict[str, Any]:
     Samples and figure are omitted if unchanged since the answer `have`. Missing or invalid fields of the query get
     their defaults. `wait`: seconds until the next request, so that training keeps the cores.
     """
-    begin = time.thread_time()
+    start = time.thread_time()
     asked = urllib.parse.parse_qs(query, keep_blank_values=True)
     axis, over, columns = (asked.get(name, [""])[0] for name in ("axis", "over", "columns"))
     view = (
@@ -70,7 +70,7 @@ def board(runs: Runs, query: str) -> dict[str, Any]:
         drawn = figure({name: found[name].curves() for name in shown}, tuple(CURVES), *view, colours)
         samples = [{"name": name, **sample} for name in shown for sample in found[name].samples()]
         answer |= {"figure": drawn.to_json(), "config": CONFIG, "samples": samples}
-    return answer | {"wait": max(LEAST_SECONDS, (time.thread_time() - begin) / SHARE)}
+    return answer | {"wait": max(LEAST_SECONDS, (time.thread_time() - start) / SHARE)}
 
 
 class Page(BaseHTTPRequestHandler):
