@@ -158,11 +158,11 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
     loader = Loader([open_shard(tokens, 300)], B, T, True, 42, rank, ranks)
     optimizer = AdamW(model, **SETTINGS) if alone else Zero(model, fellow, **SETTINGS, limit=700)
     journal = Journal()
-    keeper = CheckpointWriter(fellow or SINGLE_PROCESS, folder, model, optimizer, T, journal, 0, 2)
+    writer = CheckpointWriter(fellow or SINGLE_PROCESS, folder, model, optimizer, T, journal, 0, 2)
     if resume:
         path = folder / "checkpoints" / "step-00000003"
         manifest = checkpoint.verify(path)
-        position = keeper.restore(path, manifest, 42)
+        position = writer.restore(path, manifest, 42)
         loader.go_on(position, manifest["data"]["sample_tokens"])
     else:
         for _ in range(3):
@@ -171,7 +171,7 @@ def kept(fellow: Any, folder: Path, tokens: Path, resume: bool = False) -> dict[
             optimizer.update(1e-2, optimizer.norm())
         place = loader.position
         options = TrainOptions(batch_size=B, sequence_length=T, ranks=ranks, shuffle=True).as_record()
-        keeper.finish(3, {"data": {"sample_tokens": B * T * ranks}, "options": options}, place)
+        writer.finish(3, {"data": {"sample_tokens": B * T * ranks}, "options": options}, place)
     where = np.concatenate([np.arange(*r) for r in optimizer.owned])
     m, v = np.full((2, model.params.size), np.nan, np.float32)
     m[where], v[where] = optimizer.m, optimizer.v
@@ -246,12 +246,12 @@ def test_ranks_that_cannot_write_warn_and_try_again(tmp_path: Path, tokens: Path
         model, loader = tiny_model(TINY, B, T), Loader([open_shard(tokens, 300)], B, T, True, 42, fellow.rank, 2)
         optimizer, logged, tried = Zero(model, fellow, **SETTINGS, limit=700), list[str](), list[int]()
         journal = SimpleNamespace(log=logged.append)
-        keeper = CheckpointWriter(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2)  # type: ignore[arg-type]
-        keeper.begin(0)
+        writer = CheckpointWriter(fellow, tmp_path / "run", model, optimizer, T, journal, 20, 2)  # type: ignore[arg-type]
+        writer.begin(0)
         for step in range(1, 60):
-            if keeper.due(step):
+            if writer.due(step):
                 tried.append(step)
-                keeper.save(step, {}, loader.position)
+                writer.save(step, {}, loader.position)
         return tried, logged
 
     for tried, logged in Fellows(2).run(attempts):
@@ -410,8 +410,7 @@ def test_one_mpi_process_of_many_tasks_is_refused(text: Path, tmp_path: Path) ->
 
 
 @needs_mpi
-def test_all_problems_of_ranks_are_reported_at_once(tmp_path: Path) -> None:
-    """Once, and with the code of the error on the rank."""
+def test_all_problems_of_ranks_are_reported_at_once_with_their_code(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     error = go(*flags(tmp_path / "none.txt", tmp_path / "file" / "run"), "--ranks", "2", code=1)
     assert len(re.findall(r"llmpy: error: .*\(1\) .*\(2\) .*none\.txt.* \[[a-z-]+\.[a-z-]+\]$", error, re.M)) == 1
