@@ -1,9 +1,9 @@
-"""The matrix products of one training step by NumPy's BLAS, and nothing else: a peer for `llmpy bench peers`.
+"""The matrix products of one training step with NumPy's BLAS: a peer for `llmpy bench peers`.
 
     llmpy bench peers --peer 'NumPy products=python bench/blas.py gpt2 $B $T $STEPS'
 
-For every linear layer out := inp·Wᵀ, dinp := dout·W and dW := doutᵀ·inp, and the same for the head: what a step built
-on a BLAS library needs at the least. Attention's products are left out. Prints llm.c's line for every step.
+For every linear layer and the head: out := inp·Wᵀ, dinp := dout·W and dW := doutᵀ·inp, a lower bound for a step built
+on a BLAS library. Attention is omitted. Prints llm.c's line for every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(model: str, B: int, T: int, steps: int) -> None:
     layer = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
     shapes = [*config.layers * layer, (C, config.padded_vocab_size)]  # inputs, outputs
     rng = np.random.default_rng(0)
-    # Layers of one width share their rows, as activations that stay in the cache would.
+    # Layers of one width share their rows, like activations that stay in the cache.
     read = {w: rng.standard_normal((B * T, w), np.float32) for shape in shapes for w in shape}
     written = {w: np.empty_like(rows) for w, rows in read.items()}
     weights = [rng.standard_normal((o, i), np.float32) for i, o in shapes]

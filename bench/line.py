@@ -1,9 +1,9 @@
-"""What `llmpy plan --nodes` asks of a network, as the messages of training find it: --bandwidth and --latency.
+"""Measure the network for `llmpy plan --nodes` with messages like those of training: --bandwidth and --latency.
 
-mpiexec -n 2 -hosts a,b python bench/line.py        a rank on each host; all of them send to all others at once
+mpiexec -n 2 -hosts a,b python bench/line.py        one rank per host; all send to all others at once
 
-The payload of a bucket, less that of a small message, tells the rate; what a small one takes is latency. `plan` counts
-with EFFICIENCY of the bandwidth it is told, so that a line may be called by its nominal rate: here it is the other way.
+Bandwidth: the time of a bucket minus that of a small message. Latency: the time of a small message. `plan` expects the
+nominal bandwidth and multiplies it by EFFICIENCY, so the measured one is divided by it here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ REPEATS = {LINE: 300, BUCKET: 15}  # elements of a bucket → how often it is ex
 
 
 def seconds(world: World, elements: int, repeats: int) -> float:
-    """The median over exchanges of a part of so many elements with every other rank."""
+    """Return the median time to exchange a bucket of so many elements among all ranks."""
     part = -(-elements // world.size)
     outgoing, incoming = (np.zeros((world.size, part), np.float32) for _ in range(2))
     found = []
-    for _ in range(repeats + 2):  # the first ones make connections and touch pages
+    for _ in range(repeats + 2):  # the first two open connections and touch pages
         world.gather(0)
         start = time.perf_counter()
         world.exchange(0, outgoing, incoming)
@@ -41,7 +41,7 @@ def main() -> None:
     payload = 4 * BUCKET * (world.size - 1) / world.size / (large - small)  # bytes/s
     latency = max(0.0, small - OVERHEAD * (world.size - 1))
     rows = world.gather(8 * payload / EFFICIENCY / 1e9, 1e6 * latency)
-    if world.rank == 0:  # the slowest counts
+    if world.rank == 0:  # report the slowest rank
         bandwidths, latencies = zip(*rows, strict=True)
         print(json.dumps({"bandwidth": min(bandwidths), "latency": max(latencies)}))
     world.gather(0)

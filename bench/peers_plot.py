@@ -1,4 +1,4 @@
-"""A picture of `llmpy bench peers --json FILE`: one box per program, of all its steps. Needs matplotlib.
+"""Plot the output of `llmpy bench peers --json FILE`: a box of all step times per program. Requires matplotlib.
 
 python bench/peers_plot.py peers.json docs/peers.png
 """

@@ -1,9 +1,9 @@
-"""Generation by GPT-2 in PyTorch, eager, with a cache of keys and values: what `llmpy bench decode` is compared with.
+"""GPT-2 generation in eager PyTorch with a KV cache, to compare with `llmpy bench decode`.
 
     python bench/torch_decode.py --dtype bfloat16 -B 1
 
 The layers are those of torch_step.py. The cache is allocated once and written in place; weights are stored in the
-type they are multiplied in; no gradients. Greedy. Prints one JSON object.
+dtype of the products; no gradients. Greedy. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "llmpy" / "bench"))
-from torch_step import GPT2  # noqa: E402 - as a file: this Python may have no other package of llm.py's
+from torch_step import GPT2  # noqa: E402 - as a file: llmpy may not be installed in this Python
 
 SIZE = {"layers": 12, "heads": 12, "channels": 768, "context": 1024, "vocab_size": 50257, "padded_vocab_size": 50304}
 WARM_TOKENS = 4
 
 
 def attend(block: nn.Module, x: Tensor, cache: Tensor, start: int) -> Tensor:
-    """A layer over positions start … of x (B, T, C); cache (2, B, NH, S, HS) holds those before."""
+    """Apply a layer to positions start … of x (B, T, C); cache (2, B, NH, S, HS) holds the earlier ones."""
     B, T, C = x.shape
     heads = block.heads
     q, k, v = block.qkv(block.ln_1(x)).view(B, T, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
@@ -39,7 +39,7 @@ def attend(block: nn.Module, x: Tensor, cache: Tensor, start: int) -> Tensor:
 
 
 def logits(model: GPT2, tokens: Tensor, caches: list[Tensor], start: int) -> Tensor:
-    """Logits (B, V) after the last of tokens (B, T), which stand at positions start …"""
+    """Return logits (B, V) after the last of tokens (B, T) at positions start …"""
     x = model.wte(tokens) + model.wpe.weight[start : start + tokens.shape[1]]
     for block, cache in zip(model.blocks, caches, strict=True):
         x = attend(block, x, cache, start)
@@ -48,7 +48,7 @@ def logits(model: GPT2, tokens: Tensor, caches: list[Tensor], start: int) -> Ten
 
 @torch.inference_mode()
 def main() -> None:
-    """Time the tokens, in ms."""
+    """Time decoding and prefill, in ms."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     parser.add_argument("-B", type=int, default=1)

@@ -1,13 +1,13 @@
-"""One product of GPT-2, nine times over: from three loops in Python to the kernel that trains.
+"""One matrix product of GPT-2 in nine versions: from three loops in Python to the training kernel.
 
     out (BT, OC) := inp (BT, C) · weight (OC, C)ᵀ
 
     python dev/ladder.py              all rungs, as a table
     python dev/ladder.py 4 5 --json   some of them, as JSON
 
-Each rung changes one thing about the rung below; docs/peak.md tells why. Every product is checked against NumPy
-in float64 before it is timed. Rungs 2 to 4 read the weight transposed, turned beforehand and not timed; from
-rung 5 on it is read as it lies. FLOPs are those of the product: bias and GELU come on top, unpaid.
+Each rung changes one thing; docs/peak.md explains it. Every product is checked against NumPy in float64 before it
+is timed. Rungs 2 to 4 read a transposed copy of the weight, made before timing; from rung 5 on the weight is read in
+place. FLOPs are those of the product, without bias and GELU.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from llmpy.system.words import columns
 
 SHAPE = (256, 768, 3072)  # BT, C, OC: the first product of the MLP in GPT-2 124M, four rows of 64 tokens
 PYTHON_ROWS = 2  # rows of out that rung 0 computes; all 256 would take minutes
-BUDGET, REPEATS = 0.5, 5  # seconds of repetitions for each rung, and at least so many
+BUDGET, REPEATS = 0.5, 5  # seconds per rung, and minimum repetitions
 BLOCK_K, BLOCK_COLS = 32, 768  # rung 3: 96 KiB of the weight, in L2; as fast as any of 16 … 256 by 48 … 1536
 
 
 def loops_in_python(out: list, inp: list, weight: list) -> None:
-    """Lists of lists of floats; every number is an object."""
+    """Multiply lists of lists of floats: every number is an object."""
     for t in range(len(out)):
         for o in range(len(weight)):
             total = 0.0
@@ -49,7 +49,7 @@ def loops_in_python(out: list, inp: list, weight: list) -> None:
 
 @numba.njit
 def loops_compiled(out, inp, weight):
-    """Each sum is one chain of additions, in order: vectors would change the order, so LLVM may not use them."""
+    """Compile the same loops. LLVM may not vectorize: that would change the order of additions in a sum."""
     for t in range(out.shape[0]):
         for o in range(out.shape[1]):
             total = np.float32(0)
@@ -60,7 +60,7 @@ def loops_compiled(out, inp, weight):
 
 @numba.njit
 def columns_innermost(out, inp, weight_t):
-    """The same sums in the same order, but side by side: neighbouring columns fill the lanes of a vector."""
+    """Add in the same order, but several sums at once: neighbouring columns fill the lanes of a vector."""
     for t in range(out.shape[0]):
         row = out[t]
         row[:] = 0
@@ -72,7 +72,7 @@ def columns_innermost(out, inp, weight_t):
 
 @numba.njit
 def blocked_for_caches(out, inp, weight_t):
-    """A block of the weight meets all rows before the next one is read; sums still travel to L1 and back."""
+    """Use a block of the weight for all rows before the next one; sums are still loaded and stored in L1."""
     out[:] = 0
     for o in range(0, out.shape[1], BLOCK_COLS):
         for k in range(0, inp.shape[1], BLOCK_K):
@@ -86,11 +86,11 @@ def blocked_for_caches(out, inp, weight_t):
 
 @kernel
 def tile_in_registers(out, inp, weight_t):
-    """MR × NR sums stay in registers for the whole of C. The weight is read in pieces of NR, a row apart."""
+    """Keep MR × NR sums in registers for all of C. The weight is read in pieces of NR, a row apart."""
     BT, C = inp.shape
     OC = out.shape[1]
     for o in range(0, OC, NR):
-        col = min(o, OC - NR)  # the last tile overlaps the one before, if it must
+        col = min(o, OC - NR)  # the last tile may overlap the one before
         for t in range(0, BT, MR):
             row = min(t, BT - MR)
             a, b, c = address(inp) + 4 * row * C, address(weight_t) + 4 * col, address(out) + 4 * (row * OC + col)
@@ -99,7 +99,7 @@ def tile_in_registers(out, inp, weight_t):
 
 @kernel
 def packed_panels(out, inp, weight, panel, edge):
-    """The pieces, turned and put one after another, so that they come as one stream from L2."""
+    """Pack the pieces, transposed, into contiguous panels: one sequential stream from L2."""
     BT, C = inp.shape
     OC = out.shape[1]
     for col in range(0, OC, NR):
@@ -113,7 +113,7 @@ def packed_panels(out, inp, weight, panel, edge):
 
 @dataclass(frozen=True)
 class Rung:
-    """A name, what it may use, and how to prepare it: `prepare(problem, ops)` gives a call and what it writes."""
+    """A version of the product; `prepare(problem, ops)` returns a call and its outputs."""
 
     name: str
     prepare: Callable[[Problem, Any], tuple[Callable[[], object], Any]]
@@ -125,7 +125,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands in float32, each value one that bfloat16 holds exactly, so that all rungs compute the same."""
+    """Operands in float32 with values exact in bfloat16, so that all rungs compute the same."""
 
     inp: np.ndarray  # (BT, C)
     weight: np.ndarray  # (OC, C)
@@ -173,7 +173,7 @@ def on_the_seam(p: Problem, ops: Any) -> tuple[Callable[[], object], Any]:
 
 
 def copied(ops: Any, x: np.ndarray, dtype: Any) -> np.ndarray:
-    """x in memory that begins on a cache line."""
+    """Return a copy of x that starts on a cache line."""
     y = ops.empty(x.shape, dtype)
     y[...] = x
     return y
@@ -193,11 +193,11 @@ RUNGS = (
 
 
 def check(rung: Rung, p: Problem, written: Any) -> float:
-    """Assert that a rung wrote the product; returns its largest error, as a share of what rounding may cost.
+    """Assert that a rung computed the product; return its largest error as a share of the rounding bound.
 
-    A sum of n products in float32, in whatever order, is within (n + 1)·2⁻²⁴·Σ|inp·weight| of the exact one (Higham,
-    Accuracy and Stability of Numerical Algorithms, §3.1); a number stored as bfloat16 is within 2⁻⁸ of itself.
-    GELU is x·s(u): the roundings of u and e^u, weighed by s′·u and s, which stay below 1, cost at most 2⁻²¹·|x|.
+    A sum of n products in float32, in any order, is within (n + 1)·2⁻²⁴·Σ|inp·weight| of the exact one (Higham,
+    Accuracy and Stability of Numerical Algorithms, §3.1). Rounding to bfloat16 has a relative error of at most 2⁻⁸.
+    GELU is x·s(u): the roundings of u and e^u, weighted by s′·u and s, which stay below 1, add at most 2⁻²¹·|x|.
     """
     inp, weight, bias = (x.astype(np.float64) for x in (p.inp[: rung.rows], p.weight, p.bias * rung.finished))
     rounding = 2.0**-8 if rung.dtype == "bfloat16" else 2.0**-24
@@ -207,17 +207,17 @@ def check(rung: Rung, p: Problem, written: Any) -> float:
     if rung.finished:
         exact = gelu(pre_gelu)
         share = max(share, _share(out - exact, 2.0**-21 * np.abs(pre_gelu) + rounding * np.abs(exact)))
-    assert share <= 1, f"{rung.name}: the error is {share:.3g} times what rounding explains"
+    assert share <= 1, f"{rung.name}: the error is {share:.3g} times the rounding bound"
     return share
 
 
 def _share(error: np.ndarray, bound: np.ndarray) -> float:
-    """max |error|/bound; infinite where an error is not a number."""
+    """Return max |error|/bound; NaN counts as infinite."""
     return float(np.max(np.nan_to_num(np.abs(error), nan=np.inf) / np.maximum(bound, 2.0**-126)))
 
 
 def seconds(call: Callable[[], object], budget: float) -> float:
-    """The median of at least REPEATS calls, as many as fit into the budget."""
+    """Return the median time of as many calls as fit into the budget, at least REPEATS."""
     times: list[float] = []
     stop = time.perf_counter() + budget
     while time.perf_counter() < stop or len(times) < REPEATS:
@@ -228,7 +228,7 @@ def seconds(call: Callable[[], object], budget: float) -> float:
 
 
 def climb(numbers: list[int], shape: tuple[int, int, int] = SHAPE, budget: float = BUDGET) -> dict[str, Any]:
-    """Check and time some rungs. Each is followed by a measurement of the peak of its threads and dtype."""
+    """Check and time some rungs; after each, measure the peak of its threads and dtype."""
     problem = Problem.draw(*shape)
     results = []
     peaks: dict[tuple[int, str], list[float]] = {}
@@ -236,7 +236,7 @@ def climb(numbers: list[int], shape: tuple[int, int, int] = SHAPE, budget: float
         rung = RUNGS[number]
         ops = backend.load("cpu", threads=rung.threads, dtype=rung.dtype)
         call, written = rung.prepare(problem, ops)
-        call()  # compiles, and wakes the helpers
+        call()  # compiles and wakes the threads
         error = check(rung, problem, written)
         share = 1 if rung.rows is None else min(rung.rows, shape[0]) / shape[0]
         took = seconds(call, budget) / share
@@ -258,7 +258,7 @@ def climb(numbers: list[int], shape: tuple[int, int, int] = SHAPE, budget: float
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The same for a reader."""
+    """Return the result of `climb` as a table."""
     head = "({BT} × {C}) · ({C} × {OC}), ".format(**numbers["shape"]) + numbers["isa"]
     peaks = [
         (f"peak, {p['dtype']}, {p['threads']} thread{'s' * (p['threads'] > 1)}", f"{p['gflops']:,.1f} GFLOP/s")
@@ -279,9 +279,9 @@ def table(numbers: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="the ladder of docs/peak.md")
     every = range(len(RUNGS))
-    parser.add_argument("rung", nargs="*", type=int, help=f"0 … {every[-1]}; all if none is given")
+    parser.add_argument("rung", nargs="*", type=int, help=f"0 … {every[-1]}; default: all")
     parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("BT", "C", "OC"))
-    parser.add_argument("--json", action="store_true", help="numbers for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -290,10 +290,10 @@ def main() -> int:
     options = parser.parse_args()
     chosen = options.rung or list(range(len(RUNGS)))
     if wrong := [n for n in chosen if not 0 <= n < len(RUNGS)]:
-        parser.error(f"there is no rung {wrong[0]}: use 0 … {len(RUNGS) - 1}")
+        parser.error(f"unknown rung {wrong[0]}. Use 0 … {len(RUNGS) - 1}")
     BT, C, OC = options.shape
     if BT < MR or C < 1 or OC < NR:
-        parser.error(f"--shape {BT} {C} {OC} is smaller than a tile: use at least {MR} 1 {NR}")
+        parser.error(f"--shape {BT} {C} {OC} is smaller than a tile. Use at least {MR} 1 {NR}")
     numbers = climb(chosen, (BT, C, OC))
     print(json.dumps(numbers, indent=1) if options.json else table(numbers))
     return 0

@@ -1,4 +1,4 @@
-"""Lines by folder (as `wc -l` counts them, over the files that git tracks) against the targets of the design.
+"""Count lines by folder (like `wc -l`, over the files tracked by git) against the targets of the design.
 
 python dev/size.py                     heart: model/, backend/, train/, data/loader.py, data/shards.py
 """
@@ -11,13 +11,13 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parents[1]
 HEART = ("llmpy/model/", "llmpy/backend/", "llmpy/train/", "llmpy/data/loader.py", "llmpy/data/shards.py")
-TARGETS = {"heart": 7_000, "package": 17_500, "tests": 15_500}  # and no more tests than package
-AIM = 16_500  # of the package, before new models
+TARGETS = {"heart": 7_000, "package": 17_500, "tests": 15_500}  # tests must not exceed the package
+AIM = 16_500  # for the package, before new models
 PAGE = {".js", ".css", ".html"}
 
 
 def lines() -> dict[PurePosixPath, int]:
-    """Return how many lines each tracked file of code, page or prose has."""
+    """Return the line count of each tracked file of code, page or prose."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout.decode()
     files = [PurePosixPath(name) for name in names.split("\0") if name]
     kinds = {".py", ".md", *PAGE}

@@ -1,15 +1,15 @@
-"""Hosts on one machine: network namespaces that a switch of a chosen speed and delay joins. Linux, root.
+"""Emulate hosts on one machine: network namespaces joined by a switch of given rate and delay. Linux, root.
 
-python dev/testhosts.py --rate 1e9 --delay 1e-3 2 -- COMMAND          COMMAND runs on the first of 2 hosts
-python dev/testhosts.py 2 --cut h1 --after 20 -- COMMAND              after 20 s host h1 is cut off
+python dev/testhosts.py --rate 1e9 --delay 1e-3 2 -- COMMAND          run COMMAND on the first of 2 hosts
+python dev/testhosts.py 2 --cut h1 --after 20 -- COMMAND              disconnect host h1 after 20 s
 
-Each host is a namespace h0, h1 … with the address 10.77.0.1, .2 … and a TUN device. This program moves the packets
-between them: each waits until the line of its sender is free (its bytes / rate) and then for the delay. A kernel with
-`netem` could do both on veth links by `tc`; the one this was written on has only `tbf`, which delays nothing.
+Each host is a namespace h0, h1 … with the address 10.77.0.1, .2 … and a TUN device. This program forwards packets
+between them: each waits until the sender's link is free (its bytes / rate), then for the delay. A kernel with `netem`
+could do both on veth links; the one this was written on has only `tbf`, which adds no delay.
 
-COMMAND finds in $HOSTS the hosts as mpiexec wants them (h0,h1), and in $RSH a program by which launchers start
-processes there: mpiexec -launcher ssh -launcher-exec $RSH -hosts $HOSTS … (MPICH), or mpiexec --prtemca plm_ssh_agent
-$RSH --host $HOSTS … (Open MPI). $FABRIC holds the settings that keep both from the shared memory that hosts have not.
+In the environment of COMMAND, $HOSTS lists the hosts for mpiexec (h0,h1), and $RSH is a remote shell for launchers:
+mpiexec -launcher ssh -launcher-exec $RSH -hosts $HOSTS … (MPICH), or mpiexec --prtemca plm_ssh_agent $RSH --host
+$HOSTS … (Open MPI). The settings in FABRIC keep both from using shared memory between hosts.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import tempfile
 import time
 from pathlib import Path
 
-MTU = 65_000  # few large packets: this program is to take little of the processor
+MTU = 65_000  # few large packets, to save CPU time
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
-QUEUE = 0.05  # seconds of line rate that may wait; more is dropped, and TCP slows down
-# The ranks of different hosts must not meet in shared memory, and must use the device of their host.
+QUEUE = 0.05  # seconds of queued packets at link rate; more are dropped, and TCP slows down
+# Ranks must use the device of their host, not shared memory.
 FABRIC = {
     "MPICH_CH4_NETMOD": "ofi", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_IFACE": "host",
     "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "host", "MPIR_CVAR_NOLOCAL": "1",
@@ -47,7 +47,7 @@ def ip(*words: str) -> None:
 
 
 def device(number: int) -> int:
-    """The TUN device of a host: made here, then moved to its namespace; what it sends is read from the handle."""
+    """Create the TUN device of a host and move it to its namespace; return the handle for its packets."""
     handle = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(handle, TUNSETIFF, struct.pack("16sH", f"llmpy{number}".encode(), IFF_TUN | IFF_NO_PI))
     host = f"h{number}"
@@ -67,7 +67,7 @@ def remove(hosts: int) -> None:
 
 
 def names(hosts: int) -> None:
-    """Every host knows the others by name."""
+    """Write /etc/hosts for every host."""
     text = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{n + 1} h{n}\n" for n in range(hosts))
     for number in range(hosts):
         folder = Path(f"/etc/netns/h{number}")
@@ -76,7 +76,7 @@ def names(hosts: int) -> None:
 
 
 def remote_shell(folder: Path) -> Path:
-    """What launchers take for ssh: a command in the namespace, under its host's name."""
+    """Write a replacement for ssh that runs a command in a host's namespace, under its host name."""
     path = folder / "rsh"
     path.write_text(
         "#!/bin/sh\n"
@@ -89,17 +89,17 @@ def remote_shell(folder: Path) -> Path:
 
 
 class Switch:
-    """Packets on their way."""
+    """The switch and its packets in flight."""
 
     def __init__(self, handles: list[int], rate: float, delay: float) -> None:
         self.handles, self.rate, self.delay = handles, rate, delay
-        self.free = [0.0] * len(handles)  # when the line of each host has sent what it was given
+        self.free = [0.0] * len(handles)  # when each host's link becomes free
         self.travelling: list[tuple[float, int, int, bytes]] = []
         self.cut: int | None = None
         self.count = self.dropped = 0
 
     def turn(self) -> None:
-        """Take in what the hosts send, and hand out what has arrived."""
+        """Read packets from the hosts and deliver those that are due."""
         wait = max(0.0, min(0.05, self.travelling[0][0] - time.monotonic())) if self.travelling else 0.05
         ready, _, _ = select.select(self.handles, [], [], wait)
         for handle in ready:
@@ -132,32 +132,32 @@ class Switch:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hosts", type=int)
-    parser.add_argument("--rate", type=float, default=1e9, help="bits a second of each host's line")
+    parser.add_argument("--rate", type=float, default=1e9, help="bits per second of each host's link")
     parser.add_argument("--delay", type=float, default=1e-3, help="seconds one way")
-    parser.add_argument("--cut", metavar="HOST", help="cut this host off")
+    parser.add_argument("--cut", metavar="HOST", help="disconnect this host")
     parser.add_argument("--after", type=float, default=20.0, help="seconds until then")
     split = sys.argv.index("--")
-    told, command = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
-    remove(told.hosts)
+    options, command = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    remove(options.hosts)
     with tempfile.TemporaryDirectory() as name:
         try:
-            switch = Switch([device(n) for n in range(told.hosts)], told.rate, told.delay)
-            names(told.hosts)
-            hosts = ",".join(f"h{n}" for n in range(told.hosts))
+            switch = Switch([device(n) for n in range(options.hosts)], options.rate, options.delay)
+            names(options.hosts)
+            hosts = ",".join(f"h{n}" for n in range(options.hosts))
             environment = {**os.environ, **FABRIC, "HOSTS": hosts, "RSH": str(remote_shell(Path(name)))}
             inside = ["ip", "netns", "exec", "h0", "unshare", "--uts", "sh", "-c", 'hostname h0; exec "$@"', "sh"]
             process = subprocess.Popen([*inside, *command], env=environment)
             signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))
-            began = time.monotonic()
+            start = time.monotonic()
             while process.poll() is None:
                 switch.turn()
-                if told.cut and switch.cut is None and time.monotonic() - began > told.after:
-                    switch.cut = int(told.cut.removeprefix("h"))
-                    print(f"testhosts: {told.cut} is cut off", file=sys.stderr, flush=True)
+                if options.cut and switch.cut is None and time.monotonic() - start > options.after:
+                    switch.cut = int(options.cut.removeprefix("h"))
+                    print(f"testhosts: {options.cut} is disconnected", file=sys.stderr, flush=True)
             print(f"testhosts: {switch.count:,} packets, {switch.dropped:,} dropped", file=sys.stderr)
             return process.returncode
         finally:
-            remove(told.hosts)
+            remove(options.hosts)
 
 
 if __name__ == "__main__":

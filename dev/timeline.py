@@ -1,10 +1,10 @@
-"""When ranks compute, when they communicate, when one waits for the other: measured, drawn.
+"""Measure and plot when ranks compute, communicate and wait.
 
 mpiexec -n 2 python dev/timeline.py --model gpt2 -B 4 -T 256 --out timeline.svg    under dev/testhosts.py: on two hosts
 
-Of the communication can be hidden what there is something to compute beside: the gradients of all buckets but the
-embeddings', which are done last, and the weights of all but the embeddings, which are needed first. It is measured by
-doing the same steps without overlap, each message waited for at once. Figures are medians over steps, means over ranks.
+Communication can overlap with computation except for the embeddings: their gradients are finished last and their
+weights are needed first. For comparison the same steps run without overlap, waiting for every message at once. Figures
+are medians over steps, means over ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAIT, COMPUTE, REDUCE, GATHER, UPDATE = "#d6604d", "#c6d5e3", "#4393c3", "#5aae6
 
 
 class Recording(World):
-    """A world that remembers when the main thread waited, and can be told to wait for every message at once."""
+    """A world that records when the main thread waits; with `at_once` it waits for every message immediately."""
 
     at_once = False
 
@@ -53,7 +53,7 @@ class Recording(World):
 
 
 class Timed(Zero):
-    """An optimizer that remembers what it did from when to when."""
+    """An optimizer that records the start and end of its operations."""
 
     log: list[tuple[str, float, float]] = []
 
@@ -72,12 +72,12 @@ class Timed(Zero):
         self._timed("gather", super()._gather, b)
 
 
-def steps(world: Recording, zero: Timed, model: GPT2, told: argparse.Namespace) -> list[dict[str, Any]]:
-    """What happened in each step: its seconds, and everything from when to when."""
+def steps(world: Recording, zero: Timed, model: GPT2, o: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run steps; return start, end and events of each."""
     rng = np.random.default_rng(world.rank)
-    tokens = rng.integers(0, model.config.vocab_size, (2, told.B, told.T), dtype=np.int32)
+    tokens = rng.integers(0, model.config.vocab_size, (2, o.B, o.T), dtype=np.int32)
     found = []
-    for _ in range(told.steps + 1):
+    for _ in range(o.steps + 1):
         world.gather(0)
         world.waits, zero.log = [], []
         start = time.perf_counter()
@@ -95,7 +95,7 @@ def seconds(step: dict[str, Any], names: tuple[str, ...]) -> float:
 
 
 def draw(path: Path, ranks: list[dict[str, Any]], rate: str) -> None:
-    """One step of every rank: a row for what it computes, one for its messages."""
+    """Draw one step of every rank: a row for computation, one for messages."""
     width, row, left = 1000, 22, 90
     span = max(r["end"] - r["start"] for r in ranks)
     lines = []
@@ -139,18 +139,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("timeline.svg"))
     parser.add_argument("--caption", default="")
-    told = parser.parse_args()
+    o = parser.parse_args()
     world = Recording()
-    model = GPT2(ModelConfig.from_dial(told.model), backend.load("cpu", threads=told.threads, dtype=told.dtype))
+    model = GPT2(ModelConfig.from_dial(o.model), backend.load("cpu", threads=o.threads, dtype=o.dtype))
     initialise(model.params, model.config, 42)
     model.store_weights()
-    model.reserve(told.B, told.T, training=True)
+    model.reserve(o.B, o.T, training=True)
     zero = Timed(model, world, 0.9, 0.95, 0.1, 1.0)
     early = [b for b, bucket in enumerate(zero.buckets) if bucket.first != END]
     apart = tuple(f"{what} {b}" for what in ("reduce", "gather") for b in early)
     modes = {}
     for world.at_once in (True, False):
-        modes[world.at_once] = steps(world, zero, model, told)
+        modes[world.at_once] = steps(world, zero, model, o)
     numbers = {}
     for at_once, found in modes.items():
         each = [
@@ -168,11 +168,11 @@ def main() -> None:
     last = modes[False][-1]
     ranks = world.gather_values(last)
     if world.rank == 0:
-        draw(told.out, ranks, told.caption)
+        draw(o.out, ranks, o.caption)
         alone, both = numbers["at once"], numbers["overlapped"]
         hidden = alone["exposed_s"] - both["exposed_s"]
         print(json.dumps(numbers, indent=1))
-        print(f"of {alone['could_be_hidden_s']:.2f} s that could be hidden {hidden:.2f} s were: "
+        print(f"hidden: {hidden:.2f} of at most {alone['could_be_hidden_s']:.2f} s, "
               f"{100 * hidden / alone['could_be_hidden_s']:.0f} %")  # fmt: skip
     world.gather(0)
 

@@ -1,4 +1,4 @@
-"""Benchmarks: what this machine can do at best, and what comes of it. Here is what all of them share."""
+"""Benchmarks against the peaks of the machine, and the measurements that all of them share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 
 def peak_memory() -> int:
-    """Return the most memory this process ever held, in bytes."""
+    """Return the peak memory of this process in bytes."""
     if known := high_water(os.getpid()):
         return known
     if sys.platform == "win32":
@@ -22,7 +22,7 @@ def peak_memory() -> int:
 
 
 def high_water(pid: int) -> int:
-    """The most memory a process on Linux ever held, in bytes; 0 where that cannot be read, or it is gone."""
+    """Return the peak memory of a process in bytes; 0 if it has ended or the system is not Linux."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -31,9 +31,9 @@ def high_water(pid: int) -> int:
 
 
 def process_age() -> float:
-    """Seconds since this process was started."""
+    """Return the seconds since this process was started."""
     if sys.platform == "linux":
-        # psutil adds the hour of the last boot, which Linux gives in whole seconds.
+        # More exact than psutil, which adds the boot time in whole seconds.
         started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
     return time.time() - psutil.Process().create_time()

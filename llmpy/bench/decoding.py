@@ -1,10 +1,10 @@
-"""`llmpy bench decode`: generation against what the machine allows, all measured in one run.
+"""`llmpy bench decode`: generation against the peaks of the machine, all measured in one run.
 
-decode     a token reads every matrix once: bytes a token · tokens/s against a stream that only reads, the same bytes
-           (a triad moves more a second where reads and writes overlap; both are printed)
-prefill    FLOPs a second of a long prompt against the peak of multiply-adds
+decode     every token reads all matrices once: bytes per token · tokens/s, against a read-only stream of these bytes
+           (a triad is faster where reads and writes overlap; both are printed)
+prefill    FLOP/s of a long prompt, against the FMA peak
 
-The model is untrained and the prompt random. Tokens are the likeliest, chosen as `llmpy sample` does.
+The model is untrained, the prompt random, and decoding greedy, as in `llmpy sample`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ..system.words import columns, count_of
 from . import peak_memory
 
 WARM_TOKENS = 4  # the first packs the matrices
-TOKENS_A_PEAK = 16  # between two measurements of the memory
+TOKENS_A_PEAK = 16  # tokens between two bandwidth measurements
 PREFILLS = 5
 GREEDY = Choice(temperature=0)
-COIN = Xorshift64Star(1)  # greedy choices do not ask it
+COIN = Xorshift64Star(1)  # unused by greedy choices
 
 
 def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     o, config = options, ModelConfig.from_dial(options.model)
     longest = max(o.prompt_tokens + WARM_TOKENS + o.tokens, o.prefill)
     if longest > config.context:
-        what = f"a text of {longest} tokens is longer than the model's context of {config.context}"
-        raise LlmpyError("bench.x", what, "Use fewer --tokens or a shorter --prefill")
+        what = f"{longest} tokens exceed the context of {o.model} ({config.context})"
+        raise LlmpyError("model.context-exceeded", what, "Reduce --tokens, --prompt-tokens or --prefill")
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, longest)
     ops.warm_up(aside, decoding=True)
@@ -88,14 +88,14 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
 
 
 def prefill_flops(config: ModelConfig, T: int) -> int:
-    """Operations of a forward pass over T tokens with the logits of the last: 2 a multiply-add, causal attention."""
+    """Return the FLOPs of a forward pass over T tokens with the logits of the last; attention is causal."""
     head = config.padded_vocab_size * config.channels
     layers = config.matrix_parameters - head
     return 2 * T * layers + 2 * head + 2 * config.layers * config.channels * T * T
 
 
 def table(n: dict[str, Any]) -> str:
-    """Return the same for a reader."""
+    """Return the result of `bench_decode` as a table."""
     rows = [
         ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
         ("decoding", f"{n['tokens_per_s']:,.1f} tokens/s"),

@@ -1,14 +1,13 @@
-"""`llmpy bench ops`: each operation of the seam on the sizes of GPT-2 124M, against the peak that bounds it.
+"""`llmpy bench ops`: each operation of the seam, at the sizes of GPT-2 124M, against the peak that bounds it.
 
-Products are bounded by multiply-adds: GFLOP/s, of the FMA or bf16-dot peak. All else is bounded by memory:
-GB/s, of the stream bandwidth, where an operation moves
+Products are compute-bound: GFLOP/s, against the FMA or bf16-dot peak. All others are memory-bound: GB/s, against the
+stream bandwidth, with
 
-    bytes = Σ inputs + 2 · Σ outputs        an output is read before it is written, asked for or not
+    bytes = Σ inputs + 2 · Σ outputs        every output line is read before it is written
 
-as the stream itself is counted (`peak.py`). Calls are repeated on the same arrays, so that arrays which fit
-into a cache come from it, as they often do in a step: such operations may exceed 100 %.
-FLOPs are those of the equations; what backward recomputes is not counted. Peaks are medians of measurements before each
-operation and after the last; if they differ much, a caution is printed.
+as for the stream itself (`peak.py`). Calls repeat on the same arrays. Those that fit into a cache stay there, as often
+in a step, so such operations may exceed 100 %. FLOPs are those of the equations, without recomputation in backward.
+Peaks are medians of measurements before each operation and after the last; a warning is printed if they vary much.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from ..options.bench import OpsOptions
 from ..system.words import columns, count_of
 
 DRAWN = 1 << 20  # random numbers; larger arrays repeat them
-BUDGET = 0.4  # seconds of repetitions of a case
-REPEATS = 5  # at least
-UNSTEADY = 1.15  # the highest peak by the lowest, or of a plan's rounds: other programs came or went
+BUDGET = 0.4  # seconds per case
+REPEATS = 5  # minimum per case
+UNSTEADY = 1.15  # highest peak / lowest peak (or rounds of a plan) that indicates interference by other programs
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem size: of the dimensions, an operation reads those that it has. `n` is a flat length."""
+    """A problem size. Each operation uses only its own dimensions; `n` is a flat length."""
 
     B: int = 1
     T: int = 1
@@ -53,7 +52,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """BT."""
+        """Return BT."""
         return self.B * self.T
 
 
@@ -62,19 +61,19 @@ SHAPES = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, VP))  # C → OC: qkv,
 
 
 def _products(*variants: str) -> list[Case]:
-    """The five shapes, each in its variant, with 256 and 1024 rows."""
+    """Return the five shapes, each in its variant, with 256 and 1024 rows."""
     shapes = list(zip(SHAPES, variants, strict=True))
     return [Case(4, T, C=i, OC=o, variant=variant) for T in (64, 256) for (i, o), variant in shapes]
 
 
 def _sequences(times: tuple[int, ...] = (64, 256, 1024), **sizes: Any) -> list[Case]:
-    """Four rows of each length."""
+    """Return batches of four rows of each length."""
     return [Case(4, T, **sizes) for T in times]
 
 
 BENCH: dict[str, list[Case]] = {
     "linear_forward": _products("bias", "bias", "bias gelu", "bias", ""),
-    "linear_backward": _products("bias", "bias", "bias", "bias gelu", ""),  # GELU is with the product that read it
+    "linear_backward": _products("bias", "bias", "bias", "bias gelu", ""),  # GELU belongs to the product reading it
     **dict.fromkeys(("attention_forward", "attention_backward"), _sequences(C=C, NH=12)),
     "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
     **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
@@ -86,7 +85,7 @@ BENCH: dict[str, list[Case]] = {
     "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
     "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)],
 }
-# Σ over the products of an operation; causal attention has half of T² scores.
+# Σ over the products of an operation; causal attention computes half of the T² scores.
 FLOPS: dict[str, Callable[[Case], int]] = {
     "linear_forward": lambda c: 2 * c.rows * c.C * c.OC,
     "linear_backward": lambda c: 4 * c.rows * c.C * c.OC,
@@ -95,7 +94,7 @@ FLOPS: dict[str, Callable[[Case], int]] = {
     "classifier": lambda c: (2 if c.variant == "losses" else 6) * c.rows * c.C * c.Vp,
 }
 # The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
-# and `+=` mark what is written. S: rows of wpe, or positions of a cache.
+# and `+=` mark outputs. S: rows of wpe, or positions of a cache.
 ARGUMENTS = {
     "embedding_forward": "out (BT,C) wide :=; tokens; wte (Vp,C); wpe (S,C)",
     "embedding_backward": "dwte (Vp,C) wide +=; dwpe (S,C) wide :=; dout (BT,C) wide; tokens; accumulate",
@@ -134,7 +133,7 @@ ARGUMENTS = {
     "cache_fill": "cache (B,NH,2,T,HS) :=; qkv (B,T,3C)",
     "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
 }
-# What makes an operation's inputs: it is called first, on the arguments that both have.
+# Operations that compute the inputs of another one: called first, on the arguments they share.
 BEFORE = {f"{name}_backward": f"{name}_forward" for name in ("layernorm", "attention")}
 BEFORE["packed_linear_forward"] = "pack"
 
@@ -175,9 +174,9 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
 
 
 def moved_bytes(op: str, c: Case, args: dict[str, Any]) -> int:
-    """Return bytes that pass between memory and caches in one call: every input once, every output twice."""
+    """Return the bytes that one call moves between memory and caches: every input once, every output twice."""
     written = {text.split()[0] for text in ARGUMENTS[op].split("; ") if text.endswith("=")}
-    # Of the token embedding only the rows of the tokens are touched; of wpe only the first T.
+    # Embeddings access only the rows of the tokens, and the first T of wpe.
     rows = {"wte": c.rows, "dwte": c.rows, "wpe": c.T} if op.startswith("embedding") else {}
     return sum(
         (2 if name in written else 1) * (rows[name] * c.C * x.itemsize if name in rows else x.nbytes)
@@ -189,9 +188,9 @@ def moved_bytes(op: str, c: Case, args: dict[str, Any]) -> int:
 def time_case(
     ops: Any, op: str, case: Case, budget: float, repeats: int, before: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """Return median and fastest ms of a case, and its rate: GFLOP/s for products, GB/s for all else.
+    """Return median and minimum ms of a case, and its rate: GFLOP/s for products, GB/s for other operations.
 
-    It is called for `budget` seconds, but at least `repeats` times; `before` each of them, untimed, something else.
+    Calls repeat for `budget` seconds, but at least `repeats` times; `before` runs before each call, untimed.
     """
     args = arguments(op, case, ops)
     call, values = getattr(ops, op), tuple(args.values())
@@ -212,14 +211,14 @@ def time_case(
 
 
 def rates_of(machine: Machine) -> tuple[float, float]:
-    """Measure the peak of multiply-adds, GFLOP/s, and the bandwidth of a stream, GB/s."""
+    """Measure the FMA peak, GFLOP/s, and the stream bandwidth, GB/s."""
     return machine.measure_peak(), machine.measure_bandwidth()
 
 
 def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> dict[str, Any]:
-    """Time the cases; `load` makes the machine, and a second one with a single thread for its peaks.
+    """Time the cases; `load` creates the machine, and a second one with one thread to measure its peaks.
 
-    Times in ms; `peaks` by unit, "GFLOP/s" and "GB/s" (10⁹ bytes), at one thread and at all; `steady`: they stayed.
+    Times in ms; `peaks` in "GFLOP/s" and "GB/s" (10⁹ bytes), of one thread and of all; `steady`: the peaks hardly vary.
     """
     ops: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
     single: Machine = load("cpu", threads=1, dtype=options.dtype)
@@ -230,7 +229,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
         rates.append(rates_of(ops))
         results += [time_case(ops, op, case, BUDGET, REPEATS) for case in cases]
     if not results:
-        raise LlmpyError("bench.x", f"--op {options.op}: there is nothing to do in {ops.dtype}", "Use --dtype bfloat16")
+        raise LlmpyError("bench.no-case", f"--op {options.op} has no case in {ops.dtype}", "Use --dtype bfloat16")
     peaks = dict(zip(("GFLOP/s", "GB/s"), zip(*rates, rates_of(ops), strict=True), strict=True))
     all_ = {unit: statistics.median(found) for unit, found in peaks.items()}
     for result in results:
@@ -244,7 +243,7 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
 
 
 def table(n: dict[str, Any]) -> str:
-    """Return the same for a reader."""
+    """Return the result of `bench_ops` as a table."""
     peaks = [
         (what, *(f"{rate:,.1f} {unit}" for rate in n["peaks"][unit].values()))  # of one thread, of all
         for what, unit in (("peak of multiply-adds", "GFLOP/s"), ("bandwidth of a stream", "GB/s"))
@@ -254,5 +253,5 @@ def table(n: dict[str, Any]) -> str:
     for r in n["ops"]:
         rate, share = f"{r['rate']:,.1f} {r['unit']:<7}", f"{100 * r['share_of_peak']:.0f} %"
         body.append((r["op"], r["case"], f"{r['median_ms']:,.3f}", rate, share))
-    caution = "" if n["steady"] else "\ncaution  other programs ran meanwhile: measure again without them"
-    return columns(head) + caution + "\n\n" + columns(body)
+    warning = "" if n["steady"] else "\nwarning: the peak varied, probably due to other programs. Measure again alone"
+    return columns(head) + warning + "\n\n" + columns(body)

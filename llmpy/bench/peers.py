@@ -1,15 +1,14 @@
-"""`llmpy bench peers`: this program and others on the same work, interleaved, each in a process of its own.
+"""`llmpy bench peers`: this and other programs on the same work, interleaved, each in its own process.
 
-    llm.py           fp32, bf16                  llmpy bench step
-    PyTorch          eager and torch.compile, fp32 and bf16: torch_step.py, by any Python that has PyTorch
+    llm.py           fp32, bf16: llmpy bench step
+    PyTorch          eager and torch.compile, fp32 and bf16: torch_step.py, in any Python with PyTorch
     --peer           any other command
 
-All of them print llm.c's line  step N: train loss X (took Y ms)  and get the same sizes, random tokens, number of
-threads and steps; the first WARM_STEPS of each process are left out. All run once in every round, so that a slow minute
-of the machine meets all. tcmalloc, where the system has it, is preloaded for PyTorch, which is faster with it.
+All print llm.c's line  step N: train loss X (took Y ms)  and get the same sizes, random tokens, threads and steps. The
+first WARM_STEPS of each process are not counted. Each program runs once per round, so that a slow phase of the machine
+affects all. If installed, tcmalloc is preloaded for PyTorch, which is faster with it.
 
-This process stays small and computes nothing: the CPU backend would leave settings of OpenMP in the environment of
-the others.
+This process does not load the CPU backend, which would leave OpenMP settings in the environment of the others.
 """
 
 from __future__ import annotations
@@ -52,18 +51,18 @@ THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass
 class Peer:
-    """A program to measure: a list of words, or a line for the shell."""
+    """A program to measure: a list of words or a shell command."""
 
     name: str
     dtype: str
     command: Sequence[str] | str
     environment: Mapping[str, str] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)  # ms
-    memory: float | None = None  # MB of 10⁶ bytes; None where it cannot be read
+    memory: float | None = None  # MB of 10⁶ bytes; None if unknown
     error: str = ""
 
     def run(self, steps: int) -> list[float]:
-        """Run once; return and keep the times of `steps` steps, in ms. Raises LlmpyError."""
+        """Run once; return and record the times of `steps` steps, in ms. Raises LlmpyError."""
         times: list[float] = []
         peak, last = 0, ""
         try:
@@ -72,7 +71,7 @@ class Peer:
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
             )  # fmt: skip
         except OSError as error:
-            raise LlmpyError("bench.x", f"cannot be run: {error.strerror}") from None
+            raise LlmpyError("bench.cannot-run", f"cannot run: {error.strerror}") from None
         assert process.stdout is not None
         with process:
             try:
@@ -90,23 +89,21 @@ class Peer:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         member.kill()
         if len(times) < WARM_STEPS + steps:
-            wanted = f"{WARM_STEPS + steps} lines like 'step 1: train loss 5.3 (took 99 ms)'"
-            what = f"printed {len(times)} of {wanted}"
+            expected = f"{WARM_STEPS + steps} lines like 'step 1: train loss 5.3 (took 99 ms)'"
+            what = f"printed {len(times)} of {expected}"
             if code := process.returncode:
-                what = (
-                    f"ended with exit code {code}" if code > 0 else f"was ended by signal {signal.Signals(-code).name}"
-                )
+                what = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
                 what += f": {last.removeprefix('llmpy: error: ')}" if last else ""
-            raise LlmpyError("bench.x", what)
+            raise LlmpyError("bench.peer-failed", what)
         if peak:
-            # The least of all rounds: what a first run compiles is kept on disk, and stays out of the others.
+            # The minimum over rounds: the first one may compile, later ones load from the cache.
             self.memory = min(peak / 1e6, self.memory or peak / 1e6)
         self.times += times[WARM_STEPS:]
         return times[WARM_STEPS:]
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """Return a process and all that it started; nothing if it has ended."""
+    """Return a process and its descendants; nothing if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -114,21 +111,21 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def our_peers(o: PeersOptions, threads: int) -> list[Peer]:
-    """Return this program, in both arithmetics."""
+    """Return this program in both dtypes."""
     work = f"--model {o.model} -B {o.batch_size} -T {o.sequence_length} --steps {o.steps} --threads {threads}".split()
     command = [sys.executable, "-m", "llmpy", "bench", "step", *work]
     return [Peer(f"{OURS} {short}", dtype, [*command, "--dtype", dtype]) for dtype, short in SHORT.items()]
 
 
 def torch_peers(o: PeersOptions, threads: int) -> list[Peer]:
-    """Return PyTorch eager and compiled in both arithmetics; nothing, and say why, where it is not installed."""
+    """Return eager and compiled PyTorch in both dtypes; if it is not installed, print a note and return nothing."""
     if o.torch_python is None and importlib.util.find_spec("torch") is None:
-        aside("PyTorch is left out: this Python has none (--torch-python names one that has)")
+        aside("note: skipping PyTorch, which is not installed here. Use another Python: --torch-python")
         return []
     environment = dict.fromkeys(THREAD_COUNTS, str(threads))
     if library := tcmalloc():
         environment["LD_PRELOAD"] = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
-    aside(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc: not found")
+    aside(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc (not found)")
     config = ModelConfig.from_dial(o.model)
     size = dataclasses.asdict(config) | {"padded_vocab_size": config.padded_vocab_size}
     work = {"model": size, "B": o.batch_size, "T": o.sequence_length, "steps": o.steps + WARM_STEPS, "threads": threads}
@@ -142,13 +139,13 @@ def torch_peers(o: PeersOptions, threads: int) -> list[Peer]:
 
 
 def tcmalloc() -> str | None:
-    """Return the library to preload, by the name that the loader knows it by."""
+    """Return the library to preload, as named for the loader."""
     names = ("tcmalloc_minimal", "tcmalloc") if sys.platform == "linux" else ()
     return next(filter(None, map(ctypes.util.find_library, names)), None)
 
 
 def given_peers(o: PeersOptions, threads: int) -> list[Peer]:
-    """Return those of --peer; float32, as llm.c is, unless their name says bf16."""
+    """Return the programs of --peer; float32, like llm.c, unless the name contains bf16."""
     work = {"B": o.batch_size, "T": o.sequence_length, "STEPS": o.steps + WARM_STEPS, "THREADS": threads}
     environment = dict.fromkeys(THREAD_COUNTS, str(threads)) | {name: str(value) for name, value in work.items()}
     peers = []
@@ -160,17 +157,16 @@ def given_peers(o: PeersOptions, threads: int) -> list[Peer]:
 
 
 def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]:
-    """Measure all, say the table, write --json; then raise LlmpyError if a program failed.
+    """Measure all, log the table, write --json. Raises LlmpyError at the end if a program failed.
 
     Times in ms, memory in MB of 10⁶ bytes; ratio: median over llm.py's of the same dtype.
     """
     if o.json is not None and not o.json.absolute().parent.is_dir():
-        raise LlmpyError("bench.x", f"{o.json}: there is no folder {o.json.parent}", "Make it first")
+        raise LlmpyError("file.missing", f"cannot write {o.json}: no folder {o.json.parent}", "Create it first")
     config = ModelConfig.from_dial(o.model)
     if o.sequence_length > config.context:
-        raise LlmpyError(
-            "bench.x", f"-T {o.sequence_length}: {o.model} has a context of {config.context}", "Use a smaller -T"
-        )
+        what = f"-T {o.sequence_length} exceeds the context of {o.model} ({config.context})"
+        raise LlmpyError("model.context-exceeded", what, "Use a smaller -T")
     threads = cores() if o.threads is None else o.threads
     peers = [*our_peers(o, threads), *torch_peers(o, threads), *given_peers(o, threads)]
     peers = [p for p in peers if not any(word in p.name for word in o.without or ())]
@@ -191,12 +187,12 @@ def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]
                 write_whole(o.json, lambda to: to.write_text(text, encoding="utf-8"))
     if numbers["failed"]:
         failed = "; ".join(f"{name} {error}" for name, error in numbers["failed"].items())
-        raise LlmpyError("bench.x", failed, "Run it alone, or leave it out with --without")
+        raise LlmpyError("bench.peer-failed", failed, "Run it alone, or skip it: --without")
     return numbers
 
 
 def report(o: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
-    """Return everything measured, as JSON has it."""
+    """Return all measurements, for JSON."""
     medians = {p.name: statistics.median(p.times) for p in peers if p.times}
     ours = {dtype: medians.get(f"{OURS} {short}") for dtype, short in SHORT.items()}
     return {
@@ -216,7 +212,7 @@ def report(o: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
 
 
 def table(n: dict[str, Any]) -> str:
-    """Return the same for a reader."""
+    """Return the result of `bench_peers` as a table."""
     head = (
         f"a step of {n['model']}, {n['batch_size']} x {n['sequence_length']} tokens, "
         f"{count_of(n['threads'], 'thread')}; {n['rounds']} rounds of {n['steps']} steps; {n['machine']['cpu']}"

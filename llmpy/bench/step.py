@@ -1,9 +1,9 @@
-"""`llmpy bench step`: whole training steps against the machine's own peak, both measured in one run.
+"""`llmpy bench step`: whole training steps against the machine's FMA peak, both measured in one run.
 
-A step is what training does: loss and gradients, global norm, clipping, AdamW. The multiply-add peak is measured
-before, between and after the steps, so that both see the same machine; each is represented by its median.
+A step is that of training: loss and gradients, global norm, clipping, AdamW. The peak is measured before, between and
+after the steps, under the same conditions; medians of both are reported.
 
-What the first start costs, with every kernel to compile:  LLMPY_CACHE_DIR=an/empty/folder llmpy bench step
+To include the compilation of all kernels:  LLMPY_CACHE_DIR=an/empty/folder llmpy bench step
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ LEARNING_RATE = 1e-4
 
 
 def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[str, Any]:
-    """Time `options.steps` steps, and print llm.c's line for each to stderr.
+    """Time `options.steps` steps, and print a line for each to stderr, as llm.c does.
 
     Times in ms, rates in GFLOP/s and tokens/s, memory in MB of 10⁶ bytes.
     """
     o, config = options, ModelConfig.from_dial(options.model)
     B, T = o.batch_size, o.sequence_length
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
-    told = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
-    check_memory(told, config, ops, available_memory())
+    training = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
+    check_memory(training, config, ops, available_memory())
     model = GPT2(config, ops)
     model.reserve(B, T, training=True)
     ops.warm_up(aside)
@@ -78,7 +78,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
 
 
 def table(n: dict[str, Any]) -> str:
-    """Return the same for a reader."""
+    """Return the result of `bench_step` as a table."""
     rows = [
         ("arithmetic", f"{n['dtype']}, {count_of(n['threads'], 'thread')}"),
         ("step, median", f"{n['median_ms']:,.1f} ms"),

@@ -1,11 +1,10 @@
-"""A GPT-2 training step in PyTorch, for `llmpy bench peers`. Run as a script by any Python that has PyTorch;
-nothing of the package imports it.
+"""A GPT-2 training step in PyTorch, for `llmpy bench peers`. A script for any Python with PyTorch; never imported.
 
     python llmpy/bench/torch_step.py '{"model": {"layers": 12, …}, "B": 4, "T": 64, "dtype": "bfloat16", …}'
 
 Written to be fast: fused AdamW, scaled_dot_product_attention, the tied head padded to a multiple of 128,
 bfloat16 by autocast over float32 parameters, gradients set to None. It does less than llm.py, which also
-takes the global norm of the gradients and clips by it. Prints llm.c's line for every step.
+computes the global norm of the gradients and clips. Prints llm.c's line for every step.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """A layer."""
+    """A transformer layer."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Forward and loss; `size` is the fields of llm.py's ModelConfig and its padded vocabulary."""
+    """The model; `size` holds the fields of llm.py's ModelConfig and the padded vocabulary."""
 
     def __init__(self, size: dict[str, int]) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class GPT2(nn.Module):
 
 
 def main() -> None:
-    """Time the steps."""
+    """Time and print the steps."""
     o = SimpleNamespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
@@ -75,7 +74,7 @@ def main() -> None:
         {"params": [p for p in model.parameters() if (p.dim() == 2) == matrices], "weight_decay": 0.1 * matrices}
         for matrices in (True, False)
     ]
-    fused = [*map(int, torch.__version__.split(".")[:2])] >= [2, 4]  # the first with a fused AdamW for CPUs
+    fused = [*map(int, torch.__version__.split(".")[:2])] >= [2, 4]  # since 2.4 for CPUs
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     text = torch.randint(0, o.model["vocab_size"], (o.B * o.T + 1,))
     tokens, targets = text[:-1].view(o.B, o.T), text[1:].view(o.B, o.T)

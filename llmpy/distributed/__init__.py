@@ -1,9 +1,9 @@
-"""Training by several processes, the ranks, on one machine or many: the same program everywhere, over MPI.
+"""Distributed training: the same program on every rank, on one machine or many, over MPI.
 
-launch.py     who starts the ranks, and what the scheduler says     zero.py    gradients and weights, bucket by bucket
-world.py      what ranks tell each other                            cost.py    bytes and seconds of a step, on paper
-watchdog.py   who is dead or hangs, and its name
+launch.py     start ranks, read the scheduler's variables     zero.py    gradients and weights, bucket by bucket
+world.py      communication between ranks                     cost.py    estimated bytes and seconds of a step
+watchdog.py   detect and name a dead or hanging rank
 
-Every rank runs the trainer on its own part of each batch. Whatever decides how the run continues (a signal, the clock,
-the loss and the norm) is agreed on, so that all ranks do the same at the same step.
+Every rank runs the trainer on its own part of each batch. The ranks agree on everything that changes the course of a
+run (signals, clock, loss, norm), so that all of them do the same at the same step.
 """

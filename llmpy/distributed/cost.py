@@ -1,15 +1,14 @@
-"""Estimate what the messages of a step cost several ranks.
+"""Estimate the communication of a step.
 
-n parameters, of which M are of matrices; N ranks, each on a host whose line carries W bytes/s each way
+n parameters, M of them in matrices; N ranks, each on a host with W bytes/s each way
 
 gradients  4·n·(N−1)/N bytes out of and into every rank, while backward runs
 weights    (2·M + 4·(n−M))·(N−1)/N, in float32 4·n·(N−1)/N, while the next forward runs
 bucket     seconds = bytes / min(EFFICIENCY·W, COPYING) + latency + OVERHEAD·(N−1)
-exposed    the buckets of the embeddings and the first layer, which backward finishes last and forward needs first, or
-           what takes longer than backward or forward, if that is more; and the agreements of a step
+exposed    max(the buckets of the embeddings and the first layer, all buckets − backward or forward) + agreements:
+           backward finishes those buckets last and forward needs them first
 
-EFFICIENCY and COPYING were measured (docs/distributed.md). OVERHEAD is an assumption that matters from some hundred
-ranks on.
+EFFICIENCY and COPYING were measured (docs/distributed.md). OVERHEAD is assumed; it matters above some hundred ranks.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from ..model.config import ModelConfig
 from ..model.gpt2 import params_table
 from ..model.partition import Bucket, buckets
 
-EFFICIENCY = 0.9  # of a line's rate that arrives as payload
-COPYING = 1e9  # bytes/s each way at which a thread packs, sums and unpacks messages on cores that compute meanwhile
-OVERHEAD = 20e-6  # seconds of a message at its two ends
-AGREEMENTS = 6  # times a step that all ranks exchange a few numbers
+EFFICIENCY = 0.9  # payload, as a share of the link rate
+COPYING = 1e9  # bytes/s each way at which a thread packs, sums and unpacks messages while other threads compute
+OVERHEAD = 20e-6  # seconds per message at its two ends
+AGREEMENTS = 6  # exchanges of a few numbers per step
 
 
 class Communication(NamedTuple):
-    """Per rank and step: bytes out (as many come in), seconds that messages take, seconds that training waits."""
+    """Per rank and step: bytes sent (as many are received), seconds of communication, seconds not overlapped."""
 
     sent: float
     seconds: float
@@ -38,7 +37,7 @@ class Communication(NamedTuple):
 def communication(
     config: ModelConfig, ranks: int, rate: float, latency: float, forward: float, backward: float, mixed: bool
 ) -> Communication:
-    """Return the cost of a step on lines of `rate` bytes/s and `latency` seconds.
+    """Return the cost of a step over links of `rate` bytes/s and `latency` seconds.
 
     `forward` and `backward`: seconds of one batch. `mixed`: weights are sent as bfloat16.
     """

@@ -1,9 +1,8 @@
-"""What ranks tell each other, over MPI.
+"""Communication between ranks, over MPI.
 
-Every call of MPI here returns at once and is asked again until it is done: a message that never comes is then given up
-when the watchdog knows why, and a core that waits is free to compute (the libraries' own waiting turns in a loop).
-Large messages are carried by one thread of the rank, in order; the numbers by which ranks agree have a communicator
-of their own. mpi4py is imported in `join` and not before.
+All MPI calls are non-blocking and polled: a wait ends when the watchdog reports a failure, and leaves its core free
+(MPI's own waits spin). One thread per rank transfers large messages, in order; small exchanges have their own
+communicator. mpi4py is imported only in `join`.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ from . import launch
 from .watchdog import RankFailure, Watch, end
 from .zero import Zero
 
-LOOKS = 50  # at a request in a row before sleeping: an answer from this host mostly comes sooner
+SPINS = 50  # polls before sleeping: a message from this host mostly arrives sooner
 NAP = 1e-4  # seconds
-BLAME = 3.0  # to learn from the watchdog which rank is dead when MPI fails
+BLAME = 3.0  # seconds for the watchdog to name the dead rank when MPI fails
 
 
 class World(SingleProcess):
-    """All ranks of a run. A context manager: whatever failure leaves it on one rank ends all of them."""
+    """All ranks of a run. A context manager: an exception that leaves it on one rank ends all of them."""
 
     def __init__(self, mpi: Any, patience: float) -> None:
-        """`mpi` is mpi4py's module; the ranks are those of COMM_WORLD. Raises LlmpyError if they cannot be watched."""
+        """Set up the ranks of COMM_WORLD; `mpi` is mpi4py.MPI. Raises LlmpyError if heartbeats cannot connect."""
         self._mpi = mpi
         self._lock = threading.Lock()  # one thread at a time inside MPI
         self._words, self._loads = mpi.COMM_WORLD.Dup(), mpi.COMM_WORLD.Dup()
         self.rank, self.size = mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size()
         self._watch = Watch(self.rank, patience)
-        self._runner = ThreadPoolExecutor(1, thread_name_prefix="courier")
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="transport")
         self._carried = self._waited = 0.0  # seconds
         mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -77,19 +76,20 @@ class World(SingleProcess):
             self._runner.shutdown()
             return
         if not isinstance(failure, Ended):
-            known = isinstance(failure, LlmpyError)
-            if not known:
+            code, text = "rank.failed", f"{type(failure).__name__}: {failure}"
+            if isinstance(failure, LlmpyError):
+                code, text = failure.code, str(failure)
+            else:
                 traceback.print_exception(failure)
             name = "" if self.rank == 0 else f"rank {self.rank} on {socket.gethostname()}: "
-            text = str(failure) if known else f"{type(failure).__name__}: {failure}"
-            code = getattr(failure, "exit_code", 130 if kind is KeyboardInterrupt else 1)
-            watch.broadcast(RankFailure(self.rank, name + text, code))
+            exit_code = getattr(failure, "exit_code", 130 if kind is KeyboardInterrupt else 1)
+            watch.broadcast(RankFailure(self.rank, name + text, exit_code, code))
         assert watch.failure is not None
         end(watch, watch.failure)
 
     def _finish(self, start: Callable[[], list[Any]]) -> None:
-        """Start requests and wait until all are done. Raises Ended if the world ends before."""
-        looks = 0
+        """Start requests and wait until all are done. Raises Ended if another rank fails first."""
+        spins = 0
         try:
             with self._lock:
                 requests = start()
@@ -98,19 +98,19 @@ class World(SingleProcess):
                     if self._mpi.Request.Testall(requests):
                         return
                 if self._watch.failure is not None:
-                    raise Ended("ranks.ended", "another rank has ended the run")
-                looks += 1
-                time.sleep(NAP if looks > LOOKS else 0)
-        except self._mpi.Exception as error:  # mostly a rank is dead
+                    raise Ended("rank.ended", "another rank ended the run")
+                spins += 1
+                time.sleep(NAP if spins > SPINS else 0)
+        except self._mpi.Exception as error:  # mostly because a rank is dead
             until = time.monotonic() + BLAME
             while self._watch.failure is None and time.monotonic() < until:
                 time.sleep(NAP)
             if self._watch.failure is not None:
-                raise Ended("ranks.ended", "another rank has ended the run") from error
-            raise LlmpyError("distributed.x", f"MPI: {error}", "See what mpiexec printed") from error
+                raise Ended("rank.ended", "another rank ended the run") from error
+            raise LlmpyError("mpi.failed", f"MPI failed: {error}", "See the output of mpiexec") from error
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """See `SingleProcess`, as for all that have no text here."""
+        """See `SingleProcess`, also for all methods below without a docstring."""
         start = time.perf_counter()
         mine = np.asarray(numbers, np.float64)
         all_of_them = np.empty((self.size, mine.size))
@@ -127,7 +127,7 @@ class World(SingleProcess):
 
     def exchange(self, tag: int, outgoing: Sequence[Any], incoming: Sequence[Any]) -> None:
         """See `zero.Transport`."""
-        others = [(self.rank + i) % self.size for i in range(1, self.size)]  # not all to the same one first
+        others = [(self.rank + i) % self.size for i in range(1, self.size)]  # each rank starts with a different one
         byte, loads = self._mpi.BYTE, self._loads
         self._finish(
             lambda: (
@@ -166,7 +166,7 @@ class World(SingleProcess):
         yield from self._after(self.rank == self._local[0])
 
     def _after(self, first: bool) -> Iterator[None]:
-        """Let the `first` ranks through, and the others when those are done."""
+        """Run the body on the `first` ranks, then on the others."""
         if not first:
             self.gather(0)
         yield
@@ -175,12 +175,12 @@ class World(SingleProcess):
 
     @contextlib.contextmanager
     def others_waiting(self) -> Iterator[bool]:
-        self.result(self.submit(lambda: None))  # all messages of before are delivered
+        self.result(self.submit(lambda: None))  # jobs run in order: all earlier messages are delivered
         yield self.rank == 0
         self.gather(0)
 
     def threads(self, options: TrainOptions) -> int | None:
-        """The cores that this rank may use, divided by how many ranks of this host may use them too."""
+        """Return the cores that this rank may use, divided by the number of ranks on this host that share them."""
         if options.threads is not None:
             return options.threads
         mine = self._ranks[self.rank]
@@ -196,8 +196,7 @@ class World(SingleProcess):
             cores[about["host"]] = about["physical"]
         where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
         return [f"ranks    {self.size}: {where}; {_line(self._mpi.Get_library_version())}"] + [
-            f"warning: the ranks on {host} have {count} threads together and {cores[host]} cores: they will wait for "
-            "each other; use fewer --ranks or --threads"
+            f"warning: the ranks on {host} run {count} threads on {cores[host]} cores. Use fewer --ranks or --threads"
             for host, count in counts.items()
             if count > cores[host]
         ]
@@ -206,16 +205,16 @@ class World(SingleProcess):
         return Journal() if self.rank == 0 else NullJournal()
 
     def claim(self, options: TrainOptions) -> RunFolder:
-        """The run's folder: the first rank has it, the others write into it what they are told to."""
+        """Return the run's folder: claimed on the first rank, a `SharedRunFolder` on the others."""
         mine = RunFolder.claim(options) if self.rank == 0 else None
         path, resumed = self.gather_values([str(mine.path.absolute()), mine.resumed] if mine else None)[0]
         if mine is not None:
             return mine
         if not Path(path).is_dir():
             raise LlmpyError(
-                "distributed.x", f"{path} is not there", "Let all hosts have the run folder, on a shared file system"
+                "rank.no-run-folder", f"{path} is missing on this host", "Put the run folder on a shared file system"
             )
-        return Lent(Path(path), resumed)
+        return SharedRunFolder(Path(path), resumed)
 
     def optimizer(self, model: GPT2, o: TrainOptions) -> Zero:
         return Zero(model, self, o.beta1, o.beta2, o.weight_decay, o.clip)
@@ -230,11 +229,11 @@ class World(SingleProcess):
 
 
 class Ended(LlmpyError):
-    """Another rank, or the watchdog, has ended the run: `Watch.failure` says why."""
+    """Another rank or the watchdog ended the run; `Watch.failure` has the cause."""
 
 
 class NullJournal(Journal):
-    """What the other ranks print and record: nothing, for it would be the same."""
+    """The journal of all ranks but the first, which would print and record the same again."""
 
     def log(self, line: str = "") -> None:
         pass
@@ -246,8 +245,8 @@ class NullJournal(Journal):
         pass
 
 
-class Lent(RunFolder):
-    """The run's folder on the other ranks, which have no lock on it, and neither clean it nor remove it."""
+class SharedRunFolder(RunFolder):
+    """The run's folder on all ranks but the first: they do not lock, clean or remove it."""
 
     def __init__(self, path: Path, resumed: bool) -> None:
         super().__init__(path, [])
@@ -258,46 +257,41 @@ class Lent(RunFolder):
 
 
 def _line(library: str) -> str:
-    """Name and version, of all that MPI says of its library."""
+    """Return name and version from MPI's description of its library."""
     return " ".join(library.split("\n")[0].split(",")[0].strip("\0").split())
 
 
 def join(options: TrainOptions) -> World | None:
-    """Initialise MPI; return the ranks that were started with this one, None if it is the only one.
+    """Initialise MPI; return the ranks started together with this one, or None if it is the only one.
 
-    Raises LlmpyError if there is no MPI, if it is not the launcher's, or if there are not as many ranks as expected.
+    Raises LlmpyError if MPI is missing or not the launcher's, or if the number of ranks is not the expected one.
     """
     try:
         import mpi4py
 
         mpi4py.rc(initialize=False, finalize=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # where the launcher is another MPI's: see below
+            warnings.simplefilter("ignore", RuntimeWarning)  # if the launcher is another MPI's: see below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
-        raise LlmpyError(
-            "distributed.x", f"several processes need mpi4py and an MPI: {error}", install(launch.MPI)
-        ) from error
+        what = f"several ranks need mpi4py and an MPI library: {error}"
+        raise LlmpyError("package.missing", what, f"Install them: {install(launch.MPI)}") from error
     library = _line(MPI.Get_library_version())
     if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
-        raise LlmpyError(
-            "distributed.x",
-            f"the launcher is Open MPI's, but mpi4py has found another MPI: {library}",
-            "Use the mpiexec of the same MPI",
-        )
-    with signals_held_back():  # afterwards our handlers are back: MPICH would swallow SIGHUP
+        what = f"the launcher is Open MPI's, but mpi4py uses another MPI: {library}"
+        raise LlmpyError("mpi.mismatch", what, "Use the mpiexec of the same MPI")
+    with signals_held_back():  # restores our handlers afterwards: MPICH would swallow SIGHUP
         if MPI.Init_thread(MPI.THREAD_MULTIPLE) < MPI.THREAD_SERIALIZED:
-            raise LlmpyError("distributed.x", f"{library} allows one thread only", "Use an MPI built with threads")
+            raise LlmpyError("mpi.no-threads", f"{library} allows one thread only", "Use an MPI built with threads")
     size, expected = MPI.COMM_WORLD.Get_size(), launch.tasks()
     if size == 1 and expected > 1:
         raise LlmpyError(
-            "distributed.x",
-            f"the launcher says {expected} tasks, but MPI sees one: {expected} runs would write to one folder",
-            "Use the mpiexec of the same MPI, or srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH); or, if one process "
-            "is meant, say --ranks 1",
+            "mpi.one-rank",
+            f"the launcher started {expected} tasks, but MPI finds one rank: each would write to the same folder",
+            "Use the mpiexec of the same MPI, srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH). For a single "
+            "process, use --ranks 1",
         )
     if "ranks" in options.given and options.ranks != size:
-        raise LlmpyError(
-            "distributed.x", f"--ranks {options.ranks}, but {size} were started", "Leave --ranks out, or let them agree"
-        )
+        what = f"--ranks {options.ranks}, but the launcher started {size}"
+        raise LlmpyError("rank.count", what, "Leave --ranks out or correct it")
     return World(MPI, options.rank_timeout) if size > 1 else None

@@ -1,13 +1,13 @@
-"""ZeRO-1: every rank computes gradients of its own rows; each parameter has one rank that updates it.
+"""ZeRO-1: every rank computes gradients of its own rows; each parameter is updated by one rank.
 
-A step     backward, layer by layer           a bucket of layers is done → its gradients travel, while backward goes on
-           reduce   each bucket is cut into a part for each rank; rank r gets part r of all others and sums them
-           norm     √Σ over the parts of all ranks, when every bucket is reduced
-           update   AdamW on the own parts: float32 master weights and moments exist once among all ranks
-           gather   each part's new weights to all ranks, as products read them: bfloat16 bits, or float32
-           forward of the next step waits for the buckets of a layer when it comes to it
+backward   layer by layer; a finished bucket of layers is sent while backward continues
+reduce     a bucket has one part per rank; rank r receives part r from all others and sums them
+norm       √Σ over the parts of all ranks, when every bucket is reduced
+update     AdamW on the own parts: float32 master weights and moments exist once among all ranks
+gather     each part's new weights to all ranks, as products read them: bfloat16 bits, or float32
+forward    of the next step; before each layer it waits for that layer's buckets
 
-Sums are taken over ranks 0, 1, 2 … in this order, whatever the network does: the same bits on every run.
+Sums run over ranks 0, 1, 2 … in this order, whatever the network does: every run is bitwise identical.
 Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
 """
 
@@ -31,20 +31,20 @@ from ..train.optimizer import EPSILON, AdamW
 
 
 class Transport(Ranks, Protocol):
-    """The ranks, and how large messages travel between them in the background."""
+    """The ranks, and large messages between them in the background."""
 
     def exchange(self, tag: int, outgoing: Sequence[Any], incoming: Sequence[Any]) -> None:
-        """Send `outgoing[q]` to every other rank q and wait for theirs in `incoming[q]`; own entries do not count."""
+        """Send `outgoing[q]` to every other rank q and wait for theirs in `incoming[q]`; own entries are ignored."""
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Run the job in the background, after all earlier ones."""
 
     def result(self, future: Future[None]) -> None:
-        """Wait for a job. Raises what it raised, or what ended the world."""
+        """Wait for a job. Raises its exception, or Ended."""
 
 
 def release(x: np.ndarray) -> None:
-    """Give the memory of x back to the system, where there is such a thing; it then holds zeros, and may be written."""
+    """Return the memory of x to the system, on Linux. x then holds zeros and stays writable."""
     if sys.platform == "linux":
         start = -(-x.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (x.ctypes.data + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -53,13 +53,13 @@ def release(x: np.ndarray) -> None:
 
 
 class Zero(AdamW):
-    """AdamW whose state is divided among the ranks. The buffers are flat, part after part, buckets in order."""
+    """AdamW with its state divided among the ranks. The buffers are flat, part after part, buckets in order."""
 
     def __init__(
         self, model: GPT2, ranks: Transport, beta1: float, beta2: float, weight_decay: float, clip: float,
         limit: int = BUCKET,
     ) -> None:  # fmt: skip
-        """The model must have its weights, the same on all ranks."""
+        """Allocate the buffers. The model must have its weights, the same on all ranks."""
         assert model.grads is not None
         self.model, self.ops, self.ranks = model, model.ops, ranks
         self.betas, self.decay, self.clip, self.updates = (beta1, beta2), weight_decay, clip, 0
@@ -75,20 +75,20 @@ class Zero(AdamW):
         self.grad, self.m, self.v = (self.ops.zeros(total, wide) for _ in range(3))
         self.master = empty(total, wide)
         self.adopt_weights()
-        # Weights as they travel: bfloat16 bits of matrices, then float32 of vectors, all as bytes.
+        # Weights as they are sent: bfloat16 bits of matrices, then float32 of vectors, all as bytes.
         self._stage = empty(total * wide.itemsize if model.mixed else 0, np.uint8)
         largest = max(length(part) for parts in self.parts for part in parts)
-        self._packed = empty((size, largest), wide)  # a bucket's gradients for the others
-        self._theirs = empty((size, largest), wide)  # and what came from them
+        self._packed = empty((size, largest), wide)  # a bucket's gradients for each other rank
+        self._theirs = empty((size, largest), wide)  # and from each
         self._arrivals = empty((size, largest * wide.itemsize), np.uint8)
         self._reduced: list[Future[None]] = []
-        self._next = 0  # the first bucket that is not on its way
+        self._next = 0  # the first bucket not yet submitted
         self._gathered: list[Future[None] | None] = [None] * len(self.buckets)
         model.before_layer = self.settle
 
     @property
     def owned(self) -> list[Range]:
-        """The ranges that this rank answers for, in the order of the buffers."""
+        """Return the ranges of parameters that this rank updates, in the order of the buffers."""
         return [r for parts in self.parts for r in parts[self.ranks.rank]]
 
     @property
@@ -96,13 +96,13 @@ class Zero(AdamW):
         return int(self.params.size)
 
     def adopt_weights(self) -> None:
-        """The master weights := the model's parameters, which were written by anyone else."""
+        """Set the master weights := the model's parameters, after they were written from outside."""
         pack(self.master, self.params, self.owned)
-        if self.model.mixed:  # products read the bfloat16 copy, the optimizer its parts: nobody reads these any more
+        if self.model.mixed:  # unused from now on: products read the bfloat16 copy, the optimizer its parts
             release(self.params[: self.edge])
 
     def expect(self) -> None:
-        """The backward that comes now is the step's last: send each bucket when its gradients are done."""
+        """Send each bucket when its gradients are done: the next backward is the step's last."""
         self._reduced, self._next = [], 0
         self.model.after_layer = self._layer_done
 
@@ -113,7 +113,7 @@ class Zero(AdamW):
             self._next += 1
 
     def _reduce(self, b: int) -> None:
-        """The own part of bucket b := its sum over ranks."""
+        """Set the own part of bucket b := its sum over ranks."""
         rank, size, parts = self.ranks.rank, self.ranks.size, self.parts[b]
         outgoing = [self._message(self.grads, parts[q], self._packed[q]) for q in range(size)]
         count = length(parts[rank])
@@ -127,7 +127,7 @@ class Zero(AdamW):
 
     @staticmethod
     def _message(flat: np.ndarray, ranges: list[Range], room: np.ndarray) -> np.ndarray:
-        """The ranges as one array: where they lie, if that is one stretch, else a copy in `room`."""
+        """Return the ranges as one array: a view of a single range, else a copy in `room`."""
         if len(ranges) == 1:
             return flat[slice(*ranges[0])]
         packed = room[: length(ranges)]
@@ -135,7 +135,7 @@ class Zero(AdamW):
         return packed
 
     def norm(self) -> float:
-        """The global norm over all ranks, when all gradients are reduced."""
+        """Wait until all gradients are reduced; return their global norm over all ranks."""
         self.model.after_layer = None
         for future in self._reduced:
             self.ranks.result(future)
@@ -145,7 +145,7 @@ class Zero(AdamW):
         return math.sqrt(sum(squares for (squares,) in self.ranks.gather(own)))
 
     def update(self, lr: float, norm: float) -> None:
-        """Update the own parts, and send the new weights, the embeddings' first, for forward needs them first."""
+        """Update the own parts and send the new weights, in the order in which forward needs them."""
         scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
         self.updates += 1
         for b in reversed(range(len(self.buckets))):
@@ -168,11 +168,11 @@ class Zero(AdamW):
             self._outgoing(b)[matrices * self.ops.dtype.itemsize :] = vectors.view(np.uint8)
 
     def _matrices(self, ranges: Sequence[Range]) -> int:
-        """How many elements of a part are of matrices, which come first."""
+        """Return the number of matrix elements in a part; they come first."""
         return sum(max(0, min(stop, self.edge) - start) for start, stop in ranges)
 
     def _outgoing(self, b: int) -> np.ndarray:
-        """The new weights of the own part as bytes, as they travel."""
+        """Return the new weights of the own part as the bytes to send."""
         at, size = self._at[b], self.ops.wide.itemsize
         if not self.model.mixed:
             return self.master[at].view(np.uint8)
@@ -183,7 +183,7 @@ class Zero(AdamW):
         return matrices * self.ops.dtype.itemsize + (length(ranges) - matrices) * self.ops.wide.itemsize
 
     def _gather(self, b: int) -> None:
-        """The new weights of bucket b from all ranks, into the model."""
+        """Receive the new weights of bucket b from all ranks into the model."""
         rank, size, parts = self.ranks.rank, self.ranks.size, self.parts[b]
         own = self._outgoing(b)
         incoming = [self._arrivals[q][: self._bytes(parts[q])] for q in range(size)]
@@ -197,7 +197,7 @@ class Zero(AdamW):
             unpack(self.params, cut(ranges, edge, length(ranges)), vectors)
 
     def weights(self, room: np.ndarray) -> np.ndarray:
-        """Return all master weights, flat, in `room`; on other ranks than the first nothing. All ranks call it."""
+        """Collect all master weights, flat, in `room` of the first rank, and return `room`. All ranks must call it."""
         self.settle()
         rank, size = self.ranks.rank, self.ranks.size
         for b, parts in enumerate(self.parts):
@@ -211,7 +211,7 @@ class Zero(AdamW):
         return room
 
     def settle(self, layer: int | None = None) -> None:
-        """Wait for the new weights of a layer, or of the embeddings; without a layer, for all of them."""
+        """Wait for the new weights of a layer (-1: the embeddings), or of all layers."""
         for b, bucket in enumerate(self.buckets):
             future = self._gathered[b]
             if future is not None and (layer is None or bucket.first <= layer <= bucket.last):

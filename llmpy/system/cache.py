@@ -1,4 +1,4 @@
-"""Where this user's compiled kernels and downloads lie."""
+"""Folders for this user's compiled kernels and downloads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """$LLMPY_CACHE_DIR, or `llmpy` in the platform's folder for what can be made again. It may not exist yet."""
+    """Return $LLMPY_CACHE_DIR, or `llmpy` in the platform's cache folder. It may not exist yet."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
@@ -19,5 +19,5 @@ def user_cache() -> Path:
 
 
 def data_cache() -> Path:
-    """$LLMPY_DATA, or `data` in the user's cache: downloaded texts, and their tokens."""
+    """Return $LLMPY_DATA, or `data` in the user's cache: downloaded texts and their tokens."""
     return Path(os.environ.get("LLMPY_DATA") or user_cache() / "data").expanduser()

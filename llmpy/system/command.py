@@ -1,4 +1,4 @@
-"""Commands for messages, ready to be pasted into a shell."""
+"""Commands for messages, ready to paste into a shell."""
 
 from __future__ import annotations
 

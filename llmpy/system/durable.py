@@ -1,8 +1,7 @@
-"""Files that are written whole or not at all, and that survive a power cut once written.
+"""Atomic, durable file writes: a file is complete or absent, and survives a power failure once written.
 
-Whatever a run must not lose reaches the disk by the operations `write`, `sync`, `sync_folder`, `replace`, `link` and
-`remove` alone, in this order: data → sync → rename → sync of the folder. A test that replaces them can count, fail, cut
-off or forget each one.
+Checkpoints reach the disk only through `write`, `sync`, `sync_folder`, `replace`, `link` and `remove`, in this order:
+data → sync → rename → sync of the folder. Tests replace these functions to count, fail, truncate or drop each call.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ if TYPE_CHECKING:  # the command line needs this module, and answers --help with
     import numpy as np
 
 STRETCH = 4 << 20  # bytes of one write and of one checksum
-PAGE = 4096  # what direct input and output wants addresses and lengths to be multiples of
+PAGE = 4096  # addresses and lengths of direct I/O must be multiples of it
 
 
 def write(handle: int, data: np.ndarray) -> None:
-    """Write all of `data`, uint8 (n,), at the file's place."""
+    """Write all of `data`, uint8 (n,), at the current position."""
     left = data.data
     while left:
         left = left[os.write(handle, left) :]
 
 
 def sync(handle: int) -> None:
-    """Wait until the file's contents are on the disk."""
+    """Flush the file's contents to the disk."""
     os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the folder's names are on the disk."""
-    if os.name == "posix":  # Windows opens no folder; its rename needs no second sync
+    """Flush the folder's entries to the disk."""
+    if os.name == "posix":  # Windows cannot open a folder, and its rename needs no second sync
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -49,12 +48,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Give `source` the name `target`, in place of the file that had it."""
+    """Rename `source` to `target`, replacing a file of that name."""
     os.replace(source, target)
 
 
 def link(source: Path, target: Path) -> None:
-    """Make a second name for a file; a copy where the file system has no such thing."""
+    """Make a hard link to a file, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -64,7 +63,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all in it, if it is there."""
+    """Remove a file, or a folder and its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -73,48 +72,49 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make a folder; if that or what is within fails, remove those made for it. Raises LlmpyError if making does."""
+    """Create a folder and its parents; on any error, remove the new ones again if empty. Raises LlmpyError."""
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LlmpyError("system.x", f"cannot make {folder}: {error.strerror}", "Choose another folder") from error
+            what = f"cannot create {folder}: {error.strerror}"
+            raise LlmpyError("file.unwritable", what, "Choose another folder") from error
         yield
     except BaseException:
         for path in new:
-            with contextlib.suppress(OSError):  # not empty: let it be
+            with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
         raise
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)`, then sync, rename, sync the folder. Raises LlmpyError; what was at `path` then stays."""
+    """Call `write(temporary)`, sync, rename, sync the folder. Raises LlmpyError, and leaves `path` as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb+") as file:  # Windows syncs only what may be written
+        with temporary.open("rb+") as file:  # Windows syncs only files opened for writing
             sync(file.fileno())
         replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         what = f"cannot write {path}: {error.strerror or error}"
-        raise LlmpyError("system.x", what, "Free some space or choose another folder") from error
+        raise LlmpyError("file.unwritable", what, "Free some space or choose another folder") from error
     finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+        with contextlib.suppress(OSError):  # the folder itself may be missing
             temporary.unlink(missing_ok=True)
 
 
 def write_stretches(path: Path, pieces: Sequence[np.ndarray]) -> tuple[int, list[int]]:
-    """Write a new file of `pieces`, one after another, and sync it; return its bytes and the CRC-32 of every STRETCH.
+    """Write `pieces` to a new file, in order, and sync it; return its size in bytes and the CRC-32 of every STRETCH.
 
-    Pieces that start on a page go to the disk past the system's cache where it can do that: what is written once and
-    not read soon would only push out other things, and the copy costs eighty times the processor time (dev/LOG.md).
+    Pieces that start on a page bypass the page cache (O_DIRECT) where supported. Through the cache they would evict
+    other data, and the copy costs eighty times the CPU time (dev/LOG.md).
     """
     try:
         return _write_stretches(path, pieces, getattr(os, "O_DIRECT", 0))
     except OSError as error:
-        if error.errno != errno.EINVAL:  # how a file system says that it has no such thing
+        if error.errno != errno.EINVAL:  # the file system lacks O_DIRECT
             raise
         path.unlink(missing_ok=True)
         return _write_stretches(path, pieces, 0)
@@ -145,7 +145,7 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
                 sums.append(zlib.crc32(stretch.data))
         if held:
             sums.append(zlib.crc32(gathered[:held].data))
-            write(handle, gathered[: -(-held // PAGE) * PAGE])  # whole pages, cut to the size below
+            write(handle, gathered[: -(-held // PAGE) * PAGE])  # whole pages, truncated below
             os.ftruncate(handle, size)
         sync(handle)
     finally:
@@ -154,7 +154,7 @@ def _write_stretches(path: Path, pieces: Sequence[np.ndarray], direct: int) -> t
 
 
 def stretches_differ(path: Path, size: int, sums: Sequence[int]) -> str:
-    """Return what is wrong with a file that `write_stretches` wrote, or "". Raises OSError if it cannot be read."""
+    """Compare a file with the results of `write_stretches`; return the error, or "". Raises OSError."""
     found = path.stat().st_size
     if found != size:
         return f"it has {found:,} bytes instead of {size:,}"
@@ -163,5 +163,5 @@ def stretches_differ(path: Path, size: int, sums: Sequence[int]) -> str:
         for number, expected in enumerate(sums):
             count = file.readinto(buffer)
             if zlib.crc32(memoryview(buffer)[:count]) != expected:
-                return f"its bytes from {number * STRETCH:,} on are not those that were written"
+                return f"its checksum differs in the block at byte {number * STRETCH:,}"
     return ""

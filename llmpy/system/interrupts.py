@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def on_signal(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Call `handler(number, frame)` within; not for SIGHUP under nohup, nor in a thread, where Python handles none."""
+    """Call `handler(number, frame)` on signals within, except SIGHUP under nohup. Has no effect in other threads."""
     numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     if numbers and hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
@@ -26,7 +26,7 @@ def on_signal(handler: Callable[[int, Any], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Let signals wait within; they are raised again at the end."""
+    """Hold signals back within and raise them at the end."""
     came: list[int] = []
     try:
         with on_signal(lambda number, _: came.append(number)):

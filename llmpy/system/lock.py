@@ -1,4 +1,4 @@
-"""A lock on a file: filelock's, signed by the process that holds it, and removed with it."""
+"""A lock file that names the process holding it and is removed on release."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from filelock import FileLock, Timeout
 
 
 class Lock:
-    """An exclusive hold on a file. The system releases it when the process ends, in whatever way."""
+    """An exclusive lock on a file. The system releases it when the process ends, even if killed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path, thread_local=False, poll_interval=0.2, on_acquired=_sign)
 
     def take(self, wait: bool = False) -> bool:
-        """Return whether this process has it now. Raises OSError if the file cannot be made or locked."""
+        """Acquire the lock; return whether this process has it. Raises OSError if the file cannot be locked."""
         for _ in range(3):
             try:
                 self._lock.acquire(blocking=wait)
             except Timeout:
                 if self.path.exists():
                     return False
-                continue  # whoever had it removed the file between our opening and our locking it
+                continue  # the holder removed the file after we opened it
             return True
         return False
 
     def holder(self) -> str:
-        """Return who has it, as far as the file says."""
+        """Return the process that holds the lock, as named in the file."""
         with contextlib.suppress(OSError, ValueError), self.path.open("rb", buffering=0) as file:
             file.seek(1)
             return f"process {int(file.read(20))}"
@@ -38,7 +38,7 @@ class Lock:
 
     @contextlib.contextmanager
     def waited(self, log: Callable[[str], None], what: str) -> Iterator[None]:
-        """Hold it within. `say` prints who is waited for, and `what` they do. Raises OSError as `take` does."""
+        """Hold the lock within, waiting if necessary; `what` the holder does is logged. Raises OSError as `take`."""
         if not self.take():
             log(f"waiting for {self.holder()}, which {what}")
             self.take(wait=True)
@@ -48,14 +48,14 @@ class Lock:
             self.drop()
 
     def drop(self) -> None:
-        """Remove the file and release it, in this order: filelock passes over a file that is gone."""
+        """Remove the file, then release the lock: filelock ignores a missing file."""
         if self._lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows removes no open file; there filelock does, later
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file; filelock does so later
                 self.path.unlink()
             self._lock.release()
 
 
 def _sign(file: int) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the number is a courtesy
+    with contextlib.suppress(OSError):  # a full disk: the number is optional
         os.ftruncate(file, 0)
-        os.write(file, f"\n{os.getpid()}\n".encode())  # the first byte is what Windows locks, also against reading
+        os.write(file, f"\n{os.getpid()}\n".encode())  # Windows locks the first byte, also against reading

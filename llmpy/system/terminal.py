@@ -1,7 +1,4 @@
-"""Colour, which a terminal shows and a file does not, and lines for stderr.
-
-Only where a person looks (a terminal that is not "dumb"), and not with NO_COLOR in the environment (no-color.org).
-"""
+"""Color on terminals (not "dumb" ones, and not if NO_COLOR is set, see no-color.org), and lines for stderr."""
 
 from __future__ import annotations
 
@@ -14,21 +11,21 @@ STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "
 
 
 def coloured(stream: TextIO) -> bool:
-    """Return whether `stream` shows colour."""
+    """Return whether `stream` shows color."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
 
 
 def paint(text: str, style: str, stream: TextIO) -> str:
-    """Return `text` in one of STYLES where `stream` shows colour, else as it is."""
+    """Return `text` in one of STYLES if `stream` shows color, else unchanged."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if coloured(stream) else text
 
 
 def silence() -> None:
-    """Send standard output nowhere, with what it still holds: else Python's last flush would fail once more."""
+    """Redirect standard output and its buffer to devnull, so that Python's flush at exit cannot fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def aside(line: str) -> None:
-    """Print what is no part of the output to stderr."""
+    """Print a line to stderr, apart from the output."""
     print(line, file=sys.stderr, flush=True)

@@ -1,11 +1,10 @@
-"""metrics.jsonl → curves, thinned to what a screen can show.
+"""metrics.jsonl → curves, downsampled to the resolution of a screen.
 
-thinned    more points than fit become equal buckets, each with its least and its largest value: no spike is lost
-smoothed   the mean of as many points on both sides, up to half the width, so that it does not lag behind a fall and
-           starts and ends where the points do; of more points than fit, those are means of buckets themselves
-clocks     tokens and seconds up to each step: sums of `ms`·`tokens_per_s` and `ms` over its lines. --resume cuts the
-           lines back, so that sums continue over restarts; evaluations, samples and pauses have no `ms` and take no
-           time. A line stands for all steps since the one before it.
+thinned    too many points are split into equal buckets, each keeping its minimum and maximum: no spike is lost
+smoothed   a centered mean, narrower at the ends, so that it does not lag; of too many points, the mean of bucket means
+clocks     tokens and seconds up to each step: sums of `ms`·`tokens_per_s` and `ms` over its lines. --resume truncates
+           the file, so sums continue over restarts; evaluations, samples and pauses have no `ms` and count no time.
+           A line stands for all steps since the previous one.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from ..options.watch import AXES, CURVES
 
 PERCENT = {"share_of_peak", "hellaswag"}
 SMOOTHED = {"loss", "grad_norm", "tokens_per_s", "share_of_peak"}
-NUMBERS = (*CURVES, "val_loss", "ms")  # that are read of a line
-LARGEST_STEP = 1 << 53  # as JavaScript counts
-LARGEST_VALUE = 1e30  # beyond that nothing is told apart, and sums overflow
+NUMBERS = (*CURVES, "val_loss", "ms")  # read from a line
+LARGEST_STEP = 1 << 53  # JavaScript's largest exact integer
+LARGEST_VALUE = 1e30  # sums of larger values could overflow
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve as it is drawn: x float64, y float32, where an average of what is constant is that constant."""
+    """A curve as drawn: x float64; y float32, so that the average of a constant is exactly that constant."""
 
     run: str
-    name: str  # as metrics.jsonl has it: validation is drawn in the chart of the loss
+    name: str  # as in metrics.jsonl; validation is drawn in the chart of the loss
     x: np.ndarray
-    y: np.ndarray  # every point, or of many the extremes
+    y: np.ndarray  # all points, or the extremes of buckets
     average: tuple[np.ndarray, np.ndarray] | None = None
 
 
@@ -43,11 +42,11 @@ class Curves:
     """All numbers of a run."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Read the whole file. Lines that are half written, no JSON or without a step are ignored."""
+        """Read the whole file. Lines that are incomplete, not JSON or without a step are ignored."""
         rows = (row for row in rows_of(file) if type(row.get("step")) is int and 0 <= row["step"] < LARGEST_STEP)
         table = np.array([[row["step"], *(number(row.get(name)) for name in NUMBERS)] for row in rows], float)
         table = table.reshape(-1, 1 + len(NUMBERS)).T
-        # Lines whose step comes again later are what --resume replaced.
+        # --resume replaces lines: keep the last of each step.
         kept = table[0] <= np.minimum.accumulate(table[0, ::-1])[::-1]
         self._columns = dict(zip(("step", *NUMBERS), table[:, kept], strict=True))
         at, ms, rate = self.points("ms", "tokens_per_s")
@@ -58,17 +57,17 @@ class Curves:
         self._clocks = {name: np.append(0 * start, np.cumsum(gaps * v)) for name, v in each.items()}
 
     def points(self, *names: str) -> np.ndarray:
-        """Steps, rising, and the values of these curves there, where all are finite; float64 (1 + names, n)."""
+        """Return ascending steps and the values of these curves, where all are finite: float64 (1 + names, n)."""
         rows = np.stack([self._columns[name] for name in ("step", *names)])
         rows = rows[:, np.isfinite(rows).all(axis=0)]
-        return rows[:, np.diff(rows[0], append=math.inf) > 0]  # of lines of one step the last
+        return rows[:, np.diff(rows[0], append=math.inf) > 0]  # the last line of each step
 
     def along(self, axis: str, steps: np.ndarray) -> np.ndarray:
-        """Where steps lie along an axis, float64; a clock stands still before its first step and after its last."""
+        """Return the positions of steps on an axis, float64; outside their steps, clocks are constant."""
         return steps if axis == "steps" else np.interp(steps, self._at, self._clocks[axis])
 
     def line(self, run: str, name: str, axis: str, over: float | None, points: int) -> Line | None:
-        """A curve averaged over so many steps (None: a hundredth of them, 0: not); None if there is nothing to draw."""
+        """Return a curve averaged over `over` steps (None: 1 % of them, 0: no average); None if it has no points."""
         unit, scale = AXES[axis][1], 100 if name in PERCENT else 1
         steps, values = self.points(name)
         if not len(steps) or axis != "steps" and not len(self._at):
@@ -85,11 +84,11 @@ class Curves:
 
 
 def charts(
-    runs: Mapping[str, Curves], wanted: Iterable[str], axis: str, over: float | None, points: int
+    runs: Mapping[str, Curves], selected: Iterable[str], axis: str, over: float | None, points: int
 ) -> dict[str, list[Line]]:
-    """The lines of each chart that has one."""
+    """Return chart → lines, without the charts that have none."""
     found = {}
-    for chart in wanted:
+    for chart in selected:
         names = ("loss", "val_loss") if chart == "loss" else (chart,)
         lines = [curves.line(run, name, axis, over, points) for run, curves in runs.items() for name in names]
         if any(lines):
@@ -98,7 +97,7 @@ def charts(
 
 
 def thinned(values: np.ndarray, points: int) -> np.ndarray:
-    """The indices, rising, of at most `points` + 2 values: the first, the last, and the extremes between."""
+    """Return ascending indices of at most `points` + 2 values: the first, the last, and the extremes between."""
     if len(values) <= points:
         return np.arange(len(values))
     size = math.ceil(len(values) / (points // 2))
@@ -109,7 +108,7 @@ def thinned(values: np.ndarray, points: int) -> np.ndarray:
 
 
 def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
-    """The mean of each value and of as many on both sides as there are, up to `radius`; float64 (n,)."""
+    """Return centered means of up to `radius` values on both sides, fewer at the ends; float64 (n,)."""
     n, radius = len(values), min(radius, (len(values) - 1) // 2)
     first = [values[: 2 * i + 1].mean() for i in range(radius)]
     last = [values[n - 2 * i - 1 :].mean() for i in range(radius)]
@@ -118,7 +117,7 @@ def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def latest(file: BinaryIO) -> dict[str, float]:
-    """The newest of each number among the lines, for a table: those that are finite."""
+    """Return the newest finite value of each number, for a table."""
     found: dict[str, float] = {}
     for row in rows_of(file):
         found |= {name: v for name in (*NUMBERS, "step", "eta_s") if math.isfinite(v := number(row.get(name)))}
@@ -126,7 +125,7 @@ def latest(file: BinaryIO) -> dict[str, float]:
 
 
 def rows_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the objects among lines of JSON. One that cannot be read is ignored."""
+    """Yield the JSON objects among the lines; other lines are ignored."""
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(row := json.loads(line), dict):
@@ -134,5 +133,5 @@ def rows_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def number(value: Any) -> float:
-    """A float of what JSON may hold; NaN for what is not a number, or too large to draw."""
+    """Return a JSON value as a float; NaN if it is not a number or too large to draw."""
     return float(value) if type(value) in (float, int) and abs(value) <= LARGEST_VALUE else math.nan

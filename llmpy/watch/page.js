@@ -1,12 +1,12 @@
-// The page: asks for what is new, and keeps what it has while nobody answers. What runs hold is text, never markup.
+// Poll the server for changes; keep the last answer while it is down. Data of runs is inserted as text, never as markup.
 
 const RETRY_SECONDS = 2, COLUMN_PIXELS = 430;
 const find = (id) => document.getElementById(id);
 const rows = new Map(); // name → row of the table
-let shown = null; // names; null: as the server thinks
-let have = "", figure = null; // the last answer that had one
+let shown = null; // names of runs; null: the server's default
+let have = "", figure = null; // of the last answer with a figure
 let timer = 0, turn = 0;
-const loaded = new Promise((done) => addEventListener("load", done)); // plotly, while the server reads
+const loaded = new Promise((done) => addEventListener("load", done)); // plotly, in parallel with the first request
 
 function duration(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -19,12 +19,12 @@ function element(kind, className, text = "") {
 }
 
 function swatch(colour) {
-  const made = element("span", "swatch");
-  made.style.background = colour;
-  return made;
+  const span = element("span", "swatch");
+  span.style.background = colour;
+  return span;
 }
 
-/** The row of a run, made once. */
+/** Create the row of a run. */
 function rowOf(run) {
   const row = document.createElement("tr"), label = document.createElement("label"), box = document.createElement("input");
   box.type = "checkbox";
@@ -52,7 +52,7 @@ function fill(run) {
   ].forEach((text, i) => { row.cells[i + 1].textContent = text || ""; });
 }
 
-/** Draw the last figure in the colours of the page. */
+/** Draw the last figure in the colors of the page. */
 function draw() {
   if (!figure) return;
   const resolved = (name) => {
@@ -69,13 +69,13 @@ function draw() {
 
 function take(answer) {
   const fresh = answer.runs.filter((run) => !rows.has(run.name));
-  if (shown) fresh.filter((run) => run.trains).forEach((run) => shown.add(run.name)); // that start while the page is open
+  if (shown) fresh.filter((run) => run.trains).forEach((run) => shown.add(run.name)); // started since the page opened
   else shown = new Set(answer.shown);
   const names = new Set(answer.runs.map((run) => run.name));
   for (const [name, row] of rows) if (!names.has(name)) { row.remove(); rows.delete(name); }
   for (const run of fresh) {
     rows.set(run.name, rowOf(run));
-    find("runs").append(rows.get(run.name)); // rows keep their places, whichever run grew last
+    find("runs").append(rows.get(run.name)); // rows keep their order, whichever run is the newest
   }
   answer.runs.forEach(fill);
   const left = answer.runs.filter((run) => shown.has(run.name) && run.trains).map((run) => run.eta_s || 0);
@@ -86,10 +86,10 @@ function take(answer) {
   draw();
   const colours = Object.fromEntries(answer.runs.map((run) => [run.name, run.colour]));
   find("samples").replaceChildren(...answer.samples.map((sample) => {
-    const made = document.createElement("article"), title = document.createElement("h2");
+    const article = document.createElement("article"), title = document.createElement("h2");
     title.append(swatch(colours[sample.name]), `step ${sample.step.toLocaleString("en")} · ${sample.name}`);
-    made.append(title, element("pre", "", sample.text));
-    return made;
+    article.append(title, element("pre", "", sample.text));
+    return article;
   }));
 }
 
@@ -105,14 +105,14 @@ async function ask() {
     const answer = await fetch(`board?${words}`, { cache: "no-store" });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     const [board] = await Promise.all([answer.json(), loaded]);
-    if (mine !== turn) return; // asked again meanwhile
+    if (mine !== turn) return; // a newer request is running
     take(board);
     wait = board.wait;
     find("status").textContent = figure.data.length ? "" : "no numbers yet";
     find("status").className = "";
   } catch (error) {
     if (mine !== turn) return;
-    find("status").textContent = `llmpy watch does not answer (${error.message}); this is its last answer`;
+    find("status").textContent = `llmpy watch does not answer (${error.message}); showing its last answer`;
     find("status").className = "error";
   }
   timer = setTimeout(ask, 1000 * wait);

@@ -1,8 +1,8 @@
-"""`llmpy watch`: a page of this machine, for this machine.
+"""`llmpy watch`: a local web page with the curves of runs.
 
-It listens on 127.0.0.1 alone and answers a few fixed addresses: the page, its parts, and its numbers as JSON. Requests
-that name another host are refused: by a name that points to 127.0.0.1 any web page could read the answers (DNS
-rebinding). The page runs its own scripts alone and loads nothing from elsewhere: what a run folder holds stays text.
+The server listens only on 127.0.0.1 and serves a few fixed paths: the page, its files, and its numbers as JSON.
+Requests for another host name are refused, since any web page could read the answers through a name that resolves to
+127.0.0.1 (DNS rebinding). The page runs only its own scripts and loads nothing else; run folders are shown as text.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .runs import Runs
 
 ADDRESS = "127.0.0.1"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
-PORTS = 100  # that are tried from the first one on
-LEAST_SECONDS, SHARE = 1.0, 0.1  # between answers; of a core, that answers may take
+PORTS = 100  # tried in order
+LEAST_SECONDS, SHARE = 1.0, 0.1  # between answers; of a core for answers
 SCRIPT = "text/javascript"
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", SCRIPT)}
-# plotly sets styles of its own elements; without a source of images or fonts they give nothing away.
+# plotly needs inline styles; they cannot send data anywhere without a source of images or fonts.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -45,12 +45,12 @@ NUMBER = re.compile("[0-9]{1,12}")
 
 
 def board(runs: Runs, query: str) -> dict[str, Any]:
-    """Return what the page shows, as JSON: a row for every run, and of those to `show` the samples and plotly's figure.
+    """Return the page's data for JSON: a row for every run, the samples and the plotly figure of those to `show`.
 
-    Both are left out if nothing has changed since the answer that the page has. What a query lacks, or what makes no
-    sense in it, has its default. `wait` is in how many seconds to ask again: training needs the cores.
+    Samples and figure are omitted if unchanged since the answer `have`. Missing or invalid fields of the query get
+    their defaults. `wait`: seconds until the next request, so that training keeps the cores.
     """
-    begin = time.thread_time()
+    start = time.thread_time()
     asked = urllib.parse.parse_qs(query, keep_blank_values=True)
     axis, over, columns = (asked.get(name, [""])[0] for name in ("axis", "over", "columns"))
     view = (
@@ -70,22 +70,22 @@ def board(runs: Runs, query: str) -> dict[str, Any]:
         drawn = figure({name: found[name].curves() for name in shown}, tuple(CURVES), *view, colours)
         samples = [{"name": name, **sample} for name in shown for sample in found[name].samples()]
         answer |= {"figure": drawn.to_json(), "config": CONFIG, "samples": samples}
-    return answer | {"wait": max(LEAST_SECONDS, (time.thread_time() - begin) / SHARE)}
+    return answer | {"wait": max(LEAST_SECONDS, (time.thread_time() - start) / SHARE)}
 
 
 class Page(BaseHTTPRequestHandler):
-    """One connection."""
+    """The handler of a connection."""
 
     server: Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = f"llmpy/{__version__}", ""
-    timeout = 60.0  # seconds, of a connection that stalls
+    timeout = 60.0  # seconds without data
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "")
         path, _, query = self.path.partition("?")
         if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
-            self._answer(403, "text/plain", b"llmpy watch answers to localhost and 127.0.0.1 alone\n")
+            self._answer(403, "text/plain", b"llmpy watch only serves localhost and 127.0.0.1\n")
         elif path in FILES:
             name, kind = FILES[path]
             self._answer(200, kind, (Path(__file__).parent / name).read_bytes())
@@ -96,7 +96,7 @@ class Page(BaseHTTPRequestHandler):
         elif path == "/board":
             self._answer(200, "application/json", json.dumps(board(self.server.runs, query), allow_nan=False).encode())
         else:
-            self._answer(404, "text/plain", b"there is nothing but /\n")
+            self._answer(404, "text/plain", b"not found; the page is at /\n")
 
     def _answer(self, code: int, kind: str, body: bytes, cache: str = "no-store") -> None:
         self.send_response(code)
@@ -107,38 +107,38 @@ class Page(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Print nothing: the terminal shows the address and no request a second."""
+        """Print nothing: requests come every second."""
 
 
 class Server(ThreadingHTTPServer):
-    """Answers about some runs until it is shut down; `address` is what to open."""
+    """A server for some runs; `address` is the URL of the page."""
 
     daemon_threads = True
-    allow_reuse_address = os.name == "posix"  # a port just left is free; on Windows it would share one in use
+    allow_reuse_address = os.name == "posix"  # reuse a port just closed; Windows would share a port in use
 
     def __init__(self, runs: Runs, port: int) -> None:
-        """On `port` or the next free one. Raises LlmpyError if there is none."""
+        """Listen on `port` or the next free one. Raises LlmpyError if there is none."""
         self.runs = runs
         for candidate in range(port, min(port + PORTS, 1 << 16)):
             with contextlib.suppress(OSError):
                 super().__init__((ADDRESS, candidate), Page)
                 break
         else:
-            raise LlmpyError("watch.x", f"no port from {port} on is free", "Choose another with --port")
+            raise LlmpyError("watch.no-port", f"no free port from {port}", "Choose another one: --port")
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a page that was closed in the middle of an answer; report any other error."""
+        """Report an error, unless the page closed the connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def watch(options: WatchOptions, log: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C. Raises LlmpyError if there is no such run, no free port, or plotly is missing."""
+    """Serve until Ctrl-C. Raises LlmpyError if a run, a free port or plotly is missing."""
     need("plotly", "the page")
     runs = Runs(options.runs or ())
     with Server(runs, options.port) as server:
-        log(f"{server.address}  (Ctrl-C ends it; the runs go on)")
+        log(f"{server.address}  (Ctrl-C stops the page, not the runs)")
         if options.open:
             threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The ladder of docs/peak.md: every rung multiplies, the check notices what is wrong, the chapter names what exists."""
+"""The ladder of docs/peak.md: every rung multiplies, the check finds errors, the chapter matches the program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHAPTER = PAGE.read_text("utf-8")
 
 @pytest.fixture(scope="module")
 def ladder() -> Any:
-    """dev/ladder.py, which is a program and no part of the package."""
+    """dev/ladder.py, a program outside the package."""
     spec = importlib.util.spec_from_file_location("ladder", ROOT / "dev" / "ladder.py")
     assert spec is not None
     assert spec.loader is not None
@@ -33,7 +33,7 @@ def ladder() -> Any:
 
 
 def test_every_rung_multiplies(ladder: Any) -> None:
-    """Rows, depth and columns that no tile, word or vector divides; `climb` checks each product."""
+    """Use rows, depth and columns that no tile, word or vector divides; `climb` checks each product."""
     shape = (2 * ladder.MR + 3, 37, 2 * ladder.NR + 5)
     numbers = ladder.climb(list(range(len(ladder.RUNGS))), shape, budget=0.0)
     assert [r["rung"] for r in numbers["rungs"]] == list(range(len(ladder.RUNGS)))
@@ -45,13 +45,13 @@ def test_every_rung_multiplies(ladder: Any) -> None:
 
 
 def test_depth_beyond_a_panel(ladder: Any) -> None:
-    """Panels are cut at KC and blocks at BLOCK_K: the pieces must add up."""
+    """Panels end at KC and blocks at BLOCK_K: the pieces must add up."""
     shape = (ladder.MR, ladder.KC + 2 * ladder.BLOCK_K + 1, ladder.BLOCK_COLS + 1)
     assert len(ladder.climb([3, 4, 5], shape, budget=0.0)["rungs"]) == 3
 
 
-def test_plain_loops_agree_to_the_bit(ladder: Any) -> None:
-    """Rungs 1 to 3 add the same terms in the same order, as the chapter says."""
+def test_plain_loops_are_bitwise_identical(ladder: Any) -> None:
+    """Rungs 1 to 3 add the same terms in the same order, as stated in the chapter."""
     problem = ladder.Problem.draw(8, 77, 100)
     results = []
     for rung in ladder.RUNGS[1:4]:
@@ -68,12 +68,12 @@ def test_the_check_notices(ladder: Any, wrong: np.float32) -> None:
     out = ladder.gelu(pre_gelu.astype(np.float64)).astype(np.float32)
     assert ladder.check(rung, problem, (out, pre_gelu)) <= 1
     out[0, 0] *= wrong
-    with pytest.raises(AssertionError, match="times what rounding explains"):
+    with pytest.raises(AssertionError, match="rounding"):
         ladder.check(rung, problem, (out, pre_gelu))
 
 
 def test_commands_of_the_chapter_run(ladder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """On the smallest product; those of llmpy run in test_docs_commands."""
+    """Run them on the smallest product; commands of llmpy run in test_docs_commands."""
     monkeypatch.setattr(ladder, "climb", partial(ladder.climb, budget=0.0))
     commands = [after(command.words, "dev/ladder.py") for command in typed(PAGE)]
     found = [words for words in commands if words is not None]

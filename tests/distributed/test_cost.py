@@ -1,4 +1,4 @@
-"""What messages cost on paper, against what was measured (docs/distributed.md)."""
+"""The estimated cost of messages against measurements (docs/distributed.md)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_bytes_are_as_few_as_any_algorithm_needs() -> None:
     assert cost(1, *GIGABIT) == (0, 0, 0)
 
 
-def test_what_is_hidden() -> None:
-    """A slow line is waited for but beside backward and forward; a fast one for the embeddings and the first layer."""
+def test_overlap() -> None:
+    """On a slow link, backward and forward hide messages; on a fast one only the first layers are exposed."""
     slow, fast = cost(2, 1e6, 0, mixed=False), cost(2, 1e9, 0, mixed=False)
     assert slow.exposed == pytest.approx(slow.seconds - FORWARD - BACKWARD)
     layer = 12 * 768 * 768 + 13 * 768
     assert fast.exposed / fast.seconds == pytest.approx((SIZE - 11 * layer) / SIZE, rel=1e-3)
 
 
-def test_two_hosts_that_were_measured() -> None:
+def test_two_measured_hosts() -> None:
     found = cost(2, *GIGABIT)
     assert found.seconds == pytest.approx(3.56, rel=0.1)
     assert found.exposed == pytest.approx(1.21, rel=0.05)
@@ -45,13 +45,13 @@ def test_two_hosts_that_were_measured() -> None:
 @pytest.mark.parametrize(
     ("model", "mixed", "seconds"), [("d8", True, 0.155), ("gpt2", True, 0.415), ("gpt2", False, 0.484)]
 )
-def test_copies_that_were_measured(model: str, mixed: bool, seconds: float) -> None:
-    """Two ranks on one machine, whose line is memory."""
+def test_measured_copies(model: str, mixed: bool, seconds: float) -> None:
+    """Two ranks on one machine: messages are copied in memory."""
     found = communication(ModelConfig.from_dial(model), 2, 66e9 / 8, 70e-6, 1, 2, mixed)
     assert found.seconds == pytest.approx(seconds, rel=0.1)
 
 
-def test_the_table_of_a_thousand_nodes_is_that_of_the_model() -> None:
+def test_the_table_of_a_thousand_nodes_matches_the_estimate() -> None:
     text = (ROOT / "docs" / "distributed.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) Gbit/s, (\d+) µs; (\d+) threads? \|(.*)\|$", text, re.MULTILINE)
     assert len(rows) == 3
@@ -64,7 +64,7 @@ def test_the_table_of_a_thousand_nodes_is_that_of_the_model() -> None:
         assert [share.strip() for share in shares.split("|")] == found
 
 
-def test_more_ranks_a_slower_line_and_less_to_compute_cost_more() -> None:
+def test_more_ranks_a_slower_link_and_less_computation_cost_more() -> None:
     exposed = [cost(n, *GIGABIT).exposed for n in (1, 2, 8, 64, 1000)]
     assert exposed == sorted(exposed)
     assert cost(8, 1e9, 1e-3).exposed < exposed[2] < cost(8, *GIGABIT, computing=1 / 8).exposed

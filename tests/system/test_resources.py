@@ -1,4 +1,4 @@
-"""What a process may use is read from its container."""
+"""The limits of a container are read from its cgroup files."""
 
 from __future__ import annotations
 

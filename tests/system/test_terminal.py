@@ -1,4 +1,4 @@
-"""Colour is for people who look at a terminal and did not refuse it."""
+"""Color is used on terminals only, unless it is turned off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Screen(io.StringIO):
         return True
 
 
-def test_colour_is_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_only_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     assert paint("fine", "green", Screen()) == "\x1b[32mfine\x1b[0m"

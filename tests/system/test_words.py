@@ -1,4 +1,4 @@
-"""Text that is shared: tables, suggestions, commands that work when pasted."""
+"""Tables, suggestions, and commands that work when pasted."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ def test_columns() -> None:
 
 def test_suggestions() -> None:
     known = ("train", "batch_size", "gpt2", "gpt2-medium")
-    for word, said in (("trian", "train"), ("batchsize", "batch_size"), ("gpt", "gpt2 or gpt2-medium")):
-        assert did_you_mean(word, known) == f"did you mean {said}?"
+    for word, near in (("trian", "train"), ("batchsize", "batch_size"), ("gpt", "gpt2 or gpt2-medium")):
+        assert did_you_mean(word, known) == f"Did you mean {near}?"
     assert did_you_mean("zebra", known) == ""
 
 

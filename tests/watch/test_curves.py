@@ -1,4 +1,4 @@
-"""metrics.jsonl → curves: files that grow, are cut back or are hostile; thinning, averages, tokens and time."""
+"""metrics.jsonl → curves: growing, truncated and hostile files; thinning, averages, tokens and time."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def steps_of(text: str, name: str = "loss") -> list[int]:
     return [int(step) for step in curves_of(text).points(name)[0]]
 
 
-def test_steps_that_come_again_replace_those_before() -> None:
+def test_repeated_steps_replace_earlier_ones() -> None:
     text = line(1) + '{"step": 1, "val_loss": 3.0}\n' + line(2) + line(3) + line(4)
     assert steps_of(text) == [1, 2, 3, 4]
     text += line(2, loss=7.0) + line(5) + line(3) + line(6)
     steps, loss = curves_of(text).points("loss")
-    assert (steps.tolist(), loss[1]) == ([1, 2, 3, 6], 7.0)  # the one at which it resumes may be there twice
+    assert (steps.tolist(), loss[1]) == ([1, 2, 3, 6], 7.0)  # the first step after resuming may appear twice
     assert steps_of(text, "val_loss") == [1]
 
 
@@ -71,7 +71,7 @@ def test_thinned_keeps_every_extreme() -> None:
     assert thinned(values[:500], 500).tolist() == list(range(500))
 
 
-def test_an_average_is_of_as_many_points_on_both_sides() -> None:
+def test_an_average_is_centered() -> None:
     values = np.random.default_rng(3).normal(size=50)
     for radius in (0, 1, 7, 1000):
         expected = [values[i - r : i + r + 1].mean() for i in range(50) for r in [min(i, 49 - i, radius)]]
@@ -80,7 +80,7 @@ def test_an_average_is_of_as_many_points_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("value", [0.1, -7.0, 1e-30, 1e30])
-def test_what_is_constant_stays_exactly(value: float) -> None:
+def test_a_constant_stays_exactly_constant(value: float) -> None:
     drawn = curves_of("".join(line(s, loss=value) for s in range(5000))).line("run", "loss", "steps", None, 1000)
     assert drawn is not None and drawn.average is not None
     assert set(drawn.y.tolist()) == set(drawn.average[1].tolist()) == {float(np.float32(value))}
@@ -93,7 +93,7 @@ def test_shares_are_drawn_in_percent() -> None:
 
 
 def clocks(text: str, *steps: float) -> list[tuple[float, float]]:
-    """Tokens and seconds up to these steps."""
+    """Return tokens and seconds up to these steps."""
     curves = curves_of(text)
     return [(curves.along("tokens", at), curves.along("time", at)) for at in np.array(steps)]
 
@@ -104,7 +104,7 @@ def test_clocks_add_up_over_restarts_with_other_batches() -> None:
     assert clocks(kept + lost, 0, 1, 8) == [(0, 0), (512, pytest.approx(0.3)), (8 * 512, pytest.approx(2.4))]
     again = "".join(step_line(s, 700.0, 2048) for s in range(5, 7)) + '{"step": 6, "val_loss": 7}\n'
     assert clocks(kept + again, 4, 6) == [(2048, pytest.approx(1.2)), (6144, pytest.approx(2.6))]
-    twice = step_line(5, 100.0, 256) + step_line(6, 50.0, 1) + step_line(6, 100.0, 256)  # as it came last
+    twice = step_line(5, 100.0, 256) + step_line(6, 50.0, 1) + step_line(6, 100.0, 256)  # the last one counts
     assert clocks(kept + again + twice, 6) == [(2048 + 512, pytest.approx(1.4))]
 
 
@@ -115,8 +115,8 @@ def test_clocks_of_odd_lines() -> None:
     assert clocks(step_line(1001) + step_line(1002), 1000, 1002) == [(0, 0), (2000, 1)]
 
 
-def test_the_tokens_of_a_real_run_that_was_resumed(tmp_path: Path) -> None:
-    """5 steps of 2 x 16, then 3 of 2 batches of 4 x 16."""
+def test_the_tokens_of_a_resumed_run(tmp_path: Path) -> None:
+    """Train 5 steps of 2 x 16, then 3 of 2 batches of 4 x 16."""
     (tmp_path / "my.txt").write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
     run = tmp_path / "run"
     first = TrainOptions(

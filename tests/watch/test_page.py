@@ -1,4 +1,4 @@
-"""The page of `llmpy watch` in a real browser: a run that trains, dies and resumes; a folder that wants to break it."""
+"""The page of `llmpy watch` in a real browser: a run that trains, dies and resumes; a hostile folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="the pipes to the browser are POSIX"),
 ]
 
-# A step takes a fiftieth of a second, so that the test sees the curve grow and not only its end.
+# A step takes at least 20 ms, so that the test sees the curve grow.
 TRAINING = """
 import sys, time
 from support.laptop import Laptop
@@ -43,7 +43,7 @@ sys.exit(assemble.train(given[0], Slow()))
 READY = "!!document.querySelector('#figure .trace')"
 STEP = "Number((document.querySelectorAll('#runs tr')[%d]?.cells[1].textContent || '-1').replace(/,/g, ''))"
 ROW = "document.querySelector('#runs tr').innerText"
-# The page's own answer has arrays packed; the chart has them as drawn.
+# Arrays are packed in the server's answer, and plain in the chart.
 DRAWN = "document.getElementById('figure')._fullData.filter((trace) => trace.yaxis === 'y')[0]"
 
 
@@ -64,7 +64,7 @@ def stack() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def serve(stack: ExitStack) -> Serve:
-    """Starts `llmpy watch`, ended with the test at the latest."""
+    """A function that starts `llmpy watch` for the duration of the test."""
 
     def start(*words: str, port: int = 40_000 + os.getpid() % 20_000) -> tuple[subprocess.Popen[str], str]:
         process, address = started(*words, "--port", str(port))
@@ -120,14 +120,14 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     assert browser.run("document.title").endswith("left – llm.py")
     browser.until("document.querySelector('#samples pre')?.textContent")
 
-    # A second run that starts appears beside the first, and its box hides it.
+    # A second run appears next to the first, and the first box hides a run.
     other = training(text, two)
     browser.until("new Set(figure.data.map((trace) => trace.line.color)).size === 2")
     browser.run("document.querySelectorAll('#runs input')[0].click()")
     browser.until("new Set(figure.data.map((trace) => trace.line.color)).size === 1")
     browser.run("document.querySelectorAll('#runs input')[0].click()")
 
-    # The first is killed, and resumes from its checkpoint: the page follows it back and on.
+    # The first is killed and resumes from its checkpoint: the page follows it back and forward.
     for process in (first, other):
         process.kill()
         process.wait()
@@ -143,7 +143,7 @@ def test_a_run_from_start_to_resume(tmp_path: Path, browser: Browser, stack: Exi
     steps, losses = (browser.until(f"[...{DRAWN}.{axis}]") for axis in "xy")
     assert dict(zip(steps, losses, strict=True)) == pytest.approx(metrics(one), rel=1e-5)
 
-    # The server ends, and another one takes its place.
+    # The server stops, and another one replaces it.
     server.send_signal(signal.SIGINT)
     assert server.wait(20) == 0
     browser.until("document.getElementById('status').textContent.includes('does not answer')")
@@ -182,7 +182,7 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
         )
         browser.hover(left + width / 2, top + height / 2)
         shown = browser.until("document.querySelector('#figure .hoverlayer')?.textContent")
-        assert run.name in shown  # as it is written, markup and all
+        assert run.name in shown  # unchanged, including markup
         assert browser.run(alien) == 0 and browser.run("({}).polluted") is None
         share = browser.run("[...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)")
         assert len(share) == 4 and not any("hare" in title or "loud" in title for title in share)
@@ -192,7 +192,7 @@ def test_a_hostile_run_is_only_text(tmp_path: Path, browser: Browser, serve: Ser
             assert EVIL[:60] in browser.run(ROW)  # the model of config.json
             assert browser.run(STEP % 0) == 100
             script = "Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'})"
-            browser.run(f"document.body.append({script})")  # one that came in nevertheless would not run
+            browser.run(f"document.body.append({script})")  # even an injected script would not run
             assert browser.run("window.ran") is None
             assert any("Content Security Policy" in error for error in browser.errors)
             browser.errors.clear()

@@ -1,4 +1,4 @@
-"""`llmpy plot`: pictures, pages and text from run folders."""
+"""`llmpy plot`: images, pages and text from run folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ needs_matplotlib = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # o
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of 200 steps with two validations, in a folder that means something to every format."""
+    """A run of 200 steps with two validations, in a folder name with markup for every format."""
     folder = tmp_path / "a $run$ <b>&amp;"
     folder.mkdir()
     rows = [{"step": 0, "val_loss": 6.0}]
@@ -42,7 +42,7 @@ def batches(tmp_path: Path) -> list[str]:
 
 
 def paths(picture: Path, points: int) -> list[np.ndarray]:
-    """The curves of so many points in an SVG: x and y (points, 2)."""
+    """Return the curves of so many points in an SVG: x and y (points, 2)."""
     found = [re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", d) for d in re.findall(r' d="([^"]*)"', picture.read_text())]
     return [np.array(path, float) for path in found if len(path) == points]
 
@@ -69,7 +69,7 @@ def test_every_format_twice_the_same(run: Path, tmp_path: Path, suffix: str, mag
 
 @needs_matplotlib
 @pytest.mark.parametrize(("x", "ratio"), [("steps", 1.0), ("tokens", 4.0), ("time", 2.0)])
-def test_the_axis_that_was_asked_for(batches: list[str], tmp_path: Path, x: str, ratio: float) -> None:
+def test_the_chosen_axis(batches: list[str], tmp_path: Path, x: str, ratio: float) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "loss.svg"
     assert cli.main(["plot", *batches, "-o", str(path), "--smooth", "0", "--x", x]) == 0
@@ -81,7 +81,7 @@ def test_the_axis_that_was_asked_for(batches: list[str], tmp_path: Path, x: str,
     assert all(np.corrcoef(curve[:, 1], loss)[0, 1] == pytest.approx(-1, abs=1e-6) for curve in curves)  # down is up
 
 
-def test_a_page_needs_nothing_from_elsewhere(run: Path, tmp_path: Path) -> None:
+def test_a_page_loads_nothing(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     path = tmp_path / "run.html"
     assert cli.main(["plot", str(run), "-o", str(path)]) == 0
@@ -89,7 +89,7 @@ def test_a_page_needs_nothing_from_elsewhere(run: Path, tmp_path: Path) -> None:
     assert "default-src 'none'" in page
     assert not re.search(r"<(script|link)[^>]*(src|href)=", page)
     assert "<b>" not in page[page.rindex("Plotly.newPlot") :]  # the name of the run stays text
-    for curve in ("loss", "learning rate", "share of peak (%)"):  # all there is, unless --curves says otherwise
+    for curve in ("loss", "learning rate", "share of peak (%)"):  # all curves, without --curves
         assert f'"text":"{curve}"' in page
 
 
@@ -143,20 +143,20 @@ def test_odd_curves(tmp_path: Path, losses: list[float], log: list[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "parts"),
     [
-        (["plot", "nothing"], "no run in nothing"),
-        (["plot", "RUN", "-o", "loss.txt"], "use a name that ends in .png, .svg, .pdf, .html"),
-        (["plot", "RUN", "-o", "no/such/folder.html"], "cannot write"),
-        (["plot", "RUN", "--curves", "hellaswag"], "no hellaswag in RUN yet — wait for a step that has it, or choose"),
-        (["plot", "RUN", "--x", "time"], "no loss in RUN yet"),
-        (["plot", "EMPTY", "-o", "loss.html"], "no loss in EMPTY yet"),
-        (["plot"], "no run in runs — name a run's folder, or start one: llmpy train"),
-        (["watch", "nothing"], "no run in nothing"), (["watch", "RUN", "--port", "70000"], "--port 70000"),
+        (["plot", "nothing"], ["nothing", "[run.missing]"]),
+        (["plot", "RUN", "-o", "loss.txt"], ["loss.txt", ".png, .svg, .pdf, .html"]),
+        (["plot", "RUN", "-o", "no/such/folder.html"], ["no/such/folder.html", "[file.unwritable]"]),
+        (["plot", "RUN", "--curves", "hellaswag"], ["no hellaswag in RUN", "--curves", "[watch.no-curves]"]),
+        (["plot", "RUN", "--x", "time"], ["no loss in RUN", "[watch.no-curves]"]),
+        (["plot", "EMPTY", "-o", "loss.html"], ["no loss in EMPTY", "[watch.no-curves]"]),
+        (["plot"], ["no run in runs", "llmpy train", "[run.missing]"]),
+        (["watch", "nothing"], ["nothing", "[run.missing]"]), (["watch", "RUN", "--port", "70000"], ["--port 70000"]),
     ],
 )  # fmt: skip
-def test_faults_of_one_line(
-    words: list[str], said: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_errors_of_one_line(
+    words: list[str], parts: list[str], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run.parent)
     run.rename("RUN")
@@ -164,7 +164,7 @@ def test_faults_of_one_line(
     Path("EMPTY", "config.json").write_text("{}")
     assert cli.main(words) == 1
     err = capsys.readouterr().err
-    assert said in err
+    assert all(part in err for part in parts), err
     assert err.count("\n") == 1
     assert files(run.parent) == []
 
@@ -183,7 +183,7 @@ def test_without_a_package(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main([words[0], str(run), *words[1:]]) == 1
     err = capsys.readouterr().err
-    assert f"needs {package}" in err and "pip install 'llmpy[plot]'" in err and err.count("\n") == 1
+    assert package in err and "pip install 'llmpy[plot]' [package.missing]" in err and err.count("\n") == 1
     assert files(run.parent) == []
 
 

@@ -1,4 +1,4 @@
-"""Which runs are watched, whether they train, and what is read of their folders."""
+"""Finding runs, whether they are training, and reading their folders."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.refused import refused
 
-from llmpy.errors import LlmpyError
 from llmpy.watch.runs import Run, Runs
 
 
@@ -28,7 +28,7 @@ def run_folder(path: Path, age: float = 0.0) -> Path:
 
 def test_which_runs_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LlmpyError, match="no run in runs"):
+    with refused("run.missing", "no run in runs"):
         Runs([])
     new, old, oldest = (run_folder(Path("runs", name), age) for name, age in (("a", 100), ("b", 200), ("c", 300)))
     Path("runs", "no run").mkdir()
@@ -43,7 +43,7 @@ def test_which_runs_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {name: run.index for name, run in runs.all().items()} == indices | {str(started): 3}  # colours stay
     both = Runs([oldest, new])
     assert both.chosen(both.all()) == [str(oldest), str(new)]
-    with pytest.raises(LlmpyError, match="no run in nothing"):
+    with refused("run.missing", "nothing"):
         Runs([Path("nothing")])
 
 
@@ -52,12 +52,12 @@ def test_files_are_read_again_when_they_change(tmp_path: Path) -> None:
     path, curves, state = run.folder / "metrics.jsonl", run.curves(), run.state()
     assert run.curves() is curves and run.state() == state
     whole = line(6)
-    for text, last in ((whole[:9], 5), (whole[9:], 6)):  # a line that is half written counts when it is whole
+    for text, last in ((whole[:9], 5), (whole[9:], 6)):  # an incomplete line counts once it is complete
         with path.open("a") as file:
             file.write(text)
         assert (run.curves().points("loss")[0, -1], run.numbers()["step"]) == (last, last)
     assert run.state() != state
-    path.write_text(line(1) + line(2))  # as --resume cuts it back
+    path.write_text(line(1) + line(2))  # truncated, as by --resume
     assert run.curves().points("loss")[0].tolist() == [1, 2]
     path.unlink()
     assert run.curves().points("loss").size == 0 and run.numbers() == {}
@@ -79,7 +79,7 @@ def test_a_run_trains_while_its_process_lives(tmp_path: Path) -> None:
         assert not run.trains(), holder
     (folder / "run.lock").write_text(f"\n{os.getpid()}\n")
     assert run.trains()
-    (folder / "run.lock").write_text(ended.stdout)  # of another machine, perhaps
+    (folder / "run.lock").write_text(ended.stdout)  # possibly of another machine
     os.utime(folder / "metrics.jsonl")
     assert run.trains()
 
@@ -99,14 +99,14 @@ def test_samples_newest_first(tmp_path: Path) -> None:
         ("[" * 10_000, ""), ("[]", ""), ('{"options": [], "machine": 3}', ""), ("{}", ""), ("\0", ""),
     ],
 )  # fmt: skip
-def test_what_is_trained(tmp_path: Path, config: str, described: str) -> None:
+def test_the_description_of_a_run(tmp_path: Path, config: str, described: str) -> None:
     run = Run(run_folder(tmp_path / "run"), 0)
     (run.folder / "config.json").write_text(config)
     assert run.described() == described
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe")
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "metrics.jsonl")
     (tmp_path / "samples.txt").symlink_to("/dev/zero")

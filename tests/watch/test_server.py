@@ -1,4 +1,4 @@
-"""`llmpy watch` below the page: who may ask what, and what is answered."""
+"""The server of `llmpy watch`: access and answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.browser import started
+from support.refused import refused
 
-from llmpy.errors import LlmpyError
 from llmpy.watch.figure import POINTS
 from llmpy.watch.runs import Runs
 from llmpy.watch.server import PORTS, Server, board
@@ -84,24 +84,24 @@ def test_no_path_leads_to_a_file(server: Server, path: str) -> None:
     assert b"secret" not in answer.body
 
 
-def test_only_names_that_were_found_are_read(server: Server, tmp_path: Path) -> None:
+def test_only_names_of_found_runs_are_read(server: Server, tmp_path: Path) -> None:
     run_folder(tmp_path / "other")
     for name in ("../other", str(tmp_path / "other"), "%2e%2e/other", "", "a/../../other"):
-        told = json.loads(ask(server, f"/board?show={name}").body)
-        assert told["shown"] == [] and json.loads(told["figure"])["data"] == []
-    told = json.loads(ask(server, "/board").body)
-    assert told["shown"] == [row["name"] for row in told["runs"]] == [str(tmp_path / "runs" / "a")]
-    assert json.loads(told["figure"])["data"]
+        answer = json.loads(ask(server, f"/board?show={name}").body)
+        assert answer["shown"] == [] and json.loads(answer["figure"])["data"] == []
+    answer = json.loads(ask(server, "/board").body)
+    assert answer["shown"] == [row["name"] for row in answer["runs"]] == [str(tmp_path / "runs" / "a")]
+    assert json.loads(answer["figure"])["data"]
 
 
 def view(runs: Runs, query: str) -> dict[str, Any]:
     return dict(json.loads(board(runs, query)["figure"]))
 
 
-def test_what_is_asked_for_is_drawn(tmp_path: Path) -> None:
+def test_the_query_selects_the_view(tmp_path: Path) -> None:
     runs = Runs([run_folder(tmp_path / "run")])
     plain = view(runs, "")
-    assert [trace["mode"] for trace in plain["data"]] == ["lines"] * 5  # the loss and tokens per second have averages
+    assert [trace["mode"] for trace in plain["data"]] == ["lines"] * 5  # loss and tokens per second have averages
     assert view(runs, "axis=time")["layout"]["xaxis"]["title"]["text"] == "training time (minutes)"
     assert view(runs, "log=")["layout"]["yaxis"]["type"] == "log"
     assert len(view(runs, "over=0")["data"]) == 3
@@ -110,7 +110,7 @@ def test_what_is_asked_for_is_drawn(tmp_path: Path) -> None:
         assert view(runs, nonsense) == plain
 
 
-def test_what_the_page_has_is_not_sent_again(tmp_path: Path) -> None:
+def test_an_unchanged_figure_is_not_sent_again(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     runs = Runs([run])
     have = board(runs, "")["have"]
@@ -126,7 +126,7 @@ def test_what_the_page_has_is_not_sent_again(tmp_path: Path) -> None:
     assert (answer["runs"][0]["step"], answer["samples"][0]["text"]) == (999, "the")
 
 
-def test_of_many_lines_no_spike_is_lost(tmp_path: Path) -> None:
+def test_no_spike_is_lost(tmp_path: Path) -> None:
     rows = [{"step": s, "loss": 3 + 100 / (s + 15), "lr": 6e-4, "grad_norm": 0.5} for s in range(1, 200_001)]
     rows[123_455]["loss"] = 9.0
     run = tmp_path / "run"
@@ -154,24 +154,24 @@ def test_ports(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with Server(Runs([tmp_path / "runs"]), server.server_port) as other:
         assert server.server_port < other.server_port < server.server_port + PORTS
     monkeypatch.setattr("llmpy.watch.server.PORTS", 1)
-    with pytest.raises(LlmpyError, match="is free — choose another with --port"):
+    with refused("watch.no-port", server.server_port, "--port"):
         Server(Runs([tmp_path / "runs"]), server.server_port)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows sends Ctrl-C to whole consoles")
-def test_ctrl_c_ends_it_cleanly_and_nothing_was_written(tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_cleanly_without_writing(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (run, *run.iterdir())}
     process, address = started(str(run), "--port", str(40_000 + os.getpid() % 20_000))
     with urllib.request.urlopen(address + "board") as answer:
         assert json.load(answer)["runs"][0]["step"] == 300
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=20)
-    assert (process.returncode, said.strip(), errors) == (0, "", "")
+    out, errors = process.communicate(timeout=20)
+    assert (process.returncode, out.strip(), errors) == (0, "", "")
     assert before == {p: p.stat().st_mtime_ns for p in (run, *run.iterdir())}
 
 
-def test_looking_loads_no_kernels() -> None:
+def test_watching_loads_no_kernels() -> None:
     program = (
         "import sys, llmpy.watch.server, llmpy.watch.plot\n"
         "print(sorted({'numba', 'llvmlite', 'matplotlib', 'plotly', 'plotext', 'tokenizers'} & set(sys.modules)))"
