@@ -121,10 +121,9 @@ class GPT2:
         return self._net.logits(ids, position)
 
     def generate(self, prompt: str = "", tokens: int = 200, **choices: Any) -> str:
-        """Return the prompt and its continuation: up to `tokens` tokens, fewer if the text ends before.
+        """Return the prompt and up to `tokens` more tokens. Raises LlmpyError for unknown choices or no tokenizer.
 
         Choices are those of `llmpy sample`: temperature, top_k, top_p, min_p, repetition_penalty, stop (texts), seed.
-        Raises LlmpyError for unknown choices and without a tokenizer.
         """
         return prompt + "".join(self.stream(prompt, tokens, **choices))
 
@@ -164,13 +163,11 @@ class GPT2:
         if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
             self.tokenizer = Tokenizer.gpt2(aside)
         if self.tokenizer is None:
-            hint = "Set model.tokenizer = llmpy.Tokenizer.load(…)"
-            raise LlmpyError("tokenizer.missing", "the model has no tokenizer", hint)
+            raise LlmpyError("tokenizer.missing", "the model has no tokenizer", "Set its attribute `tokenizer`")
         have, V = self.tokenizer.vocab_size, self.config.vocab_size
         if have > V:
-            raise LlmpyError(
-                "tokenizer.vocab-mismatch", f"the tokenizer has {have:,} tokens, the model {V:,}", "Use its own"
-            )
+            what = f"the tokenizer has {have:,} tokens, the model {V:,}"
+            raise LlmpyError("tokenizer.vocab-mismatch", what, "Use the model's own tokenizer")
         return self.tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -221,8 +218,7 @@ class GPT2:
             raise LlmpyError("tokens.shape", problem, "Pass integers (B, T), or (T,) for one row")
         ids = ids.reshape(-1, ids.shape[-1])
         if (T := ids.shape[1]) > longest:
-            problem = f"{what}: rows of {T:,} exceed the context of {self.config.context:,}"
-            raise LlmpyError("model.context-exceeded", problem, "Shorten the rows")
+            raise LlmpyError("model.context-exceeded", f"{what}: rows of {T:,} exceed {longest:,}", "Shorten the rows")
         self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
 
@@ -245,8 +241,7 @@ class Trainer:
     `model`: a size to train from scratch ("d4"), or a `GPT2` to continue training, which then holds the result.
     `data`: files, folders, a dataset's name, or token ids, integers (n,), with the last tenth held out for validation;
     by default a text in Python's own library. Other options are those of `llmpy train --help`, by name: steps, minutes,
-    lr, batch_size, sequence_length, out, resume, init …
-    Raises LlmpyError for unknown options and invalid values.
+    lr, batch_size, sequence_length, out, resume, init … Raises LlmpyError for unknown or invalid options.
     """
 
     def __init__(
@@ -348,8 +343,7 @@ class Trainer:
 def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Return file name → token ids (n,): training and validation. Raises LlmpyError for invalid ids."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        what = f"data of shape {tokens.shape} and type {tokens.dtype}"
-        raise LlmpyError("tokens.shape", what, "Pass token ids: integers (n,)")
+        raise LlmpyError("tokens.shape", f"data of shape {tokens.shape} and type {tokens.dtype}", "Pass integers (n,)")
     held = int(HELD_OUT * tokens.size)
     if not held or tokens.min() < 0:
         raise LlmpyError("tokens.range", "data has negative or too few token ids", "Use tokenizer.encode")

@@ -9,8 +9,7 @@ from pathlib import Path
 class LlmpyError(Exception):
     """An error in the input or the machine, not in the program; the command line prints it on one line.
 
-    `code` is stable (`data.not-utf8`), for programs and tests. `message` states the problem, `hint` the fix.
-    `exit_code` is that of the process.
+    `code` (`data.not-utf8`) is stable. `message` states the problem, `hint` the fix. `exit_code` is the process's.
     """
 
     exit_code = 1

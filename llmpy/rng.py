@@ -72,13 +72,10 @@ class MT19937:
             out[-BLOCK:] = _box_muller(self.uniform(BLOCK), mean, std)
 
     def permutation(self, a: np.ndarray) -> None:
-        """Shuffle a (n,) in place with n − 1 words: for i = n−1 … 1 swap a[i] and a[word % (i + 1)].
-
-        This is llm.c's `random_permutation`; `torch.randperm` runs the other way.
-        """
+        """Shuffle a (n,) in place as llm.c does: for i = n−1 … 1 draw a word and swap a[i] with a[word % (i + 1)]."""
         if a.size < 2:
             return
-        bounds = np.arange(a.size, 1, -1)
+        bounds = np.arange(a.size, 1, -1)  # torch.randperm runs the other way
         order = a.tolist()  # a list is ten times faster than an array at single elements
         for i, j in zip(range(a.size - 1, 0, -1), (self.uint32(a.size - 1) % bounds).tolist(), strict=True):
             order[i], order[j] = order[j], order[i]

@@ -63,8 +63,7 @@ def format_of(target: Path, to: str | None) -> str:
     try:
         taken = any(target.iterdir()) if _is_folder(target, to) and target.is_dir() else target.exists()
     except OSError as error:
-        what = f"cannot write {target}: {error.strerror}"
-        raise LlmpyError("file.unwritable", what, "Choose another path") from error
+        raise LlmpyError("file.unwritable", f"cannot write {target}: {error.strerror}", "Use another path") from error
     if taken:
         raise LlmpyError("file.exists", f"{target} exists", "Choose a new name, or remove it")
     return to
@@ -104,7 +103,7 @@ def write(
     if tokenizer is not None and named:
         tokenizer.save(named)
         log(f"wrote tokenizer {named}")
-    if tokenizer is not None and to.startswith("llmc"):  # whose programs read one tokenizer per folder
+    if tokenizer is not None and to.startswith("llmc"):  # its programs read one tokenizer per folder
         table = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
         try:
             if not table.exists():

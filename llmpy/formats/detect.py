@@ -27,8 +27,7 @@ def resolve(text: str, log: Callable[[str], None]) -> Source:
     if have == V:
         return source
     if have > V:
-        what = f"{own} has {have:,} tokens, the model {V:,}"
-        raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it by the model's own tokenizer.json")
+        raise LlmpyError("tokenizer.vocab-mismatch", f"{own} has {have:,} tokens, the model {V:,}", "Use its own")
     log(f"note: the tokenizer has {have:,} of the {V:,} tokens of {source.path}; the others are ignored")
     config = replace(source.config, vocab_size=have)
     return replace(source, config=config, read=padded(source.read, config), load=None)
@@ -70,8 +69,7 @@ def open_model(path: Path) -> Source:
     if start[8:9] == b"{":  # after the length of its header
         return native.read_model(path) if _is_ours(path) else huggingface.read_model(path.parent, path.name)
     if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
-        what = f"{path} is a PyTorch pickle, which can run code when loaded"
-        raise LlmpyError("model.pickle", what, "Save it as safetensors")
+        raise LlmpyError("model.pickle", f"{path} is a PyTorch pickle, which can run code", "Save it as safetensors")
     if pointer := magic.lfs_pointer(start):
         raise LlmpyError("file.lfs-pointer", f"{path} {pointer[0]}", pointer[1])
     what = magic.WHAT.get(magic.magic_of(start), f"not a model: it starts with {start[:8].hex(' ') or 'nothing'}")

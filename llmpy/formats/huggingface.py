@@ -137,16 +137,14 @@ def _read_config(path: Path) -> tuple[ModelConfig, int]:
     """Return the shape in a config.json and the trained length. Raises LlmpyError unless it is GPT-2."""
     about = read_json(path)
     if about.get("model_type") != "gpt2":
-        what = f"{path}: model_type is {about.get('model_type')!r}, not 'gpt2'"
-        raise LlmpyError("model.not-gpt2", what, "Use a GPT-2 model")
+        raise LlmpyError("model.not-gpt2", f"{path}: model_type is {about.get('model_type')!r}", "Use a GPT-2 model")
     shape = [about.get(key) for key in SHAPE]
     if not all(type(x) is int and 0 < x < 1 << 31 for x in shape):
         raise damaged(path, f"{', '.join(SHAPE)} must be positive integers")
     layers, heads, channels, context, vocab_size = shape
     for key, values in {**FIXED, "n_inner": (4 * channels, None)}.items():
         if about.get(key, values[0]) not in values:
-            what = f"{path}: {key} is {about[key]!r}, not {values[0]!r}"
-            raise LlmpyError("model.not-gpt2", what, "Use a GPT-2 model")
+            raise LlmpyError("model.not-gpt2", f"{path}: {key} is {about[key]!r}, not {values[0]!r}", "Use a GPT-2")
     trained = about.get(TRAINED)
     try:
         config = ModelConfig(layers, heads, channels, context, vocab_size)
@@ -160,8 +158,7 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
     files, index = [weights], folder / INDEX_FILE
     if not (folder / weights).is_file():
         if not index.is_file():
-            hint = "Save the model as safetensors with save_pretrained"
-            raise LlmpyError("model.missing", f"{folder} has no {weights}", hint)
+            raise LlmpyError("model.missing", f"{folder} has no {weights}", "Save it with save_pretrained")
         weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not files or not all(isinstance(f, str) and f.isprintable() and Path(f).name == f for f in files):

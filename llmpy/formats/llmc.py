@@ -136,9 +136,8 @@ def read_at(path: Path, place: Place) -> np.ndarray:
 
 def wrong_size(path: Path, size: int, expected: int, why: str) -> LlmpyError:
     """Return the error for a file that is shorter or longer than its header implies."""
-    what = "cut off" if size < expected else "too long"
-    detail = f"{why} require {expected:,} bytes, it has {size:,}"
-    return LlmpyError("file.wrong-size", f"{path} is {what}: {detail}", "Download or write it again")
+    what = f"{path} is {'cut off' if size < expected else 'too long'}: {why} require {expected:,} bytes, not {size:,}"
+    return LlmpyError("file.wrong-size", what, "Download or write it again")
 
 
 def layout(config: ModelConfig, dtype: str, start: int, path: Path, size: int, why: str) -> dict[str, Place]:

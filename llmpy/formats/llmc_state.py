@@ -65,11 +65,10 @@ class TrainingState:
 
 
 def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
-    """Return the latest checkpoint of an llmpy run in llm.c's form, and the run's recorded options.
+    """Return a run's latest checkpoint in llm.c's form, and its options. Raises LlmpyError if none is complete.
 
     Several ranks become one process with their combined batch size, also in the options: it reads the same tokens per
     step, shuffled as on the first rank. llm.c's files have no outlier detectors, clocks or options.
-    Raises LlmpyError without a complete checkpoint.
     """
     found = checkpoint.listed(run / CHECKPOINTS)
     if not found:
@@ -120,14 +119,10 @@ def latest(folder: Path) -> int | None:
 
 
 def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
-    """Open the latest checkpoint with the state of all ranks. Raises LlmpyError if none is complete.
-
-    The source reads the master weights if there are any.
-    """
+    """Open the latest checkpoint: its master weights if any, and all ranks' states. Raises LlmpyError if none."""
     step = latest(folder)
     if step is None:
-        hint = "It must have a file like DONE_00001000"
-        raise LlmpyError("checkpoint.missing", f"no complete llm.c checkpoint in {folder}", hint)
+        raise LlmpyError("checkpoint.missing", f"no complete llm.c checkpoint in {folder}", "It needs a DONE_ file")
     model = read_model(folder / MODEL_NAME.format(step))
     state = read_state(folder / STATE_NAME.format(step, 0), model.config)
     if state.master is None:
@@ -199,7 +194,7 @@ class _RankFile:
         self.path, self.config, self.rank = path, config, rank
         self.ranks, self.arrays, self.shuffle, self.step = ranks, 2 + master, bool(shuffle), step
         n = elements(config)
-        # only the file size tells whether ZeRO-1 split the arrays
+        # only the file size shows whether ZeRO-1 split the arrays
         for self.parts in sorted({1, ranks}):
             start = HEADER.itemsize + 4 * (n // self.parts) * self.arrays
             divides = all(math.prod(s) // layers % self.parts == 0 for _, _, s, layers in _tensors(config))

@@ -31,8 +31,7 @@ DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16), 
 class Source:
     """An opened and checked model file.
 
-    `read(name)` returns a tensor in the shape of the parameter table, padding rows 0, in the stored dtype.
-    It raises LlmpyError if the file has changed since.
+    `read(name)` returns a tensor in the table's shape and the stored dtype, or raises LlmpyError if the file changed.
     """
 
     path: Path
@@ -113,7 +112,7 @@ def tokenizer_path(path: Path) -> Path:
 def find_tokenizer(path: Path, V: int) -> Path | None:
     """Return the tokenizer of a model file: its own, else the folder's tokenizer.json or llm.c's tokenizer.
 
-    The folder's may be another model's. It must have V tokens; tokenizer.json may have a few less (padded vocabulary).
+    The folder's may be another model's. It must have V tokens; tokenizer.json may have fewer (padded vocabulary).
     """
     own, folders, table = tokenizer_path(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
     if own.is_file():
