@@ -27,7 +27,8 @@ def resolve(text: str, log: Callable[[str], None]) -> Source:
     if have == V:
         return source
     if have > V:
-        raise LlmpyError("tokenizer.vocab-mismatch", f"{own} has {have:,} tokens, the model {V:,}", "Use its own")
+        what = f"{own} has {have:,} tokens, the model {V:,}"
+        raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
     log(f"note: the tokenizer has {have:,} of the {V:,} tokens of {source.path}; the others are ignored")
     config = replace(source.config, vocab_size=have)
     return replace(source, config=config, read=padded(source.read, config), load=None)

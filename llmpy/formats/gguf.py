@@ -92,7 +92,8 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         raise LlmpyError("tokenizer.unsupported", what, hint)
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
-        raise LlmpyError("tokenizer.vocab-mismatch", f"{source.tokenizer} has ids beyond {V - 1:,}", "Use the model's")
+        what = f"{source.tokenizer} has ids beyond the model's {V:,} tokens"
+        raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
     words = {i: word for word, i in ids.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if tokenizer.splits_as_gpt2 else "llama-bpe")

@@ -140,7 +140,7 @@ def test_errors_of_a_run_folder(run: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_run_without_its_tokenizer(run: Path) -> None:
     (run / "tokenizer.json").unlink()
-    with refused("tokenizer.missing", run / "tokenizer.json"):
+    with refused("tokenizer.missing", run, "tokenizer.json"):
         open_run(run)
 
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_has_the_tokenizer_of_its_run(run: Path, monkeypatch: pytes
 
 def test_a_tokenizer_of_another_run(run: Path) -> None:
     Tokenizer.train(["some words, some more words"] * 9, 270).save(run / "tokenizer.json")
-    with refused("tokenizer.vocab-mismatch", run / "tokenizer.json", 270):
+    with refused("tokenizer.vocab-mismatch", run / "tokenizer.json", 269):
         open_run(run)
 
 
