@@ -1,11 +1,11 @@
-"""GPT-2 training in Python alone: every pass written by hand, compiled by Numba.
+"""GPT-2 training in pure Python: hand-written forward and backward passes, compiled by Numba.
 
-    model = llmpy.GPT2.load("gpt2")               or a run folder, a file of llm.c's, a folder of Hugging Face
+    model = llmpy.GPT2.load("gpt2")               # or a run folder, an llm.c file, a Hugging Face folder
     model.generate("Once upon a time", 100)
     loss, grads = model.loss_and_grads(tokens)
     run = llmpy.Trainer("d4", data="my.txt", minutes=5).run()
 
-NumPy and Numba are imported when one of these names is first used.
+NumPy and Numba are imported on first use of these names.
 """
 
 from __future__ import annotations

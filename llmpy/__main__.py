@@ -1,4 +1,4 @@
-"""The way in: `llmpy`, or `python -m llmpy`."""
+"""The entry point of `llmpy` and `python -m llmpy`."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ from .system.interrupts import on_signal
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    with on_signal(end):  # libraries that are being imported may catch an exception
+    with on_signal(end):  # libraries being imported may swallow an exception
         from .cli.main import main as run
     return run()
 
 
 def end(number: int, _frame: Any) -> None:
-    """End the program, which has done nothing yet."""
+    """Exit at once: nothing has been done yet."""
     os.write(2, f"llmpy: error: {Stopped(number)}\n".encode())
     os._exit(128 + number)
 

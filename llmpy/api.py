@@ -1,6 +1,6 @@
-"""llm.py from Python: a model to load, prompt, differentiate and export, and a trainer.
+"""The Python API: a model to load, sample from, differentiate and export, and a trainer.
 
-What comes in is checked here, because compiled kernels check no bounds: shapes, types, token ids.
+Shapes, types and token ids are checked here, because compiled kernels check no bounds.
 """
 
 from __future__ import annotations
@@ -39,22 +39,21 @@ from .run.folder import METRICS, MODEL_FILE, PARTS, START_FILE, TOKENIZER_FILE, 
 from .system.resources import crowded
 from .train.assemble import train
 
-IGNORED = -1  # a target that does not count
-CHOICES = {"stop", "seed", *(f.name for f in fields(Choice))}  # of what `llmpy sample` can be told
+IGNORED = -1  # a target left out of the loss
+CHOICES = {"stop", "seed", *(f.name for f in fields(Choice))}  # of the options of `llmpy sample`
 
 
 class GPT2:
-    """A GPT-2 and its tokenizer. Made by `load` or `new`.
+    """A GPT-2 and its tokenizer, created by `load` or `new`.
 
-    `config` is its shape; `parameters` maps the name of each tensor to its float32 array, which may be written to:
-    `store_weights` then renews what products read. `tokenizer` is None for a model that came without one; where text
-    needs one, GPT-2's is taken if the vocabulary is as large.
+    `config` is its shape. `parameters` maps each tensor's name to its float32 array; call `store_weights` after
+    writing to one. `tokenizer` may be None; text then uses GPT-2's if the vocabulary size matches.
     """
 
     def __init__(self, net: gpt2.GPT2, tokenizer: Tokenizer | None, trained_length: int) -> None:
         self.config = net.config
         self.tokenizer = tokenizer
-        self.trained_length = trained_length  # positions beyond are untrained, and texts slide
+        self.trained_length = trained_length  # positions beyond are untrained: the window slides
         self.parameters: dict[str, np.ndarray] = {t.name: net.ops.to_host(view) for t, view in net.params.items()}
         self._net = net
         self._untrained = False
@@ -65,10 +64,10 @@ class GPT2:
         cls, model: str | Path = "gpt2", *, threads: int | None = None, dtype: str = "auto",
         machine: Machine | None = None,
     ) -> Self:  # fmt: skip
-        """A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or at a path.
+        """Load a hub model (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or the model at a path.
 
-        A path is a run folder, a `model.safetensors`, a `.bin` of llm.c or a folder of Hugging Face. `dtype` is of the
-        products: auto, float32 or bfloat16. Raises LlmpyError for what is missing, damaged or no model.
+        A path is a run folder, a `model.safetensors`, an llm.c `.bin` or a Hugging Face folder. `dtype` of matrix
+        products: auto, float32 or bfloat16. Raises LlmpyError if the model is missing, corrupt or unsupported.
         """
         source = formats.resolve(str(model), aside)
         tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
@@ -82,7 +81,7 @@ class GPT2:
         cls, size: str | ModelConfig = "d4", *, tokenizer: Tokenizer | None = None, seed: int = 42,
         threads: int | None = None, dtype: str = "auto", machine: Machine | None = None,
     ) -> Self:  # fmt: skip
-        """An untrained model: of a size as in `llmpy train --model`, with the tokenizer's vocabulary, or of a shape."""
+        """Return an untrained model: a config, or a size of `llmpy train --model` with the tokenizer's vocabulary."""
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         config = size if isinstance(size, ModelConfig) else ModelConfig.from_dial(size, vocab_size=vocab_size)
         net = gpt2.GPT2(config, machine or _machine(threads, dtype))
@@ -93,48 +92,45 @@ class GPT2:
         return model
 
     def store_weights(self) -> None:
-        """Renew what products read from `parameters`; call it after writing to them."""
+        """Apply changes of `parameters`; call it after writing to them."""
         self._net.store_weights()
 
     def loss(self, tokens: ArrayLike, targets: ArrayLike | None = None) -> float:
-        """Mean cross-entropy in nats; arguments as of `loss_and_grads`."""
+        """Return the mean cross-entropy in nats; arguments as in `loss_and_grads`."""
         return self._net.loss(*self._batch(tokens, targets))
 
     def loss_and_grads(
         self, tokens: ArrayLike, targets: ArrayLike | None = None
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Mean cross-entropy in nats, and its gradient by every parameter, float32 in the parameter's shape.
+        """Return the mean cross-entropy in nats and the gradient of every parameter, float32 in its shape.
 
-        `tokens`: integers (B, T), or (T,) for a single row, each in 0 … V − 1. `targets`: of the same shape, what comes
-        after each token, −1 where that does not count; without them a token's target is the next one in its row.
-        The gradients are arrays of the model: the next call overwrites them. Raises LlmpyError for anything else.
+        `tokens`: integers (B, T), or (T,) for one row, each in 0 … V − 1. `targets`: the next token of each, in the
+        same shape, −1 to ignore; the default is the next token in the row.
+        The next call overwrites the gradients. Raises LlmpyError for invalid arguments.
         """
         loss = self._net.loss_and_grads(*self._batch(tokens, targets))
         assert self._net.grads is not None
         return loss, {t.name: self._net.ops.to_host(view) for t, view in self._net.grads.items()}
 
     def logits(self, tokens: ArrayLike, position: int = -1) -> np.ndarray:
-        """Logits (B, V) float32 of what follows one position of tokens (B, T)."""
+        """Return the next token's logits (B, V) float32 at one position of tokens (B, T)."""
         ids = self._ids(tokens, "tokens", 0, self.config.context)
-        if not -ids.shape[1] <= position < ids.shape[1]:
-            raise LlmpyError(
-                "api.x", f"position {position} of {ids.shape[1]} tokens", "Use one of theirs; -1 is the last"
-            )
+        if not -(T := ids.shape[1]) <= position < T:
+            raise LlmpyError("tokens.position", f"position {position} of {T} tokens", f"Use {-T} to {T - 1}")
         self._make_room(ids.shape)
         return self._net.logits(ids, position)
 
     def generate(self, prompt: str = "", tokens: int = 200, **choices: Any) -> str:
-        """The prompt and what comes after it: up to `tokens` tokens, less if the text ends before.
+        """Return the prompt and up to `tokens` more tokens. Raises LlmpyError for unknown choices or no tokenizer.
 
         Choices are those of `llmpy sample`: temperature, top_k, top_p, min_p, repetition_penalty, stop (texts), seed.
-        Raises LlmpyError for other ones, and without a tokenizer.
         """
         return prompt + "".join(self.stream(prompt, tokens, **choices))
 
     def stream(self, prompt: str = "", tokens: int = 200, **choices: Any) -> Iterator[str]:
-        """What comes after the prompt, piece by piece; arguments as of `generate`."""
+        """Return the continuation of the prompt piece by piece; arguments as in `generate`."""
         if unknown := choices.keys() - CHOICES:
-            raise LlmpyError("api.x", f"unknown choices {sorted(unknown)}", f"Use {', '.join(sorted(CHOICES))}")
+            raise LlmpyError("option.unknown", f"unknown {sorted(unknown)}", f"Use {', '.join(sorted(CHOICES))}")
         values = {name: converted(SampleOptions, name, value) for name, value in choices.items()}
         options = SampleOptions(tokens=converted(SampleOptions, "tokens", tokens), **values)
         prompt_ids = encode_prompt(self.require_tokenizer(), prompt)
@@ -143,7 +139,7 @@ class GPT2:
     def continued(
         self, ids: Sequence[int], count: int, choice: Choice, stop: Sequence[str] = (), seed: int = 1337
     ) -> Iterator[str]:
-        """The text of up to `count` tokens after `ids`, or to one of `stop`. Raises LlmpyError for an unknown id."""
+        """Yield text of up to `count` tokens after `ids`, ending before `stop`. Raises LlmpyError for an unknown id."""
         self._check_range(ids, "ids", 0)
         tokenizer, reach = self.require_tokenizer(), self.trained_length
         check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
@@ -159,24 +155,23 @@ class GPT2:
         yield text.finish()
 
     def warm_up(self) -> None:
-        """Compile or load the kernels of generation, which the first text does else."""
+        """Compile or load the kernels of generation; otherwise the first text does."""
         cast(Machine, self._net.ops).warm_up(aside, decoding=True)
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer, or GPT-2's. Raises LlmpyError if there is none, or if it has tokens that the model has not."""
+        """Return the tokenizer, or GPT-2's. Raises LlmpyError if it is missing or has more tokens than the model."""
         if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
             self.tokenizer = Tokenizer.gpt2(aside)
         if self.tokenizer is None:
-            raise LlmpyError("api.x", "the model has no tokenizer", "Set model.tokenizer = llmpy.Tokenizer.load(…)")
+            raise LlmpyError("tokenizer.missing", "the model has no tokenizer", "Set its attribute `tokenizer`")
         have, V = self.tokenizer.vocab_size, self.config.vocab_size
         if have > V:
-            raise LlmpyError(
-                "api.x", f"the tokenizer has {have:,} tokens but the model {V:,}", "Use the model's own tokenizer"
-            )
+            what = f"the tokenizer has {have:,} tokens, the model {V:,}"
+            raise LlmpyError("tokenizer.vocab-mismatch", what, "Use the model's own tokenizer")
         return self.tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Write a folder with model.safetensors and its tokenizer, which `load` and `llmpy sample` read."""
+        """Write a folder with model.safetensors and tokenizer for `load` and `llmpy sample`."""
         self.export(path, "native")
 
     def export_hf(self, path: str | Path, dtype: str = "float32") -> None:
@@ -184,7 +179,7 @@ class GPT2:
         self.export(path, "hf", dtype)
 
     def export(self, path: str | Path, to: str | None = None, dtype: str | None = None) -> None:
-        """Write `to` llmc, hf, native or gguf, else by `path`'s name. Raises LlmpyError, also if `path` exists."""
+        """Write llmc, hf, native or gguf, by default `path`'s format. Raises LlmpyError, also if `path` exists."""
         path = Path(path)
         to = convert.format_of(path, to)
         with tempfile.TemporaryDirectory(prefix="llmpy-") as folder:
@@ -199,33 +194,31 @@ class GPT2:
             convert.write(source, path, to, dtype, aside)
 
     def _batch(self, tokens: ArrayLike, targets: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and targets (B, T) int32, checked; arenas are made for them."""
+        """Check and return tokens and targets (B, T) int32; free the arenas of other shapes."""
         ids = self._ids(tokens, "tokens", 0, self.config.context + (targets is None))
         if targets is None:
             if ids.shape[1] < 2:
-                raise LlmpyError("api.x", "a row of one token has no target", "Give rows of two or more, or targets")
-            ids, wanted = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+                raise LlmpyError("tokens.no-target", "a row of one token has no target", "Use two, or pass targets")
+            ids, labels = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
         else:
-            wanted = self._ids(targets, "targets", IGNORED, self.config.context)
-            if wanted.shape != ids.shape:
-                raise LlmpyError("api.x", f"targets {wanted.shape} for tokens {ids.shape}", "Give one for each token")
+            labels = self._ids(targets, "targets", IGNORED, self.config.context)
+            if labels.shape != ids.shape:
+                raise LlmpyError("tokens.shape", f"targets {labels.shape} for tokens {ids.shape}", "Use equal shapes")
         self._make_room(ids.shape)
-        return ids, wanted
+        return ids, labels
 
     def _ids(self, values: ArrayLike, what: str, least: int, longest: int) -> np.ndarray:
         """Return token ids as int32 (B, T). Raises LlmpyError unless T ≤ `longest` and all are in `least` … V − 1."""
         try:
             ids = np.asarray(values)
         except ValueError:
-            raise LlmpyError("api.x", f"{what} are rows of different lengths", "Give an array (B, T)") from None
+            raise LlmpyError("tokens.shape", f"{what}: rows differ in length", "Pass an array (B, T)") from None
         if ids.ndim not in (1, 2) or ids.size == 0 or ids.dtype.kind not in "iu":
-            hint = "give token ids, integers (B, T), or (T,) for a single row"
-            raise LlmpyError("api.x", f"{what} of shape {ids.shape} and type {ids.dtype}", hint)
+            problem = f"{what} of shape {ids.shape} and type {ids.dtype}"
+            raise LlmpyError("tokens.shape", problem, "Pass integers (B, T), or (T,) for one row")
         ids = ids.reshape(-1, ids.shape[-1])
         if (T := ids.shape[1]) > longest:
-            raise LlmpyError(
-                "api.x", f"{what}: rows of {T:,}, and the model's context is {self.config.context:,}", "Cut them"
-            )
+            raise LlmpyError("model.context-exceeded", f"{what}: rows of {T:,} exceed {longest:,}", "Shorten the rows")
         self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
 
@@ -233,12 +226,10 @@ class GPT2:
         """Raise LlmpyError unless all are in `least` … V − 1."""
         V = self.config.vocab_size
         if wrong := [i for i in ids if not least <= i < V]:
-            raise LlmpyError(
-                "api.x", f"{what}: {wrong[0]} is no token of this model", f"Ids go from {least} to {V - 1}"
-            )
+            raise LlmpyError("tokens.range", f"{what}: {wrong[0]} is not a token id", f"Use {least} to {V - 1}")
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
-        """Only one shape's activations are kept."""
+        """Free the activations of any other shape."""
         if shape != self._shape:
             self._net.release()
             self._shape = cast(tuple[int, int], shape)
@@ -247,42 +238,41 @@ class GPT2:
 class Trainer:
     """A run of `llmpy train`, started and read from Python.
 
-    `model`: a size to train from scratch ("d4"), or a `GPT2`, which is trained on and then holds the result.
-    `data`: files, folders, the name of a data set, or token ids, integers (n,), of which the last tenth is held out for
-    validation; without, the text that Python carries. All other options are those of `llmpy train --help`, by name:
-    steps, minutes, lr, batch_size, sequence_length, out, resume, init …
-    Raises LlmpyError for unknown options and invalid values.
+    `model`: a size to train from scratch ("d4"), or a `GPT2` to continue training, which then holds the result.
+    `data`: files, folders, a dataset's name, or token ids, integers (n,), with the last tenth held out for validation;
+    by default a text in Python's own library. Other options are those of `llmpy train --help`, by name: steps, minutes,
+    lr, batch_size, sequence_length, out, resume, init … Raises LlmpyError for unknown or invalid options.
     """
 
     def __init__(
         self, model: str | GPT2 = "", data: str | Path | Sequence[str | Path] | np.ndarray | None = None, *,
         machine: Machine | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        told = dict(options)
+        given = dict(options)
         self._trained = model if isinstance(model, GPT2) else None
         if isinstance(model, GPT2):
-            if "init" in told:
-                raise LlmpyError("api.x", "a model and init", "Give one of them: both say what to start from")
+            if "init" in given:
+                raise LlmpyError("option.conflict", "both a model and init are given", "Use one of them")
             tokenizer, V = model.tokenizer, model.config.vocab_size
             if tokenizer is not None and tokenizer.vocab_size != V:
-                what = f"the tokenizer has {tokenizer.vocab_size:,} tokens but the model {V:,}"
-                raise LlmpyError("api.x", what, "Train a model of as many as its tokenizer has")
+                what = f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {V:,}"
+                raise LlmpyError("tokenizer.vocab-mismatch", what, "Train a model with its tokenizer's vocabulary size")
         elif model:
-            told["model"] = model
+            given["model"] = model
         if isinstance(data, list | tuple) and data and isinstance(data[0], int | np.integer):
             data = np.asarray(data)
-        self._parts = _parts(data) if isinstance(data, np.ndarray) else {}  # files of the run, and tokens in memory
+        self._parts = _parts(data) if isinstance(data, np.ndarray) else {}  # file name in the run → tokens in memory
         if data is not None and not isinstance(data, np.ndarray):
-            told["data"] = [data] if isinstance(data, str | Path) else list(data)
-        values = {name: converted(TrainOptions, name, value) for name, value in told.items()}
+            given["data"] = [data] if isinstance(data, str | Path) else list(data)
+        values = {name: converted(TrainOptions, name, value) for name, value in given.items()}
         self.options = TrainOptions.gather(values)
         if self.options.ranks > 1:
-            raise LlmpyError("api.x", "a Trainer is one process", "Start ranks with llmpy train --ranks N")
+            raise LlmpyError("option.unsupported", "Trainer runs in one process", "Use llmpy train --ranks N")
         self.folder: Path | None = None
         self._machine = machine
 
     def run(self, verbose: bool = True) -> Self:
-        """Train to the end; Ctrl-C stops and saves. `verbose` prints as the command. Raises LlmpyError, or Diverged."""
+        """Train to the end; Ctrl-C saves and stops. `verbose` prints progress. Raises LlmpyError or Diverged."""
         model, options = self._trained, self.options
         folder = RunFolder.claim(options if model is None else replace(options, model=f"d{model.config.layers}"))
         try:
@@ -303,67 +293,65 @@ class Trainer:
         return self
 
     def _put_in(self, folder: RunFolder) -> TrainOptions:
-        """Write model and tokens into a new run's folder, so that it can be resumed; return options that name them."""
-        told = {name: getattr(self.options, name) for name in self.options.given}
+        """Write model and tokens into a new run folder, for resuming; return options with their paths."""
+        given = {name: getattr(self.options, name) for name in self.options.given}
         if (model := self._trained) is not None:
-            told["init"] = str((folder / START_FILE).absolute())
+            given["init"] = str((folder / START_FILE).absolute())
             checkpoint.save(folder / START_FILE, model._net, 1 if model._untrained else model.trained_length)
             if model.tokenizer is not None:
                 model.tokenizer.save(folder / TOKENIZER_FILE)
         if self._parts:
-            told["data"] = tuple((folder / name).absolute() for name in self._parts)
+            given["data"] = tuple((folder / name).absolute() for name in self._parts)
             form = form_for(1 + max(int(part.max()) for part in self._parts.values()))
             for name, part in self._parts.items():
                 write_shard(folder / name, part, form)
-        return TrainOptions.gather(told)
+        return TrainOptions.gather(given)
 
     def _check_same(self, folder: RunFolder) -> None:
-        """Raise LlmpyError if a resumed run is of another model or of other tokens than are in memory."""
-        begun = [path for path in (folder / MODEL_FILE, folder / START_FILE) if path.is_file()]
-        if self._trained is not None and begun and checkpoint.read_header(begun[0]).config != self._trained.config:
-            raise LlmpyError("api.x", f"{folder.path} is a run of a model of another shape", "Choose another out")
+        """Raise LlmpyError if a resumed run has another model shape or other tokens than those in memory."""
+        models = [path for path in (folder / MODEL_FILE, folder / START_FILE) if path.is_file()]
+        if self._trained is not None and models and checkpoint.read_header(models[0]).config != self._trained.config:
+            raise LlmpyError("resume.model-mismatch", f"{folder.path}: the model has another shape", "Use another out")
         for name, part in self._parts.items():
             there = folder / name
             if not there.is_file() or not np.array_equal(open_shard(there, 1 << 31).tokens, part):
-                raise LlmpyError("api.x", f"{folder.path} was not trained on these tokens", "Choose another out")
+                raise LlmpyError("resume.data-mismatch", f"{folder.path} has other tokens", "Use another out")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The numbers of the run, step by step, as in its metrics.jsonl: step, loss, lr, …; step, val_loss."""
+        """The rows of the run's metrics.jsonl: step, loss, lr, …; step, val_loss."""
         return [json.loads(line) for line in (self._done() / METRICS).read_text("utf-8").splitlines()]
 
     def curve(self, name: str = "loss") -> tuple[list[int], list[float]]:
-        """Steps and values of one of the numbers, for a plot."""
+        """Return the steps and values of one metric, for a plot."""
         rows: list[Mapping[str, Any]] = [row for row in self.metrics if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     @property
     def model(self) -> GPT2:
-        """What was trained."""
+        """The trained model."""
         folder, o = self._done(), self.options
         self._trained = self._trained or GPT2.load(folder, threads=o.threads, dtype=o.dtype, machine=self._machine)
         return self._trained
 
     def _done(self) -> Path:
         if self.folder is None:
-            raise LlmpyError("api.x", "nothing was trained yet", "Call run() first")
+            raise LlmpyError("run.not-started", "nothing has been trained yet", "Call run() first")
         return self.folder
 
 
 def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return token ids (n,) divided, by the names of the run's files. Raises LlmpyError for others."""
+    """Return file name → token ids (n,): training and validation. Raises LlmpyError for invalid ids."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise LlmpyError(
-            "api.x", f"data of shape {tokens.shape} and type {tokens.dtype}", "Give token ids, integers (n,)"
-        )
+        raise LlmpyError("tokens.shape", f"data of shape {tokens.shape} and type {tokens.dtype}", "Pass integers (n,)")
     held = int(HELD_OUT * tokens.size)
     if not held or tokens.min() < 0:
-        raise LlmpyError("api.x", "data of negative tokens, or of too few", "Give token ids, as tokenizer.encode does")
+        raise LlmpyError("tokens.range", "data has negative or too few token ids", "Use tokenizer.encode")
     return dict(zip(PARTS, (tokens[:-held], tokens[-held:]), strict=True))
 
 
 def _machine(threads: int | None, dtype: str) -> Machine:
-    """Return the CPU, its kernels compiled."""
+    """Return the CPU backend with its kernels compiled."""
     machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     for line in crowded(machine.threads):
         aside(line)

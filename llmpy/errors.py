@@ -1,4 +1,4 @@
-"""The one exception that users see: what is wrong, how to fix it, and a stable code."""
+"""The exceptions for users: what is wrong, how to fix it, and a stable code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 class LlmpyError(Exception):
     """An error in the input or the machine, not in the program; the command line prints it on one line.
 
-    `code` is stable (`data.not-utf8`), for programs and tests; `message` says what is wrong and `hint`, the sentence
-    after it, how to fix it. `exit_code` is that of the process.
+    `code` (`data.not-utf8`) is stable. `message` states the problem, `hint` the fix. `exit_code` is the process's.
     """
 
     exit_code = 1
@@ -21,13 +20,13 @@ class LlmpyError(Exception):
 
 
 class Diverged(LlmpyError):
-    """Training produced numbers that are not finite."""
+    """A training run with numbers that are not finite."""
 
     exit_code = 3
 
 
 class Stopped(LlmpyError):
-    """A signal ended the program before there was anything to save, or a second signal forced the end."""
+    """A signal before there was anything to save, or a second signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(
@@ -37,7 +36,7 @@ class Stopped(LlmpyError):
 
 
 def unreadable(path: Path, error: OSError) -> LlmpyError:
-    """Return the error to raise when the system cannot read a file."""
+    """Return the error for a file that the system cannot read."""
     return LlmpyError(
         "file.unreadable", f"cannot read {path}: {error.strerror or error}", "Check the path and its permissions"
     )

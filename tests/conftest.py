@@ -1,4 +1,4 @@
-"""What all tests share. Before NumPy is loaded its BLAS gets one thread: tests crawl where others use the machine."""
+"""Shared by all tests. BLAS gets one thread before NumPy is loaded: more are slow on a busy machine."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # begun in the background by a shell, and so would be all children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where downloads and their tokens go, of this test alone. It is not there yet."""
+    """Return this test's own folder for downloads and tokens. It does not exist yet."""
     monkeypatch.setenv("LLMPY_DATA", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def said() -> list[str]:
-    """Lines for the user: give its `append` to whoever tells them."""
+    """Lines for the user: pass its `append` as the log."""
     return []

@@ -1,10 +1,10 @@
-"""llm.c's golden values (checked with its own headers), PyTorch's if one knows them: the same stream."""
+"""Random numbers against golden values of llm.c, checked with its own headers."""
 
 import numpy as np
 import pytest
 from support import golden
+from support.refused import refused
 
-from llmpy.errors import LlmpyError
 from llmpy.rng import CHUNK, MT19937, Xorshift64Star
 
 
@@ -21,7 +21,7 @@ def test_raw_stream():
     assert tuple(first) == golden.WORDS
 
 
-def test_raw_stream_does_not_depend_on_portions():
+def test_raw_stream_does_not_depend_on_chunks():
     whole, parts = MT19937(7), MT19937(7)
     assert np.array_equal(whole.uint32(2000), np.concatenate([parts.uint32(n) for n in (1, 0, 623, 2, 1000, 374)]))
 
@@ -54,7 +54,7 @@ def test_tail_is_redrawn_after_a_whole_chunk():
     n = CHUNK + 5
     values, rng = normal(MT19937(5), n), MT19937(5)
     assert np.array_equal(values[: n - 16], normal(rng, CHUNK)[: n - 16])
-    rng.uniform(5)  # drawn and thrown away
+    rng.uniform(5)  # drawn and discarded
     assert np.array_equal(values[-16:], normal(rng, 16))
 
 
@@ -97,6 +97,6 @@ def test_xorshift_golden():
 
 @pytest.mark.parametrize(("generator", "seed"), [(Xorshift64Star, 0), (Xorshift64Star, 2**64), (MT19937, 2**32)])
 def test_seeds_that_do_not_fit_are_refused(generator, seed):
-    with pytest.raises(LlmpyError, match=f"seed {seed} .*use a seed from"):
+    with refused("option.out-of-range", seed):
         generator(seed)
     assert MT19937(2**32 - 1).uint32(1).size == 1

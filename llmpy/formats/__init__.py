@@ -1,4 +1,4 @@
-"""Models in files: what each format is called, and where it is read and written.
+"""Model files: the name of each format, and the module that reads and writes it.
 
 format    files                                      read and written by
 native    model.safetensors, or a run folder         native.py, over run/checkpoint.py
@@ -7,7 +7,7 @@ llmc-run  a folder of llm.c with DONE_…              llmc_state.py
 hf        a folder with config.json, or hub names    huggingface.py, hub.py
 gguf      GGUF of llama.cpp, written only            gguf.py
 
-source.py is a model in any of them; detect.py tells them apart, by contents and not by name; convert.py writes.
+source.py: a model in any format. detect.py: find the format by content, not by name. convert.py: write.
 """
 
 from .detect import find, open_model, resolve, tokenizer_of

@@ -1,4 +1,4 @@
-"""A model, or a run with all it needs to resume, from any format to any other that we write."""
+"""Convert a model, or a run with everything needed to resume it, to any format that llmpy writes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..system.durable import made
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
-from .source import Source, tokenizer_named
+from .source import Source, tokenizer_path
 
 
 class Format(NamedTuple):
-    """A format that models are written in."""
+    """A format that llmpy writes."""
 
-    dtypes: tuple[str, ...]  # that it can hold; the first one where the source's own is not among them
-    suffix: str | None  # of names that ask for it
-    write: Callable[[Path, Source, str], None] | None  # None: needs more than a model
+    dtypes: tuple[str, ...]  # supported; the first is the default if the source's is unsupported
+    suffix: str | None  # of file names
+    write: Callable[[Path, Source, str], None] | None  # None: a model alone is not enough
 
 
 FORMATS = {
@@ -36,7 +36,7 @@ FORMATS = {
 
 
 def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
-    """Read `options.source`, write `options.target`, and say so. Raises LlmpyError if either cannot be done."""
+    """Convert `options.source` into `options.target` and log both. Raises LlmpyError if either fails."""
     target, to, state = options.target, format_of(options.target, options.to), None
     if to == "llmc-run":
         source, state, record = llmc_state.of_run(options.source)
@@ -52,20 +52,20 @@ def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
     if state is not None:
         o = TrainOptions.from_record(record)
         rows = f"-b {o.batch_size} -t {o.sequence_length} -d {o.micro_steps * o.batch_size * o.sequence_length}"
-        log(f"resume in llm.c:  -o {shlex.quote(str(target))} -y 1 {rows}  and the run's data, steps and rates")
+        log(f"resume in llm.c:  -o {shlex.quote(str(target))} -y 1 {rows}  plus data, steps and learning rates")
 
 
 def format_of(target: Path, to: str | None) -> str:
-    """Return the format for `target`: `to`, or that of its suffix. Raises LlmpyError for neither, or if it exists."""
+    """Return `to`, or the format of `target`'s suffix. Raises LlmpyError if unknown, or if `target` exists."""
     to = to or next((name for name, format in FORMATS.items() if format.suffix == target.suffix), None)
     if to is None:
-        raise LlmpyError("formats.x", f"{target} does not say its format", f"Use --to {', '.join(FORMATS)}")
+        raise LlmpyError("convert.unknown-format", f"{target} has no known suffix", f"Use --to {', '.join(FORMATS)}")
     try:
         taken = any(target.iterdir()) if _is_folder(target, to) and target.is_dir() else target.exists()
     except OSError as error:
-        raise LlmpyError("formats.x", f"cannot write {target}: {error.strerror}", "Choose another place") from error
+        raise LlmpyError("file.unwritable", f"cannot write {target}: {error.strerror}", "Use another path") from error
     if taken:
-        raise LlmpyError("formats.x", f"{target} exists", "Choose a new name, or remove it")
+        raise LlmpyError("file.exists", f"{target} exists", "Choose a new name, or remove it")
     return to
 
 
@@ -77,47 +77,47 @@ def write(
     source: Source, target: Path, to: str, dtype: str | None, log: Callable[[str], None],
     state: llmc_state.TrainingState | None = None,
 ) -> str:  # fmt: skip
-    """Write a model, its tokenizer with it, in folders that are made; return the type of its numbers.
+    """Write a model and its tokenizer, creating folders as needed; return the dtype written.
 
-    That is `dtype`, or the source's if the format has it. Raises LlmpyError for one that it cannot hold.
+    The default is the source's dtype if the format supports it. Raises LlmpyError for an unsupported `dtype`.
     """
     dtypes, _, write_model = FORMATS[to]
     dtype = dtype or (source.dtype if source.dtype in dtypes else dtypes[0])
     if dtype not in dtypes:
-        raise LlmpyError("formats.x", f"--dtype {dtype} with --to {to}", f"Use {' or '.join(dtypes)}")
+        what = f"--to {to} does not support --dtype {dtype}"
+        raise LlmpyError("convert.unsupported-dtype", what, f"Use {' or '.join(dtypes)}")
     if write_model is None and state is None:
-        raise LlmpyError(
-            "formats.x", "a model alone is no run of llm.c: moments and place in the data are missing", "Use --to llmc"
-        )
+        what = "a model alone is not an llm.c run: the moments and the data position are missing"
+        raise LlmpyError("convert.no-state", what, "Use --to llmc")
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
-    named = None if _is_folder(target, to) or to == "gguf" else tokenizer_named(target)
+    named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
-        raise LlmpyError("formats.x", f"{named} is another model's tokenizer", "Choose a new name, or remove it")
+        raise LlmpyError("file.exists", f"{named} is another model's tokenizer", "Choose a new name, or remove it")
     with made(target if _is_folder(target, to) else target.parent):
         if write_model is not None:
             write_model(target, source, dtype)
         elif state is not None:
             llmc_state.write_checkpoint(target, source, state, dtype)
     if tokenizer is None and not to.startswith("llmc"):
-        log("no tokenizer came with the model: put its tokenizer.json in its folder")
+        log("note: the model has no tokenizer. Put its tokenizer.json in its folder")
     if tokenizer is not None and named:
         tokenizer.save(named)
-        log(f"wrote its tokenizer: {named}")
-    if tokenizer is not None and to.startswith("llmc"):  # its programs take one table in a folder
+        log(f"wrote tokenizer {named}")
+    if tokenizer is not None and to.startswith("llmc"):  # its programs read one tokenizer per folder
         table = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
         try:
             if not table.exists():
                 write_llmc(table, tokenizer.ranks())
-                log(f"wrote its tokenizer for llm.c's programs: {table}")
+                log(f"wrote tokenizer for llm.c {table}")
             elif not _same(table, tokenizer):
-                log(f"note: {table}, which llm.c's programs read, is another model's")
+                log(f"note: {table}, which llm.c reads, is another model's tokenizer")
         except LlmpyError as error:
-            log(f"no {table} for llm.c's programs: {error}")
+            log(f"note: cannot write {table} for llm.c: {error}")
     return dtype
 
 
 def _same(path: Path, tokenizer: Tokenizer | None) -> bool:
-    """Return whether a file is that tokenizer."""
+    """Return whether the file holds this tokenizer."""
     try:
         return tokenizer is not None and Tokenizer.load(path).same_tokens(tokenizer)
     except LlmpyError:

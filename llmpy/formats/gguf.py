@@ -1,7 +1,7 @@
-"""GGUF, the files of llama.cpp: written by the `gguf` library, never read.
+"""Write GGUF, llama.cpp's format, with the `gguf` library. llmpy does not read it.
 
-Matrices in the type asked for; vectors and wpe stay float32, as llama.cpp's own conversion has them. The head is
-tied: llama.cpp takes token_embd where there is no output.weight. Tensor names are those of its architecture "gpt2".
+Matrices have the requested dtype; vectors and wpe stay float32, as in llama.cpp's own conversion. The head is tied:
+llama.cpp uses token_embd if output.weight is missing. Tensor names are those of its architecture "gpt2".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..system.command import install
 from ..system.durable import write_whole
 from .source import DTYPES, Source, by_name, cast
 
-# ours → llama.cpp's, as `by_name` takes them
+# ours → llama.cpp's, see `by_name`
 NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -38,11 +38,11 @@ NORMAL, CONTROL = 1, 3  # llama.cpp's token types
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:
-    """Write a GGUF file, whole or not at all. Raises LlmpyError without the library, or if the disk refuses."""
+    """Write a GGUF file atomically. Raises LlmpyError if the library is missing or the write fails."""
     try:
         import gguf
     except ImportError:
-        raise LlmpyError("formats.x", "writing GGUF needs the gguf library", install("llmpy[gguf]")) from None
+        raise LlmpyError("package.missing", "writing GGUF requires the gguf package", install("llmpy[gguf]")) from None
     c = source.config
     tensors = [(t.name, t.shape, dtype if t.decay and t.name != "wpe" else "float32") for t in params_table(c)]
 
@@ -59,7 +59,7 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
         for name, shape, kind in tensors:
             size, raw = DTYPES[kind].itemsize, gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
             for theirs, x in by_name(NAMES, name, np.broadcast_to(np.int8(0), shape), c.vocab_size):
-                # the library has no bfloat16: it takes bytes, and their count in place of the last dimension
+                # the library lacks bfloat16: pass bytes, with the last dimension in bytes
                 stored = (*x.shape[:-1], size * x.shape[-1]) if kind == "bfloat16" else x.shape
                 seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
                 writer.add_tensor_info(theirs, stored, seen, size * x.size, raw)
@@ -75,7 +75,7 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
 
 
 def _add_tokenizer(writer: Any, source: Source) -> None:
-    """The vocabulary and merges, or a note that there are none: then llama.cpp takes and gives token ids."""
+    """Add the vocabulary and merges; without a tokenizer llama.cpp reads and writes token ids."""
     V = source.config.vocab_size
     if source.tokenizer is None:
         writer.add_tokenizer_model("none")
@@ -84,26 +84,23 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     tokenizer = Tokenizer.load(source.tokenizer)
     about = json.loads(tokenizer.to_json())
     first = ((about["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
-    # what llama.cpp calls llama-bpe: Llama 3's words, and one that is a token is never taken apart
+    # llama.cpp's llama-bpe: Llama 3's word pattern; words that are tokens are not split
     as_llama = first.get("pattern") == {"Regex": LLAMA3} and about["model"].get("ignore_merges") is True
     if not tokenizer.splits_as_gpt2 and not as_llama:
-        raise LlmpyError(
-            "formats.x",
-            f"{source.tokenizer} splits words unlike GPT-2 and Llama 3, and llama.cpp knows other ways by name alone",
-            "Convert the model without it (move the file away): llama.cpp then takes token ids",
-        )
+        what = f"GGUF cannot express how {source.tokenizer} splits words, unlike GPT-2 and Llama 3"
+        hint = "Move the file away to convert without a tokenizer: llama.cpp then reads token ids"
+        raise LlmpyError("tokenizer.unsupported", what, hint)
     ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
     if max(ids.values()) >= V:
-        raise LlmpyError(
-            "formats.x", f"{source.tokenizer} has more tokens than the model's {V:,}", "Give its own tokenizer"
-        )
+        what = f"{source.tokenizer} has ids beyond the model's {V:,} tokens"
+        raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
     words = {i: word for word, i in ids.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if tokenizer.splits_as_gpt2 else "llama-bpe")
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
     controls = {t["content"] for t in about.get("added_tokens", []) if t["special"]} | {tokenizer.eot_text, None}
     writer.add_token_types([CONTROL if words.get(i) in controls else NORMAL for i in range(V)])
-    # llama.cpp refuses a tokenizer without merges: bytes get one that no text can call for
+    # llama.cpp requires merges: a byte tokenizer gets one that no text can use
     merges = about["model"]["merges"] or [f"{tokenizer.eot_text} {tokenizer.eot_text}"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(tokenizer.eot)

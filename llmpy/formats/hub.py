@@ -1,4 +1,4 @@
-"""GPT-2's weights from the Hugging Face hub, in its own cache."""
+"""Download GPT-2 from the Hugging Face hub into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FILES = (CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE)
 
 
 def download(name: str, log: Callable[[str], None]) -> Path:
-    """Return the folder of one of NAMES, downloaded if it is missing. Raises LlmpyError as `from_hub` does."""
-    folder = user_cache() / "models" / name  # where llmpy 0.1.0 put it
+    """Return the folder of a model of NAMES, downloaded if missing. Raises LlmpyError as `from_hub` does."""
+    folder = user_cache() / "models" / name  # llmpy 0.1.0's cache
     if all((folder / file).is_file() for file in FILES):
         return folder
     return [from_hub(f"openai-community/{name}", file, log).parent for file in FILES][0]

@@ -1,7 +1,7 @@
 """Hugging Face's GPT-2 folders: config.json, model.safetensors (or shards with an index), tokenizer.json.
 
-Its linear layers are "Conv1D": their weights are (in, out), the transpose of ours. The head is tied to wte; files
-that repeat it as lm_head.weight must repeat it exactly. wte has the V rows of the vocabulary, without padding.
+The linear layers are "Conv1D": weights are (in, out), the transpose of ours. The head is tied to wte; an
+lm_head.weight, if present, must equal it. wte has the V rows of the vocabulary, without padding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..version import __version__
 from .source import DTYPES, Source, by_name, cast, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
-# ours → theirs, as `by_name` takes them
+# ours → theirs, see `by_name`
 NAMES = {
     "wte": "wte",
     "wpe": "wpe",
@@ -37,13 +37,13 @@ NAMES = {
     "ln_2": "h.{}.ln_2",
     "ln_f": "ln_f",
 }
-PREFIX = "transformer."  # of a model with a head; OpenAI's own upload has none
+PREFIX = "transformer."  # of models with a head; OpenAI's upload has none
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old files carry along
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# What our GPT-2 is; a file that says otherwise is another model. Left out, each has this value.
-TRAINED = "llmpy_trained_length"  # positions beyond are untrained; other programs pass it over
+TRAINED = "llmpy_trained_length"  # positions beyond are untrained; other programs ignore it
 SHAPE = "n_layer", "n_head", "n_embd", "n_positions", "vocab_size"
+# Required values of a GPT-2, the first one the default.
 FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -55,7 +55,7 @@ FIXED = {
 
 
 def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
-    """Open a GPT-2 folder; `weights` has its tensors. Raises LlmpyError for another model, and for damaged files."""
+    """Open a GPT-2 folder with its tensors in `weights`. Raises LlmpyError for another model or corrupt files."""
     config, trained_length = _read_config(folder / CONFIG_FILE)
     where = _find_tensors(folder, weights, config)
     prefix = PREFIX if PREFIX + EMBEDDING in where else ""
@@ -67,12 +67,12 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
     missing = sorted(expected.keys() - where.keys())
     unknown = sorted(n for n in where.keys() - expected.keys() if n != HEAD and not n.endswith(BUFFERS))
     if missing or unknown:
-        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which GPT-2 has not"
-        raise LlmpyError("formats.x", f"{folder} {which}", "Give a GPT-2 model with its head tied to the embedding")
+        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is not in GPT-2"
+        raise LlmpyError("model.not-gpt2", f"{folder} {which}", "Use a GPT-2 with its head tied to the embedding")
     for name, shape in expected.items():
         path, found, kind = where[name]
         if found != shape or kind not in TYPES:
-            raise damaged(path, f"{name} is {kind} {found}, expected {shape} by {CONFIG_FILE}")
+            raise damaged(path, f"{name} is {kind} {found}, {CONFIG_FILE} requires {shape}")
     types = {TYPES[where[name][2]] for name in expected}
     dtype = types.pop() if len(types) == 1 else "float32"
 
@@ -88,22 +88,21 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
 
     wte = prefix + EMBEDDING
     if HEAD in where and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
-        raise LlmpyError(
-            "formats.x", f"{folder} has a head of its own ({HEAD} is not wte)", "Only tied heads are known here"
-        )
+        what = f"{folder} has an untied head ({HEAD} differs from wte)"
+        raise LlmpyError("model.not-gpt2", what, "Use a GPT-2 with its head tied to the embedding")
     tokenizer = folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
     return Source(folder, "GPT-2 of Hugging Face", config, dtype, trained_length, read, tokenizer)
 
 
 def write_model(folder: Path, source: Source, dtype: str) -> None:
-    """Write a folder that `transformers` loads as GPT2LMHeadModel; the weights come last."""
+    """Write a folder that `transformers` loads as GPT2LMHeadModel, the weights last."""
     c = source.config
     tensors: dict[str, np.ndarray] = {}
     for name in shapes(c):
         for theirs, x in _theirs(name, cast(source.read(name), dtype, name), c):
             tensors[PREFIX + theirs] = np.ascontiguousarray(x)
     folder.mkdir(parents=True, exist_ok=True)
-    eot = c.vocab_size - 1  # where GPT-2 has it
+    eot = c.vocab_size - 1  # as in GPT-2
     if source.tokenizer is not None:
         tokenizer = Tokenizer.load(source.tokenizer)
         tokenizer.save(folder / TOKENIZER_FILE)
@@ -126,30 +125,26 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
 
     def write(temporary: Path) -> None:
         try:
-            save_file(tensors, temporary, {"format": "pt"})  # as transformers writes and wants it
-        except SafetensorError as error:  # how the library reports a full disk
+            save_file(tensors, temporary, {"format": "pt"})  # required by transformers
+        except SafetensorError as error:  # also for a full disk
             raise OSError(str(error)) from error
-        temporary.chmod((folder / CONFIG_FILE).stat().st_mode)  # the library makes files that only their owner may read
+        temporary.chmod((folder / CONFIG_FILE).stat().st_mode)  # the library writes mode 0600
 
     write_whole(folder / WEIGHTS_FILE, write)
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, int]:
-    """The shape that a config.json says, if it is our GPT-2, and the length that it was trained at."""
+    """Return the shape in a config.json and the trained length. Raises LlmpyError unless it is GPT-2."""
     about = read_json(path)
     if about.get("model_type") != "gpt2":
-        raise LlmpyError(
-            "formats.x", f"{path} is of a model {about.get('model_type')!r}, not of gpt2", "Give a GPT-2 model"
-        )
+        raise LlmpyError("model.not-gpt2", f"{path}: model_type is {about.get('model_type')!r}", "Use a GPT-2 model")
     shape = [about.get(key) for key in SHAPE]
     if not all(type(x) is int and 0 < x < 1 << 31 for x in shape):
-        raise damaged(path, f"{', '.join(SHAPE)} are not five whole numbers")
+        raise damaged(path, f"{', '.join(SHAPE)} must be positive integers")
     layers, heads, channels, context, vocab_size = shape
     for key, values in {**FIXED, "n_inner": (4 * channels, None)}.items():
         if about.get(key, values[0]) not in values:
-            raise LlmpyError(
-                "formats.x", f"{path}: {key} is {about[key]!r}, and this GPT-2 has {values[0]!r}", "Give another model"
-            )
+            raise LlmpyError("model.not-gpt2", f"{path}: {key} is {about[key]!r}, not {values[0]!r}", "Use a GPT-2")
     trained = about.get(TRAINED)
     try:
         config = ModelConfig(layers, heads, channels, context, vocab_size)
@@ -159,30 +154,28 @@ def _read_config(path: Path) -> tuple[ModelConfig, int]:
 
 
 def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """Name → the file that has it, its shape and type; of all files of the model."""
+    """Return tensor name → (file, shape, type) over all weight files."""
     files, index = [weights], folder / INDEX_FILE
     if not (folder / weights).is_file():
         if not index.is_file():
-            raise LlmpyError(
-                "formats.x", f"{folder} has no {weights}", "Save the model as safetensors (save_pretrained does)"
-            )
+            raise LlmpyError("model.missing", f"{folder} has no {weights}", "Save it with save_pretrained")
         weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not files or not all(isinstance(f, str) and f.isprintable() and Path(f).name == f for f in files):
-            raise damaged(index, "its weight_map does not name files beside it")
+            raise damaged(index, "its weight_map must name files in the same folder")
     where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for path in (folder / name for name in sorted(set(files))):
         with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118, no dict
+            for name in file.keys():  # noqa: SIM118, not a dict
                 found = file.get_slice(name)
                 where[name] = path, tuple(found.get_shape()), found.get_dtype()
-    if len(where) < config.layers:  # before a lying n_layer is counted up to
+    if len(where) < config.layers:  # before a huge n_layer costs time
         raise damaged(folder / CONFIG_FILE, f"{config.layers:,} layers, but the files have {len(where)} tensors")
     return where
 
 
 def _theirs(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield views of tensor x under their names, in their layout: the matrices of a layer are (in, out)."""
+    """Yield views of tensor x under their names, in their layout: layer matrices are (in, out)."""
     for theirs, view in by_name(NAMES, name, x, config.vocab_size):
         yield theirs, view.T if x.ndim == 3 else view
 

@@ -2,13 +2,12 @@
 
 state   256 int32: [0] 20240527  [1] 1  [2] ranks P  [3] rank  [4] master weights?  [5] shuffled?  [10] step
                    uint64 at byte 80: rng_state, 88: the same before the last update, 120: shard, 128: sample
-        float32 m (n), v (n), and master weights (n) if [4];  n = all parameters, or a P-th of them under ZeRO-1
+        float32 m (n), v (n), and master weights (n) if [4];  n = all parameters, or 1/P of them under ZeRO-1
         if [5]:  uint64 count, int32 order of the shards;  uint64 count, int32 order of the samples;
-                 the MT19937 as 2520 bytes: uint64 seed, int32 left, uint32 next, uint32 state[624], 2 constants
+                 MT19937 in 2520 bytes: uint64 seed, int32 left, uint32 next, uint32 state[624], 2 constants
 
-The numbers of step s are those after s updates. Under ZeRO-1 rank r holds the r-th part of every layer's tensor.
-Unlike llm.c, a DONE without its files is ignored, unwanted master weights do not shift what follows them, and the
-seed, which llm.c never sets, is written as 0.
+Step s: after s updates. Under ZeRO-1 rank r holds the r-th part of every layer's tensor. Unlike in llm.c, a DONE
+without its files is ignored, unused master weights do not shift the data after them, and the seed is written as 0.
 
 Source: llm.c, `train_gpt2.cu` (save_state, load_state), `llmc/dataloader.h`, `llmc/rand.h`, `llmc/zero.cuh`.
 """
@@ -39,7 +38,7 @@ from .llmc import HEADER, ORDER, Place, read_at, read_header, read_model, write_
 from .source import DTYPES, Source, elements, shapes
 
 MODEL_NAME, STATE_NAME = "model_{:08}.bin", "state_{:08}_{:05}.bin"  # of a step; of a step and a rank
-MODEL_SEED = 13371337  # of llm.c's stochastic rounding, which nothing of ours has: written as at a start
+MODEL_SEED = 13371337  # of llm.c's stochastic rounding, unused here: its initial value
 TWISTER = np.dtype([("seed", "<u8"), ("left", "<i4"), ("next", "<u4"), ("state", "<u4", 624), ("matrix", "<u4", 2)])
 MATRIX = (0, 0x9908B0DF)
 KEY_WORDS = 624
@@ -55,26 +54,25 @@ STATE_HEADER = np.dtype(
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides its weights to resume. Flat arrays, float32 (n,), are in the order of our table."""
+    """The state, besides the weights, that resumes a run. Flat arrays, float32 (n,), follow the parameter table."""
 
     step: int  # updates made
     m: np.ndarray
     v: np.ndarray
-    master: np.ndarray | None  # float32 weights; None: those of the model file are all there are
+    master: np.ndarray | None  # float32 weights; None: the model file's are the only ones
     shuffle: bool
-    places: tuple[Position, ...]  # of each rank's loader; without shuffling their orders are empty or ignored
+    places: tuple[Position, ...]  # of each rank's loader; orders are ignored without shuffling
 
 
 def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
-    """Return the newest checkpoint of a run of ours as llm.c would have it, and the run's recorded options.
+    """Return a run's latest checkpoint in llm.c's form, and its options. Raises LlmpyError if none is complete.
 
-    Several ranks become one process whose batches are as large as theirs together, in the options too: it reads the
-    same tokens in a step, shuffled as the first rank has them.
-    Outlier detectors, clocks and options have no place in llm.c's files. Raises LlmpyError without a whole checkpoint.
+    Several ranks become one process with their combined batch size, also in the options: it reads the same tokens per
+    step, shuffled as on the first rank. llm.c's files have no outlier detectors, clocks or options.
     """
     found = checkpoint.listed(run / CHECKPOINTS)
     if not found:
-        raise LlmpyError("formats.x", f"{run} has no checkpoint, only a model", "Convert that alone: --to llmc")
+        raise LlmpyError("checkpoint.missing", f"no checkpoint in {run}", "Convert the model alone: --to llmc")
     manifest = checkpoint.verify(found[0])
     source = native.read_model(found[0] / MODEL_FILE)
     parts = read_parts(found[0], manifest)
@@ -90,22 +88,20 @@ def of_run(run: Path) -> tuple[Source, TrainingState, dict[str, Any]]:
 
 
 def restore(state: TrainingState, optimizer: Moments) -> None:
-    """Put the optimizer where `state` says; the weights are the checkpoint's source."""
+    """Restore the optimizer from `state`; the weights come from the checkpoint's source."""
     pack(optimizer.m, state.m, optimizer.owned)
     pack(optimizer.v, state.v, optimizer.owned)
     optimizer.updates = state.step
 
 
 def restore_place(state: TrainingState, loader: Loader) -> None:
-    """Put the loader where `state` says. Raises LlmpyError if data, -B, -T or ranks are others."""
+    """Restore the loader from `state`. Raises LlmpyError if data, -B, -T, ranks or shuffling differ."""
     if (len(state.places), state.shuffle) != (loader.ranks, loader.shuffle):
-        raise LlmpyError(
-            "formats.x",
-            f"the state was saved by {len(state.places)} processes, shuffling {'on' if state.shuffle else 'off'}",
-            f"Continue with as many (now {loader.ranks}) and the same shuffling, or from the weights alone: --init",
-        )
+        what = f"the state is from {len(state.places)} ranks with shuffling {'on' if state.shuffle else 'off'}"
+        hint = f"Use as many (now {loader.ranks}) and the same shuffling, or only the weights: --init"
+        raise LlmpyError("resume.loader-mismatch", what, hint)
     place = state.places[loader.rank]
-    if not state.shuffle:  # llm.c does not write down the orders then
+    if not state.shuffle:  # llm.c then stores no orders
         shard = loader.shards[min(place.shard, len(loader.shards) - 1)]
         order = np.arange((len(shard) - 1) // (loader.B * loader.T * loader.ranks), dtype=np.int32)
         place = replace(loader.position, shard=place.shard, sample=place.sample, sample_order=order)
@@ -113,7 +109,7 @@ def restore_place(state: TrainingState, loader: Loader) -> None:
 
 
 def latest(folder: Path) -> int | None:
-    """Return the largest step whose DONE, model and first state are all there; None: there is no checkpoint."""
+    """Return the largest step with DONE, model and first state, or None."""
     try:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as error:
@@ -123,15 +119,10 @@ def latest(folder: Path) -> int | None:
 
 
 def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
-    """Open the latest checkpoint, with the state of all its ranks. Raises LlmpyError if none is there and whole.
-
-    The source reads the master weights where there are any: they are what the next update starts from.
-    """
+    """Open the latest checkpoint: its master weights if any, and all ranks' states. Raises LlmpyError if none."""
     step = latest(folder)
     if step is None:
-        raise LlmpyError(
-            "formats.x", f"{folder} has no complete checkpoint of llm.c", "It would have a file DONE_00001000 or so"
-        )
+        raise LlmpyError("checkpoint.missing", f"no complete llm.c checkpoint in {folder}", "A DONE_ file marks one")
     model = read_model(folder / MODEL_NAME.format(step))
     state = read_state(folder / STATE_NAME.format(step, 0), model.config)
     if state.master is None:
@@ -142,7 +133,7 @@ def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
 
 
 def write_checkpoint(folder: Path, source: Source, state: TrainingState, dtype: str = "float32") -> None:
-    """Write model, a state for each rank, and then DONE: until that is there, the checkpoint is not."""
+    """Write the model, a state per rank, and DONE last, which makes the checkpoint valid."""
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / MODEL_NAME.format(state.step), source, dtype)
     for rank in range(len(state.places)):
@@ -151,13 +142,13 @@ def write_checkpoint(folder: Path, source: Source, state: TrainingState, dtype: 
 
 
 def read_state(path: Path, config: ModelConfig) -> TrainingState:
-    """Read the state in `path` (of rank 0) and its sisters. Raises LlmpyError for files that do not fit together."""
+    """Read the states of all ranks; `path` is rank 0's. Raises LlmpyError if the files do not match."""
     first = _RankFile(path, config)
     stem = path.name.removesuffix("00000.bin")
     files = [first, *(_RankFile(path.with_name(f"{stem}{r:05}.bin"), config) for r in range(1, first.ranks))]
     for rank, file in enumerate(files):
         if (file.rank, file.facts) != (rank, first.facts):
-            raise damaged(file.path, "its processes, rank, step or contents do not fit those of its sisters")
+            raise damaged(file.path, "its ranks, rank, step or contents do not match the other ranks' files")
     arrays = np.empty((first.arrays, elements(config)), np.float32)
     for which, out in enumerate(arrays):
         for file in files[: first.parts]:
@@ -168,7 +159,7 @@ def read_state(path: Path, config: ModelConfig) -> TrainingState:
 
 
 def write_state(path: Path, config: ModelConfig, state: TrainingState, rank: int = 0) -> None:
-    """Write one rank's file, with all of m, v and master weights, whole or not at all."""
+    """Write one rank's file atomically, with all of m, v and master weights."""
     place = state.places[rank]
     key, pos = place.rng
     header, twister = np.zeros((), STATE_HEADER), np.zeros((), TWISTER)
@@ -193,28 +184,28 @@ def write_state(path: Path, config: ModelConfig, state: TrainingState, rank: int
 
 
 class _RankFile:
-    """One rank's file, opened and checked: header, sizes and the position of its loader. Its arrays are copied out."""
+    """One rank's file, its header, size and loader position checked; `copy` reads its arrays."""
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
-        header, self.size = read_header(path, STATE, "an optimizer state of llm.c")
+        header, self.size = read_header(path, STATE, "an llm.c optimizer state")
         _, version, ranks, rank, master, shuffle, step, _, _, shard, sample = header.view(STATE_HEADER)[0].item()
         if version != 1 or not {master, shuffle} <= {0, 1} or not 0 <= rank < ranks or step < 0:
-            raise damaged(path, f"version {version}, process {rank} of {ranks}, {step=}, {master=}, {shuffle=}")
+            raise damaged(path, f"version {version}, rank {rank} of {ranks}, {step=}, {master=}, {shuffle=}")
         self.path, self.config, self.rank = path, config, rank
         self.ranks, self.arrays, self.shuffle, self.step = ranks, 2 + master, bool(shuffle), step
         n = elements(config)
-        # nothing says whether ZeRO-1 split the arrays: the size does
+        # only the file size shows whether ZeRO-1 split the arrays
         for self.parts in sorted({1, ranks}):
             start = HEADER.itemsize + 4 * (n // self.parts) * self.arrays
             divides = all(math.prod(s) // layers % self.parts == 0 for _, _, s, layers in _tensors(config))
             if divides and (place := self._place(start, shard, sample)) is not None:
                 self.place = place
-                self.facts = ranks, master, shuffle, step, self.parts  # what must agree among the files of a step
+                self.facts = ranks, master, shuffle, step, self.parts  # equal in all files of a step
                 return
-        raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * self.arrays, "m, v and weights alone make")
+        raise wrong_size(path, self.size, HEADER.itemsize + 4 * n * self.arrays, "m, v and weights alone")
 
     def copy(self, out: np.ndarray, which: int) -> None:
-        """Copy array number `which` (m, v, master) into its part of `out` (n,), which is in the order of our table."""
+        """Copy array number `which` (m, v, master) into its part of `out` (n,), in the table's order."""
         at = HEADER.itemsize + 4 * (out.size // self.parts) * which
         for _, where, _, layers in _tensors(self.config):
             tensor = out[where].reshape(layers, self.parts, -1)
@@ -223,7 +214,7 @@ class _RankFile:
             at = place.end
 
     def _place(self, start: int, shard: int, sample: int) -> Position | None:
-        """Return the loader's position, from the block at `start`; None if the file does not end where it should."""
+        """Return the loader's position stored at `start`, or None if the file size does not match."""
         empty = np.empty(0, np.int32)
         if not self.shuffle:
             rng = MTState(np.zeros(KEY_WORDS, np.uint32), KEY_WORDS)
@@ -239,14 +230,14 @@ class _RankFile:
             return None
         _, left, _, key, _ = read_at(self.path, Place(start, (1,), TWISTER))[0]
         if not 1 <= left <= KEY_WORDS + 1:
-            raise damaged(self.path, f"its generator has {left} words left")
+            raise damaged(self.path, f"its random generator has {left} words left")
         rng = MTState(key.astype(np.uint32), KEY_WORDS + 1 - int(left))  # just seeded: left 1, next 0
         shards, samples = (read_at(self.path, order).astype(np.int32) for order in orders)
         return Position(shard, sample, shards, samples, rng)
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, slice, tuple[int, ...], int]]:
-    """Yield name, place in our flat arena, shape and number of layers of every tensor, in llm.c's order."""
+    """Yield name, slice of the flat arena, shape and layers of every tensor, in llm.c's order."""
     found, at = {}, 0
     for name, shape in shapes(config).items():
         layers = 1 if name in ("wte", "wpe", "ln_f_w", "ln_f_b") else shape[0]

@@ -1,4 +1,4 @@
-"""Our own model file, and the run folder around it, as a source of weights."""
+"""Read and write llmpy's own model file, alone or in a run folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..run import checkpoint
 from ..run.folder import BEST_FILE, CHECKPOINTS, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
-from .source import Source, cast, shapes, tokenizer_beside, tokenizer_named
+from .source import Source, cast, find_tokenizer, shapes, tokenizer_path
 
 
 def read_model(path: Path) -> Source:
-    """Open `model.safetensors`, or the run folder that holds it. Raises LlmpyError if it is damaged or not ours."""
+    """Open `model.safetensors`, or the run folder that holds it. Raises LlmpyError if it is corrupt or not llmpy's."""
     path = path / MODEL_FILE if path.is_dir() else path
     header = checkpoint.read_header(path)
 
@@ -23,17 +23,17 @@ def read_model(path: Path) -> Source:
             return np.asarray(file.get_tensor(name))
 
     folder = path.absolute().parent
-    run = folder.parent.parent  # of the model in a checkpoint
+    run = folder.parent.parent  # if the model is in a checkpoint
     in_checkpoint = folder.parent.name == CHECKPOINTS and (run / CONFIG_FILE).is_file()
     runs = (run if in_checkpoint else path.parent) / TOKENIZER_FILE
-    ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_named(path).is_file()
-    tokenizer = runs if ours else tokenizer_beside(path, header.config.vocab_size)
+    ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_path(path).is_file()
+    tokenizer = runs if ours else find_tokenizer(path, header.config.vocab_size)
     load = partial(checkpoint.load_parameters, path)
     return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer, load)
 
 
 def write_model(path: Path, source: Source) -> None:
-    """Write `model.safetensors`: `path` itself, or in a folder `path` with its tokenizer, ready for `llmpy sample`."""
+    """Write `path` if it ends in .safetensors; else a folder with `model.safetensors` and its tokenizer."""
     params = np.concatenate([cast(source.read(n), "float32", n).reshape(-1) for n in shapes(source.config)])
     if path.suffix != ".safetensors":
         path.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""A model in a file of any format: its shape at once, its tensors when asked for.
+"""A model file of any format: its shape is read at once, its tensors on demand.
 
-Readers check everything a header says against the file's size before they allocate anything, and hand tensors
-out one at a time under the names of our table, in the type they are stored in. Writers take them the same way,
-so that a conversion never holds a second copy of the model.
+Readers check the header against the file size before they allocate anything. Tensors are read one at a time, under
+the names of the parameter table, in the stored dtype. A conversion thus never holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -30,23 +29,22 @@ DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16), 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was opened and checked.
+    """An opened and checked model file.
 
-    `read(name)` gives a tensor of our table in the table's shape, padding rows 0, in the type that the file has
-    it in; it raises LlmpyError if the file was changed since.
+    `read(name)` returns a tensor in the table's shape and the stored dtype, or raises LlmpyError if the file changed.
     """
 
     path: Path
-    what: str  # what it was recognised as
+    what: str  # the detected format
     config: ModelConfig
-    dtype: str  # of its matrices: a key of DTYPES
-    trained_length: int  # the T beyond which positions are untrained
+    dtype: str  # of the matrices: a key of DTYPES
+    trained_length: int  # positions from here on are untrained
     read: Callable[[str], np.ndarray]
-    tokenizer: Path | None = None  # a tokenizer.json that belongs to it
-    load: Callable[[Arena], None] | None = None  # `fill`, where there is a faster way
+    tokenizer: Path | None = None  # the model's tokenizer.json
+    load: Callable[[Arena], None] | None = None  # a faster `fill`
 
     def fill(self, params: Arena) -> None:
-        """params := the tensors. Raises LlmpyError for numbers that are not finite."""
+        """params := the tensors. Raises LlmpyError if any is not finite."""
         if self.load is not None:
             self.load(params)
             return
@@ -56,35 +54,35 @@ class Source:
             view[...] = x
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Return one line for the user."""
         return f"{self.path}: {self.what}, {self.dtype}, {self.config}"
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of our table."""
+    """Return name → shape of every parameter."""
     return {t.name: t.shape for t in params_table(config)}
 
 
 def elements(config: ModelConfig) -> int:
-    """Return the number of elements of all tensors of our table."""
+    """Return the number of parameters, padding included."""
     return sum(t.size for t in params_table(config))
 
 
 def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """x in another type, rounded to nearest even. Raises LlmpyError where what is finite becomes infinite."""
+    """Return x in another dtype, rounded to nearest even. Raises LlmpyError if a finite number overflows."""
     if x.dtype == DTYPES[dtype]:
         return x
     with np.errstate(over="ignore", invalid="ignore"):
         out = x.astype(DTYPES[dtype])
     if DTYPES[dtype].itemsize < x.dtype.itemsize and not np.array_equal(np.isfinite(out), np.isfinite(x)):
-        raise LlmpyError("formats.x", f"{name} holds numbers too large for {dtype}", "Use --dtype float32 or bfloat16")
+        raise LlmpyError("convert.overflow", f"{name} overflows {dtype}", "Use --dtype float32 or bfloat16")
     return out
 
 
 def by_name(names: Mapping[str, str], name: str, x: np.ndarray, V: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield views of tensor x under the `names` of another program, where {} is the layer; of wte the V rows in use.
+    """Yield (name in another program, view of tensor x): one per layer; of wte the first V rows.
 
-    The names are without _w and _b, and theirs without .weight and .bias.
+    `names` maps our names without _w and _b to theirs without .weight and .bias; {} is the layer.
     """
     theirs = names[name.removesuffix("_w").removesuffix("_b")] + (".bias" if name.endswith("_b") else ".weight")
     if "{}" in theirs:
@@ -94,29 +92,29 @@ def by_name(names: Mapping[str, str], name: str, x: np.ndarray, V: int) -> Itera
 
 
 def read_json(path: Path) -> Any:
-    """Return the object of a JSON file. Raises LlmpyError if it is missing or not that."""
+    """Return the object in a JSON file. Raises LlmpyError if the file is missing or is not a JSON object."""
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and endless digits
+    except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8 and too many digits
         raise damaged(path, f"it is not JSON ({str(error)[:80]})") from error
     if not isinstance(found, dict):
-        raise damaged(path, "it holds no JSON object")
+        raise damaged(path, "it is not a JSON object")
     return found
 
 
-def tokenizer_named(path: Path) -> Path:
-    """Where the tokenizer of a model that is one file lies, others beside it or not: d3.tokenizer.json of d3.bin."""
+def tokenizer_path(path: Path) -> Path:
+    """Return the path of a model file's own tokenizer: d3.tokenizer.json for d3.bin."""
     return path.with_name(f"{path.name.removesuffix('.bin').removesuffix('.safetensors')}.{TOKENIZER_FILE}")
 
 
-def tokenizer_beside(path: Path, V: int) -> Path | None:
-    """The tokenizer of a model that is one file: that of its name, else the folder's tokenizer.json or llm.c's table.
+def find_tokenizer(path: Path, V: int) -> Path | None:
+    """Return the tokenizer of a model file: its own, else the folder's tokenizer.json or llm.c's tokenizer.
 
-    The folder's may be another model's: it has V tokens, or is a tokenizer.json of somewhat fewer, as some pad them.
+    The folder's may be another model's. It must have V tokens; tokenizer.json may have fewer (padded vocabulary).
     """
-    own, folders, table = tokenizer_named(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    own, folders, table = tokenizer_path(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
     if own.is_file():
         return own
     fits = table.is_file() and np.fromfile(table, "<u4", 3)[2:].tolist() == [V]
@@ -125,12 +123,12 @@ def tokenizer_beside(path: Path, V: int) -> Path | None:
         try:
             missing = V - Tokenizer.load(folders).vocab_size
         except LlmpyError:
-            missing = 1  # whoever reads text with it reports what is wrong
+            missing = 1  # reported when the tokenizer is used
     return folders if missing == 0 or (0 < missing < PAD_VOCAB_TO and not fits) else table if fits else None
 
 
 def padded(read: Callable[[str], np.ndarray], config: ModelConfig) -> Callable[[str], np.ndarray]:
-    """Return a `read` that gives the first rows of wte (≥Vp, C), those beyond the vocabulary := 0: (Vp, C)."""
+    """Return `read` with wte (≥Vp, C) cut to (Vp, C), the rows beyond the vocabulary := 0."""
 
     def fitted(name: str) -> np.ndarray:
         x = read(name)

@@ -1,8 +1,7 @@
-"""Continue texts, a token at a time.
+"""Continue texts token by token.
 
-Keys and values of what was read are kept (`kv_cache`), so a token costs one pass through the weights, for any number
-of texts at a time. Beyond the model's reach the window slides by a quarter of it, not at every token: then
-three quarters are read again, at the speed of a whole pass, and the next quarter continues from there.
+With cached keys and values (`kv_cache`) a token costs one pass through the weights, shared by all texts. At the end of
+the model's reach the window slides by a quarter of it, not at every token: three quarters are prefilled again.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 from ..backend.machine import Machine
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..formats import hub, resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
@@ -25,7 +24,7 @@ from ..run.folder import finished
 from ..system.command import command
 from ..system.resources import available_memory
 from ..system.terminal import aside
-from ..system.words import did_you_mean
+from ..system.words import count_of, did_you_mean, gigabytes
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
 from .sampling import Choice, Coin, choose, logprob
 
@@ -34,22 +33,22 @@ SLIDE = 4  # the window slides by reach / SLIDE
 
 
 class Token(NamedTuple):
-    """A chosen token; `logprob` is the logarithm of its probability by the model alone, NaN if not asked for."""
+    """A sampled token and its log-probability under the model alone, NaN unless requested."""
 
     id: int
     logprob: float
 
 
 def window_start(length: int, reach: int) -> int:
-    """The first token of a text of `length` that its next token sees: 0 … reach tokens back, in steps of a slide."""
+    """Return the first visible token for a text of `length`: at most `reach` back, a multiple of the slide."""
     slide = max(1, reach // SLIDE)
     return 0 if length <= reach else -(-(length - reach) // slide) * slide
 
 
 class Generation:
-    """Texts that are continued side by side. What becomes of one does not depend on the others.
+    """Texts continued in one batch, each independent of the others.
 
-    `prompts` have a token or more; `count` bounds those added to each; one sees `reach` back. `pack`: see `Decoder`.
+    Each prompt has at least one token and gets at most `count` more. Tokens see `reach` back. `pack`: see `Decoder`.
     """
 
     def __init__(
@@ -67,10 +66,10 @@ class Generation:
         self._reach, self._coins, self._choice, self._logprobs = reach, coins, choice, logprobs
         length = min(reach, max(map(len, self.texts)) + count)
         self._decoder = Decoder(model, len(self.texts), length, pack)
-        self._starts = [-1] * len(self.texts)  # of the window that the cache holds
+        self._starts = [-1] * len(self.texts)  # of the cached window
 
     def step(self, rows: Sequence[int]) -> list[Token]:
-        """One token more for each of these texts."""
+        """Append one token to each of these texts and return the tokens."""
         tokens = []
         for row, logits in zip(rows, self._logits(rows), strict=True):
             token = choose(logits, self._coins[row], self._choice, self.texts[row])
@@ -79,7 +78,7 @@ class Generation:
         return tokens
 
     def _logits(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Logits (V,) of what follows each of these texts."""
+        """Return the next token's logits (V,) for each of these texts."""
         starts = {row: window_start(len(self.texts[row]), self._reach) for row in rows}
         found: dict[int, np.ndarray] = {}
         if continued := [row for row in rows if self._starts[row] == starts[row]]:
@@ -95,16 +94,16 @@ class Generation:
 def generate(
     model: GPT2, prompt: Sequence[int], count: int, reach: int, coin: Coin, choice: Choice = DEFAULT, pack: bool = True
 ) -> Iterator[int]:
-    """Yield `count` tokens that continue `prompt` (at least one token); arguments as of `Generation`."""
+    """Yield `count` tokens that continue `prompt`; arguments as in `Generation`."""
     generation = Generation(model, [prompt], count, reach, [coin], choice, pack)
     for _ in range(count):
         yield generation.step([0])[0].id
 
 
 class TextStream:
-    """Tokens in, text out as soon as it is whole: a token may end inside a UTF-8 character.
+    """A decoder of tokens to text that emits only complete UTF-8 characters.
 
-    It ends before the first of the strings `stop`, and is `stopped` then; what may become one of them is held back.
+    Text ends before the first stop string, which sets `stopped`. A possible start of one is held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
@@ -116,7 +115,7 @@ class TextStream:
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """The text that `token` completes, perhaps none."""
+        """Return the text that `token` completes, possibly empty."""
         self._held.append(token)
         text = self._decode(self._held)
         whole = text.rstrip("\ufffd")
@@ -127,7 +126,7 @@ class TextStream:
         return self._before_stop(fresh)
 
     def finish(self) -> str:
-        """What never became whole, as replacement characters, and what was held back."""
+        """Return the held-back text, incomplete characters as U+FFFD."""
         rest = self._before_stop(self._decode(self._held)[self._shown :]) + self._waiting
         self._held, self._shown, self._waiting = [], 0, ""
         return rest
@@ -146,39 +145,34 @@ class TextStream:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of the prompt; of an empty one end-of-text, after which texts begin. Raises LlmpyError for no UTF-8."""
+    """Return the prompt's token ids, end-of-text if it is empty. Raises LlmpyError for invalid UTF-8."""
     return tokenizer.encode(prompt) or [tokenizer.eot]
 
 
 def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool = False) -> None:
-    """Raise LlmpyError if B texts of S positions need more memory than there is; a `loaded` model has its own."""
+    """Raise LlmpyError if B texts of S positions, and the model unless `loaded`, exceed the available memory."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
     parameters = sum((stored if t.decay else wide) * t.size for t in params_table(config))
     tables = packed_table(config, ops), cache_table(config, B, S), prefill_table(config, S), rows_table(config, B)
     needed = (0 if loaded else parameters) + sum(memory(table, stored, wide) for table in tables)
     available = available_memory()
     if needed > available:
-        raise LlmpyError(
-            "generate.x",
-            f"{B} text{'s' * (B > 1)} of {S:,} tokens need about {needed / 1e9:.1f} GB of memory, and "
-            f"{available / 1e9:.1f} GB are available",
-            "Use fewer prompts, fewer --tokens, or close other programs",
-        )
+        what = f"{count_of(B, 'text')} of {S:,} tokens: {gigabytes(needed)} required, {gigabytes(available)} available"
+        hint = "Use fewer prompts or --tokens, or close other programs"
+        raise LlmpyError("memory.insufficient", f"not enough memory for {what}", hint)
 
 
 def open_run(run: Path) -> tuple[Source, Tokenizer]:
-    """A model and its tokenizer: of a run folder, of a file or folder of another format, or of the hub."""
+    """Open a model and its tokenizer: a run, a file or folder of another format, or a hub model."""
     if str(run) not in hub.NAMES:
         try:
             there = run.exists()
             known = [] if there else [str(folder) for folder in finished()]
-        except OSError as error:  # a name too long, a folder that may not be entered
-            raise LlmpyError(
-                "generate.x", f"cannot read {run}: {error.strerror}", "Check the path and its permissions"
-            ) from None
+        except OSError as error:  # a name too long, a folder without permission
+            raise unreadable(run, error) from None
         if not there:
-            others = f"there are: {', '.join(known[:5])}" if known else f"train one: {command('train')}"
+            others = f"Finished runs: {', '.join(known[:5])}" if known else f"Train one: {command('train')}"
             near = did_you_mean(str(run), [*hub.NAMES, *known])
-            raise LlmpyError("generate.x", f"no run folder {run}", f"{near} {others}".lstrip())
+            raise LlmpyError("run.missing", f"no run folder {run}", f"{near} {others}".lstrip())
     source = resolve(str(run), aside)
     return source, tokenizer_of(source, aside)[0]

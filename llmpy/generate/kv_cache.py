@@ -1,11 +1,10 @@
-"""Keys and values kept: the logits of a next token without computing the whole text again.
+"""The KV cache: logits of the next token without recomputing the whole text.
 
-prefill    a text at once through the training kernels; its keys and values go into the cache
-decode     one token more of each of B texts: every weight is read once for all of them
+prefill    run a whole text through the training kernels and cache its keys and values
+decode     append one token to each of B texts: every weight is read once for all
 
-Both run `GPT2.layers`, with operations of their own for attention and, in decode, for products. A position never sees
-a later one, so its keys and values stay as they are. Both compute a token's logits by the same sums in the same order:
-they are bitwise equal to those of `GPT2.logits` on the whole text.
+Both run `GPT2.layers` with their own attention; decode also with its own products. Both sum in the same order: logits
+are bitwise equal to those of `GPT2.logits` on the whole text.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..model.gpt2 import GPT2, ForwardOps, activations_table
 
 
 def packed_table(c: ModelConfig, ops: Ops) -> list[Tensor]:
-    """The matrices of every product, packed, named as in `gpt2.params_table`; the head is the token embedding."""
+    """Return the packed matrices, named as in `gpt2.params_table`; wte is the head."""
     L, C, Vp = c.layers, c.channels, c.padded_vocab_size
     return [
         Tensor("attn_qkv_w", (L, ops.packed_size(3 * C, C))),
@@ -35,22 +34,22 @@ def packed_table(c: ModelConfig, ops: Ops) -> list[Tensor]:
 
 
 def cache_table(c: ModelConfig, B: int, S: int) -> list[Tensor]:
-    """Keys and values of B texts of up to S positions, by layer."""
+    """Return the table of keys and values of B texts of up to S positions."""
     return [Tensor("keys_values", (c.layers, B, c.heads, 2, S, c.head_size))]
 
 
 def prefill_table(c: ModelConfig, T: int) -> list[Tensor]:
-    """The activations of a text of T tokens."""
+    """Return the activations of a text of T tokens."""
     return activations_table(c, 1, T, training=False)
 
 
 def rows_table(c: ModelConfig, B: int) -> list[Tensor]:
-    """The activations of one token of each of B texts."""
+    """Return the activations of one token of each of B texts."""
     return [*activations_table(c, B, 1, training=False), Tensor("logits", (B, c.padded_vocab_size))]
 
 
 def lender(table: list[Tensor], ops: Ops) -> Callable[[int, Any], Any]:
-    """Allocate memory for a table, and return what lends it to arenas of smaller tables of its kind."""
+    """Allocate memory for a table; return the allocator that lends it to arenas of smaller such tables."""
     whole = Arena(table, ops.empty, ops.dtype, ops.wide)
     kinds = [ops.dtype, ops.wide] if len(whole.buffers) > 1 else [ops.dtype]
     rooms = dict(zip(kinds, whole.buffers, strict=True))
@@ -58,7 +57,7 @@ def lender(table: list[Tensor], ops: Ops) -> Callable[[int, Any], Any]:
 
 
 class _Rows:
-    """The next tokens of B texts; `again`, once captured, computes the logits of what is embedded."""
+    """The next tokens of B texts; `again`, once captured, computes their logits after embedding."""
 
     def __init__(self, acts: Arena, B: int) -> None:
         self.acts = acts
@@ -68,10 +67,10 @@ class _Rows:
 
 
 class Decoder:
-    """A model with room for B texts, its slots, of up to S ≤ context positions.
+    """A model with B slots for texts of up to S ≤ context positions.
 
-    With `pack` the first `decode` copies the matrices into the form that a token is fastest multiplied by; without, a
-    token takes twice as long, and the matrices are not in memory twice. Not a bit depends on it.
+    With `pack` the first `decode` copies the matrices into a packed form, which halves the time of a token. Results are
+    bitwise identical with and without.
     """
 
     def __init__(self, model: GPT2, B: int, S: int, pack: bool = True) -> None:
@@ -79,12 +78,12 @@ class Decoder:
         self.matrices = model.weights
         self.multiply: Callable[..., None] = model.ops.linear_forward
         self.cache = Arena(cache_table(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values
-        self.positions = np.zeros(B, np.int32)  # where the next token of each slot goes
+        self.positions = np.zeros(B, np.int32)  # of the next token in each slot
         self._to_pack = pack
         self._rows: dict[int, _Rows] = {}
 
     def pack(self) -> None:
-        """Copy the matrices of the model as they are now; from here on products read the copy."""
+        """Pack the model's current matrices; from now on products read the copy."""
         ops, w = self.ops, self.model.weights
         self._to_pack = False
         self.matrices = Arena(packed_table(self.model.config, ops), ops.empty, ops.dtype)
@@ -94,10 +93,10 @@ class Decoder:
             stacks = zip(packed, weight, strict=True) if packed.ndim == 2 else [(packed, weight)]
             for one, matrix in stacks:
                 ops.pack(one, matrix)
-        self._rows.clear()  # what was captured reads the matrices as they lay
+        self._rows.clear()  # captured graphs read the old matrices
 
     def prefill(self, slot: int, text: Sequence[int]) -> np.ndarray:
-        """Restart a slot with a text of 1 … S tokens; the logits (V,) of what follows it."""
+        """Restart a slot with a text of 1 … S tokens; return the next token's logits (V,)."""
         T, c, ops = len(text), self.model.config, self.ops
 
         def attention(l: int, out: Any, stats: Any, qkv: Any) -> None:
@@ -112,7 +111,7 @@ class Decoder:
         return self._on_host(logits)[0]
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Append a token to each of these slots, none twice, that have text and room; the logits (B, V) after it."""
+        """Append a token to each of these distinct slots, all with text and room; return the next logits (B, V)."""
         if self._to_pack:
             self.pack()
         ops, w, B = self.ops, self.model.weights, len(slots)
@@ -133,7 +132,7 @@ class Decoder:
         return self._on_host(rows.acts.logits)
 
     def _logits(self, rows: _Rows) -> None:
-        """The layers and the head, for a row of each text, with the cache as what came before."""
+        """Run the layers and the head on one row of each text, with cached attention."""
 
         def attention(l: int, out: Any, stats: Any, qkv: Any) -> None:
             self.ops.attention_decode(out, self.cache[l], qkv, rows.slots, rows.positions)
@@ -142,7 +141,7 @@ class Decoder:
         self.multiply(a.logits, a.ln_f, self.matrices.wte, None)
 
     def _on_host(self, logits: Any) -> np.ndarray:
-        """(B, Vp) of the machine → (B, V), a new array of wide floats."""
+        """Return (B, Vp) of the backend as a new host array (B, V) of wide floats."""
         return np.asarray(self.ops.to_host(logits))[:, : self.model.config.vocab_size].astype(self.ops.wide)
 
     @cached_property

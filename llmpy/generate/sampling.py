@@ -1,4 +1,4 @@
-"""Choose a token by its logits.
+"""Sample a token from its logits.
 
 logits of the last token → repetition penalty → /temperature → top k → top p → min p → softmax
                          → inverse of the cumulative sum at a coin
@@ -16,20 +16,20 @@ from ..errors import LlmpyError
 
 
 class Coin(Protocol):
-    """A source of numbers in [0, 1)."""
+    """A random generator."""
 
     def uniform(self) -> float:
-        """The next one."""
+        """Return the next number in [0, 1)."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a token is chosen by its logits; the defaults take the model's own distribution.
+    """Sampling settings; the defaults sample from the model's own distribution.
 
-    temperature 0 takes the likeliest token. Else, of all tokens: the `top_k` likeliest (0: all); of these, the
-    fewest that together have the probability `top_p`; of these, those with at least `min_p` times the probability of
-    the likeliest. `repetition_penalty` r makes tokens of the text so far less likely: positive logits are divided
-    by r, negative ones multiplied (Keskar et al. 2019). top p: Holtzman et al. 2020; min p: Nguyen et al. 2024.
+    temperature 0 takes the likeliest token. Otherwise filters apply in turn: the `top_k` likeliest tokens (0: all); the
+    fewest with total probability `top_p` (Holtzman et al. 2020); those with at least `min_p` times the highest
+    probability (Nguyen et al. 2024). `repetition_penalty` r divides positive logits of tokens in the text by r and
+    multiplies negative ones (Keskar et al. 2019).
     """
 
     temperature: float = 1.0
@@ -40,9 +40,9 @@ class Choice:
 
 
 def choose(logits: np.ndarray, coin: Coin, choice: Choice, text: Sequence[int] = ()) -> int:
-    """Return a token id by its logits (V,) and the text so far. Raises LlmpyError for logits that are not finite."""
+    """Return a token id from logits (V,) and the text so far. Raises LlmpyError if a logit is not finite."""
     if not np.isfinite(logits).all():
-        raise LlmpyError("generate.x", "the model's output is not finite", "Its training went wrong: train again")
+        raise LlmpyError("model.not-finite", "the model's output is not finite", "Its training diverged: repeat it")
     c = choice
     if c.repetition_penalty != 1:
         seen = np.unique(np.asarray(text, np.int64))
@@ -50,10 +50,10 @@ def choose(logits: np.ndarray, coin: Coin, choice: Choice, text: Sequence[int] =
         logits[seen] = np.where(old > 0, old / c.repetition_penalty, old * c.repetition_penalty)
     if c.temperature == 0:
         return int(logits.argmax())
-    # Candidates stay in the order of their ids, ties at a border go to the first: the same choice everywhere.
+    # Candidates stay in id order and ties go to the lowest id: the same choice on every machine.
     ids = likeliest(logits, c.top_k)
     scaled = logits[ids].astype(np.float64)
-    with np.errstate(over="ignore"):  # of a tiny temperature: −∞, which is right for all but the likeliest
+    with np.errstate(over="ignore"):  # tiny temperature: −∞ for all but the likeliest
         p = np.exp((scaled - scaled.max()) / c.temperature)
     if c.top_p < 1:
         order = np.argsort(-p, kind="stable")
@@ -65,7 +65,7 @@ def choose(logits: np.ndarray, coin: Coin, choice: Choice, text: Sequence[int] =
 
 
 def likeliest(logits: np.ndarray, k: int) -> np.ndarray:
-    """Return the ids of the k largest of logits (V,), ascending; of equals the first; all of them if k is 0."""
+    """Return the ascending ids of the k largest logits (V,), ties to the lowest id; all if k is 0."""
     if not 0 < k < len(logits):
         return np.arange(len(logits))
     border = np.partition(logits, -k)[-k]
@@ -80,5 +80,5 @@ def logprob(logits: np.ndarray, token: int) -> float:
 
 
 def choice_of(options: object) -> Choice:
-    """Return the choice that options of these names ask for: SampleOptions or ChatOptions."""
+    """Return the Choice in SampleOptions or ChatOptions."""
     return Choice(**{f.name: getattr(options, f.name) for f in fields(Choice)})

@@ -1,9 +1,8 @@
-"""A table of tensors → one aligned buffer and a named view for each row.
+"""A table of tensors → one aligned buffer with a named view per row.
 
-The table is the only list of a model's tensors: sizes, views, initialisation, weight decay,
-checkpoint names and tests derive from it. Tensors of one type lie one after another with no holes, in the
-order of the table; those that say in which steps they live come after the others, and share memory where no
-step needs two of them.
+The table is the only list of a model's tensors: sizes, views, initialisation, weight decay, checkpoint names and tests
+derive from it. Tensors of one type are contiguous, in the order of the table. Tensors with `steps` follow; two of them
+share memory if no step needs both.
 """
 
 from __future__ import annotations
@@ -15,17 +14,16 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 1 << 20  # elements looked at in one go: the answer to "which are finite" needs memory too
+PIECE = 1 << 20  # elements per np.isfinite, which allocates its result
 
 
 @dataclass(frozen=True)
 class Tensor:
     """One row of a table.
 
-    `init` says how training from scratch fills the tensor: "normal" draws with `std`, "ones" and
-    "zeros" say it themselves; activations leave it empty. `decay` marks tensors under weight decay.
-    `wide` marks those that stay float32 in mixed precision: the residual stream, statistics, losses.
-    `steps` are those in which its content matters, as the table counts them; with none it always does.
+    `init` fills the tensor in training from scratch: "normal" (with `std`), "ones", "zeros"; empty for activations.
+    `decay`: under weight decay. `wide`: float32 in mixed precision (the residual stream, statistics, losses).
+    `steps`: the steps, numbered by the table, in which the content is live; empty: always.
     """
 
     name: str
@@ -43,9 +41,9 @@ class Tensor:
 
 
 def placed(table: Sequence[Tensor]) -> tuple[dict[str, int], int]:
-    """Where each tensor of a table of one type begins, by name, and where the last one ends. In elements.
+    """Return each tensor's start, by name, and the end of the last, in elements; for a table of one type.
 
-    The largest first, each at the first place that is free in all of its steps.
+    Tensors with steps are placed largest first, each at the first place free in all its steps.
     """
     starts: dict[str, int] = {}
     end = 0
@@ -66,7 +64,7 @@ def placed(table: Sequence[Tensor]) -> tuple[dict[str, int], int]:
 
 
 def memory(table: Sequence[Tensor], size: int, wide: int) -> int:
-    """Bytes of an arena whose elements have `size` bytes, the wide ones `wide`."""
+    """Return the bytes of an arena with `size` bytes per element, `wide` per wide element."""
     if size == wide:
         return size * placed(table)[1]
     return size * placed([t for t in table if not t.wide])[1] + wide * placed([t for t in table if t.wide])[1]
@@ -75,8 +73,8 @@ def memory(table: Sequence[Tensor], size: int, wide: int) -> int:
 class Arena:
     """One flat buffer for a whole table; each tensor is an attribute: `params.wte`, `acts.qkv[3]`.
 
-    `empty(count, dtype)` allocates (the backend's, so that a device can own the memory). Wide tensors take
-    the type `wide`; if that is another type than `dtype` they have a buffer of their own.
+    `empty(count, dtype)` allocates, on the device if the backend has one. Wide tensors have the type `wide`, and their
+    own buffer if that is not `dtype`.
     """
 
     def __init__(self, table: Sequence[Tensor], empty: Callable[..., Any], dtype: Any, wide: Any = None) -> None:
@@ -110,7 +108,7 @@ class Arena:
             raise AttributeError(f"no tensor {name!r} in this arena") from None
 
     def items(self) -> Iterator[tuple[Tensor, Any]]:
-        """Every row of the table with its view, in order."""
+        """Return (row, view) pairs in the order of the table."""
         return ((t, self._views[t.name]) for t in self.table)
 
     @property
@@ -120,6 +118,6 @@ class Arena:
 
 
 def all_finite(x: np.ndarray) -> bool:
-    """Whether an array, of any shape, holds neither NaN nor infinity."""
+    """Return whether an array of any shape has neither NaN nor infinity."""
     flat = x.reshape(-1)
     return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, flat.size, PIECE))

@@ -1,4 +1,4 @@
-"""What a model is (one dial: `d12`) and nothing else. Training's options are in `options/`."""
+"""The shape of a model, set by one dial (`d12`). Training options are in `options/`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..system.words import count_of, did_you_mean
 
 GPT2_VOCAB = 50257
 
-# depth → channels, heads; llm.c's ladder. Depths between two rungs are interpolated by `_rung`.
+# depth → channels, heads; llm.c's ladder. `_rung` interpolates other depths.
 LADDER = {
     6: (384, 6), 12: (768, 12), 24: (1024, 16), 36: (1280, 20), 48: (1600, 25),
     60: (1920, 30), 72: (2880, 30), 84: (3456, 36),
 }  # fmt: skip
 NAMES = {"gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
-# GPT-3's sizes: channels → layers, heads. llm.c also lists c5140, which its own check always refuses.
+# GPT-3's sizes: channels → layers, heads. llm.c also lists c5140, which its own check rejects.
 GPT3 = {
     384: (6, 6), 768: (12, 12), 1024: (24, 16), 1536: (24, 16), 2048: (24, 16),
     2560: (32, 32), 4096: (32, 32), 12288: (96, 96),
@@ -37,18 +37,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "channels", "context", "vocab_size"):
-            if type(getattr(self, name)) is not int:
-                raise LlmpyError(
-                    "model.x", f"model: {name} is {getattr(self, name)!r}", f"{name} must be a whole number"
-                )
-            if getattr(self, name) < 1:
-                raise LlmpyError("model.x", f"model: {name} is {getattr(self, name)}", f"{name} must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise LlmpyError("model.invalid-shape", f"model: {name} is {value!r}", "Use a positive integer")
         if self.channels % self.heads:
-            raise LlmpyError(
-                "model.x",
-                f"model: {self.channels} channels do not divide into {self.heads} heads",
-                "Choose channels as a multiple of heads",
-            )
+            what = f"model: {self.channels} channels do not divide into {self.heads} heads"
+            raise LlmpyError("model.invalid-shape", what, "Use a multiple of heads for channels")
 
     def __str__(self) -> str:
         return (
@@ -68,11 +62,11 @@ class ModelConfig:
 
     @property
     def matrix_parameters(self) -> int:
-        """Parameters that take part in a product for every token: the layers' matrices and the head."""
+        """Parameters multiplied for every token: the layers' matrices and the head."""
         return 12 * self.layers * self.channels**2 + self.padded_vocab_size * self.channels
 
     def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of one training step per token at sequence length T = `length`.
+        """Return floating-point operations per token of a training step at sequence length T = `length`.
 
         6 per matrix parameter (2 forward, 4 backward) and 6·L·C·T for causal attention.
         """
@@ -80,10 +74,10 @@ class ModelConfig:
 
     @classmethod
     def from_dial(cls, dial: str, vocab_size: int | None = None, context: int | None = None) -> ModelConfig:
-        """`d4` … `d84`, `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, `gpt2:d12`, `gpt3:c768`.
+        """Return the config of `d1` … `d84`, `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, `gpt2:d12`, `gpt3:c768`.
 
-        `vocab_size` and `context` replace the family's own (50257; 1024, or 2048 for gpt3).
-        Raises LlmpyError for any other word.
+        `vocab_size` and `context` default to the family's (50257; 1024, or 2048 for gpt3).
+        Raises LlmpyError for any other name.
         """
         text = dial.strip().lower()
         if text in NAMES:
@@ -109,10 +103,10 @@ class ModelConfig:
 
 
 def _rung(depth: int) -> tuple[int, int]:
-    """Channels and heads of a depth that the ladder does not list.
+    """Return channels and heads of a depth that is not in the ladder.
 
-    Up to d12 a layer adds 64 channels (one head), which is what d6 and d12 have; above, channels
-    are interpolated between the neighbouring rungs and rounded to whole heads of 64.
+    Up to d12 each layer adds a head of 64 channels, as in d6 and d12. Above, channels are interpolated between the
+    neighbouring rungs and rounded to whole heads of 64.
     """
     if depth <= 12:
         return 64 * depth, depth
@@ -124,11 +118,8 @@ def _rung(depth: int) -> tuple[int, int]:
 
 
 def _unknown(dial: str) -> LlmpyError:
-    known = [*NAMES, *(f"gpt3:c{c}" for c in GPT3)]  # no d6: of a wrong number none is nearer than another
+    known = [*NAMES, *(f"gpt3:c{c}" for c in GPT3)]  # depths are left out: no number is a better guess
     small = dial.strip().lower().replace("_", "-") in ("gpt2-small", "gpt2-base", "gpt-2", "gpt2-124m")
     close = "Did you mean gpt2?" if small else did_you_mean(dial, known)
-    return LlmpyError(
-        "model.x",
-        f"unknown model {dial!r}",
-        f"{close} use d1 … d{max(LADDER)}, {', '.join(NAMES)}, or gpt3:c768 (c384 … c12288)".lstrip(),
-    )
+    hint = f"{close} Use d1 … d{max(LADDER)}, {', '.join(NAMES)}, or gpt3:c768 (c384 … c12288)".lstrip()
+    return LlmpyError("model.unknown", f"unknown model {dial!r}", hint)

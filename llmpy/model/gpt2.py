@@ -1,4 +1,4 @@
-"""GPT-2: the tables of its tensors, forward, and the same list backwards.
+"""GPT-2: the tables of its tensors, forward, and backward.
 
 A layer, with residual stream r (B, T, C):
 
@@ -23,13 +23,13 @@ from ..errors import LlmpyError
 from .arena import Arena, Tensor
 from .config import ModelConfig
 
-# Which activations backward recomputes instead of keeping, see `activations_table`. 1 costs half a percent of a step's
-# time (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
+# Activations that backward recomputes, see `activations_table`. 1 costs 0.5 % of a step's time (dev/LOG.md) and saves a
+# quarter of the activations, as in llm.c.
 RECOMPUTE = 1
 
 
 def params_table(c: ModelConfig) -> list[Tensor]:
-    """Every parameter. Matrices come first: weight decay then ends at one boundary (`matrix_elements`)."""
+    """Return every parameter. Matrices, which have weight decay, come first (`matrix_elements`)."""
     L, C, Vp = c.layers, c.channels, c.padded_vocab_size
     std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
 
@@ -56,23 +56,23 @@ def params_table(c: ModelConfig) -> list[Tensor]:
     ]
 
 
-# The steps of a batch, for tensors that are needed in some only: a layer forward, the end, a layer backward.
+# The steps of a batch, for `Tensor.steps`: a layer forward, the end, a layer backward.
 QKV, ATTENTION, PROJECTION, FC, MLP_PROJECTION, FINAL_NORM, HEAD, MLP_BACKWARD, ATTENTION_BACKWARD = range(9)
 
 
 def activations_table(
     c: ModelConfig, B: int, T: int, training: bool, recompute: int = 0, mixed: bool = False
 ) -> list[Tensor]:
-    """Return every activation, and for training what backward needs as well.
+    """Return every activation, and for training those of backward.
 
-    `recompute` 0 keeps all activations for backward;  1 recomputes the GELU's output, a quarter of them;  2 also the
+    `recompute` 0 keeps all activations for backward; 1 recomputes the GELU's output, a quarter of them; 2 also the
     LayerNorms' outputs.
     """
     C, NH, BT = c.channels, c.heads, B * T
     L = c.layers if training else 1
 
     def kept(name: str, *shape: int, steps: tuple[int, ...], unless: int = 3) -> Tensor:
-        """One place per layer for backward, unless `recompute` is at least that; else one that all layers share."""
+        """Return one tensor per layer for backward if `recompute` < `unless`; else one shared by all layers."""
         if training and recompute < unless:
             return Tensor(name, (L, *shape))
         return Tensor(name, (1, *shape), steps=frozenset(steps))
@@ -81,9 +81,9 @@ def activations_table(
         return Tensor(name, shape, wide=wide, steps=frozenset(steps))
 
     table = [
-        Tensor("resid", (L, BT, C), wide=True),  # what enters each layer; the first is the embedding
+        Tensor("resid", (L, BT, C), wide=True),  # input of each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),
-        shared("resid_out", BT, C, steps=(FINAL_NORM, HEAD), wide=True),  # what leaves the last layer
+        shared("resid_out", BT, C, steps=(FINAL_NORM, HEAD), wide=True),  # output of the last layer
         kept("ln_1", BT, C, steps=(QKV, ATTENTION_BACKWARD), unless=2),
         Tensor("ln_1_mean", (L, BT), wide=True),
         Tensor("ln_1_rstd", (L, BT), wide=True),
@@ -95,7 +95,7 @@ def activations_table(
         Tensor("ln_2_rstd", (L, BT), wide=True),
         kept("mlp_fc", BT, 4 * C, steps=(FC,)),
         kept("mlp_gelu", BT, 4 * C, steps=(FC, MLP_PROJECTION, MLP_BACKWARD), unless=1),
-        shared("branch", BT, C, steps=range(FINAL_NORM + 1)),  # the output that joins the residual stream next
+        shared("branch", BT, C, steps=range(FINAL_NORM + 1)),  # the next addend of the residual stream
         shared("ln_f", BT, C, steps=(FINAL_NORM, HEAD)),
         Tensor("ln_f_mean", (BT,), wide=True),
         Tensor("ln_f_rstd", (BT,), wide=True),
@@ -104,7 +104,7 @@ def activations_table(
     if training:
         backward = HEAD, MLP_BACKWARD, ATTENTION_BACKWARD
         if mixed:
-            table.append(shared("dresid_stored", BT, C, steps=backward))  # dresid rounded, as an operand of products
+            table.append(shared("dresid_stored", BT, C, steps=backward))  # dresid rounded, for products
         table += [
             shared("dresid", BT, C, steps=backward, wide=True),
             shared("dln", BT, C, steps=backward),
@@ -116,7 +116,7 @@ def activations_table(
 
 
 class ForwardOps(NamedTuple):
-    """The operations in which training, prefill and decoding differ; all else in `GPT2.layers` is the same."""
+    """The operations of `GPT2.layers` that differ between training, prefill and decoding."""
 
     weights: Any  # the matrices as `linear` reads them, named as in `params_table`
     linear: Callable[..., None]  # Ops.linear_forward or Ops.packed_linear_forward
@@ -124,14 +124,13 @@ class ForwardOps(NamedTuple):
 
 
 class GPT2:
-    """A model: its parameters, and loss and gradients over arenas that are made once per (B, T).
+    """A model: its parameters, loss and gradients, with arenas allocated once per (B, T).
 
-    One that is not `trainable` keeps its matrices only as products read them, in a third of the memory where that is
-    bfloat16.
+    Without `trainable` it keeps its matrices only in the backend's type: a third of the memory for bfloat16.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
-        """`recompute`: see `activations_table`."""
+        """Allocate the parameters. `recompute`: see `activations_table`."""
         self.config = config
         self.ops = ops
         self.recompute = recompute
@@ -139,7 +138,7 @@ class GPT2:
         table = params_table(config)
         matrices = [t for t in table if t.decay]
         self.matrix_elements = sum(t.size for t in matrices)
-        # What products read: the matrices themselves, or a copy of them in the backend's smaller type.
+        # `weights`, the operands of products: the matrices, or a copy in the backend's smaller type.
         self.mixed = ops.dtype != ops.wide
         if trainable:
             self.params = Arena(table, ops.empty, ops.wide)
@@ -148,33 +147,30 @@ class GPT2:
             self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
             self.weights = self.params
         self.grads: Arena | None = None
-        # Hooks of several ranks, which exchange weights and gradients meanwhile: called before forward reads the
-        # weights of layer l, and after backward has its gradients; −1 stands for the embeddings.
+        # Hooks for ranks to exchange data: before forward reads the weights of layer l, and after backward has written
+        # its gradients; −1 stands for the embeddings.
         self.before_layer: Callable[[int], None] | None = None
         self.after_layer: Callable[[int], None] | None = None
         self._acts: dict[tuple[int, int, bool], Arena] = {}
 
     def store_weights(self) -> None:
-        """Renew what products read; to be called when `params` were written by anyone but the optimizer."""
+        """Update `weights` from `params`. Call it after writing to `params`; the optimizer does so itself."""
         if self.weights is not self.params:
             self.ops.narrow(self.weights.buffer, self.params.buffer[: self.matrix_elements])
 
     def reserve(self, B: int, T: int, training: bool) -> Arena:
-        """Make the arenas for batches of (B, T), so that no step allocates; returns the activations."""
+        """Allocate the arenas for batches (B, T) and return the activations. Raises LlmpyError for invalid B or T."""
         if not 1 <= T <= self.config.context:
-            raise LlmpyError(
-                "model.x",
-                f"a sequence of {T} tokens does not fit the model's context of {self.config.context}",
-                f"Use -T between 1 and {self.config.context}",
-            )
+            what = f"a sequence of {T} tokens does not fit the model's context of {self.config.context}"
+            raise LlmpyError("model.context-exceeded", what, f"Use -T between 1 and {self.config.context}")
         if B < 1:
-            raise LlmpyError("model.x", f"batch size {B}", "Use -B 1 or more")
+            raise LlmpyError("model.batch-size", f"batch size {B} is below 1", "Use -B 1 or more")
         if training and not self.trainable:
-            raise ValueError("this model was made without `trainable`: it has no float32 matrices to train")
+            raise ValueError("cannot train a model made without `trainable`: it has no float32 matrices")
         ops = self.ops
         if training and self.grads is None:
             self.grads = Arena(self.params.table, ops.empty, ops.wide)
-        # A training arena serves evaluation too; evaluation alone keeps a single layer.
+        # Evaluation reuses a training arena; its own keeps a single layer.
         if (B, T, True) in self._acts:
             training = True
         if (B, T, training) not in self._acts:
@@ -183,23 +179,23 @@ class GPT2:
         return self._acts[B, T, training]
 
     def release(self) -> None:
-        """Free the arenas that `reserve` made, all but the gradients'."""
+        """Free the arenas of `reserve`, except the gradients."""
         self._acts.clear()
 
     def logits(self, tokens: np.ndarray, position: int = -1) -> np.ndarray:
-        """Logits (B, V) of one position of tokens (B, T), as a new host array."""
+        """Return logits (B, V) of one position of tokens (B, T), a new host array."""
         B, T = tokens.shape
         a = self.forward(tokens, self.reserve(B, T, training=False))
         return self.head(self.ops.to_host(a.ln_f).reshape(B, T, -1)[:, position])
 
     def head(self, rows: np.ndarray) -> np.ndarray:
-        """Logits (n, V) of rows (n, C) that the final LayerNorm gave, as a new host array."""
+        """Return logits (n, V) of the final LayerNorm's rows (n, C), a new host array."""
         out = self.ops.empty((len(rows), self.config.padded_vocab_size), self.ops.dtype)
         self.ops.linear_forward(out, np.ascontiguousarray(rows), self.weights.wte, None)
         return self.ops.to_host(out)[:, : self.config.vocab_size].astype(self.ops.wide)
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> float:
-        """Mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
+        """Return the mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
         B, T = tokens.shape
         a = self.forward(tokens, self.reserve(B, T, training=False))
         self.ops.classifier(a.losses, None, None, a.ln_f, self.weights.wte, targets, self.config.vocab_size, 0.0, False)
@@ -208,7 +204,7 @@ class GPT2:
     def loss_and_grads(
         self, tokens: np.ndarray, targets: np.ndarray, accumulate: bool = False, micro_steps: float = 1
     ) -> float:
-        """Mean loss of one micro-batch; gradients of (loss / micro_steps) into `self.grads`.
+        """Return the mean loss of a micro-batch; gradients of (loss / micro_steps) go into `self.grads`.
 
         `accumulate` False overwrites the gradients (the first micro-step), True adds to them.
         """
@@ -225,7 +221,7 @@ class GPT2:
     def forward(
         self, tokens: np.ndarray, a: Arena, attention: Callable[[int, Any, Any, Any], None] | None = None
     ) -> Arena:
-        """Run the model on tokens (B, T); fills and returns the activations, up to `ln_f`.
+        """Run the model on tokens (B, T); fill and return the activations, up to `ln_f`.
 
         `attention`: see `ForwardOps`, by default Ops.attention_forward.
         """
@@ -239,7 +235,7 @@ class GPT2:
         self.ops.attention_forward(out, stats, qkv)
 
     def layers(self, a: Arena, by: ForwardOps) -> Arena:
-        """Run every layer on the embedded tokens in `resid[0]`; fills and returns the activations, up to `ln_f`."""
+        """Run every layer on the embedded tokens in `resid[0]`; fill and return the activations, up to `ln_f`."""
         ops, p, w, linear, L = self.ops, self.params, by.weights, by.linear, self.config.layers
         for l in range(L):
             if self.before_layer is not None:
@@ -266,10 +262,10 @@ class GPT2:
         return a
 
     def backward(self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool) -> None:
-        """The head and its loss, then every layer in reverse; gradients of scale·Σloss into `self.grads`."""
+        """Compute losses and the gradients of scale·Σloss into `self.grads`, from the head to the embeddings."""
         ops, p, w, g, c = self.ops, self.params, self.weights, self.grads, self.config
         assert g is not None
-        dresid = a.dresid_stored if self.mixed else a.dresid  # as an operand of products
+        dresid = a.dresid_stored if self.mixed else a.dresid  # operand of products
         ops.classifier(a.losses, a.dln, g.wte, a.ln_f, w.wte, targets, c.vocab_size, scale, acc)
         ops.zero(a.dresid)
         final = a.resid_out, a.ln_f_mean, a.ln_f_rstd
@@ -307,5 +303,5 @@ class GPT2:
 
 
 def at(tensor: Any, l: int) -> Any:
-    """Layer l of an activation; those that have no place of their own use the last one in turn."""
+    """Return layer l of an activation, or its last layer if it is shared."""
     return tensor[min(l, tensor.shape[0] - 1)]

@@ -1,4 +1,4 @@
-"""Parameters for training from scratch, drawn in llm.c's order, which is PyTorch's order of modules."""
+"""Initialise parameters in llm.c's order, which is PyTorch's order of modules."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CONSTANTS = {"ones": 1.0, "zeros": 0.0}
 
 
 def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
-    """Fill every tensor of `params` := what its row of the table says (`init`, `std`).
+    """Fill every tensor of `params` as its row of the table specifies (`init`, `std`).
 
-    One generator draws wte (the V rows of the vocabulary; its padding gets 0), wpe, and then, layer
-    by layer, the matrices of a layer in the order of the table. Source: llm.c, `gpt2_build_from_random`.
+    One generator draws wte (V rows; the padding rows := 0), wpe, and then, layer by layer, the layer's matrices in the
+    order of the table. Source: llm.c, `gpt2_build_from_random`.
     """
     rng = MT19937(seed)
     stacked: list[tuple[Tensor, Any]] = []
@@ -29,7 +29,7 @@ def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
         elif tensor.init == "normal":
             stacked.append((tensor, view))
         else:
-            raise ValueError(f"{tensor.name}: the table says init {tensor.init!r}, use normal, ones or zeros")
+            raise ValueError(f"{tensor.name}: unknown init {tensor.init!r}; use normal, ones or zeros")
     for l in range(config.layers):
         for tensor, view in stacked:
             rng.fill_normal(view[l].reshape(-1), 0.0, tensor.std)

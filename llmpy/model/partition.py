@@ -1,4 +1,4 @@
-"""Which parameters travel together between ranks, and which rank updates which: arithmetic on the table."""
+"""Divide the parameters into buckets for communication, and each bucket between the ranks that update it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import numpy as np
 
 from .arena import Tensor
 
-BUCKET = 8 << 20  # elements of a bucket: 32 MB of gradients, long against a network's latency, short against a step
-LINE = 16  # elements: parts begin on a cache line
-END = -1  # the "layer" whose gradients are done last, and whose weights are needed first: the embeddings
+BUCKET = 8 << 20  # elements of a bucket, 32 MB of gradients: large against a network's latency, small against a step
+LINE = 16  # elements: parts start on a cache line
+END = -1  # the "layer" of the embeddings: gradients ready last, weights needed first
 Range = tuple[int, int]  # start and end in the flat arenas
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters that travel together: `ranges` of the flat arenas, ascending, so that matrices come before vectors."""
+    """Parameters communicated together: ascending `ranges` of the flat arenas, so matrices precede vectors."""
 
-    first: int  # lowest and highest layer in it; END: embeddings
+    first: int  # lowest and highest layer; END: embeddings
     last: int
     ranges: tuple[Range, ...]
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return sum(stop - start for start, stop in self.ranges)
 
     def part(self, rank: int, ranks: int) -> list[Range]:
-        """What of it one rank updates: equal parts but for the last ones, in whole cache lines."""
+        """Return the ranges that a rank updates: equal parts in whole cache lines; the last may be shorter."""
         each = -(-self.size // (ranks * LINE)) * LINE
         return cut(self.ranges, rank * each, (rank + 1) * each)
 
 
 def cut(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
-    """The elements low … high of the ranges put together."""
+    """Return the elements low … high − 1 of the concatenated ranges."""
     found, before = [], 0
     for start, stop in ranges:
         a, b = max(low - before, 0), min(high - before, stop - start)
@@ -46,7 +46,7 @@ def cut(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
 
 
 def buckets(table: Sequence[Tensor], layers: int, limit: int = BUCKET) -> list[Bucket]:
-    """All parameters in the order in which backward finishes them: the last layers first, the embeddings last."""
+    """Return all parameters in the order of backward: the last layers first, the embeddings last."""
     where, offset = {}, 0
     for t in table:
         where[t.name] = (offset, t)
@@ -64,7 +64,7 @@ def buckets(table: Sequence[Tensor], layers: int, limit: int = BUCKET) -> list[B
     last = layers - 1
     for first in reversed(range(layers)):
         ranges = of_layers(first, last)
-        # the next layer would not fit any more, or there is none
+        # the next layer does not fit or does not exist
         if first == 0 or sum(b - a for a, b in of_layers(first - 1, last)) > limit:
             found += _pieces(first, last, ranges, limit)
             last = first - 1
@@ -73,7 +73,7 @@ def buckets(table: Sequence[Tensor], layers: int, limit: int = BUCKET) -> list[B
 
 
 def _pieces(first: int, last: int, ranges: Sequence[Range], limit: int) -> list[Bucket]:
-    """One bucket, or as many equal ones as it takes."""
+    """Return one bucket, or several equal ones if it exceeds `limit`."""
     whole = Bucket(first, last, tuple(ranges))
     count = -(-whole.size // limit)
     each = -(-whole.size // count)
@@ -81,19 +81,19 @@ def _pieces(first: int, last: int, ranges: Sequence[Range], limit: int) -> list[
 
 
 def most_kept(table: Sequence[Tensor], layers: int, ranks: int) -> tuple[int, int]:
-    """Elements of the parts that the first rank keeps, which has most, and of its largest one."""
+    """Return the elements of all parts of rank 0, which has the most, and of its largest part."""
     found = buckets(table, layers)
     parts = [length(b.part(0, ranks)) for b in found]
     return sum(parts), max(parts)
 
 
 def length(ranges: Sequence[Range]) -> int:
-    """Elements of all ranges."""
+    """Return the number of elements in the ranges."""
     return sum(stop - start for start, stop in ranges)
 
 
 def pack(out: np.ndarray, flat: np.ndarray, ranges: Sequence[Range]) -> None:
-    """out := the ranges of a flat array, one after another."""
+    """out := the concatenated ranges of a flat array."""
     at = 0
     for start, stop in ranges:
         out[at : at + stop - start] = flat[start:stop]
@@ -101,7 +101,7 @@ def pack(out: np.ndarray, flat: np.ndarray, ranges: Sequence[Range]) -> None:
 
 
 def unpack(flat: np.ndarray, ranges: Sequence[Range], packed: np.ndarray) -> None:
-    """The opposite of `pack`."""
+    """Undo `pack`: the ranges of a flat array := packed."""
     at = 0
     for start, stop in ranges:
         flat[start:stop] = packed[at : at + stop - start]

@@ -1,7 +1,6 @@
-"""Damaged files over all readers: one exception with a sentence, never a crash, a hang, or memory out of proportion.
+"""Corrupt files through all readers: LlmpyError, never a crash, a hang or excessive memory.
 
-A reader joins by a row of READERS: a function that writes a good sample into a folder and returns what of it is to be
-damaged, and one that reads it wholly. `make fuzz` runs a million cases, the normal run 10,000.
+To add a reader, add a row to READERS. `make fuzz` runs a million cases, the normal run 10,000.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ MEMORY = 64 << 20  # beyond the file's size
 
 
 class Reader(NamedTuple):
-    """A good sample, and what reads it. `damage` is relative to the sample's folder."""
+    """A writer of a valid sample, its files to corrupt, and a function that reads all of it."""
 
     write: Callable[[Path], object]
-    damage: tuple[str, ...]
+    files: tuple[str, ...]
     read: Callable[[Path], object]
 
 
 def everything(source: Source) -> None:
-    """Every tensor, as whoever uses the model would read them."""
+    """Read every tensor."""
     for name in shapes(source.config):
         source.read(name)
 
@@ -91,7 +90,7 @@ READERS = {
 
 @contextlib.contextmanager
 def bounded(size: int) -> Iterator[None]:
-    """Within: at most SECONDS of CPU time, and `size` + MEMORY more address space, where the system has such bounds."""
+    """Limit CPU time to SECONDS and new address space to `size` + MEMORY, on Linux."""
     if sys.platform != "linux":
         yield
         return
@@ -114,14 +113,14 @@ def bounded(size: int) -> Iterator[None]:
 
 
 def campaign(reader: Reader, folder: Path, cases: int, seed: int) -> int:
-    """Damage the sample `cases` times; returns how often it was refused. Anything but LlmpyError ends the test."""
+    """Corrupt the sample `cases` times; return how often LlmpyError was raised. Any other exception fails."""
     reader.write(folder)
     reader.read(folder)
-    good = {name: (folder / name).read_bytes() for name in reader.damage}
+    good = {name: (folder / name).read_bytes() for name in reader.files}
     rng = random.Random(seed)
     refused = 0
     for case in range(cases):
-        name = rng.choice(reader.damage)
+        name = rng.choice(reader.files)
         bad = mutated(good[name], rng)
         (folder / name).write_bytes(bad)
         try:
@@ -139,8 +138,8 @@ def campaign(reader: Reader, folder: Path, cases: int, seed: int) -> int:
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize(("cases", "seed"), [(CASES, 1), pytest.param(CAMPAIGN, None, marks=pytest.mark.fuzz)])
-def test_damaged_files(tmp_path: Path, name: str, cases: int, seed: int | None) -> None:
+def test_corrupt_files(tmp_path: Path, name: str, cases: int, seed: int | None) -> None:
     start, cases = time.time(), cases // len(READERS)
     refused = campaign(READERS[name], tmp_path, cases, seed or time.time_ns() % 2**32)
-    assert refused > cases // 10  # what is left changed a weight, or text that says the same
+    assert refused > cases // 10  # the rest changed only a weight or equivalent text
     print(f"{name}: {cases:,} cases, {refused:,} refused, {time.time() - start:.0f} s")

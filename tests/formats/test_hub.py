@@ -1,4 +1,4 @@
-"""GPT-2 from a hub that this machine plays."""
+"""GPT-2 from a local server that stands in for the hub."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from support.laptop import TINY
 from support.network import network
+from support.refused import refused
 from support.samples import in_memory, same, with_tokenizer
 
 from llmpy import formats
 from llmpy.cli import main as cli
 from llmpy.data.tokenizer import Tokenizer
-from llmpy.errors import LlmpyError
 from llmpy.formats import hub, huggingface, open_model
 from llmpy.system.cache import user_cache
 
@@ -25,7 +25,7 @@ WORDS = replace(TINY, vocab_size=257)  # as many as its tokenizer has
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A hub with a small gpt2; the paths that are asked for."""
+    """Serve a small gpt2; yield the requested paths."""
     folder = tmp_path / "served"
     huggingface.write_model(folder, with_tokenizer(in_memory(WORDS), tmp_path / "t.json"), "float32")
     monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "cache"))
@@ -42,16 +42,16 @@ def test_a_model_and_its_tokenizer_are_downloaded_once(asked: list[str], tmp_pat
     asked.clear()
     assert same(formats.resolve("gpt2", said.append), source)
     assert Tokenizer.gpt2(said.append).vocab_size == WORDS.vocab_size
-    assert (asked, len(said)) == ([], 3)  # what is there needs no network
+    assert (asked, len(said)) == ([], 3)  # no network needed now
 
 
-def test_what_an_earlier_llmpy_downloaded_is_used(asked: list[str], tmp_path: Path, said: list[str]) -> None:
+def test_the_cache_of_an_earlier_llmpy_is_used(asked: list[str], tmp_path: Path, said: list[str]) -> None:
     shutil.copytree(tmp_path / "served", user_cache() / "models" / "gpt2")
     assert hub.download("gpt2", said.append) == user_cache() / "models" / "gpt2"
     assert (asked, said) == ([], [])
 
 
-def test_convert_takes_a_name_of_the_hub_and_what_the_user_has_by_that_name(
+def test_convert_takes_a_hub_model_but_prefers_a_local_path(
     asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli.main(["convert", "gpt2", str(tmp_path / "out" / "m.bin")]) == 0
@@ -68,7 +68,7 @@ def test_convert_takes_a_name_of_the_hub_and_what_the_user_has_by_that_name(
 
 
 def test_no_such_model() -> None:
-    with pytest.raises(LlmpyError, match=r"no model gpt3 — did you mean gpt2\? use gpt2, "):
+    with refused("model.missing", "gpt3. Did you mean gpt2? Use gpt2, "):
         formats.resolve("gpt3", print)
 
 

@@ -1,4 +1,4 @@
-"""Our Hugging Face folders in `transformers`, and its own here. Optional: needs transformers and PyTorch."""
+"""Hugging Face folders written by llmpy and by `transformers`, read by each other. Requires PyTorch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llmpy.tools.selftest import all_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("default")  # of theirs
+pytestmark = pytest.mark.filterwarnings("default")  # of transformers
 
 CONFIG = ModelConfig(layers=3, heads=3, channels=48, context=40, vocab_size=301)
 TOKENS = np.random.default_rng(0).integers(0, 301, (2, 33), dtype=np.int32)
 
 
 def ours(path: Path) -> np.ndarray:
-    """Logits in float32 of a model on disk."""
+    """Return the float32 logits of a model on disk."""
     source = open_model(path)
     model = GPT2(source.config, Laptop())
     source.fill(model.params)
@@ -49,7 +49,7 @@ def random_model() -> Any:
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
-    """To 1e-5 of their scale: float32 on both sides."""
+    """Compare to 1e-5 of their scale: both are float32."""
     return float(np.abs(a - b).max()) <= 1e-5 * float(np.abs(b).max())
 
 
@@ -79,7 +79,7 @@ def test_we_load_theirs(tmp_path: Path, dtype: str, size: str) -> None:
     assert close(ours(tmp_path), theirs(model))
 
 
-def test_there_and_back_to_the_bit(tmp_path: Path) -> None:
+def test_round_trip_is_exact(tmp_path: Path) -> None:
     model = random_model()
     model.save_pretrained(tmp_path / "theirs")
     huggingface.write_model(tmp_path / "ours", open_model(tmp_path / "theirs"), "float32")
@@ -94,6 +94,6 @@ def test_transformers_reads_our_gguf(tmp_path: Path) -> None:
     source = with_tokenizer(in_memory(replace(CONFIG, context=1024)), tmp_path / "t.json")
     write_gguf(tmp_path / "m.gguf", source, "float32")
     huggingface.write_model(tmp_path / "hf", source, "float32")
-    # transformers takes the context for 1024 whatever the file says; llama.cpp reads it
+    # transformers ignores the file's context and assumes 1024; llama.cpp reads it
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert close(ours(tmp_path / "hf"), theirs(model))

@@ -1,4 +1,4 @@
-"""Texts that are continued: windows, UTF-8 across tokens, stop strings, every error of a run folder; cached or not."""
+"""Generation: windows, UTF-8 across tokens, stop strings, errors of run folders; with and without the cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.laptop import tiny_model
 from support.models import Coins, fill, untrained_run
+from support.refused import refused
 
 from llmpy import backend
 from llmpy.data.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def test_the_window_slides_by_a_quarter(reach: int) -> None:
 def from_scratch(
     model: GPT2, text: list[int], count: int, reach: int, coin: Xorshift64Star | Coins, choice: Choice
 ) -> list[int]:
-    """The same without a cache: a forward pass over the visible text for every token."""
+    """Generate without a cache: a forward pass over the visible text per token."""
     text = list(text)
     for _ in range(count):
         logits = model.logits(np.array([text[window_start(len(text), reach) :]], np.int32))[0]
@@ -50,7 +51,7 @@ def from_scratch(
 
 
 @pytest.mark.parametrize("prompt", [[7], [1, 2, 3], list(range(40))])
-def test_the_window_slides_as_by_hand(prompt: list[int]) -> None:
+def test_the_window_slides_as_without_a_cache(prompt: list[int]) -> None:
     tokens = list(generate(tiny_model(), prompt, 12, 8, Coins(), GREEDY))
     assert tokens == from_scratch(tiny_model(), prompt, 12, 8, Coins(), GREEDY)
 
@@ -113,40 +114,40 @@ def test_prompts() -> None:
     tokenizer = Tokenizer.bytes()
     assert encode_prompt(tokenizer, "") == [tokenizer.eot]
     assert tokenizer.decode(encode_prompt(tokenizer, "héllo 🦙")) == "héllo 🦙"
-    with pytest.raises(LlmpyError, match="UTF-8"):
+    with refused("tokenizer.lone-surrogate", "UTF-8"):
         encode_prompt(tokenizer, "a\udcffb")
 
 
-def test_a_name_that_no_disk_takes() -> None:
-    with pytest.raises(LlmpyError, match="xxx.*File name too long — check|no run folder xxx"):
+def test_a_name_that_is_too_long() -> None:
+    with pytest.raises(LlmpyError, match="x{300}"):  # file.unreadable or run.missing, by Python version
         open_run(Path("x" * 300))
 
 
-def test_faults_of_a_run_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_run_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LlmpyError, match="no run folder nowhere — train one"):
+    with refused("run.missing", "nowhere", "llmpy train"):
         open_run(Path("nowhere"))
     (tmp_path / "runs" / "old").mkdir(parents=True)
     (tmp_path / "runs" / "old" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(LlmpyError, match="there are: runs.old"):
+    with refused("run.missing", Path("runs/old")):
         open_run(Path("nowhere"))
-    with pytest.raises(LlmpyError, match="damaged"):
+    with refused("file.corrupt", "model.safetensors"):
         open_run(Path("runs/old"))
     (tmp_path / "runs" / "empty").mkdir()
-    with pytest.raises(LlmpyError, match="holds no model"):
+    with refused("model.missing", Path("runs/empty")):
         open_run(Path("runs/empty"))
 
 
 def test_a_run_without_its_tokenizer(run: Path) -> None:
     (run / "tokenizer.json").unlink()
-    with pytest.raises(LlmpyError, match=r"came without a tokenizer.*put its tokenizer\.json"):
+    with refused("tokenizer.missing", run, "tokenizer.json"):
         open_run(run)
 
 
 def test_a_checkpoint_has_the_tokenizer_of_its_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = run / "checkpoints" / "step-00000004"
     step.mkdir(parents=True)
-    (run / "config.json").write_text("{}")  # what makes it a run
+    (run / "config.json").write_text("{}")  # marks a run
     (run / "model.safetensors").rename(step / "model.safetensors")
     for path in (step, step / "model.safetensors"):
         assert open_run(path)[1].same_tokens(Tokenizer.bytes())
@@ -156,11 +157,11 @@ def test_a_checkpoint_has_the_tokenizer_of_its_run(run: Path, monkeypatch: pytes
 
 def test_a_tokenizer_of_another_run(run: Path) -> None:
     Tokenizer.train(["some words, some more words"] * 9, 270).save(run / "tokenizer.json")
-    with pytest.raises(LlmpyError, match="tokens but the model"):
+    with refused("tokenizer.vocab-mismatch", run / "tokenizer.json", 269):
         open_run(run)
 
 
-# Cached and from scratch, on the compiled kernels.
+# With and without the cache, on the compiled kernels.
 
 SMALL = ModelConfig(layers=2, heads=2, channels=36, context=48, vocab_size=97)
 CHOICES = [GREEDY, Choice(0.8, 20, 0.95, 0.01, 1.1)]
@@ -178,7 +179,7 @@ def small_model(dtype: str) -> GPT2:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("prompts", "together"), [(60, 6), pytest.param(1000, 10, marks=pytest.mark.long)])
 def test_cached_and_from_scratch_are_equal(prompts: int, together: int, dtype: str, choice: Choice) -> None:
-    """Random prompts of random lengths, by groups: packed or not, all at once and each alone."""
+    """Random prompts in groups: packed or not, together or alone."""
     rng = np.random.default_rng(3)
     model, reach, count = small_model(dtype), 40, 12
     for first in range(0, prompts, together):

@@ -1,4 +1,4 @@
-"""The decoder: prefill and decode give the logits of the whole text, to the bit."""
+"""The decoder: logits of prefill and decode are bitwise equal to those of the whole text."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ def model_on(ops: Any) -> GPT2:
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_logits_have_the_bits_of_the_whole_text(machines: list[Any], pack: bool) -> None:
+def test_logits_equal_those_of_the_whole_text(machines: list[Any], pack: bool) -> None:
     tokens, _ = batch(ODD, B=3, T=40)
     for ops in machines:
         model = model_on(ops)
         decoder = Decoder(model, B=3, S=40, pack=pack)
-        begun = [1, 17, 30]
-        for slot, T in enumerate(begun):
+        for slot, T in enumerate([1, 17, 30]):
             want = model.logits(tokens[slot : slot + 1], T - 1)[0]
             assert np.array_equal(decoder.prefill(slot, tokens[slot, :T].tolist()), want)
         live = [2, 0, 1]
@@ -51,7 +50,7 @@ def test_logits_have_the_bits_of_the_whole_text(machines: list[Any], pack: bool)
             live = [slot for slot in live if decoder.positions[slot] < 40]
 
 
-def test_a_slot_begun_anew_forgets() -> None:
+def test_a_restarted_slot_forgets() -> None:
     model = model_on(Laptop())
     decoder = Decoder(model, B=1, S=20)
     first = decoder.prefill(0, [3, 4, 5])
@@ -61,7 +60,7 @@ def test_a_slot_begun_anew_forgets() -> None:
     np.testing.assert_allclose(decoder.decode([0], [6])[0], want, rtol=1e-4, atol=1e-4)
 
 
-def test_packing_anew_reads_the_weights_as_they_are_then(machines: list[Any]) -> None:
+def test_packing_again_reads_the_current_weights(machines: list[Any]) -> None:
     for ops in machines:
         model = model_on(ops)
         decoder = Decoder(model, B=2, S=20)
@@ -82,8 +81,8 @@ def test_packing_anew_reads_the_weights_as_they_are_then(machines: list[Any]) ->
         assert is_right()
 
 
-def test_texts_that_end_leave_no_memory_behind() -> None:
-    """Rows of fewer texts are lent what those of all had."""
+def test_ended_texts_keep_no_memory() -> None:
+    """Fewer rows share the memory of all rows."""
     model = model_on(Laptop())
     decoder = Decoder(model, B=6, S=20)
     for slot in range(6):

@@ -1,12 +1,12 @@
-"""The choice of a token: temperature, top k, top p, min p, repetition penalty, log-probabilities."""
+"""Sampling: temperature, top k, top p, min p, repetition penalty, log-probabilities."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from support.models import Coins
+from support.refused import refused
 
-from llmpy.errors import LlmpyError
 from llmpy.generate.sampling import Choice, choose, likeliest, logprob
 
 LOGITS = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
@@ -42,12 +42,12 @@ def test_a_tiny_temperature_is_greedy(temperature: float, top_k: int) -> None:
 
 
 def test_a_broken_model_is_an_error() -> None:
-    with pytest.raises(LlmpyError, match="not finite"):
+    with refused("model.not-finite"):
         choose(np.array([0.0, np.nan], np.float32), Coins(0.5), Choice(1.0, 0))
 
 
 def chances(choice: Choice, logits: np.ndarray = LOGITS, text: list[int] | None = None) -> dict[int, float]:
-    """How often each token is chosen by a thousand coins, evenly spread."""
+    """Return how often each token is chosen by a thousand evenly spaced coins."""
     found: dict[int, float] = {}
     for coin in (np.arange(1000) + 0.5) / 1000:
         token = choose(logits, Coins(coin), choice, text or [])
@@ -64,7 +64,7 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     assert chances(Choice(top_p=0.41)) == near({2: 3 / 7, 3: 4 / 7})
     assert chances(Choice(top_p=0.95)) == near({0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4})
     assert chances(Choice(top_k=2, top_p=0.6)) == near({2: 3 / 7, 3: 4 / 7})  # of the two likeliest 4/7 < 0.6
-    # of equals, the first
+    # ties go to the first
     assert chances(Choice(top_p=1e-9), np.zeros(4, np.float32)) == near({0: 1})
     assert chances(Choice(top_k=2), np.zeros(4, np.float32)) == near({0: 1 / 2, 1: 1 / 2})
 

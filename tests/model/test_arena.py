@@ -1,4 +1,4 @@
-"""Tensors that share memory: where they lie, and that a step never needs two of them at once."""
+"""Tensors that share memory: their places, and that no step needs two at one place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ B, T = 2, 11
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.frozensets(st.integers(0, 4), max_size=3)), max_size=12))
-def test_no_step_finds_two_tensors_in_one_place(rows: list[tuple[int, frozenset[int]]]) -> None:
+def test_no_step_has_two_tensors_in_one_place(rows: list[tuple[int, frozenset[int]]]) -> None:
     table = [Tensor(f"t{i}", (size,), steps=steps) for i, (size, steps) in enumerate(rows)]
     starts, end = placed(table)
     for step in range(5):
@@ -50,7 +50,7 @@ def test_tensors_of_different_steps_share() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_neither_sharing_nor_recomputing_changes_a_bit(dtype: str) -> None:
+def test_sharing_and_recomputing_are_exact(dtype: str) -> None:
     rng = np.random.default_rng(1)
     tokens, targets = rng.integers(0, SMALL.vocab_size, (2, B, T), dtype=np.int32)
     ops, found = load("cpu", threads=2, dtype=dtype), []
@@ -76,7 +76,7 @@ def test_neither_sharing_nor_recomputing_changes_a_bit(dtype: str) -> None:
         assert all(np.array_equal(arrays[0], other) for other in arrays[1:])
 
 
-def test_a_model_that_only_speaks_says_the_same() -> None:
+def test_an_inference_model_has_the_same_logits() -> None:
     ops = load("cpu", threads=2, dtype="bfloat16")
     whole, lean = GPT2(SMALL, ops), GPT2(SMALL, ops, trainable=False)
     initialise(whole.params, SMALL)

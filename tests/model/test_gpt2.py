@@ -1,7 +1,6 @@
-"""The whole model: gradients against the complex step, float32 on the CPU against float64, and its promises.
+"""The whole model: gradients against the complex step, the CPU's float32 against float64, and invariants.
 
-The promises: micro-batches add up, evaluation and training agree to the bit, threads and runs give the
-same bits, and a step allocates nothing.
+Micro-batches add up. Evaluation, thread counts and repeated runs are bitwise identical. A step allocates nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.models import batch, build
+from support.refused import refused
 
 from llmpy.backend import load
-from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 
@@ -80,7 +79,7 @@ def test_cpu_agrees_with_the_reference(B: int, T: int) -> None:
     for tensor, gradient in fast.grads.items():
         expected = getattr(exact.grads, tensor.name)
         if T == 1 and tensor.name == "attn_qkv_w":
-            # With one key softmax is constantly 1: the exact gradient of queries and keys is 0.
+            # With one key softmax is 1: the exact gradient of queries and keys is 0.
             C = SMALL.channels
             gradient, expected = gradient[:, 2 * C :], expected[:, 2 * C :]
         error = relative_error(gradient, expected)
@@ -106,8 +105,8 @@ def test_micro_batches_add_up_to_the_batch(micro_steps: int) -> None:
         assert error <= 1e-6, f"{tensor.name}: relative error {error:.2e}"
 
 
-def test_gradients_do_not_depend_on_what_was_there() -> None:
-    """The first micro-step overwrites every gradient, activation and scratch: NaN left there vanishes."""
+def test_gradients_do_not_depend_on_old_values() -> None:
+    """The first micro-step overwrites every gradient, activation and scratch, even NaN."""
     tokens, targets = batch(SMALL, B=2, T=9)
     model = build(SMALL, cpu())
     model.loss_and_grads(tokens, targets)
@@ -119,7 +118,7 @@ def test_gradients_do_not_depend_on_what_was_there() -> None:
     assert np.array_equal(model.grads.buffer, once)
 
 
-def test_evaluation_keeps_one_layer_and_the_bits() -> None:
+def test_evaluation_keeps_one_layer_and_is_exact() -> None:
     tokens, targets = batch(SMALL, B=2, T=33)
     model = build(SMALL, cpu())
     lean = model.loss(tokens, targets)
@@ -143,7 +142,7 @@ def test_masked_targets_leave_the_mean() -> None:
 
 
 def train(threads: int, steps: int = 20) -> tuple[np.ndarray, list[float]]:
-    """Parameters and losses after some AdamW steps on two batches in turn."""
+    """Return parameters and losses after AdamW steps on two alternating batches."""
     ops = cpu(threads)
     model = build(SMALL, ops)
     batches = [batch(SMALL, 2, 33, seed) for seed in (4, 5)]
@@ -169,7 +168,7 @@ def update(model: GPT2, ops: Any, m: np.ndarray, v: np.ndarray, step: int) -> No
         ops.adamw(*arrays, 1e-3, 0.9, 0.95, 1e-8, decay, clip, step)
 
 
-def test_same_bits_at_any_number_of_threads_and_on_every_run() -> None:
+def test_results_do_not_depend_on_threads_or_runs() -> None:
     params, losses = train(threads=1)
     assert losses[-1] < losses[0] - 0.1
     for threads in (2, 3, 2):
@@ -179,7 +178,7 @@ def test_same_bits_at_any_number_of_threads_and_on_every_run() -> None:
 
 
 def test_a_step_allocates_no_arrays() -> None:
-    """NumPy reports its data to tracemalloc: a warm step's peak stays below any (BT, C) array."""
+    """Measured by tracemalloc: a warm step's peak stays below any (BT, C) array."""
     ops = cpu()
     model = build(SMALL, ops)
     tokens, targets = batch(SMALL, 2, 33)
@@ -196,7 +195,7 @@ def test_a_step_allocates_no_arrays() -> None:
         step(number)
     tracemalloc.start()
     try:
-        step(3)  # what Python itself caches on a first traced run
+        step(3)  # fills Python's own caches
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
         step(4)
@@ -208,7 +207,7 @@ def test_a_step_allocates_no_arrays() -> None:
 
 def test_batches_that_do_not_fit() -> None:
     model = GPT2(SMALL, load("reference"))
-    with pytest.raises(LlmpyError, match="41 tokens does not fit .* context of 40 — use -T"):
+    with refused("model.context-exceeded", 41, 40, "-T"):
         model.reserve(1, 41, training=False)
-    with pytest.raises(LlmpyError, match="use -B 1 or more"):
+    with refused("model.batch-size", "-B"):
         model.reserve(0, 8, training=True)

@@ -1,4 +1,4 @@
-"""Initialisation from scratch, against sums that llm.c itself printed."""
+"""Initialisation from scratch, against sums printed by llm.c."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_golden(dial, monkeypatch):
     for name, (a, b, c, total, squares) in golden.INIT[dial].items():
         flat = getattr(params, name).reshape(-1)
         np.testing.assert_allclose(flat[:3], [a, b, c], rtol=3e-7, err_msg=name)
-        # a sum cancels: allow each value its last bit, which is little beside the root of the squares
+        # a sum cancels: allow each value its last bit
         assert flat.sum(dtype=np.float64) == pytest.approx(total, abs=1e-5 * squares**0.5), name
         assert float(np.square(flat, dtype=np.float64).sum()) == pytest.approx(squares, rel=1e-6), name
     assert [g.uint32(1)[0] for g in generators] == [golden.INIT_WORDS[dial]]
