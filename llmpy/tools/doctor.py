@@ -153,7 +153,7 @@ def kernel_cache() -> Iterator[Check]:
 
 
 def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Iterator[Check]:
-    """Check that a folder is or can be created writable, with `needed` bytes free; if needed > 0, else is an error."""
+    """Check that a folder can be written or created, with `needed` bytes free; failing is an error if needed > 0."""
     folder = find().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free

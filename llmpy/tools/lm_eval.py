@@ -4,8 +4,8 @@
 
 This is lm_eval's own command with one more model. In Python, pass `Harness("runs/NAME")` to lm_eval.
 
-log p(continuation | context) = Σ log softmax(logits)[token] over the tokens of the continuation, each with as much
-preceding text as the model's trained length allows. Rows are padded on the right, where no token attends to them.
+log p(continuation | context) = Σ log softmax(logits)[token] over its tokens, each with as much text before it as the
+model's trained length allows. Rows are padded on the right, where no token attends to them.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
     ) -> list[tuple[float, bool]]:
         """Return the sums over the windows of each pair."""
         parts = [(i, *part) for i, pair in enumerate(pairs) for part in windows(*pair, self.reach)]
-        parts.sort(
-            key=lambda part: -len(part[1])
-        )  # the largest first: too little memory shows at once, and padding is short
+        parts.sort(key=lambda part: -len(part[1]))  # longest first: too little memory shows at once, little padding
         total, greedy, left = [0.0] * len(pairs), [True] * len(pairs), Counter(i for i, _, _ in parts)
         for batch in tqdm(_batches(parts, self.batch_size), desc=name, disable=quiet):
             for (i, _, _), (value, same) in zip(batch, self._score([part[1:] for part in batch]), strict=True):

@@ -48,11 +48,7 @@ MATRIX = 40_000_000  # elements of a weight, likewise: exceeds the caches, and f
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # rounds over all operations; seconds and calls of each per round
 CACHES = 24 << 20  # floats read between calls (96 MiB), because in a step most operands come from memory
 SAMPLED = 1 + TrainOptions().sample_tokens  # with end-of-text at the start
-KINDS = {
-    "linear": "products",
-    "attention": "attention",
-    "classifier": "head",
-}  # by the first word of an operation's name
+KINDS = {"linear": "products", "attention": "attention", "classifier": "head"}  # by first word of the operation
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,7 @@ class Check(NamedTuple):
 
 
 def selftest(options: SelftestOptions, log: Callable[[str], None]) -> int:
-    """Run every check and log a row for each; return 0 if all pass, else 1.
-
-    Raises LlmpyError if a file is unreadable, or one of the two is missing.
-    """
+    """Run every check and log a row for each; return 0 if all pass, else 1. Raises LlmpyError for unusable files."""
     if (options.model is None) != (options.debug_state is None):
         given, missing = ("--model", "--debug-state") if options.model else ("--debug-state", "--model")
         raise LlmpyError("option.missing", f"{given} without {missing}", "Pass a model and llm.c's debug state of it")
@@ -176,13 +173,12 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
     train(*first)
     with tempfile.TemporaryDirectory() as folder:
         writer(folder, *first[:2]).finish(OWN_STEPS, {"data": {}}, first[2].position)
-        continued = train(*first)
+        uninterrupted = train(*first)
         path = checkpoint.listed(Path(folder, CHECKPOINTS))[0]
         second[2].position = writer(folder, *second[:2]).restore(path, checkpoint.verify(path), 0)
         second[1].updates = OWN_STEPS
-        yield Check(
-            f"{dtype}: values that differ after save, load and resume", _different(train(*second), continued), 0
-        )
+        differing = _different(train(*second), uninterrupted)
+        yield Check(f"{dtype}: values that differ after save, load and resume", differing, 0)
 
 
 def from_files(options: SelftestOptions) -> Iterator[Check]:
