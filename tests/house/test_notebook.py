@@ -1,4 +1,4 @@
-"""docs/python.ipynb runs from top to bottom: by Jupyter where it is installed, else its cells one after another."""
+"""docs/python.ipynb runs from top to bottom: in Jupyter if it is installed, else cell by cell."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "python.ipynb"
 JUPYTER = all(importlib.util.find_spec(name) for name in ("nbclient", "nbformat", "ipykernel"))
-BY_JUPYTER = """
+IN_JUPYTER = """
 import sys, nbformat
 from nbclient import NotebookClient
 NotebookClient(nbformat.read(sys.argv[1], 4), timeout=300).execute()
 """
-BY_HAND = """
+BY_CELL = """
 import json, sys
 cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
 names = {"__name__": "__main__"}
@@ -31,7 +31,7 @@ for cell in cells:
 def test_the_notebook_runs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = subprocess.run(
-        [sys.executable, "-c", BY_JUPYTER if JUPYTER else BY_HAND, str(NOTEBOOK)],
+        [sys.executable, "-c", IN_JUPYTER if JUPYTER else BY_CELL, str(NOTEBOOK)],
         cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg", "MPLCONFIGDIR": str(tmp_path)}, capture_output=True,
         encoding="utf-8", timeout=300,
     )  # fmt: skip
@@ -43,6 +43,6 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
 
 
-def test_the_notebook_carries_no_output() -> None:
+def test_the_notebook_has_no_output() -> None:
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
