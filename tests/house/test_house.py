@@ -51,25 +51,15 @@ def test_targets_of_make_exist() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
-@pytest.mark.parametrize(
-    ("fake", "named"),
-    [
-        (None, "3.11"),
-        ('case "$*" in *version_info*) exit 1;; -V) echo Python 3.9.1;; esac', "3.9.1"),
-        ('case "$*" in *ensurepip*) exit 1;; esac', "venv"),
-    ],
-)
-def test_make_names_what_is_missing(tmp_path: Path, fake: str | None, named: str) -> None:
-    """On one line: Python, a newer Python, or its venv module."""
+@pytest.mark.parametrize(("fails", "named"), [("version_info", "3.9.1"), ("ensurepip", "venv")])
+def test_make_names_what_is_missing(tmp_path: Path, fails: str, named: str) -> None:
+    """On one line, for a Python that fails one check of the Makefile."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *{fails}*) exit 1;; -V) echo Python 3.9.1;; esac\n', "utf-8")
+    python.chmod(0o755)
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
-    python = tmp_path / "fake-python"
-    if fake is not None:
-        python.write_text(f"#!/bin/sh\n{fake}\n", encoding="utf-8")
-        python.chmod(0o755)
     command = ["make", "train", f"PYTHON={python}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60)
-    assert result.returncode != 0
-    (line,) = (line for line in result.stderr.splitlines() if not line.startswith("make"))
-    assert named in line
-    assert not (tmp_path / ".venv").exists()
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60)
+    (line,) = (line for line in ended.stderr.splitlines() if not line.startswith("make"))
+    assert ended.returncode != 0 and named in line

@@ -26,7 +26,7 @@ class Fence(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command's place (page:line) and its words, up to a pipe or redirection."""
+    """A command: its page and line, and its words up to a pipe or redirection."""
 
     place: str
     words: list[str]
