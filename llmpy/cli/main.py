@@ -59,10 +59,8 @@ def train(options: TrainOptions) -> int:
 
 def end(number: int, _frame: Any) -> NoReturn:
     """Exit before training has started, and discard the run's folder."""
-    # Not an exception: libraries catch it, and LLVM's callbacks lose it.
-    folders, launch = (
-        sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch")
-    )  # import nothing here
+    # Not an exception: libraries catch it, and LLVM's callbacks lose it. Import nothing here.
+    folders, launch = (sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch"))
     with on_signal(lambda *_: None):
         for folder in [*getattr(folders, "HELD", ())]:
             folder.discard()

@@ -68,7 +68,7 @@ class OnMachine(Options):
     """Options of every verb that computes; last in --help."""
 
     threads: int | None = option(None, "CPU threads (default: one per core)", within=POSITIVE)
-    dtype: str = option("auto", "type of products (auto: bfloat16 if native)", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "type of products; auto: bfloat16 if native", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
