@@ -1,12 +1,11 @@
-"""Chat with a model that was tuned on messages: `llmpy chat RUN`.
+"""Chat with a model fine-tuned on messages: `llmpy chat RUN`.
 
-The conversation is written as training wrote its own (`data.records`), and cut into tokens at the same places, so that
-the model sees what it was tuned on:
+The conversation is formatted and tokenized as in training (`data.records`):
 
     <|endoftext|>system: …⏎⏎user: …⏎⏎assistant: …⏎⏎user: …⏎⏎assistant:␣
 
-An answer ends where the text ends or another role starts. Questions and answers that no longer fit the model's reach
-next to an answer are forgotten, the oldest first; the system's message stays.
+An answer ends at the end-of-text token or where another role starts. When the conversation and an answer exceed the
+model's trained length, the oldest questions and answers are dropped; the system message stays.
 """
 
 from __future__ import annotations
@@ -26,33 +25,33 @@ from ..options.sample_chat import ChatOptions
 from ..system.terminal import paint
 
 STOPS = tuple(f"\n\n{role}:" for role in ("system", "user", ASSISTANT))
-HELP = "Ctrl-C ends an answer, /reset forgets the conversation, /quit or Ctrl-D ends it"
+HELP = "Ctrl-C stops an answer, /reset clears the conversation, /quit or Ctrl-D exits"
 Message = dict[str, str]
 
 
 def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Machine | None = None) -> None:
-    """Read messages with `ask` until EOFError or /quit, and answer each; Ctrl-C ends only an answer.
+    """Read messages with `ask` until EOFError or /quit, and answer each; Ctrl-C stops only an answer.
 
-    `ask` None: standard input, with a prompt and a line editor where that is a terminal.
-    Raises LlmpyError for a model that is missing, corrupt, or without a tokenizer.
+    `ask` defaults to standard input, with a prompt and a line editor if that is a terminal.
+    Raises LlmpyError if the model is missing, corrupt or without a tokenizer.
     """
     o = options
     model = GPT2.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
     tokenizer, reach = model.require_tokenizer(), model.trained_length
-    model.warm_up()  # now: Ctrl-C, which ends an answer, would break LLVM at work
+    model.warm_up()  # before the first answer: Ctrl-C would break LLVM during compilation
     room = reach - min(o.tokens, reach // 2)
     system: list[Message] = [] if o.system is None else [{"role": "system", "content": o.system}]
     messages: list[Message] = []
     seed = o.seed
-    aside(f"{HELP}; a model that was not tuned on messages continues the text instead of answering")
-    for text in said(ask or reader()):
+    aside(f"{HELP}. A model not fine-tuned on messages continues the text instead of answering")
+    for text in questions(ask or reader()):
         if text == "/reset":
             messages.clear()
             continue
         messages.append({"role": "user", "content": text})
         try:
             ids = prompt(tokenizer, system, messages, room)
-        except (LlmpyError, UnicodeEncodeError) as error:  # the latter: bytes that are not UTF-8
+        except (LlmpyError, UnicodeEncodeError) as error:  # UnicodeEncodeError: input that is not UTF-8
             messages.pop()
             aside(str(error))
             continue
@@ -62,38 +61,39 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
 
 
 def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message], room: int) -> list[int]:
-    """Return at most `room` tokens, up to where the assistant speaks; `messages` alternate and end with a question.
+    """Return at most `room` tokens, ending where the assistant starts; `messages` alternate and end with a question.
 
-    Removes the oldest questions with their answers until the rest fits. Raises LlmpyError if the last one does not.
+    Remove the oldest questions and answers from `messages` until the rest fits.
+    Raises LlmpyError if the last question alone does not fit.
     """
     while True:
         document = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}])
-        text = document.part(0, len(document.text) - 2)  # without the blank line that ends the answer
+        text = document.part(0, len(document.text) - 2)  # without the blank line after an answer
         ids = [int(i) for block in encode(tokenizer, [text]) for i in block.ids]
         if len(ids) <= room:
             return ids
         if len(messages) == 1:
-            what = f"the message has {len(ids):,} tokens with its surroundings, and there is room for {room:,}"
-            raise LlmpyError("cli.x", what, "Use fewer words")
+            what = f"the message takes {len(ids):,} tokens with its role markers, more than the limit of {room:,}"
+            raise LlmpyError("chat.message-too-long", what, "Write a shorter message")
         del messages[:2]
 
 
 def answer(pieces: Iterator[str]) -> str:
-    """Print an answer as it comes, up to Ctrl-C, without blank lines at its end; return it."""
-    told, blank = "", ""
+    """Print an answer as it is generated, until Ctrl-C, without trailing blank lines; return it stripped."""
+    printed, blank = "", ""
     with contextlib.suppress(KeyboardInterrupt):
         for piece in pieces:
             text = blank + piece
             whole = text.rstrip()
             blank = text[len(whole) :]
-            told += whole
+            printed += whole
             print(whole, end="", flush=True)
     print(flush=True)
-    return told.strip()
+    return printed.strip()
 
 
-def said(ask: Callable[[], str]) -> Iterator[str]:
-    """Yield what the user says, and /reset, until the end."""
+def questions(ask: Callable[[], str]) -> Iterator[str]:
+    """Yield the user's messages and /reset, until /quit or EOFError."""
     while True:
         try:
             text = ask().strip()
@@ -110,7 +110,7 @@ def said(ask: Callable[[], str]) -> Iterator[str]:
 
 
 def reader() -> Callable[[], str]:
-    """Return how to read a line: at a terminal with a prompt, an editor and a history."""
+    """Return a function that reads a line; in a terminal it has a prompt, an editor and a history."""
     if not sys.stdin.isatty():
         return input
     with contextlib.suppress(ImportError):  # not on Windows
@@ -119,5 +119,5 @@ def reader() -> Callable[[], str]:
 
 
 def aside(line: str) -> None:
-    """Print what is no part of the conversation."""
+    """Print a line that is not part of the conversation to stderr."""
     print(paint(line, "dim", sys.stderr), file=sys.stderr, flush=True)

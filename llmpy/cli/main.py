@@ -1,7 +1,7 @@
 """The command `llmpy`: a table of verbs. Flags come from the dataclasses in `options/`, examples from `help_text`.
 
-Plain argparse: cyclopts, tyro and jsonargparse were measured on the same dataclasses (dev/LOG.md). NumPy and Numba are
-imported when a verb is called, so that --help answers at once.
+Plain argparse: cyclopts, tyro and jsonargparse were measured on the same dataclasses (dev/LOG.md). A verb imports NumPy
+and Numba when it is called, which keeps --help fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .parser import Parser, add_flags
 
 
 def train(options: TrainOptions) -> int:
-    """Train a model, alone or as one of several ranks, or start the ranks."""
+    """Train a model in this process, join as a rank, or launch the ranks."""
     if options.print_config:
         write(as_yaml(options))
         return 0
@@ -58,22 +58,22 @@ def train(options: TrainOptions) -> int:
 
 
 def end(number: int, _frame: Any) -> NoReturn:
-    """End a run that has not started, and discard its folder."""
-    # An exception would not do: libraries catch them, and LLVM's callbacks lose them.
-    folders, launch = (sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch"))  # no imports
+    """Exit before training has started, and discard the run's folder."""
+    # Not an exception: libraries catch it, and LLVM's callbacks lose it. Import nothing here.
+    folders, launch = (sys.modules.get(f"llmpy.{name}") for name in ("run.folder", "distributed.launch"))
     with on_signal(lambda *_: None):
         for folder in [*getattr(folders, "HELD", ())]:
             folder.discard()
         stopped = Stopped(number)
-        gather_values = getattr(launch, "leave_word", None)
-        if gather_values is None or not gather_values("stopped", str(number)):
+        leave_word = getattr(launch, "leave_word", None)
+        if leave_word is None or not leave_word("stopped", str(number)):
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.write(2, f"llmpy: error: {stopped}\n".encode())
         os._exit(stopped.exit_code)
 
 
 def data(options: DataOptions) -> int:
-    """Make token files; runs are no text."""
+    """Write token files; run folders are not text."""
     from ..data.pack import data
     from ..run.folder import is_ours
 
@@ -82,7 +82,7 @@ def data(options: DataOptions) -> int:
 
 
 def doctor(options: DoctorOptions) -> int:
-    """Print the checks of this machine; 1 if something prevents training."""
+    """Print the checks of this machine; return 1 if an error prevents training."""
     from ..tools.doctor import doctor, record, table
 
     numbers = record(doctor(options))
@@ -99,7 +99,7 @@ def completion(options: CompletionOptions) -> int:
 
 
 def calling(module: str, name: str, *more: Any) -> Callable[[Any], int]:
-    """Return a verb: a module's function, imported when it is called; numbers of a Reported one are printed."""
+    """Return a verb that imports and calls a module's function, and prints its result if its options are Reported."""
 
     def verb(options: Any) -> int:
         imported = importlib.import_module(f"llmpy.{module}")
@@ -112,12 +112,12 @@ def calling(module: str, name: str, *more: Any) -> Callable[[Any], int]:
 
 
 def write(text: str) -> None:
-    """Print text at once: generated text is read as it comes."""
+    """Print text without buffering: users read it while it is generated."""
     print(text, end="", flush=True)
 
 
 def log(line: str) -> None:
-    """Print a line of a verb at work, which continues without its reader."""
+    """Print a line of progress; work continues when the reader has closed the pipe."""
     try:
         print(line, flush=True)
     except OSError:
@@ -125,7 +125,7 @@ def log(line: str) -> None:
 
 
 class Verb(NamedTuple):
-    """A verb of the command line: its name, options and function, and what --help says of it."""
+    """A verb of the command line; `text` is its line in --help."""
 
     name: str
     options: type[Options]
@@ -134,19 +134,19 @@ class Verb(NamedTuple):
 
 
 # fmt: off
-VERBS = (
-    Verb("train", TrainOptions, train, "Train a model"),
-    Verb("sample", SampleOptions, calling("cli.sample", "sample", write), "Continue a text with a trained model"),
+VERBS = (  # in the order of --help
+    Verb("train", TrainOptions, train, "Train or fine-tune a model, or resume a run"),
+    Verb("sample", SampleOptions, calling("cli.sample", "sample", write), "Continue prompts with a model"),
     Verb("chat", ChatOptions, calling("cli.chat", "chat"), "Chat with a model fine-tuned on messages"),
-    Verb("watch", WatchOptions, calling("watch.server", "watch", log), "Show runs as they train, in the browser"),
-    Verb("plot", PlotOptions, calling("watch.plot", "plot", log), "Draw the curves of runs: a file or the terminal"),
-    Verb("data", DataOptions, data, "Make token files of a data set or of your own text"),
+    Verb("watch", WatchOptions, calling("watch.server", "watch", log), "Show live charts of runs in the browser"),
+    Verb("plot", PlotOptions, calling("watch.plot", "plot", log), "Plot runs to a file or in the terminal"),
+    Verb("data", DataOptions, data, "Tokenize text or a named dataset"),
+    Verb("convert", ConvertOptions, calling("formats.convert", "convert", log), "Convert a model to another format"),
     Verb("plan", PlanOptions, calling("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
-    Verb("convert", ConvertOptions, calling("formats.convert", "convert", log), "Write a model in another format"),
-    Verb("doctor", DoctorOptions, doctor, "Check this machine; print a fix for each problem"),
-    Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", log), "Check that kernels compute right"),
-    Verb("bench step", BenchOptions, calling("bench.step", "bench_step"), "Time training steps against the peak"),
-    Verb("bench ops", OpsOptions, calling("bench.ops", "bench_ops"), "Time each operation against the peaks"),
+    Verb("doctor", DoctorOptions, doctor, "Check this machine and print fixes"),
+    Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", log), "Check the kernels for correctness"),
+    Verb("bench step", BenchOptions, calling("bench.step", "bench_step"), "Time training steps"),
+    Verb("bench ops", OpsOptions, calling("bench.ops", "bench_ops"), "Time each operation"),
     Verb("bench decode", DecodeOptions, calling("bench.decoding", "bench_decode"), "Time generation"),
     Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", log), "Time other programs on this work"),
     Verb("completion", CompletionOptions, completion, "Print a shell-completion script"),
@@ -155,30 +155,30 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit code. Errors of the user and the machine are one line on stderr."""
+    """Run a verb and return the exit code. Print an error as one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a console that lacks a character shows "?" for it
+            stream.reconfigure(errors="replace")  # print "?" for a character that the console lacks
     try:
         try:
             return run(sys.argv[1:] if arguments is None else arguments)
         finally:
-            sys.stdout.flush()  # where a broken pipe is expected, and not at the interpreter's end
+            sys.stdout.flush()  # raise BrokenPipeError here, not when the interpreter exits
     except LlmpyError as error:
         return fail(f"{error} [{error.code}]", error.exit_code)
     except MemoryError as error:
-        return fail(f"out of memory: {error}. Use a smaller -B, -T or --model [out-of-memory]")
+        return fail(f"out of memory: {error}. Use a smaller -B, -T or --model [memory.exhausted]")
     except OSError as error:
         silence()
-        if isinstance(error, BrokenPipeError):  # the reader has left (`| head`)
+        if isinstance(error, BrokenPipeError):  # the reader has exited (`| head`)
             return 1
-        return fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''} [system.os-error]")
     except KeyboardInterrupt:
-        return fail("stopped by Ctrl-C", 130)
+        return fail("stopped by Ctrl-C [stopped]", 130)
 
 
 def fail(message: str, code: int = 1) -> int:
-    """Print one line to stderr, if that is still there; return the exit code."""
+    """Print one line to stderr, if it is still open; return the exit code."""
     with contextlib.suppress(OSError):
         print(paint("llmpy: error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
     return code
@@ -194,12 +194,12 @@ def run(arguments: Sequence[str]) -> int:
         arguments, ignored = translated(arguments)
         if ignored:
             hints = ", ".join(f"{letter} ({LETTERS[letter]})" for letter in ignored)
-            print(f"llmpy: note: ignored, as without effect here: {hints}", file=sys.stderr)
+            print(f"llmpy: note: ignored, no effect here: {hints}", file=sys.stderr)
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
         word = unknown[0].partition("=")[0]
         near = did_you_mean(word, [flag for action in found.parser._actions for flag in action.option_strings])
-        near = near or (found.VERB == "train" and not word.startswith("-") and "Pass text with --data PATH") or ""
+        near = near or (found.VERB == "train" and not word.startswith("-") and "Pass text with --data") or ""
         found.parser.error(". ".join(filter(None, (f"unknown argument {unknown[0]}", near))))
     given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -208,21 +208,20 @@ def run(arguments: Sequence[str]) -> int:
 
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
-    usage = "llmpy [--help] [--version] VERB [--help] …"
+    usage = "llmpy [--help] [--version] VERB [--help] ..."
     about = "Train and sample GPT-2 on the CPU, in pure Python."
     parser = Parser(prog="llmpy", description=about, usage=usage, epilog=EPILOGS[""], add_help=False)
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}", help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(
-        title="verbs, in order of use", metavar="VERB", dest="VERB", required=True, prog="llmpy"
-    )
+    # A metavar longer than every verb: argparse ignores their indentation when it aligns the help.
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB [OPTIONS]", dest="VERB", required=True, prog="llmpy")
     groups = {"": verbs}
     for verb in VERBS:
         group, _, word = verb.name.rpartition(" ")
         if group not in groups:
-            text = "Measure against this machine's peak"
-            below = verbs.add_parser(group, help=text, description=f"{text}.")
-            groups[group] = below.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
+            text = "Measure speed against this machine's peak"
+            child = verbs.add_parser(group, help=text, description=f"{text}.")
+            groups[group] = child.add_subparsers(metavar="WHAT", dest="WHAT", required=True)
         leaf = groups[group].add_parser(
             word, help=verb.text, description=f"{verb.text}.", epilog=EPILOGS.get(verb.name)
         )

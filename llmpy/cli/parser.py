@@ -1,4 +1,4 @@
-"""argparse for dataclasses of options: a flag for each field, and errors of one line."""
+"""argparse for dataclasses of options: one flag per field, one line per error."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import shtab
 
 from ..options.fields import flag_of, flags_of
 
-FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "DIR", "MODEL", "IN", "OUT", "WHAT"}  # metavars that the shell completes
+FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "DIR", "MODEL", "IN", "OUT", "WHAT"}  # metavars completed as paths
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with one-line errors."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help tells more)\n")
+        self.exit(2, f"{self.prog}: error: {message}. Run {self.prog} --help\n")
 
 
 def add_flags(parser: Parser, options: type) -> None:
-    """Add the flags of a dataclass of options, and its words without flag; a field's type says how it is parsed."""
+    """Add the flags and positional arguments of a dataclass of options; a field's type selects its parser."""
     kinds = typing.get_type_hints(options)
     for field in flags_of(options):
         kind, about, names = kinds[field.name], field.metadata, [*field.metadata["flags"], flag_of(field.name)]
@@ -36,7 +36,7 @@ def add_flags(parser: Parser, options: type) -> None:
         if field.default is not None and field.default not in ("", False, (), Path()) and "default" not in text:
             default = f"{field.default:g}" if type(field.default) is float else field.default
             text += f" (default: {'yes' if default is True else default})"
-        # A flag that was not given is absent: a file of options may set it, or the run that is resumed.
+        # SUPPRESS: an absent flag may be set by --config, --recipe or the resumed run.
         settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
@@ -58,7 +58,7 @@ def add_flags(parser: Parser, options: type) -> None:
 
 
 def _named(word: str) -> Path:
-    """Return the path. Path("") is the current folder, which nobody means by a shell variable that is not set."""
+    """Return the path. Raise for "", an unset shell variable, because Path("") is the current folder."""
     if not word:
-        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(word)

@@ -1,4 +1,4 @@
-"""`llmpy sample`: continue prompts with a model, and print them."""
+"""`llmpy sample`: continue prompts with a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 
 from .. import backend
 from ..backend.machine import Machine
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..generate.generation import Generation, TextStream, Token, check_memory, encode_prompt, open_run
 from ..generate.sampling import choice_of
 from ..model.gpt2 import GPT2
@@ -19,12 +19,11 @@ from ..system.terminal import aside
 
 
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
-    """Continue prompts with a model; text goes to `write`, all else to stderr.
+    """Continue prompts with a model; text goes to `write`, everything else to stderr.
 
-    A text ends before <|endoftext|>, unless `options.ignore_eot`, at `options.stop`, or after `options.tokens`. The
-    text of a single prompt is written token by token; several are written at the end, in their order, as is the one
-    JSON object of `options.json`.
-    Raises LlmpyError if the model is missing, corrupt, or does not fit its tokenizer.
+    Generation stops before <|endoftext|> (unless `options.ignore_eot`), at `options.stop` or after `options.tokens`.
+    A single text is written token by token. Several texts, and the JSON object of `options.json`, are written at the
+    end, in the order of the prompts. Raises LlmpyError if the model is missing, corrupt or does not fit its tokenizer.
     """
     o = options
     source, tokenizer = open_run(o.run)
@@ -38,7 +37,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     ops.warm_up(aside, decoding=True)
     model = GPT2(source.config, ops, trainable=False)
     source.fill(model.params)
-    # Each text has a generator of its own; the first has that of a text alone.
+    # One generator per text; the first text is the same as without the others.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
     generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json)
     streams = [TextStream(tokenizer.decode, o.stop or ()) for _ in prompts]
@@ -80,19 +79,17 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
 
 
 def read_prompts(options: SampleOptions) -> list[str]:
-    """Return the prompts of the command line, then those of the file, one per line; if there are none, an empty one."""
+    """Return the prompts of the command line, then those of the file, one per line; [""] if there are none."""
     prompts = list(options.prompt or ())
     if options.prompts_file is not None:
         try:
             lines = options.prompts_file.read_text("utf-8").splitlines()
         except OSError as error:
-            raise LlmpyError(
-                "cli.x", f"cannot read {options.prompts_file}: {error.strerror}", "Check the path"
-            ) from None
+            raise unreadable(options.prompts_file, error) from None
         except UnicodeDecodeError:
-            raise LlmpyError("cli.x", f"{options.prompts_file} is not UTF-8", "Save it as UTF-8 text") from None
+            raise LlmpyError("data.not-utf8", f"{options.prompts_file} is not UTF-8", "Save it as UTF-8") from None
         found = [line for line in lines if line.strip()]
         if not found:
-            raise LlmpyError("cli.x", f"{options.prompts_file} has no prompts", "Write one on each line")
+            raise LlmpyError("sample.no-prompts", f"{options.prompts_file} has no prompts", "Write one per line")
         prompts += found
     return prompts or [""]

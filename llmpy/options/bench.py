@@ -18,20 +18,20 @@ OPS = (
 class DecodeOptions(Reported):
     """`llmpy bench decode`."""
 
-    model: str = option("gpt2", "size, as in train")
-    batch_size: int = option(1, "texts side by side", "-B", within=POSITIVE)
-    prompt_tokens: int = option(32, "tokens of each text before decoding starts", within=POSITIVE)
-    tokens: int = option(64, "tokens to decode and time", within=POSITIVE)
-    prefill: int = option(512, "tokens of a prefill to time against the peak of multiply-adds", within=POSITIVE)
+    model: str = option("gpt2", "model size, as in llmpy train")
+    batch_size: int = option(1, "texts decoded in parallel", "-B", within=POSITIVE)
+    prompt_tokens: int = option(32, "prompt length in tokens", within=POSITIVE)
+    tokens: int = option(64, "tokens to decode", within=POSITIVE)
+    prefill: int = option(512, "tokens of the prefill", within=POSITIVE)
 
 
 @dataclass(frozen=True)
 class Step(Options):
-    """What a step is timed on."""
+    """The model and the batch of a timed step."""
 
-    model: str = option("gpt2", "size, as in train")
-    batch_size: int = option(4, "rows of a batch", "-B", within=POSITIVE)
-    sequence_length: int = option(64, "tokens of a row", "-T", within=POSITIVE)
+    model: str = option("gpt2", "model size, as in llmpy train")
+    batch_size: int = option(4, "sequences per batch", "-B", within=POSITIVE)
+    sequence_length: int = option(64, "tokens per sequence", "-T", within=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BenchOptions(Step, Reported):
 class OpsOptions(Reported):
     """`llmpy bench ops`."""
 
-    op: str | None = option(None, "only this one, e.g. linear_forward (default: all)", metavar="NAME", choices=OPS)
+    op: str | None = option(None, "operation, e.g. linear_forward (default: all)", metavar="NAME", choices=OPS)
 
 
 # fmt: off
@@ -53,21 +53,21 @@ class OpsOptions(Reported):
 class PeersOptions(Step):
     """`llmpy bench peers`."""
 
-    steps: int = option(5, "steps of each program to time in a round", within=POSITIVE)
-    rounds: int = option(3, "times that each program runs, interleaved", within=POSITIVE)
-    threads: int | None = option(None, "threads of every program (default: one a core)", within=POSITIVE)
+    steps: int = option(5, "steps per program and round", within=POSITIVE)
+    rounds: int = option(3, "runs per program, interleaved with the others", within=POSITIVE)
+    threads: int | None = option(None, "CPU threads of each program (default: one per core)", within=POSITIVE)
     peer: tuple[str, ...] | None = option(
-        None, "further programs, each as 'name=command', that print llm.c's line 'step N: train loss X (took Y ms)'; "
-        "the command may use $B, $T, $STEPS and $THREADS", metavar="NAME=COMMAND",
+        None, "also time programs that print lines as llm.c does: 'step N: train loss X (took Y ms)'; a command "
+        "can use $B, $T, $STEPS and $THREADS", metavar="NAME=COMMAND",
     )
-    without: tuple[str, ...] | None = option(None, "leave out programs with this in their name", metavar="WORD")
-    torch_python: Path | None = option(None, "the Python that has PyTorch (default: this one)", metavar="FILE")
-    json: Path | None = option(None, "write everything measured to this file", metavar="FILE")
+    without: tuple[str, ...] | None = option(None, "skip programs with such a word in their name", metavar="WORD")
+    torch_python: Path | None = option(None, "Python interpreter with PyTorch (default: this one)", metavar="FILE")
+    json: Path | None = option(None, "write all measurements to this file", metavar="FILE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for text in self.peer or ():
             name, _, command = text.partition("=")
             if not (name.strip() and command.strip()):
-                raise refusal("peer", repr(text), "use --peer 'name=command'")
+                raise refusal("peer", repr(text), "Use --peer 'name=command'")
 # fmt: on

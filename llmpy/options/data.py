@@ -1,4 +1,4 @@
-"""Options of `llmpy data`, and the data sets known by name."""
+"""Options of `llmpy data`, and the datasets known by name."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class DataOptions(Options):
     """`llmpy data WHAT`."""
 
     what: tuple[str, ...] = option(
-        (), f"{', '.join(DATA_NAMES)}; or files and folders of .txt, .md, .jsonl, .jsonl.gz, .parquet",
+        (), f"{', '.join(DATA_NAMES)}, or files and folders of .txt, .md, .jsonl, .jsonl.gz or .parquet",
         metavar="WHAT", word=True,
     )
     tokenizer: str | None = option(
-        None, "gpt2 (default for a named dataset), bytes, bpe:N (trained on the text; default for your own, N chosen "
-        "by its length), or a tokenizer.json, .tiktoken or llm.c .bin file", metavar="WHAT",
+        None, "gpt2 (default for named datasets), bytes, bpe:N (trained on the text, N tokens; default for your own "
+        "text, N by its length), or a tokenizer.json, .tiktoken or llm.c .bin file", metavar="WHAT",
     )
-    source: Path | None = option(None, "the raw file or folder, already downloaded", metavar="PATH")
-    out: Path | None = option(None, "folder of the tokens (default: the cache, or data/NAME for files)", metavar="DIR")
-    tokens: int | None = option(None, "stop after so many tokens (hellaswag: examples)", within=POSITIVE)
+    source: Path | None = option(None, "raw file or folder that is already downloaded", metavar="PATH")
+    out: Path | None = option(None, "output folder (default: the cache, or data/NAME for files)", metavar="DIR")
+    tokens: int | None = option(None, "stop after this many tokens (hellaswag: examples)", within=POSITIVE)
     format: str = option(
-        "auto", "int32: the stream without header of llm.rs and llm.mojo", choices=("auto", "uint16", "uint32", "int32")
+        "auto", "token type; int32: no header, as in llm.rs, llm.mojo", choices=("auto", "uint16", "uint32", "int32")
     )
 
     def __post_init__(self) -> None:
@@ -36,5 +36,5 @@ class DataOptions(Options):
         if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             if not (size.isdecimal() and len(size) < 8 and 257 <= int(size) <= 1 << 16):
-                raise refusal("tokenizer", self.tokenizer, "use bpe:N with N from 257 to 65536")
+                raise refusal("tokenizer", self.tokenizer, "Use bpe:N with N from 257 to 65536")
 # fmt: on

@@ -1,4 +1,4 @@
-"""What an option is: a dataclass field with its flag, help and range; checks, and values of JSON and YAML."""
+"""Options as dataclass fields with a flag, help and a range; their checks and conversions to JSON and YAML."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..system.words import did_you_mean
 
 
 class Range(NamedTuple):
-    """The numbers that an option takes: lowest and highest, and how an error names them."""
+    """The range of a number, both ends included, and its text in errors."""
 
     low: float
     high: float
     text: str
 
 
-POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0, below 2^62")
-NOT_NEGATIVE = Range(0, 2.0**62, "0 or a number above, below 2^62")
+POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0 and below 2^62")
+NOT_NEGATIVE = Range(0, 2.0**62, "0, or a number above 0 and below 2^62")
 SHARE = Range(0, 1, "a number from 0 to 1")
 
 
@@ -34,79 +34,79 @@ def option(
 ) -> Any:  # fmt: skip
     """Return a dataclass field that is also a flag, `--its-name`.
 
-    Without `text` it is no flag, only part of records. `flags` are further spellings; a `word` has none. A flag of a
-    tuple takes all values that follow it, or one with `each`, which may be repeated. Numbers are `within` a range, or
-    `special`.
+    A field without `text` belongs to records but is not a flag. `flags` are further spellings; a `word` is positional.
+    A flag of a tuple takes all values that follow it or, with `each`, one value and can be repeated. Numbers must be
+    `within` a range, or equal `special`.
     """
     about = {"help": text, "flags": flags, "choices": choices, "within": within, "special": special}
     return field(default=default, metadata=about | {"metavar": metavar, "word": word, "each": each})
 
 
 class Options:
-    """A dataclass of options, checked when it is made."""
+    """A dataclass of options that checks its values."""
 
     def __post_init__(self) -> None:
-        """Raise LlmpyError for a value that is out of its range or no choice."""
+        """Raise LlmpyError for a value that is out of range or not one of its choices."""
         for f in options_of(self):
             value, within, choices = getattr(self, f.name), f.metadata["within"], f.metadata["choices"]
             if value is None:
                 continue
             if within and value != f.metadata["special"] and not within.low <= value <= within.high:
-                raise refusal(f.name, value, f"use {within.text}")
+                raise refusal(f.name, value, f"Use {within.text}")
             for word in (value if isinstance(value, tuple) else (value,)) if choices else ():
                 if word not in choices:
-                    raise refusal(f.name, word, f"use one of {', '.join(choices)}")
+                    raise refusal(f.name, word, f"Use one of {', '.join(choices)}")
 
     @classmethod
     def gather(cls, given: Mapping[str, Any]) -> Self:
-        """Return the options of a command line, from the values of its flags by name."""
+        """Return the options of a command line, given its flags' values by name."""
         return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnMachine(Options):
-    """What verbs that compute have in common; --help lists it last."""
+    """Options of every verb that computes; last in --help."""
 
-    threads: int | None = option(None, "threads (default: one a core)", within=POSITIVE)
-    dtype: str = option("auto", "of the products (auto: bfloat16 if native)", choices=("auto", "float32", "bfloat16"))
+    threads: int | None = option(None, "CPU threads (default: one per core)", within=POSITIVE)
+    dtype: str = option("auto", "type of products; auto: bfloat16 if native", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reported(OnMachine):
-    """What verbs that print a table have in common."""
+    """Options of every verb that prints a table."""
 
     json: bool = option(False, "print one JSON object")
 
 
 def options_of(kind: Any) -> list[Field[Any]]:
-    """Return the fields of a dataclass of options that a record holds, those of mixins last."""
+    """Return the fields of a dataclass of options that belong to records, those of mixins last."""
     return sorted((f for f in fields(kind) if f.metadata), key=lambda f: bool(f.kw_only))
 
 
 def flags_of(kind: Any) -> list[Field[Any]]:
-    """Return the fields that are flags, in the order of --help."""
+    """Return the fields that are flags or positional arguments, in the order of --help."""
     return [f for f in options_of(kind) if f.metadata["help"]]
 
 
 def flag_of(name: str) -> str:
-    """`batch_size` → `--batch-size`."""
+    """Return the flag of a field: `batch_size` → `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON and YAML have it."""
+    """Return a value in the types of JSON and YAML."""
     if isinstance(value, tuple):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def converted(options: type, name: str, value: Any) -> Any:
-    """Return a value of JSON or YAML as the field has it. Raises LlmpyError if it is of another kind."""
+    """Return a value of JSON or YAML in the type of its field. Raises LlmpyError if it has another type."""
     known = [f.name for f in options_of(options)]
     if name not in known:
-        raise LlmpyError("options.x", f"unknown option {name!r}", did_you_mean(name, known) or "See llmpy train --help")
-    hint = typing.get_type_hints(options)[name]
-    kind, *others = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        raise LlmpyError("option.unknown", f"unknown option {name!r}", did_you_mean(name, known) or "See --help")
+    declared = typing.get_type_hints(options)[name]
+    kind, *others = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
     if value is None and others:
         return None
     try:
@@ -117,10 +117,10 @@ def converted(options: type, name: str, value: Any) -> Any:
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        what = f"option {name}: {reprlib.repr(value)} is no {kind.__name__}"
-        raise LlmpyError("options.x", what, "Give it as for the flag") from None
+        what = f"option {name}: {reprlib.repr(value)} is not of type {kind.__name__}"
+        raise LlmpyError("option.invalid", what, f"See {flag_of(name)} in --help") from None
 
 
 def refusal(name: str, value: Any, hint: str) -> LlmpyError:
-    """Return the error of an option's value."""
-    return LlmpyError("options.x", f"{flag_of(name)} {value}", hint)
+    """Return the error of an invalid value."""
+    return LlmpyError("option.invalid", f"{flag_of(name)} {value} is invalid", hint)

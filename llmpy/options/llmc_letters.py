@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Each letter takes a value. Those of a switch are 0 or 1; those that are no flag are ignored with the hint.
+# Each letter takes a value; switches take 0 or 1. Letters without a flag are ignored with their hint.
 LETTERS = {
     "-i": "--data", "-j": "--data", "-e": "--model", "-y": "--auto-resume", "-b": "--batch-size",
     "-t": "--sequence-length", "-d": "--total-batch", "-x": "--steps", "-k": "--schedule", "-l": "--lr",
@@ -14,17 +14,17 @@ LETTERS = {
     "-nm": "use --keep 0 to keep all checkpoints",
     "-h": "use --hellaswag FILE",
     "-f": "use --dtype",
-    "-w": "float32 weights are always kept",
-    "-ge": "GELU is always part of the product before it",
-    "-lg": "ask llmpy doctor",
-    "-z": "ZeRO-1 is on where there are --ranks",
+    "-w": "float32 master weights are always kept",
+    "-ge": "GELU is always fused into the product before it",
+    "-lg": "use llmpy doctor",
+    "-z": "ZeRO-1 is always on with --ranks",
     **dict.fromkeys(("-pn", "-pr", "-pg", "-pm", "-pi", "-ps", "-pp", "-pf"), "use --ranks N, or mpiexec"),
 }  # fmt: skip
 SWITCHES = ("--auto-resume", "--overfit")
 
 
 def translated(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of `llmpy train` with our flags for llm.c's letters, and the letters that were ignored."""
+    """Return the arguments of `llmpy train` with llm.c's letters replaced by our flags, and the ignored letters."""
     ours, ignored, rest = list[str](), list[str](), list(words)
     while rest:
         word = rest.pop(0)
@@ -37,5 +37,5 @@ def translated(words: Sequence[str]) -> tuple[list[str], list[str]]:
             ignored.append(word)
             rest.pop(0)
         else:
-            ours.append(word)  # without the number it needs: the parser reports it
+            ours.append(word)  # its value is missing or invalid: the parser reports it
     return ours, ignored

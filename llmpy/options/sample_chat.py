@@ -7,24 +7,24 @@ from pathlib import Path
 
 from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, option
 
-TEMPERATURE_TEXT = "0: always the likeliest token; 1: as the model has it"
-RUN_TEXT = "a run folder, any model that --init takes, or gpt2 …"
+TEMPERATURE_TEXT = "divides the logits; 0: always the likeliest token"
+RUN_TEXT = "run folder, or any model that llmpy train --init takes"
 
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Sampling(OnMachine):
-    """How tokens are chosen."""
+    """Options of sampling."""
 
-    top_k: int = option(50, "choose among this many likeliest tokens, 0: among all", within=NOT_NEGATIVE)
+    top_k: int = option(50, "choose among the N likeliest tokens; 0: among all", within=NOT_NEGATIVE)
     top_p: float = option(
-        1.0, "choose among the fewest that together have this probability",
-        within=Range(POSITIVE.low, 1, "a number above 0, up to 1"),
+        1.0, "choose among the fewest tokens whose probabilities sum to X",
+        within=Range(POSITIVE.low, 1, "a number above 0, at most 1"),
     )
-    min_p: float = option(0.0, "leave out what is less likely than this share of the likeliest", within=SHARE)
-    repetition_penalty: float = option(1.0, "above 1: make tokens of the text so far less likely", within=POSITIVE)
-    seed: int = option(  # from seed 0 the generator would only draw zeros
-        1337, "seed of the choices; the next text or answer has the next one, and so on",
+    min_p: float = option(0.0, "drop tokens less likely than X times the likeliest; 0: none", within=SHARE)
+    repetition_penalty: float = option(1.0, "above 1, tokens already in the text become less likely", within=POSITIVE)
+    seed: int = option(  # from seed 0 xorshift generates only zeros
+        1337, "random seed of the first text or answer; the next ones count up",
         within=Range(1, (1 << 64) - 1, "a number from 1 to 2^64 - 1"),
     )
 
@@ -35,16 +35,16 @@ class SampleOptions(Sampling):
 
     run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True)
     prompt: tuple[str, ...] | None = option(
-        None, "text to continue (default: the start of a text); give it again for further texts", each=True
+        None, "text to continue (default: end-of-text, the start of a document); can be repeated", each=True
     )
-    prompts_file: Path | None = option(None, "file of further prompts, one a line", metavar="FILE")
-    tokens: int = option(200, "tokens to add", within=POSITIVE)
+    prompts_file: Path | None = option(None, "file with more prompts, one per line", metavar="FILE")
+    tokens: int = option(200, "tokens to generate per prompt, at most", within=POSITIVE)
     temperature: float = option(0.5, TEMPERATURE_TEXT, within=NOT_NEGATIVE)
     stop: tuple[str, ...] | None = option(
-        None, "end before this text; repeat it for further ones (default: at <|endoftext|> alone)", each=True
+        None, "stop before this text, as at <|endoftext|>; can be repeated", each=True
     )
-    ignore_eot: bool = option(False, "continue after <|endoftext|>, with another text")
-    json: bool = option(False, "print one JSON object, with tokens and their log-probabilities")
+    ignore_eot: bool = option(False, "continue after <|endoftext|>")
+    json: bool = option(False, "print one JSON object with token ids and log-probabilities (nats)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ChatOptions(Sampling):
     """`llmpy chat RUN`."""
 
     run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True)
-    system: str | None = option(None, "what the model is told before the conversation")
-    tokens: int = option(256, "tokens of an answer at most", within=POSITIVE)
+    system: str | None = option(None, "system message")
+    tokens: int = option(256, "tokens per answer, at most", within=POSITIVE)
     temperature: float = option(0.7, TEMPERATURE_TEXT, within=NOT_NEGATIVE)
 # fmt: on

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from .fields import NOT_NEGATIVE, Options, Range, option, refusal
 
-CURVES = {  # of metrics.jsonl, with their titles
+CURVES = {  # names in metrics.jsonl → titles
     "loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens per second",
     "share_of_peak": "share of peak (%)", "val_bits_per_byte": "validation bits per byte",
     "hellaswag": "HellaSwag accuracy (%)",
 }  # fmt: skip
-AXES = {  # of a plot: title, and unit
+AXES = {  # title and unit of the x axis
     "steps": ("step", 1), "tokens": ("tokens (millions)", 1e6), "time": ("training time (minutes)", 60),
 }  # fmt: skip
 PICTURES = (".png", ".svg", ".pdf", ".html")
@@ -23,11 +23,8 @@ PICTURES = (".png", ".svg", ".pdf", ".html")
 class WatchOptions(Options):
     """`llmpy watch [RUN …]`."""
 
-    runs: tuple[Path, ...] | None = option(
-        None, "run folders, or folders of runs, where new runs appear by themselves (default: runs)", metavar="RUN",
-        word=True,
-    )
-    port: int = option(8642, "port of the page, or the next free one", within=Range(1, 65535, "a port from 1 to 65535"))
+    runs: tuple[Path, ...] | None = option(None, "runs, or folders of runs (default: runs)", metavar="RUN", word=True)
+    port: int = option(8642, "port, or the next free one", within=Range(1, 65535, "a port from 1 to 65535"))
     open: bool = option(False, "open the page in the browser")
 
 
@@ -35,18 +32,18 @@ class WatchOptions(Options):
 class PlotOptions(Options):
     """`llmpy plot [RUN …]`."""
 
-    runs: tuple[Path, ...] | None = option(None, "runs (default: the newest below runs)", metavar="RUN", word=True)
-    out: Path | None = option(
-        None, "write this file: .png, .svg, .pdf, or .html to zoom and hover in a browser", "-o", metavar="FILE"
+    runs: tuple[Path, ...] | None = option(None, "run folders (default: the newest in runs)", metavar="RUN", word=True)
+    out: Path | None = option(None, "output file: .png, .svg, .pdf or .html (interactive)", "-o", metavar="FILE")
+    terminal: bool = option(False, "plot in the terminal (default without -o)")
+    curves: tuple[str, ...] | None = option(
+        None, f"{', '.join(CURVES)} (default: loss; .html: all)", metavar="CURVE", choices=tuple(CURVES)
     )
-    terminal: bool = option(False, "draw in the terminal, as without -o")
-    curves: tuple[str, ...] | None = option(None, "what to draw (default: loss; .html has all)", choices=tuple(CURVES))
-    smooth: int | None = option(None, "steps to average (default: a hundredth)", metavar="STEPS", within=NOT_NEGATIVE)
-    x: str = option("steps", "x axis; time and tokens add up over restarts", choices=tuple(AXES))
+    smooth: int | None = option(None, "steps to average (default: 1 % of all)", metavar="STEPS", within=NOT_NEGATIVE)
+    x: str = option("steps", "x axis; time and tokens include those before a resume", choices=tuple(AXES))
     log: bool = option(False, "logarithmic y axis")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.out is not None and self.out.suffix.lower() not in PICTURES:
-            raise refusal("out", self.out, "use a name that ends in " + ", ".join(PICTURES))
+            raise refusal("out", self.out, "Use a name that ends in " + ", ".join(PICTURES))
 # fmt: on

@@ -1,10 +1,10 @@
-"""`llmpy doctor`: what training finds on this machine, and for each problem its fix.
+"""`llmpy doctor`: check this machine for training, and print a fix for each problem.
 
-ok       as it should be
-note     training works; something could be faster, or is not installed
-error    something prevents training: exit code 1
+ok       no problem
+note     training works, but something is slow or missing
+error    training is impossible: exit code 1
 
-Nothing is installed, removed or downloaded; the hub is asked whether it answers (HEAD of its address).
+It installs, removes and downloads nothing; it sends one HEAD request to the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ PACKAGES = (
     "numpy", "numba", "tokenizers", "safetensors", "ml_dtypes", "matplotlib", "plotly", "pyarrow", "gguf",
     "tensorboardX", "mpi4py", "lm_eval",
 )  # fmt: skip
-DEFAULT = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB)  # what `llmpy train` trains
-SCALING = 0.75  # of as many times the peak of one thread as there are threads: less means shared cores
+DEFAULT = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB)  # the model of `llmpy train`
+SCALING = 0.75  # of threads × one thread's peak; below it, cores are shared
 NETWORK_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: how it is, what was found, what to do about it, and the numbers."""
+    """One check: its state, the finding, a fix if there is a problem, and numbers for --json."""
 
     name: str
     state: str
@@ -63,32 +63,32 @@ class Check:
 
 
 def seen(name: str, found: str, fix: str = "", error: bool = False, **numbers: Any) -> Check:
-    """Return a check: ok where there is nothing to fix, else a note, or an error."""
+    """Return a check: ok without a fix, else a note or an error."""
     return Check(name, ERROR if error else NOTE if fix else OK, found, fix, numbers)
 
 
 def doctor(options: DoctorOptions, load: Callable[..., Any] = backend.load) -> list[Check]:
-    """Make every check, in the order of the report; an error in one is a error, and the others are made."""
+    """Return every check in the order of the report; an exception in one becomes its error."""
     needed = disk_needed(TrainOptions(), DEFAULT)
     looks = {
         "program": program(),
         "cpu": machine_checks(load, options),
         "kernel cache": kernel_cache(),
-        "data cache": place("data cache", data_cache, "set LLMPY_DATA to a folder that you own"),
-        "disk": place("disk", lambda: Path("runs"), "make room, or use --out FOLDER on another disk", needed),
+        "data cache": place("data cache", data_cache, "Set LLMPY_DATA to a folder that you own"),
+        "disk": place("disk", lambda: Path("runs"), "Free some space, or use --out FOLDER on another disk", needed),
     } | ({"network": network()} if options.network else {})
     checks: list[Check] = []
     for name, look in looks.items():
         try:
             checks.extend(look)
-        except (LlmpyError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: this user has no home
-            fix = getattr(error, "hint", "") or "reinstall llm.py"
+        except (LlmpyError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: no home folder
+            fix = getattr(error, "hint", "") or "Reinstall llm.py"
             checks.append(seen(name, f"{type(error).__name__}: {getattr(error, 'message', error)}", fix, error=True))
     return checks
 
 
 def program() -> Iterator[Check]:
-    """Versions of llm.py, Python, the system, and those of its packages that are installed."""
+    """Report the versions of llm.py, Python, the system and the installed packages."""
     found = [f"llm.py {__version__}", f"Python {platform.python_version()}", platform.platform()]
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -97,11 +97,11 @@ def program() -> Iterator[Check]:
 
 
 def machine_checks(load: Callable[..., Any], options: DoctorOptions) -> Iterator[Check]:
-    """Everything that the CPU backend is needed for."""
+    """Report every check that needs the CPU backend."""
     machine: Machine = load("cpu", threads=options.threads, dtype=options.dtype)
     count, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
     found = f"{cpu_name()}, {count} cores ({logical} logical); kernels for {machine.isa}, products in {machine.dtype}"
-    fix = "this CPU has no wide vectors: expect a tenth of the usual speed" if machine.isa == "generic" else ""
+    fix = "This CPU has no wide vectors: expect a tenth of the usual speed" if machine.isa == "generic" else ""
     yield seen("cpu", found, fix, cores=count, logical=logical, isa=machine.isa, dtype=str(machine.dtype))
     yield threads(machine)
     yield peaks(machine, load)
@@ -109,20 +109,20 @@ def machine_checks(load: Callable[..., Any], options: DoctorOptions) -> Iterator
 
 
 def threads(machine: Machine) -> Check:
-    """How many threads there are, and what bounds them: affinity, the container's share."""
+    """Check the number of threads against the cores that affinity and the container allow."""
     n, usable, count = machine.threads, cores(), psutil.cpu_count(logical=False) or os.cpu_count() or 1
     found, fix = f"{n} of {count} cores", ""
     if usable < count:
         found += f"; this process may use {usable} (affinity, container)"
     if n > usable:
-        found, fix = f"{found}: more threads than cores", f"use --threads {usable}"
+        found, fix = f"{found}: more threads than cores", f"Use --threads {usable}"
     elif n < count:
-        fix = "give the container or job more cores, or unset the affinity, if they are yours"
+        fix = "If the other cores are yours, give them to the container or job, or unset the affinity"
     return seen("threads", found, fix, threads=n, cores=count, usable_cores=usable)
 
 
 def peaks(machine: Machine, load: Callable[..., Any]) -> Check:
-    """What the machine reaches now, and whether all threads take part."""
+    """Measure the peaks of this machine, and check that they scale with the threads."""
     machine.warm_up(aside)
     single: Machine = load("cpu", threads=1, dtype=str(machine.dtype))
     one, all_, stream = single.measure_peak(), machine.measure_peak(), machine.measure_bandwidth()
@@ -131,29 +131,29 @@ def peaks(machine: Machine, load: Callable[..., Any]) -> Check:
         f"memory {stream:,.0f} GB/s"
     )
     best, shared = max(1, round(all_ / one)), all_ < SCALING * machine.threads * one
-    fix = f"cores are shared (other programs, hyper-threads, a container): try --threads {best}" if shared else ""
+    fix = f"Cores are shared (other programs, hyper-threads, a container): try --threads {best}" if shared else ""
     return seen("peaks", found, fix, gflops=all_, gflops_one_thread=one, bandwidth_gb_s=stream)
 
 
 def memory(machine: Machine) -> Check:
-    """Whether the default training fits into what is free, within the container's limit."""
+    """Check that the default training fits in the available memory, within the container's limit."""
     needed = memory_of(TrainOptions(), DEFAULT, machine)
     free, total = available_memory(), psutil.virtual_memory().total
     found = f"{gigabytes(free)} free of {gigabytes(total)}; the default training needs {gigabytes(needed)}"
-    fix = "close other programs, or give the container more" if free < needed + PROGRAM_BYTES else ""
+    fix = "Close other programs, or raise the container's limit" if free < needed + PROGRAM_BYTES else ""
     return seen("memory", found, fix, free < needed, available=free, total=total, default_training=needed)
 
 
 def kernel_cache() -> Iterator[Check]:
-    """Where compiled kernels are kept: writable, and by this user alone."""
+    """Check that the folder of compiled kernels is writable, and only by this user."""
     folder = user_cache() / "kernels"
-    yield from place("kernel cache", lambda: folder, "set LLMPY_CACHE_DIR, or every start compiles for half a minute")
+    yield from place("kernel cache", lambda: folder, "Set LLMPY_CACHE_DIR, or every start compiles for half a minute")
     if os.name == "posix" and folder.exists() and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o22):
-        yield seen("kernel cache", f"{folder} can be written by others: it is not used", f"chmod 700 {folder}")
+        yield seen("kernel cache", f"{folder} is ignored: other users can write to it", f"chmod 700 {folder}")
 
 
 def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Iterator[Check]:
-    """Whether a folder can be written, or made, and has room; a error if bytes are needed."""
+    """Check that a folder can be written or created, with `needed` bytes free; failing is an error if needed > 0."""
     folder = find().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -162,30 +162,30 @@ def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Ite
     except OSError as error:
         yield seen(name, f"cannot write to {there}: {error.strerror}", fix, error=needed > 0)
         return
-    found = f"{gigabytes(free)} free in {folder}" + (f"; {gigabytes(needed)} are needed" if free < needed else "")
+    found = f"{gigabytes(free)} free in {folder}" + (f", {gigabytes(needed)} needed" if free < needed else "")
     yield seen(name, found, fix if free < needed else "", free < needed, folder=str(folder), free=free, needed=needed)
 
 
 def network() -> Iterator[Check]:
-    """Whether the hub answers. Training on your own text needs no network."""
+    """Check that the hub is reachable. Training on your own text needs no network."""
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    found, fix = f"{address} answers", ""
+    found, fix = f"{address} is reachable", ""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=NETWORK_SECONDS).close()
-    except (OSError, ValueError, HTTPException) as error:  # no URL, or what answers speaks no HTTP
+    except (OSError, ValueError, HTTPException) as error:  # an invalid URL, or a server without HTTP
         if not isinstance(error, urllib.error.HTTPError):
-            found = f"{address} does not answer: {getattr(error, 'reason', error)}"
-            fix = "needed only for downloads: check proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT"
+            found = f"{address} is unreachable: {getattr(error, 'reason', error)}"
+            fix = "Only downloads need it: check the proxy (HTTPS_PROXY), or set a mirror in HF_ENDPOINT"
     yield seen("network", found, fix)
 
 
 def record(checks: list[Check]) -> dict[str, Any]:
-    """Return what --json prints: every check, and whether nothing prevents training."""
+    """Return the checks and whether this machine can train, as --json prints them."""
     return {"can_train": all(c.state != ERROR for c in checks), "checks": [asdict(check) for check in checks]}
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """Return the same for a reader: a line for each, its fix below it."""
+    """Return the checks as text: one line each, with the fix below it."""
     checks = numbers["checks"]
     width = max(len(check["name"]) for check in checks)
     lines = []
@@ -195,5 +195,5 @@ def table(numbers: dict[str, Any]) -> str:
         if check["fix"]:
             lines.append(f"{'':5}  {'':{width}}  → {check['fix']}")
     errors = sum(check["state"] == ERROR for check in checks)
-    ending = "this machine can train; whether it computes correctly is tested by:  llmpy selftest"
+    ending = "this machine can train; to check its results, run llmpy selftest"
     return "\n".join([*lines, "", f"errors that prevent training: {errors}" if errors else ending])

@@ -1,11 +1,11 @@
-"""The tasks of `lm_eval` on our models: EleutherAI's harness as an extra (`pip install 'llmpy[lm_eval]'`).
+"""Our models in EleutherAI's `lm_eval` harness, an extra: `pip install 'llmpy[lm_eval]'`.
 
     python -m llmpy.tools.lm_eval --model_args run=runs/NAME --tasks hellaswag,lambada_openai
 
-is lm_eval's own command with one model more; in Python, `Harness("runs/NAME")` goes wherever lm_eval takes a model.
+This is lm_eval's own command with one more model. In Python, pass `Harness("runs/NAME")` to lm_eval.
 
 log p(continuation | context) = Σ log softmax(logits)[token] over its tokens, each with as much text before it as the
-model has learnt to read. Rows are padded on the right, where no token sees them.
+model's trained length allows. Rows are padded on the right, where no token attends to them.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ except ImportError:
         sys.exit(f"llmpy: error: {missing} [{missing.code}]")
     raise missing from None
 
-BATCH_SIZE = 8  # rows side by side
-SHORTEST_ROW = 32  # rows are padded to powers of two from here on: a few shapes, hence few arenas
-LOGITS_ROWS = 128  # rows of logits that exist at a time: 26 MB with GPT-2's vocabulary
-NEW_TOKENS = 256  # of a generation, unless the task says: lm_eval's default
-SEED = 1337  # of tasks that sample; the n-th text has the n-th after it
+BATCH_SIZE = 8  # rows
+SHORTEST_ROW = 32  # rows are padded to powers of two, at least this: few shapes, hence few arenas
+LOGITS_ROWS = 128  # rows of logits in memory: 26 MB with GPT-2's vocabulary
+NEW_TOKENS = 256  # lm_eval's default
+SEED = 1337  # for sampling; text n uses SEED + n
 
 
 @register_model("llmpy")
-class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is not installed
-    """A model as lm_eval wants it."""
+class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_eval
+    """A model with the interface of lm_eval."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         machine: Machine | None = None,
         **_: object,
     ) -> None:
-        """`run` is a run folder, or any model that `llmpy sample` takes; other arguments of lm_eval are ignored.
+        """Load `run`, a run folder or any model of `llmpy sample`; other arguments of lm_eval are ignored.
 
-        Raises LlmpyError for a model that is missing, corrupt or too large.
+        Raises LlmpyError if the model is missing, corrupt or too large.
         """
         super().__init__()
         source, self.tokens = open_run(Path(run))
@@ -77,30 +77,30 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         source.fill(self.model.params)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the log-likelihood in nats, and whether greedy choice would give the same.
+        """Return, for each (context, continuation), its log-likelihood in nats and whether greedy decoding gives it.
 
-        A context that is empty, or blank, is the end-of-text token, after which texts begin.
+        An empty or blank context becomes the end-of-text token, which starts every document.
         """
         pairs = []
         for context, continuation in (request.args for request in requests):
-            # Blanks at a context's end belong to the word that follows.
+            # Trailing blanks of a context belong to the next word.
             ids = self.tokens.encode(context.rstrip())
             follows = self.tokens.encode(context + continuation)[len(ids) :]
             pairs.append((ids or [self.tokens.eot], follows))
         return self._answers("loglikelihood", requests, pairs, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, in nats."""
+        """Return the log-likelihood of each text in nats."""
         pairs = [([self.tokens.eot], self.tokens.encode(request.args[0])) for request in requests]
         return [value for value, _ in self._answers("loglikelihood_rolling", requests, pairs, disable_tqdm)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, to before a string of `until`, the end of text, or `max_gen_toks` tokens.
+        """Return the continuation of each context, up to a string of `until`, end-of-text or `max_gen_toks` tokens.
 
-        Greedy unless `do_sample`, then with `temperature` (1 unless told), `top_k`, `top_p` and `min_p`.
+        Decoding is greedy unless `do_sample`, then with `temperature` (default 1), `top_k`, `top_p` and `min_p`.
         """
         texts = [""] * len(requests)
-        alike = defaultdict(list)  # requests with the same settings go side by side
+        alike = defaultdict(list)  # requests with the same settings share batches
         for i, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(i)
         batches = [rows for group in alike.values() for rows in _batches(group, self.batch_size)]
@@ -114,9 +114,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
     def _answers(
         self, name: str, requests: Sequence[Any], pairs: Sequence[tuple[list[int], list[int]]], quiet: bool
     ) -> list[tuple[float, bool]]:
-        """Sums over the windows of each pair."""
+        """Return the sums over the windows of each pair."""
         parts = [(i, *part) for i, pair in enumerate(pairs) for part in windows(*pair, self.reach)]
-        parts.sort(key=lambda part: -len(part[1]))  # what does not fit in memory shows at once, rows pad little
+        parts.sort(key=lambda part: -len(part[1]))  # longest first: too little memory shows at once, little padding
         total, greedy, left = [0.0] * len(pairs), [True] * len(pairs), Counter(i for i, _, _ in parts)
         for batch in tqdm(_batches(parts, self.batch_size), desc=name, disable=quiet):
             for (i, _, _), (value, same) in zip(batch, self._score([part[1:] for part in batch]), strict=True):
@@ -129,7 +129,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
         return list(zip(total, greedy, strict=True))
 
     def _score(self, batch: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:
-        """Of each text's last n tokens: their log-likelihood, and whether each is the likeliest."""
+        """Yield, for each text's last n tokens, their log-likelihood and whether each is the likeliest."""
         model = self.model
         T = max(SHORTEST_ROW, 1 << (max(len(ids) for ids, _ in batch) - 2).bit_length())
         tokens = np.zeros((self.batch_size, min(T, self.reach)), np.int32)
@@ -146,15 +146,15 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
                 same &= bool(np.array_equal(logits.argmax(axis=1), wanted))
             yield value, same
 
-    def _continue(self, contexts: Sequence[str], told: dict[str, Any], numbers: Sequence[int]) -> list[str]:
-        """Return the texts that follow these contexts, all by the same settings."""
-        until = told.get("until") or []
+    def _continue(self, contexts: Sequence[str], settings: dict[str, Any], numbers: Sequence[int]) -> list[str]:
+        """Return the continuations of these contexts, all with the same settings."""
+        until = settings.get("until") or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        count = int(next((told[name] for name in names if told.get(name) is not None), NEW_TOKENS))
-        temperature = told.get("temperature")
-        sampled = told.get("do_sample", bool(temperature))
-        limits = {name: told[name] for name in ("top_k", "top_p", "min_p") if told.get(name) is not None}
+        count = int(next((settings[name] for name in names if settings.get(name) is not None), NEW_TOKENS))
+        temperature = settings.get("temperature")
+        sampled = settings.get("do_sample", bool(temperature))
+        limits = {name: settings[name] for name in ("top_k", "top_p", "min_p") if settings.get(name) is not None}
         choice = Choice((1.0 if temperature is None else float(temperature)) if sampled else 0.0, **limits)
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
@@ -173,9 +173,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # Any where lm_eval is 
 
 
 def windows(context: Sequence[int], continuation: Sequence[int], reach: int) -> Iterator[tuple[list[int], int]]:
-    """Pieces of a text of at most reach + 1 tokens, and how many at the end of each are asked for.
+    """Yield pieces of a text of at most reach + 1 tokens, and how many tokens at the end of each are scored.
 
-    Every token of the continuation is asked for once, with as much before it as a piece that ends later allows.
+    Every token of the continuation is scored once.
     """
     text = [*context, *continuation]
     for done in range(len(context), len(text), reach):
@@ -194,4 +194,4 @@ if __name__ == "__main__":
     try:
         cli_evaluate()
     except LlmpyError as error:
-        sys.exit(f"llmpy: error: {error}")
+        sys.exit(f"llmpy: error: {error} [{error.code}]")

@@ -1,12 +1,12 @@
-"""`llmpy plan`: estimate what a run takes before it starts, on this machine or on several like it.
+"""`llmpy plan`: estimate the memory, time and disk of a run before it starts, on one or more machines like this.
 
-memory   the tables of the model, as `train.memory` counts them
-step     = G · Σ calls · time of each operation (forward, loss, backward; G batches gathered)
-         + norm and AdamW, divided by N machines + what training waits for messages (`distributed.cost`)
-         The calls are those that the model and the optimizer make on a recording backend.
-time     of an operation: measured now, by `bench ops`, on the sizes of this model (rows beyond what products need
-         to reach their rate are not computed but multiplied)
-tokens   Chinchilla's 20 a parameter (Hoffmann et al. 2022), and what llm.c's script for this size trains on
+memory   the model's tables, as `train.memory` counts them
+step     = G · Σ calls · time of each operation (forward, loss, backward; G micro-batches)
+         + norm and AdamW, divided by N machines + exposed communication (`distributed.cost`)
+         A recording backend lists the calls of the model and the optimizer.
+time     of an operation: measured now with `bench ops` on this model's sizes, at most as many rows as it needs to
+         reach its full rate; more rows are extrapolated
+tokens   Chinchilla's 20 per parameter (Hoffmann et al. 2022), and those of llm.c's script for this size
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from ..train.memory import LOGITS_ROWS, disk_needed, memory_parts
 from ..train.optimizer import AdamW
 from ..train.preflight import check_length
 
-CHINCHILLA = 20  # tokens a parameter
-FINEWEB_TOKENS = 10_000_000_000  # of llm.c's scripts that say "one epoch": FineWeb's sample of 10B
-PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # sizes beyond which an operation's rate does not change
-MATRIX = 40_000_000  # elements of a weight, likewise: beyond the caches, and no machine is too small to be asked
-ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # over all operations; seconds and calls of each in a round
-CACHES = 24 << 20  # floats that are read between calls: 96 MiB, for in a step most operands come from memory
-SAMPLED = 1 + TrainOptions().sample_tokens  # tokens of a sample, and where a text begins
-KINDS = {"linear": "products", "attention": "attention", "classifier": "head"}  # by an operation's first word
+CHINCHILLA = 20  # tokens per parameter
+FINEWEB_TOKENS = 10_000_000_000  # one epoch of llm.c's scripts: FineWeb's 10B sample
+PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # above these sizes rates are constant
+MATRIX = 40_000_000  # elements of a weight, likewise: exceeds the caches, and fits in any memory
+ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # rounds over all operations; seconds and calls of each per round
+CACHES = 24 << 20  # floats read between calls (96 MiB), because in a step most operands come from memory
+SAMPLED = 1 + TrainOptions().sample_tokens  # with end-of-text at the start
+KINDS = {"linear": "products", "attention": "attention", "classifier": "head"}  # by first word of the operation
 
 
 @dataclass(frozen=True)
 class Part:
-    """An operation of a step on one size, and how often it is called; `stage`: when."""
+    """An operation of a step on one size, and the number of its calls."""
 
     stage: str  # forward, loss, backward or update
     op: str
@@ -62,12 +62,12 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """What the time of a step is divided by: products, attention, head, update, rest."""
+        """The row of the time table: products, attention, head, update or rest."""
         return "update" if self.stage == "update" else KINDS.get(self.op.partition("_")[0], "rest")
 
 
 def step_parts(config: ModelConfig, B: int, T: int, recompute: int, dtype: Any) -> list[Part]:
-    """Return every call of a step on (B, T), as the model and the optimizer make them on a recording backend."""
+    """Return every call of a step on (B, T), recorded from the model and the optimizer."""
     recorder = Recorder(dtype)
     model = GPT2(config, cast(Ops, recorder), recompute)
     tokens = np.zeros((B, T), np.int32)
@@ -83,7 +83,7 @@ def step_parts(config: ModelConfig, B: int, T: int, recompute: int, dtype: Any) 
 
 
 def case_of(op: str, arguments: dict[str, Any]) -> Case:
-    """Return the size of a recorded call as `bench ops` has it; all rows are of one sequence, except attention's."""
+    """Return the size of a recorded call for `bench ops`; all rows are one sequence, except in attention."""
     shape = {name: x.shape for name, x in arguments.items() if isinstance(x, np.ndarray)}
     if op in ("adamw", "global_norm", "narrow", "zero"):
         return Case(n=math.prod(next(iter(shape.values()))))
@@ -100,22 +100,22 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
 
 
 def smaller(part: Part) -> tuple[Case, float]:
-    """Return a size on which the operation is as fast, and how many times as much work its own is."""
+    """Return a smaller size with the same rate, and the ratio of the work."""
     case = part.case
     if case.n > 1:
         return replace(case, n=min(case.n, FLAT)), case.n / min(case.n, FLAT)
-    if part.kind == "attention":  # its work goes with T²
+    if part.kind == "attention":  # work grows with T²
         B = min(case.B, max(1, PRODUCT_ROWS // case.T))
         return replace(case, B=B), case.B / B
     rows = min(case.T, {"head": LOGITS_ROWS, "products": PRODUCT_ROWS}.get(part.kind, OTHER_ROWS))
     Vp, OC = (min(width, max(1, MATRIX // case.C)) for width in (case.Vp, case.OC))
     small = replace(case, T=rows, V=min(case.V, Vp), Vp=Vp, OC=OC)
-    # of the embedding only the rows of tokens are touched
+    # the embedding reads only the rows of its tokens
     return small, case.T / rows * (case.OC / OC) * (case.Vp / Vp if part.kind == "head" else 1)
 
 
 class Measured(NamedTuple):
-    """Seconds of each part with all its calls, and the rates of the machine; not `steady`: it changed meanwhile."""
+    """Seconds of all calls of each part, and the rates of the machine; `steady`: they did not change meanwhile."""
 
     seconds: list[float]
     peak: float  # GFLOP/s
@@ -124,13 +124,13 @@ class Measured(NamedTuple):
 
 
 def measure(machine: Machine, parts: Sequence[Part]) -> Measured:
-    """Time the parts on this machine: medians of rounds over all parts, so that a disturbance meets one round."""
+    """Time the parts on this machine; the median over rounds discards a disturbance of one round."""
     other = machine.empty(CACHES, machine.wide)
     machine.zero(other)
 
     def seconds(part: Part) -> float:
         case, times = smaller(part)
-        # Read by all threads: what was in the caches leaves them, and no helper sleeps, as none does within a step.
+        # All threads read `other`, which evicts the caches and keeps the helper threads awake, as in a step.
         median = time_case(machine, part.op, case, BUDGET, REPEATS, lambda: machine.global_norm(other))["median_ms"]
         return part.calls * times * median / 1e3
 
@@ -145,7 +145,7 @@ def measure(machine: Machine, parts: Sequence[Part]) -> Measured:
 
 
 def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]:
-    """Return what `--json` prints: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an impossible batch."""
+    """Return the numbers of --json: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an invalid batch."""
     o, config = options, ModelConfig.from_dial(options.model, vocab_size=options.vocab_size)
     check_length(o.sequence_length, config.context)
     run = TrainOptions(
@@ -166,7 +166,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     measured = measure(ops, parts)
 
     def took(name: str) -> float:
-        """Seconds of the parts of this stage or kind."""
+        """Return the seconds of the parts of this stage or kind."""
         return sum(s for p, s in zip(parts, measured.seconds, strict=True) if name in (p.stage, p.kind))
 
     update, gathered = took("update") / o.nodes, run.micro_steps
@@ -190,7 +190,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         },
         "memory": {
             "parts": tables, "total": sum(tables.values()), "available": available,
-            "largest_batch": largest,  # 0: none fits
+            "largest_batch": largest,  # 0: no batch fits
         },
         "batch": {
             "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
@@ -224,9 +224,9 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
 
 
 def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[str, int]]:
-    """Return numbers of tokens to train on, with who recommends them."""
+    """Return (source, tokens): recommended numbers of training tokens."""
     found = [("--tokens", o.tokens)] if o.tokens else []
-    found.append((f"Chinchilla, {CHINCHILLA} a parameter", CHINCHILLA * parameters))
+    found.append((f"Chinchilla, {CHINCHILLA} per parameter", CHINCHILLA * parameters))
     for name in SCRIPTS:
         recipe = read_recipe(TrainOptions, name)
         of = ModelConfig.from_dial(recipe["model"])
@@ -237,20 +237,20 @@ def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[
 
 
 def table(n: dict[str, Any]) -> str:
-    """Return the same for a reader."""
+    """Return the plan as text."""
     m, b, machine, memory, step, network, disk = (
         n[k] for k in ("model", "batch", "machine", "memory", "step", "network", "disk")
     )
-    gathered = f", {b['gathered']} gathered" if b["gathered"] > 1 else ""
+    gathered = f", {b['gathered']} micro-batches" if b["gathered"] > 1 else ""
     nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
-    sizes = [*memory["parts"].items(), ("in all", memory["total"]), ("available", memory["available"])]
-    waits = {"waiting for messages": network["exposed_ms"]} if network else {}
-    times = [*(step["ms_a_batch"] | waits).items(), ("a step", step["ms"])]
+    sizes = [*memory["parts"].items(), ("total", memory["total"]), ("available", memory["available"])]
+    waits = {"exposed communication": network["exposed_ms"]} if network else {}
+    times = [*(step["ms_a_batch"] | waits).items(), ("step", step["ms"])]
     largest = f"largest batch that fits: -B {memory['largest_batch']}"
     if not memory["largest_batch"]:
         largest = "no batch fits: use a smaller -T or --model, or --checkpoint-every 0"
     elif memory["total"] > memory["available"]:
-        largest = f"this does not fit; {largest}"
+        largest = f"too large for memory; {largest}"
     trainings = [
         (t["what"], f"{t['tokens']:,}", f"{t['steps']:,}", duration(t["seconds"]), f"{t['machine_hours']:,.1f}")
         for t in n["training"]
@@ -260,22 +260,22 @@ def table(n: dict[str, Any]) -> str:
         f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
         f"machine  {count_of(machine['threads'], 'thread')}, {machine['isa']}, {machine['dtype']}; "
         f"{machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
-        f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens a step",
-        "" if machine["steady"] else "caution  other programs ran meanwhile: plan again without them\n",
+        f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens per step",
+        "" if machine["steady"] else "caution  other programs ran during the measurement: plan again without them\n",
         columns([("memory", "MB"), *((name, f"{bytes_ / 1e6:,.0f}") for name, bytes_ in sizes if bytes_)]),
         largest + "\n",
         columns([("time", "ms"), *((name, f"{ms:,.1f}") for name, ms in times)]),
-        f"{step['tokens_per_s']:,.0f} tokens/s, {step['gflop']:,.0f} GFLOP a step, "
+        f"{step['tokens_per_s']:,.0f} tokens/s, {step['gflop']:,.0f} GFLOP per step, "
         f"{100 * step['share_of_peak']:.0f} % of the peak",
     ]
     if gathered:
-        lines.append(f"products, attention, head and rest are of one of {b['gathered']} batches")
+        lines.append(f"products, attention, head and rest: per micro-batch, {b['gathered']} per step")
     if network:
-        speed = f"{100 * network['efficiency']:.0f} % of one that is alone"
-        lines.append(f"each machine sends {network['sent_mb']:,.0f} MB a step and is as fast as {speed}")
+        speed = f"{100 * network['efficiency']:.0f} % of the speed of a single machine"
+        lines.append(f"each machine sends {network['sent_mb']:,.0f} MB per step and runs at {speed}")
     lines += [
         "\n" + columns([("training", "tokens", "steps", "time", "machine hours"), *trainings]),
-        f"\ndisk     {gigabytes(disk['checkpoint'])} a checkpoint, {gigabytes(disk['total'])} at most; "
-        f"{gigabytes(disk['free'])} are free here",
+        f"\ndisk     {gigabytes(disk['checkpoint'])} per checkpoint, {gigabytes(disk['total'])} at most; "
+        f"{gigabytes(disk['free'])} free here",
     ]
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""`llmpy selftest`: is what this machine computes right? A table, and an exit code other than 0 if not.
+"""`llmpy selftest`: check the kernels of this machine for correctness. Print a table; exit with 1 if a check fails.
 
-Without files   a small model of our own against the reference in float64: loss, logits, gradients layer by layer,
-                AdamW; micro-batches against one batch; threads, to the bit
-With llm.c's    logits, loss and the 16 gradients of a debug state; of `gpt2_124M_debug_state.bin` also ten losses
+Without files       a small model against the reference in float64: loss, logits, gradients by layer, AdamW;
+                    micro-batches against one batch; number of threads, bitwise
+With llm.c's files  logits, loss and the 16 gradients of a debug state; for `gpt2_124M_debug_state.bin` also ten losses
 
-Relative errors are of whole tensors: ‖got − want‖ / ‖want‖.
+Errors are relative, over whole tensors: ‖got − want‖ / ‖want‖.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from ..system.terminal import aside
 from ..train.optimizer import EPSILON, AdamW
 from ..train.single_process import SINGLE_PROCESS
 
-# No size is a whole number of vectors or tiles.
+# No size is a multiple of a vector or tile.
 OWN = ModelConfig(layers=3, heads=3, channels=48, context=40, vocab_size=97)
 OWN_BATCH = (4, 33)
 OWN_STEPS = 3
 THREADS = (1, 2, 3)
-# Relative errors. float32: sums of about a hundred products, measured up to 5e-7, 2e-9 and 1.3e-6. bfloat16: every
-# number that products read or write is rounded by up to 2⁻⁸, measured up to 0.009, 3e-4 and 0.02.
+# Bounds of relative errors. float32: sums of about 100 products; measured up to 5e-7, 2e-9 and 1.3e-6. bfloat16:
+# operands and results of products are rounded by up to 2⁻⁸; measured up to 0.009, 3e-4 and 0.02.
 LOGITS_ERROR = {"float32": 1e-5, "bfloat16": 2e-2}
 LOSS_ERROR = {"float32": 1e-6, "bfloat16": 5e-3}
 GRADIENT_ERROR = {"float32": 1e-5, "bfloat16": 4e-2}
-SAME_ERROR = 1e-5  # of the same sums in another order, in float32 whatever the dtype
-FILE_ERROR = 1e-4  # of float32 against float32, over 12 layers; llm.c allows 1e-2 of each logit
-BETAS, DECAY, LR = (0.9, 0.999), 0.01, 1e-4  # of llm.c's ten steps, with decay of every tensor
-# GPT-2 124M on the batch of gpt2_124M_debug_state.bin: PyTorch's losses, which llm.c's tests publish and allow to be
-# missed by 1e-2; llm.c and its ports miss them by up to 1.8e-3
+SAME_ERROR = 1e-5  # the same sums in another order, always in float32
+FILE_ERROR = 1e-4  # float32 against float32, over 12 layers; llm.c allows 1e-2 per logit
+BETAS, DECAY, LR = (0.9, 0.999), 0.01, 1e-4  # of llm.c's ten steps, which decay every tensor
+# GPT-2 124M on the batch of gpt2_124M_debug_state.bin: PyTorch's losses from llm.c's tests, which allow errors of 1e-2;
+# llm.c and its ports have errors of up to 1.8e-3.
 GPT2_124M = ModelConfig.from_dial("gpt2")
 LOSSES_ERROR = 3e-3
 LOSSES = (
@@ -59,7 +59,7 @@ LOSSES = (
 
 
 class Check(NamedTuple):
-    """One row: it passes if `error` is at most `bound`, which NaN never is."""
+    """One row: it passes if `error` is at most `bound`; NaN fails."""
 
     name: str
     error: float
@@ -67,15 +67,10 @@ class Check(NamedTuple):
 
 
 def selftest(options: SelftestOptions, log: Callable[[str], None]) -> int:
-    """Run every check and print a row for each as it is done; return 0 if all pass, else 1.
-
-    Raises LlmpyError for files that cannot be read, or one of them without the other.
-    """
+    """Run every check and log a row for each; return 0 if all pass, else 1. Raises LlmpyError for unusable files."""
     if (options.model is None) != (options.debug_state is None):
         given, missing = ("--model", "--debug-state") if options.model else ("--debug-state", "--model")
-        raise LlmpyError(
-            "tools.x", f"{given} without {missing}", "Give both: a model, and the debug state llm.c made of it"
-        )
+        raise LlmpyError("option.missing", f"{given} without {missing}", "Pass a model and llm.c's debug state of it")
     passed = []
     for check in from_files(options) if options.model else own_model(options):
         passed.append(check.error <= check.bound)
@@ -87,7 +82,7 @@ def selftest(options: SelftestOptions, log: Callable[[str], None]) -> int:
 
 
 def own_model(options: SelftestOptions) -> Iterator[Check]:
-    """The CPU backend in float32, and in bfloat16 where it is what `--dtype auto` takes, against the reference."""
+    """Check the CPU backend against the reference in float32, and in bfloat16 if `--dtype auto` selects it."""
     auto = backend.load("cpu", threads=options.threads, dtype="auto")
     dtypes = ("float32", "bfloat16") if auto.dtype != auto.wide else ("float32",)
     text = np.random.default_rng(2).integers(0, OWN.vocab_size, (OWN_BATCH[0], OWN_BATCH[1] + 1), dtype=np.int32)
@@ -116,16 +111,16 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
         yield Check(f"{dtype}: values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
         try:
             yield from _resume(dtype, options)
-        except LlmpyError as error:  # numbers that are not finite are refused when they are read
+        except LlmpyError as error:  # the checkpoint has NaN or infinity
             yield Check(f"{dtype}: save, load and resume: {error}", math.inf, 0)
         try:
             yield from _updates(dtype, model, tokens, targets)
-        except LlmpyError as error:  # a gradient that is not finite
+        except LlmpyError as error:  # a gradient is NaN or infinity
             yield Check(f"{dtype}: AdamW: {error}", math.nan, 0)
 
 
 def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
-    """Row by row what backward leaves in each layer, the worst tensor named."""
+    """Check the gradients by layer; each row names its worst tensor."""
     groups = defaultdict(list)
     for (tensor, got), (_, expected) in zip(_grads(model).items(), _grads(want).items(), strict=True):
         host = model.ops.to_host(got)
@@ -140,7 +135,7 @@ def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
 
 
 def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
-    """AdamW with clipping and decay, from the same gradients as the reference's."""
+    """Check AdamW with clipping and decay, from the same gradients as the reference."""
     model.loss_and_grads(tokens, targets)
     twin = _filled(backend.load("reference"))
     twin.reserve(len(tokens), tokens.shape[1], training=True)
@@ -151,20 +146,20 @@ def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -
         norms = [o.step(1e-2) for o in optimizers]
     moved = model.ops.to_host(model.params.buffer) - before
     yield Check(f"{dtype}: norm of all gradients", abs(norms[0] - norms[1]) / norms[1], 1e-6)
-    # a parameter is rounded to float32 once an update: 2⁻²⁴ of it, against a step of 1e-2
+    # each update rounds a parameter to float32: by 2⁻²⁴ of it, against a step of 1e-2
     yield Check(f"{dtype}: AdamW, {OWN_STEPS} updates", _error(moved, twin.params.buffer - before), SAME_ERROR)
 
 
 def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
-    """Train, save, load into new objects, resume: values that differ from never stopping."""
+    """Train, save, load into new objects and resume; compare bitwise with an uninterrupted run."""
     shard = Shard(Path("selftest"), np.random.default_rng(3).integers(0, OWN.vocab_size, 3000).astype(np.uint16))
 
-    def begin() -> tuple[GPT2, AdamW, Loader]:
+    def start() -> tuple[GPT2, AdamW, Loader]:
         model = _filled(_machine(options, dtype))
         model.reserve(*OWN_BATCH, training=True)
         return model, AdamW(model), Loader([shard], *OWN_BATCH, shuffle=True)
 
-    def go(model: GPT2, optimizer: AdamW, loader: Loader) -> np.ndarray:
+    def train(model: GPT2, optimizer: AdamW, loader: Loader) -> np.ndarray:
         losses = []
         for _ in range(OWN_STEPS):
             losses.append(model.loss_and_grads(*loader.next()))
@@ -174,19 +169,20 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
     def writer(folder: str, model: GPT2, optimizer: AdamW) -> CheckpointWriter:
         return CheckpointWriter(SINGLE_PROCESS, Path(folder), model, optimizer, OWN_BATCH[1], Journal(), 0, 1)
 
-    first, second = begin(), begin()
-    go(*first)
+    first, second = start(), start()
+    train(*first)
     with tempfile.TemporaryDirectory() as folder:
         writer(folder, *first[:2]).finish(OWN_STEPS, {"data": {}}, first[2].position)
-        on = go(*first)
+        uninterrupted = train(*first)
         path = checkpoint.listed(Path(folder, CHECKPOINTS))[0]
         second[2].position = writer(folder, *second[:2]).restore(path, checkpoint.verify(path), 0)
         second[1].updates = OWN_STEPS
-        yield Check(f"{dtype}: values that differ after save, load and resume", _different(go(*second), on), 0)
+        differing = _different(train(*second), uninterrupted)
+        yield Check(f"{dtype}: values that differ after save, load and resume", differing, 0)
 
 
 def from_files(options: SelftestOptions) -> Iterator[Check]:
-    """A model of any format and llm.c's debug state of it, in float32."""
+    """Check a model of any format against llm.c's debug state of it, in float32."""
     assert options.model is not None and options.debug_state is not None
     source = open_model(options.model)
     debug = llmc.read_debug(options.debug_state, source.config)
@@ -205,7 +201,7 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
 
 
 def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
-    """The losses of ten steps as llm.c's test makes them: decay on every tensor, no clipping."""
+    """Yield the losses of ten steps as in llm.c's test: decay of every tensor, no clipping."""
     ops = model.ops
     m, v = (ops.zeros(model.params.size, ops.wide) for _ in range(2))
     for step in range(1, 1 + len(LOSSES)):
@@ -215,7 +211,7 @@ def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
 
 
 def _machine(options: SelftestOptions, dtype: str) -> Any:
-    """The CPU backend, its kernels compiled."""
+    """Return the CPU backend with compiled kernels."""
     ops: Any = backend.load("cpu", threads=options.threads, dtype=dtype)
     ops.warm_up(aside)
     return ops
@@ -227,14 +223,14 @@ def _grads(model: GPT2) -> Arena:
 
 
 def all_logits(model: GPT2, tokens: np.ndarray) -> np.ndarray:
-    """Logits (B, T, V) of every position."""
+    """Return the logits (B, T, V) of every position."""
     B, T = tokens.shape
     a = model.forward(tokens, model.reserve(B, T, training=False))
     return model.head(model.ops.to_host(a.ln_f)).reshape(B, T, -1)
 
 
 def _filled(ops: Any) -> GPT2:
-    """A model whose every term counts: matrices ten times GPT-2's, no bias of 0, no LayerNorm weight of 1."""
+    """Return a model in which every term counts: matrices ten times GPT-2's, no bias 0, no LayerNorm weight 1."""
     model = GPT2(OWN, ops)
     rng = np.random.default_rng(1)
     for tensor, view in model.params.items():
@@ -246,11 +242,11 @@ def _filled(ops: Any) -> GPT2:
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:
-    """‖got − want‖ / ‖want‖."""
+    """Return ‖got − want‖ / ‖want‖."""
     exact = np.asarray(want, np.float64)
     return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
 
 
 def _different(a: np.ndarray, b: np.ndarray) -> int:
-    """How many float32 values differ in any bit."""
+    """Return the number of float32 values that differ in any bit."""
     return int(np.count_nonzero(a.astype(np.float32).view(np.uint32) != b.astype(np.float32).view(np.uint32)))

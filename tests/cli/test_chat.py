@@ -1,4 +1,4 @@
-"""A talk is cut into tokens as training cuts it, stays within the model's reach, and survives Ctrl-C."""
+"""A conversation is tokenized as in training, fits the model's trained length, and survives Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laptop import Laptop
+from support.refused import refused
 
 from llmpy import GPT2, Tokenizer
 from llmpy.cli.chat import answer, chat, prompt
 from llmpy.data.encode import encode
 from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
-from llmpy.errors import LlmpyError
 from llmpy.options.sample_chat import ChatOptions
 from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train
@@ -29,9 +29,9 @@ from llmpy.train.assemble import train
 BYTES = Tokenizer.bytes()
 
 
-def lines(*said: str) -> Callable[[], str]:
-    """A user who says these, then leaves."""
-    left = iter(said)
+def lines(*typed: str) -> Callable[[], str]:
+    """Return a user who types these lines, then Ctrl-D."""
+    left = iter(typed)
 
     def ask() -> str:
         try:
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """Prompts, counts and seeds that a model would have continued; it always says the same."""
+    """Return the (prompt, count, seed) of each call of a model with a constant answer."""
     seen: list[tuple[str, int, int]] = []
 
     def continued(self: GPT2, ids: list[int], count: int, choice: Any, stop: Any, seed: int) -> Iterator[str]:
@@ -84,38 +84,38 @@ def test_old_messages_make_room() -> None:
     messages = [{"role": role, "content": f"{role} {n}"} for n in range(5) for role in ("user", "assistant")][:-1]
     ids = prompt(BYTES, system, messages, 80)
     text = BYTES.decode(ids)
-    assert text.startswith("<|endoftext|>system: S\n\nuser: ")  # never an answer without its question
+    assert text.startswith("<|endoftext|>system: S\n\nuser: ")  # no answer without its question
     assert text.endswith("user: user 4\n\nassistant: ")
     assert "user 3" in text and "user 0" not in text
     assert len(ids) <= 80
-    with pytest.raises(LlmpyError, match="the message has 2.. tokens"):
+    with refused("chat.message-too-long", 80):
         prompt(BYTES, system, [{"role": "user", "content": "x" * 200}], 80)
 
 
-def test_a_talk(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    said = lines("Hi", "", "  ", "/rest", "And?", "/reset", "/help", "Bye", "/quit", "never read")
-    chat(ChatOptions(folder, system="Be brief.", tokens=40, seed=7), said, Laptop())
+def test_a_conversation(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    typed = lines("Hi", "", "  ", "/rest", "And?", "/reset", "/help", "Bye", "/quit", "never read")
+    chat(ChatOptions(folder, system="Be brief.", tokens=40, seed=7), typed, Laptop())
     system, hi = "<|endoftext|>system: Be brief.\n\n", "user: Hi\n\nassistant: "
     assert asked == [
         (system + hi, 40, 7),
         (system + hi + "I see.\n\nuser: And?\n\nassistant: ", 40, 8),
         (system + "user: Bye\n\nassistant: ", 40, 9),
     ]
-    told = capsys.readouterr()
-    assert told.out == 3 * " I see.\n"
-    assert told.err.count("/reset forgets") == 3
-    assert "\x1b" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert printed.out == 3 * " I see.\n"
+    assert printed.err.count("/reset") == 3
+    assert "\x1b" not in printed.out + printed.err
 
 
-def test_what_cannot_be_said(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_messages_are_skipped(folder: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     chat(ChatOptions(folder, tokens=40), lines("x" * 3000, "\udcff", "Hi"), Laptop())
     assert [prompt for prompt, _, _ in asked] == ["<|endoftext|>user: Hi\n\nassistant: "]
     err = capsys.readouterr().err
-    assert "use fewer words" in err
+    assert "3,0" in err  # tokens of the first message
     assert "surrogates not allowed" in err
 
 
-TALK = """
+PROGRAM = """
 import sys, time
 from llmpy import GPT2
 from llmpy.cli import chat, main as cli
@@ -133,9 +133,9 @@ sys.exit(cli.main(["chat", sys.argv[1]]))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
+def test_ctrl_c_ends_only_the_answer(folder: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", TALK, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", PROGRAM, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, encoding="utf-8", env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert process.stdin is not None
@@ -152,24 +152,24 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(folder: Path) -> None:
 
 
 def test_a_model_answers_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def talk(*said: str) -> str:
+    def record(*texts: str) -> str:
         roles = ("user", "assistant")
-        return json.dumps({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]})
+        return json.dumps({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]})
 
-    talks = [talk("ping", "pong", "red", "blue"), talk("red", "blue", "ping", "pong")]
-    (tmp_path / "talks.jsonl").write_text("\n".join(talks * 60), "utf-8")
-    told = TrainOptions(
-        data=(tmp_path / "talks.jsonl",), model="d1", out=tmp_path / "run", batch_size=8, sequence_length=32,
+    records = [record("ping", "pong", "red", "blue"), record("red", "blue", "ping", "pong")]
+    (tmp_path / "chats.jsonl").write_text("\n".join(records * 60), "utf-8")
+    options = TrainOptions(
+        data=(tmp_path / "chats.jsonl",), model="d1", out=tmp_path / "run", batch_size=8, sequence_length=32,
         steps=120, lr=5e-3, vocab_size=300, dtype="float32", checkpoint_every=0, sample_tokens=2, eval_batches=1,
     )  # fmt: skip
-    assert train(told) == 0
+    assert train(options) == 0
     capsys.readouterr()
     chat(ChatOptions(tmp_path / "run", tokens=12, temperature=0, dtype="float32"), lines("ping", "red"))
     assert capsys.readouterr().out.split() == ["pong", "blue"]
 
 
 def test_where_answers_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By chunks, whose ends hide none; a mask of any length takes no memory to speak of."""
+    """In chunks of any size, with little memory for a mask of any length."""
     counted = np.random.default_rng(1).integers(0, 2, 60).astype(np.uint8)
     shard = Shard(Path(), np.zeros(60, np.uint16), counted)
     expected = [i for i in range(1, 60) if counted[i] > counted[i - 1]]
@@ -189,6 +189,6 @@ def test_where_answers_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_ends_without_blank_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """As training has them between messages; those within it stay."""
+    """Those within it stay."""
     assert answer(iter(["It is", " 4", "\n", "\nor 5", ".\n\n"])) == "It is 4\n\nor 5."
     assert capsys.readouterr().out == "It is 4\n\nor 5.\n"

@@ -1,4 +1,4 @@
-"""What Tab proposes is what the parsers accept, asked of bash itself; the other shells' scripts are shtab's."""
+"""Tab completes what the parsers accept, run in bash; the scripts of other shells are parsed."""
 
 from __future__ import annotations
 

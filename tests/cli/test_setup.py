@@ -1,6 +1,6 @@
-"""`make setup`, and the fine-tuning of GPT-2 that the README begins with, whole: against a server on this machine.
+"""Fine-tuning GPT-2 after `make setup` needs no network, tested against a local server.
 
-What is served is small: a model and a text of our own, under the names and addresses of the real ones.
+It serves a small model and text at the addresses of the real ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from llmpy.model.config import ModelConfig
 from llmpy.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
 CONFIG = ModelConfig(layers=2, heads=2, channels=16, context=64, vocab_size=257)
 TEXT = "".join(f"Citizen {i}:\nSpeak, number {i * i}, before we proceed any further.\n\n" for i in range(1500))
 
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A network of one server; the paths that were asked for."""
+    """Serve the files; return the paths of all requests."""
     huggingface.write_model(tmp_path / "gpt2", with_tokenizer(in_memory(CONFIG), tmp_path / "bytes.json"), "float32")
     files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}
     files["/text"] = TEXT.encode()
@@ -54,15 +53,13 @@ def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: py
     recipe = (ROOT / "Makefile").read_text("utf-8").split("\nsetup:")[1].split("\n\n")[0]
     for line in re.findall(r"\$\(BIN\)/llmpy (.*)", recipe):
         run(line)
-    assert "The weights are here, and" in capsys.readouterr().out
+    capsys.readouterr()
     fetched = {path.rpartition("/")[2] for path in asked}
     assert fetched == {"text", "config.json", "tokenizer.json", "model.safetensors"}
     asked.clear()
-    (line,) = re.findall(r"^\.venv/bin/llmpy (train --init gpt2 --data tinyshakespeare .*)$", README, re.MULTILINE)
-    run(f"{line} --out run")
+    run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 40 --out run")
     assert asked == []
-    out = capsys.readouterr().out
-    assert "step    40/40" in out
+    assert "40/40" in capsys.readouterr().out
     rows = [json.loads(row) for row in Path("run/metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 40
@@ -71,7 +68,7 @@ def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: py
     run("sample run --prompt Citizen --tokens 5")
 
 
-def test_fine_tuning_alone_fetches_what_it_needs(asked: list[str]) -> None:
+def test_fine_tuning_downloads_its_files(asked: list[str]) -> None:
     run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 2 --out run")
     assert {path.rpartition("/")[2] for path in asked} == {
         "text", "config.json", "tokenizer.json", "model.safetensors",

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, told what to do by its devtools protocol over two pipes: no driver, no port."""
+"""A headless Chromium for tests, controlled by its devtools protocol over two pipes: no driver, no port."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAIT_SECONDS = 30.0
 
 
 class Browser:
-    """One page. `errors` gathers what its scripts threw, what its console complained of, and dialogs that opened."""
+    """One page. `errors` collects exceptions of its scripts, errors of its console, and dialogs."""
 
     def __init__(self, width: int = 1200, height: int = 900) -> None:
         assert PROGRAM is not None
@@ -27,7 +27,7 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self._out = os.pipe()
         self._in, answers = os.pipe()
-        # The browser reads from 3 and writes to 4: the shell moves the pipes there and becomes the browser.
+        # The browser reads from 3 and writes to 4: the shell moves the pipes there and execs it.
         moved = f'exec 3<&{theirs} 4>&{answers}; exec "$@"'
         command = [
             PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
@@ -52,7 +52,7 @@ class Browser:
             raise
 
     def _page(self) -> str:
-        """The page that the browser opens; on a busy machine it answers before it has."""
+        """Return the id of the page; on a busy machine the browser answers before it has opened one."""
         end = time.monotonic() + WAIT_SECONDS
         while True:
             for target in self._ask("Target.getTargets")["targetInfos"]:
@@ -83,19 +83,19 @@ class Browser:
                 assert more, "the browser has ended"
                 self._left += more
             answer, _, self._left = self._left.partition(b"\0")
-            told = json.loads(answer)
-            if told.get("id") == self._number:
-                assert "error" not in told, told
-                return dict(told["result"])
-            self._note(told.get("method", ""), told.get("params", {}))
+            reply = json.loads(answer)
+            if reply.get("id") == self._number:
+                assert "error" not in reply, reply
+                return dict(reply["result"])
+            self._note(reply.get("method", ""), reply.get("params", {}))
 
-    def _note(self, event: str, told: Mapping[str, Any]) -> None:
+    def _note(self, event: str, details: Mapping[str, Any]) -> None:
         if event == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(told["exceptionDetails"]))
-        elif event == "Log.entryAdded" and told["entry"]["level"] == "error":
-            self.errors.append(told["entry"]["text"])
+            self.errors.append(json.dumps(details["exceptionDetails"]))
+        elif event == "Log.entryAdded" and details["entry"]["level"] == "error":
+            self.errors.append(details["entry"]["text"])
         elif event == "Page.javascriptDialogOpening":
-            self.errors.append(f"dialog: {told['message']}")
+            self.errors.append(f"dialog: {details['message']}")
 
     def go(self, address: str) -> None:
         """Open an address and wait until its scripts have run."""
@@ -103,13 +103,13 @@ class Browser:
         self.until("location.href != 'about:blank' && document.readyState == 'complete'")
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
-        told = self._ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in told, told["exceptionDetails"]
-        return told["result"].get("value")
+        """Return the value of an expression in the page."""
+        reply = self._ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
     def until(self, script: str, seconds: float = WAIT_SECONDS) -> Any:
-        """The value of an expression once it is true."""
+        """Wait until an expression is true; return its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
             assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}\n{self.errors}"
@@ -117,17 +117,17 @@ class Browser:
         return value
 
     def hover(self, x: float, y: float) -> None:
-        """Move the mouse to a place of the window."""
+        """Move the mouse to a position in the window."""
         self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def dark(self, dark: bool) -> None:
-        """What the system is said to prefer."""
+        """Emulate a system preference for dark or light."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
 
 
 def started(*words: str) -> tuple[subprocess.Popen[str], str]:
-    """`llmpy watch` as a process, and its address."""
+    """Return a process of `llmpy watch`, and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "llmpy", "watch", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

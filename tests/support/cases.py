@@ -1,14 +1,12 @@
-"""One list of cases per operation of the seam: run as correctness, as gradient and as benchmark.
+"""One list of cases per operation of the seam, for correctness, gradients and benchmarks.
 
-`CASES[op]` lists problem sizes, odd ones on purpose (1×1; rows and channels that are no multiple of any
-vector or tile; sequences on both sides of a block of 64) and one that looks like GPT-2.
-`prepare(op, case)` draws its inputs and returns a `Call`: the arguments in the seam's order, with every
-output filled by its contract, so that what an operation should have written, or kept, shows:
-`:=` outputs start as NaN, `+=` outputs as ones.
+`CASES[op]` lists problem sizes, odd on purpose: 1×1; rows and channels that are no multiple of a vector or tile;
+sequences around a block of 64; and one like GPT-2. `prepare(op, case)` draws the inputs and returns a `Call`: the
+arguments in the seam's order, with outputs filled by their contract, `:=` with NaN and `+=` with ones, to detect
+elements that were not written or not kept.
 
-Floats are of two types, as in the seam: those that products read or write are stored in `dtype`; the others
-are wide, float32 where `dtype` is bfloat16 and otherwise the same type. `Draw.normal` and `Out` are stored
-unless `wide` is said. Inputs are drawn as values that their type holds exactly.
+Floats have two types, as in the seam: operands and results of products are stored in `dtype`; others are wide, float32
+if `dtype` is bfloat16, else the same. `Draw.normal` and `Out` are stored unless `wide`. Inputs are exact in their type.
 """
 
 from __future__ import annotations
@@ -28,17 +26,17 @@ REF = Reference(np.float64)
 
 
 class Case(Size):
-    """The benchmark's problem size, with what only tests ask of it."""
+    """The benchmark's problem size, extended for tests."""
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """The shape that stands for BT: (BT,) for one sequence and (B, T) for more, so both are seen."""
+        """The shape of BT: (T,) for one sequence and (B, T) for more, to cover both."""
         return (self.T,) if self.B == 1 else (self.B, self.T)
 
 
 @dataclass(frozen=True)
 class Out:
-    """An output: its shape and contract, `:=` or `+=`; an update in place has the values it starts from."""
+    """An output: its contract, `:=` or `+=`, and shape; an in-place update has its start values."""
 
     contract: str
     shape: tuple[int, ...] = ()
@@ -46,7 +44,7 @@ class Out:
     wide: bool = False
 
     def array(self, draw: Draw) -> np.ndarray:
-        """The output before the call."""
+        """Return the output before the call."""
         dtype = draw.wide if self.wide else draw.dtype
         if self.start is not None:
             return self.start.astype(dtype)
@@ -55,32 +53,32 @@ class Out:
 
 @dataclass
 class Call:
-    """An operation with its arguments in order; `outputs` names those that it writes."""
+    """An operation with its arguments in order, and the names of its outputs."""
 
     op: str
     args: Args
     outputs: tuple[str, ...]
 
     def run(self, ops: Any) -> Any:
-        """Call the operation of one backend."""
+        """Call the operation of a backend."""
         return getattr(ops, self.op)(*self.args.values())
 
     def map(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Call:
-        """The same call with every array replaced by change(name, array)."""
+        """Return the call with every array replaced by change(name, array)."""
         args = {k: change(k, v) if isinstance(v, np.ndarray) else v for k, v in self.args.items()}
         return Call(self.op, args, self.outputs)
 
     def astype(self, dtype: Any) -> Call:
-        """The same call with copies of every array, floats in `dtype`."""
+        """Return the call with copies of every array, floats in `dtype`."""
         return self.map(lambda _, x: x.copy() if x.dtype.kind == "i" else x.astype(dtype))
 
     def copy(self) -> Call:
-        """The same call with copies of every array."""
+        """Return the call with copies of every array."""
         return self.map(lambda _, x: x.copy())
 
 
 class Draw:
-    """Seeded random values, each in the type that its argument has: `dtype`, or `wide` where that is said."""
+    """Seeded random values in `dtype`, or in `wide`."""
 
     def __init__(self, dtype: Any, seed: int) -> None:
         self.dtype = np.dtype(dtype)
@@ -94,12 +92,12 @@ class Draw:
         return self.rng.integers(low, high, shape, dtype=np.int32)
 
     def round(self, x: np.ndarray, wide: bool = False) -> np.ndarray:
-        """x as a forward pass would have left it for backward."""
+        """Return x in the type in which forward stores it for backward."""
         return x.astype(self.wide if wide else self.dtype)
 
 
 def double(x: np.ndarray) -> np.ndarray:
-    """x in float64, to compute another input from it."""
+    """Return x in float64, to compute another input from it."""
     return x.astype(np.float64)
 
 
@@ -127,7 +125,7 @@ def layernorm_forward(c: Case, d: Draw) -> Args:
         "out": Out(":=", (*c.leading, c.C)),
         "mean": Out(":=", c.leading, wide=True),
         "rstd": Out(":=", c.leading, wide=True),
-        # Far from zero, as residual streams are: Σx² − (Σx)² in one pass would cancel and fail.
+        # Far from zero, as in residual streams: Σx² − (Σx)² in one pass would cancel.
         "inp": d.normal(*c.leading, c.C, mean=5, wide=True),
         "weight": d.normal(c.C, mean=1, wide=True),
         "bias": d.normal(c.C, wide=True),
@@ -269,7 +267,7 @@ ACCUMULATES = ("embedding_backward", "layernorm_backward", "linear_backward", "c
 
 
 def prepare(op: str, case: Case, accumulate: bool = False, dtype: Any = np.float32, seed: int = 1) -> Call:
-    """Draw the arguments of one call, stored floats in `dtype`; `accumulate` goes to operations that have it."""
+    """Draw the arguments of a call, stored floats in `dtype`; `accumulate` applies to operations that have it."""
     draw = Draw(dtype, seed)
     args = BUILD[op](case, draw, accumulate) if op in ACCUMULATES else BUILD[op](case, draw)
     outputs = tuple(k for k, v in args.items() if isinstance(v, Out))
@@ -309,7 +307,7 @@ LINEAR = [
     Case(T=64, C=768, OC=192, variant="bias gelu"),
     Case(T=600, C=33, OC=49, variant="bias gelu"),
     Case(T=9, C=100, OC=6200, variant="gelu"),  # dinp in two segments and more
-    Case(T=801, C=1601, OC=17, variant="bias"),  # BT and C beyond a panel's depth, with odd rests
+    Case(T=801, C=1601, OC=17, variant="bias"),  # BT and C beyond a panel's depth, with odd remainders
 ]
 ATTENTION = [
     Case(),
@@ -351,7 +349,7 @@ CASES: dict[str, list[Case]] = {
     "narrow": FLAT,
 }
 
-CALLS = [  # of every operation, each case; twice where gradients are written or added
+CALLS = [  # every case, twice for operations that write or accumulate gradients
     pytest.param(op, case, accumulate, id=f"{op}-{case}{'-accumulate' if accumulate else ''}")
     for op, cases in CASES.items()
     for case in cases

@@ -1,16 +1,16 @@
-"""Runs that are killed, starved or robbed of what they had not synced, each in a forked process. POSIX only.
+"""Runs that are killed, lose unsynced data or meet a full disk, each in a forked process. POSIX only.
 
     python crash.py FOLDER kill|power|full|random FIRST STRIDE   → one JSON object
 
-A shim replaces the operations of `llmpy.system.durable` in the child. It numbers them and acts at the chosen one:
+A shim numbers the operations of `llmpy.system.durable` in the child, and acts at one of them:
 
 kill    SIGKILL before it, and after it
-power   the same, but first everything is lost that was not synced: contents, names, renames
-full    it raises ENOSPC, once, and in another run from there on for some operations
-random  (no shim) SIGKILL after a random time, again and again until the run is through
+power   the same, after discarding everything not synced: contents, names, renames
+full    raise ENOSPC once; in a second run, for several operations
+random  (no shim) SIGKILL after a random time, repeatedly until the run completes
 
-After each, the run is resumed until it ends; its files must equal those of a run that nobody disturbed, and no
-checkpoint that was complete before may be lost.
+After each, the run is resumed to its end. Its files must equal those of an undisturbed run, and no complete
+checkpoint may be lost.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ FULL_FOR = 6  # operations in a row that fail, in the second run of "full"
 
 
 class Shim:
-    """Stands before the disk, and acts at operation number `at`."""
+    """Wraps the disk operations, and acts at operation number `at`."""
 
     def __init__(self, run: Path, mode: str, at: int, after: bool, report: mmap.mmap) -> None:
         self.run, self.mode, self.at, self.after, self.report = run, mode, at, after, report
         self.count = 0
         self.true = {name: getattr(durable, name) for name in OPERATIONS}
-        self.unsynced: set[str] = set()  # files whose contents are not on the disk
-        self.unnamed: set[str] = set()  # files and folders whose name is not
-        self.renamed: list[tuple[str, str, str | None]] = []  # from, to, and what had that name
-        self.sizes: dict[str, int] = {}  # bytes of a file that are on the disk
+        self.unsynced: set[str] = set()  # files with unsynced contents
+        self.unnamed: set[str] = set()  # files and folders with an unsynced name
+        self.renamed: list[tuple[str, str, str | None]] = []  # from, to, and a copy of the replaced file
+        self.sizes: dict[str, int] = {}  # synced bytes by file
         self.spare = itertools.count()
-        self.one_at_a_time = Lock()  # the checkpoint's thread writes while training keeps the best model
+        self.one_at_a_time = Lock()  # the checkpoint's thread and training both write
         for name in OPERATIONS:
             setattr(durable, name, self.stand_in(name))
 
@@ -80,7 +80,7 @@ class Shim:
                 self.die()
             if self.mode == "power":
                 self.remember(name, *arguments)
-            if name == "link":  # what the run now takes its model from must be complete, and stay so
+            if name == "link":  # a checkpoint is linked as the run's model: it must be complete, and stay so
                 self.report[4:8] = int(arguments[0].parent.name[5:]).to_bytes(4, "little")
             result = self.true[name](*arguments)
             if number == self.at and self.mode != "full":
@@ -90,7 +90,7 @@ class Shim:
         return operation
 
     def remember(self, name: str, *arguments: Any) -> None:
-        """What of this operation a loss of power would undo."""
+        """Record what a power loss would undo."""
         if name in ("write", "sync"):
             path = os.readlink(f"/proc/self/fd/{arguments[0]}")
             if name == "write":
@@ -137,7 +137,7 @@ class Shim:
 
 
 def child(options: TrainOptions, log: Path, shim: Callable[[], object] = lambda: None) -> int:
-    """Fork a run; its process id."""
+    """Fork a run; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -150,18 +150,18 @@ def child(options: TrainOptions, log: Path, shim: Callable[[], object] = lambda:
         code = assemble.train(options, Laptop())
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        code = getattr(error, "code", 71)
+        code = getattr(error, "exit_code", 71)
     finally:
         os._exit(code if isinstance(code, int) else 72)
 
 
 def wait(pid: int) -> int:
-    """The exit code, or minus the signal."""
+    """Return the exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class Campaign:
-    """One folder with data, an undisturbed run, and all the disturbed ones."""
+    """A folder with data, an undisturbed run and the disturbed ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "output.txt"
@@ -172,20 +172,13 @@ class Campaign:
         os.environ["CRASH_SPARE"] = str(folder / "spare")
         self.report = mmap.mmap(-1, 8)
         self.reference = folder / "reference"
-        assert (
-            wait(
-                child(
-                    self.options(self.reference), self.log, lambda: Shim(self.reference, "count", 0, False, self.report)
-                )
-            )
-            == 0
-        )
+        shim = functools.partial(Shim, self.reference, "count", 0, False, self.report)
+        assert wait(child(self.options(self.reference), self.log, shim)) == 0
         self.operations = int.from_bytes(self.report[:4], "little")
         self.expected = self.outcome(self.reference)
 
     def options(self, run: Path) -> TrainOptions:
-        begun = (run / "config.json").exists() or (run / "checkpoints").exists()
-        if begun:
+        if (run / "config.json").exists() or (run / "checkpoints").exists():
             return TrainOptions(resume=run)
         data = tuple(sorted(self.folder.glob("*.bin")))
         return TrainOptions(
@@ -194,7 +187,7 @@ class Campaign:
         )  # fmt: skip
 
     def outcome(self, run: Path) -> dict[str, Any]:
-        """What must be equal."""
+        """Return everything that must be equal."""
         last = run / "checkpoints" / f"step-{STEPS:08}"
         found: dict[str, Any] = {name: (last / name).read_bytes() for name in COMPARED}
         found["model"] = (run / "model.safetensors").read_bytes()
@@ -204,7 +197,7 @@ class Campaign:
         return found
 
     def finish(self, run: Path, what: str) -> None:
-        """Resume; compare. A run that is at its end already does what is left of its ending."""
+        """Resume the run to its end, and compare."""
         code = wait(child(self.options(run), self.log))
         assert code == 0, f"{what}: the resumed run ended with {code}\n{self.log.read_text()[-2000:]}"
         found = self.outcome(run)
@@ -230,7 +223,7 @@ class Campaign:
                 yield what
 
     def check_kept(self, run: Path, complete: int, what: str) -> None:
-        """Nothing before the last complete checkpoint is lost."""
+        """Assert that the last complete checkpoint is not lost."""
         found = checkpoint.newest(run / "checkpoints", lambda _: None) if run.exists() else None
         step = found[1]["step"] if found else 0
         assert step >= complete, f"{what}: step {complete} was complete, {step} is there"

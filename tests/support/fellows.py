@@ -1,4 +1,4 @@
-"""Several ranks as threads of one process, for tests of all that is above MPI."""
+"""Ranks as threads of one process, for tests of everything above MPI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Fellows:
-    """What the ranks share."""
+    """The shared state of the ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -20,14 +20,14 @@ class Fellows:
         self.boards: list[list[Any]] = [[None] * size for _ in range(2)]
 
     def run(self, act: Callable[[Fellow], Any]) -> list[Any]:
-        """What `act` returns on each rank, all at the same time."""
+        """Run `act` on all ranks concurrently; return its results."""
         with ThreadPoolExecutor(self.size) as pool:
             futures = [pool.submit(act, Fellow(self, rank)) for rank in range(self.size)]
             return [future.result() for future in futures]
 
 
 class Fellow:
-    """One rank: the parts of `World` that optimizer and checkpoints use."""
+    """One rank: the methods of `World` that optimizer and checkpoints use."""
 
     local_size = 1
 
@@ -38,9 +38,9 @@ class Fellow:
     def _meet(self, kind: int, value: Any) -> list[Any]:
         self.all.boards[kind][self.rank] = value
         self.all.barriers[kind].wait()
-        told = list(self.all.boards[kind])
+        values = list(self.all.boards[kind])
         self.all.barriers[kind].wait()
-        return told
+        return values
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
         return self._meet(0, tuple(float(n) for n in numbers))
@@ -49,9 +49,9 @@ class Fellow:
         return [json.loads(text) for text in self._meet(0, json.dumps(value))]
 
     def exchange(self, tag: int, outgoing: Sequence[np.ndarray], incoming: Sequence[np.ndarray]) -> None:
-        told = self._meet(1, (tag, [x.copy() for x in outgoing]))
-        assert {t for t, _ in told} == {tag}
-        for q, (_, theirs) in enumerate(told):
+        values = self._meet(1, (tag, [x.copy() for x in outgoing]))
+        assert {t for t, _ in values} == {tag}
+        for q, (_, theirs) in enumerate(values):
             if q != self.rank:
                 incoming[q][...] = theirs[self.rank]
 

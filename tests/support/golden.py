@@ -1,6 +1,6 @@
-"""Numbers that llm.c's own headers gave: what random generators, loader, schedules and outlier detector must give.
+"""Golden values of llm.c's headers for random generators, loader, schedules and outlier detector.
 
-Made by small programs around `llmc/*.h` (gcc 12.2, glibc 2.36).
+Computed by small programs around `llmc/*.h` (gcc 12.2, glibc 2.36).
 """
 
 from __future__ import annotations

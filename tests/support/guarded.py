@@ -1,4 +1,4 @@
-"""Calls of operations whose arrays have guards on either side, and arrays compared as bits."""
+"""Operation calls with guards around every array, and bitwise comparison."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import numpy as np
 from support.cases import Call
 
 GUARD = 67  # elements on either side of every array; odd, so that arrays are not aligned to vectors
-
-
 CANARY = 12345.0
 
 
 def bits(x: np.ndarray) -> np.ndarray:
-    """x as bytes: NaN equals itself, and 0 is not −0."""
+    """Return x as bytes: NaN equals itself, and 0 differs from −0."""
     return np.ascontiguousarray(x).view(np.uint8)
 
 
 class Guarded:
-    """A call whose arrays lie in the middle of larger buffers.
+    """A call with arrays in the middle of larger buffers.
 
-    Around an output stands a canary that must survive; around an input NaN (or the largest int32), which
-    would show in the outputs if a kernel let what it reads beyond the end take part in a sum.
+    Outputs are surrounded by a canary that must survive; inputs by NaN (or the largest int32), which spoils the
+    outputs of a kernel that uses values beyond the end.
     """
 
     def __init__(self, call: Call) -> None:
@@ -40,7 +38,7 @@ class Guarded:
         return buffer[GUARD : GUARD + x.size].reshape(x.shape)
 
     def check(self) -> None:
-        """Guards and inputs have the bits that they had before the call."""
+        """Assert that guards and inputs are bitwise unchanged."""
         for name, buffer in self.buffers.items():
             edge = np.full(GUARD, buffer[0], buffer.dtype)
             if name in self.before.outputs:
@@ -52,7 +50,7 @@ class Guarded:
 
 
 def only(x: np.ndarray, where: Any) -> None:
-    """Exactly x[where] is NaN."""
+    """Assert that exactly x[where] is NaN."""
     expected = np.zeros(x.shape, bool)
     expected[where] = True
     assert np.array_equal(np.isnan(x), expected)

@@ -1,9 +1,7 @@
-"""The command line with verbs that do nothing but remember their options."""
+"""The command line with verbs that only record their options."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +10,7 @@ from llmpy.cli import main as cli
 
 
 def hear(patch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the options that verbs are called with from now on."""
+    """Replace the verbs; return the list of options that they are called with."""
     heard: list[Any] = []
     patch.setattr(cli, "VERBS", [verb._replace(call=lambda options: heard.append(options) or 0) for verb in cli.VERBS])
     return heard
-
-
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Return the parser and those of all verbs below it."""
-    yield parser
-    for action in parser._actions:
-        for child in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
-            yield from parsers(child)

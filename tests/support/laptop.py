@@ -1,4 +1,4 @@
-"""A machine for tests of everything above the seam: the NumPy reference, which needs no compiling."""
+"""A machine for tests of everything above the seam: the NumPy reference, which needs no compilation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOCKED = {"ms", "tokens_per_s", "share_of_peak", "eta_s"}  # the metrics that d
 
 
 class Laptop(Reference):
-    """The reference in float32, with what training and benchmarks ask of a machine."""
+    """The reference in float32, with the methods of a machine that training and benchmarks use."""
 
     threads = 1
     isa = "numpy"
@@ -46,14 +46,14 @@ class Laptop(Reference):
 
 
 def in_place_of_the_cpu(threads: int | None = None, dtype: str = "") -> Laptop:
-    """What `backend.load("cpu")` makes where this is its CPU: float32, whatever it is to multiply in."""
+    """Return a Laptop with the signature of the CPU backend; `dtype` is ignored."""
     made = Laptop()
     made.threads = threads or 1
     return made
 
 
 class AtOnce:
-    """A thread that has done its work when it is started, so that a test knows when that was."""
+    """A thread that runs its target synchronously in start()."""
 
     def __init__(self, target: Callable[..., object], args: tuple[Any, ...], **_: object) -> None:
         self.target, self.arguments = target, args
@@ -72,7 +72,7 @@ TINY = ModelConfig(layers=2, heads=2, channels=8, context=16, vocab_size=300)
 
 
 def tiny_model(config: ModelConfig = TINY, B: int = 2, T: int = 8) -> GPT2:
-    """An initialised model, reserved for training on (B, T)."""
+    """Return an initialised model, reserved for training on (B, T)."""
     model = GPT2(config, Laptop())
     initialise(model.params, config)
     model.reserve(B, T, training=True)

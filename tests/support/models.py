@@ -17,16 +17,16 @@ from llmpy.run import checkpoint
 
 
 def fill(model: GPT2, seed: int = 1) -> None:
-    """Parameters that exercise every term: no zero biases, no LayerNorm weights of exactly one."""
+    """Set parameters that exercise every term: no bias 0, no LayerNorm weight 1."""
     rng = np.random.default_rng(seed)
     for tensor, view in model.params.items():
-        # Matrices ten times as large as GPT-2's own, so that attention and softmax are far from uniform.
+        # Matrices ten times GPT-2's keep attention and softmax far from uniform.
         mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
         view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
 
 
 def batch(config: ModelConfig, B: int, T: int, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets (B, T), int32."""
+    """Return tokens and targets (B, T), int32."""
     text = np.random.default_rng(seed).integers(0, config.vocab_size, (B, T + 1), dtype=np.int32)
     return np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(text[:, 1:])
 
@@ -38,7 +38,7 @@ def build(config: ModelConfig, ops: Any) -> GPT2:
 
 
 class Coins:
-    """Given numbers in turn."""
+    """A generator of the given numbers."""
 
     def __init__(self, *numbers: float) -> None:
         self._numbers: Iterator[float] = iter(numbers)
@@ -48,7 +48,7 @@ class Coins:
 
 
 def untrained_run(folder: Path) -> Path:
-    """A run folder with an untrained model over bytes that sees 8 tokens."""
+    """Write a run folder with an untrained byte model of trained length 8; return it."""
     tokenizer = Tokenizer.bytes()
     checkpoint.save(folder / "model.safetensors", tiny_model(replace(TINY, vocab_size=tokenizer.vocab_size)), 8)
     tokenizer.save(folder / "tokenizer.json")

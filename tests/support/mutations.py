@@ -1,4 +1,4 @@
-"""Random damage to the bytes of a file, for the campaigns of test_fuzz.py and test_fuzz_data.py."""
+"""Random mutations of a file's bytes, for test_fuzz.py and test_fuzz_data.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIGNS = b'{}[]",:\\0123456789eE+-. \n\r\t\0\xff\x80=AaQg'
 
 
 def mutated(data: bytes, source: random.Random) -> bytes:
-    """`data` with one to four changes."""
+    """Return `data` with one to four changes."""
     changed = bytearray(data)
     for _ in range(source.choice((1, 1, 1, 2, 4))):
         n = len(changed)

@@ -1,4 +1,4 @@
-"""A network of one server in this process, with small things under the names and addresses of the real ones."""
+"""A local server with small files at the addresses of the real ones."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from huggingface_hub import constants
 
 @contextlib.contextmanager
 def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """Serve path → content, or the status of an error, until the end; yield the address and the paths asked for.
+    """Serve path → content or error status; yield the address and the requested paths.
 
-    It is the hub, too, whose library downloads into the folder `cache`. Of paths with "cut" only a part comes.
+    It also replaces the hub, and the hub's library downloads into `cache`. Paths with "cut" are sent truncated.
     """
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
-            if not path.startswith("/api/agent-"):  # the library asks for these of its own accord
+            if not path.startswith("/api/agent-"):  # requests of the library itself
                 asked.append(path)
             content = files.get(path, 404)
-            if "/tree/" in path:  # a folder of the hub, by the names of its files
+            if "/tree/" in path:  # list the files of a hub folder
                 start = path.removeprefix("/api").replace("/tree/", "/resolve/") + "/"
                 names = [name.partition("/main/")[2] for name in files if name.startswith(start)]
                 entries = [{"type": "file", "path": name, "size": 1, "oid": ""} for name in names]
@@ -62,7 +62,7 @@ def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatc
 
 
 def hub_is(address: str, cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Have the hub's library ask at this address and download into `cache`; it read the environment when imported."""
+    """Point the hub's library to this address and `cache`; it reads the environment only when imported."""
     patch.setenv("HF_ENDPOINT", address + "/")
     patch.setenv("HF_HUB_CACHE", str(cache))
     patch.setenv("no_proxy", "*")
@@ -72,7 +72,7 @@ def hub_is(address: str, cache: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def stands_for(patch: pytest.MonkeyPatch, module: Any, name: str, address: str, content: bytes) -> None:
-    """Have a download that `module` knows by address, size and sha256 be this one instead."""
+    """Replace the address, size and sha256 of a download in `module`."""
     sha256 = hashlib.sha256(content).hexdigest()
     for what, value in (("", address), ("_BYTES", len(content)), ("_SHA256", sha256)):
         if hasattr(module, name + what):

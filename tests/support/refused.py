@@ -1,4 +1,4 @@
-"""Expect an error by its stable code, so that wording stays free to change."""
+"""Expect an error by its stable code instead of its wording."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmpy.errors import LlmpyError
 
 @contextmanager
 def refused(code: str, *names: object) -> Iterator[pytest.ExceptionInfo[LlmpyError]]:
-    """Expect an LlmpyError of this code whose text holds every one of `names`: a path, a value, a flag."""
+    """Expect an LlmpyError with this code and a text that contains all `names`: a path, a value, a flag."""
     with pytest.raises(LlmpyError) as caught:
         yield caught
     error = caught.value.code, str(caught.value)

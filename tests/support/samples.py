@@ -25,7 +25,7 @@ from llmpy.model.gpt2 import GPT2
 from llmpy.rng import MT19937
 from llmpy.tools.selftest import all_logits
 
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"  # tinyshakespeare and GPT-2's ranks, where they are
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"  # tinyshakespeare and GPT-2's ranks, if present
 needs_data = pytest.mark.skipif(not (SHARED / "gpt2.tiktoken").exists(), reason="tinyshakespeare is not here")
 
 
@@ -36,14 +36,14 @@ def gpt2_table(path: Path, version: int = 2) -> None:
 
 
 def llmc_table(*tokens: bytes, eot: int | None = None, version: int = 2, count: int | None = None) -> bytes:
-    """What llm.c writes: EOT is the last token unless it is said to be another."""
+    """Return llm.c's tokenizer file; EOT is the last token by default."""
     header = np.zeros(256, "<u4")
     header[:4] = 20240328, version, count or len(tokens), len(tokens) - 1 if eot is None else eot
     return header.tobytes() + b"".join(bytes([len(t)]) + t for t in tokens)
 
 
 def in_memory(config: ModelConfig = TINY, dtype: str = "float32", seed: int = 1) -> Source:
-    """A model of random numbers, exact in `dtype`; padding rows 0, and a few values at the edge."""
+    """Return a model of random numbers exact in `dtype`, with padding rows 0 and a few edge values."""
     rng = np.random.default_rng(seed)
     tensors = {
         name: rng.normal(0, 0.3, s).astype(np.float32).astype(DTYPES[dtype]) for name, s in shapes(config).items()
@@ -54,14 +54,14 @@ def in_memory(config: ModelConfig = TINY, dtype: str = "float32", seed: int = 1)
 
 
 def same(a: Source, b: Source) -> bool:
-    """Whether two models are equal in shape, type and every bit."""
+    """Return whether two models are equal in shape and type, and bitwise."""
     return (a.config, a.dtype) == (b.config, b.dtype) and all(
         a.read(name).tobytes() == b.read(name).tobytes() for name in shapes(a.config)
     )
 
 
 def sharded(folder: Path, source: Source) -> None:
-    """A Hugging Face folder in two files with an index."""
+    """Write a Hugging Face folder of two files with an index."""
     huggingface.write_model(folder, source, source.dtype)
     whole = folder / huggingface.WEIGHTS_FILE
     tensors = load_file(whole)
@@ -76,13 +76,13 @@ def sharded(folder: Path, source: Source) -> None:
 
 
 def with_tokenizer(source: Source, path: Path) -> Source:
-    """The same with a byte tokenizer, whose 257 tokens fit into its vocabulary."""
+    """Return the model with a byte tokenizer of 257 tokens."""
     Tokenizer.bytes().save(path)
     return replace(source, tokenizer=path)
 
 
 def llmc_debug(source: Source, model: Path, state: Path) -> None:
-    """Write a model and what llm.c's Python says of it, computed by the reference."""
+    """Write a model and its debug state of llm.c, computed by the reference."""
     twin = GPT2(source.config, backend.load("reference"))
     source.fill(twin.params)
     text = np.random.default_rng(2).integers(0, source.config.vocab_size, 4 * 8 + 1, dtype=np.int32)
@@ -94,7 +94,7 @@ def llmc_debug(source: Source, model: Path, state: Path) -> None:
 
 
 def write_debug(path: Path, state: llmc.DebugState) -> None:
-    """Write a debug state of llm.c, which only its PyTorch script does otherwise."""
+    """Write a debug state of llm.c, as its PyTorch script does."""
     header = np.zeros(256, "<i4")
     header[:4] = (llmc.DEBUG, 2, *state.tokens.shape)
     with path.open("wb") as file:
@@ -107,7 +107,7 @@ def write_debug(path: Path, state: llmc.DebugState) -> None:
 def training_state(
     config: ModelConfig, ranks: int = 1, shuffle: bool = True, master: bool = True
 ) -> llmc_state.TrainingState:
-    """A state of random numbers after 7 updates."""
+    """Return a state of random numbers after 7 updates."""
     rng = np.random.default_rng(5)
     n = sum(int(np.prod(s)) for s in shapes(config).values())
     places = []
@@ -134,7 +134,7 @@ def llama_tokenizer(
     specials: Sequence[str] = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     names: Sequence[str] = (),
 ) -> Any:
-    """A tokenizer.json like Llama 3's: its words, taken whole, special tokens after all, one of them put in front."""
+    """Write a tokenizer.json like Llama 3's: unmerged words, special tokens last, the first one prepended."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Library
 

@@ -1,6 +1,4 @@
-"""The adapter for lm_eval against sums by hand; with lm_eval itself where it is installed, else with its base class
-played by two lines.
-"""
+"""The adapter for lm_eval against sums by hand; without lm_eval installed, a stub replaces its base class."""
 
 from __future__ import annotations
 
@@ -28,22 +26,22 @@ from llmpy.system.command import install
 
 REAL = importlib.util.find_spec("lm_eval") is not None
 REACH = 12
-pytestmark = pytest.mark.filterwarnings("default" if REAL else "error")  # of lm_eval's own packages
+pytestmark = pytest.mark.filterwarnings("default" if REAL else "error")  # warnings of lm_eval's dependencies
 
 
 class Hook:
-    """What lm_eval keeps of a run that is cut off."""
+    """Records the answers that lm_eval caches."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def add_partial(self, *told: Any) -> None:
-        self.seen.append(told)
+    def add_partial(self, *answer: Any) -> None:
+        self.seen.append(answer)
 
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module, over lm_eval or its stand-in."""
+    """Return the module, with lm_eval or its stub."""
     if not REAL:
         model, registry = types.ModuleType("lm_eval.api.model"), types.ModuleType("lm_eval.api.registry")
         vars(model)["LM"] = type("LM", (), {"__init__": lambda self: setattr(self, "cache_hook", Hook())})
@@ -70,7 +68,7 @@ def asked(*arguments: Any) -> Any:
 
 
 def by_hand(made: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One token after another, each from a text of its own."""
+    """Return the sum token by token, each from a separate forward pass."""
     text, total, greedy = [*context, *continuation], 0.0, True
     for i in range(len(context), len(text)):
         # Pieces end after every REACH tokens of the continuation, and at its end; a token sees its piece.
@@ -104,7 +102,7 @@ def test_likelihoods_are_those_by_hand(harness: Any, run: Path, batch_size: Any)
     assert rolling == pytest.approx([by_hand(made, [made.tokens.eot], made.tokens.encode(t))[0] for t in texts], 1e-12)
 
 
-def test_what_greedy_choice_would_give_is_greedy(harness: Any, run: Path) -> None:
+def test_greedy_continuations_are_greedy(harness: Any, run: Path) -> None:
     made = harness.Harness(str(run), machine=Laptop())
     ids = made.tokens.encode("The cat")
     follows = list(generate(made.model, ids, 4, REACH, Xorshift64Star(1), Choice(0)))
@@ -123,20 +121,20 @@ def test_generation_is_that_of_sample(harness: Any, run: Path) -> None:
     found = made.generate_until([asked(c, {"until": [], "max_gen_toks": 9}) for c in contexts], disable_tqdm=True)
     assert found == [alone(c, 9) for c in contexts]
     stop = found[0][2:4]
-    told = {"until": stop, "max_gen_toks": 9, "do_sample": False, "temperature": 1.0}
-    assert made.generate_until([asked("The cat", told)], disable_tqdm=True) == [found[0].partition(stop)[0]]
+    settings = {"until": stop, "max_gen_toks": 9, "do_sample": False, "temperature": 1.0}
+    assert made.generate_until([asked("The cat", settings)], disable_tqdm=True) == [found[0].partition(stop)[0]]
     drawn = {"max_gen_toks": 30, "do_sample": True, "temperature": 1.0, "top_k": 50}
     once, again = (made.generate_until([asked("x", drawn), asked("x", drawn)], disable_tqdm=True) for _ in range(2))
     assert once == again
     assert once[0] != once[1]
-    del drawn["temperature"]  # whose default is 1 where tokens are drawn
+    del drawn["temperature"]  # default 1 with do_sample
     assert made.generate_until([asked("x", drawn), asked("x", drawn)], disable_tqdm=True) == once
     made.model.params.wte[made.tokens.eot] = 10 * made.model.logits(np.array([encode("x")], np.int32)).max()
     made.model.params.ln_f_w[...], made.model.params.ln_f_b[...] = 0, 1
     assert made.generate_until([asked("x", {})], disable_tqdm=True) == [""]
 
 
-def test_what_was_answered_is_kept_in_time(harness: Any, run: Path) -> None:
+def test_answers_are_cached_at_once(harness: Any, run: Path) -> None:
     made = harness.Harness(str(run), machine=Laptop())
     made.cache_hook = Hook()
     found = made.loglikelihood([asked("a", "b")], disable_tqdm=True)
@@ -154,7 +152,7 @@ def test_without_lm_eval() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
     assert ended.returncode == 1
     assert ended.stderr.startswith("llmpy: error: ")
-    assert ended.stderr.endswith(f" — {install('llmpy[lm_eval]')}\n")
+    assert ended.stderr.endswith(f"{install('llmpy[lm_eval]')} [package.missing]\n")
 
 
 TASK = """
@@ -185,4 +183,4 @@ def test_the_command_runs_a_task(run: Path, tmp_path: Path) -> None:
     assert "|cats |" in ended.stdout
     ended = subprocess.run([*command[:4], "run=nowhere", *command[5:]], capture_output=True, encoding="utf-8")
     assert ended.returncode == 1
-    assert "no run folder nowhere" in ended.stderr
+    assert "nowhere" in ended.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What is predicted follows the model: its calls, its tables, the arithmetic of the network. Times: docs/plan.md."""
+"""Plans follow the model: its calls, its tables, the cost of the network. For measured times see docs/plan.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from support.laptop import Laptop
 from llmpy.bench.ops import FLOPS, Case
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
-from llmpy.errors import LlmpyError
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import params_table
 from llmpy.options.tools import PlanOptions
@@ -27,7 +26,7 @@ GPT2_124M = ModelConfig.from_dial("gpt2")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is measured longer than the test needs."""
+    """Measure as briefly as possible."""
     monkeypatch.setattr(plan, "BUDGET", 0.0)
     monkeypatch.setattr(plan, "REPEATS", 1)
     monkeypatch.setattr(plan, "CACHES", 10)
@@ -61,7 +60,7 @@ def test_the_parts_hold_all_flops(B: int, T: int) -> None:
 
 
 @pytest.mark.parametrize("model", ["gpt2", "gpt2-xl", "gpt3:c12288"])
-def test_what_is_measured_is_as_much_work_as_it_stands_for(model: str) -> None:
+def test_a_smaller_size_scales_to_the_same_work(model: str) -> None:
     for part in step_parts(ModelConfig.from_dial(model), 48, 512, 1, np.float32):
         case, times = smaller(part)
         assert case.OC * case.C <= plan.MATRIX
@@ -94,26 +93,25 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert asked["machine_hours"] == pytest.approx(asked["seconds"] / 3600)
     assert chinchilla["tokens"] == 20 * numbers["model"]["parameters"]
     parameters, disk = numbers["model"]["parameters"], numbers["disk"]
-    # two checkpoints that are kept and one that is being written; the last model and the best
+    # two checkpoints kept and one being written; the last model and the best
     assert (disk["checkpoint"], disk["total"]) == (12 * parameters, (3 * 12 + 2 * 4) * parameters)
     step["ms_a_batch"]["update"] = once
     monkeypatch.setattr(plan, "plan", lambda _: numbers)
     assert cli.main(["plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == numbers
     assert cli.main(["plan"]) == 0
-    for part in ("1 layers", "2 x 8, 4 gathered: 64 tokens a step", "gradients", "Chinchilla", "of one of 4 batches"):
-        assert part in table(numbers)
+    assert all(part in table(numbers) for part in ("1 layers", "2 x 8, 4 ", ": 64 tokens", "gradients", "Chinchilla"))
 
 
 def test_the_largest_batch_fits_and_the_next_does_not(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "available_memory", lambda: 500_000_000)
     config = ModelConfig.from_dial("d1", vocab_size=300)
     largest = plan.plan(PlanOptions("d1", 1, 64, vocab_size=300), Laptop())["memory"]["largest_batch"]
-    for batch, told in ((largest, "\nlargest batch"), (largest + 1, "\nthis does not fit; l")):
+    for batch, line in ((largest, "\nlargest batch"), (largest + 1, "; largest batch")):
         assert (sum(memory_parts(config, batch, 64, Laptop(), copied=True).values()) <= 0.5e9) is (batch == largest)
-        assert told in table(plan.plan(PlanOptions("d1", batch, 64, vocab_size=300), Laptop()))
+        assert line in table(plan.plan(PlanOptions("d1", batch, 64, vocab_size=300), Laptop()))
     monkeypatch.setattr(plan, "available_memory", lambda: 10_000_000)
-    assert "no batch fits" in table(plan.plan(PlanOptions("d1", 1, 64, vocab_size=300), Laptop()))
+    assert "no batch" in table(plan.plan(PlanOptions("d1", 1, 64, vocab_size=300), Laptop()))
 
 
 @pytest.mark.parametrize("slow", range(plan.ROUNDS))
@@ -130,9 +128,9 @@ def test_a_disturbance_of_one_round_changes_no_time(slow: int, monkeypatch: pyte
     assert not measured.steady
 
 
-def test_a_machine_that_others_use(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "measure", lambda _, parts: plan.Measured([1.0] * len(parts), 10.0, 20.0, steady=False))
-    assert "other programs ran" in table(plan.plan(PlanOptions("d1", 1, 8), Laptop()))
+    assert "\ncaution" in table(plan.plan(PlanOptions("d1", 1, 8), Laptop()))
 
 
 def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,37 +154,35 @@ def test_several_machines(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert divided["master weights"] == divided["reduced gradients"] == divided["moments"] // 2
     assert divided["gradients"] == whole["gradients"]
     assert several["training"][0]["machine_hours"] == pytest.approx(4 * several["training"][0]["seconds"] / 3600)
-    assert "waiting for messages" in table(several)
+    assert "exposed communication" in table(several)
 
 
-def test_what_llmc_trains_on() -> None:
+def test_recommended_tokens() -> None:
     found = dict(plan.targets(GPT2_124M, PlanOptions(), 124_475_904))
-    assert found["Chinchilla, 20 a parameter"] == 2_489_518_080
+    assert found["Chinchilla, 20 per parameter"] == 2_489_518_080
     assert found["llm.c's gpt2_124M"] == 10_000_000_000
     assert found["llm.c's gpt3_125M"] == 572_204 * 524_288
     assert dict(plan.targets(ModelConfig.from_dial("d24"), PlanOptions(), 1)) == {
-        "Chinchilla, 20 a parameter": 20,
+        "Chinchilla, 20 per parameter": 20,
         "llm.c's gpt2_350M": 60_000 * 524_288,
     }
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "named"),
     [
-        ("plan --nodes 2", "--bandwidth GBIT"),
-        ("plan --total-batch 5000", "use --total-batch 4096"),
-        ("plan -T 2048", "use -T 1024 or less"),
-        ("plan --model gpt3", "unknown model"),
+        ("plan --nodes 2", "--bandwidth"),
+        ("plan --total-batch 5000", "--total-batch 4096"),
+        ("plan -T 2048", "-T 1024"),
+        ("plan --model gpt3", "gpt3"),
     ],
 )
-def test_what_is_refused(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_plans(line: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(line.split()) == 1
-    assert said in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
-def test_a_recipe_fills_what_is_left_open() -> None:
+def test_flags_override_a_recipe() -> None:
     options = PlanOptions.gather({"recipe": "gpt3_125M", "batch_size": 2})
     assert (options.model, options.sequence_length, options.total_batch) == ("gpt3:c768", 2048, 524_288)
     assert options.batch_size == 2
-    with pytest.raises(LlmpyError, match="unknown model"):
-        ModelConfig.from_dial("gpt2-small")

@@ -1,4 +1,4 @@
-"""The self-test passes on a machine that is right, and fails on every error that is put into it."""
+"""The self-test passes on a correct machine, and fails on every injected error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOAD = backend.load
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> type[Laptop]:
-    """What plays the CPU: the reference in float32, in a class of its own that may be broken."""
+    """Replace the CPU by the reference in float32, in a class that tests may break."""
 
     class Machine(Laptop):
         pass
@@ -63,8 +63,8 @@ def test_a_right_machine_passes(machine: type[Laptop]) -> None:
     assert len(result.lines) == 12
 
 
-FAULTS = [
-    # operation, what to multiply by 1 + 1e-3 after it, and a row that must notice
+ERRORS = [
+    # operation, output to multiply by 1 + 1e-3, and a row that must fail
     ("layernorm_forward", 0, "logits"),
     ("embedding_forward", 0, "logits"),
     ("attention_forward", 0, "logits"),
@@ -82,7 +82,7 @@ FAULTS = [
 
 
 def break_(machine: type[Laptop], operation: str, output: int, factor: float = 1 + 1e-3) -> None:
-    """Let an operation multiply one of its outputs by a factor."""
+    """Multiply one output of an operation by a factor."""
     right: Callable[..., Any] = getattr(Laptop, operation)
 
     def wrong(self: Laptop, *arguments: Any, **named: Any) -> Any:
@@ -94,7 +94,7 @@ def break_(machine: type[Laptop], operation: str, output: int, factor: float = 1
     setattr(machine, operation, wrong)
 
 
-@pytest.mark.parametrize(("operation", "output", "row"), FAULTS)
+@pytest.mark.parametrize(("operation", "output", "row"), ERRORS)
 def test_a_wrong_kernel_is_noticed(machine: type[Laptop], operation: str, output: int, row: str) -> None:
     break_(machine, operation, output)
     result = run()
@@ -140,12 +140,12 @@ def test_a_state_that_forgets(machine: type[Laptop], monkeypatch: pytest.MonkeyP
     assert any("save, load and resume" in line for line in run().failed)
 
 
-# With llm.c's files: made here by the reference in float64
+# With llm.c's files, written by the reference in float64
 
 
 @pytest.fixture
 def llmc_files(machine: type[Laptop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Those of a small model, whose ten losses by the reference stand for the published ones."""
+    """Return files of a small model; the reference's ten losses replace the published ones."""
     source = in_memory()
     paths = {"model": tmp_path / "m.bin", "debug_state": tmp_path / "d.bin"}
     llmc_debug(source, *paths.values())
@@ -157,7 +157,7 @@ def llmc_files(machine: type[Laptop], tmp_path: Path, monkeypatch: pytest.Monkey
     return paths
 
 
-def test_llm_cs_files(llmc_files: dict[str, Path]) -> None:
+def test_llmc_files(llmc_files: dict[str, Path]) -> None:
     result = run(**llmc_files)
     assert (result.code, result.failed) == (0, [])
     assert sum("gradient of" in line for line in result.lines) == 16
@@ -165,7 +165,7 @@ def test_llm_cs_files(llmc_files: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("operation", ["layernorm_backward", "attention_backward", "linear_forward", "adamw"])
-def test_llm_cs_files_notice_a_wrong_kernel(machine: type[Laptop], llmc_files: dict[str, Path], operation: str) -> None:
+def test_llmc_files_notice_a_wrong_kernel(machine: type[Laptop], llmc_files: dict[str, Path], operation: str) -> None:
     break_(machine, operation, 0, 1 + 1e-2)
     result = run(**llmc_files)
     assert result.code == 1
