@@ -150,7 +150,7 @@ def child(options: TrainOptions, log: Path, shim: Callable[[], object] = lambda:
         code = assemble.train(options, Laptop())
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        code = getattr(error, "code", 71)
+        code = getattr(error, "exit_code", 71)
     finally:
         os._exit(code if isinstance(code, int) else 72)
 
