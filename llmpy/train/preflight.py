@@ -169,7 +169,7 @@ def check_length(T: int, context: int) -> None:
     """Raise LlmpyError if T is longer than the model's context."""
     if context < T:
         what = f"-T {T} is longer than the model's context of {context}"
-        raise LlmpyError("option.too-long", what, f"Use -T {context} or less")
+        raise LlmpyError("model.context-exceeded", what, f"Use -T {context} or less")
 
 
 def inspect(

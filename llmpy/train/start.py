@@ -88,7 +88,7 @@ class RunStart:
             return ModelConfig.from_dial(self.options.model, vocab_size=data.vocab_size)
         if self.config.vocab_size != data.vocab_size:
             what = f"the model of --init has {self.config.vocab_size:,} tokens, the data {data.vocab_size:,}"
-            raise LlmpyError("tokenizer.mismatch", what, "Use data encoded with the model's tokenizer")
+            raise LlmpyError("tokenizer.vocab-mismatch", what, "Use data encoded with the model's tokenizer")
         return self.config
 
     def fill(self, model: GPT2) -> None:
