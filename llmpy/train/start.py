@@ -194,7 +194,8 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
     if now.ranks != before.ranks:
         ranks = count_of(now.ranks, "rank")
         yield f"{ranks} instead of {before.ranks}: the rest of the epoch is divided again, in rank 0's order"
-        yield f"{tokens:,} tokens per step instead of {count:,}"
+        if tokens != count:
+            yield f"{tokens:,} tokens per step instead of {count:,}"
     elif now.micro_steps != before.micro_steps:
         batches = count_of(now.micro_steps, "micro-batch", "micro-batches")
         yield f"{batches} per step instead of {before.micro_steps}: {tokens:,} tokens instead of {count:,}"

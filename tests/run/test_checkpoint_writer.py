@@ -147,19 +147,16 @@ def steps(run: Run) -> list[int]:
     return [int(path.name[5:]) for path in checkpoint.listed(run.writer.folder)]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(durable, "write"), (durable, "replace"), (durable, "link"), (checkpoint, "prune")]
-)
+@pytest.mark.parametrize("name", ["write", "replace", "link", "prune"])
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: Any, name: str,
-    background: bool,
-) -> None:  # fmt: skip
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, background: bool
+) -> None:
     """Earlier checkpoints are kept; a complete one counts, even if its model cannot be linked."""
     run, whole = Run(tmp_path, keep=1), name in ("link", "prune")
     run.save(2)
     with monkeypatch.context() as m:
-        m.setattr(module, name, full)
+        m.setattr(checkpoint if name == "prune" else durable, name, full)
         if background:
             run.save(4)
             assert capsys.readouterr().out.startswith("warning: ")

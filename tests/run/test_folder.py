@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.refused import refused
@@ -71,10 +70,8 @@ def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="fcntl")
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", none)
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(error))
     with refused("run.unwritable", tmp_path / "run", "No locks available"):
         RunFolder.open(tmp_path / "run", "")
 

@@ -80,10 +80,7 @@ def test_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         check(RunStart(TrainOptions(track=("trackio",))), tmp_path, Laptop())
 
 
-def test_tensorboard_purges_the_steps_that_a_resumed_run_repeats(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All steps beyond the latest checkpoint."""
+def test_tensorboard_purges_repeated_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake("tensorboardX")
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     data = tmp_path / "text.txt"
