@@ -1,11 +1,7 @@
-"""What a run says and records.
+"""Output and logs of a run: see folder.py for the files.
 
-the terminal and console.log   lines for people                    metrics.jsonl   every number, a JSON object a line
-main.log                       llm.c's lines, for its readers      samples.txt     what the model wrote
-
-On a terminal a progress bar stays below the lines; elsewhere (a log, a pipe) there are only lines. Nothing that
-fails here ends a run: a terminal that is gone (a closed window, a reader that left) is printed to no more, and
-of a full disk there is one warning.
+On a terminal a progress bar stays below the lines; a file or pipe gets only the lines. No error here ends a run. If
+the terminal is gone (closed window, closed pipe), nothing more is printed. A full disk causes one warning.
 """
 
 from __future__ import annotations
@@ -26,14 +22,14 @@ from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
 
 class Journal:
-    """The logs and the metrics of one run. Until `open` gives them files they are held. A context manager."""
+    """The logs of one run, a context manager. Until `open`, lines are buffered."""
 
     def __init__(self) -> None:
         self._console: TextIO = io.StringIO()
         self._files: dict[str, TextIO] = {}  # METRICS, MAIN, SAMPLES
         self._bar: Any = None
         self._gone = False  # the terminal
-        self._warned = False  # of a file that cannot be written
+        self._warned = False  # that a file cannot be written
 
     def __enter__(self) -> Self:
         return self
@@ -41,15 +37,11 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.end_progress()
         for file in (self._console, *self._files.values()):
-            with contextlib.suppress(OSError):  # a full disk, of which the user was warned
+            with contextlib.suppress(OSError):  # a full disk, already warned of
                 file.close()
 
     def open(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
-        """Start the files; console.log with all that was said until now.
-
-        None of them may exist; but of a resumed run, `sizes` holds the bytes of each one that remain, and console.log
-        keeps all of them. Raises LlmpyError if one cannot be written.
-        """
+        """Create the log files; of a resumed run, truncate them to `sizes` (bytes). Raises LlmpyError."""
         try:
             for name in LOGS:
                 file = self._files[name] = _lines(folder / name, sizes is None)
@@ -57,35 +49,34 @@ class Journal:
                     file.truncate(min(os.fstat(file.fileno()).st_size, sizes.get(name, 0)))
             held, self._console = cast(io.StringIO, self._console), _lines(folder / CONSOLE, sizes is None)
         except OSError as error:
-            raise LlmpyError(
-                "run.x", f"cannot write {error.filename}: {error.strerror}", "Choose another --out"
-            ) from error
+            what = f"cannot write {error.filename}: {error.strerror}"
+            raise LlmpyError("file.unwritable", what, "Choose another --out") from error
         self._write(self._console, held.getvalue())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file of numbers or samples as of now, for `open`."""
+        """Return the current bytes of metrics.jsonl, main.log and samples.txt, for `open`."""
         return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def sync(self) -> None:
-        """Wait until these are on the disk. Raises OSError if that fails; may run beside all else."""
+        """Sync these files to disk. Raises OSError. Thread-safe."""
         for file in self._files.values():
             durable.sync(file.fileno())
 
     def log(self, line: str = "") -> None:
-        """Print a line, above the bar if there is one, and keep it in console.log."""
+        """Print a line, above the progress bar, and append it to console.log."""
         self._print(line)
         self._write(self._console, line + "\n")
 
     def record(self, **numbers: Any) -> None:
-        """One JSON object, one line of metrics.jsonl; it is in the file when this returns."""
+        """Append one line to metrics.jsonl, unbuffered."""
         self._keep(METRICS, json.dumps(numbers) + "\n")
 
     def record_llmc(self, line: str) -> None:
-        """One line of main.log."""
+        """Append one line to main.log."""
         self._keep(MAIN, line + "\n")
 
     def record_sample(self, heading: str, text: str) -> None:
-        """What the model wrote, into samples.txt."""
+        """Append a sample to samples.txt."""
         self._keep(SAMPLES, f"{heading}\n{text}\n\n")
 
     def _keep(self, name: str, text: str) -> None:
@@ -93,7 +84,7 @@ class Journal:
             self._write(self._files[name], text)
 
     def begin_progress(self) -> None:
-        """Show a bar if the output is a terminal."""
+        """Show a progress bar if the output is a terminal."""
 
         def begin() -> None:
             if sys.stdout.isatty():
@@ -105,13 +96,13 @@ class Journal:
         self._show(begin)
 
     def progress(self, share: float, text: str) -> None:
-        """Move the bar to `share` (0 … 1) of the run, with `text` behind it."""
+        """Move the bar to `share` (0 … 1), followed by `text`."""
         if self._bar is not None:
             self._bar.n = min(1.0, share)
             self._show(self._bar.set_description_str, text)
 
     def end_progress(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             bar, self._bar = self._bar, None
             self._show(bar.close)
@@ -123,29 +114,29 @@ class Journal:
             self._show(self._bar.write, line)
 
     def _show(self, act: Callable[..., object], *arguments: object) -> None:
-        """Do what prints. If that fails the terminal is gone, and nothing is shown from then on."""
+        """Call a function that prints. If it fails, the terminal is gone: print nothing from then on."""
         if self._gone:
             return
         try:
             act(*arguments)
-        except (OSError, ValueError):  # ValueError: a closed file
+        except (OSError, ValueError):  # ValueError: closed file
             self._gone = True
             silence()
             if self._bar is not None:
-                self._bar.disable = True  # else it would print once more when it is deleted
+                self._bar.disable = True  # else it prints when it is deleted
                 self._bar = None
 
     def _write(self, file: TextIO, text: str) -> None:
-        """Into a file. One that cannot be written is warned of once, and tried again at the next line."""
+        """Write to a file. Warn of the first failure only; later lines try again."""
         try:
             file.write(text)
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                self._print(f"warning: cannot write {file.name}: {error.strerror or error}; the run goes on")
+                self._print(f"warning: cannot write {file.name}: {error.strerror or error}; training continues")
 
 
 def _lines(path: Path, new: bool) -> TextIO:
-    """A file that every line reaches at once; `new`: that must not exist, else to append to."""
+    """Open a line-buffered file, `new` or to append to."""
     file: Any = open(path, "x" if new else "a", encoding="utf-8", errors="replace", newline="\n", buffering=1)  # noqa: SIM115
     return cast(TextIO, file)

@@ -1,12 +1,11 @@
-"""Checkpoint parts: what each process of a run writes, and how any number of processes resumes from them.
+"""Checkpoint parts: one file per rank, from which any number of ranks can resume.
 
-state-00002-of-00004.safetensors   m, v             (n,) float32: AdamW's moments of the ranges that rank 2 updates
-                                   ranges           (r, 2) int64: their starts and ends in the flat arenas
-                                   place            (3,) int64: shard, sample and words used of the generator
+state-00002-of-00004.safetensors   m, v      (n,) float32     AdamW moments of the ranges that rank 2 updates
+                                   ranges    (r, 2) int64     their starts and ends in the flat arenas
+                                   place     (3,) int64       shard, sample and words consumed of the generator
                                    shard_order, sample_order int32, generator uint32: the rest of the data position
 
-One process is rank 0 of 1. 0.1.0 wrote its part as state.safetensors: m.NAME and v.NAME for each parameter, in the
-order of the table, and the place in the manifest.
+llmpy 0.1.0 wrote state.safetensors: m.NAME and v.NAME per parameter in table order, with `place` in the manifest.
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ from ..model.partition import Range
 from ..rng import MT19937, MTState
 from . import checkpoint
 
-OLD_STATE = "state.safetensors"  # of one process, by 0.1.0
+OLD_STATE = "state.safetensors"  # of llmpy 0.1.0
 
 
 class Moments(Protocol):
-    """What checkpoints need of an optimizer, whose buffers may hold a part of the flat arenas."""
+    """The interface of an optimizer to checkpoints. Its buffers may hold a part of the flat arenas."""
 
-    m: Any  # float32 (n,): the elements of `owned`, range after range
+    m: Any  # float32 (n,): the `owned` ranges, concatenated
     v: Any
     master: Any  # float32 weights, like m and v
     updates: int
 
     @property
     def owned(self) -> Sequence[Range]:
-        """The ranges of the flat arenas that this process updates."""
+        """Return the ranges of the flat arenas that this rank updates."""
 
     def weights(self, room: np.ndarray) -> np.ndarray:
-        """Return all float32 weights, flat, on the first rank: in `room`, unless they lie together. Collective."""
+        """Return all float32 weights, flat, on rank 0; gathered into `room` if needed. Collective."""
 
     def adopt_weights(self) -> None:
-        """Take the float32 weights from the model's parameters, which have been read from a file."""
+        """Copy the float32 weights from the model's parameters after they were loaded."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process's part of a checkpoint; m and v (n,) float32 are mapped."""
+    """One rank's part of a checkpoint; m and v (n,) float32 are memory-mapped."""
 
     ranges: Sequence[Range]
     m: np.ndarray
@@ -58,12 +57,12 @@ class Part:
 
 
 def part_name(rank: int, ranks: int) -> str:
-    """The name of a checkpoint part."""
+    """Return the file name of a checkpoint part."""
     return f"state-{rank:05}-of-{ranks:05}.safetensors"
 
 
 def part_pieces(ranges: Sequence[Range], moments: checkpoint.Pieces, position: Position) -> checkpoint.Pieces:
-    """A checkpoint part as the bytes of its file; `moments`: m, then v, in one array or two."""
+    """Return the contents of a part's file; `moments`: m, then v, in one array or two."""
     others: dict[str, np.ndarray] = {
         "ranges": np.asarray(ranges, np.int64).reshape(-1, 2),
         "place": np.asarray([position.shard, position.sample, position.rng.pos], np.int64),
@@ -78,7 +77,7 @@ def part_pieces(ranges: Sequence[Range], moments: checkpoint.Pieces, position: P
 
 
 def read_parts(path: Path, manifest: Mapping[str, Any]) -> list[Part]:
-    """The parts of a checkpoint that `checkpoint.verify` accepted, by rank."""
+    """Return the parts, by rank, of a checkpoint that `checkpoint.verify` accepted."""
     ranks = manifest.get("ranks", 1)
     names = [OLD_STATE] if OLD_STATE in manifest["files"] else [part_name(rank, ranks) for rank in range(ranks)]
     return [_read(path / name, manifest["data"]) for name in names]
@@ -98,8 +97,8 @@ def _read(path: Path, data: Mapping[str, Any]) -> Part:
 
 
 def load_moments(parts: Sequence[Part], ranges: Sequence[Range], m: np.ndarray, v: np.ndarray) -> None:
-    """m and v (n,) := the moments of these ranges of the flat arenas, one after another, from whatever parts."""
-    pieces: list[tuple[int, int, int, Part]] = []  # start, end, and where it lies in which part
+    """m and v (n,) := the moments of these ranges of the flat arenas, concatenated, from any division into parts."""
+    pieces: list[tuple[int, int, int, Part]] = []  # start, end, offset in the part, part
     for part in parts:
         at = 0
         for start, stop in part.ranges:
@@ -117,10 +116,10 @@ def load_moments(parts: Sequence[Part], ranges: Sequence[Range], m: np.ndarray, 
 
 
 def position_for(parts: Sequence[Part], rank: int, ranks: int, seed: int) -> Position:
-    """Where in the data one of `ranks` resumes.
+    """Return the data position from which one of `ranks` resumes.
 
-    Of as many ranks as before, each has its own position. Otherwise all take the first one's place and order, for the
-    others belong to another division of the text. They keep their generators; further ranks get new ones from `seed`.
+    With as many ranks as before, each resumes at its own. Otherwise all use rank 0's place and order, since the
+    division of the text differs. Each keeps its generator; additional ranks seed new ones from `seed`.
     """
     if len(parts) == ranks:
         return parts[rank].position

@@ -1,10 +1,10 @@
 """From options to a finished run: claim → resolve → check → load → build → run.
 
-claim     the run's folder                        resolve   options and what the run starts from (start.py)
-check     all that can be wrong, at once          load      parameters and data
-build     the parts of a trainer (trainer.py)     run       its loop
+claim   the run's folder                        resolve   the options and the starting point (start.py)
+check   everything, and report all problems     load      parameters and data
+build   the parts of a trainer (trainer.py)     run       the loop
 
-Whatever can be refused is refused before anything compiles, and then nothing is left behind.
+A run is refused before anything compiles, and then leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -41,16 +41,15 @@ def train(
     options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None,
     world: SingleProcess = SINGLE_PROCESS,
 ) -> int:  # fmt: skip
-    """Train as the options say; return the exit code. `machine` None: the CPU.
+    """Train with these options; return the exit code. `machine` None: the CPU.
 
-    `folder` is what `RunFolder.claim` gave for the options, if it has been asked already. `world`: the ranks that train
-    together, each of which calls this. Raises LlmpyError for all that is wrong.
+    `folder`: from `RunFolder.claim`, if already called. Every rank of `world` calls this. Raises LlmpyError.
     """
     options = replace(options, ranks=world.size)
     try:
         folder = folder or world.claim(options)
     except LlmpyError as error:
-        if world.rank == 0 and not options.resume:  # what else is wrong with that its folder would say
+        if world.rank == 0 and not options.resume:  # report all other problems too
             start = resolve(options, None, lambda _: None)
             check(start, Path(), machine or load_machine(options, world), world.local_size, error)
         raise
@@ -66,7 +65,7 @@ def assemble(
     options: TrainOptions, folder: RunFolder, journal: Journal, machine: Machine | None = None,
     world: SingleProcess = SINGLE_PROCESS,
 ) -> Trainer:  # fmt: skip
-    """Return a trainer, ready to run, in a folder that is claimed. When this returns the folder is kept."""
+    """Return a trainer that is ready to run in a claimed folder, which is kept from then on."""
     with world.first_rank_first():
         start = resolve(options, folder, journal.log)
     machine = machine or load_machine(start.options, world)
@@ -74,14 +73,14 @@ def assemble(
         if start.manifest is None:
             check(start, folder.path, machine, world.local_size)
             if world.rank == 0:
-                write_config(folder.path, start.options)  # from here on the run can be resumed
+                write_config(folder.path, start.options)  # the run can be resumed from now on
         start = start.load(journal.log)
         data = start.read_data(folder.path, journal.log, world.rank)
     return build(start, data, folder, journal, machine, world)
 
 
 def load_machine(options: TrainOptions, world: SingleProcess = SINGLE_PROCESS) -> Machine:
-    """Return the CPU as the options want it."""
+    """Return the CPU backend with the threads and dtype of the options."""
     return cast(Machine, backend.load("cpu", threads=world.threads(options), dtype=options.dtype))
 
 
@@ -89,7 +88,7 @@ def build(
     start: RunStart, data: Dataset, folder: RunFolder, journal: Journal, machine: Machine,
     world: SingleProcess = SINGLE_PROCESS,
 ) -> Trainer:  # fmt: skip
-    """Return a trainer of a model and data that are at hand; of a run that is resumed, as it was."""
+    """Return a trainer for loaded data, with the state of the run if it is resumed."""
     config = start.shape(data)
     options = start.options.settled(config.channels, sum(map(len, data.train)))
     problems = Problems()
@@ -118,7 +117,7 @@ def build(
     peak = sum(part for (part,) in world.gather(flight.peak))
     flops = config.flops_per_token(options.sequence_length)
     report = Report(journal, trackers, peak, flops, flight.step_seconds, world)
-    # Positions beyond the longest T that the model was trained at are untrained.
+    # Positions beyond the longest T of training are untrained.
     length = max(options.sequence_length, start.source.trained_length if start.source else 0)
     checkpoints = world.checkpoints(folder.path, model, optimizer, length, journal, options)
     trainer = Trainer(model, optimizer, fed, options, checkpoints, report, world)
@@ -140,8 +139,8 @@ def build(
 
 
 def described(machine: Machine) -> dict[str, Any]:
-    """Return the machine and what runs on it, for the run's records."""
-    # platform.platform() starts a process; one that outlives a run killed just then would keep its lock for a moment.
+    """Return the machine and the software versions, for the run's config.json."""
+    # platform.platform() starts a process, which would briefly keep the lock of a run killed at that moment.
     system = "-".join((platform.system(), platform.release(), platform.machine()))
     return {
         "threads": machine.threads, "isa": machine.isa, "dtype": str(machine.dtype), **machine.version_info(),

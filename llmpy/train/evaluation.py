@@ -1,4 +1,4 @@
-"""How good the model is: its mean loss on the validation text, and its accuracy on HellaSwag."""
+"""Validation loss and HellaSwag accuracy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .training_data import TrainingData, contents
 
 
 class Evaluation:
-    """Evaluates the model after a step: always on the same batches, which the ranks divide among them."""
+    """Evaluates the model, always on the same batches, which are divided among the ranks."""
 
     def __init__(
         self, model: GPT2, data: TrainingData, options: TrainOptions, report: Report, stop: StopSignals,
@@ -28,21 +28,21 @@ class Evaluation:
         wanted, most = options.eval_batches, data.val.batches_per_epoch
         self._batches = most if wanted == ALL_BATCHES else max(1, min(wanted, most))
         digest = hashlib.blake2b(json.dumps(contents(data.fingerprints["val"])).encode(), digest_size=6).hexdigest()
-        # What a loss is the mean of: another one is not to be compared with it.
+        # Losses are comparable only if measured on the same batches.
         self._measured_on = f"{self._batches:,} batches of {data.val.B} x {data.val.T} of text {digest}"
-        self.loss = math.nan  # the last one
+        self.loss = math.nan  # the latest
 
     def validate(self, step: int) -> Score | None:
-        """Report the mean validation loss, which may be NaN; None if a stop signal came meanwhile or nothing counts.
+        """Report and return the mean validation loss, which may be NaN; None after a stop signal or without targets.
 
-        Batches weigh by their targets that count: without a mask alike, as in llm.c.
+        Batches are weighted by their unmasked targets; without a mask equally, as in llm.c.
         """
         if self._stop.signal:
             return None
         val, world, report = self._data.val, self._world, self._report
         val.reset()
         total = weight = 0.0
-        for first in range(0, self._batches, world.size):  # a batch for each rank: the same sum for any number of them
+        for first in range(0, self._batches, world.size):  # a batch per rank: the same sum for any number of ranks
             mine = 0.0, 0.0
             for i in range(first, min(first + world.size, self._batches)):
                 tokens, targets = val.next()
@@ -55,15 +55,15 @@ class Evaluation:
             if self._stop.signal:
                 return None
         if not weight:
-            report.journal.log(f"step {step:>5} | no target of the {self._batches:,} validation batches counts")
+            report.journal.log(f"step {step}: all targets of the {self._batches:,} validation batches are masked")
             return None
         loss = total / weight
         if not math.isfinite(loss):
             return Score(step, loss, self._measured_on)
-        numbers, line = {"val_loss": loss}, f"step {step:>5} | validation loss {loss:.4f}"
+        numbers, line = {"val_loss": loss}, f"step {step}: validation loss {loss:.4f}"
         if self._data.bytes_per_token:
             numbers["val_bits_per_byte"] = loss / math.log(2) / self._data.bytes_per_token
-            line += f" | {numbers['val_bits_per_byte']:.3f} bits a byte"
+            line += f", {numbers['val_bits_per_byte']:.3f} bits per byte"
         report.record(step, **numbers)
         report.journal.record_llmc(f"s:{step} tel:{loss:.4f}")
         report.journal.log(line)
@@ -71,7 +71,7 @@ class Evaluation:
         return Score(step, loss, self._measured_on)
 
     def choose(self, step: int) -> None:
-        """Report HellaSwag's accuracy, if there are examples, unless a stop signal comes."""
+        """Report HellaSwag accuracy, if there are examples and no stop signal comes."""
         choices = self._data.choices
         if choices is None or self._stop.signal:
             return
@@ -83,4 +83,4 @@ class Evaluation:
                 return
         self._report.record(step, hellaswag=right / count)
         self._report.journal.record_llmc(f"s:{step} eval:{right / count:.4f}")
-        self._report.journal.log(f"step {step:>5} | HellaSwag {right:,} of {count:,} right: {right / count:.4f}")
+        self._report.journal.log(f"step {step}: HellaSwag accuracy {right / count:.4f} ({right:,} of {count:,})")

@@ -1,16 +1,16 @@
-"""What a run takes: memory and disk, by the tables of its tensors.
+"""Memory and disk space of a run, from its tables of tensors.
 
-memory = wide · 4 · parameters: they, their gradients, m and v; 3 more with checkpoints in the background
-         of N ranks: wide · (2 + 4/N) · parameters: also master weights and reduced gradients; (1 + 2/N) more for
-         checkpoints, of the first; three buffers of a bucket; in mixed precision no matrices but the stored ones,
-         and wide/N · parameters for those that travel (distributed/zero.py)
-         + activations of training (without what backward computes again, with what it needs besides), activations and
-           cache of sampling, and activations of HellaSwag: each tensor wide or stored, as its table says
-         + stored · (the matrices once more, in mixed precision, + the chunk of logits)
-         + the program itself, and what the compiler leaves where kernels have to be compiled first
-         with the bytes of an element: wide 4; stored 4 too, or 2 in mixed precision
-disk   = wide · 3 · parameters for each checkpoint that is kept, and one more that is being written;
-         wide · 2 · parameters for the best model
+memory = wide · 4 · parameters: weights, gradients, m and v; 3 more for background checkpoints
+         N ranks: wide · (2 + 4/N) · parameters, including master weights and reduced gradients; rank 0 needs
+         (1 + 2/N) more for checkpoints; three buckets for communication; in mixed precision only stored matrices,
+         and wide/N · parameters for those sent (distributed/zero.py)
+         + activations of training (minus recomputed ones, plus their scratch), activations and cache of sampling,
+           and activations of HellaSwag: each tensor wide or stored, by its table
+         + stored · (a copy of the matrices, in mixed precision, + the chunk of logits)
+         + the program, and the compiler if kernels are not cached
+         bytes per element: wide 4; stored 4, or 2 in mixed precision
+disk   = wide · 3 · parameters for each kept checkpoint and the one being written; wide · 2 · parameters for the best
+         model
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from ..system.words import gigabytes
 from .multiple_choice import row_length
 
 PROGRAM_BYTES = 172 << 20  # Python, NumPy, Numba with kernels from the cache
-COMPILER_BYTES = 240 << 20  # what compiling all of them adds, and keeps (dev/LOG.md)
-LOGITS_ROWS = 512  # rows of logits that exist at a time in the classifier
+COMPILER_BYTES = 240 << 20  # added, and kept, by compiling all of them (dev/LOG.md)
+LOGITS_ROWS = 512  # rows of logits that the classifier holds at a time
 
 
 def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, available: int) -> None:
@@ -46,44 +46,43 @@ def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, a
     needed = memory_of(options, config, machine)
     if needed > available:
         copied = o.checkpoint_every > 0 and o.ranks == 1
-        copy = "; --checkpoint-every 0 saves the copy that checkpoints are made from" if copied else ""
+        copy = "; --checkpoint-every 0 saves the copy for background checkpoints" if copied else ""
         raise LlmpyError(
-            "train.x",
-            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, and "
-            f"{gigabytes(available)} are available",
+            "memory.insufficient",
+            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, but "
+            f"only {gigabytes(available)} are available",
             f"Use a smaller -B, -T or --model, or close other programs{copy}",
         )
 
 
 def check_disk(options: TrainOptions, config: ModelConfig, folder: Path) -> None:
-    """Raise LlmpyError if the checkpoints of the run will not fit beside what is on the disk.
+    """Raise LlmpyError if the run's checkpoints do not fit on the disk.
 
-    What an earlier life of the run left counts as free: its checkpoints and best model are among those that are needed,
-    its model is either a checkpoint's or gives way to one.
+    Earlier files of a resumed run count as free space: its checkpoints and best model are part of what is needed, and
+    its model is a link to a checkpoint's or is replaced by one.
     """
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     files = [*folder.glob(f"{CHECKPOINTS}/step-*/*"), *folder.glob(MODEL_FILE), *folder.glob(BEST_FILE)]
-    left = {about.st_ino: about.st_size for about in map(Path.stat, files)}  # a file may have two names
-    free = shutil.disk_usage(there).free + sum(left.values())
+    own = {stat.st_ino: stat.st_size for stat in map(Path.stat, files)}  # each hard link once
+    free = shutil.disk_usage(there).free + sum(own.values())
     needed = disk_needed(options, config)
     if needed > free:
-        raise LlmpyError(
-            "train.x",
-            f"the checkpoints of this run need up to {gigabytes(needed)} on the disk of {folder}, and "
-            f"{gigabytes(free)} are free",
-            "Make room, choose another --out, a smaller --keep, or a larger --checkpoint-every",
+        what = (
+            f"checkpoints need up to {gigabytes(needed)} on the disk of {folder}, but only {gigabytes(free)} are free"
         )
+        fix = "Free some space, or use another --out, a smaller --keep or a larger --checkpoint-every"
+        raise LlmpyError("disk.insufficient", what, fix)
 
 
 def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
-    """Bytes that the checkpoints of a run take at most, with the one that is being written."""
+    """Return the maximum bytes of a run's checkpoints, including the one being written."""
     o, every = options, options.checkpoint_every
     count = 1 if not every else o.keep + 1 if o.keep else max(0, o.steps or 0) // every + 1
     return (count * 12 + 8) * sum(t.size for t in params_table(config))
 
 
 def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> int:
-    """Bytes that each rank of a run takes, program included. Raises LlmpyError if its file of HellaSwag is none."""
+    """Return the bytes that each rank needs, program included. Raises LlmpyError for an invalid HellaSwag file."""
     o = options
     prompt = len((o.prompt or BUILTIN_PROMPT).encode(errors="replace"))  # a byte is at most a token
     sampled = prompt + o.sample_tokens
@@ -98,7 +97,7 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> i
 
 @functools.cache
 def _row_length(path: Path) -> int:
-    """Of a file of HellaSwag; its ten thousand examples take a third of a second, and memory is asked for thrice."""
+    """Return the row length of a HellaSwag file. Cached: reading takes a third of a second, three times per run."""
     return row_length(read_examples(path, 1 << 16))
 
 
@@ -106,11 +105,10 @@ def memory_parts(
     config: ModelConfig, B: int, T: int, machine: Ops, recompute: int = RECOMPUTE,
     copied: bool = False, sampled: int | None = None, apart: Sequence[tuple[int, int]] = (), ranks: int = 1,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes of everything that training `config` on batches of (B, T) holds, by what it is for.
+    """Return the bytes of training `config` on batches of (B, T), by purpose; of several `ranks`, those of rank 0.
 
-    `recompute`: see `activations_table`. `copied`: with the copy that checkpoints in the background are made from.
-    `sampled`: tokens of a sample and its prompt, by default as many as samples can reach, T. `apart`: other
-    shapes that are evaluated. Of several `ranks`: what the first one holds, which has most.
+    `recompute`: see `activations_table`. `copied`: include the copy for background checkpoints. `sampled`: tokens of a
+    sample and its prompt, by default T. `apart`: shapes of other evaluations.
     """
     S = min(T, sampled or T)
     wide, stored = machine.wide.itemsize, machine.dtype.itemsize
@@ -131,11 +129,11 @@ def memory_parts(
             "master weights": kept,
             "reduced gradients": kept,
             "messages": 3 * ranks * part + (kept if mixed else 0),
-            "copy for checkpoints": parameters + (2 * wide * own if copied else 0),  # weights are gathered in any case
+            "copy for checkpoints": parameters + (2 * wide * own if copied else 0),  # weights are always gathered
         }
     rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
     return {
-        # of several ranks the master weights take the place of the wide matrices, whose memory goes back (`release`)
+        # with several ranks the master weights replace the wide matrices, whose memory is freed (`release`)
         "weights": parameters - (wide * matrices if mixed and ranks > 1 and sys.platform == "linux" else 0),
         "weights for products": stored * matrices if mixed else 0,
         "gradients": parameters,

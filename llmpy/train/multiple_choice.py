@@ -1,9 +1,8 @@
-"""HellaSwag's accuracy: how often the right ending of four is the one that the model finds likeliest.
+"""HellaSwag accuracy (acc_norm): how often the model finds the right one of four endings most likely.
 
 choice = argmin over the endings of the mean cross-entropy of their tokens, given context and ending so far
 
-The first of equals, as in llm.c (`llmc/dataloader.h`, EvalLoader); elsewhere this is called acc_norm. A row is as long
-as the longest example needs, whatever the batches of training are.
+Ties go to the first, as in llm.c (`llmc/dataloader.h`, EvalLoader). All rows have the length of the longest example.
 """
 
 from __future__ import annotations
@@ -19,28 +18,25 @@ from ..model.gpt2 import GPT2
 
 
 def row_length(examples: Sequence[Example]) -> int:
-    """Tokens of a row that holds any example."""
+    """Return the tokens of a row that holds any example."""
     return max(e.context.size + max(ending.size for ending in e.endings) for e in examples) - 1
 
 
 class MultipleChoice:
-    """The examples, and the two arrays that each in turn is written to."""
+    """The examples, and buffers for one at a time."""
 
     def __init__(self, examples: Sequence[Example], config: ModelConfig) -> None:
         """Raises LlmpyError if an example is longer than the model's context."""
         self.examples = examples
         T = row_length(examples)
         if config.context < T:
-            raise LlmpyError(
-                "train.x",
-                f"the longest example of --hellaswag has {T + 1:,} tokens, the model's context {config.context:,}",
-                "Use a model with more, or a file without that example",
-            )
+            what = f"--hellaswag has an example of {T + 1:,} tokens, but the model's context is {config.context:,}"
+            raise LlmpyError("hellaswag.too-long", what, "Use a model with a longer context, or remove that example")
         self._tokens = np.zeros((ENDINGS, T), np.int32)
         self._targets = np.empty((ENDINGS, T), np.int32)
 
     def right(self, model: GPT2, i: int) -> bool:
-        """Whether the model chooses the right ending of example i."""
+        """Return whether the model chooses the right ending of example i."""
         tokens, targets = self._rows(self.examples[i])
         model.loss(tokens, targets)
         acts = model.reserve(ENDINGS, tokens.shape[1], training=False)
@@ -49,7 +45,7 @@ class MultipleChoice:
         return int(np.argmin(means)) == self.examples[i].label
 
     def _rows(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets, int32 (4, T): a row for each ending, whose tokens alone are targets."""
+        """Return tokens and targets, int32 (4, T): a row per ending; targets outside the ending are masked."""
         self._targets.fill(-1)
         start = example.context.size - 1
         for row, ending in enumerate(example.endings):

@@ -1,7 +1,6 @@
-"""Where NaN or infinity first arose in a step, read from the arenas that the step left behind.
+"""Locates the first NaN or infinity of a step in the arenas after it.
 
-They are searched in the order in which they were written: parameters, activations layer by layer, gradients from the
-last layer back to the first.
+The search follows the order of writing: parameters, activations layer by layer, gradients from the last layer back.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ ENDS = ("wte", "wpe", "ln_f_w", "ln_f_b")  # parameters of no layer
 
 
 def origin(model: GPT2, B: int, T: int) -> str:
-    """What to tell of the last step on (B, T): the first tensor that is not finite, and its layer."""
+    """Return the first tensor that is not finite after a step on (B, T), and its layer, as text."""
     host = model.ops.to_host
     for what, tensors in (
         ("the parameter", _by_layer(model.params, model.config.layers)),
@@ -26,15 +25,15 @@ def origin(model: GPT2, B: int, T: int) -> str:
         for name, layer, x in tensors:
             if not all_finite(host(x)):
                 return f"{what} {name}" + ("" if layer is None else f" of layer {layer}")
-    return "no tensor that was kept"
+    return "an unknown tensor"
 
 
 def _by_layer(arena: Arena | None, layers: int, backwards: bool = False) -> Iterator[tuple[str, int | None, Any]]:
-    """Name, layer and values of the parameters, or of their gradients in the order of backward."""
+    """Yield name, layer and values of the parameters, or of their gradients in backward order."""
     assert arena is not None
     stacked = [(t.name, x) for t, x in arena.items() if t.name not in ENDS]
     ends = [(name, getattr(arena, name)) for name in ENDS]
-    # wte's gradient begins at the head and is complete at the end: before the layers it would hide them all.
+    # wte's gradient starts at the head and is complete at the end: checked before the layers it would hide them all.
     before, after = (ends[2:], ends[:2]) if backwards else (ends[:2], ends[2:])
     yield from ((name, None, x) for name, x in before)
     for l in reversed(range(layers)) if backwards else range(layers):
@@ -43,9 +42,9 @@ def _by_layer(arena: Arena | None, layers: int, backwards: bool = False) -> Iter
 
 
 def _activations(arena: Arena, layers: int) -> Iterator[tuple[str, int | None, Any]]:
-    """Name, layer and values in the order of forward, of what is still there when the step has ended.
+    """Yield name, layer and values, in forward order, of the activations that survive the step.
 
-    What shares memory is not, nor are the last layers of what is computed again in backward.
+    Shared buffers do not survive, nor do the last layers of recomputed activations.
     """
     per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and not t.steps]
     order = ("resid", "ln_1", "ln_1_mean", "ln_1_rstd", "qkv", "attn_stats", "attn_out", "resid_mid")

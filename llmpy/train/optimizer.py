@@ -1,8 +1,8 @@
-"""AdamW over the flat arenas, clipping by global norm.
+"""AdamW over the flat arenas, with clipping by global norm.
 
-norm  = √Σ grad²                       over everything, before clipping
+norm  = √Σ grad²                       over all gradients, before clipping
 scale = min(1, clip/norm)              applied inside the update, so gradients are read once
-decay on the matrices only: they come first in the table, so one boundary cuts the arena in two
+decay on matrices only: they come first in the table, so one boundary splits the arena
 
 Source: Loshchilov and Hutter 2017; betas and epsilon as in GPT-3 and llm.c.
 """
@@ -20,7 +20,7 @@ EPSILON = 1e-8
 
 
 class AdamW:
-    """The optimizer's state m, v (flat, like the parameters) and its update. A step allocates nothing."""
+    """The moments m and v (flat, like the parameters) and their update. A step allocates nothing."""
 
     def __init__(
         self,
@@ -30,9 +30,9 @@ class AdamW:
         weight_decay: float = 0.1,
         clip: float = 1.0,
     ) -> None:
-        """`model` must have been reserved for training: its gradients exist. `clip` 0 turns clipping off."""
+        """`model` must be reserved for training. `clip` 0 disables clipping."""
         if model.grads is None:
-            raise ValueError("model.reserve(B, T, training=True) comes before its optimizer")
+            raise ValueError("call model.reserve(B, T, training=True) before creating its optimizer")
         self.ops = model.ops
         self.betas = beta1, beta2
         self.clip = clip
@@ -50,12 +50,12 @@ class AdamW:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model, of which this optimizer may hold a part."""
+        """Number of parameters of the model; this optimizer may hold a part."""
         return int(self.grad.size)
 
     @property
     def owned(self) -> list[Range]:
-        """The ranges of the flat arenas that m and v hold: all; see `run.parts.Moments`."""
+        """The ranges of the flat arenas that m and v cover: all; see `run.parts.Moments`."""
         return [(0, self.parameters)]
 
     def weights(self, room: Any) -> Any:
@@ -63,28 +63,28 @@ class AdamW:
         return self.ops.to_host(self.master)
 
     def adopt_weights(self) -> None:
-        """Take the weights from the model's parameters, which are the same."""
+        """Do nothing: the weights are the model's parameters."""
 
     def step(self, lr: float) -> float:
-        """Update the parameters from the gradients; returns the norm before clipping.
+        """Update the parameters; return the norm before clipping.
 
-        Raises LlmpyError, with parameters, m and v untouched, if the norm is not finite.
+        Raises LlmpyError if the norm is not finite, with parameters, m and v unchanged.
         """
         norm = self.norm()
         if not math.isfinite(norm):
-            raise LlmpyError("train.x", f"the gradient is no longer finite (norm {norm})", "Use a smaller --lr")
+            raise LlmpyError("run.diverged", f"the gradient norm is {norm}", "Use a smaller --lr")
         self.update(lr, norm)
         return norm
 
     def expect(self) -> None:
-        """The backward that comes now is the step's last; see `distributed.zero`."""
+        """Announce that the next backward is the step's last; see `distributed.zero`."""
 
     def norm(self) -> float:
-        """The global norm of the gradients as they are, perhaps not finite."""
+        """Return the global norm of the gradients, which may not be finite."""
         return float(self.ops.global_norm(self.grad))
 
     def update(self, lr: float, norm: float) -> None:
-        """Update the parameters from gradients of this norm, which must be finite."""
+        """Update the parameters; `norm`: of the gradients, finite."""
         scale = min(1.0, self.clip / norm) if self.clip and norm else 1.0
         self.updates += 1
         beta1, beta2 = self.betas
@@ -92,5 +92,5 @@ class AdamW:
             self.ops.adamw(param, grad, m, v, lr, beta1, beta2, EPSILON, decay, scale, self.updates, stored)
 
     def skip(self) -> None:
-        """Let these gradients go: m and v stay, and the correction of their bias goes on as in llm.c."""
+        """Skip this update. m and v are unchanged; the bias-correction step still advances, as in llm.c."""
         self.updates += 1

@@ -1,8 +1,8 @@
-"""How far a number lies from the last ones, in standard deviations: llm.c's detector.
+"""llm.c's outlier detector: z-scores over a sliding window.
 
-z = (x − mean)/std  over a window of the last 128, x among them; std is the biased one, z = 0 where it is 0
+z = (x − mean)/std  over the last 128 values including x; biased std; z = 0 if std = 0
 
-The sums of the window are carried along, so a value costs the same at any length; in float64.
+Running sums in float64: constant time per value.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from typing import Any
 
 WINDOW = 128
-GIVE_UP_AFTER = 5  # steps in a row whose loss or norm is not finite
+GIVE_UP_AFTER = 5  # consecutive steps with a loss or norm that is not finite
 
 
 class OutlierDetector:
-    """Follows one number, such as the loss, from step to step."""
+    """Tracks one number per step, such as the loss."""
 
     def __init__(self, window: int = WINDOW) -> None:
         self.window = window
         self._values: list[float] = []
-        self._next = 0  # place of the oldest value once the window is full
+        self._next = 0  # index of the oldest value once the window is full
         self._sum = self._squares = 0.0
 
     def update(self, x: float) -> float:
-        """Take in a finite x; its z, or NaN for the first `window` values."""
+        """Add a finite x; return its z-score, NaN for the first `window` values."""
         self._sum += x
         self._squares += x * x
         if len(self._values) < self.window:
@@ -41,7 +41,7 @@ class OutlierDetector:
 
     @property
     def state(self) -> dict[str, Any]:
-        """All of it as JSON; set it to go on from there."""
+        """The state as JSON; assign to restore it."""
         return {"values": list(self._values), "next": self._next, "sum": self._sum, "squares": self._squares}
 
     @state.setter
@@ -51,16 +51,16 @@ class OutlierDetector:
 
 
 class UpdateGuard:
-    """Decides whether a step's gradients reach the parameters."""
+    """Decides whether to apply a step's gradients."""
 
     def __init__(self, most: Mapping[str, float]) -> None:
-        """`most`: of loss and norm, the deviations above the mean that are let through; 0: any."""
+        """`most`: the largest accepted z-score of "loss" and "norm"; 0: any."""
         self.most = most
         self.detectors = {name: OutlierDetector() for name in ("loss", "norm")}
-        self.bad_steps = 0  # in a row, with a loss or norm that is not finite
+        self.bad_steps = 0  # consecutive, with a loss or norm that is not finite
 
     def judge(self, loss: float, norm: float) -> tuple[dict[str, float], str]:
-        """Return the deviations of loss and norm from their means, and why to skip the update, or ""."""
+        """Return the z-scores of loss and norm, and why to skip the update, or ""."""
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.bad_steps += 1
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"

@@ -1,10 +1,11 @@
-"""Before training: what will run, what it needs, how long it will take; and one refusal that names all that is wrong.
+"""Before training: a summary of the run and its needs, and one error that lists all problems.
 
-time   = FLOPs a token · tokens / (0.6 · measured peak)
+time = FLOPs per token · tokens / (0.6 · measured peak)
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..data.pack import is_dataset
 from ..data.pipeline import choose_vocab_size
 from ..data.shards import is_shard
 from ..data.text import Found, find_files
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB, ModelConfig
 from ..model.gpt2 import params_table
 from ..options.train import DEFAULT_MODEL, TrainOptions
@@ -29,13 +30,13 @@ from .memory import check_disk, check_memory, memory_of
 from .start import RunStart
 
 T = TypeVar("T")
-MANY_EPOCHS = 20  # twice what the embedded text stands before its validation loss rises (dev/LOG.md)
-SHARE_OF_PEAK = 0.6  # of the multiply-add peak that a step is assumed to reach: small models do less well
+MANY_EPOCHS = 20  # the validation loss of the built-in text rises after half of that (dev/LOG.md)
+SHARE_OF_PEAK = 0.6  # assumed for a step, of the multiply-add peak; small models reach less
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is known of a run before it starts. Bytes, GFLOP/s, seconds."""
+    """A run before it starts. Bytes, GFLOP/s, seconds."""
 
     config: ModelConfig
     options: TrainOptions
@@ -45,7 +46,7 @@ class Preflight:
     peak: float
     memory: int
     available: int
-    done: int = 0  # steps of a run that goes on, and the seconds they and all else took
+    done: int = 0  # completed steps of a resumed run, and its seconds so far
     elapsed: float = 0.0
 
     @property
@@ -62,7 +63,7 @@ class Preflight:
 
     @property
     def steps(self) -> int:
-        """Expected number of steps still to make: by --steps, or by how many fit into the time, whichever is less."""
+        """Expected number of remaining steps, bounded by --steps and by the time."""
         o = self.options
         bounds = [] if o.steps is None else [o.steps - self.done]
         if o.seconds is not None:
@@ -70,51 +71,45 @@ class Preflight:
         return max(0 if self.done else 1, min(bounds))
 
     def lines(self) -> list[str]:
-        """What the user reads."""
+        """Return the summary, a fact per line of at most 80 columns."""
         o, m = self.options, self.machine
         tokens = o.batch_tokens * o.micro_steps
         epochs = (self.done + self.steps) * tokens / self.train_tokens
-        after = f" after the {self.done:,} that {'is' if self.done == 1 else 'are'} made" if self.done else ""
-        compiling = "" if m.compiled() else ", with what compiling the kernels takes"
-        gathered = f" on each of {o.ranks} ranks" if o.ranks > 1 else ""
-        gathered += f", {o.micro_steps} of them a step" if o.micro_steps > 1 else ""
-        lines = [
-            f"model    {o.model}: {self.config}: {self.parameters:,} parameters",
-            f"data     {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate; "
-            f"batches of {o.batch_size} x {o.sequence_length}{gathered}",
-            f"machine  {count_of(m.threads, 'thread')}, {m.isa}, {m.dtype}, measured peak {self.peak:,.0f} GFLOP/s",
-            f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available{compiling}",
-            f"time     about {duration(self.steps * self.step_seconds)}: {count_of(self.steps, 'step')} of "
-            f"{1e3 * self.step_seconds:,.0f} ms{after}, {epochs:.1f} epochs; {self._ending()}",
-        ]
-        if tokens > self.train_tokens:
-            lines.append(
-                f"caution  a step reads {tokens:,} tokens, more than there are: {tokens / self.train_tokens:,.1f} "
-                "epochs; a smaller --total-batch, or more text, serves better"
-            )
-        if epochs > MANY_EPOCHS:
-            lines.append(
-                f"caution  {epochs:.0f} epochs: the model will learn this text by heart and its validation loss will "
-                "rise; more text, or fewer --steps or --minutes, serve better"
-            )
-        return lines
-
-    def _ending(self) -> str:
-        o = self.options
+        after = f" after the first {self.done:,}" if self.done else ""
+        compiling = "" if m.compiled() else " (with compilation)"
+        gathered = f", {o.micro_steps} micro-batches per step" if o.micro_steps > 1 else ""
+        gathered += f", {o.ranks} ranks" if o.ranks > 1 else ""
         bounds = [] if o.steps is None else [count_of(o.steps, "step")]
         if o.seconds is not None:
             bounds.append(f"{o.seconds / 60:g} minute{'s' * (o.seconds != 60)}")
-        return "stops at " + " or ".join(bounds) + ("" if len(bounds) < 2 else ", whichever comes first")
+        lines = [
+            f"model    {o.model}: {self.parameters:,} parameters",
+            f"         {self.config}",
+            f"data     {self.train_tokens:,} training tokens, {self.val_tokens:,} validation tokens",
+            f"batch    {o.batch_size} x {o.sequence_length}{gathered}: {tokens:,} tokens per step",
+            f"machine  {count_of(m.threads, 'thread')}, {m.isa}, {m.dtype}, measured peak {self.peak:,.0f} GFLOP/s",
+            f"memory   about {gigabytes(self.memory)} of {gigabytes(self.available)} available{compiling}",
+            f"time     about {duration(self.steps * self.step_seconds)}: {count_of(self.steps, 'step')} of "
+            f"{1e3 * self.step_seconds:,.0f} ms{after}, {epochs:.1f} epochs",
+            "stop     after " + " or ".join(bounds) + (", whichever comes first" if len(bounds) > 1 else ""),
+        ]
+        if tokens > self.train_tokens:
+            lines.append(f"caution  a step reads {tokens / self.train_tokens:,.1f} epochs")
+            lines.append("         Use a smaller --total-batch or more text")
+        if epochs > MANY_EPOCHS:
+            lines.append(f"caution  {epochs:,.0f} epochs overfit this text: its validation loss will rise")
+            lines.append("         Use more text, or fewer --steps or --minutes")
+        return lines
 
 
 class Problems:
-    """Collects what is wrong, so that all of it is reported together."""
+    """Collects errors to report them together."""
 
     def __init__(self, *known: LlmpyError) -> None:
         self.found = list(known)
 
     def attempt(self, check: Callable[..., T], *arguments: Any) -> T | None:
-        """Return what the check returns; None, and its error is kept, if it raises one."""
+        """Return the result of `check`; None, keeping its LlmpyError, if it raises one."""
         try:
             return check(*arguments)
         except LlmpyError as error:
@@ -122,18 +117,18 @@ class Problems:
             return None
 
     def report(self) -> None:
-        """Raise the one error, or one that lists all of them; nothing if there are none."""
+        """Raise the only error, or one that lists all, each with its code."""
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:
-            listed = "; ".join(f"({n}) {error}" for n, error in enumerate(self.found, 1))
-            raise LlmpyError("train.x", f"{len(self.found)} problems: {listed}")
+            listed = "; ".join(f"({n}) {error} [{error.code}]" for n, error in enumerate(self.found, 1))
+            raise LlmpyError("run.refused", f"{len(self.found)} problems: {listed}")
 
 
 def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, *known: LlmpyError) -> None:
-    """Check all that can be known before anything is downloaded, compiled or read: in milliseconds.
+    """Check everything that needs no download, compilation or data, in milliseconds.
 
-    `local_size` ranks are on this machine. Raises one LlmpyError for everything found, and for what was `known`.
+    `local_size`: ranks on this machine. Raises one LlmpyError for all problems, including `known` ones.
     """
     o, problems = start.options, Problems(*known, *start.errors)
     config = start.config or (None if o.init else problems.attempt(ModelConfig.from_dial, o.model or DEFAULT_MODEL))
@@ -150,7 +145,7 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
             files += problems.attempt(find_files, [path], is_ours) or []
     for file in files:
         problems.attempt(_check_readable, file.path)
-    if config is not None and not problems.found:  # else their sizes are not known
+    if config is not None and not problems.found:  # otherwise the sizes are unknown
         config = start.config or ModelConfig.from_dial(o.model, vocab_size=_vocab_size(files, o))
         problems.attempt(check_memory, o, config, machine, available_memory() // local_size)
     if config is not None:
@@ -160,27 +155,26 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
 
 def _check_readable(path: Path) -> None:
     if not os.access(path, os.R_OK):
-        raise LlmpyError("train.x", f"cannot read {path}: Permission denied", "Check its permissions")
+        raise unreadable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _vocab_size(files: Sequence[Found], options: TrainOptions) -> int:
-    """Return the vocabulary that the data will have, by the sizes of the files."""
+    """Return the vocabulary size that the data will have, from the file sizes."""
     tokens = any(is_shard(f.path) for f in files) or any(map(is_dataset, options.data or ()))
     size = GPT2_VOCAB if tokens else choose_vocab_size(sum(f.path.stat().st_size for f in files))
     return options.vocab_size or size
 
 
 def check_length(T: int, context: int) -> None:
-    """Raise LlmpyError for a row longer than the model's context."""
+    """Raise LlmpyError if T is longer than the model's context."""
     if context < T:
-        raise LlmpyError(
-            "train.x", f"-T {T} is longer than the model's context of {context}", f"Use -T {context} or less"
-        )
+        what = f"-T {T} is longer than the model's context of {context}"
+        raise LlmpyError("model.context-exceeded", what, f"Use -T {context} or less")
 
 
 def inspect(
     start: RunStart, config: ModelConfig, options: TrainOptions, machine: Machine, tokens: tuple[int, int]
 ) -> Preflight:
-    """Measure the machine and compute the needs of a run. `tokens`: to train on and to validate."""
+    """Measure the peak and estimate the needs of a run. `tokens`: of training and validation."""
     peak, memory = machine.measure_peak(), memory_of(options, config, machine)
     return Preflight(config, options, machine, *tokens, peak, memory, available_memory(), start.done, start.elapsed)

@@ -1,4 +1,4 @@
-"""What the model writes while it is trained: always with the same coins, so that samples compare."""
+"""Samples during training, always with the same random numbers, so that they are comparable."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .signals import StopSignals
 from .training_data import TrainingData
 
 SEED = 1337  # llm.c's
-CHOICE = Choice(temperature=0.5, top_k=50)  # as `llmpy sample` has them
+CHOICE = Choice(temperature=0.5, top_k=50)  # the defaults of `llmpy sample`
 
 
 def write_sample(
     model: GPT2, data: TrainingData, options: TrainOptions, step: int, journal: Journal, stop: StopSignals
 ) -> None:
-    """Print what the model writes after the prompt, until a stop signal comes."""
+    """Print a sample that continues the prompt; a stop signal ends it."""
     o, stream = options, TextStream(data.tokenizer.decode if data.tokenizer else token_ids)
-    # Packed matrices would take memory that training needs; a sample is soon done without.
+    # Packed matrices would take memory that training needs, for little gain.
     tokens = generate(model, data.prompt, o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE, pack=False)
     until_asked = itertools.takewhile(lambda _: not stop.asked, tokens)
     text = (data.opening + "".join(map(stream.feed, until_asked)) + stream.finish()).strip("\n")
@@ -32,5 +32,5 @@ def write_sample(
 
 
 def token_ids(ids: list[int]) -> str:
-    """Return what stands for text where there is no tokenizer."""
+    """Return ids as text, for lack of a tokenizer."""
     return "".join(f"{i} " for i in ids)

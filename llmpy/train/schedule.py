@@ -1,13 +1,13 @@
-"""step → learning rate.     W warm-up steps, N steps in all, η peak, f final fraction
+"""step → learning rate.     W warm-up steps, N total steps, η peak, f final fraction
 
 warm-up    η·(step + 1)/W                              while step < W (cosine, linear, wsd)
 cosine     r = (step − W)/(N − W)                      min + ½(1 + cos πr)·(η − min),  min = f·η
 linear     the same r                                  η − r·(η − min)
 wsd        η until D = 0.8·N, then r = (step − D)/(N − D)   min + (1 − √r)·(η − min)
-constant   η from the first step on: llm.c gives it no warm-up, so neither do we
+constant   η from the first step: no warm-up, as in llm.c
 
-The formulas are llm.c's and steps count from 0. Beyond N the rate stays at its end: a run that is
-bounded by the clock may overshoot its predicted N by a step.
+The formulas are llm.c's; steps count from 0. Beyond N the rate keeps its final value: a run bounded by time may
+overshoot its predicted N by a step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 def learning_rate(
     step: int, total: int, warmup: int, peak: float, final_fraction: float = 0.0, kind: str = "cosine"
 ) -> float:
-    """The rate of update `step` (from 0) of `total`."""
+    """Return the rate of update `step` (from 0) of `total`."""
     if kind == "constant":
         return peak
     if step < warmup:
@@ -36,16 +36,15 @@ def learning_rate(
 
 
 def _share(step: int, start: int, end: int) -> float:
-    """How much of start … end lies behind `step`, in 0 … 1."""
+    """Return the share of start … end before `step`, in 0 … 1."""
     return min(1.0, (step - start) / max(1, end - start))
 
 
 def horizon(step: int, elapsed: float, step_seconds: float, steps: int | None, seconds: float | None) -> int:
-    """How many steps a run will have made at its end: the N of the schedule.
+    """Return the total steps of a run, N of the schedule, bounded by `steps` and `seconds`.
 
-    `steps` bounds it by itself. `seconds` does by prediction, made anew at every step from the mean
-    time of the steps so far (`step_seconds`, before the first one an estimate), so that the rate
-    reaches its end when the time does, however fast the machine turns out to be.
+    The bound by `seconds` is recomputed at every step from the mean step time so far, `step_seconds`. So the rate ends
+    when the time does, at any speed.
     """
     bounds = [] if steps is None else [steps]
     if seconds is not None:

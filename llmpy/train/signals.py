@@ -1,4 +1,4 @@
-"""Signals that stop a run, and the numbers by which ranks agree, so that all of them stop after the same step."""
+"""Signals that stop a run; ranks agree on them, so that all stop after the same step."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 class StopSignals:
-    """Whether the run was asked to stop, by a signal to any of its ranks."""
+    """The stop request of a run: a signal to any of its ranks."""
 
     def __init__(self, world: SingleProcess = SINGLE_PROCESS) -> None:
-        self.asked = 0  # the signal that came to this rank
-        self._agreed = 0  # the one that all ranks know of
+        self.asked = 0  # signal received by this rank
+        self._agreed = 0  # signal known to all ranks
         self._world = world
 
     @property
     def signal(self) -> int:
-        """The number of the signal that stops the run; 0: none has come."""
+        """The number of the signal that stops the run; 0: none."""
         return self._agreed or (self.asked if self._world.size == 1 else 0)
 
     def agree(self, *numbers: float) -> list[tuple[float, ...]]:
-        """Return the numbers of every rank, in their order; from here on all know whether one was asked to stop."""
+        """Return the numbers of every rank, by rank, and share their stop signals."""
         rows = self._world.gather(self.asked, *numbers)
         self._agreed = int(max(row[0] for row in rows))
         return [row[1:] for row in rows]
 
     def handled(self) -> AbstractContextManager[None]:
-        """Within, the first signal asks the run to stop after its step; a further SIGINT or SIGTERM ends the process.
+        """Within: the first signal stops the run after its step; a second SIGINT or SIGTERM ends the process.
 
-        A further SIGHUP does nothing, for a closing terminal may send two; under nohup none does.
+        A second SIGHUP is ignored, since a closing terminal may send two; under nohup all are.
         """
         return on_signal(self._handle)
 
@@ -47,5 +47,5 @@ class StopSignals:
         self.asked = number
         if self._world.rank == 0:
             again = b"; press Ctrl-C again to quit at once" if number == signal.SIGINT else b""
-            with contextlib.suppress(OSError):  # the terminal is gone; print may be what the signal interrupted
+            with contextlib.suppress(OSError):  # the terminal is gone; no print: the signal may have interrupted one
                 os.write(2, b"\nstopping after this step, and saving" + again + b"\n")

@@ -1,4 +1,4 @@
-"""One process that trains: what ranks would ask each other is answered at once."""
+"""Training by a single process: collective operations return at once."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from .optimizer import AdamW
 
 
 class SingleProcess:
-    """One rank, the first; `distributed.world.World` is the same for several."""
+    """Rank 0 of 1; `distributed.world.World` is the same interface for several ranks."""
 
     rank, size = 0, 1
     local_size = 1  # ranks on this host
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """Return the numbers of every rank, in the order of ranks; the same list on all of them."""
+        """Return the numbers of every rank, by rank; the same list on all."""
         return [numbers]
 
     @contextlib.contextmanager
     def first_rank_first(self) -> Iterator[None]:
-        """Within: what the first rank does before the others do it too."""
+        """Within: rank 0 runs the body first, then the others."""
         yield
 
     @contextlib.contextmanager
     def each_host_once(self) -> Iterator[None]:
-        """Within: what the first rank of every host does before the others of that host do it too."""
+        """Within: the first rank of every host runs the body first, then the host's others."""
         yield
 
     @contextlib.contextmanager
     def others_waiting(self) -> Iterator[bool]:
-        """Within: the first rank acts, with all weights in place, while the others wait. Yields whether this is it."""
+        """Within: rank 0 acts, with all weights gathered, while the others wait. Yields whether this is rank 0."""
         yield True
 
     def gather_values(self, value: Any) -> list[Any]:
-        """Return the value, as JSON has it, of every rank, in the order of ranks."""
+        """Return the JSON value of every rank, by rank."""
         return [value]
 
     def claim(self, options: TrainOptions) -> RunFolder:
@@ -50,7 +50,7 @@ class SingleProcess:
         return RunFolder.claim(options)
 
     def lines(self, threads: int) -> list[str]:
-        """Return what the user reads of the ranks, of which this one has so many threads."""
+        """Return notes about the ranks and their threads, for the user."""
         return crowded(threads)
 
     def journal(self) -> Journal:
@@ -58,11 +58,11 @@ class SingleProcess:
         return Journal()
 
     def threads(self, options: TrainOptions) -> int | None:
-        """Return the threads of this rank; None: as many as the backend finds cores."""
+        """Return the threads of this rank; None: one per core."""
         return options.threads
 
     def optimizer(self, model: GPT2, o: TrainOptions) -> AdamW:
-        """Return the optimizer of a model that has been reserved for training and has its weights."""
+        """Return the optimizer of an initialised model that is reserved for training."""
         return AdamW(model, o.beta1, o.beta2, o.weight_decay, o.clip)
 
     def checkpoints(
@@ -72,7 +72,7 @@ class SingleProcess:
         return CheckpointWriter(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep)
 
     def times(self) -> dict[str, float]:
-        """Return milliseconds of communication since the last call, and how many of them training waited for."""
+        """Return milliseconds of communication since the last call, and the part that training waited for."""
         return {}
 
 

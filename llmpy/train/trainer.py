@@ -1,7 +1,7 @@
-"""Training: step, evaluate, sample, report, save; bounded by steps, by time and by Ctrl-C; and resumed to the bit.
+"""Training: step, evaluate, sample, report, save; until --steps, --minutes or Ctrl-C; resumed bitwise identically.
 
-A checkpoint holds the run as it is after its step and before what else is due there, so that a resumed run does and
-records what one does that was never stopped. `assemble.py` makes the parts of a trainer.
+A checkpoint holds the state after its step but before the evaluation and sample due there. So a resumed run does and
+records the same as an uninterrupted one. `assemble.py` builds the parts of a trainer.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .signals import StopSignals
 from .single_process import SINGLE_PROCESS, SingleProcess
 from .training_data import TrainingData, Update
 
-WARMUP_SHARE, WARMUP_MOST = 10, 50  # without --warmup: a tenth of the run, at most 50 steps
+WARMUP_SHARE, WARMUP_MOST = 10, 50  # default warm-up: a tenth of the run, at most 50 steps
 
 
 class Trainer:
-    """A model, its optimizer and its data, and the loop over them. Of several ranks each runs one, in step."""
+    """A model, its optimizer, its data and the training loop. Every rank runs one, in lockstep."""
 
-    update: Update  # the batches of the next step, read ahead
+    update: Update  # the batches of the next step, prefetched
 
     def __init__(
         self, model: GPT2, optimizer: AdamW, data: TrainingData, options: TrainOptions, checkpoints: CheckpointWriter,
@@ -52,19 +52,19 @@ class Trainer:
         self.evaluation = Evaluation(model, data, options, report, self.stop, world)
         self.guard = UpdateGuard({"loss": options.skip_loss, "norm": options.skip_norm})
         self.done = 0
-        self.counted = 0  # targets of the next update, on all ranks
-        self.elapsed, self.step_seconds = 0.0, 1.0  # by the first rank's clock
+        self.counted = 0  # unmasked targets of the next update, on all ranks
+        self.elapsed, self.step_seconds = 0.0, 1.0  # by rank 0's clock
 
     def run(self) -> int:
         """Train to the end or to a stop signal. Returns the exit code: 0, or 128 + the signal (130 for Ctrl-C).
 
-        Raises LlmpyError if the last checkpoint cannot be written, Diverged if training gives NaN or infinity.
+        Raises LlmpyError if the final checkpoint cannot be written, Diverged if training gives NaN or infinity.
         """
         with contextlib.closing(self.checkpoints), self.report:
             with self.stop.handled():
                 self.train()
                 self.save_last()
-            self.report.close()  # from here on a signal ends the program at once
+            self.report.close()  # from now on a signal ends the program at once
             self.conclude()
         return 128 + self.stop.signal if self.stop.signal else 0
 
@@ -91,7 +91,7 @@ class Trainer:
                 self.save()
 
     def train_step(self) -> StepResult:
-        """Make one update, or skip it if its loss or norm is not finite or an outlier."""
+        """Make one update; skip it if its loss or norm is not finite or an outlier."""
         start, update, counted, lr = time.perf_counter(), self.update, self.counted, self.learning_rate()
         loss = self.gradients()
         self.update = self.data.read()
@@ -108,20 +108,20 @@ class Trainer:
         return StepResult(self.done, total, loss, norm, lr, z, skipped, update.names, tokens, seconds)
 
     def gradients(self) -> float:
-        """Put the gradients of the update's mean loss into `model.grads`. Returns this rank's sum of losses.
+        """Accumulate the gradients of the update's mean loss in `model.grads`. Returns this rank's sum of losses.
 
-        Batches weigh by their targets that count, so that several are as one that holds all their rows.
+        Micro-batches are weighted by their unmasked targets, so that they are equivalent to one large batch.
         """
         batches, total = self.update.batches, 0.0
         for i, (tokens, targets, n) in enumerate(batches):
             if i + 1 == len(batches):
                 self.optimizer.expect()
-            share = self.counted / max(1, n)  # without masks the micro-batches of all ranks
+            share = self.counted / max(1, n)  # without masks: the number of micro-batches on all ranks
             total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
         return total
 
     def agree(self, loss: float) -> float:
-        """Exchange what the trainers of all ranks must know of each other. Returns the sum of their sums of losses."""
+        """Synchronise losses, counts, clocks and signals of all ranks. Returns the sum of their losses."""
         report = self.report
         rows = self.stop.agree(loss, self.update.counted, report.elapsed(), report.step_seconds)
         self.counted = max(1, int(sum(row[1] for row in rows)))
@@ -129,28 +129,28 @@ class Trainer:
         return sum(row[0] for row in rows)
 
     def finished(self) -> bool:
-        """Whether a signal came, or the steps or the time are used up. Every run makes a step."""
+        """Return whether the run ends: a signal, --steps or --minutes. Every run makes at least one step."""
         o = self.options
         timed_out = o.seconds is not None and self.done > 0 and self.elapsed >= o.seconds
         return bool(self.stop.signal) or (o.steps is not None and self.done >= o.steps) or timed_out
 
     def due(self, every: int) -> bool:
-        """Whether what comes `every` so many steps is due now; 0: never."""
+        """Return whether an action due `every` n steps is due now; 0: never."""
         return self.done > 0 and every > 0 and self.done % every == 0
 
     def total_steps(self) -> int:
-        """Return how many steps the run will have made at its end, unless a signal stops it: N of the schedule."""
+        """Return the predicted steps of the whole run: N of the schedule."""
         return horizon(self.done, self.elapsed, self.step_seconds, self.options.steps, self.options.seconds)
 
     def learning_rate(self) -> float:
-        """Return the rate of the next update."""
+        """Return the learning rate of the next update."""
         o, total = self.options, self.total_steps()
         warmup = min(total // WARMUP_SHARE, WARMUP_MOST) if o.warmup is None else o.warmup
-        assert o.lr is not None  # `settled` has seen to it
+        assert o.lr is not None  # set by `settled`
         return learning_rate(self.done, total, warmup, o.lr, o.min_lr, o.schedule)
 
     def evaluate(self) -> None:
-        """Report how good the model is, and keep it if it is the best so far; nothing if a stop signal comes."""
+        """Report validation loss and accuracy, and keep the best model; a stop signal ends it."""
         score = self.evaluation.validate(self.done)
         if score is not None and not math.isfinite(score.val_loss):
             raise self.diverged(f"the validation loss is {score.val_loss}")
@@ -159,27 +159,27 @@ class Trainer:
         self.evaluation.choose(self.done)
 
     def sample(self) -> None:
-        """Print what the model writes after the prompt."""
+        """Print a sample, on rank 0."""
         with self.world.others_waiting() as mine:
             if mine:
                 write_sample(self.model, self.data, self.options, self.done, self.report.journal, self.stop)
         self.stop.agree()
 
     def check(self, result: StepResult) -> None:
-        """Raise Diverged after too many steps in a row whose loss or norm is not finite."""
+        """Raise Diverged after too many consecutive steps with a loss or norm that is not finite."""
         if self.guard.bad_steps >= GIVE_UP_AFTER:
             where = origin(self.model, self.options.batch_size, self.options.sequence_length)
-            steps = count_of(self.guard.bad_steps, "step")
-            raise self.diverged(f"{result.skipped}, as in {steps} in a row; it first arose in {where}")
+            steps = count_of(self.guard.bad_steps, "consecutive step")
+            raise self.diverged(f"{result.skipped}, in {steps}; it first arose in {where}")
 
     def save(self) -> None:
-        """Save a checkpoint of now; training waits for a copy only. Raises Diverged if it would not be finite."""
+        """Start a background checkpoint. Raises Diverged if the state is not finite."""
         if not self.checkpoints.finite():
             raise self.diverged("a parameter or moment is no longer finite")
         self.checkpoints.save(self.done, *self.state())
 
     def save_last(self) -> None:
-        """Write the checkpoint of the end, and evaluate even where that fails."""
+        """Write the final checkpoint, then evaluate even if that failed."""
         self.report.journal.end_progress()
         if not self.checkpoints.finite():
             raise self.diverged("a parameter or moment is no longer finite")
@@ -189,7 +189,7 @@ class Trainer:
             self.evaluate()
 
     def state(self) -> tuple[dict[str, Any], Position]:
-        """Return all that resuming needs beside parameters and moments: as JSON, and the place in the data."""
+        """Return the state besides parameters and moments: as JSON, and the data position."""
         position = self.update.position
         data = {
             **self.data.fingerprints, "shard": position.shard, "sample": position.sample,
@@ -220,41 +220,38 @@ class Trainer:
         self.checkpoints.adopt(path, self.done)
 
     def take_over(self, state: llmc_state.TrainingState) -> None:
-        """Continue from a state of llm.c, whose weights and place model and data have. Detectors start anew."""
+        """Continue from llm.c's state; weights and data position are already set. Detectors start empty."""
         llmc_state.restore(state, self.optimizer)
         self.done = state.step
 
     def conclude(self) -> None:
-        """Say what came of the run and how to continue; a sample unless the user wants to be gone."""
+        """Print a sample, the result and the commands to continue; no sample after a signal."""
         log, data, folder = self.report.journal.log, self.data, self.checkpoints.run
         if self.stop.signal:
-            log(f"stopped after {count_of(self.done, 'step')}; go on with:  {command('train', '--resume', folder)}")
+            log(f"stopped after {count_of(self.done, 'step')}")
+            log(f"resume:  {command('train', '--resume', folder)}")
         else:
             self.sample()
             taken = duration(self.report.elapsed())
-            log(f"trained {count_of(self.done, 'step')} in {taken}; the model is in {folder}")
+            log(f"trained {count_of(self.done, 'step')} in {taken}; model in {folder}")
             best = self.checkpoints.best()
-            if best is not None and best.val_loss < self.evaluation.loss:  # of the same text: else it was replaced
-                log(
-                    f"it was better before, after step {best.step}, with validation loss {best.val_loss:.4f}: "
-                    f"{shlex.quote(str(folder / BEST_FILE))}"
-                )
+            if best is not None and best.val_loss < self.evaluation.loss:  # of the same batches, or it was replaced
+                where = shlex.quote(str(folder / BEST_FILE))
+                log(f"best validation loss {best.val_loss:.4f} at step {best.step}: {where}")
         if data.holds_answers:
-            log(f"talk with it:  {command('chat', folder)}")
+            log(f"chat:  {command('chat', folder)}")
         elif data.tokenizer is not None:
-            log(f'continue a text with:  {command("sample", folder)} --prompt "…"')
+            log(f'sample:  {command("sample", folder)} --prompt "…"')
 
     def diverged(self, what: str) -> Diverged:
-        """Return what to raise, on all ranks; a checkpoint that is being written is finished first."""
+        """Return the error to raise, on all ranks, after waiting for a checkpoint in progress."""
         self.checkpoints.settle()
-        last, again = self.checkpoints.last, ""
+        last, fix = self.checkpoints.last, "Use a smaller --lr or a longer --warmup"
         if last is None:
-            kept = "no checkpoint was made yet"
+            kept = "no checkpoint exists yet"
         elif last > self.done - self.guard.bad_steps:
-            kept = f"the checkpoint of step {last} came after steps that had to be skipped, and is no better"
+            kept = f"the checkpoint of step {last} is bad too: it follows skipped steps"
         else:
             kept = f"the last good checkpoint is of step {last}"
-            again = f", and go on from it: {command('train', '--resume', self.checkpoints.run)} --lr …"
-        return Diverged(
-            "train.x", f"step {self.done}: {what}; {kept}", f"Use a smaller --lr or a longer --warmup{again}"
-        )
+            fix += f", and resume: {command('train', '--resume', self.checkpoints.run)} --lr …"
+        return Diverged("run.diverged", f"step {self.done}: {what}; {kept}", fix)

@@ -1,4 +1,4 @@
-"""Files of 0.1.0 are read, sampled and resumed as 0.1.0 does it itself: see tests/fixtures/0.1.0."""
+"""Files of 0.1.0 are read, sampled and resumed as by 0.1.0: see tests/fixtures/0.1.0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def digest(x: Any) -> str:
 
 
 def state(path: Path) -> dict[str, Any]:
-    """What a checkpoint restores, as expected.json has it."""
+    """Return the restored state of a checkpoint, as in expected.json."""
     manifest = checkpoint.verify(path)
     params = Arena(params_table(checkpoint.read_header(path / checkpoint.MODEL).config), np.empty, np.float32)
     checkpoint.load_parameters(path / checkpoint.MODEL, params)
@@ -62,7 +62,7 @@ def test_a_checkpoint_restores_every_bit(path: Path) -> None:
 
 
 def resumed_as_by_itself(run: Path, expected: str) -> None:
-    """The bits are those of 0.1.0 where instruction set and compiler are; everywhere the numbers and the position."""
+    """Compare with 0.1.0: bitwise on the same instruction set and compiler, else update count and data position."""
     found, wanted = state(run / STEP_8), EXPECTED[expected]
     here = backend.load("cpu", threads=2, dtype="float32").version_info()
     if (here["isa"], here["llvmlite"]) == (EXPECTED["isa"], EXPECTED["llvm"]):
@@ -97,18 +97,18 @@ def test_a_run_of_two_ranks_resumes_in_two(tmp_path: Path) -> None:
 def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied("stopped", tmp_path)
     assert main(["train", "--resume", str(run), "--data", str(OLD / "text.txt"), "--steps", "2", *QUIET]) == 0
-    assert "no checkpoint was complete" in capsys.readouterr().out
+    assert "no complete checkpoint" in capsys.readouterr().out
     assert checkpoint.newest(run / "checkpoints", print) is not None
 
 
 def test_every_model_writes_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
-    said = set()
+    texts = set()
     for name in ("finished", "finished/best.safetensors", "finished/checkpoints/step-00000008", "model.bin", "hf"):
         words = ["--prompt", "the cat", "--tokens", "12", "--temperature", "0", "--dtype", "float32"]
         assert main(["sample", str(OLD / name), *words]) == 0
-        said.add(capsys.readouterr().out)
-    assert len(said) == 1
-    assert said.pop().startswith("the cat")
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+    assert texts.pop().startswith("the cat")
 
 
 def test_tokens_train(tmp_path: Path) -> None:

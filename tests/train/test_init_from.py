@@ -1,4 +1,4 @@
-"""`llmpy train --init`: a run that starts from a file, and follows llm.c's algorithm from there."""
+"""`llmpy train --init`: a run that starts from a file and then follows llm.c's algorithm."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laptop import TINY, Laptop
+from support.refused import refused
 from support.samples import WRITERS, in_memory, training_state, with_tokenizer
 
 from llmpy import formats
@@ -57,7 +58,7 @@ def losses(run: Path) -> list[float]:
 
 
 def llm_c(source: Source, shard: Path, steps: int, lr: float) -> list[float]:
-    """train_gpt2.c's loop, written out in float64: shuffled loader of seed 42, AdamW 0.9, 0.999, no decay, no clip."""
+    """Run train_gpt2.c's loop in float64: shuffled loader of seed 42, AdamW 0.9, 0.999, no decay, no clip."""
     model = GPT2(source.config, Reference())
     source.fill(model.params)
     model.reserve(2, 8, training=True)
@@ -82,7 +83,7 @@ def test_a_run_from_every_format_follows_llm_c(options: Options, tmp_path: Path,
     # float32 against float64 over five updates
     assert losses(tmp_path / "run") == pytest.approx(llm_c(source, tmp_path / "train.bin", 5, 1e-2), rel=2e-5)
     header = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
-    assert header == checkpoint.Header(TINY, TINY.context)  # positions beyond -T were trained before
+    assert header == checkpoint.Header(TINY, TINY.context)  # positions beyond -T are already trained
 
 
 def test_a_checkpoint_of_llm_c_starts_from_its_master_weights(options: Options, tmp_path: Path) -> None:
@@ -95,39 +96,39 @@ def test_a_checkpoint_of_llm_c_starts_from_its_master_weights(options: Options, 
     assert losses(tmp_path / "run") == pytest.approx(llm_c(weights, tmp_path / "train.bin", 5, 1e-2), rel=2e-5)
 
 
-def test_the_run_says_where_it_starts(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_prints_its_initial_model(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llmc.write_model(tmp_path / "m.bin", in_memory(), "float32")
     assemble.train(options(init=str(tmp_path / "m.bin"), steps=1), Laptop())
-    said = capsys.readouterr().out
-    assert "m.bin: model of llm.c, version 3, float32, 2 layers, 2 heads, 8 channels, context 16" in said
-    assert "model    d2: 2 layers" in said
+    out = capsys.readouterr().out
+    assert "m.bin: " in out
+    assert "model    d2: " in out
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "code", "name"),
     [
-        ({"model": "d2"}, "--model d2 is not what --init is"),
-        ({"sequence_length": 17}, "longer than the model's context of 16"),
-        ({"vocab_size": 301}, "has 300 tokens, the data 301"),
-        ({"init": "nowhere"}, "no model nowhere"),
+        ({"model": "d2"}, "option.conflict", "--model d2"),
+        ({"sequence_length": 17}, "model.context-exceeded", "-T 16"),
+        ({"vocab_size": 301}, "tokenizer.vocab-mismatch", "301"),
+        ({"init": "nowhere"}, "model.missing", "nowhere"),
     ],
 )
-def test_what_does_not_agree_is_refused_and_leaves_nothing(
-    options: Options, tmp_path: Path, changes: dict[str, Any], said: str
+def test_a_mismatch_is_refused_and_leaves_nothing(
+    options: Options, tmp_path: Path, changes: dict[str, Any], code: str, name: str
 ) -> None:
     llmc.write_model(tmp_path / "m.bin", in_memory(), "float32")
-    with pytest.raises(LlmpyError, match=said):
+    with refused(code, name):
         assemble.train(options(**{"init": str(tmp_path / "m.bin")} | changes), Laptop())
     assert not (tmp_path / "run").exists()
 
 
-TEXT = "".join(f"Line {i} of a text that a model goes on with.\n" for i in range(60))
-WORDS = replace(TINY, vocab_size=257)  # as many as the byte tokenizer has
+TEXT = "".join(f"Line {i} of a text that a model continues.\n" for i in range(60))
+WORDS = replace(TINY, vocab_size=257)  # of the byte tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small model in Hugging Face's form, with its tokenizer, and text.txt beside it."""
+    """A small model in Hugging Face's format, with its tokenizer, next to text.txt."""
     huggingface.write_model(tmp_path / "small", with_tokenizer(in_memory(WORDS), tmp_path / "bytes.json"), "float32")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path / "small"
@@ -145,13 +146,13 @@ def test_text_is_read_with_the_tokenizer_of_the_model(folder: Path) -> None:
     assert assemble.train(on_text(folder), Laptop()) == 0
     run = folder.parent / "run"
     train = open_shard(run / "train.bin", 257)
-    assert bytes(train.tokens[1:40].tolist()) == TEXT.encode()[:39]  # after end-of-text: a token is a byte
+    assert bytes(train.tokens[1:40].tolist()) == TEXT.encode()[:39]  # after end-of-text; a token is a byte
     header, tokenizer = open_run(run)
     assert (header.config, header.trained_length) == (WORDS, WORDS.context)
     assert tokenizer.same_tokens(Tokenizer.bytes())
 
 
-def test_a_run_from_a_model_goes_on_without_it(folder: Path) -> None:
+def test_a_run_from_a_model_resumes_without_it(folder: Path) -> None:
     assert assemble.train(on_text(folder), Laptop()) == 0
     run, cut = folder.parent / "run", folder.parent / "cut"
     shutil.copytree(run, cut, ignore=shutil.ignore_patterns("step-00000004"))
@@ -162,7 +163,7 @@ def test_a_run_from_a_model_goes_on_without_it(folder: Path) -> None:
     assert losses(cut) == losses(run)
 
 
-def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_from_the_model_again(folder: Path) -> None:
+def test_a_run_without_a_checkpoint_restarts_from_the_model(folder: Path) -> None:
     assert assemble.train(on_text(folder), Laptop()) == 0
     run, cut = folder.parent / "run", folder.parent / "cut"
     cut.mkdir()
@@ -173,7 +174,7 @@ def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_from_the_model
 
 def test_text_for_a_model_without_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(LlmpyError, match="small came without a tokenizer, which text needs"):
+    with pytest.raises(LlmpyError, match=r"small\b.* tokenizer"):
         assemble.train(on_text(folder), Laptop())
     assert not (folder.parent / "run").exists()
 
@@ -183,30 +184,27 @@ def test_tokens_of_another_tokenizer_are_refused(folder: Path) -> None:
     tokens.mkdir()
     write_shard(tokens / "train.bin", np.arange(250))
     Tokenizer.train([TEXT], 257).save(tokens / "tokenizer.json")  # as many tokens, other ids
-    with pytest.raises(LlmpyError, match="holds tokens of another tokenizer than that of the model"):
+    with pytest.raises(LlmpyError, match=str(tokens)):
         assemble.train(on_text(folder, data=(tokens,)), Laptop())
 
 
 def test_the_option_e_of_llm_c_takes_a_file_too() -> None:
-    for given in ("gpt2_124M.bin", "runs/NAME"):
-        told = TrainOptions.gather({"model": given})
-        assert (told.model, told.init, told.given) == ("", given, {"init"})
-        assert told.called == Path(given).stem
-    told = TrainOptions.gather({"model": "gpt3:c768"})
-    assert (told.model, told.init) == ("gpt3:c768", None)
+    for model in ("gpt2_124M.bin", "runs/NAME"):
+        found = TrainOptions.gather({"model": model})
+        assert (found.model, found.init, found.given) == ("", model, {"init"})
+        assert found.called == Path(model).stem
+    found = TrainOptions.gather({"model": "gpt3:c768"})
+    assert (found.model, found.init) == ("gpt3:c768", None)
 
 
-def test_a_vocabulary_that_is_padded_is_cut_to_that_of_the_tokenizer(
-    tmp_path: Path,
-) -> None:
+def test_a_padded_vocabulary_is_cut_to_that_of_the_tokenizer(tmp_path: Path) -> None:
     wide = replace(WORDS, vocab_size=384)
     whole = with_tokenizer(in_memory(wide), tmp_path / "bytes.json")
     huggingface.write_model(tmp_path / "wide", whole, "float32")
-    said: list[str] = []
-    source = resolve(str(tmp_path / "wide"), said.append)
-    assert (source.config, len(said)) == (WORDS, 1)
-    assert "384" in said[0]
-    assert "257" in said[0]
+    lines: list[str] = []
+    source = resolve(str(tmp_path / "wide"), lines.append)
+    assert (source.config, len(lines)) == (WORDS, 1)
+    assert "384" in lines[0] and "257" in lines[0]
     wte = source.read("wte")
     assert wte.shape == (WORDS.padded_vocab_size, WORDS.channels)
     np.testing.assert_array_equal(wte[:257], whole.read("wte")[:257])
@@ -217,41 +215,41 @@ def test_a_vocabulary_that_is_padded_is_cut_to_that_of_the_tokenizer(
     Tokenizer.bytes().save(tmp_path / "wide" / "tokenizer.json")
     narrow = with_tokenizer(in_memory(replace(WORDS, vocab_size=200)), tmp_path / "bytes.json")
     native.write_model(tmp_path / "narrow", narrow)
-    with pytest.raises(LlmpyError, match=r"257 tokens but the model 200 — put the model's own tokenizer\.json there"):
-        resolve(str(tmp_path / "narrow"), said.append)
+    with pytest.raises(LlmpyError, match=r"257 tokens.* 200\b"):
+        resolve(str(tmp_path / "narrow"), lines.append)
 
 
-def test_a_missing_model_and_missing_data_are_told_together(folder: Path) -> None:
+def test_a_missing_model_and_missing_data_are_reported_together(folder: Path) -> None:
     wrong = on_text(folder, init="none.bin", data=(folder / "none.txt",))
-    with pytest.raises(LlmpyError, match=r"2 problems: \(1\) no model none\.bin.*\(2\) no file or folder .*none\.txt"):
+    with refused("run.refused", "2 problems", "none.bin", folder / "none.txt"):
         assemble.train(wrong, Laptop())
 
 
-def test_a_folder_without_safetensors_is_told_so(folder: Path) -> None:
+def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(LlmpyError, match=r"small has no model\.safetensors — save the model as safetensors"):
+    with pytest.raises(LlmpyError, match=r"small\b.* model\.safetensors"):
         resolve(str(folder), print)
 
 
 @pytest.mark.parametrize(
-    ("form", "beside"), [("llmc", False), ("llmc", True), ("hf", True), ("hf sharded", True), ("native", True)]
+    ("form", "own"), [("llmc", False), ("llmc", True), ("hf", True), ("hf sharded", True), ("native", True)]
 )
-def test_sample_takes_every_format(form: str, beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same text from each; a .bin without a tokenizer beside it is GPT-2's by its vocabulary."""
+def test_sample_takes_every_format(form: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gives the same text; a .bin without a tokenizer uses GPT-2's if the vocabulary matches."""
     model = with_tokenizer(in_memory(WORDS), tmp_path / "bytes.json")
     path = tmp_path / ("m.bin" if form == "llmc" else "m")
     WRITERS[form](path, model)
     if form == "llmc":
-        with pytest.raises(LlmpyError, match=r"m\.bin came without a tokenizer"):
+        with pytest.raises(LlmpyError, match=r"m\.bin\b.* tokenizer"):
             open_run(path)
-        if beside:
+        if own:
             Tokenizer.bytes().save(tmp_path / "tokenizer.json")
         else:
             monkeypatch.setattr(formats.detect, "GPT2_VOCAB", WORDS.vocab_size)
             monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, log: cls.bytes()))
     native.write_model(tmp_path / "run", model)
-    told: dict[Path, list[str]] = {tmp_path / "run": [], path: []}
-    for run, pieces in told.items():
+    texts: dict[Path, list[str]] = {tmp_path / "run": [], path: []}
+    for run, pieces in texts.items():
         sample(SampleOptions(run, prompt=("ab",), tokens=12), pieces.append, Laptop())
-    assert "".join(told[path]) == "".join(told[tmp_path / "run"])
-    assert len("".join(told[path])) > 2
+    assert "".join(texts[path]) == "".join(texts[tmp_path / "run"])
+    assert len("".join(texts[path])) > 2

@@ -1,4 +1,4 @@
-"""NaN is planted somewhere, spreads as it does in training, and is traced back to its place."""
+"""A planted NaN spreads as in training and is traced to its origin."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ TOKENS = np.arange(16, dtype=np.int32).reshape(2, 8)
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "said"),
+    ("name", "layer", "expected"),
     [
         ("wte", None, "the parameter wte"),
         ("mlp_fc_w", 1, "the parameter mlp_fc_w of layer 1"),
         ("ln_f_b", None, "the parameter ln_f_b"),
     ],
 )
-def test_a_parameter(name: str, layer: int | None, said: str) -> None:
+def test_a_parameter(name: str, layer: int | None, expected: str) -> None:
     model = tiny_model()
     view = getattr(model.params, name)
     (view if layer is None else view[layer]).reshape(-1)[3] = np.inf
     with np.errstate(invalid="ignore"):
         model.loss_and_grads(TOKENS, TOKENS)
-    assert origin(model, 2, 8) == said
+    assert origin(model, 2, 8) == expected
 
 
 class Faulty(Laptop):
@@ -51,7 +51,7 @@ class Faulty(Laptop):
 
 
 @pytest.mark.parametrize(
-    ("operation", "number", "output", "said"),
+    ("operation", "number", "output", "expected"),
     [
         ("attention_forward", 2, 0, "the activation attn_out of layer 1"),
         ("linear_forward", 1, 0, "the activation qkv of layer 0"),
@@ -65,7 +65,7 @@ class Faulty(Laptop):
         ("embedding_backward", 1, 1, "the gradient of wpe"),
     ],
 )
-def test_an_operation(operation: str, number: int, output: int, said: str) -> None:
+def test_an_operation(operation: str, number: int, output: int, expected: str) -> None:
     for recompute in (0, 1, 2):
         model = GPT2(TINY, Laptop(), recompute)
         initialise(model.params, TINY)
@@ -73,10 +73,10 @@ def test_an_operation(operation: str, number: int, output: int, said: str) -> No
         model.ops = Faulty(operation, number, output)
         with np.errstate(invalid="ignore"):
             model.loss_and_grads(TOKENS, TOKENS)
-        assert origin(model, 2, 8) == said
+        assert origin(model, 2, 8) == expected
 
 
 def test_nothing() -> None:
     model = tiny_model()
     model.loss_and_grads(TOKENS, TOKENS)
-    assert origin(model, 2, 8) == "no tensor that was kept"
+    assert origin(model, 2, 8) == "an unknown tensor"

@@ -28,7 +28,7 @@ def test_a_spike_stands_out_of_noise_and_nothing_out_of_a_constant() -> None:
     assert [flat.update(2.0) for _ in range(200)][WINDOW:] == [0.0] * (200 - WINDOW)
 
 
-def test_it_goes_on_from_its_state_to_the_bit() -> None:
+def test_its_state_is_restored_bitwise() -> None:
     values = np.random.default_rng(1).normal(3, 1, 400).tolist()
     for cut in (0, 5, WINDOW, 200):
         whole, first, second = OutlierDetector(), OutlierDetector(), OutlierDetector()

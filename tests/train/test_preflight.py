@@ -1,4 +1,4 @@
-"""What is said before training, and the refusal of what cannot fit."""
+"""The summary before training, and the refusal of runs that do not fit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import pytest
 from support.laptop import Laptop
+from support.refused import refused
 
 from llmpy.data.hellaswag import Example, write_examples
-from llmpy.errors import LlmpyError
 from llmpy.model.arena import memory
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import RECOMPUTE, activations_table, params_table
@@ -40,14 +40,14 @@ GPT2_124M = ModelConfig.from_dial("gpt2")
 TOKENS = 305_260, 32_768  # to train on, to validate
 
 
-def needed_by(*told: Any, **more: Any) -> int:
-    return sum(memory_parts(*told, **more).values())
+def needed_by(*given: Any, **more: Any) -> int:
+    return sum(memory_parts(*given, **more).values())
 
 
 def flight(**options: object) -> Preflight:
-    told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, **options)  # type: ignore[arg-type]
-    told = told.settled(768, 305_260)
-    return inspect(RunStart(told), GPT2_124M, told, Laptop(), TOKENS)
+    given = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, **options)  # type: ignore[arg-type]
+    given = given.settled(768, 305_260)
+    return inspect(RunStart(given), GPT2_124M, given, Laptop(), TOKENS)
 
 
 def test_memory_follows_the_tables() -> None:
@@ -62,49 +62,45 @@ def test_memory_follows_the_tables() -> None:
     assert needed_by(GPT2_124M, 4, 128, Laptop()) > needed
 
 
-def test_samples_take_what_they_reach() -> None:
+def test_short_samples_need_less_memory() -> None:
     whole = needed_by(GPT2_124M, 1, 1024, Laptop())
     short = needed_by(GPT2_124M, 1, 1024, Laptop(), sampled=128)
     assert whole - short > 50e6
     assert needed_by(GPT2_124M, 1, 64, Laptop(), sampled=128) == needed_by(GPT2_124M, 1, 64, Laptop())
 
 
-def test_the_lines_say_what_will_run() -> None:
+def test_the_summary() -> None:
     text = "\n".join(flight(steps=100).lines())
-    for part in ("gpt2", "124,475,904 parameters", "305,260 tokens", "4 x 64", "1 thread, numpy, float32"):
+    for part in ("gpt2", "124,475,904 parameters", "305,260 training", "32,768", "4 x 64", "1 thread, numpy, float32"):
         assert part in text
-    assert "measured peak 10 GFLOP/s" in text
-    assert "stops at 100 steps" in text
-    assert "stops at 11,920 steps or 3.5 minutes" in "\n".join(flight().lines())
-    assert "stops at 7 minutes" in "\n".join(flight(minutes=7).lines())
-    assert "whichever comes first" in "\n".join(flight(steps=3, minutes=1).lines())
+    assert "peak 10 GFLOP/s" in text
+    assert "after 100 steps" in text
+    assert "after 11,920 steps or 3.5 minutes, whichever comes first" in "\n".join(flight().lines())
+    assert "after 7 minutes" in "\n".join(flight(minutes=7).lines())
+    busy = {"ranks": 64, "total_batch": 1 << 20, "steps": 10**9, "minutes": 12345.5}
+    assert max(map(len, flight(**busy).lines())) <= 80
 
 
-def test_a_text_that_is_read_too_often_is_told_of() -> None:
+def test_cautions() -> None:
     # 305,260 tokens are 1,192 batches of 256
-    assert "by heart" not in "\n".join(flight(steps=20_000).lines())
-    assert "by heart" in "\n".join(flight(steps=26_000).lines())
-
-
-def test_a_step_that_reads_more_than_there_is_is_told_of() -> None:
-    assert "caution  a step reads 524,288 tokens, more than there are: 1.7 epochs" in "\n".join(
-        flight(steps=9, total_batch=524_288).lines()
-    )
+    assert "caution" not in "\n".join(flight(steps=20_000).lines())
+    assert "caution  22 epochs" in "\n".join(flight(steps=26_000).lines())
+    assert "caution  a step reads 1.7 epochs" in "\n".join(flight(steps=9, total_batch=524_288).lines())
     assert "a step reads" not in "\n".join(flight(steps=9, total_batch=262_144).lines())
 
 
-def test_of_a_run_that_goes_on_the_rest_is_told() -> None:
-    told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, steps=100).settled(768, 305_260)
+def test_a_resumed_run_shows_the_rest() -> None:
+    given = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, steps=100).settled(768, 305_260)
 
     def after_90(elapsed: float) -> Preflight:
-        start = RunStart(told, manifest={"step": 90, "seconds": {"elapsed": elapsed}})
-        return inspect(start, GPT2_124M, told, Laptop(), TOKENS)
+        start = RunStart(given, manifest={"step": 90, "seconds": {"elapsed": elapsed}})
+        return inspect(start, GPT2_124M, given, Laptop(), TOKENS)
 
     rest = after_90(1e4)
     assert rest.steps == 10
     assert "10 steps of" in "\n".join(rest.lines())
-    assert " after the 90 that are made, 0.1 epochs" in "\n".join(rest.lines())
-    told = replace(told, steps=None, minutes=10)
+    assert " after the first 90, 0.1 epochs" in "\n".join(rest.lines())
+    given = replace(given, steps=None, minutes=10)
     left = after_90(540.0)
     assert left.steps == int(60 / left.step_seconds)
     assert after_90(600.0).steps == 0
@@ -112,19 +108,19 @@ def test_of_a_run_that_goes_on_the_rest_is_told() -> None:
 
 def test_memory_of_hellaswag_and_of_the_compiler(tmp_path: Path) -> None:
     write_examples(tmp_path / "h.bin", [Example(np.arange(50), (np.arange(1, 21),) * 4, 0)])
-    told = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, checkpoint_every=0)
-    plain = memory_of(told, GPT2_124M, Laptop())
+    given = TrainOptions(model="gpt2", batch_size=4, sequence_length=64, checkpoint_every=0)
+    plain = memory_of(given, GPT2_124M, Laptop())
     apart = memory(activations_table(GPT2_124M, 4, 69, False), 4, 4) + 4 * (4 * 69 - 256) * GPT2_124M.padded_vocab_size
-    assert memory_of(replace(told, hellaswag=tmp_path / "h.bin"), GPT2_124M, Laptop()) == plain + apart
-    same = replace(told, sequence_length=69)
+    assert memory_of(replace(given, hellaswag=tmp_path / "h.bin"), GPT2_124M, Laptop()) == plain + apart
+    same = replace(given, sequence_length=69)
     assert memory_of(replace(same, hellaswag=tmp_path / "h.bin"), GPT2_124M, Laptop()) == memory_of(
         same, GPT2_124M, Laptop()
     )
     cold = Laptop()
     cold.compiled = lambda: False  # type: ignore[method-assign]
-    assert memory_of(told, GPT2_124M, cold) == plain + COMPILER_BYTES
-    flown = inspect(RunStart(told), GPT2_124M, told.settled(768, 305_260), cold, TOKENS)
-    assert "available, with what compiling the kernels takes" in "\n".join(flown.lines())
+    assert memory_of(given, GPT2_124M, cold) == plain + COMPILER_BYTES
+    flown = inspect(RunStart(given), GPT2_124M, given.settled(768, 305_260), cold, TOKENS)
+    assert "compilation" in "\n".join(flown.lines())
 
 
 def test_memory_follows_recompute() -> None:
@@ -142,10 +138,10 @@ def test_time_is_estimated_from_the_peak() -> None:
     assert flight(minutes=0.01).steps == 1
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_too_little_memory_is_refused() -> None:
     plan = flight(steps=1)
     check_memory(plan.options, plan.config, plan.machine, plan.memory)
-    with pytest.raises(LlmpyError, match=r"needs about .* smaller -B, -T or --model"):
+    with refused("memory.insufficient", "-B 4 -T 64"):
         check_memory(plan.options, plan.config, plan.machine, plan.memory - 1)
 
 
@@ -172,9 +168,9 @@ from llmpy.options.train import TrainOptions
 folder, model, dtype, T, every = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 needed = []
 true = memory.memory_parts
-def noting(*told):
-    needed.append(sum(true(*told).values()))
-    return true(*told)
+def noting(*given):
+    needed.append(sum(true(*given).values()))
+    return true(*given)
 memory.memory_parts = noting
 for name in ("train.bin", "val.bin"):
     write_shard(folder / name, np.arange(20_000) % 50_257)
@@ -187,7 +183,7 @@ print(needed[-1], peak_memory())
 
 
 def measured(folder: Path, model: str, dtype: str, T: int, every: int) -> tuple[int, int]:
-    """Bytes predicted, and taken, by a run in another process."""
+    """Return the predicted and the measured bytes of a run in another process."""
     command = [sys.executable, "-c", MEASURE, str(folder), model, dtype, str(T), str(every)]
     predicted, peak = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.split()
     return int(predicted), int(peak)
@@ -195,43 +191,43 @@ def measured(folder: Path, model: str, dtype: str, T: int, every: int) -> tuple[
 
 @functools.cache
 def compile_all(dtype: str) -> None:
-    """Kernels that are compiled in the process that is measured would count."""
+    """Compile in another process: compilation would count as memory of the measured one."""
     with tempfile.TemporaryDirectory() as folder:
         measured(Path(folder), "d4", dtype, 64, 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak is counted in other units or by other rules")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted differently elsewhere")
 @pytest.mark.parametrize(
     ("model", "T", "every"),
-    [("d4", 64, 2), *(pytest.param(*told, marks=pytest.mark.long) for told in
+    [("d4", 64, 2), *(pytest.param(*given, marks=pytest.mark.long) for given in
      [("d4", 64, 0), ("d4", 1024, 0), ("d8", 256, 2), ("d8", 1024, 0), ("d12", 64, 0), ("d12", 256, 2)])],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_predicted_memory_is_what_a_run_takes(tmp_path: Path, model: str, dtype: str, T: int, every: int) -> None:
+def test_predicted_memory_is_that_of_a_run(tmp_path: Path, model: str, dtype: str, T: int, every: int) -> None:
     compile_all(dtype)
     predicted, peak = measured(tmp_path, model, dtype, T, every)
     assert predicted == pytest.approx(peak, rel=0.05)
 
 
-def test_of_several_ranks_each_has_its_share_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first check too, before anything is read or downloaded."""
-    told = TrainOptions(model="d4", batch_size=4, sequence_length=64, ranks=4, total_batch=1024)
-    needed = memory_of(told, ModelConfig.from_dial("d4", vocab_size=512), Laptop())
+def test_each_rank_has_its_share_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the first check, before anything is read or downloaded."""
+    given = TrainOptions(model="d4", batch_size=4, sequence_length=64, ranks=4, total_batch=1024)
+    needed = memory_of(given, ModelConfig.from_dial("d4", vocab_size=512), Laptop())
 
     def checked(available: int) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-        check(RunStart(replace(told, vocab_size=512)), tmp_path, Laptop(), 4)
+        check(RunStart(replace(given, vocab_size=512)), tmp_path, Laptop(), 4)
 
     checked(4 * needed)
-    with pytest.raises(LlmpyError, match="of memory"):
+    with refused("memory.insufficient"):
         checked(4 * needed - 4)
 
 
-def test_what_an_earlier_life_left_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best model and the run's are replaced; a model that is a checkpoint's too is there once."""
+def test_files_of_a_resumed_run_count_as_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models are replaced; a linked model counts once."""
     config = ModelConfig.from_dial("d1", vocab_size=300)
-    told = TrainOptions(model="d1", steps=4, keep=1)
-    needed = disk_needed(told, config)
+    given = TrainOptions(model="d1", steps=4, keep=1)
+    needed = disk_needed(given, config)
     step = tmp_path / "checkpoints" / "step-00000001"
     step.mkdir(parents=True)
     for path, size in ((step / "model.safetensors", 1000), (tmp_path / "best.safetensors", 500)):
@@ -240,8 +236,8 @@ def test_what_an_earlier_life_left_is_room(tmp_path: Path, monkeypatch: pytest.M
 
     def check_with(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        check_disk(told, config, tmp_path)
+        check_disk(given, config, tmp_path)
 
     check_with(needed - 1500)
-    with pytest.raises(LlmpyError, match="the checkpoints of this run need up to"):
+    with refused("disk.insufficient", tmp_path):
         check_with(needed - 1501)

@@ -1,10 +1,11 @@
-"""A run that is stopped at any step and goes on is, to the bit, the one that was never stopped."""
+"""A run that is stopped at any step and resumed is bitwise identical to an uninterrupted one."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laptop import CLOCKED, AtOnce, Laptop
+from support.refused import refused
 
 from llmpy import backend
 from llmpy.backend.machine import Machine
@@ -30,14 +32,14 @@ from llmpy.system import durable
 from llmpy.train import assemble, samples, trainer
 
 STEPS = 200
-# Shards of 62, 46 and 31 batches of 2 x 16: with two batches a step an epoch ends in the middle of step 70, and shards
-# in between; evaluations at multiples of 50, detectors full from 128 on.
+# Shards of 62, 46 and 31 batches of 2 x 16: with two batches per step, shards and the epoch end within steps (the epoch
+# in step 70); evaluations at multiples of 50, detectors full from step 128 on.
 SIZES = (2000, 1500, 1000)
 EDGES = (50, 69, 129)
 
 
 def data(folder: Path) -> tuple[Path, ...]:
-    """Three training shards and one for validation, as seen from anywhere."""
+    """Write three training shards and one for validation."""
     rng = np.random.default_rng(0)
     paths = [folder / f"train_{i}.bin" for i in range(len(SIZES))] + [folder / "val.bin"]
     for path, size in zip(paths, (*SIZES, 600), strict=True):
@@ -46,30 +48,30 @@ def data(folder: Path) -> tuple[Path, ...]:
 
 
 def options(folder: Path, **changes: Any) -> TrainOptions:
-    told: dict[str, Any] = {
+    given: dict[str, Any] = {
         "data": tuple(sorted(folder.glob("*.bin"))) or data(folder), "out": folder / "run", "model": "d1",
         "vocab_size": 300, "batch_size": 2, "sequence_length": 16, "total_batch": 64, "steps": STEPS, "eval_every": 50,
         "eval_batches": 2, "sample_every": 70, "sample_tokens": 2, "checkpoint_every": 1, "keep": 0, "lr": 3e-3,
         "skip_norm": 2.0,
     }  # fmt: skip
-    return TrainOptions(**told | changes)
+    return TrainOptions(**given | changes)
 
 
 def outcome(run: Path, steps: int = STEPS) -> dict[str, Any]:
-    """All of a run that must be equal: everything but times."""
+    """Return everything of a run that must be equal: all but times."""
     last = run / "checkpoints" / f"step-{steps:08}"
     found: dict[str, Any] = {name: (last / name).read_bytes() for name in (checkpoint.MODEL, part_name(0, 1))}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     found["metrics"] = [{k: v for k, v in r.items() if k not in CLOCKED} for r in rows]
     found |= {name: (run / name).read_bytes() for name in ("main.log", "samples.txt", "model.safetensors")}
     manifest = checkpoint.verify(last)
-    for name in ("seconds", "logs", "options"):  # times, their lengths, what was told anew
+    for name in ("seconds", "logs", "options"):  # times, file sizes, changed options
         del manifest[name]
     return found | {"manifest": manifest}
 
 
 def cut_to(run: Path, step: int, to: Path) -> Path:
-    """The run folder as a kill after the checkpoint of `step` leaves it; checkpoints, never written to, are linked."""
+    """Copy the run folder as left by a kill after the checkpoint of `step`; checkpoint files are linked."""
 
     def copy(source: str, target: str) -> None:
         (os.link if Path(source).parent.parent.name == "checkpoints" else shutil.copy2)(source, target)
@@ -85,10 +87,10 @@ def resumed(run: Path, **changes: Any) -> TrainOptions:
 
 
 def resume_everywhere(folder: Path, places: Any, machine: Callable[[], Machine], **changes: Any) -> None:
-    """One run with a checkpoint at every step; from each of `places` it is taken up again."""
-    told = options(folder, **changes)
-    assert assemble.train(told, machine()) == 0
-    last = told.steps or 0
+    """Run with a checkpoint at every step; resume from each of `places` and compare."""
+    given = options(folder, **changes)
+    assert assemble.train(given, machine()) == 0
+    last = given.steps or 0
     expected = outcome(folder / "run", last)
     for step in places:
         run = cut_to(folder / "run", step, folder / "cut")
@@ -100,7 +102,7 @@ def resume_everywhere(folder: Path, places: Any, machine: Callable[[], Machine],
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint is written before the next step begins, so that there is one of every step."""
+    """Write each checkpoint before the next step, so that every step has one."""
     monkeypatch.setattr(checkpoint_writer, "Thread", AtOnce)
 
 
@@ -122,23 +124,23 @@ def test_resume_at_every_step(tmp_path: Path, dtype: str, every: int) -> None:
     resume_everywhere(tmp_path, range(1, STEPS), lambda: machine, eval_every=every, dtype=dtype)
 
 
-def test_the_first_step_after_it_tells_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As its milliseconds do: the mean of the process before it says nothing of this one."""
+def test_the_first_resumed_step_shows_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the mean of the earlier process."""
     assert assemble.train(options(tmp_path, steps=5), Laptop()) == 0
     run = cut_to(tmp_path / "run", 4, tmp_path / "cut")
     capsys.readouterr()
     assert assemble.train(resumed(run), Laptop()) == 0
     rows = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
     row = next(r for r in rows if r["step"] == 5 and "ms" in r)
-    told = f"| {row['ms']:.0f} ms | {row['tokens_per_s']:,.0f} tok/s |"
-    assert told in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step     5/5 | loss"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("        5/5"))
+    assert f" {row['ms']:.0f} {row['tokens_per_s']:7,.0f} " in line
 
 
-def test_text_goes_on_with_the_tokens_of_its_run(tmp_path: Path) -> None:
+def test_a_run_on_text_resumes_with_its_own_tokens(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the cat number {i} sat on the mat" for i in range(400)), "utf-8")
-    told = options(tmp_path, data=(text,), steps=12, total_batch=None, checkpoint_every=5, sample_every=0)
-    assert assemble.train(told, Laptop()) == 0
+    given = options(tmp_path, data=(text,), steps=12, total_batch=None, checkpoint_every=5, sample_every=0)
+    assert assemble.train(given, Laptop()) == 0
     run = cut_to(tmp_path / "run", 5, tmp_path / "cut")
     text.unlink()
     assert assemble.train(TrainOptions(resume=run), Laptop()) == 0
@@ -155,16 +157,16 @@ def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pyte
     assert assemble.train(options(tmp_path, steps=6, checkpoint_every=0), Laptop()) == 0
     before = outcome(run, 6)
     assert assemble.train(resumed(run), Laptop()) == 0
-    assert "the run is at its end, with 6 steps" in capsys.readouterr().out
+    assert "the run is complete: 6 steps" in capsys.readouterr().out
     assert outcome(run, 6) == before
     assert assemble.train(resumed(run, steps=8), Laptop()) == 0
     assert steps_of(run) == [*range(1, 9)]
-    told = resumed(run, steps=10, batch_size=4, threads=3, lr=1e-4, total_batch=128)
-    assert assemble.train(told, Laptop()) == 0
+    given = resumed(run, steps=10, batch_size=4, threads=3, lr=1e-4, total_batch=128)
+    assert assemble.train(given, Laptop()) == 0
     assert steps_of(run) == [*range(1, 11)]
     out = capsys.readouterr().out
-    assert "batches of 4 x 16 instead of 2 x 16: the rest of the data comes in the old order, cut anew" in out
-    assert "lr is 0.0001 instead of 0.003 from here on" in out
+    assert "batch 4 x 16 instead of 2 x 16: " in out
+    assert "lr is 0.0001 instead of 0.003 " in out
     config = json.loads((run / "config.json").read_text("utf-8"))["options"]
     assert (config["batch_size"], config["steps"], config["lr"]) == (4, 10, 1e-4)
 
@@ -173,16 +175,16 @@ def test_what_cannot_change(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert assemble.train(options(tmp_path, steps=2), Laptop()) == 0
     for name, value in (("model", "d2"), ("seed", 7), ("vocab_size", 400)):
-        with pytest.raises(LlmpyError, match=f"--{name.replace('_', '-')} cannot change within a run"):
+        with pytest.raises(LlmpyError, match=f"--{name.replace('_', '-')} "):
             assemble.train(resumed(run, **{name: value}), Laptop())
     write_shard(tmp_path / "train_1.bin", np.arange(1500) % 300)
-    with pytest.raises(LlmpyError, match="the data are not those that"):
+    with refused("data.changed", run):
         assemble.train(resumed(run), Laptop())
-    with pytest.raises(LlmpyError, match="no run in .*nowhere"):
+    with refused("run.missing", tmp_path / "nowhere"):
         assemble.train(resumed(tmp_path / "nowhere"), Laptop())
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_checkpoint_is_skipped_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert assemble.train(options(tmp_path, steps=6), Laptop()) == 0
     expected = outcome(run, 6)
@@ -193,36 +195,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, capsys: py
         path.write_bytes(content)
     assert assemble.train(resumed(run), Laptop()) == 0
     out = capsys.readouterr().out
-    assert "step-00000006/state-00000-of-00001.safetensors is damaged" in out
-    assert "step-00000005/manifest.json is damaged" in out
-    assert "going back to step 4; what is damaged was renamed to damaged-…" in out
+    for name in ("step-00000006/state-00000-of-00001.safetensors", "step-00000005/manifest.json", "to step 4;"):
+        assert name in out
     assert outcome(run, 6) == expected
     assert len(list((run / "checkpoints").glob("damaged-*"))) == 2
     for path in run.glob("checkpoints/step-*/manifest.json"):
         path.write_bytes(b"{}")
-    with pytest.raises(LlmpyError, match="every checkpoint in .* is damaged"):
+    with refused("checkpoint.corrupt", run / "checkpoints"):
         assemble.train(resumed(run), Laptop())
 
 
-def test_auto_resume_begins_or_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_resume_starts_or_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert assemble.train(options(tmp_path, steps=2, auto_resume=True), Laptop()) == 0
-    told = options(tmp_path, steps=4, auto_resume=True)
-    told = TrainOptions(
-        **{n: getattr(told, n) for n in ("data", "out", "auto_resume", "steps")}, given=frozenset({"steps"})
+    given = options(tmp_path, steps=4, auto_resume=True)
+    given = TrainOptions(
+        **{n: getattr(given, n) for n in ("data", "out", "auto_resume", "steps")}, given=frozenset({"steps"})
     )
-    assert assemble.train(told, Laptop()) == 0
-    assert "going on after step 2" in capsys.readouterr().out
+    assert assemble.train(given, Laptop()) == 0
+    assert "resuming after step 2," in capsys.readouterr().out
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
 
 
-def test_a_stop_and_the_clock_leave_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_stop_and_the_clock_leave_a_run_to_resume(tmp_path: Path) -> None:
     class Stopping(Laptop):
         updates = 0
 
         def adamw(self, *arguments: Any) -> None:
             super().adamw(*arguments)
             self.updates += 1
-            if self.updates == 6:  # two a step
+            if self.updates == 6:  # two per step
                 signal.raise_signal(signal.SIGTERM)
 
     assert assemble.train(options(tmp_path, steps=8, out=tmp_path / "whole"), Laptop()) == 0
@@ -244,9 +245,9 @@ def test_a_stop_and_the_clock_leave_a_run_that_goes_on(tmp_path: Path) -> None:
 def test_a_stop_between_steps_leaves_no_gap_and_no_double(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, what: str, every: int
 ) -> None:
-    """What is due between two steps and was begun, or done but for the step after it, is done once in the end."""
-    told = {"steps": 8, "eval_every": 2, "sample_every": 2, "sample_tokens": 6}
-    assert assemble.train(options(tmp_path, out=tmp_path / "whole", **told), Laptop()) == 0
+    """An evaluation or sample interrupted between two steps is in the end done exactly once."""
+    given = {"steps": 8, "eval_every": 2, "sample_every": 2, "sample_tokens": 6}
+    assert assemble.train(options(tmp_path, out=tmp_path / "whole", **given), Laptop()) == 0
     if what == "evaluation":
         true_loss = GPT2.loss
 
@@ -275,7 +276,7 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
     def here() -> bool:
         return len(made) == 1 and made[0].done == step and not made[0].stop.signal
 
-    stopped = assemble.train(options(tmp_path, checkpoint_every=every, **told), Laptop())
+    stopped = assemble.train(options(tmp_path, checkpoint_every=every, **given), Laptop())
     run = tmp_path / "run"
     if what == "sample" and step == 0:
         assert stopped == 0  # no sample is due before the first step
@@ -287,16 +288,16 @@ def test_a_stop_between_steps_leaves_no_gap_and_no_double(
 
 
 def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that it leaves open stays as the run has it."""
+    """Options that it leaves open stay those of the run."""
     from llmpy.options.yaml_files import as_yaml
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
     data(tmp_path / "shards")
-    told = options(tmp_path, steps=3, lr=None, data=(Path("shards"),), model="")
-    (tmp_path / "run.yaml").write_text(as_yaml(told), "utf-8")
-    given = TrainOptions.gather({"config": tmp_path / "run.yaml", "out": tmp_path / "run"})
-    assert assemble.train(given, Laptop()) == 0
+    first = options(tmp_path, steps=3, lr=None, data=(Path("shards"),), model="")
+    (tmp_path / "run.yaml").write_text(as_yaml(first), "utf-8")
+    first = TrainOptions.gather({"config": tmp_path / "run.yaml", "out": tmp_path / "run"})
+    assert assemble.train(first, Laptop()) == 0
     again = TrainOptions.gather({"config": tmp_path / "run.yaml", "resume": tmp_path / "run", "steps": 5})
     assert assemble.train(again, Laptop()) == 0
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5]
@@ -305,7 +306,7 @@ def test_a_file_of_options_may_be_given_again(tmp_path: Path, monkeypatch: pytes
     ]
 
 
-def test_data_that_were_moved_and_data_that_cannot_be_read_again(tmp_path: Path) -> None:
+def test_data_that_moved_or_changed(tmp_path: Path) -> None:
     assert assemble.train(options(tmp_path, steps=2), Laptop()) == 0
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -321,8 +322,8 @@ def test_data_that_were_moved_and_data_that_cannot_be_read_again(tmp_path: Path)
     assert assemble.train(options(tmp_path, data=(text,), steps=2, out=of_text), Laptop()) == 0
     assert assemble.train(resumed(of_text, data=(text,), steps=3), Laptop()) == 0
     (tmp_path / "other.txt").write_text("another text\n" * 1000, "utf-8")
-    for changes, said in (({"data": (tmp_path / "other.txt",)}, "--data"), ({"init": str(tmp_path / "run")}, "--init")):
-        with pytest.raises(LlmpyError, match=f"{said} cannot change within a run"):
+    for changes, flag in (({"data": (tmp_path / "other.txt",)}, "--data"), ({"init": str(tmp_path / "run")}, "--init")):
+        with refused("resume.fixed-option", flag):
             assemble.train(resumed(of_text, steps=4, **changes), Laptop())
 
 
@@ -330,7 +331,7 @@ crash = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="forks, an
 
 
 def campaign(folder: Path, mode: str, first: int, stride: int) -> dict[str, int]:
-    """See crash.py."""
+    """Run crash.py."""
     result = subprocess.run(
         [sys.executable, "-m", "support.crash", str(folder), mode, str(first), str(stride)],
         capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1],
@@ -366,7 +367,7 @@ def test_a_thousand_random_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
-def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+def test_a_temporarily_unreadable_checkpoint_is_not_corrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     run = tmp_path / "run"
@@ -374,13 +375,13 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
     true = durable.stretches_differ
 
-    def refuse(path: Path, *told: Any) -> str:
+    def refuse(path: Path, *given: Any) -> str:
         if path.parent.name == "step-00000003":
             raise OSError(number, os.strerror(number), str(path))
-        return true(path, *told)
+        return true(path, *given)
 
     monkeypatch.setattr(durable, "stretches_differ", refuse)
-    with pytest.raises(LlmpyError, match=rf"cannot read .*{os.strerror(number)} — mend that and try again"):
+    with refused("file.unreadable", "step-00000003", os.strerror(number)):
         assemble.train(resumed(run, steps=4), Laptop())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
     number = errno.EIO
@@ -391,8 +392,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
 SMALL = "--model d1 -T 16 -B 1 --eval-batches 1 --sample-tokens 1 --dtype float32"
 
 
-def begun(run: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    """`llmpy train` in another process."""
+def started(run: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `llmpy train` in another process."""
     text = run.with_name("text.txt")
     text.write_text("the cat sat on the mat and the dog ran to the sea\n" * 200, "utf-8")
     command = [sys.executable, "-m", "llmpy", "train", *SMALL.split(), "--data", str(text), *words]
@@ -402,12 +403,12 @@ def begun(run: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
 @pytest.mark.parametrize("after", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
-def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, after: float, number: int, said: str) -> None:
-    """Or a run that goes on, if it came later than was meant."""
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, after: float, number: int, name: str) -> None:
+    """Or a run to resume, if it came too late."""
     run = tmp_path / "below" / "run"
     run.parent.mkdir()
-    process = begun(run, "--out", str(run), "--steps", "1000000")
+    process = started(run, "--out", str(run), "--steps", "1000000")
     while not (run / "run.lock").exists():
         time.sleep(0.002)
         assert process.poll() is None
@@ -420,14 +421,14 @@ def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, after: fl
         assert (run / "checkpoints").is_dir()
         assert "stopping after this step" in err
     else:
-        assert err == f"llmpy: error: stopped by {said}\n"
+        assert re.fullmatch(f"llmpy: error: .*{name}.*\n", err)
         assert [*run.parent.rglob("*")] == [run.parent / "text.txt"]
     assert not (run / "run.lock").exists()
 
 
 @pytest.mark.parametrize("B", [1, 4, 6])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_other_batches_read_what_is_left_of_a_shard_once(B: int, shuffle: bool) -> None:
+def test_other_batches_read_the_rest_of_a_shard_once(B: int, shuffle: bool) -> None:
     from llmpy.data.loader import Loader
     from llmpy.data.shards import Shard
 

@@ -1,4 +1,4 @@
-"""The learning rates of llm.c, to the digits of its own float32, and the horizon of a run by the clock."""
+"""The learning rates of llm.c, to float32 precision, and the horizon of a run bounded by time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmpy.train.schedule import horizon, learning_rate
 @pytest.mark.parametrize("kind", KINDS)
 def test_golden_values_of_llm_c(kind: str) -> None:
     rates = [learning_rate(s, 100, 10, 6e-4, 0.1, kind) for s in RATE_STEPS]
-    # 1 − √r near r = 1 loses digits in llm.c's float32, hence not 1e-7.
+    # Not 1e-7: 1 − √r near r = 1 loses digits in llm.c's float32.
     assert rates == pytest.approx(RATES[kind], rel=1e-6)
 
 
@@ -32,13 +32,13 @@ def test_beyond_the_end_the_rate_stays_at_its_end() -> None:
 
 def test_horizon_by_steps() -> None:
     assert horizon(3, 1e9, 1.0, 100, None) == 100
-    assert horizon(100, 0.0, 1.0, 100, None) == 101  # there is always a step ahead to have a rate for
+    assert horizon(100, 0.0, 1.0, 100, None) == 101  # there is always a next step
 
 
 def test_horizon_by_time_follows_the_measured_speed() -> None:
     assert horizon(0, 0.0, 0.5, None, 60.0) == 120
     assert horizon(60, 30.0, 0.5, None, 60.0) == 120
-    assert horizon(60, 30.0, 1.0, None, 60.0) == 90  # the machine turned out to be slower
+    assert horizon(60, 30.0, 1.0, None, 60.0) == 90  # slower than predicted
     assert horizon(90, 61.0, 0.5, None, 60.0) == 91
 
 

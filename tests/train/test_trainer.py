@@ -1,4 +1,4 @@
-"""Whole runs on the reference backend: what they write, how they end, and that a refusal leaves nothing."""
+"""Whole runs on the reference backend: their files, their ends, and refusals that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.laptop import CLOCKED, AtOnce, Laptop
+from support.refused import refused
 
 from llmpy.cli.sample import sample
 from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
-from llmpy.errors import Diverged, LlmpyError
+from llmpy.errors import LlmpyError
 from llmpy.generate.generation import open_run
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.sample_chat import SampleOptions
@@ -56,7 +57,7 @@ Options = Callable[..., TrainOptions]
 
 @pytest.fixture
 def options(text: Path, tmp_path: Path) -> Options:
-    """Options of a run that takes a second, some of them replaced."""
+    """Options of a run of one second, with changes."""
 
     def make(**changes: Any) -> TrainOptions:
         small: dict[str, Any] = {
@@ -68,7 +69,7 @@ def options(text: Path, tmp_path: Path) -> Options:
     return make
 
 
-def test_validation_batches_weigh_by_what_counts_in_them(
+def test_validation_batches_are_weighted_by_their_targets(
     options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, 2 * 16 * 4 + 1)
@@ -82,18 +83,18 @@ def test_validation_batches_weigh_by_what_counts_in_them(
 
     everywhere = np.ones(tokens.size, bool)
     half, none = everywhere.copy(), np.zeros(tokens.size, bool)
-    half[33:] = False  # the second batch and those after it
+    half[33:] = False  # from the second batch on
     alone = val_loss("alone", 1, everywhere)
     assert val_loss("masked", 2, half) == alone
     row = none.copy()
-    row[33:49] = half[33:49] = True  # of the second batch: half the weight of the first
+    row[33:49] = half[33:49] = True  # in the second batch: half the weight of the first
     assert val_loss("both", 2, half) == pytest.approx((alone + val_loss("row", 2, row) / 2) / 1.5, rel=1e-12)
-    assert "no target of the 2 validation batches counts" not in capsys.readouterr().out
+    assert "are masked" not in capsys.readouterr().out
     assert math.isnan(val_loss("none", 2, none))
-    assert "no target of the 2 validation batches counts" in capsys.readouterr().out
+    assert "all targets of the 2 validation batches are masked" in capsys.readouterr().out
 
 
-def test_the_name_of_a_data_set_stays_one(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_dataset_is_kept(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = tmp_path / "cache" / "tinyshakespeare" / "bytes"
     made.mkdir(parents=True)
@@ -107,7 +108,7 @@ def test_the_name_of_a_data_set_stays_one(options: Options, tmp_path: Path, monk
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_a_run_on_records_goes_on_with_its_masks(options: Options, tmp_path: Path) -> None:
+def test_a_run_on_records_resumes_with_its_masks(options: Options, tmp_path: Path) -> None:
     rows = [{"prompt": f"How much is {i} and 1?", "completion": f" It is {i + 1}."} for i in range(200)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     assert assemble.train(options(data=(tmp_path / "sums.jsonl",)), Laptop()) == 0
@@ -117,7 +118,7 @@ def test_a_run_on_records_goes_on_with_its_masks(options: Options, tmp_path: Pat
     assert assemble.train(more, Laptop()) == 0
     mask = (run / "train.mask").read_bytes()
     (run / "train.mask").write_bytes(mask[:1024] + bytes(len(mask) - 1024))
-    with pytest.raises(LlmpyError, match="the data are not those"):
+    with refused("data.changed", run):
         assemble.train(more, Laptop())
 
 
@@ -126,11 +127,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder and those below."""
+    """Return all files of a folder and its subfolders."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_of_a_run(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Laptop()
     assert assemble.train(options(eval_every=2, sample_every=3), machine) == 0
     run = tmp_path / "run"
@@ -157,9 +158,11 @@ def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys:
     assert re.fullmatch(r"s:0 trl:\d\.\d{4} lr:0\.\d{6} norm:\d\.\d{2}", llmc[1])
     samples = (run / "samples.txt").read_text("utf-8")
     assert re.findall(r"--- step (\d)", samples) == ["3", "4"]
-    for part in ("parameters", "measured peak", "step     4/4", "% of peak", "sample at step 3", "sample at step 4"):
+    for part in ("parameters", "measured peak", "        4/4  ", "sample at step 3", "sample at step 4"):
         assert part in out
     assert f"llmpy sample {run}" in out
+    table = [line for line in out.splitlines() if re.match(r" +(step|\d/4) ", line)]
+    assert [len(line) for line in table] == [80] * 5
     config = json.loads((run / "config.json").read_text("utf-8"))
     assert config["model"]["channels"] == 64
     assert config["options"]["steps"] == 4
@@ -171,11 +174,11 @@ def test_a_run_writes_what_it_promises(options: Options, tmp_path: Path, capsys:
     assert tokenizer.vocab_size == header.config.vocab_size
 
 
-def test_a_peak_that_was_measured_too_low_is_told_once(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_speed_above_the_peak_is_noted_once(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Laptop()
     machine.measure_peak = lambda: 1e-9  # type: ignore[method-assign]
     assert assemble.train(options(), machine) == 0
-    assert capsys.readouterr().out.count("more than the measured peak") == 1
+    assert capsys.readouterr().out.count("above the measured peak") == 1
 
 
 def test_it_learns_and_the_result_can_be_sampled(options: Options, tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_two_runs_are_the_same(options: Options, tmp_path: Path) -> None:
 
 
 def updates_with(folder: Path, micro_steps: int, masked: bool) -> tuple[np.ndarray, list[float]]:
-    """Gradients of one batch of 48 rows, as it is or in parts; and the losses of three steps of it."""
+    """Return the gradients of a batch of 48 rows, whole or in micro-batches, and the losses of three steps."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 300, 48 * 16 * 3 + 1)
     counted = np.arange(tokens.size) % 400 < rng.integers(60, 300, 6).repeat(400)[: tokens.size] if masked else None
@@ -206,12 +209,12 @@ def updates_with(folder: Path, micro_steps: int, masked: bool) -> tuple[np.ndarr
     write_shard(folder / "val.bin", np.arange(500) % 300)
     machine = Laptop()
     run = RunFolder.open(folder / f"run{micro_steps}", "d1")
-    told = TrainOptions(
+    small = TrainOptions(
         data=(folder / "train.bin", folder / "val.bin"), model="d1", vocab_size=300, batch_size=48 // micro_steps,
         sequence_length=16, total_batch=48 * 16, steps=3, shuffle=False, eval_every=0,
     )  # fmt: skip
     with Journal() as journal:
-        made = assemble.assemble(told, run, journal, machine)
+        made = assemble.assemble(small, run, journal, machine)
         made.update = made.data.read()
         made.agree(loss=0.0)
         made.gradients()
@@ -230,7 +233,7 @@ def test_micro_batches_are_one_batch(tmp_path: Path, micro_steps: int, masked: b
     parts, their_losses = updates_with(tmp_path, micro_steps, masked)
     assert np.abs(parts - whole).max() < 1e-6
     assert np.linalg.norm(parts - whole) < 1e-6 * np.linalg.norm(whole)
-    # In three updates Adam divides by √v where v is tiny: rounding grows there, but not in the loss.
+    # Adam divides by √v, which amplifies rounding where v is tiny, but not in the loss.
     assert their_losses == pytest.approx(losses, abs=1e-5)
 
 
@@ -240,7 +243,7 @@ def test_overfitting_reads_one_batch(options: Options, tmp_path: Path) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_an_outlier_is_skipped_and_told(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_outlier_is_skipped(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Spiking(Laptop):
         batches = 0
 
@@ -256,59 +259,44 @@ def test_an_outlier_is_skipped_and_told(options: Options, tmp_path: Path, capsys
     assert rows[140]["loss_z"] > 5
     assert "loss_z" not in rows[128]
     assert "loss_z" in rows[129]
-    assert "skipped, for the loss is 1" in capsys.readouterr().out
+    assert "step 140: skipped: the loss is 1" in capsys.readouterr().out
 
 
-def test_all_problems_are_told_at_once(options: Options, tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(options: Options, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    told = options(out=tmp_path / "file" / "run", data=(tmp_path / "a", tmp_path / "b"), model="d4x", total_batch=33)
-    with pytest.raises(LlmpyError, match="^5 problems: ") as caught:
-        assemble.train(told, Laptop())
-    for part in (
-        "(1) cannot write to the run folder",
-        "unknown model",
-        "--total-batch 33",
-        "no file or folder",
-        "(5) ",
-    ):
-        assert part.lower() in str(caught.value).lower()
+    bad = options(out=tmp_path / "file" / "run", data=(tmp_path / "a", tmp_path / "b"), model="d4x", total_batch=33)
+    names = ("5 problems: (1) ", "[run.unwritable]; (2) ", "d4x", "--total-batch 33", tmp_path / "a", "(5) ")
+    with refused("run.refused", *names, tmp_path / "b"):
+        assemble.train(bad, Laptop())
 
 
 @pytest.mark.parametrize("init", ["nowhere", "gpt2", "run"])
-def test_all_problems_are_told_at_once_of_a_model_too(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
-) -> None:
-    """And none is downloaded in vain."""
+def test_problems_of_a_model_too(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str) -> None:
+    """Without downloading it."""
     (tmp_path / "file").touch()
     if init == "run":
         assemble.train(options(), Laptop())
         monkeypatch.chdir(tmp_path)
     model = "d4" if init == "run" else ""
-    told = options(out=tmp_path / "file" / "run", init=init, model=model, hellaswag=tmp_path / "file")
-    with pytest.raises(LlmpyError, match="^. problems: ") as caught:
-        assemble.train(told, Laptop())
-    parts = ["(1) cannot write to the run folder", "is not a multiple-choice file"]
-    of_init = {"nowhere": "no model nowhere", "gpt2": "", "run": "--model d4 is not what --init is"}
-    for part in (*parts, of_init[init]):
-        assert part in str(caught.value)
+    bad = options(out=tmp_path / "file" / "run", init=init, model=model, hellaswag=tmp_path / "file")
+    of_init = {"nowhere": "nowhere", "gpt2": "", "run": "--model d4"}
+    with refused("run.refused", "problems: (1) ", "[run.unwritable]", f"{tmp_path / 'file'} ", of_init[init]):
+        assemble.train(bad, Laptop())
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        (10, r"training needs at least 1,000"),
-        (30, r"to train on and \d+ to validate, and -B 4 -T 128 takes 513 and 129 at least — give about [\d.]+ times"),
-    ],
+    ("lines", "pattern"),
+    [(10, r"\b1,000\b"), (30, r"-B 4 -T 128 requires 513 and 129\. .* [\d.]+ times")],
 )
-def test_too_little_text_is_told_what_these_options_take(
-    text: Path, options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: int, said: str
+def test_too_little_text(
+    text: Path, options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: int, pattern: str
 ) -> None:
-    """Of both parts at once; what is proposed serves, and a folder that is not there is not named."""
+    """The hints work, and a folder that does not exist is not named."""
     whole = text.read_text("utf-8").splitlines()
     text.write_text("\n".join(whole[:lines]), "utf-8")
-    told = {"batch_size": 4, "sequence_length": 128}
-    with pytest.raises(LlmpyError, match=said) as caught:
-        assemble.train(options(**told), Laptop())
+    batch = {"batch_size": 4, "sequence_length": 128}
+    with pytest.raises(LlmpyError, match=pattern) as caught:
+        assemble.train(options(**batch), Laptop())
     assert "run" not in capsys.readouterr().out and not (tmp_path / "run").exists()
     smaller = re.search(r"use -B (\d+) -T (\d+)$", str(caught.value))
     if smaller:
@@ -316,65 +304,64 @@ def test_too_little_text_is_told_what_these_options_take(
         assert assemble.train(options(batch_size=B, sequence_length=T), Laptop()) == 0
         times = float(re.search(r"about ([\d.]+) times", str(caught.value))[1])  # type: ignore[index]
         text.write_text("\n".join(whole[: math.ceil(times * lines) + 1]), "utf-8")
-        assert assemble.train(options(**told, out=tmp_path / "again"), Laptop()) == 0
+        assert assemble.train(options(**batch, out=tmp_path / "again"), Laptop()) == 0
     assert bool(smaller) == (lines == 30)
 
 
 @pytest.mark.parametrize(
-    ("told", "sizes", "said"),
+    ("given", "sizes", "pattern"),
     [
-        ({"overfit": True}, (300, 100), "give about 5.2 times as much text, or use -B 1 -T 99"),
-        ({"total_batch": 2048}, (300, 100), "give about 3.3 times as much text$"),
-        ({}, (600, 40, 90), r"leave \S+/a/train1.bin out, or join it with another, or use "),
+        ({"overfit": True}, (300, 100), " 5.2 times .* use -B 1 -T 99$"),
+        ({"total_batch": 2048}, (300, 100), " 3.3 times as much text$"),
+        ({}, (600, 40, 90), r"\. Remove \S+/a/train1.bin .* use -B "),
     ],
 )
-def test_what_serves_where_there_is_too_little(
-    tmp_path: Path, told: dict[str, Any], sizes: tuple[int, ...], said: str
-) -> None:
+def test_hints_for_too_little_text(tmp_path: Path, given: dict[str, Any], sizes: tuple[int, ...], pattern: str) -> None:
     files = [tmp_path / "a" / f"train{i}.bin" for i in range(len(sizes) - 1)] + [tmp_path / "a" / "val.bin"]
     files[0].parent.mkdir()
     for file, size in zip(files, sizes, strict=True):
         write_shard(file, np.zeros(size, np.uint16))
     data = prepare([tmp_path / "a"], tmp_path / "run", log=lambda _: None)
-    with pytest.raises(LlmpyError, match=said):
-        check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **told))
+    with refused("data.too-short") as caught:
+        check_enough(data, TrainOptions(batch_size=4, sequence_length=128, **given))
+    assert re.search(pattern, str(caught.value))
 
 
-def test_what_learns_to_answer_is_asked(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its samples begin with a question that was held out; where nobody answers there is nothing to learn."""
+def test_a_model_that_learns_to_answer(options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its samples start with a held-out question; without answers there is nothing to learn."""
     file = tmp_path / "talk.jsonl"
 
     def write(role: str) -> None:
         turns = [[("user", f"How much is {i} + 1?"), (role, f"It is {i + 1}.")] for i in range(200)]
-        told = [[{"role": role, "content": content} for role, content in talk] for talk in turns]
-        file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in told))
+        talks = [[{"role": role, "content": content} for role, content in talk] for talk in turns]
+        file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
 
     write("assistant")
     assert assemble.train(options(data=(file,), steps=1, sample_every=1, sequence_length=64), Laptop()) == 0
     assert re.search(r"--- sample at step 1\nuser: How much is \d+ \+ 1\?\n\nassistant: ", capsys.readouterr().out)
     write("user")
-    with pytest.raises(LlmpyError, match="no message of the assistant, no completion — give records with"):
+    with pytest.raises(LlmpyError, match="assistant"):
         assemble.train(options(data=(file,), out=tmp_path / "again"), Laptop())
     assert not (tmp_path / "again").exists()
 
 
-def test_more_threads_than_cores_are_told_of(
+def test_more_threads_than_cores_are_noted(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once, and they are taken."""
+    """Once, and they are used."""
     monkeypatch.setattr("llmpy.system.resources.cores", lambda: 2)
-    told = "note: 99 threads on 2 cores: more than cores are slower; --threads 2 is best\n"
+    note = re.compile(r"^note: 99 threads .*--threads 2\b.*\n", re.MULTILINE)
     machine = Laptop()
     for threads, count in ((99, 1), (2, 0)):
         machine.threads = threads
         assemble.train(options(out=tmp_path / str(threads)), machine)
-        assert capsys.readouterr().out.count(told) == count
+        assert len(note.findall(capsys.readouterr().out)) == count
         sample(SampleOptions(tmp_path / str(threads), tokens=2), print, machine)
-        assert capsys.readouterr().err.count(told) == count
+        assert len(note.findall(capsys.readouterr().err)) == count
 
 
-def test_checkpoints_that_the_disk_has_no_room_for(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(LlmpyError, match=r"the checkpoints of this run need up to .* GB on the disk of .*run"):
+def test_checkpoints_that_do_not_fit_on_the_disk(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(LlmpyError, match=r"disk of .*/run\b"):  # among others, if memory is short too
         assemble.train(options(model="d48", keep=0, checkpoint_every=1, steps=10**6, sequence_length=16), Laptop())
     assert not (tmp_path / "run").exists()
 
@@ -388,7 +375,7 @@ def test_minutes_bound_a_run_and_its_learning_rate(options: Options, tmp_path: P
     assert rates[-1] < 0.2 * max(rates)
 
 
-def test_evaluation_is_always_of_the_same_batches(options: Options, tmp_path: Path) -> None:
+def test_evaluation_always_uses_the_same_batches(options: Options, tmp_path: Path) -> None:
     assemble.train(options(lr=1e-30, weight_decay=0.0, eval_every=1), Laptop())
     losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
@@ -404,7 +391,7 @@ class Interrupting(Laptop):
     def adamw(self, *arguments: Any) -> None:
         super().adamw(*arguments)
         self.updates += 1
-        if self.updates == 3:  # two updates a step: matrices and vectors
+        if self.updates == 3:  # two updates per step: matrices and vectors
             signal.raise_signal(self.number)
 
 
@@ -414,7 +401,7 @@ needs_hangup = pytest.mark.skipif(not HANGUP, reason="a signal of POSIX")
 
 @pytest.fixture
 def hangup() -> Iterator[Callable[[Any], object]]:
-    """Sets what SIGHUP does, first of all what it does outside nohup; afterwards all is as it was."""
+    """Set the handler of SIGHUP, and restore it afterwards."""
     before = signal.getsignal(HANGUP) if HANGUP else None
     yield lambda handler: signal.signal(HANGUP, handler)
     if HANGUP:
@@ -442,7 +429,7 @@ def test_ctrl_c_finishes_the_step_and_keeps_the_model(
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
 
 
-def test_the_second_ctrl_c_is_the_systems_own() -> None:
+def test_the_second_ctrl_c_has_the_default_handler() -> None:
     stop = StopSignals()
     with stop.handled():
         signal.raise_signal(signal.SIGINT)
@@ -466,7 +453,7 @@ def test_a_closing_terminal_may_hang_up_twice_and_nohup_holds(hangup: Callable[[
 
 
 class Leaving(io.TextIOWrapper):
-    """A pipe whose reader leaves after some lines; it may say that it is a terminal."""
+    """A pipe with a reader that leaves after some lines; optionally a terminal."""
 
     def __init__(self, lines: int, terminal: bool = False) -> None:
         self.reader: int | None
@@ -486,7 +473,7 @@ class Leaving(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-@pytest.mark.parametrize("lines", [0, 3, 11, 12, 13])  # from the first one on, and around the first step
+@pytest.mark.parametrize("lines", [0, 3, 14, 15, 16])  # at once, and around the first step
 def test_a_dead_terminal_ends_no_run(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, lines: int
 ) -> None:
@@ -496,7 +483,7 @@ def test_a_dead_terminal_ends_no_run(
         assert out.reader is None
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     log = (tmp_path / "run" / "console.log").read_text("utf-8")
-    for part in ("run folder", "step     1/4", "step     4/4", "sample at step 4", "trained 4 steps"):
+    for part in ("run folder", "        1/4 ", "        4/4 ", "sample at step 4", "trained 4 steps"):
         assert part in log
 
 
@@ -535,11 +522,11 @@ def test_a_full_disk_loses_the_log_but_not_the_model(
     assert assemble.train(options(), Laptop()) == 0
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     out = capsys.readouterr().out
-    assert out.count("warning: cannot write /dev/full: No space left on device; the run goes on\n") == 1
+    assert out.count("warning: cannot write /dev/full: No space left on device") == 1
     assert "trained 4 steps" in out
 
 
-def test_a_checkpoint_that_fails_is_tried_again(
+def test_a_failed_checkpoint_is_tried_again(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the next interval."""
@@ -557,14 +544,13 @@ def test_a_checkpoint_that_fails_is_tried_again(
     assert assemble.train(options(checkpoint_every=20, steps=102), Laptop()) == 0
     assert steps == [20, 40, 60, 80, 100, 102]
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("warning: ")] == [
-        f"warning: cannot write a checkpoint: {os.strerror(number)}; that of step 20 is kept; training continues"
-        for number in errors.values()
-    ]
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    for number, line in zip(errors.values(), warnings, strict=True):
+        assert os.strerror(number) in line and "step 20" in line
     assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000102", "step-00000100"]
 
 
-def test_a_full_disk_at_the_end_is_told_and_nothing_is_lost(
+def test_a_full_disk_at_the_end_loses_nothing(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, files: Any) -> Any:
@@ -574,7 +560,7 @@ def test_a_full_disk_at_the_end_is_told_and_nothing_is_lost(
 
     write_files = checkpoint.write_files
     monkeypatch.setattr(checkpoint, "write_files", full)
-    with pytest.raises(LlmpyError, match=r"of step 6 could not be written: No space .* of step 4 is kept — free"):
+    with refused("checkpoint.unwritable", "step 6", "No space", "step 4"):
         assemble.train(options(checkpoint_every=4, steps=6), Laptop())
     checkpoint.read_header(tmp_path / "run" / "model.safetensors")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
@@ -594,12 +580,12 @@ def test_tokens_that_change_during_training_reach_no_kernel(options: Options, tm
                 file.seek(1024)
                 file.write(b"\xff" * 4000)
 
-    with pytest.raises(LlmpyError, match=r"tokens\.bin was changed .* 65535 now, outside the vocabulary of 300"):
+    with pytest.raises(LlmpyError, match=r"tokens\.bin .*65,?535 .*300"):
         assemble.train(options(data=(path,)), Meddling())
 
 
 class Diverging(Laptop):
-    """Its losses become NaN at some of the batches that are trained on; evaluation stays good."""
+    """The losses of some training batches are NaN; evaluation stays good."""
 
     def __init__(self, what: str, batches: Container[int]) -> None:
         super().__init__()
@@ -613,7 +599,7 @@ class Diverging(Laptop):
 
 
 @pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
-def test_steps_that_are_not_finite_are_skipped_and_told(
+def test_steps_that_are_not_finite_are_skipped(
     options: Options, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert assemble.train(options(steps=9, shuffle=False), Diverging(what, (4, 5, 8))) == 0
@@ -621,7 +607,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told(
     assert [n for n, r in rows.items() if "skipped" in r] == [4, 5, 8]
     assert rows[5]["skipped"] == f"the {what} is nan"
     assert rows[5]["batches"] == [["train.bin", 4]]
-    assert f"step 8: skipped, for the {what} is nan; batches train.bin 7\n" in capsys.readouterr().out
+    assert f"step 8: skipped: the {what} is nan; batches train.bin 7\n" in capsys.readouterr().out
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
     state = load_file(tmp_path / "run" / "checkpoints" / "step-00000009" / part_name(0, 1))
     assert all(np.isfinite(x).all() for x in state.values())
@@ -630,23 +616,18 @@ def test_steps_that_are_not_finite_are_skipped_and_told(
 @pytest.mark.parametrize(
     ("what", "where"), [("loss", "the activation losses"), ("norm of the gradient", "the gradient of wte")]
 )
-def test_after_some_in_a_row_the_run_stops_and_says_where(
-    options: Options, tmp_path: Path, what: str, where: str
-) -> None:
-    machine = Diverging(what, range(4, 100))
-    told = (
-        rf"step 8: the {what} is nan, as in 5 steps in a row; it first arose in {where}; the last good checkpoint is "
-    )
-    with pytest.raises(Diverged, match=rf"{told}of step 3 — use a smaller --lr .* --resume ") as caught:
-        assemble.train(options(steps=100, checkpoint_every=3), machine)
-    assert caught.value.code == 3
+def test_after_some_in_a_row_the_run_stops(options: Options, tmp_path: Path, what: str, where: str) -> None:
+    names = (f"step 8: the {what} is nan", "5 consecutive", where, "checkpoint is of step 3", "--lr", "--resume")
+    with refused("run.diverged", *names) as caught:
+        assemble.train(options(steps=100, checkpoint_every=3), Diverging(what, range(4, 100)))
+    assert caught.value.exit_code == 3
     assert [p.name for p in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     out: list[str] = []
     sample(SampleOptions(tmp_path / "run", tokens=3), out.append, Laptop())
 
 
 class Ruined(Diverging):
-    """Evaluation is bad from then on too: the parameters are to blame, not a batch."""
+    """Evaluation is bad from then on too: the cause is the parameters, not a batch."""
 
     def classifier(self, losses: Any, dinp: Any, dwte: Any, *rest: Any) -> None:
         super().classifier(losses, dinp, dwte, *rest)
@@ -655,21 +636,20 @@ class Ruined(Diverging):
 
 
 def test_a_checkpoint_amid_such_steps_is_not_called_good(options: Options) -> None:
-    told = "the checkpoint of step 6 came after steps that had to be skipped, and is no better — use a smaller"
-    with pytest.raises(Diverged, match=told) as caught:
+    with refused("run.diverged", "the checkpoint of step 6 is bad") as caught:
         assemble.train(options(steps=6), Ruined("loss", range(5, 100)))
     assert "--resume" not in str(caught.value)
 
 
 def test_divergence_before_any_checkpoint(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="no checkpoint was made yet"):
+    with refused("run.diverged", "no checkpoint exists"):
         assemble.train(options(steps=10), Diverging("loss", range(100)))
     assert not (tmp_path / "run" / "model.safetensors").exists()
     before = contents(tmp_path / "run")
     assert {"metrics.jsonl", "main.log", "train.bin"} <= set(before)
-    with pytest.raises(LlmpyError, match="holds a run that was cut off — go on with it: --resume "):
+    with refused("run.interrupted", f"--resume {tmp_path / 'run'}"):
         assemble.train(options(), Laptop())
-    with pytest.raises(LlmpyError, match=r"is a run that has no checkpoint yet — go on: .*train --resume "):
+    with pytest.raises(LlmpyError, match="train --resume "):
         sample(SampleOptions(tmp_path / "run", tokens=3), print, Laptop())
     assert contents(tmp_path / "run") == before
     assert assemble.train(TrainOptions(resume=tmp_path / "run"), Laptop()) == 0  # from the start
@@ -686,10 +666,9 @@ def test_parameters_that_are_not_finite_are_never_checkpointed(
         def adamw(self, param: Any, grad: Any, m: Any, v: Any, *rest: Any) -> None:
             super().adamw(param, grad, m, v, *rest)
             if rest[-2] == 3:
-                v[0] = np.inf  # which no loss shows
+                v[0] = np.inf  # without effect on the loss
 
-    told = "step 4: .* no longer finite; the last good .* of step 2" if every else "step 10: .* finite; no checkpoint"
-    with pytest.raises(Diverged, match=told):
+    with refused("run.diverged", *(("step 4:", "of step 2") if every else ("step 10:", "no checkpoint"))):
         assemble.train(options(checkpoint_every=every, steps=10), Rotten())
     assert len(list((tmp_path / "run").glob("checkpoints/*"))) == bool(every)
 
@@ -697,7 +676,7 @@ def test_parameters_that_are_not_finite_are_never_checkpointed(
 def test_a_trained_model_is_not_overwritten(options: Options, tmp_path: Path) -> None:
     assemble.train(options(), Laptop())
     before = contents(tmp_path / "run")
-    with pytest.raises(LlmpyError, match="already holds a trained model — .* --resume "):
+    with refused("run.finished", f"--resume {tmp_path / 'run'}"):
         assemble.train(options(seed=3), Laptop())
     assert contents(tmp_path / "run") == before
 
@@ -705,7 +684,7 @@ def test_a_trained_model_is_not_overwritten(options: Options, tmp_path: Path) ->
 def test_a_folder_with_other_files_is_left_alone(options: Options, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.bin").write_bytes(b"mine")
-    with pytest.raises(LlmpyError, match=r"is not empty \(train.bin\)"):
+    with refused("run.not-empty", "(train.bin)"):
         assemble.train(options(), Laptop())
     assert (tmp_path / "run" / "train.bin").read_bytes() == b"mine"
 
@@ -724,12 +703,12 @@ def test_input_inside_the_run_folder_survives(options: Options, tmp_path: Path, 
     assert contents(run) == before
 
 
-def test_what_a_cut_off_save_left_goes_when_a_run_begins(
+def test_a_new_run_removes_files_of_an_interrupted_save(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    # left by our own code, so that the names agree
+    # written by our own code, so that the names agree
     with monkeypatch.context() as killed:
         killed.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(LlmpyError):
@@ -739,18 +718,18 @@ def test_what_a_cut_off_save_left_goes_when_a_run_begins(
     assert not any(p.name.endswith(".tmp") for p in run.iterdir())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".notes.tmp").touch()  # not ours
-    with pytest.raises(LlmpyError, match=r"is not empty \(\.notes\.tmp\)"):
+    with refused("run.not-empty", "(.notes.tmp)"):
         assemble.train(options(out=tmp_path / "other"), Laptop())
 
 
 def half_written(path: Path) -> None:
-    """What a process does that is killed while it saves."""
+    """Write like a process that is killed while saving."""
     path.write_bytes(b"half")
     raise OSError("killed")
 
 
-def test_a_name_that_no_disk_takes(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(LlmpyError, match="cannot write to the run folder .*File name too long — choose another"):
+def test_a_name_that_is_too_long(options: Options, tmp_path: Path) -> None:
+    with refused("run.unwritable", "File name too long"):
         assemble.train(options(out=tmp_path / ("x" * 300)), Laptop())
 
 
@@ -762,10 +741,9 @@ def test_an_empty_folder_is_welcome_and_stays_empty_after_a_refusal(options: Opt
 
 
 def test_a_folder_that_cannot_be_made(options: Options, text: Path) -> None:
-    with pytest.raises(LlmpyError, match="cannot write to the run folder"):
-        assemble.train(options(out=text / "run"), Laptop())
-    with pytest.raises(LlmpyError, match="cannot write to the run folder"):
-        assemble.train(options(out=text), Laptop())
+    for out in (text / "run", text):
+        with refused("run.unwritable", out):
+            assemble.train(options(out=out), Laptop())
 
 
 def test_a_folder_that_cannot_be_written(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -773,7 +751,7 @@ def test_a_folder_that_cannot_be_written(options: Options, tmp_path: Path, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Lock, "take", read_only)
-    with pytest.raises(LlmpyError, match="Permission denied — choose another with --out"):
+    with refused("run.unwritable", "Permission denied", "--out"):
         assemble.train(options(), Laptop())
     assert not (tmp_path / "run").exists()
 
@@ -796,7 +774,7 @@ def shard_with(tmp_path: Path, tokens: np.ndarray) -> Path:
 
 
 def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
-    """Every bad input that issue 2 lists for training → options that hold it, and what must be said."""
+    """Return bad inputs: a function that returns options with each, and text that the error must contain."""
 
     def file(content: bytes) -> Callable[[Path], dict[str, Any]]:
         def write(folder: Path) -> dict[str, Any]:
@@ -814,21 +792,21 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
         return write
 
     return {
-        "empty": (file(b""), "0 characters of text"),
-        "tiny": (file(b"a few words"), "text"),
+        "empty": (file(b""), "1,000"),
+        "tiny": (file(b"a few words"), "1,000"),
         "binary": (file(bytes(range(256)) * 40), "bad.txt"),
         "missing": (lambda f: {"data": (f / "nothing.txt",)}, "nothing.txt"),
-        "dial": (lambda f: {"model": "d4x"}, "unknown model"),
+        "dial": (lambda f: {"model": "d4x"}, "d4x"),
         "magic": (shard(lambda b: bytearray(4) + b[4:]), "tokens.bin"),
-        "length": (shard(lambda b: b[:-2]), "is damaged"),
-        "token": (shard(lambda b: b[:-2] + b"\xff\xff"), "outside the vocabulary"),
+        "length": (shard(lambda b: b[:-2]), "tokens.bin"),
+        "token": (shard(lambda b: b[:-2] + b"\xff\xff"), "tokens.bin"),
         "prompt": (lambda f: {"prompt": "\udcff"}, "UTF-8"),
         "prompt without tokenizer": (
             lambda f: {"prompt": "a", "data": (shard_with(f, np.arange(2000) % 300),), "vocab_size": 300},
-            "needs a tokenizer",
+            "--prompt",
         ),
-        "row": (lambda f: {"sequence_length": 1025}, "longer than the model's context of 1024"),
-        "batch": (lambda f: {"batch_size": 100_000}, "or use -B 291 -T 16"),
+        "row": (lambda f: {"sequence_length": 1025}, "-T 1024"),
+        "batch": (lambda f: {"batch_size": 100_000}, "-B 291 -T 16"),
         "validation": (lambda f: {"sequence_length": 1024, "batch_size": 1}, "-T"),
         "vocabulary": (lambda f: {"vocab_size": 200}, "--vocab-size 257"),
     }
@@ -836,7 +814,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
 
 @pytest.mark.parametrize("name", bad_inputs())
 def test_bad_input_is_one_error_and_leaves_nothing(options: Options, tmp_path: Path, name: str) -> None:
-    make, said = bad_inputs()[name]
+    make, text = bad_inputs()[name]
 
     class Unmeasured(Laptop):
         def measure_peak(self) -> float:
@@ -846,15 +824,15 @@ def test_bad_input_is_one_error_and_leaves_nothing(options: Options, tmp_path: P
     with pytest.raises(LlmpyError) as caught:
         assemble.train(options(**make(tmp_path)), machine)
     assert machine.warmed == 0
-    assert said in str(caught.value)
-    assert " — " in str(caught.value), "an error names the fix"
+    assert text in str(caught.value)
+    assert caught.value.hint
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_that_is_not_there(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PROGRAM_BYTES", 1 << 60)
     machine = Laptop()
-    with pytest.raises(LlmpyError, match="smaller -B, -T or --model"):
+    with refused("memory.insufficient", "-B", "-T", "--model"):
         assemble.train(options(), machine)
     assert machine.warmed == 0
     assert not (tmp_path / "run").exists()
@@ -869,17 +847,17 @@ def test_shards_without_a_tokenizer_train_and_sample_as_numbers(
     ids = lines[lines.index("--- sample at step 4") + 1].split()
     assert len(ids) == 5
     assert all(0 <= int(i) < 300 for i in ids)
-    with pytest.raises(LlmpyError, match=r"came without a tokenizer.*put its tokenizer\.json"):
+    with pytest.raises(LlmpyError, match=r"\brun\b.* tokenizer"):
         open_run(tmp_path / "run")
 
 
-def test_what_is_left_open_is_settled() -> None:
-    told = TrainOptions().settled(channels=768, tokens=51_300)
-    assert (told.lr, told.steps, told.minutes) == (pytest.approx(6e-4), 1000, 3.5)
-    told = TrainOptions(steps=3).settled(384, 51_300)
-    assert (told.lr, told.steps, told.minutes) == (pytest.approx(1.2e-3), 3, None)
-    told = TrainOptions(minutes=3, lr=0.1).settled(384, 10)
-    assert (told.lr, told.steps, told.minutes) == (0.1, None, 3)
+def test_default_options_are_settled() -> None:
+    found = TrainOptions().settled(channels=768, tokens=51_300)
+    assert (found.lr, found.steps, found.minutes) == (pytest.approx(6e-4), 1000, 3.5)
+    found = TrainOptions(steps=3).settled(384, 51_300)
+    assert (found.lr, found.steps, found.minutes) == (pytest.approx(1.2e-3), 3, None)
+    found = TrainOptions(minutes=3, lr=0.1).settled(384, 10)
+    assert (found.lr, found.steps, found.minutes) == (0.1, None, 3)
     assert TrainOptions().settled(768, 10).steps == 10
     assert TrainOptions().settled(768, 10).prompt == BUILTIN_PROMPT == "If the"
     assert TrainOptions(prompt="").settled(768, 10).prompt == ""
@@ -887,37 +865,37 @@ def test_what_is_left_open_is_settled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "name"),
     [
         ({"batch_size": 0}, "--batch-size 0"),
         ({"steps": 0}, "--steps 0"),
         ({"minutes": -1.0}, "--minutes -1"),
         ({"minutes": math.inf}, "--minutes inf"),
-        ({"minutes": 1e307}, "--minutes 1e+307 — use a number above 0, below 2^62"),
-        ({"steps": 10**400}, "below 2^62"),
-        ({"warmup": 10**400}, "below 2^62"),
+        ({"minutes": 1e307}, "--minutes 1e+307"),
+        ({"steps": 10**400}, "2^62"),
+        ({"warmup": 10**400}, "2^62"),
         ({"lr": math.nan}, "--lr nan"),
         ({"beta2": 1.0}, "--beta2 1.0"),
         ({"min_lr": 1.1}, "--min-lr 1.1"),
-        ({"seed": 1 << 32}, "from 0 to 2^32 - 1"),
+        ({"seed": 1 << 32}, "2^32 - 1"),
         ({"seed": -1}, "--seed -1"),
         ({"threads": 0}, "--threads 0"),
-        ({"schedule": "step"}, "cosine, linear"),
+        ({"schedule": "step"}, "cosine"),
         ({"dtype": "int8"}, "--dtype int8"),
     ],
 )
-def test_options_that_make_no_sense(options: Options, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(LlmpyError, match=re.escape(said)):
+def test_invalid_options(options: Options, changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(LlmpyError, match=re.escape(name)):
         options(**changes)
 
 
-def test_the_best_model_is_kept_beside_the_last(
+def test_the_best_model_is_kept(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    worse = iter([1.0, 1.0, 1.0, 5.0, 6.0])  # of the evaluations at 0, 2, 4, 6, 8
+    worse = iter([1.0, 1.0, 1.0, 5.0, 6.0])  # at the evaluations of steps 0, 2, 4, 6, 8
     true_loss = GPT2.loss
-    monkeypatch.setattr(GPT2, "loss", lambda self, *told: next(worse) * true_loss(self, *told))
+    monkeypatch.setattr(GPT2, "loss", lambda self, *batch: next(worse) * true_loss(self, *batch))
     assert assemble.train(options(steps=8, eval_every=2, eval_batches=1, checkpoint_every=4, keep=0), Laptop()) == 0
     score = checkpoint.read_header(run / "best.safetensors").score
     losses = {r["step"]: r["val_loss"] for r in metrics(run) if "val_loss" in r}
@@ -928,14 +906,14 @@ def test_the_best_model_is_kept_beside_the_last(
     assert all(np.array_equal(best[name], other[name]) for name in other)
     assert checkpoint.read_header(of_step_4).score is None
     out = capsys.readouterr().out
-    assert f"it was better before, after step 4, with validation loss {losses[4]:.4f}: {run}/best.safetensors" in out
-    # A run that goes on from before that step finds it again, and one that is better replaces it.
+    assert f"best validation loss {losses[4]:.4f} at step 4: {run}/best.safetensors" in out
+    # A resumed run keeps it until a better one replaces it.
     monkeypatch.setattr(GPT2, "loss", true_loss)
     assert assemble.train(TrainOptions(resume=run, steps=10, given=frozenset({"steps"})), Laptop()) == 0
     score = checkpoint.read_header(run / "best.safetensors").score
     assert score is not None
     assert (score.step, score.val_loss) == (10, metrics(run)[-1]["val_loss"])
-    assert "it was better" not in capsys.readouterr().out
+    assert "best validation loss" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"sequence_length": 8}, {"eval_batches": 2}])
@@ -945,15 +923,15 @@ def test_the_best_model_on_another_text_is_not_compared(
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
     true_loss = GPT2.loss
-    monkeypatch.setattr(GPT2, "loss", lambda self, *told: true_loss(self, *told) / 10)
+    monkeypatch.setattr(GPT2, "loss", lambda self, *batch: true_loss(self, *batch) / 10)
     assert assemble.train(options(steps=4, eval_every=2, eval_batches=1), Laptop()) == 0
     monkeypatch.setattr(GPT2, "loss", true_loss)
     capsys.readouterr()
     changes = {"steps": 6, **changes}
     assert assemble.train(TrainOptions(resume=run, given=frozenset(changes), **changes), Laptop()) == 0
     out = capsys.readouterr().out
-    assert re.search(r"validation now takes .*: the best model so far, of step 4, is replaced", out)
-    assert "it was better before" not in out
+    assert re.search(r"validation now uses .*: replacing the best model, of step 4", out)
+    assert "best validation loss" not in out
     score = checkpoint.read_header(run / "best.safetensors").score
     assert score is not None
     assert score.step == 6
@@ -963,17 +941,17 @@ def test_a_best_model_that_cannot_be_written_ends_no_run(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
-        raise LlmpyError("train.x", "cannot write best.safetensors: No space left on device", "free some space")
+        raise LlmpyError("test.full", "cannot write best.safetensors: No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_model", full)
     assert assemble.train(options(steps=2), Laptop()) == 0
-    assert "warning: the best model so far is not kept: cannot write best.safetensors" in capsys.readouterr().out
+    assert "warning: the best model is not saved: cannot write best.safetensors" in capsys.readouterr().out
 
 
-def test_runs_within_the_data_are_no_data(
+def test_runs_inside_the_data_folder_are_ignored(
     options: Options, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not the run's own folder, on its start and when it goes on, nor those of earlier runs."""
+    """The run's own folder, also when it resumes, and those of earlier runs."""
     texts = tmp_path / "texts"
     texts.mkdir()
     shutil.copy(text, texts)
@@ -990,13 +968,13 @@ def test_runs_within_the_data_are_no_data(
     assert metrics(shards / "run")[-1]["step"] == 4
 
 
-def test_what_a_run_from_a_model_is_trained_by() -> None:
-    """llm.c's settings for fine-tuning, where nothing else is said; a recipe and flags say something else."""
-    told = TrainOptions.gather({"init": "gpt2"})
-    assert (told.schedule, told.weight_decay, told.beta2, told.clip) == ("constant", 0.0, 0.999, 0.0)
-    assert told.given == {"init"}
-    assert told.settled(768, 1000).lr == 1e-4
-    assert told.settled(1536, 1000).lr == 5e-5
+def test_fine_tuning_defaults() -> None:
+    """Those of llm.c, unless a recipe or flags override them."""
+    found = TrainOptions.gather({"init": "gpt2"})
+    assert (found.schedule, found.weight_decay, found.beta2, found.clip) == ("constant", 0.0, 0.999, 0.0)
+    assert found.given == {"init"}
+    assert found.settled(768, 1000).lr == 1e-4
+    assert found.settled(1536, 1000).lr == 5e-5
     assert TrainOptions.gather({}).settled(768, 1000).lr == 6e-4
     other = TrainOptions.gather({"init": "gpt2", "recipe": "gpt2_124M", "data": (Path("d"),), "clip": 2.0, "lr": 1.0})
     assert (other.schedule, other.clip, other.settled(768, 1000).lr, other.beta2) == ("cosine", 2.0, 1.0, 0.999)
