@@ -79,8 +79,7 @@ def test_no_file_or_a_folder(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(durable.os, "fsync", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(durable.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(LlmpyError, match="No space left"):
         checkpoint.save(saved, tiny_model(), 8)
     assert saved.read_bytes() == before

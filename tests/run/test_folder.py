@@ -70,8 +70,7 @@ def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="fcntl")
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
     with refused("run.unwritable", tmp_path / "run", "No locks available"):
         RunFolder.open(tmp_path / "run", "")
 
