@@ -130,7 +130,7 @@ class GPT2:
     def stream(self, prompt: str = "", tokens: int = 200, **choices: Any) -> Iterator[str]:
         """Return the continuation of the prompt piece by piece; arguments as in `generate`."""
         if unknown := choices.keys() - CHOICES:
-            raise LlmpyError("option.unknown", f"unknown {sorted(unknown)}", f"Use {', '.join(sorted(CHOICES))}")
+            raise LlmpyError("option.unknown", f"unknown option {min(unknown)!r}", f"Use {', '.join(sorted(CHOICES))}")
         values = {name: converted(SampleOptions, name, value) for name, value in choices.items()}
         options = SampleOptions(tokens=converted(SampleOptions, "tokens", tokens), **values)
         prompt_ids = encode_prompt(self.require_tokenizer(), prompt)
@@ -218,7 +218,11 @@ class GPT2:
             raise LlmpyError("tokens.shape", problem, "Pass integers (B, T), or (T,) for one row")
         ids = ids.reshape(-1, ids.shape[-1])
         if (T := ids.shape[1]) > longest:
-            raise LlmpyError("model.context-exceeded", f"{what}: rows of {T:,} exceed {longest:,}", "Shorten the rows")
+            raise LlmpyError(
+                "model.context-exceeded",
+                f"{what}: rows of {T:,} exceed {longest:,}, with a context of {self.config.context:,}",
+                "Shorten the rows",
+            )
         self._check_range((ids.min(), ids.max()), what, least)
         return np.ascontiguousarray(ids, np.int32)
 
@@ -315,7 +319,7 @@ class Trainer:
         for name, part in self._parts.items():
             there = folder / name
             if not there.is_file() or not np.array_equal(open_shard(there, 1 << 31).tokens, part):
-                raise LlmpyError("resume.data-mismatch", f"{folder.path} has other tokens", "Use another out")
+                raise LlmpyError("data.changed", f"{folder.path} has other tokens", "Use another out")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

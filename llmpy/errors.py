@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 
 class LlmpyError(Exception):
@@ -15,8 +16,13 @@ class LlmpyError(Exception):
     exit_code = 1
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
+        message = message.rstrip(". ")  # what a library said may end in a full stop
         super().__init__(f"{message}. {hint}" if hint else message)
         self.code, self.message, self.hint = code, message, hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy without calling __init__, whose arguments differ between subclasses."""
+        return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class Diverged(LlmpyError):
@@ -37,6 +43,8 @@ class Stopped(LlmpyError):
 
 def unreadable(path: Path, error: OSError) -> LlmpyError:
     """Return the error for a file that the system cannot read."""
+    if isinstance(error, FileNotFoundError):
+        return LlmpyError("file.missing", f"cannot read {path}: {error.strerror}", "Check the path")
     return LlmpyError(
         "file.unreadable", f"cannot read {path}: {error.strerror or error}", "Check the path and its permissions"
     )

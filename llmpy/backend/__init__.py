@@ -205,4 +205,4 @@ def load(name: str = "cpu", **options: Any) -> Ops:
         from .reference import Reference
 
         return Reference(**options)
-    raise LlmpyError("option.unknown-backend", f"unknown backend {name!r}", "Use cpu or reference")
+    raise LlmpyError("option.invalid", f"unknown backend {name!r}", "Use cpu or reference")

@@ -162,7 +162,7 @@ def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]
     Times in ms, memory in MB of 10⁶ bytes; ratio: median over llm.py's of the same dtype.
     """
     if o.json is not None and not o.json.absolute().parent.is_dir():
-        raise LlmpyError("file.missing", f"cannot write {o.json}: no folder {o.json.parent}", "Create it first")
+        raise LlmpyError("file.unwritable", f"cannot write {o.json}: no folder {o.json.parent}", "Create it first")
     config = ModelConfig.from_dial(o.model)
     if o.sequence_length > config.context:
         what = f"-T {o.sequence_length} exceeds the context of {o.model} ({config.context})"

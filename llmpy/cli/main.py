@@ -68,7 +68,7 @@ def end(number: int, _frame: Any) -> NoReturn:
         leave_word = getattr(launch, "leave_word", None)
         if leave_word is None or not leave_word("stopped", str(number)):
             with contextlib.suppress(OSError):  # the terminal is gone
-                os.write(2, f"llmpy: error: {stopped}\n".encode())
+                os.write(2, f"llmpy: error: {stopped} [{stopped.code}]\n".encode())
         os._exit(stopped.exit_code)
 
 

@@ -175,13 +175,13 @@ def _workplace(folder: Path, log: Log) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         message = f"cannot make {folder}: {error.strerror or error}"
-        raise LlmpyError("folder.unwritable", message, "Choose another folder (--out)") from error
+        raise LlmpyError("file.unwritable", message, "Choose another folder (--out)") from error
 
 
 def _hellaswag(options: DataOptions, work: Path, log: Log) -> dict[str, Any]:
     if str(options.tokenizer).startswith("bpe:"):
         message = f"--tokenizer {options.tokenizer} cannot be trained on HellaSwag"
-        raise LlmpyError("dataset.evaluation-only", message, "Use --tokenizer gpt2 or a file")
+        raise LlmpyError("option.conflict", message, "Use --tokenizer gpt2 or a file")
     raw = hellaswag_lines(options.source, log)
     tokenizer, _ = choose_tokenizer(options.tokenizer, Corpus(lambda: iter(())), log)
     examples = list(itertools.islice(encode_examples(raw, tokenizer), options.tokens))

@@ -149,7 +149,7 @@ def write_tokens(
             del spool, counted  # Windows cannot remove a mapped file
     except OSError as error:
         message = f"cannot write to {folder}: {error.strerror or error}"
-        raise LlmpyError("folder.unwritable", message, "Free some space or choose another folder (--out)") from error
+        raise LlmpyError("file.unwritable", message, "Free some space or choose another folder (--out)") from error
     tokenizer.save(folder / "tokenizer.json")
     if table:
         write_llmc(folder / LLMC_FILE, table)

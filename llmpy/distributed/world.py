@@ -83,6 +83,8 @@ class World(SingleProcess):
                 traceback.print_exception(failure)
             name = "" if self.rank == 0 else f"rank {self.rank} on {socket.gethostname()}: "
             exit_code = getattr(failure, "exit_code", 130 if kind is KeyboardInterrupt else 1)
+            if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+                exit_code = failure.code
             watch.broadcast(RankFailure(self.rank, name + text, exit_code, code))
         assert watch.failure is not None
         end(watch, watch.failure)

@@ -42,7 +42,9 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     try:
         import gguf
     except ImportError:
-        raise LlmpyError("package.missing", "writing GGUF requires the gguf package", install("llmpy[gguf]")) from None
+        raise LlmpyError(
+            "package.missing", "GGUF requires the gguf package", f"Install it: {install('llmpy[gguf]')}"
+        ) from None
     c = source.config
     tensors = [(t.name, t.shape, dtype if t.decay and t.name != "wpe" else "float32") for t in params_table(c)]
 

@@ -122,7 +122,9 @@ def read_checkpoint(folder: Path) -> tuple[Source, TrainingState]:
     """Open the latest checkpoint: its master weights if any, and all ranks' states. Raises LlmpyError if none."""
     step = latest(folder)
     if step is None:
-        raise LlmpyError("checkpoint.missing", f"no complete llm.c checkpoint in {folder}", "A DONE_ file marks one")
+        raise LlmpyError(
+            "checkpoint.missing", f"no complete llm.c checkpoint in {folder}", "Use a folder with a DONE_ file"
+        )
     model = read_model(folder / MODEL_NAME.format(step))
     state = read_state(folder / STATE_NAME.format(step, 0), model.config)
     if state.master is None:

@@ -173,6 +173,6 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
         if not there:
             others = f"Finished runs: {', '.join(known[:5])}" if known else f"Train one: {command('train')}"
             near = did_you_mean(str(run), [*hub.NAMES, *known])
-            raise LlmpyError("run.missing", f"no run folder {run}", f"{near} {others}".lstrip())
+            raise LlmpyError("model.missing", f"no run or model {run}", f"{near} {others}".lstrip())
     source = resolve(str(run), aside)
     return source, tokenizer_of(source, aside)[0]

@@ -219,7 +219,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         if _sealed(manifest) != text:
             raise ValueError("checksum mismatch")
         if (found := manifest["format"]) > CHECKPOINT_FORMAT:
-            raise Unavailable("checkpoint.newer-format", f"{checkpoint} has format {found}", "Upgrade llmpy")
+            raise Unavailable(
+                "checkpoint.newer-format",
+                f"{checkpoint} has format {found}, newer than {CHECKPOINT_FORMAT}",
+                "Upgrade llmpy",
+            )
         for name in sorted({MODEL, *manifest["files"]}):
             about = manifest["files"][name]
             if wrong := durable.stretches_differ(checkpoint / name, about["bytes"], about["crc32"]):

@@ -67,4 +67,4 @@ def package(name: str) -> Any:
         return importlib.import_module(PACKAGES[name])
     except ImportError:
         what = f"--track {name} requires the package {PACKAGES[name]}"
-        raise LlmpyError("package.missing", what, install(PACKAGES[name])) from None
+        raise LlmpyError("package.missing", what, f"Install it: {install(PACKAGES[name])}") from None

@@ -72,7 +72,7 @@ class AdamW:
         """
         norm = self.norm()
         if not math.isfinite(norm):
-            raise LlmpyError("run.diverged", f"the gradient norm is {norm}", "Use a smaller --lr")
+            raise LlmpyError("optimizer.not-finite", f"the gradient norm is {norm}", "Use a smaller --lr")
         self.update(lr, norm)
         return norm
 

@@ -49,6 +49,13 @@ def test_documented_commands_are_accepted(command: Command, monkeypatch: pytest.
             ModelConfig.from_dial(size)
 
 
+@pytest.mark.parametrize("line", ["train --no-such-option", "trian", "sample runs/NAME --temperature hot"])
+def test_other_commands_are_refused(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hear(monkeypatch)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line.split())
+
+
 def test_the_commands_of_a_first_hour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

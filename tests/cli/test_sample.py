@@ -121,7 +121,7 @@ def test_prompts_of_a_file(run: Path, tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with refused("data.not-utf8", file):
         texts(run, prompts_file=file)
-    with refused("file.unreadable", tmp_path / "none"):
+    with refused("file.missing", tmp_path / "none"):
         texts(run, prompts_file=tmp_path / "none")
 
 

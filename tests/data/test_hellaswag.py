@@ -114,5 +114,5 @@ def test_cut(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with refused("hellaswag.corrupt", path):
         read_examples(path, 50257)
-    with refused("file.unreadable", path.with_name("none")):
+    with refused("file.missing", path.with_name("none")):
         read_examples(path.with_name("none"), 50257)

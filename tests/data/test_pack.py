@@ -202,7 +202,7 @@ def test_hellaswag(tmp_path, said):
     examples = read_examples(folder / "hellaswag_val.bin", 257)
     assert [example.label for example in examples] == [i % 4 for i in range(20)]
     assert said[-1] == f"wrote {folder}"  # not for training
-    with refused("dataset.evaluation-only", "--tokenizer"):
+    with refused("option.conflict", "--tokenizer"):
         make(said, "hellaswag", source=raw, out=tmp_path / "b", tokenizer="bpe:300")
 
 
@@ -307,6 +307,6 @@ def test_a_full_disk(raw, tmp_path, said, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pipeline, "_spool", full)
-    with refused("folder.unwritable", "out.tmp", "No space left on device"):
+    with refused("file.unwritable", "out.tmp", "No space left on device"):
         make(said, raw, out=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]

@@ -87,7 +87,7 @@ def test_missing_and_folder(tmp_path):
     for wrong in (tmp_path / "no.bin", tmp_path):
         with refused("file.unreadable", wrong):
             open_shard(wrong, V)
-    with refused("file.unreadable", tmp_path / "no.bin"):
+    with refused("file.missing", tmp_path / "no.bin"):
         is_shard(tmp_path / "no.bin")
 
 

@@ -207,7 +207,7 @@ def test_paths_without_a_model(tmp_path: Path) -> None:
             open_model(path)
     with refused("model.missing", tmp_path):
         open_model(tmp_path)
-    with refused("file.unreadable", "nothing", "No such file or directory"):
+    with refused("file.missing", "nothing", "No such file or directory"):
         open_model(tmp_path / "nothing")
 
 

@@ -119,17 +119,17 @@ def test_prompts() -> None:
 
 
 def test_a_name_that_is_too_long() -> None:
-    with pytest.raises(LlmpyError, match="x{300}"):  # file.unreadable or run.missing, by Python version
+    with pytest.raises(LlmpyError, match="x{300}"):  # file.unreadable or model.missing, by Python version
         open_run(Path("x" * 300))
 
 
 def test_errors_of_a_run_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with refused("run.missing", "nowhere", "llmpy train"):
+    with refused("model.missing", "nowhere", "llmpy train"):
         open_run(Path("nowhere"))
     (tmp_path / "runs" / "old").mkdir(parents=True)
     (tmp_path / "runs" / "old" / "model.safetensors").write_bytes(b"")
-    with refused("run.missing", Path("runs/old")):
+    with refused("model.missing", Path("runs/old")):
         open_run(Path("nowhere"))
     with refused("file.corrupt", "model.safetensors"):
         open_run(Path("runs/old"))

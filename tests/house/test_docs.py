@@ -7,6 +7,7 @@ indentation; for commands see tests/cli/test_docs_commands.py.
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,11 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_and_quotations(page: Path) -> None:
+def test_links_extras_and_quotations(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s#]+)", FENCE.sub("", page.read_text("utf-8"))):
         assert "://" in target or target.startswith("mailto:") or (page.parent / target).exists(), target
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert {*re.findall(r"install (?:-e )?'(?:llmpy|\.)\[(\w+)\]'", page.read_text("utf-8"))} <= extras.keys()
     for fence in fences(page):
         if fence.label == "py" and fence.source:
             have, quoted = (

@@ -63,3 +63,4 @@ def test_make_names_what_is_missing(tmp_path: Path, fails: str, named: str) -> N
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60)
     (line,) = (line for line in ended.stderr.splitlines() if not line.startswith("make"))
     assert ended.returncode != 0 and named in line
+    assert not (tmp_path / ".venv").exists()

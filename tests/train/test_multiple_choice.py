@@ -95,6 +95,6 @@ def test_a_run_reports_the_accuracy(tmp_path, path, capsys):
     assert f"\ns:2 eval:{found[2]:.4f}\n" in log
     assert (tmp_path / "run" / "main.log").read_text("utf-8") == log
     assert f"step 2: HellaSwag accuracy {found[2]:.4f} ({round(5 * found[2])} of 5)\n" in capsys.readouterr().out
-    with refused("file.unreadable", tmp_path / "none"):
+    with refused("file.missing", tmp_path / "none"):
         assemble.train(TrainOptions(**given | {"hellaswag": tmp_path / "none"}, out=tmp_path / "bad"), Laptop())
     assert not (tmp_path / "bad").exists()

@@ -59,7 +59,7 @@ class CPU:
         if dtype == "auto":
             dtype = native_dtype()
         if dtype not in ("float32", "bfloat16"):
-            raise LlmpyError("option.unknown-dtype", f"unknown dtype {dtype!r}", "Use float32, bfloat16 or auto")
+            raise LlmpyError("option.invalid", f"unknown dtype {dtype!r}", "Use float32, bfloat16 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = cores() if threads is None else threads
         if not 1 <= self.threads <= pool.MOST:
