@@ -130,7 +130,7 @@ def test_text(tmp_path: Path) -> None:
     if len(text) > 4:
         assert model.generate("ab", 12, temperature=0.9, seed=3, stop=text[3:5]) == text[:3]
     for wrong, code, name in (
-        ({"topk": 3, "json": True}, "option.unknown", "['json', 'topk']. Use min_p"),
+        ({"topk": 3, "json": True}, "option.unknown", "'json'. Use min_p"),
         ({"top_p": 3}, "option.invalid", "--top-p 3"),
         ({"temperature": "hot"}, "option.invalid", "'hot'"),
     ):

@@ -84,8 +84,8 @@ def test_token_outside_the_vocabulary(path, monkeypatch, position):
 
 
 def test_missing_and_folder(tmp_path):
-    for wrong in (tmp_path / "no.bin", tmp_path):
-        with refused("file.unreadable", wrong):
+    for wrong, code in ((tmp_path / "no.bin", "file.missing"), (tmp_path, "file.unreadable")):
+        with refused(code, wrong):
             open_shard(wrong, V)
     with refused("file.missing", tmp_path / "no.bin"):
         is_shard(tmp_path / "no.bin")

@@ -34,8 +34,9 @@ def test_every_error_has_a_code() -> None:
             if isinstance(node, ast.ClassDef) and errors & {getattr(base, "id", "") for base in node.bases}:
                 errors.add(node.name)
     errors.remove("Stopped")  # its argument is a signal
+    relayed = PACKAGE / "distributed" / "launch.py"  # raises again what a rank raised
     for path, node in nodes:
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and path != relayed:
             names = {sub.id for sub in ast.walk(node.func) if isinstance(sub, ast.Name)}  # (A if x else B)(...) too
             if names & errors and not isinstance(node.func, ast.Attribute):
                 code = getattr(node.args[0], "value", None)

@@ -54,7 +54,7 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         ("- a", "config.no-options", "run.yaml"),
         ("a: [", "config.not-yaml", "run.yaml"),
         ("schedule: step", "option.invalid", "--schedule step"),
-        (None, "file.unreadable", "run.yaml"),
+        (None, "file.missing", "run.yaml"),
     ],
 )
 def test_files_with_errors(tmp_path: Path, text: str | None, code: str, named: str) -> None:
