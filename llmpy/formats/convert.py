@@ -11,10 +11,11 @@ from typing import NamedTuple
 from ..data.rank_tables import LLMC_FILE, write_llmc
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
+from ..model.config import GPT2_VOCAB
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..system.durable import made
-from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
+from . import find, gguf, huggingface, llmc, llmc_state, native, no_tokenizer, open_model
 from .source import Source, tokenizer_path
 
 
@@ -33,6 +34,8 @@ FORMATS = {
     "native": Format(("float32",), ".safetensors", lambda path, source, _: native.write_model(path, source)),
     "gguf": Format(("float32", "bfloat16", "float16"), ".gguf", gguf.write_model),
 }
+
+IMPLYING = ("llmc", "native")  # without a tokenizer they imply GPT-2's
 
 
 def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
@@ -90,6 +93,8 @@ def write(
         what = "a model alone is not an llm.c run: the moments and the data position are missing"
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
+    if tokenizer is None and source.config.vocab_size == GPT2_VOCAB and not source.implies_gpt2 and to in IMPLYING:
+        raise no_tokenizer(source)
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
         raise LlmpyError("file.exists", f"{named} is another model's tokenizer", "Choose a new name, or remove it")
