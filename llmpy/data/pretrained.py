@@ -21,20 +21,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 WHOLE, CONFIG, UNREADABLE = "tokenizer.json", "tokenizer_config.json", ("tokenizer.model", "spiece.model", "vocab.txt")
-# Classes without "Tokenizer" and "Fast": byte-level, or all of a tokenizer.json.
-GPT2 = "GPT2"
-CLASSES = (
-    "",
-    GPT2,
-    "PreTrained",
-    "TokenizersBackend",
-    "PythonBackend",
-    "Llama",
-    "Qwen2",
-    "GPTNeoX",
-    "CodeGen",
-    "Cohere",
-)
+FAST = "PreTrainedTokenizerFast"
+GPT2 = "GPT2"  # classes without "Tokenizer" and "Fast"
+CLASSES = ("", GPT2, "PreTrained", "TokenizersBackend", "PythonBackend", "Llama", "Qwen2", "GPTNeoX")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Names of the token between texts; the first that exists counts if no eos_token is named. Llama 3 has one for the start
@@ -62,20 +51,22 @@ def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str]]
     named = config.get("tokenizer_class") or model.get("tokenizer_class") or ""
     kind = named.removesuffix("Fast").removesuffix("Tokenizer")
     kind = kind or GPT2 * (not whole or model.get("model_type") == "gpt2")
-    if kind not in CLASSES or not (whole or kind == GPT2) or config.get("split_special_tokens"):
-        what = "split_special_tokens" if config.get("split_special_tokens") else f"tokenizer_class {named}"
-        raise ValueError(f"{what} is not supported" + " without tokenizer.json" * (not whole))
+    words = (about.get("pre_tokenizer") or {}) if whole else {}
+    if config.get("split_special_tokens"):
+        raise ValueError(f"split_special_tokens in {CONFIG} is not supported")
+    wrong = "" if kind in CLASSES else f"tokenizer_class {named} is not supported"
     if whole:
-        library, words = Tokenizer.from_str(data.decode("utf-8")), about.get("pre_tokenizer") or {}
+        library = Tokenizer.from_str(data.decode("utf-8"))
         odd = words.get("type") != "ByteLevel" or words.get("use_regex") is False or about.get("normalizer")
         if kind == GPT2 and (odd or about["model"].get("ignore_merges")):
-            what = "transformers 4 and 5 read it differently: its words are not those of its class, GPT2Tokenizer"
-            raise ValueError(f'{what}. If they are right, set "tokenizer_class": "PreTrainedTokenizerFast" in {CONFIG}')
+            wrong = "transformers 4 and 5 read it differently: its words are not those of its class, GPT2Tokenizer"
+        if wrong:
+            raise ValueError(f'{wrong}. If the file is complete, set "tokenizer_class": "{FAST}" in {CONFIG}')
     else:
         merges = path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt")
-        if not merges.is_file():
-            raise ValueError(f"{merges.name} is missing next to it")
-        library, words = Tokenizer(models.BPE.from_file(str(path), str(merges))), {}
+        if kind != GPT2 or not merges.is_file():
+            raise ValueError(f"tokenizer_class {named} is not supported" * (kind != GPT2) or f"{merges} is missing")
+        library = Tokenizer(models.BPE.from_file(str(path), str(merges)))
         library.decoder = decoders.ByteLevel()
     prefix = bool(config.get("add_prefix_space"))
     if kind == GPT2 and words.get("add_prefix_space") != prefix:
@@ -108,9 +99,8 @@ def _add(
         library.add_tokens([token])
         if (found := library.token_to_id(token.content)) != i:
             raise ValueError(f"{token.content!r} has id {i} as an added token, {found} in the vocabulary")
-    usual = dict.fromkeys(ROLES[:3], EOT) if kind == GPT2 else {}
-    if kind != GPT2 and library.padding:
-        usual = {"pad_token": library.padding["pad_token"]}
+    padding = {"pad_token": library.padding["pad_token"]} if library.padding else {}
+    usual = dict.fromkeys(ROLES[:3], EOT) if kind == GPT2 else padding
     for role in usual.keys() - config.keys():  # not outside the model
         if library.token_to_id(usual[role]) is not None or library.get_vocab_size() < model.get("vocab_size", 1 << 31):
             special[role] = usual[role]

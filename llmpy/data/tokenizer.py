@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import LlmpyError, unreadable
-from ..model.config import GPT2_VOCAB
 from ..system.cache import data_cache
 from ..system.durable import write_whole
 from . import pretrained
@@ -77,9 +76,9 @@ class Tokenizer:
         Files are recognized by content. Raises LlmpyError if it is missing, corrupt, or not byte-level BPE.
         """
         try:
-            data = (path := (pretrained.find(path) or path) if path.is_dir() else path).read_bytes()
+            data = (path := (pretrained.find(path) or path / pretrained.WHOLE) if path.is_dir() else path).read_bytes()
         except FileNotFoundError:
-            hint = "Check the path. --tokenizer is gpt2, bytes, bpe:N or a file"
+            hint = "Check the path. --tokenizer is gpt2, bytes, bpe:N, a file or its folder"
             raise LlmpyError("tokenizer.missing", f"no tokenizer at {path}", hint) from None
         except OSError as error:
             raise unreadable(path, error) from error
@@ -90,7 +89,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises nothing more specific, and may panic
-            why = "a field has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
+            why = "a field is invalid" if isinstance(error, TypeError | AttributeError | KeyError) else str(error)
             short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
             message = f"{path} is not a usable tokenizer: {short}"
             hint = "Give a tokenizer.json, or vocab.json and merges.txt, of byte-level BPE"
@@ -212,12 +211,6 @@ class Tokenizer:
     def same_tokens(self, other: Tokenizer) -> bool:
         """Return whether both have the same token for each id, and the same EOT."""
         return self.eot == other.eot and self._library.get_vocab() == other._library.get_vocab()
-
-    @property
-    def is_gpt2(self) -> bool:
-        """Whether it is GPT-2's, which another of its size would not encode like this."""
-        text = "Hello, I'm a language model,"
-        return self.vocab_size == GPT2_VOCAB and self.encode(text) == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
 
     def starts_words(self, border: re.Pattern[str]) -> bool:
         """Return whether `border` always starts a word, and no added token contains or takes it."""

@@ -10,6 +10,6 @@ gguf      GGUF of llama.cpp, written only            gguf.py
 source.py: a model in any format. detect.py: find the format by content, not by name. convert.py: write.
 """
 
-from .detect import find, no_tokenizer, open_model, resolve, tokenizer_of
+from .detect import find, open_model, resolve, tokenizer_of
 
-__all__ = ["find", "no_tokenizer", "open_model", "resolve", "tokenizer_of"]
+__all__ = ["find", "open_model", "resolve", "tokenizer_of"]

@@ -15,7 +15,7 @@ from ..model.config import GPT2_VOCAB
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..system.durable import made
-from . import find, gguf, huggingface, llmc, llmc_state, native, no_tokenizer, open_model
+from . import find, gguf, huggingface, llmc, llmc_state, native, open_model, tokenizer_of
 from .source import Source, tokenizer_path
 
 
@@ -34,8 +34,6 @@ FORMATS = {
     "native": Format(("float32",), ".safetensors", lambda path, source, _: native.write_model(path, source)),
     "gguf": Format(("float32", "bfloat16", "float16"), ".gguf", gguf.write_model),
 }
-
-IMPLYING = ("llmc", "native")  # without a tokenizer they imply GPT-2's
 
 
 def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
@@ -93,8 +91,8 @@ def write(
         what = "a model alone is not an llm.c run: the moments and the data position are missing"
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
-    if tokenizer is None and source.config.vocab_size == GPT2_VOCAB and not source.implies_gpt2 and to in IMPLYING:
-        raise no_tokenizer(source)
+    if not (tokenizer or source.implies_gpt2) and source.config.vocab_size == GPT2_VOCAB and to in ("llmc", "native"):
+        tokenizer_of(source, log)  # raises: in these formats it would imply GPT-2's
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
         raise LlmpyError("file.exists", f"{named} is another model's tokenizer", "Choose a new name, or remove it")

@@ -52,16 +52,11 @@ def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer,
     if source.implies_gpt2:
         log(f"note: {source.path} has no tokenizer next to it: taking OpenAI's GPT-2 tokenizer")
         return Tokenizer.gpt2(log), "GPT-2's"
-    raise no_tokenizer(source)
-
-
-def no_tokenizer(source: Source) -> LlmpyError:
-    """Return the error for a model without a tokenizer; another kind of tokenizer next to it is named."""
     folder = source.path if source.path.is_dir() else source.path.parent
     other = next((name for name in pretrained.UNREADABLE if (folder / name).is_file()), None)
     what = f"{source.path} has no tokenizer" + (f" that llmpy can read, only {other}" if other else "")
     there = tokenizer_path(source.path) if source.path.is_file() else source.path / TOKENIZER_FILE
-    return LlmpyError("tokenizer.missing", what, f"Put its tokenizer.json at {there}")
+    raise LlmpyError("tokenizer.missing", what, f"Put its tokenizer.json at {there}")
 
 
 def open_model(path: Path) -> Source:

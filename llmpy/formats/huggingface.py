@@ -107,7 +107,7 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         tokenizer = Tokenizer.load(source.tokenizer)
         tokenizer.save(folder / TOKENIZER_FILE)
         roles = tokenizer.roles
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.names, "model_max_length": c.context}
+        about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
         _write_json(folder / pretrained.CONFIG, about)
     config = {
         "architectures": ["GPT2LMHeadModel"],
