@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, Tokenizer, deco
 from llmpy import api
 from llmpy.api import GPT2
 from llmpy.cli.main import main
+from llmpy.data import prepare
 from llmpy.data.encode import encode
 from llmpy.data.pack import data
 from llmpy.data.pretrained import ROLES
@@ -24,6 +26,7 @@ from llmpy.data.rank_tables import LLAMA3
 from llmpy.data.records import Document
 from llmpy.data.tokenizer import EOT
 from llmpy.data.tokenizer import Tokenizer as Ours
+from llmpy.errors import LlmpyError
 from llmpy.formats import convert, huggingface, llmc, open_model, source, tokenizer_of
 from llmpy.formats.gguf import write_model as write_gguf
 from llmpy.generate.generation import open_run
@@ -237,6 +240,22 @@ def test_a_model_keeps_its_two_files(spanish: Path, tmp_path: Path) -> None:
         more = ["--to", "native"] if target == "run" else []
         assert main(["convert", str(spanish), str(tmp_path / target), *more]) == 0
         assert open_run(tmp_path / target)[1].same_tokens(own)
+
+
+def test_a_dataset_is_encoded_with_the_model_s_own(spanish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its size, but not GPT-2's: train --init MODEL --data tinyshakespeare."""
+    monkeypatch.setattr(prepare, "GPT2_VOCAB", Ours.load(spanish).vocab_size)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        prepare, "find_dataset", lambda _name, _log, tokenizer: asked.append(tokenizer) or spanish / "no"
+    )
+    for gpt2 in (Ours.bytes(), Ours.load(spanish)):
+        monkeypatch.setattr(Ours, "gpt2", lambda *_, it=gpt2: it)
+        found = open_model(spanish)
+        vocabulary = prepare.Vocabulary(found.config.vocab_size, found.tokenizer, partial(tokenizer_of, found, print))
+        with pytest.raises(LlmpyError):  # no such shards
+            prepare.prepare([Path("tinyshakespeare")], spanish, model=vocabulary)
+    assert asked == [str(spanish / "vocab.json"), "gpt2"]
 
 
 def test_without_a_tokenizer_text_is_refused(spanish: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
