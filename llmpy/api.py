@@ -24,7 +24,7 @@ from .data.shards import form_for, open_shard, write_shard
 from .data.tokenizer import Tokenizer
 from .errors import LlmpyError
 from .formats import convert
-from .formats.source import Source
+from .formats.source import HUGGING_FACE, Source
 from .generate.generation import Generation, TextStream, aside, check_memory, encode_prompt
 from .generate.sampling import Choice, choice_of
 from .model import gpt2
@@ -47,7 +47,7 @@ class GPT2:
     """A GPT-2 and its tokenizer, created by `load` or `new`.
 
     `config` is its shape. `parameters` maps each tensor's name to its float32 array; call `store_weights` after
-    writing to one. `tokenizer` may be None; text then uses GPT-2's if the vocabulary size matches.
+    writing to one. `tokenizer` may be None; text then uses GPT-2's if the size matches (not in a Hugging Face folder).
     """
 
     def __init__(self, net: gpt2.GPT2, tokenizer: Tokenizer | None, trained_length: int) -> None:
@@ -57,6 +57,7 @@ class GPT2:
         self.parameters: dict[str, np.ndarray] = {t.name: net.ops.to_host(view) for t, view in net.params.items()}
         self._net = net
         self._untrained = False
+        self._what = "model in memory"
         self._shape = (0, 0)
 
     @classmethod
@@ -74,7 +75,9 @@ class GPT2:
         net = gpt2.GPT2(source.config, machine or _machine(threads, dtype))
         source.fill(net.params)
         net.store_weights()
-        return cls(net, tokenizer, source.trained_length)
+        loaded = cls(net, tokenizer, source.trained_length)
+        loaded._what = source.what
+        return loaded
 
     @classmethod
     def new(
@@ -160,7 +163,8 @@ class GPT2:
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, or GPT-2's. Raises LlmpyError if it is missing or has more tokens than the model."""
-        if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB:
+        if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB and self._what != HUGGING_FACE:
+            aside("note: the model has no tokenizer: taking OpenAI's GPT-2 tokenizer")
             self.tokenizer = Tokenizer.gpt2(aside)
         if self.tokenizer is None:
             raise LlmpyError("tokenizer.missing", "the model has no tokenizer", "Set its attribute `tokenizer`")
@@ -188,7 +192,7 @@ class GPT2:
                 tokenizer = Path(folder, TOKENIZER_FILE)
                 self.tokenizer.save(tokenizer)
             source = Source(
-                Path("memory"), "model in memory", self.config, "float32", self.trained_length,
+                Path("memory"), self._what, self.config, "float32", self.trained_length,
                 self.parameters.__getitem__, tokenizer,
             )  # fmt: skip
             convert.write(source, path, to, dtype, aside)

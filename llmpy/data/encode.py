@@ -19,6 +19,7 @@ from .tokenizer import Tokenizer
 
 BORDER = re.compile(r"(?<=\S)[ \n]")  # GPT-2's pattern always starts a word here (not at \x1c!)
 BLANK = re.compile(r"(?<=\S) ")  # for other patterns, which may join line ends to the preceding sign
+NEVER = re.compile(r"(?!)")
 PIECE = 1 << 12  # characters encoded at a time
 TOKENIZER_SEES = 50_000_000  # characters to learn merges from: plenty, and 7 s of counting on two cores
 BATCH = 1 << 20  # characters per call of the library; 18.5M took 3.0 GB
@@ -43,7 +44,8 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
     waiting: deque[Future[Tokens]] = deque()
     # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
     with ThreadPoolExecutor(2) as pool:
-        for batch in _batches(documents, BORDER if tokenizer.splits_as_gpt2 else BLANK):
+        border = BORDER if tokenizer.splits_as_gpt2 else BLANK
+        for batch in _batches(documents, border if tokenizer.starts_words(border) else NEVER):
             waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
             if len(waiting) > 2:
                 yield waiting.popleft().result()

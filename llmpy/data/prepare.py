@@ -64,7 +64,9 @@ def prepare(
         corpus = _builtin(log)
     else:
         if len(paths) == 1 and is_dataset(paths[0]):
-            own = model.tokenizer if model is not None and model.size != GPT2_VOCAB else None
+            own = None if model is None else model.tokenizer
+            if model is not None and (its := model.load()[0]).vocab_size == GPT2_VOCAB:
+                own = None if its.same_tokens(Tokenizer.gpt2(log)) else own
             paths = [find_dataset(str(paths[0]), log, str(own or "gpt2"))]
         files = find_files(paths, skip)
         found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]

@@ -3,11 +3,13 @@
 Text becomes UTF-8 bytes, split into words by GPT-2's pattern. Adjacent pairs are merged in the order learned (Sennrich
 et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so any text round-trips. `<|endoftext|>` precedes each
 document. In a text it is the same token, since some files separate documents with it. Other tokenizers may name it
-differently (END_OF_TEXT).
+differently.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
+from . import pretrained
 from .magic import TOKENIZER, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
@@ -29,20 +32,21 @@ GPT2 = "openai-community/gpt2"
 # A tokenizer that changes these (lower case, no accents) loses text. Composing accents is harmless (NFC, as Qwen and
 # GPT-NeoX do). The second has no leading space.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
-# Names of the token between texts in byte-level tokenizers; the first that exists is used. Llama 3 has one for the
-# start and one for the end of a text: like llm.c, we put the former before each document.
-END_OF_TEXT = (EOT, "<|begin_of_text|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOS_TOKEN>")
+
+SENTENCES = "It's 1 or 22, (a b) 'c' \"d\". E\n- f: g! 日 本 é _ x\n y\n\nz "  # to see where words start
 
 
 class Tokenizer:
     """A map between text and token ids. Construct it by `train`, `load`, `gpt2` or `bytes`, not directly."""
 
-    def __init__(self, library: tokenizers.Tokenizer, eot_text: str = EOT) -> None:
+    def __init__(self, library: tokenizers.Tokenizer, eot_text: str = EOT, names: dict[str, str] | None = None) -> None:
         self._library = library
+        self.names = names or dict.fromkeys(("eos_token", "bos_token"), eot_text)  # role → special token
         vocabulary = library.get_vocab()
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_text = eot_text
         self.eot: int = vocabulary[eot_text]
+        self.roles: dict[str, int] = {role: vocabulary[name] for role, name in self.names.items()}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -67,28 +71,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Load a tokenizer.json, a .tiktoken table or llm.c's tokenizer .bin, recognized by content.
+        """Load a tokenizer.json or vocab.json, the folder of one, a .tiktoken table or llm.c's tokenizer .bin.
 
-        Raises LlmpyError if it is missing, corrupt, or not byte-level BPE with a token of END_OF_TEXT.
+        Files are recognized by content. Raises LlmpyError if it is missing, corrupt, or not byte-level BPE.
         """
         try:
-            data = path.read_bytes()
+            data = (path := (pretrained.find(path) or path / pretrained.WHOLE) if path.is_dir() else path).read_bytes()
         except FileNotFoundError:
-            hint = "Check the path. --tokenizer is gpt2, bytes, bpe:N or a file"
+            hint = "Check the path. --tokenizer is gpt2, bytes, bpe:N, a file or its folder"
             raise LlmpyError("tokenizer.missing", f"no tokenizer at {path}", hint) from None
         except OSError as error:
             raise unreadable(path, error) from error
         try:
             if magic_of(data) == TOKENIZER:
                 return cls._from_ranks(parse_llmc(data))
-            return cls._from_ranks(parse_tiktoken(data)) if TIKTOKEN_LINE.match(data) else cls._from_json(data)
+            return cls._from_ranks(parse_tiktoken(data)) if TIKTOKEN_LINE.match(data) else cls._from_json(path, data)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises nothing more specific, and may panic
-            why = str(error)
+            why = "a field is invalid" if isinstance(error, TypeError | AttributeError | KeyError) else str(error)
             short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
             message = f"{path} is not a usable tokenizer: {short}"
-            raise LlmpyError("tokenizer.invalid", message, "Give a tokenizer.json of byte-level BPE") from error
+            hint = "Give a tokenizer.json, or vocab.json and merges.txt, of byte-level BPE"
+            raise LlmpyError("tokenizer.invalid", message, hint) from error
 
     @classmethod
     def gpt2(cls, log: Callable[[str], None] = print) -> Tokenizer:
@@ -119,12 +124,11 @@ class Tokenizer:
         return cls(library)
 
     @classmethod
-    def _from_json(cls, data: bytes) -> Tokenizer:
-        """Return the tokenizer of a tokenizer.json. Raises ValueError or a library error if invalid or lossy."""
-        from tokenizers import Tokenizer as Library
+    def _from_json(cls, path: Path, data: bytes) -> Tokenizer:
+        """Return the tokenizer of JSON files. Raises ValueError or a library error if invalid or lossy."""
         from tokenizers import decoders, pre_tokenizers
 
-        library = Library.from_str(data.decode("utf-8"))
+        library, names = pretrained.read(path, data)
         vocabulary = library.get_vocab()
         missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
         if not isinstance(library.decoder, decoders.ByteLevel) or missing:
@@ -132,13 +136,13 @@ class Tokenizer:
             raise ValueError(f"not byte-level: {missing} of the 256 bytes are missing, decoder {library.decoder}")
         if len(set(vocabulary.values())) < len(vocabulary):
             raise ValueError("two tokens have the same id")
-        added = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
-        eot = next((name for name in END_OF_TEXT if name in added or name == EOT and name in vocabulary), None)
-        if eot is None:
-            raise ValueError(f"no {EOT} token, nor {', '.join(END_OF_TEXT[1:])}")
+        eot = names.get("eos_token") or _usual_eot(library)
+        if eot is None or eot not in vocabulary:
+            raise ValueError(f"no {EOT} token, nor {', '.join(pretrained.END_OF_TEXT[1:])}; no eos_token is named")
         library.no_truncation()
         library.no_padding()
-        tokenizer = cls(library, eot)
+        library.model.dropout = None
+        tokenizer = cls(library, eot, names and {"eos_token": eot, **names})
         for text in PROBES:
             again = tokenizer.decode(tokenizer.encode(text))
             if again not in (text, unicodedata.normalize("NFC", text)):
@@ -160,7 +164,7 @@ class Tokenizer:
 
         library = Library.from_str(self.to_json())
         library.encode_special_tokens = True
-        return Tokenizer(library, self.eot_text)
+        return Tokenizer(library, self.eot_text, self.names)
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` atomically. Raises LlmpyError on failure."""
@@ -168,8 +172,13 @@ class Tokenizer:
         write_whole(path, lambda temporary: temporary.write_text(content, "utf-8", newline="\n"))
 
     def to_json(self) -> str:
-        """Return the content of a tokenizer.json."""
-        return self._library.to_str(pretty=True)
+        """Return the content of a tokenizer.json. It has `names` if other than the usual EOT is named."""
+        content = self._library.to_str(pretty=True)
+        if {*self.names.values(), self.eot_text} == {_usual_eot(self._library)}:
+            return content
+        about = json.loads(content)
+        about["model"][pretrained.NAMES] = self.names
+        return json.dumps(about, ensure_ascii=False, indent=2)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
@@ -200,8 +209,15 @@ class Tokenizer:
         return self._library.decode(ids, skip_special_tokens=False)
 
     def same_tokens(self, other: Tokenizer) -> bool:
-        """Return whether both have the same token for each id."""
-        return self._library.get_vocab() == other._library.get_vocab()
+        """Return whether both have the same token for each id, and the same EOT."""
+        return self.eot == other.eot and self._library.get_vocab() == other._library.get_vocab()
+
+    def starts_words(self, border: re.Pattern[str]) -> bool:
+        """Return whether `border` always starts a word, and no added token contains or takes it."""
+        starts = {at[0] for _, at in self._library.pre_tokenizer.pre_tokenize_str(SENTENCES)}
+        added = self._library.get_added_tokens_decoder().values()
+        taken = any(token.lstrip or token.rstrip or border.search(token.content) for token in added)
+        return not taken and all(m.start() in starts for m in border.finditer(SENTENCES))
 
     @property
     def splits_as_gpt2(self) -> bool:
@@ -241,6 +257,13 @@ class Tokenizer:
             lengths[i] = len(added.content.encode())
         lengths[self.eot] = 0
         return lengths
+
+
+def _usual_eot(library: tokenizers.Tokenizer) -> str | None:
+    """Return EOT, or the first of END_OF_TEXT that is a special token."""
+    special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+    usual = (t for t in pretrained.END_OF_TEXT if t in special or t == EOT and library.token_to_id(t) is not None)
+    return next(usual, None)
 
 
 def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 from ..data.rank_tables import LLMC_FILE, write_llmc
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
+from ..model.config import GPT2_VOCAB
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..system.durable import made
-from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
+from . import find, gguf, huggingface, llmc, llmc_state, native, open_model, tokenizer_of
 from .source import Source, tokenizer_path
 
 
@@ -90,6 +91,8 @@ def write(
         what = "a model alone is not an llm.c run: the moments and the data position are missing"
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
+    if not (tokenizer or source.implies_gpt2) and source.config.vocab_size == GPT2_VOCAB and to in ("llmc", "native"):
+        tokenizer_of(source, log)  # raises: in these formats it would imply GPT-2's
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
         raise LlmpyError("file.exists", f"{named} is another model's tokenizer", "Choose a new name, or remove it")

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..data import magic
+from ..data import magic, pretrained
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, unreadable
-from ..model.config import GPT2_VOCAB
 from ..run import checkpoint
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE, finished, is_run
 from ..system.command import command
@@ -27,7 +26,7 @@ def resolve(text: str, log: Callable[[str], None]) -> Source:
     if have == V:
         return source
     if have > V:
-        what = f"{own} has {have:,} tokens, the model {V:,}"
+        what = f"{own} and its added tokens are {have:,} tokens, the model has {V:,}"
         raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
     log(f"note: the tokenizer has {have:,} of the {V:,} tokens of {source.path}; the others are ignored")
     config = replace(source.config, vocab_size=have)
@@ -47,13 +46,17 @@ def find(text: str, log: Callable[[str], None]) -> Source:
 
 
 def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer, str]:
-    """Return a model's tokenizer and its description. Raises LlmpyError if it has none and is not GPT-2-sized."""
+    """Return a model's tokenizer and its description, or GPT-2's if the format implies it. Else raises LlmpyError."""
     if source.tokenizer is not None:
         return Tokenizer.load(source.tokenizer), f"the model's ({source.tokenizer})"
-    if source.config.vocab_size == GPT2_VOCAB:
+    if source.implies_gpt2:
+        log(f"note: {source.path} has no tokenizer next to it: taking OpenAI's GPT-2 tokenizer")
         return Tokenizer.gpt2(log), "GPT-2's"
+    folder = source.path if source.path.is_dir() else source.path.parent
+    other = next((name for name in pretrained.UNREADABLE if (folder / name).is_file()), None)
+    what = f"{source.path} has no tokenizer" + (f" that llmpy can read, only {other}" if other else "")
     there = tokenizer_path(source.path) if source.path.is_file() else source.path / TOKENIZER_FILE
-    raise LlmpyError("tokenizer.missing", f"{source.path} has no tokenizer", f"Put its tokenizer.json at {there}")
+    raise LlmpyError("tokenizer.missing", what, f"Put its tokenizer.json at {there}")
 
 
 def open_model(path: Path) -> Source:

@@ -34,7 +34,7 @@ NAMES = {
 }
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-NORMAL, CONTROL = 1, 3  # llama.cpp's token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:
@@ -88,11 +88,13 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     first = ((about["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
     # llama.cpp's llama-bpe: Llama 3's word pattern; words that are tokens are not split
     as_llama = first.get("pattern") == {"Regex": LLAMA3} and about["model"].get("ignore_merges") is True
-    if not tokenizer.splits_as_gpt2 and not as_llama:
-        what = f"GGUF cannot express how {source.tokenizer} splits words, unlike GPT-2 and Llama 3"
+    added = {t["content"]: t for t in about.get("added_tokens", [])}
+    odd = about["normalizer"] or any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added.values())
+    if odd or not (tokenizer.splits_as_gpt2 or as_llama):
+        what = f"GGUF cannot express how {source.tokenizer} splits or changes texts, unlike GPT-2 and Llama 3"
         hint = "Move the file away to convert without a tokenizer: llama.cpp then reads token ids"
         raise LlmpyError("tokenizer.unsupported", what, hint)
-    ids = about["model"]["vocab"] | {t["content"]: t["id"] for t in about.get("added_tokens", [])}
+    ids = about["model"]["vocab"] | {content: t["id"] for content, t in added.items()}
     if max(ids.values()) >= V:
         what = f"{source.tokenizer} has ids beyond the model's {V:,} tokens"
         raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
@@ -100,11 +102,12 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if tokenizer.splits_as_gpt2 else "llama-bpe")
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
-    controls = {t["content"] for t in about.get("added_tokens", []) if t["special"]} | {tokenizer.eot_text, None}
-    writer.add_token_types([CONTROL if words.get(i) in controls else NORMAL for i in range(V)])
+    kinds = {content: CONTROL if t["special"] else USER_DEFINED for content, t in added.items()}
+    kinds[tokenizer.eot_text] = CONTROL
+    writer.add_token_types([kinds.get(words[i], NORMAL) if i in words else UNUSED for i in range(V)])
     # llama.cpp requires merges: a byte tokenizer gets one that no text can use
     merges = about["model"]["merges"] or [f"{tokenizer.eot_text} {tokenizer.eot_text}"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_bos_token_id(tokenizer.roles.get("bos_token", tokenizer.eot))
     writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 folders: config.json, model.safetensors (or shards with an index), tokenizer.json.
+"""Hugging Face's GPT-2 folders: config.json, model.safetensors (or shards with an index), tokenizer files.
 
 The linear layers are "Conv1D": weights are (in, out), the transpose of ours. The head is tied to wte; an
 lm_head.weight, if present, must equal it. wte has the V rows of the vocabulary, without padding.
@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from ..data import pretrained
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
@@ -22,7 +23,7 @@ from ..run.checkpoint import damaged, opened
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
-from .source import DTYPES, Source, by_name, cast, read_json, shapes
+from .source import DTYPES, HUGGING_FACE, Source, by_name, cast, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 # ours → theirs, see `by_name`
@@ -90,8 +91,7 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
     if HEAD in where and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
         what = f"{folder} has an untied head ({HEAD} differs from wte)"
         raise LlmpyError("model.not-gpt2", what, "Use a GPT-2 with its head tied to the embedding")
-    tokenizer = folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
-    return Source(folder, "GPT-2 of Hugging Face", config, dtype, trained_length, read, tokenizer)
+    return Source(folder, HUGGING_FACE, config, dtype, trained_length, read, pretrained.find(folder))
 
 
 def write_model(folder: Path, source: Source, dtype: str) -> None:
@@ -102,21 +102,20 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         for theirs, x in _theirs(name, cast(source.read(name), dtype, name), c):
             tensors[PREFIX + theirs] = np.ascontiguousarray(x)
     folder.mkdir(parents=True, exist_ok=True)
-    eot = c.vocab_size - 1  # as in GPT-2
+    roles = dict.fromkeys(("bos_token", "eos_token"), c.vocab_size - 1)  # as in GPT-2
     if source.tokenizer is not None:
         tokenizer = Tokenizer.load(source.tokenizer)
         tokenizer.save(folder / TOKENIZER_FILE)
-        eot = tokenizer.eot
-        ends = dict.fromkeys(("eos_token", "bos_token"), tokenizer.eot_text)
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "model_max_length": c.context}
-        _write_json(folder / "tokenizer_config.json", about)
+        roles = tokenizer.roles
+        about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
+        _write_json(folder / pretrained.CONFIG, about)
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **dict(zip(SHAPE, (c.layers, c.heads, c.channels, c.context, c.vocab_size), strict=True)),
         "n_ctx": c.context,
         **{key: values[0] for key, values in FIXED.items()},
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
+        **{f"{role}_id": i for role, i in roles.items() if role in ("bos_token", "eos_token", "pad_token")},
         "dtype": dtype,
         "llmpy_version": __version__,
         TRAINED: source.trained_length,

@@ -15,16 +15,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..data import pretrained
 from ..data.rank_tables import LLMC_FILE
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, unreadable
 from ..model.arena import Arena
-from ..model.config import PAD_VOCAB_TO, ModelConfig
+from ..model.config import GPT2_VOCAB, PAD_VOCAB_TO, ModelConfig
 from ..model.gpt2 import params_table
 from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
 
 DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("<f2")}
+HUGGING_FACE = "GPT-2 of Hugging Face"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Source:
     dtype: str  # of the matrices: a key of DTYPES
     trained_length: int  # positions from here on are untrained
     read: Callable[[str], np.ndarray]
-    tokenizer: Path | None = None  # the model's tokenizer.json
+    tokenizer: Path | None = None  # the model's tokenizer.json or vocab.json
     load: Callable[[Arena], None] | None = None  # a faster `fill`
 
     def fill(self, params: Arena) -> None:
@@ -52,6 +54,11 @@ class Source:
             x = self.read(tensor.name)
             check_finite(self.path, tensor.name, x)
             view[...] = x
+
+    @property
+    def implies_gpt2(self) -> bool:
+        """Whether a missing tokenizer means GPT-2's: in llm.c's and our files of its size, never in other folders."""
+        return self.config.vocab_size == GPT2_VOCAB and self.what != HUGGING_FACE
 
     def describe(self) -> str:
         """Return one line for the user."""
@@ -110,16 +117,16 @@ def tokenizer_path(path: Path) -> Path:
 
 
 def find_tokenizer(path: Path, V: int) -> Path | None:
-    """Return the tokenizer of a model file: its own, else the folder's tokenizer.json or llm.c's tokenizer.
+    """Return the tokenizer of a model file: its own, else the folder's or llm.c's.
 
-    The folder's may be another model's. It must have V tokens; tokenizer.json may have fewer (padded vocabulary).
+    The folder's may be another model's. It must have V tokens; JSON files may have fewer (padded vocabulary).
     """
-    own, folders, table = tokenizer_path(path), path.with_name(TOKENIZER_FILE), path.with_name(LLMC_FILE)
+    own, folders, table = tokenizer_path(path), pretrained.find(path.parent), path.with_name(LLMC_FILE)
     if own.is_file():
         return own
     fits = table.is_file() and np.fromfile(table, "<u4", 3)[2:].tolist() == [V]
     missing = -1
-    if folders.is_file():
+    if folders is not None:
         try:
             missing = V - Tokenizer.load(folders).vocab_size
         except LlmpyError:

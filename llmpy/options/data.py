@@ -22,7 +22,7 @@ class DataOptions(Options):
     )
     tokenizer: str | None = option(
         None, "gpt2 (default for named datasets), bytes, bpe:N (trained on the text, N tokens; default for your own "
-        "text, N by its length), or a tokenizer.json, .tiktoken or llm.c .bin file", metavar="WHAT",
+        "text, N by its length), or tokenizer.json, vocab.json, .tiktoken, llm.c's .bin or a folder", metavar="WHAT",
     )
     source: Path | None = option(None, "raw file or folder that is already downloaded", metavar="PATH")
     out: Path | None = option(None, "output folder (default: the cache, or data/NAME for files)", metavar="DIR")

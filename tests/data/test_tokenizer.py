@@ -93,7 +93,7 @@ def test_load_disables_truncation(trained, tmp_path):
 def test_load_missing(tmp_path):
     with refused("tokenizer.missing", tmp_path / "x.json"):
         Tokenizer.load(tmp_path / "x.json")
-    with refused("file.unreadable", tmp_path):
+    with refused("tokenizer.missing", tmp_path / "tokenizer.json"):
         Tokenizer.load(tmp_path)
 
 

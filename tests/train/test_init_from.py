@@ -245,7 +245,7 @@ def test_sample_takes_every_format(form: str, own: bool, tmp_path: Path, monkeyp
         if own:
             Tokenizer.bytes().save(tmp_path / "tokenizer.json")
         else:
-            monkeypatch.setattr(formats.detect, "GPT2_VOCAB", WORDS.vocab_size)
+            monkeypatch.setattr(formats.source, "GPT2_VOCAB", WORDS.vocab_size)
             monkeypatch.setattr(Tokenizer, "gpt2", classmethod(lambda cls, log: cls.bytes()))
     native.write_model(tmp_path / "run", model)
     texts: dict[Path, list[str]] = {tmp_path / "run": [], path: []}
