@@ -68,7 +68,7 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
     Raises LlmpyError if the last question alone does not fit.
     """
     while True:
-        text, counted = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}])
+        text, counted = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}], set())
         document = Document("chat", text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
         ids = [int(i) for block in encode(tokenizer, [document]) for i in block.ids]
         if len(ids) <= room:

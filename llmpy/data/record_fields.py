@@ -89,34 +89,31 @@ def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
         if kind == "output":
             layout, used = "instruction/input/output", used | {"instruction", "input", "history"}
         messages = _alpaca(where, fields, record["output"]) if kind == "output" else fields[kind]
-        text, counted = conversation(f"{where}: {kind}", messages, extra)
-        if "system" in fields:
-            if text.startswith("system: "):
-                raise _ambiguous(f"{where} has two system messages")
-            front = f"system: {_string(f'{where}: system', fields['system'])}\n\n"
-            text, counted = front + text, _shifted(counted, len(front))
+        front = f"system: {_string(f'{where}: system', fields['system'])}\n\n" if "system" in fields else ""
+        text, counted = conversation(f"{where}: {kind}", messages, extra, front)
+        if front and text.startswith("system: ", len(front)):
+            raise _ambiguous(f"{where} has two system messages")
         layout += " → user/assistant messages" * (kind != "messages")
     if lost := [name for name in fields.keys() & CONTEXT - used if str(fields[name]) not in text]:
         raise _ambiguous(f"{where}: {min(lost)} is not part of {kind}, and would be lost")
     return Reading(text, counted, layout, extra | record.keys() - KNOWN | fields.keys() - used - CONTEXT - {"weight"})
 
 
-def conversation(where: str, messages: Any, ignored: set[str] | None = None) -> tuple[str, Spans]:
-    """Return `role: content` and a blank line for each message, and the characters that count.
+def conversation(where: str, messages: Any, ignored: set[str], text: str = "") -> tuple[str, Spans]:
+    """Return `role: content` and a blank line for each message, after `text`, and the characters that count.
 
     Adds the names of message fields without a meaning to `ignored`. Raises LlmpyError for invalid messages.
     """
     if not isinstance(messages, list):
         raise _invalid(f"{where} is {_type(messages)}, not a list of messages")
-    text, counted = "", []
+    counted = []
     for number, message in enumerate(messages, 1):
         at = f"{where}, message {number}"
         if not isinstance(message, dict):
             raise _invalid(f"{at} is {_type(message)}, not an object with role and content")
         if others := {name for name in message.keys() - PLAIN if _holds(message[name])}:
             _refuse(at, others & OF_MESSAGES)
-            if ignored is not None:
-                ignored |= others - MESSAGE
+            ignored |= others - MESSAGE
         spelled = _either(at, message, "role", "from")
         role = ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
         if role is None:
@@ -138,15 +135,10 @@ def _pair(where: str, prompt: Any, completion: Any, ignored: set[str]) -> tuple[
         raise _invalid(f"{where}: prompt is {_type(prompt)}, completion {_type(completion)}")
     if lists:
         text, _ = conversation(f"{where}: prompt", prompt, ignored)
-        answer, counted = conversation(f"{where}: completion", completion, ignored)
-    else:
-        text, answer = _string(f"{where}: prompt", prompt), _string(f"{where}: completion", completion)
-        counted = ((0, len(answer)),)
-    return text + answer, _shifted(counted, len(text))
-
-
-def _shifted(spans: Spans, by: int) -> Spans:
-    return tuple((start + by, stop + by) for start, stop in spans)
+        return conversation(f"{where}: completion", completion, ignored, text)
+    text = _string(f"{where}: prompt", prompt)
+    whole = text + _string(f"{where}: completion", completion)
+    return whole, ((len(text), len(whole)),)
 
 
 def _alpaca(where: str, fields: Mapping[str, Any], output: Any) -> list[dict[str, Any]]:

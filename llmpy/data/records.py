@@ -62,9 +62,7 @@ class Tally:
     """How the records of files were read, for the log."""
 
     def __init__(self) -> None:
-        self._files: defaultdict[str, Counter[str]] = defaultdict(
-            Counter
-        )  # layout ("": empty records) → file name → records
+        self._files: defaultdict[str, Counter[str]] = defaultdict(Counter)  # layout, "": empty → file → records
         self._ignored: defaultdict[str, set[str]] = defaultdict(set)  # layout → names of fields
 
     def add(self, file: str, reading: Reading | None) -> None:
@@ -140,11 +138,12 @@ def json_records(path: Path, kind: str = "jsonl") -> Iterator[tuple[int, Any]]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        unit, failure = (
-            (f"line {number:,}", LlmpyError) if lines else (f"record {number + 1:,}", LlmpyError if number else NotText)
-        )
-        message = f"{unit} of {path} is not JSON: {_why(error)}"
-        raise failure("record.not-json", message, "Write one JSON object per line, or an array of objects") from error
+        where = f"line {number:,}" if lines else f"record {number + 1:,}"
+        known = {RecursionError: "it is nested too deeply", UnicodeDecodeError: "it is not UTF-8"}
+        why = known.get(type(error), getattr(error, "msg", "it has a number with too many digits"))
+        kind_of_error = LlmpyError if lines or number else NotText
+        hint = "Write one JSON object per line, or an array of objects"
+        raise kind_of_error("record.not-json", f"{where} of {path} is not JSON: {why}", hint) from error
 
 
 def _values(read: Callable[[int], str]) -> Iterator[Any]:
@@ -172,14 +171,6 @@ def _values(read: Callable[[int], str]) -> Iterator[Any]:
             text, at = text[at:] + more, 0
         else:
             yield value
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if isinstance(error, UnicodeError):
-        return "it is not UTF-8"
-    return error.msg if isinstance(error, json.JSONDecodeError) else "it has a number with too many digits"
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -71,13 +71,21 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "user", "content": "there"},
         {"role": "assistant", "content": "be hello"},
     ]
-    (whole,) = encode(tokenizer, [Document("x", *conversation("x", messages), literal=True)])
+    (whole,) = encode(tokenizer, [Document("x", *conversation("x", messages, set()), literal=True)])
     ids = prompt(tokenizer, messages[:1], messages[1:4], 900)
     assert ids == whole.ids[: len(ids)].tolist()
     assert whole.counted is not None
     assert whole.counted[len(ids)]  # the next token is the first of an answer
     assert not whole.counted[len(ids) - 1]
     assert tokenizer.decode(whole.ids[len(ids) :]) == "be hello\n\n"
+
+
+@pytest.mark.parametrize("text", ["a<|endoftext|>b", "<|endoftext|>", "x\n\nuser: <|endoftext|>"])
+def test_special_tokens_typed_are_text(text: str) -> None:
+    for tokenizer in (BYTES, Tokenizer.train([text * 50], 300)):
+        ids = prompt(tokenizer, [{"role": "system", "content": text}], [{"role": "user", "content": text}], 900)
+        assert ids.count(tokenizer.eot) == 1
+        assert tokenizer.decode(ids[1:]) == f"system: {text}\n\nuser: {text}\n\nassistant: "
 
 
 def test_old_messages_make_room() -> None:
