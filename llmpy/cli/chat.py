@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from ..api import GPT2
 from ..backend.machine import Machine
 from ..data.encode import encode
-from ..data.records import ASSISTANT, conversation
+from ..data.record_fields import ASSISTANT, conversation
+from ..data.records import Document
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..generate.sampling import choice_of
@@ -51,7 +52,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
         messages.append({"role": "user", "content": text})
         try:
             ids = prompt(tokenizer, system, messages, room)
-        except (LlmpyError, UnicodeEncodeError) as error:  # UnicodeEncodeError: input that is not UTF-8
+        except LlmpyError as error:
             messages.pop()
             aside(str(error))
             continue
@@ -67,9 +68,9 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
     Raises LlmpyError if the last question alone does not fit.
     """
     while True:
-        document = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}])
-        text = document.part(0, len(document.text) - 2)  # without the blank line after an answer
-        ids = [int(i) for block in encode(tokenizer, [text]) for i in block.ids]
+        text, counted = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}], set())
+        document = Document("chat", text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
+        ids = [int(i) for block in encode(tokenizer, [document]) for i in block.ids]
         if len(ids) <= room:
             return ids
         if len(messages) == 1:

@@ -6,6 +6,7 @@ library's memory. Counted and uncounted characters are encoded separately, so no
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -38,17 +39,19 @@ class Tokens:
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Tokens]:
     """Yield the tokens of all documents in order, in batches: uint16, or uint32 for large vocabularies.
 
-    EOT counts as a target, since it ends the previous document.
+    EOT counts as a target, since it ends the previous document. In literal documents special tokens are text.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     waiting: deque[Future[Tokens]] = deque()
     # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
     with ThreadPoolExecutor(2) as pool:
-        border = BORDER if tokenizer.splits_as_gpt2 else BLANK
-        for batch in _batches(documents, border if tokenizer.starts_words(border) else NEVER):
-            waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
+        for literal, group in itertools.groupby(documents, lambda document: document.literal):
+            encoder = tokenizer.ordinary() if literal else tokenizer
+            border = BORDER if encoder.splits_as_gpt2 else BLANK
+            for batch in _batches(group, border if encoder.starts_words(border) else NEVER):
+                waiting.append(pool.submit(_tokens, encoder, batch, dtype))
+                if len(waiting) > 2:
+                    yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 

@@ -19,7 +19,7 @@ from ..errors import LlmpyError, unreadable
 from ..system.command import command
 from ..system.durable import write_whole
 from .magic import EXAMPLES, HEADER_BYTES
-from .records import json_lines
+from .records import json_records
 from .tokenizer import Tokenizer
 
 VERSION = 1
@@ -38,7 +38,7 @@ class Example:
 
 def encode_examples(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
     """Yield the examples of HellaSwag's jsonl. Raises LlmpyError, with the line number, for invalid lines."""
-    lines = json_lines(path)
+    lines = json_records(path)
     while rows := list(itertools.islice(lines, 1024)):
         texts = [text for number, row in rows for text in _texts(path, number, row)]
         ids = iter([np.array(row, np.int64) for row in tokenizer.encode_batch(texts)])

@@ -139,7 +139,7 @@ def write_tokens(
             spool = _spool(corpus, encoder, Path(work), limit)
             n, held = len(spool.ids), _held_out(spool, layout, limit)
             if spool.counted is not None and layout is OWN:
-                _check_counted(spool.ids[: n - held], spool.counted[: n - held], tokenizer.eot)
+                check_counted([(spool.ids[: n - held], spool.counted[: n - held])], tokenizer.eot, tokenizer)
             for name, start, stop in _cuts(n, held, layout, FORMS[form].dtype.itemsize):
                 counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
                 write_shard(folder / name, spool.ids[start:stop], form, counted)
@@ -203,15 +203,21 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
     return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
 
 
-def _check_counted(ids: np.ndarray, counted: np.ndarray, eot: int) -> None:
-    """Raise LlmpyError if no token but EOT counts."""
-    starts = range(0, len(ids), CHUNK)
-    if not any((counted[i : i + CHUNK] & (ids[i : i + CHUNK] != eot)).any() for i in starts):
-        raise LlmpyError(
-            "data.nothing-counted",
-            "no training token counts in the loss: the records have no completion or assistant message",
-            'Give messages with {"role": "assistant", "content": …}',
-        )
+def check_counted(parts: Iterable[tuple[np.ndarray, np.ndarray | None]], eot: int, tokenizer: Tokenizer | None) -> None:
+    """Raise LlmpyError if no token of the parts (ids, mask) counts but EOT and white space."""
+    for ids, counted in parts:
+        if counted is None:
+            return
+        for i in range(0, len(ids), CHUNK):
+            seen = np.flatnonzero(np.bincount(ids[i : i + CHUNK][counted[i : i + CHUNK] != 0]))
+            seen = seen[seen != eot]
+            if seen.size and (tokenizer is None or tokenizer.decode(seen).strip()):
+                return
+    raise LlmpyError(
+        "data.nothing-counted",
+        "no training token counts in the loss: completions and assistant messages are missing or empty",
+        'Give messages with {"role": "assistant", "content": …}, or a completion with text',
+    )
 
 
 def _held_out(spool: _Spool, layout: Layout, limit: int) -> int:

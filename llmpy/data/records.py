@@ -1,21 +1,19 @@
-"""Records of jsonl, jsonl.gz and parquet → one document each.
+"""Files of records → one document each: JSON lines, JSON arrays, both compressed with gzip, and parquet.
 
-    {"text": …}                                   all of it counts in the loss
-    {"prompt": …, "completion": …}                one text; the completion counts
-    {"messages": [{"role": …, "content": …}, …]}  "role: content" and a blank line for each; the assistant's content
-                                                  counts, with the blank line after it
-
-Records are read one at a time, so memory is bounded by the longest record, even for files that unpack to 1000 times
-their size.
+record_fields.py reads their fields. Records are read one at a time, so memory is bounded by the longest record, even
+for files that unpack to 1000 times their size.
 """
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,15 +23,17 @@ import numpy as np
 
 from ..errors import LlmpyError, unreadable
 from ..system.command import install
+from ..system.words import count_of
+from .record_fields import ASSISTANT, CONTENT, KINDS, KNOWN, Reading, Spans, read_fields
 from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
-SUFFIXES = {".jsonl", ".ndjson"}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ROWS = 64  # of a parquet file read at a time
-ASSISTANT = "assistant"  # the role that counts
 LOOKED_AT = 1000  # counted stretches examined per shard
-KINDS = "text, prompt and completion, or messages"
+CHARACTERS = 1 << 16  # of a .json file read at a time, more for longer records
+BETWEEN = re.compile(r"[\s,]*")  # records of a .json file
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Document:
 
     source: str
     text: str
-    counted: tuple[tuple[int, int], ...] | None = None  # [start, stop), ascending
+    counted: Spans | None = None
+    literal: bool = False  # special tokens in it are text
 
     def part(self, start: int, stop: int) -> Document:
         """Return characters [start, stop) as a document."""
@@ -50,50 +51,126 @@ class Document:
         if spans is not None:
             cut = ((max(a, start) - start, min(b, stop) - start) for a, b in spans)
             spans = tuple((a, b) for a, b in cut if a < b)
-        return Document(self.source, self.text[start:stop], spans)
+        return Document(self.source, self.text[start:stop], spans, self.literal)
 
 
 class NotText(LlmpyError):
-    """A file that is not text, or a first record without known fields."""
+    """A file that is not text, or whose first record has no known fields."""
+
+
+class Tally:
+    """How the records of files were read, for the log."""
+
+    def __init__(self) -> None:
+        self._files: defaultdict[str, Counter[str]] = defaultdict(Counter)  # layout, "": empty → file → records
+        self._ignored: defaultdict[str, set[str]] = defaultdict(set)  # layout → names of fields
+
+    def add(self, file: str, reading: Reading | None) -> None:
+        """Count a record; None: an empty one."""
+        layout, ignored = (reading.layout, reading.ignored) if reading else ("", set[str]())
+        self._files[layout][file] += 1
+        if ignored:
+            self._ignored[layout] |= ignored
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each layout: "a.json: 52,002 records, …"."""
+        for layout, files in self._files.items():
+            more = f" and {count_of(len(files) - 1, 'other file')}" if len(files) > 1 else ""
+            count = count_of(files.total(), "record" if layout else "empty record")
+            ignored = f" (ignored: {_some(self._ignored[layout])})" if self._ignored[layout] else ""
+            yield f"{next(iter(files))}{more}: {count}{f', {layout}' if layout else ' left out'}{ignored}"
 
 
 def kind_of(path: Path, start: bytes) -> str | None:
-    """Return "jsonl", "jsonl.gz" or "parquet" by the first bytes and name of a file, None for others."""
+    """Return jsonl, json, jsonl.gz, json.gz or parquet by the first bytes and name of a file, None for others."""
     if start.startswith(PARQUET):
         return "parquet"
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if start.startswith(GZIP):
-        return "jsonl.gz" if len(suffixes) == 2 and suffixes[0] in SUFFIXES and suffixes[1] == ".gz" else None
-    return "jsonl" if suffixes and suffixes[-1] in SUFFIXES else None
+        kind = SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 and suffixes[1] == ".gz" else None
+        return kind and f"{kind}.gz"
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def read_records(path: Path, kind: str) -> Iterator[Document]:
-    """Yield the documents of a file of `kind_of`, in order, without empty ones.
+def read_records(path: Path, kind: str, tally: Tally | None = None) -> Iterator[Document]:
+    """Yield the documents of a file of `kind_of`, in order, without empty ones, and count them in `tally`.
 
-    Raises LlmpyError, naming file and record, for corrupt files and records without known fields (the first: NotText).
+    Raises LlmpyError, naming file, record and field, for corrupt files and records that cannot be used (NotText: the
+    first record has no known fields, or a .json file is not JSON).
     """
-    rows = _parquet_rows(path) if kind == "parquet" else (v for _, v in json_lines(path, packed=kind == "jsonl.gz"))
-    for number, row in enumerate(rows, 1):
-        document = _document(path, number, row)
-        if document.text.strip():
-            yield document
+    tally = tally or Tally()
+    rows = enumerate(_parquet_rows(path), 1) if kind == "parquet" else json_records(path, kind)
+    unit, of, name = "line" if kind.startswith("jsonl") else "record", str(path), path.name
+    for index, (number, row) in enumerate(rows):
+        where = f"{unit} {number:,} of {of}"
+        if row is not None and (not isinstance(row, dict) or row and not row.keys() & CONTENT):
+            found = f"has the fields {_some(row)}" if isinstance(row, dict) else "is not an object with fields"
+            error = NotText if index == 0 else LlmpyError
+            raise error("record.unknown-fields", f"{where} {found}", f"Give {KINDS}")
+        try:
+            reading = read_fields(where, row or {})
+        except RecursionError as error:
+            raise LlmpyError("record.invalid", f"{where} is nested too deeply", f"Give {KINDS}") from error
+        tally.add(name, reading)
+        if reading:
+            yield Document(f"{of}:{number}", reading.text, reading.counted, literal=True)
 
 
-def json_lines(path: Path, packed: bool = False) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each non-blank line. Raises LlmpyError if the file is corrupt."""
-    number = 0
+def json_records(path: Path, kind: str = "jsonl") -> Iterator[tuple[int, Any]]:
+    """Yield number and value of each non-blank line, or of each element of an array or value (`kind`: json).
+
+    Raises LlmpyError if the file is corrupt, NotText if nothing in a .json file is JSON.
+    """
+    number, lines = 0, kind.startswith("jsonl")
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        with gzip.open(path) if kind.endswith(".gz") else path.open("rb") as file:
+            if lines:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            else:
+                wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                text = io.TextIOWrapper(file, "utf-16" if wide else "utf-8-sig")
+                for number, value in enumerate(_values(text.read), 1):
+                    yield number, value
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise LlmpyError("file.corrupt", f"{path} is corrupt: {error}", "Download or compress it again") from error
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:  # also invalid UTF-8
-        message = f"line {number:,} of {path} is not JSON: {error}"
-        raise LlmpyError("record.not-json", message, "Write one JSON object per line") from error
+    except (ValueError, RecursionError) as error:
+        where = f"line {number:,}" if lines else f"record {number + 1:,}"
+        known = {RecursionError: "it is nested too deeply", UnicodeDecodeError: "it is not UTF-8"}
+        why = known.get(type(error), getattr(error, "msg", "it has a number with too many digits"))
+        kind_of_error = LlmpyError if lines or number else NotText
+        hint = "Write one JSON object per line, or an array of objects"
+        raise kind_of_error("record.not-json", f"{where} of {path} is not JSON: {why}", hint) from error
+
+
+def _values(read: Callable[[int], str]) -> Iterator[Any]:
+    """Yield the elements of an array, or all values, of a JSON text. Raises ValueError or RecursionError.
+
+    A value that the text read so far cuts off is decoded again with twice as much text: in linear time.
+    """
+    decode, text = json.JSONDecoder().raw_decode, read(CHARACTERS).lstrip()
+    array = text.startswith("[")
+    at = int(array)
+    while True:
+        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+        if array and text.startswith("]", at):
+            if text[at + 1 :].strip() or any(more.strip() for more in iter(lambda: read(CHARACTERS), "")):
+                raise json.JSONDecodeError("Extra data after the array", text, at)
+            return
+        try:
+            value, at = decode(text, at)
+        except json.JSONDecodeError as error:
+            cut_off = error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
+            if not (more := read(max(CHARACTERS, len(text) - at)) if cut_off else ""):
+                if at == len(text) and not array:
+                    return
+                raise
+            text, at = text[at:] + more, 0
+        else:
+            yield value
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -106,56 +183,15 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = set(file.schema_arrow.names)
-            columns = next((w for w in (["text"], ["prompt", "completion"], ["messages"]) if names >= set(w)), None)
-            if columns is None:
+            if not names & CONTENT:
                 raise NotText(
                     "record.unknown-fields", f"{path} has the columns {_some(names)}", f"Give columns named {KINDS}"
                 )
-            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
+            unread = dict.fromkeys(names - KNOWN, True)  # columns: only named in the log
+            for batch in file.iter_batches(ROWS, columns=sorted(names & KNOWN), use_threads=False):
+                yield from (unread | row for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise LlmpyError("file.corrupt", f"{path} is corrupt: {error}", "Download it again") from error
-
-
-def _document(path: Path, number: int, row: Any) -> Document:
-    """Return the document of a record, by its fields."""
-    fields = row if isinstance(row, dict) else {}
-    source = f"{path}:{number}"
-    try:
-        if "text" in fields:
-            return Document(source, _string(fields["text"]))
-        if "prompt" in fields and "completion" in fields:
-            prompt, completion = _string(fields["prompt"]), _string(fields["completion"])
-            return Document(source, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
-        if "messages" in fields:
-            return conversation(source, fields["messages"])
-    except (TypeError, KeyError, UnicodeEncodeError) as error:
-        why = f"a message without {error}" if isinstance(error, KeyError) else str(error)
-        message = f"record {number:,} of {path} is invalid: {why}"
-        raise LlmpyError("record.invalid", message, f"Give {KINDS}") from error
-    found = f"has the fields {_some(fields)}" if fields else f"is {type(row).__name__}, not an object"
-    kind = NotText if number == 1 else LlmpyError
-    raise kind("record.unknown-fields", f"record {number:,} of {path} {found}", f"Give {KINDS}")
-
-
-def conversation(source: str, messages: Sequence[Mapping[str, Any]]) -> Document:
-    """Return `role: content` and a blank line for each message; the assistant's content counts.
-
-    Raises TypeError or KeyError for invalid messages, UnicodeEncodeError for lone surrogates.
-    """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise TypeError("messages is not a list of objects")
-    text, counted = "", []
-    for message in messages:
-        role, content = _string(message["role"]), message["content"]
-        if isinstance(content, list):  # in parts; only text is used
-            content = "".join(_string(part["text"]) for part in content if part["type"] == "text")
-        text += f"{role}: "
-        start = len(text)
-        text += _string(content) + "\n\n"
-        if role == ASSISTANT:
-            counted.append((start, len(text)))
-    return Document(source, text, tuple(counted))
 
 
 def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
@@ -185,13 +221,6 @@ def begins(shard: Shard) -> Iterator[int]:
         for start in range(0, len(shard), CHUNK):
             stretch = shard.counted[start : start + CHUNK + 1].view(np.int8)
             yield from (start + 1 + np.flatnonzero(np.diff(stretch) > 0)).tolist()
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} instead of a string")
-    value.encode("utf-8")  # JSON can spell a lone surrogate: \ud800
-    return value
 
 
 def _some(names: Any) -> str:

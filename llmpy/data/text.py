@@ -21,7 +21,7 @@ from ..options.data import DATA_NAMES
 from ..system.words import count_of, did_you_mean
 from .magic import lfs_pointer
 from .rank_tables import EOT
-from .records import Document, NotText, kind_of, read_records
+from .records import Document, NotText, Tally, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
 Skip = Callable[[Path], bool] | None  # returns whether a folder is not searched
@@ -68,9 +68,10 @@ def stream_files(files: Sequence[Found], log: Callable[[str], None] = print) -> 
     kinds: Counter[str] = Counter()
     skipped: list[Path] = []
     characters = documents = 0
+    tally = Tally()
     for found in files:
         try:
-            kind, parts = _open(found.path)
+            kind, parts = _open(found.path, tally)
             first = next(parts, None)
         except NotText:
             if found.named or found.path.suffix.lower() in TEXT_SUFFIXES:
@@ -85,6 +86,8 @@ def stream_files(files: Sequence[Found], log: Callable[[str], None] = print) -> 
     if skipped:
         names = ", ".join(path.name for path in skipped[:3]) + (", …" if len(skipped) > 3 else "")
         log(f"skipped {count_of(len(skipped), 'file that is', 'files that are')} not text: {names}")
+    for line in tally.lines():
+        log(line)
     read = sum(kinds.values())
     if characters < LEAST_CHARACTERS:
         amount = f"{count_of(read, 'file')} with {count_of(characters, 'character')} of text"
@@ -99,10 +102,10 @@ def read_text(path: Path) -> str:
     return _decode(path, _read(path))[0]
 
 
-def _open(path: Path) -> tuple[str, Iterator[Document]]:
+def _open(path: Path, tally: Tally) -> tuple[str, Iterator[Document]]:
     """Return the format or encoding of a file, and its documents."""
     if kind := kind_of(path, _read(path, 16)):
-        return kind, read_records(path, kind)
+        return kind, read_records(path, kind, tally)
     text, encoding = _decode(path, _read(path))
     return encoding, (Document(str(path), part) for part in text.split(EOT) if part.strip())
 

@@ -47,6 +47,7 @@ class Tokenizer:
         self.eot_text = eot_text
         self.eot: int = vocabulary[eot_text]
         self.roles: dict[str, int] = {role: vocabulary[name] for role, name in self.names.items()}
+        self._ordinary: Tokenizer | None = None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -160,11 +161,15 @@ class Tokenizer:
 
     def ordinary(self) -> Tokenizer:
         """Return the same tokenizer without special tokens in texts, since a web page may contain `<|endoftext|>`."""
-        from tokenizers import Tokenizer as Library
+        if self._ordinary is None:
+            from tokenizers import AddedToken
+            from tokenizers import Tokenizer as Library
 
-        library = Library.from_str(self.to_json())
-        library.encode_special_tokens = True
-        return Tokenizer(library, self.eot_text, self.names)
+            library = Library.from_str(self.to_json())
+            library.add_special_tokens([AddedToken(self.eot_text, special=True)])  # some files do not call it special
+            library.encode_special_tokens = True
+            self._ordinary = Tokenizer(library, self.eot_text, self.names)
+        return self._ordinary
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` atomically. Raises LlmpyError on failure."""

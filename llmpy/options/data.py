@@ -17,7 +17,7 @@ class DataOptions(Options):
     """`llmpy data WHAT`."""
 
     what: tuple[str, ...] = option(
-        (), f"{', '.join(DATA_NAMES)}, or files and folders of .txt, .md, .jsonl, .jsonl.gz or .parquet",
+        (), f"{', '.join(DATA_NAMES)}, or files and folders of .txt, .md, .jsonl, .json or .parquet",
         metavar="WHAT", word=True,
     )
     tokenizer: str | None = option(

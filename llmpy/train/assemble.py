@@ -100,7 +100,9 @@ def build(
     assert fed is not None
     if start.state is not None:
         llmc_state.restore_place(start.state, fed.train)  # before anything compiles
-    if start.manifest is not None:
+    if start.manifest is None:
+        fed.check_counted()
+    else:
         fed.check_same(start.manifest["data"], folder.path)
     flight = inspect(start, config, options, machine, fed.tokens)
     for line in [*flight.lines(), *world.lines(machine.threads)]:

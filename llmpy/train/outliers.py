@@ -59,8 +59,11 @@ class UpdateGuard:
         self.detectors = {name: OutlierDetector() for name in ("loss", "norm")}
         self.bad_steps = 0  # consecutive, with a loss or norm that is not finite
 
-    def judge(self, loss: float, norm: float) -> tuple[dict[str, float], str]:
-        """Return the z-scores of loss and norm, and why to skip the update, or ""."""
+    def judge(self, loss: float | None, norm: float) -> tuple[dict[str, float], str]:
+        """Return the z-scores of loss and norm, and why to skip the update, or ""; no z-scores without a loss."""
+        if loss is None and math.isfinite(norm):
+            return {"loss": math.nan, "norm": math.nan}, ""
+        loss = math.nan if loss is None else loss
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.bad_steps += 1
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"

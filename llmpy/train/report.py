@@ -31,7 +31,7 @@ class StepResult:
 
     step: int  # from 1
     total: int  # predicted steps of the whole run
-    loss: float  # mean over unmasked targets, nats
+    loss: float | None  # mean over unmasked targets, nats; None: there are none
     norm: float  # of the gradient, before clipping
     lr: float
     z: Mapping[str, float]  # z-scores of loss and norm; NaN: window not full
@@ -108,15 +108,17 @@ class Report:
         if share > 1 and not self._peak_doubted:
             self._peak_doubted = True
             self.journal.log("note: above the measured peak; other programs ran while it was measured")
-        numbers = {"loss": r.loss, "lr": r.lr, "grad_norm": r.norm, **{f"{name}_z": z for name, z in r.z.items()}}
+        loss = math.nan if r.loss is None else r.loss
+        numbers = {"loss": loss, "lr": r.lr, "grad_norm": r.norm, **{f"{name}_z": z for name, z in r.z.items()}}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self.record(
             r.step, **finite, **({"skipped": r.skipped, "batches": r.batches} if r.skipped else {}),
             ms=1e3 * r.seconds, tokens_per_s=r.tokens / r.seconds, share_of_peak=share, eta_s=left,
             **self._world.times(),
         )  # fmt: skip
-        if math.isfinite(r.loss) and math.isfinite(r.norm):
+        if math.isfinite(loss) and math.isfinite(r.norm):
             self.journal.record_llmc(f"s:{r.step - 1} trl:{r.loss:.4f} lr:{r.lr:.6f} norm:{r.norm:.2f}")
+        if math.isfinite(r.norm) and (r.loss is None or math.isfinite(loss)):
             self._show(r, left)
         self.mark_logs()
 
@@ -142,8 +144,9 @@ class Report:
         self._rows += 1
         share = self._flops_per_token * self._rate / self._peak / 1e9
         loss_z, norm_z = ("" if math.isnan(z) else f"{z:+.2f}" for z in (r.z["loss"], r.z["norm"]))
+        loss = f"{'no target':>15}" if r.loss is None else f"{r.loss:7.4f} {loss_z:>7}"
         self.journal.log(
-            f"{f'{r.step}/{r.total}':>11} {r.loss:7.4f} {loss_z:>7} {r.lr:.2e} {r.norm:7.3f} {norm_z:>7} "
+            f"{f'{r.step}/{r.total}':>11} {loss} {r.lr:.2e} {r.norm:7.3f} {norm_z:>7} "
             f"{1e3 * r.seconds:5.0f} {self._rate:7,.0f} {share:4.0%} {clock(left):>8}"
         )
 

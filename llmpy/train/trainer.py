@@ -95,17 +95,18 @@ class Trainer:
         start, update, counted, lr = time.perf_counter(), self.update, self.counted, self.learning_rate()
         loss = self.gradients()
         self.update = self.data.read()
-        loss = self.agree(loss) / counted
+        total = self.agree(loss)
+        mean = total / counted if counted else None
         norm = self.optimizer.norm()
-        z, skipped = self.guard.judge(loss, norm)
+        z, skipped = self.guard.judge(mean, norm)
         if skipped:
             self.optimizer.skip()
         else:
             self.optimizer.update(lr, norm)
         self.done += 1
         seconds, tokens = time.perf_counter() - start, self.options.batch_tokens * len(update.batches)
-        total = self.done if self.finished() else self.total_steps()
-        return StepResult(self.done, total, loss, norm, lr, z, skipped, update.names, tokens, seconds)
+        steps = self.done if self.finished() else self.total_steps()
+        return StepResult(self.done, steps, mean, norm, lr, z, skipped, update.names, tokens, seconds)
 
     def gradients(self) -> float:
         """Accumulate the gradients of the update's mean loss in `model.grads`. Returns this rank's sum of losses.
@@ -116,7 +117,7 @@ class Trainer:
         for i, (tokens, targets, n) in enumerate(batches):
             if i + 1 == len(batches):
                 self.optimizer.expect()
-            share = self.counted / max(1, n)  # without masks: the number of micro-batches on all ranks
+            share = max(1, self.counted) / max(1, n)  # without masks: the number of micro-batches on all ranks
             total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
         return total
 
@@ -124,7 +125,7 @@ class Trainer:
         """Synchronise losses, counts, clocks and signals of all ranks. Returns the sum of their losses."""
         report = self.report
         rows = self.stop.agree(loss, self.update.counted, report.elapsed(), report.step_seconds)
-        self.counted = max(1, int(sum(row[1] for row in rows)))
+        self.counted = int(sum(row[1] for row in rows))
         self.elapsed, self.step_seconds = rows[0][2:]
         return sum(row[0] for row in rows)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.hellaswag import read_examples
 from ..data.loader import Loader, Position
-from ..data.pipeline import HELD_OUT
+from ..data.pipeline import HELD_OUT, check_counted
 from ..data.prepare import Dataset
 from ..data.records import holds_answers, question
 from ..data.shards import fingerprint
@@ -91,6 +91,11 @@ class TrainingData:
             batches.append((tokens.copy(), targets.copy(), int(np.count_nonzero(targets >= 0))))
             names.append(train.batch)
         return Update(batches, names, position)
+
+    def check_counted(self) -> None:
+        """Raise LlmpyError if nothing in the training text counts."""
+        eot = (self.train.vocab_size or 0) - 1 if self.tokenizer is None else self.tokenizer.eot
+        check_counted(((shard.tokens, shard.counted) for shard in self.train.shards), eot, self.tokenizer)
 
     def check_same(self, before: Fingerprints, folder: object) -> None:
         """Raise LlmpyError if the fingerprints `before` differ from these data's."""

@@ -20,7 +20,8 @@ from support.refused import refused
 from llmpy import GPT2, Tokenizer
 from llmpy.cli.chat import answer, chat, prompt
 from llmpy.data.encode import encode
-from llmpy.data.records import begins, conversation, holds_answers
+from llmpy.data.record_fields import conversation
+from llmpy.data.records import Document, begins, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.options.sample_chat import ChatOptions
 from llmpy.options.train import TrainOptions
@@ -70,13 +71,21 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "user", "content": "there"},
         {"role": "assistant", "content": "be hello"},
     ]
-    (whole,) = encode(tokenizer, [conversation("x", messages)])
+    (whole,) = encode(tokenizer, [Document("x", *conversation("x", messages, set()), literal=True)])
     ids = prompt(tokenizer, messages[:1], messages[1:4], 900)
     assert ids == whole.ids[: len(ids)].tolist()
     assert whole.counted is not None
     assert whole.counted[len(ids)]  # the next token is the first of an answer
     assert not whole.counted[len(ids) - 1]
     assert tokenizer.decode(whole.ids[len(ids) :]) == "be hello\n\n"
+
+
+@pytest.mark.parametrize("text", ["a<|endoftext|>b", "<|endoftext|>", "x\n\nuser: <|endoftext|>"])
+def test_special_tokens_typed_are_text(text: str) -> None:
+    for tokenizer in (BYTES, Tokenizer.train([text * 50], 300)):
+        ids = prompt(tokenizer, [{"role": "system", "content": text}], [{"role": "user", "content": text}], 900)
+        assert ids.count(tokenizer.eot) == 1
+        assert tokenizer.decode(ids[1:]) == f"system: {text}\n\nuser: {text}\n\nassistant: "
 
 
 def test_old_messages_make_room() -> None:
@@ -112,7 +121,7 @@ def test_invalid_messages_are_skipped(folder: Path, asked: list[Any], capsys: py
     assert [prompt for prompt, _, _ in asked] == ["<|endoftext|>user: Hi\n\nassistant: "]
     err = capsys.readouterr().err
     assert "3,0" in err  # tokens of the first message
-    assert "surrogates not allowed" in err
+    assert "not valid in UTF-8" in err
 
 
 PROGRAM = """

@@ -81,6 +81,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
     llama_tokenizer(folder / "llama.json", names=["<tool>"])
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
     rows = [{"text": TEXT}, {"prompt": "2+2=", "completion": "4", "n": 1.5e3}, {"messages": chat}, {"text": "end"}]
+    rows.append({"instruction": "2+2=", "input": "", "output": "4", "history": [["hi", "ho"]], "system": "s"})
     lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
     example = [65535, 36, 0, 1, 4, 3, 5, 1, 2, 1, 7, 2, 6, 1, 1, 9, 1, 8]
     stream = np.array([*example, 65535, 36, 1, *example[3:]], "<u2").tobytes()
@@ -94,6 +95,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
         "tokenizer.json": ((folder / "tokenizer.json").read_bytes(), tokenizer, 1),
         "llama.json": ((folder / "llama.json").read_bytes(), tokenizer, 1),
         "a.jsonl": (lines, records, 4),
+        "a.json": (json.dumps(rows, indent=1).encode(), records, 4),
         "a.jsonl.gz": (gzip.compress(lines), records, 4),
         "repacked.jsonl.gz": (lines, records, 4),  # mutated before compression
         "hellaswag_val.bin": (choices.tobytes() + stream, hellaswag, 4),

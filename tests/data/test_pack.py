@@ -153,15 +153,17 @@ def test_llmcs_names_and_split(raw, tmp_path, said, monkeypatch, most):
 
 
 def test_end_of_text_within_a_page(tmp_path, said, monkeypatch):
-    """It is ordinary text in named datasets, and separates documents in the user's text."""
+    """It is ordinary text in named datasets and in records, and separates documents in plain text."""
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": f"They write {EOT} there. " * 50}) + "\n")
+    path.write_text(json.dumps({"text": f"They write {EOT} there. " * 60}) + "\n")
     folder = make(said, "fineweb", source=path, out=tmp_path / "a")
     ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"), reverse=True)])
     assert np.count_nonzero(ids == 256) == 1
-    folder = make(said, path, out=tmp_path / "b")
-    ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"))])
-    assert np.count_nonzero(ids == 256) == 52  # and before the held-out part
+    (tmp_path / "b.txt").write_text(json.loads(path.read_text())["text"])
+    for source, separators in ((path, 2), (tmp_path / "b.txt", 61)):
+        folder = make(said, source, out=tmp_path / source.suffix)
+        ids = np.concatenate([tokens(folder, p.name) for p in sorted(folder.glob("*.bin"))])
+        assert np.count_nonzero(ids == 256) == separators
 
 
 def test_stories_hold_the_first_file_out(tmp_path, said):

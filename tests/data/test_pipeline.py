@@ -147,8 +147,20 @@ def test_the_first_tokens_of_a_text(tmp_path, said):
 
 
 @pytest.mark.parametrize("source", ["chat.jsonl"], indirect=True)
-def test_text_without_counted_tokens(source, tmp_path, said):
-    source.write_text(source.read_text().replace("assistant", "bot"))
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "user", "content": a}]},
+        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": " "}]},
+        lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a, "weight": 0}]},
+        lambda q, a: {"prompt": q + a, "completion": ""},
+        lambda q, a: {"instruction": q, "input": a, "output": ""},
+    ],
+)
+def test_text_without_counted_tokens(source, tmp_path, said, record):
+    """Neither end-of-text nor the blank line after an empty answer is something to learn."""
+    rows = [json.loads(line)["messages"] for line in source.read_text().splitlines()]
+    source.write_text("\n".join(json.dumps(record(q["content"], a["content"])) for q, a in rows))
     with refused("data.nothing-counted", "assistant"):
         prepare([source], tmp_path / "run", log=said.append)
     assert not (tmp_path / "run").exists()

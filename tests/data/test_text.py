@@ -101,9 +101,11 @@ def test_records_are_recognised(tmp_path, said):
     assert documents[2].counted == ((4, 5),)
     assert said == [
         "skipped 1 file that is not text: log.jsonl",
+        "a.jsonl: 2 records, text",
+        "b.jsonl.gz: 2 records, prompt + completion",
         "3 files, 1,337 characters, UTF-8, jsonl, jsonl.gz, 5 documents",
     ]
-    with refused("record.unknown-fields", tmp_path / "log.jsonl", "record 1", "step", "text, prompt"):
+    with refused("record.unknown-fields", tmp_path / "log.jsonl", "line 1", "step", "text, prompt"):
         read(said, tmp_path / "log.jsonl")
 
 

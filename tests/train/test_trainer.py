@@ -38,6 +38,7 @@ from llmpy.system.lock import Lock
 from llmpy.train import assemble, memory
 from llmpy.train.signals import StopSignals
 from llmpy.train.training_data import check_enough
+from llmpy.watch.curves import Curves
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "old", "red", "house", "by", "sea", "."]
 
@@ -92,6 +93,39 @@ def test_validation_batches_are_weighted_by_their_targets(
     assert "are masked" not in capsys.readouterr().out
     assert math.isnan(val_loss("none", 2, none))
     assert "all targets of the 2 validation batches are masked" in capsys.readouterr().out
+
+
+def test_batches_without_a_target_report_no_loss(options: Options, tmp_path: Path, capsys: Any) -> None:
+    tokens, counted = np.random.default_rng(0).integers(0, 300, 2 * 16 * 6 + 1), np.ones(2 * 16 * 6 + 1, bool)
+    counted[33:97] = False  # the second and third batch
+    data = tmp_path / "train.bin", tmp_path / "val.bin"
+    write_shard(data[0], tokens, counted=counted)
+    write_shard(data[1], tokens)
+    assert assemble.train(options(data=data, steps=6, shuffle=False, checkpoint_every=0), Laptop()) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *\d/6 ", line)]
+    assert [row[1:3] == ["no", "target"] for row in rows] == [False, True, True, False, False, False]
+    assert not any(float(row[1]) == 0 for row in rows if row[1] != "no")
+    steps = [row for row in metrics(tmp_path / "run") if "ms" in row]
+    assert [row["step"] for row in steps if "loss" in row] == [1, 4, 5, 6]
+    assert len(steps) == 6 and steps[1]["grad_norm"] == 0
+    lines = (tmp_path / "run" / "main.log").read_text("utf-8").splitlines()
+    assert [line.split()[0] for line in lines if "trl:" in line] == ["s:0", "s:3", "s:4", "s:5"]
+    with (tmp_path / "run" / "metrics.jsonl").open("rb") as file:
+        curves = Curves(file)
+    assert curves.points("loss")[0].tolist() == [1, 4, 5, 6] and curves.points("grad_norm").shape == (2, 6)
+
+
+def test_token_files_in_which_nothing_counts(options: Options, tmp_path: Path) -> None:
+    """End-of-text alone does not count; without a tokenizer it is the last token."""
+    tokens = np.random.default_rng(0).integers(0, 299, 300)
+    tokens[::10] = 299
+    data = tmp_path / "train.bin", tmp_path / "val.bin"
+    for counted in (np.zeros(300, bool), tokens == 299):
+        write_shard(data[0], tokens, counted=counted)
+        write_shard(data[1], tokens)
+        with refused("data.nothing-counted"):
+            assemble.train(options(data=data), Laptop())
+    assert assemble.train(options(data=data, overfit=True, steps=1), Laptop()) == 0  # trains on the validation part
 
 
 def test_the_name_of_a_dataset_is_kept(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
