@@ -157,8 +157,7 @@ class Loader:
             self._rng.permutation(self._sample_order)
 
     def _take(self, shard: Shard) -> None:
-        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
-        self._counted = None if shard.counted is None else np.asarray(shard.counted)
+        self._tokens, self._counted = shard.tokens, shard.counted
 
     @property
     def _shard_here(self) -> Shard:
