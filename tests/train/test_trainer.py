@@ -713,7 +713,7 @@ def test_a_new_run_removes_files_of_an_interrupted_save(
         killed.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(LlmpyError):
             write_whole(run / "model.safetensors", half_written)
-    assert [p.name for p in run.iterdir()] == [f".model.safetensors.{os.getpid()}.tmp"]
+    assert [re.sub("[0-9]+", "N", p.name) for p in run.iterdir()] == [".model.safetensors.N.tmp"]
     assert assemble.train(options(), Laptop()) == 0
     assert not any(p.name.endswith(".tmp") for p in run.iterdir())
     (tmp_path / "other").mkdir()
