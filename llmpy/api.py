@@ -322,7 +322,7 @@ class Trainer:
             raise LlmpyError("resume.model-mismatch", f"{folder.path}: the model has another shape", "Use another out")
         for name, part in self._parts.items():
             there = folder / name
-            if not there.is_file() or not np.array_equal(open_shard(there, 1 << 31).tokens, part):
+            if not there.is_file() or not np.array_equal(open_shard(there, 1 << 31).tokens[:], part):
                 raise LlmpyError("data.changed", f"{folder.path} has other tokens", "Use another out")
 
     @property

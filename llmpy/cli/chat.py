@@ -23,7 +23,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..generate.sampling import choice_of
 from ..options.sample_chat import ChatOptions
-from ..system.terminal import paint
+from ..system.terminal import aside, generated, paint
 
 STOPS = tuple(f"\n\n{role}:" for role in ("system", "user", ASSISTANT))
 HELP = "Ctrl-C stops an answer, /reset clears the conversation, /quit or Ctrl-D exits"
@@ -44,7 +44,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     system: list[Message] = [] if o.system is None else [{"role": "system", "content": o.system}]
     messages: list[Message] = []
     seed = o.seed
-    aside(f"{HELP}. A model not fine-tuned on messages continues the text instead of answering")
+    aside(f"{HELP}. A model not fine-tuned on messages continues the text instead of answering", "dim")
     for text in questions(ask or reader()):
         if text == "/reset":
             messages.clear()
@@ -54,7 +54,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
             ids = prompt(tokenizer, system, messages, room)
         except LlmpyError as error:
             messages.pop()
-            aside(str(error))
+            aside(str(error), "dim")
             continue
         pieces = model.continued(ids, o.tokens, choice_of(o), STOPS, seed)
         messages.append({"role": ASSISTANT, "content": answer(pieces)})
@@ -88,7 +88,7 @@ def answer(pieces: Iterator[str]) -> str:
             whole = text.rstrip()
             blank = text[len(whole) :]
             printed += whole
-            print(whole, end="", flush=True)
+            print(generated(whole), end="", flush=True)
     print(flush=True)
     return printed.strip()
 
@@ -105,7 +105,7 @@ def questions(ask: Callable[[], str]) -> Iterator[str]:
         if text == "/quit":
             return
         if text.startswith("/") and text != "/reset":
-            aside(HELP)
+            aside(HELP, "dim")
         elif text:
             yield text
 
@@ -117,8 +117,3 @@ def reader() -> Callable[[], str]:
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 - makes input() an editor
     return lambda: input(paint("> ", "cyan", sys.stdout))
-
-
-def aside(line: str) -> None:
-    """Print a line that is not part of the conversation to stderr."""
-    print(paint(line, "dim", sys.stderr), file=sys.stderr, flush=True)

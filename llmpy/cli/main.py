@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import LlmpyError, Stopped
@@ -27,7 +28,7 @@ from ..options.train import TrainOptions
 from ..options.watch import PlotOptions, WatchOptions
 from ..options.yaml_files import as_yaml
 from ..system.interrupts import on_signal
-from ..system.terminal import paint, silence
+from ..system.terminal import generated, paint, printable, silence
 from ..system.words import did_you_mean
 from ..version import __version__
 from .help_text import EPILOGS
@@ -113,15 +114,18 @@ def calling(module: str, name: str, *more: Any) -> Callable[[Any], int]:
 
 def write(text: str) -> None:
     """Print text without buffering: users read it while it is generated."""
-    print(text, end="", flush=True)
+    print(generated(text), end="", flush=True)
 
 
-def log(line: str) -> None:
+def log(line: str, spelled: Callable[[str], str] = printable) -> None:
     """Print a line of progress; work continues when the reader has closed the pipe."""
     try:
-        print(line, flush=True)
+        print(spelled(line), flush=True)
     except OSError:
         silence()
+
+
+show = partial(log, spelled=str)  # several lines, of our own
 
 
 class Verb(NamedTuple):
@@ -139,7 +143,7 @@ VERBS = (  # in the order of --help
     Verb("sample", SampleOptions, calling("cli.sample", "sample", write), "Continue prompts with a model"),
     Verb("chat", ChatOptions, calling("cli.chat", "chat"), "Chat with a model fine-tuned on messages"),
     Verb("watch", WatchOptions, calling("watch.server", "watch", log), "Show live charts of runs in the browser"),
-    Verb("plot", PlotOptions, calling("watch.plot", "plot", log), "Plot runs to a file or in the terminal"),
+    Verb("plot", PlotOptions, calling("watch.plot", "plot", show), "Plot runs to a file or in the terminal"),
     Verb("data", DataOptions, data, "Tokenize text or a named dataset"),
     Verb("convert", ConvertOptions, calling("formats.convert", "convert", log), "Convert a model to another format"),
     Verb("plan", PlanOptions, calling("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
@@ -148,7 +152,7 @@ VERBS = (  # in the order of --help
     Verb("bench step", BenchOptions, calling("bench.step", "bench_step"), "Time training steps"),
     Verb("bench ops", OpsOptions, calling("bench.ops", "bench_ops"), "Time each operation"),
     Verb("bench decode", DecodeOptions, calling("bench.decoding", "bench_decode"), "Time generation"),
-    Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", log), "Time other programs on this work"),
+    Verb("bench peers", PeersOptions, calling("bench.peers", "bench_peers", show), "Time other programs on this work"),
     Verb("completion", CompletionOptions, completion, "Print a shell-completion script"),
 )
 # fmt: on
@@ -180,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fail(message: str, code: int = 1) -> int:
     """Print one line to stderr, if it is still open; return the exit code."""
     with contextlib.suppress(OSError):
-        print(paint("llmpy: error:", "red", sys.stderr), " ".join(message.split()), file=sys.stderr, flush=True)
+        line = printable(" ".join(message.split()))
+        print(paint("llmpy: error:", "red", sys.stderr), line, file=sys.stderr, flush=True)
     return code
 
 

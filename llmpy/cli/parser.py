@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import shtab
 
 from ..options.fields import flag_of, flags_of
+from ..system.terminal import printable
 
 FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "DIR", "MODEL", "IN", "OUT", "WHAT"}  # metavars completed as paths
 
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}. Run {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}. Run {self.prog} --help\n")
 
 
 def add_flags(parser: Parser, options: type) -> None:

@@ -57,13 +57,14 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
 
 
 def read_examples(path: Path, vocab_size: int) -> list[Example]:
-    """Map llm.c's file into memory and check all of it, tokens included. Raises LlmpyError if it is corrupt."""
+    """Read llm.c's file and check all of it, tokens included. Raises LlmpyError if it is corrupt."""
     examples, at = [], 0
     try:
-        header = np.fromfile(path, "<i4", 4).tolist()
+        content = path.read_bytes()
+        header = np.frombuffer(content[:16], "<i4").tolist()
         if header[:2] != [EXAMPLES, VERSION]:
             raise ValueError(f"it starts with {header[:2]} instead of {[EXAMPLES, VERSION]}")
-        stream = np.memmap(path, WORD, "r", offset=HEADER_BYTES)
+        stream = np.frombuffer(content, WORD, offset=HEADER_BYTES)
         for i in range(header[2]):
             example, at = _example(stream, at, i, vocab_size)
             examples.append(example)

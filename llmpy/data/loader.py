@@ -123,7 +123,7 @@ class Loader:
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order
         self._rng.state = position.rng
-        self._take(shard)
+        self._tokens, self._counted = shard.tokens, shard.counted
         self._sample_order = position.sample_order.astype(np.int32)
 
     def resume(self, position: Position, BT: int) -> None:
@@ -150,15 +150,11 @@ class Loader:
     def _open(self) -> None:
         """Start the shard at `_shard`, its samples in a new order."""
         shard = self._shard_here
-        self._take(shard)
+        self._tokens, self._counted = shard.tokens, shard.counted
         self._sample = 0
         self._sample_order = np.arange(self._samples(shard), dtype=np.int32)
         if self.shuffle:
             self._rng.permutation(self._sample_order)
-
-    def _take(self, shard: Shard) -> None:
-        self._tokens = np.asarray(shard.tokens)  # slices of a plain array cost less than a memmap's
-        self._counted = None if shard.counted is None else np.asarray(shard.counted)
 
     @property
     def _shard_here(self) -> Shard:

@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB
 from ..system.durable import write_whole
+from ..system.stored import Stored
 from . import magic
 from .magic import HEADER_BYTES, magic_of
 
@@ -48,19 +49,22 @@ MASK = Form(magic.MASK, 1, np.dtype("u1"), "token mask")
 
 @dataclass(frozen=True)
 class Shard:
-    """Tokens of a file or a part of it: (n,) of the form's dtype, memory-mapped, read-only."""
+    """Tokens of a file or a part of it: (n,) of the form's dtype, read when they are sliced."""
 
     path: Path
-    tokens: np.ndarray
-    counted: np.ndarray | None = None  # uint8 (n,), 1 if the token counts as a target; None: all count
+    tokens: Stored | np.ndarray
+    counted: Stored | np.ndarray | None = None  # uint8 (n,), 1 if the token counts as a target; None: all count
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def part(self, start: int, stop: int) -> Shard:
-        """Return tokens [start, stop) as a view."""
-        counted = None if self.counted is None else self.counted[start:stop]
-        return Shard(self.path, self.tokens[start:stop], counted)
+        """Return tokens [start, stop) without reading them."""
+        tokens, counted = self.tokens, self.counted
+        parts = (
+            x.part(start, stop) if isinstance(x, Stored) else x[start:stop] for x in (tokens, counted) if x is not None
+        )
+        return Shard(self.path, *parts)
 
 
 def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: np.ndarray | None = None) -> None:
@@ -87,14 +91,14 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
 
 
 def open_shard(path: Path, vocab_size: int) -> Shard:
-    """Map a token file into memory and check header, length, mask, and that every token < vocab_size.
+    """Open a token file and check header, length, mask, and that every token < vocab_size.
 
     Raises LlmpyError if it is not valid; if it has another known format, the error names that.
     """
     try:
         form = _form(path)
-        tokens = _map(path, form)
-        counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
+        tokens = _values(path, form)
+        counted = _values(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
     except OSError as error:
         raise unreadable(path, error) from error
     _check_tokens(path, tokens, vocab_size)
@@ -178,11 +182,11 @@ def _start(path: Path) -> bytes:
         return file.read(HEADER_BYTES)
 
 
-def _map(path: Path, form: Form) -> np.ndarray:
-    """Map the values of a file into memory. Raises LlmpyError if header or length is wrong."""
-    if not form.magic:
-        return np.memmap(path, form.dtype, "r")
+def _values(path: Path, form: Form) -> Stored:
+    """Return the values of a file. Raises LlmpyError if header or length is wrong."""
     size = path.stat().st_size
+    if not form.magic:
+        return Stored(path, form.dtype, 0, size // form.dtype.itemsize)
     number, version, count = np.frombuffer(_start(path)[:12].ljust(12, b"\0"), "<i4").tolist()
     if (number, version) != (form.magic, form.version):
         message = f"{path} is not a {form.name} of version {form.version}: it starts with {number}, {version}"
@@ -191,18 +195,18 @@ def _map(path: Path, form: Form) -> np.ndarray:
     if size != expected or count <= 0:
         message = f"{path} is corrupt: {count:,} tokens require {expected:,} bytes, it has {size:,}"
         raise LlmpyError("shard.corrupt", message, "Download or write it again")
-    return np.memmap(path, form.dtype, "r", offset=HEADER_BYTES, shape=(count,))
+    return Stored(path, form.dtype, HEADER_BYTES, count)
 
 
-def _check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+def _check_tokens(path: Path, tokens: Stored, vocab_size: int) -> None:
     """Raise LlmpyError unless 0 <= token < vocab_size. Only an invalid chunk is searched; the rest is a vector max."""
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
         if chunk.max() >= vocab_size or chunk.min() < 0:
-            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+            position = int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
             raise LlmpyError(
                 "shard.outside-vocabulary",
-                f"{path}: token {tokens[position]} at position {position:,} is outside the vocabulary of "
+                f"{path}: token {chunk[position]} at position {start + position:,} is outside the vocabulary of "
                 f"{vocab_size:,} tokens",
                 "Use the --vocab-size or the tokenizer.json with which the shard was written",
             )

@@ -30,6 +30,7 @@ from ..errors import LlmpyError, Stopped
 from ..system.command import install
 from ..system.interrupts import on_signal
 from ..system.lock import Lock
+from ..system.terminal import printable
 
 PARENT = "LLMPY_LAUNCH"  # the folder for files from the ranks to the process that started them
 OPEN_MPI = "OMPI_COMM_WORLD_SIZE"  # set by its mpiexec alone
@@ -198,7 +199,7 @@ def conclude(code: int) -> int:
 
 def leave(code: str, message: str, exit_code: int, prints: bool) -> NoReturn:
     """Report to the launching process, or print if `prints`; exit without MPI_Finalize: it waits for dead ranks."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     with contextlib.suppress(OSError, ValueError):
         if not leave_word("error", f"{exit_code} {code} {line}") and prints:
             os.write(2, f"llmpy: error: {line} [{code}]\n".encode())

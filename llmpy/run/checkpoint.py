@@ -178,6 +178,8 @@ def being_made(folder: Path, step: int) -> Path:
 
 def make_room_for(folder: Path, step: int) -> None:
     """Create an empty folder for the files of a checkpoint."""
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a symbolic link")
     if not folder.exists():
         folder.mkdir()
         durable.sync_folder(folder.parent)

@@ -133,6 +133,9 @@ class RunFolder:
             self._release()
 
     def _take(self) -> None:
+        for name in sorted({*OURS - TOKENS, LOCK, CHECKPOINTS, EVENTS, "wandb"}):  # tokens are only read or replaced
+            if (self / name).is_symlink():
+                raise LlmpyError("run.symlink", f"{self / name} is a symbolic link", "Replace it by its target")
         if not self._lock.take():
             what = f"{self.path} is in use: {self._lock.holder()} is training in it"
             raise LlmpyError("run.in-use", what, "Wait until it ends, or choose another --out")

@@ -17,7 +17,7 @@ from typing import Any, Self, TextIO, cast
 
 from ..errors import LlmpyError
 from ..system import durable
-from ..system.terminal import silence
+from ..system.terminal import printable, silence
 from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
 
@@ -64,6 +64,7 @@ class Journal:
 
     def log(self, line: str = "") -> None:
         """Print a line, above the progress bar, and append it to console.log."""
+        line = printable(line)
         self._print(line)
         self._write(self._console, line + "\n")
 
@@ -138,5 +139,5 @@ class Journal:
 
 def _lines(path: Path, new: bool) -> TextIO:
     """Open a line-buffered file, `new` or to append to."""
-    file: Any = open(path, "x" if new else "a", encoding="utf-8", errors="replace", newline="\n", buffering=1)  # noqa: SIM115
-    return cast(TextIO, file)
+    how: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n", "buffering": 1, "opener": durable.no_link}
+    return cast(TextIO, open(path, "x" if new else "a", **how))  # noqa: SIM115

@@ -22,6 +22,7 @@ import numpy as np
 from ..data.loader import Position
 from ..model.partition import Range
 from ..rng import MT19937, MTState
+from ..system.stored import Stored
 from . import checkpoint
 
 OLD_STATE = "state.safetensors"  # of llmpy 0.1.0
@@ -48,11 +49,11 @@ class Moments(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's part of a checkpoint; m and v (n,) float32 are memory-mapped."""
+    """One rank's part of a checkpoint: m and v (n,) float32 in its file."""
 
     ranges: Sequence[Range]
-    m: np.ndarray
-    v: np.ndarray
+    m: Stored
+    v: Stored
     position: Position
 
 
@@ -88,12 +89,12 @@ def _read(path: Path, data: Mapping[str, Any]) -> Part:
         found = {n: file.get_tensor(n) for n in file.keys() if n.split(".")[0] not in ("m", "v")}  # noqa: SIM118, no dict
     about, start = checkpoint.tensors_of(path)
     size = sum(math.prod(entry["shape"]) for name, entry in about.items() if name.split(".")[0] == "m")
-    flat = np.memmap(path, np.float32, "r", offset=start, shape=(2 * size,))
+    flat = Stored(path, np.float32, start, 2 * size)
     ranges = found["ranges"].tolist() if "ranges" in found else [(0, size)]
     old = "shard", "sample", "generator_used"
     shard, sample, used = found["place"].tolist() if "place" in found else [int(data[key]) for key in old]
     position = Position(shard, sample, found["shard_order"], found["sample_order"], MTState(found["generator"], used))
-    return Part(ranges, flat[:size], flat[size:], position)
+    return Part(ranges, flat.part(0, size), flat.part(size, 2 * size), position)
 
 
 def load_moments(parts: Sequence[Part], ranges: Sequence[Range], m: np.ndarray, v: np.ndarray) -> None:
@@ -110,8 +111,9 @@ def load_moments(parts: Sequence[Part], ranges: Sequence[Range], m: np.ndarray, 
     for start, stop in ranges:
         for first, end, there, part in pieces[bisect.bisect(starts, start) - 1 : bisect.bisect_left(starts, stop)]:
             low, high = max(start, first), min(stop, end)
-            here, theirs = slice(at + low - start, at + high - start), slice(there + low - first, there + high - first)
-            m[here], v[here] = part.m[theirs], part.v[theirs]
+            here, there = slice(at + low - start, at + high - start), there + low - first
+            part.m.read(there, m[here])
+            part.v.read(there, v[here])
         at += stop - start
 
 

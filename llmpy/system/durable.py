@@ -62,6 +62,11 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file, but not through a symbolic link, and without waiting for the reader of a pipe: an `opener`."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder and its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
@@ -90,7 +95,8 @@ def made(folder: Path) -> Iterator[None]:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)`, sync, rename, sync the folder. Raises LlmpyError, and leaves `path` as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The name cannot be guessed, so that no link of this name waits for us.
+    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(7))}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:  # Windows syncs only files opened for writing
@@ -159,7 +165,7 @@ def stretches_differ(path: Path, size: int, sums: Sequence[int]) -> str:
     if found != size:
         return f"it has {found:,} bytes instead of {size:,}"
     buffer = bytearray(min(STRETCH, size))
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:  # buffered, so that a read that returns fewer bytes is continued
         for number, expected in enumerate(sums):
             count = file.readinto(buffer)
             if zlib.crc32(memoryview(buffer)[:count]) != expected:

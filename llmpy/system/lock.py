@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from ..errors import LlmpyError
+from .durable import no_link
 
 
 class Lock:
@@ -19,14 +23,30 @@ class Lock:
 
     def take(self, wait: bool = False) -> bool:
         """Acquire the lock; return whether this process has it. Raises OSError if the file cannot be locked."""
-        for _ in range(3):
+        if self.path.is_symlink():  # filelock refuses it too, as "Too many levels"
+            raise LlmpyError("lock.symlink", f"the lock {self.path} is a symbolic link", "Remove it")
+        for again in range(3):
             try:
                 self._lock.acquire(blocking=wait)
             except Timeout:
-                if self.path.exists():
+                if again and self.path.exists():
                     return False
-                continue  # the holder removed the file after we opened it
+                time.sleep(0.01)  # `held` may have it for a moment, or the holder removed the file after we opened it
+                continue
             return True
+        return False
+
+    def held(self) -> bool:
+        """Return whether any process holds the lock, without changing it; False if that cannot be found."""
+        with contextlib.suppress(OSError), open(self.path, "rb", 0, opener=no_link) as file:
+            try:
+                if os.name == "posix":
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                file.read(1)  # Windows locks this byte
+            except (BlockingIOError, PermissionError):
+                return True
         return False
 
     def holder(self) -> str:

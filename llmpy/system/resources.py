@@ -1,17 +1,22 @@
-"""Cores and memory available to this process, within its container's limits (Linux's cgroup v2)."""
+"""Cores and memory available to this process, within the limits of its container (Linux's cgroups v1 and v2)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from .words import count_of
 
-CONTAINER = Path("/sys/fs/cgroup")
+CONTAINER, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMORY_FILES = (  # limit, usage, and what of it is reclaimable: version 2, its soft limit, version 1
+    ("memory.max", "memory.current", "inactive_file"), ("memory.high", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)  # fmt: skip
 
 
 def cores() -> int:
@@ -45,20 +50,38 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def container_cores(folder: Path = CONTAINER) -> float | None:
-    """Return the container's CPU limit in cores; None: no limit."""
-    try:
-        quota, period = map(int, (folder / "cpu.max").read_text().split())
-    except (OSError, ValueError):  # ValueError: "max"
-        return None
-    return quota / period
+def container_cores(root: Path = CONTAINER, own: Path = MEMBERSHIP) -> float | None:
+    """Return the smallest CPU limit in cores of the container and its parents; None: no limit."""
+    found = []
+    for folder in _groups("cpu", root, own):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                found += [quota / period] if min(quota, period) > 0 else []  # version 1: -1 without a limit
+    return min(found, default=None)
 
 
-def container_memory(folder: Path = CONTAINER) -> int | None:
-    """Return the bytes that the container may still allocate, including reclaimable cache; None: no limit."""
-    try:
-        most, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # ValueError: "max"
-        return None
-    return most - max(0, taken - int(stat["inactive_file"]))  # inactive page cache is reclaimed on demand
+def container_memory(root: Path = CONTAINER, own: Path = MEMBERSHIP) -> int | None:
+    """Return the bytes that the container and its parents may still allocate; None: no limit."""
+    found = []
+    for folder in _groups("memory", root, own):
+        for limit, usage, reclaimable in MEMORY_FILES:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+                most, taken = (int((folder / name).read_text()) for name in (limit, usage))
+                with contextlib.suppress(OSError, ValueError):  # inactive page cache is reclaimed on demand
+                    words = (folder / "memory.stat").read_text().split()
+                    taken = max(0, taken - int(words[words.index(reclaimable) + 1]))
+                found.append(most - taken)
+    return min(found, default=None)
+
+
+def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
+    """Yield the control groups of this process, of both versions, from its own to the outermost visible one."""
+    lines = ["0::/", f"1:{controller}:/"]  # a container may see only its own group, as the root
+    with contextlib.suppress(OSError):
+        lines += own.read_text(errors="replace").splitlines()
+    for _, controllers, path in (line.split(":", 2) for line in dict.fromkeys(lines) if line.count(":") > 1):
+        names = {controller, controllers} if controllers else {"", "unified"}
+        parts = [] if ".." in path else list(filter(None, path.split("/")))  # "..": not visible from here
+        for name in names if not controllers or controller in controllers.split(",") else ():
+            yield from (root.joinpath(name, *parts[:depth]) for depth in range(len(parts), -1, -1))

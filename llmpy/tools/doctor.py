@@ -34,7 +34,7 @@ from ..options.tools import DoctorOptions
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..system.cache import data_cache, user_cache
 from ..system.resources import available_memory, cores, cpu_name
-from ..system.terminal import aside, paint
+from ..system.terminal import aside, paint, printable
 from ..system.words import gigabytes
 from ..train.memory import PROGRAM_BYTES, disk_needed, memory_of
 from ..train.start import BUILTIN_VOCAB
@@ -191,9 +191,9 @@ def table(numbers: dict[str, Any]) -> str:
     lines = []
     for check in checks:
         state = paint(f"{check['state']:<5}", STYLES[check["state"]], sys.stdout)
-        lines.append(f"{state}  {check['name']:<{width}}  {check['found']}")
+        lines.append(f"{state}  {check['name']:<{width}}  {printable(check['found'])}")
         if check["fix"]:
-            lines.append(f"{'':5}  {'':{width}}  → {check['fix']}")
+            lines.append(f"{'':5}  {'':{width}}  → {printable(check['fix'])}")
     errors = sum(check["state"] == ERROR for check in checks)
     ending = "this machine can train; to check its results, run llmpy selftest"
     return "\n".join([*lines, "", f"errors that prevent training: {errors}" if errors else ending])

@@ -26,7 +26,7 @@ def write_sample(
     tokens = generate(model, data.prompt, o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE, pack=False)
     until_asked = itertools.takewhile(lambda _: not stop.asked, tokens)
     text = (data.opening + "".join(map(stream.feed, until_asked)) + stream.finish()).strip("\n")
-    for line in (f"--- sample at step {step}", text, "---"):
+    for line in (f"--- sample at step {step}", *text.split("\n"), "---"):
         journal.log(line)
     journal.record_sample(f"--- step {step}", text)
 

@@ -9,16 +9,14 @@ import io
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import psutil
-
 from ..errors import LlmpyError
 from ..run.folder import CONFIG_FILE, LOCK, METRICS, SAMPLES
 from ..system.command import command
+from ..system.lock import Lock
 from ..system.words import did_you_mean
 from .curves import Curves, latest
 
@@ -27,7 +25,6 @@ MOST_RUNS = 200  # per folder, the newest
 CONFIG_BYTES, SAMPLE_BYTES = 1 << 20, 1 << 16  # read at most; of samples the last bytes
 TAIL = 1 << 17  # bytes read for the newest numbers: 450 steps, enough to contain an evaluation
 SHOWN_SAMPLES, SAMPLE_LETTERS = 8, 6000
-ALIVE_SECONDS = 10.0  # a run on another machine is training if its metrics grew within this time
 HEADING = re.compile(r"^--- step (\d{1,15})$", re.MULTILINE)
 SHOWN_OPTIONS = {
     "model": "", "batch_size": "B ", "sequence_length": "T ", "lr": "lr ", "dtype": "", "threads": "threads ",
@@ -61,11 +58,8 @@ class Run:
             return None
 
     def trains(self) -> bool:
-        """Return whether the process in its lock file exists or, on another machine, its metrics just grew."""
-        process = self._read(LOCK, process_of)
-        return process is not None and (
-            psutil.pid_exists(process) or abs(time.time() - changed(self.folder)) < ALIVE_SECONDS
-        )
+        """Return whether a process, possibly on another machine, holds its lock."""
+        return Lock(self.folder / LOCK).held()
 
     def described(self) -> str:
         """Return a one-line summary of config.json, or ""."""
@@ -86,11 +80,6 @@ class Run:
     def state(self) -> tuple[object, ...]:
         """Return a value that changes with the curves and the samples."""
         return tuple(mark(self.folder / name) for name in (METRICS, SAMPLES))
-
-
-def process_of(lock: BinaryIO) -> int:
-    """Return the process ID in a lock file. Raises ValueError if there is none."""
-    return int(lock.read(9))
 
 
 def described_in(file: BinaryIO) -> str:
@@ -141,7 +130,6 @@ class Runs:
         paths += [child for folder in self._given if folder not in paths for child in children(folder)]
         for path in paths:
             self._runs.setdefault(path, Run(path, len(self._runs)))
-        # no control characters of a terminal in names
         return {"".join(c if c.isprintable() else "\ufffd" for c in str(path)): self._runs[path] for path in paths}
 
     def chosen(self, runs: dict[str, Run]) -> list[str]:

@@ -2,7 +2,8 @@
 
 The server listens only on 127.0.0.1 and serves a few fixed paths: the page, its files, and its numbers as JSON.
 Requests for another host name are refused, since any web page could read the answers through a name that resolves to
-127.0.0.1 (DNS rebinding). The page runs only its own scripts and loads nothing else; run folders are shown as text.
+127.0.0.1 (DNS rebinding); so are requests by other sites' pages. The page runs only its own scripts and loads nothing
+else; run folders are shown as text.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         host = self.headers.get("Host", "")
         path, _, query = self.path.partition("?")
-        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
-            self._answer(403, "text/plain", b"llmpy watch only serves localhost and 127.0.0.1\n")
+        foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
+        if foreign or (host.rpartition(":")[0] not in HOSTS and host not in HOSTS):
+            self._answer(403, "text/plain", b"llmpy watch only serves localhost and 127.0.0.1, and no other site\n")
         elif path in FILES:
             name, kind = FILES[path]
             self._answer(200, kind, (Path(__file__).parent / name).read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,13 +20,19 @@ from support.refused import refused
 
 from llmpy import GPT2, Tokenizer
 from llmpy.cli.chat import answer, chat, prompt
+from llmpy.cli.sample import sample
 from llmpy.data.encode import encode
 from llmpy.data.record_fields import conversation
 from llmpy.data.records import Document, begins, holds_answers
 from llmpy.data.shards import CHUNK, Shard
-from llmpy.options.sample_chat import ChatOptions
+from llmpy.formats import find
+from llmpy.formats.convert import convert
+from llmpy.options.sample_chat import ChatOptions, SampleOptions
+from llmpy.options.tools import ConvertOptions
 from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train
+from llmpy.watch.runs import Runs
+from llmpy.watch.server import board
 
 BYTES = Tokenizer.bytes()
 
@@ -201,3 +208,49 @@ def test_an_answer_ends_without_blank_lines(capsys: pytest.CaptureFixture[str]) 
     """Those within it stay."""
     assert answer(iter(["It is", " 4", "\n", "\nor 5", ".\n\n"])) == "It is 4\n\nor 5."
     assert capsys.readouterr().out == "It is 4\n\nor 5.\n"
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_answer_has_no_effect_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for screen, shown in ((Screen(), "a\n\tb\\x1b]52;c;x\\x07\n"), (io.StringIO(), "a\n\tb\x1b]52;c;x\x07\n")):
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert answer(iter(["a\n", "\tb\x1b", "]52;c;x\x07 "])) == "a\n\tb\x1b]52;c;x\x07"
+        assert screen.getvalue() == shown
+
+
+OPENED: list[str] = []  # while WATCHED
+WATCHED: list[bool] = []
+sys.addaudithook(lambda event, arguments: OPENED.append(f"{event} {arguments}") if WATCHED else None)
+
+
+@pytest.mark.parametrize("verb", ["chat", "sample", "convert", "init", "watch"])
+def test_paths_in_a_foreign_config_are_not_followed(
+    verb: str, folder: Path, tmp_path: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "foreign"
+    (foreign / "deep").mkdir(parents=True)
+    (foreign / "deep" / "a.jsonl").write_text('{"messages": []}')
+    names = dict.fromkeys(("out", "init", "resume", "hellaswag"), str(foreign / "deep"))
+    config = {"options": {"data": [str(foreign)], **names}, "machine": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    WATCHED.append(True)
+    try:
+        if verb == "chat":
+            chat(ChatOptions(folder, tokens=2), lines("hello"), Laptop())
+        elif verb == "sample":
+            sample(SampleOptions(folder, tokens=2), lambda _: None, Laptop())
+        elif verb == "convert":
+            convert(ConvertOptions(folder, tmp_path / "out.bin"), lambda _: None)
+        elif verb == "init":
+            find(str(folder), lambda _: None)
+        else:
+            board(Runs([folder]), "show=")
+    finally:
+        WATCHED.clear()
+    found = [event for event in OPENED if str(foreign) in event]
+    OPENED.clear()
+    assert found == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -247,3 +248,29 @@ def test_errors_are_red_in_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("NO_COLOR", "1")
     assert cli.main(["train", "--lr", "-1"]) == 1
     assert capsys.readouterr().err.startswith("llmpy: error: --lr -1")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("sample no\x1b]52;c;aGk=\x07run\n2", 1), ("train --x\x1b[2J", 2), ("train --schedule \x9b1m", 2),
+        ("plot no\u202efile", 1), ("convert no\x1bfile x.bin", 1), ("train --config a.yaml", 1),
+    ],
+)  # fmt: skip
+def test_errors_have_no_control_characters(
+    line: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text('"key\\e]52;c;aGk=\\a": 1\n')
+    with contextlib.suppress(SystemExit):
+        assert cli.main(line.split(" ")) == code
+    error = capsys.readouterr().err
+    assert "\\x" in error or "\\u" in error, error
+    assert all(c.isprintable() for c in error.removesuffix("\n")), error
+
+
+def test_progress_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.log("wrote a\x1b[2J\nb")
+    cli.show("a\nb")
+    cli.write("exact\x1b")
+    assert capsys.readouterr().out == "wrote a\\x1b[2J\\nb\na\nb\nexact\x1b"

@@ -41,7 +41,7 @@ TEXT = "the cat, the hat: 12 naïve cafés\n\n日本 \U0001f642 it's\t"
 def shard(path: Path) -> None:
     is_shard(path)
     opened = open_shard(path, V)
-    assert 0 <= int(opened.tokens.min()) <= int(opened.tokens.max()) < V
+    assert 0 <= int(opened.tokens[:].min()) <= int(opened.tokens[:].max()) < V
     assert opened.counted is None or len(opened.counted) == len(opened)
 
 

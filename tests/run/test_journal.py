@@ -125,3 +125,16 @@ def test_a_full_disk_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFix
         journal.log("still there")
     warning = r"warning: cannot write /dev/full: No space left on device.*\nstill there\n"
     assert re.fullmatch(warning, capsys.readouterr().out)
+
+
+def test_foreign_text_has_no_effect_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither now nor when console.log is shown; samples.txt is exact."""
+    with Journal() as journal:
+        journal.log("data \x1b]0;x\x07")
+        journal.open(tmp_path)
+        for line in ("a\tb\n\x9b2J", "\u202ec", ""):
+            journal.log(line)
+        journal.record_sample("--- step 1", "\x1b[1m")
+    expected = "data \\x1b]0;x\\x07\na\tb\\n\\x9b2J\n\\u202ec\n\n"
+    assert capsys.readouterr().out == (tmp_path / "console.log").read_text("utf-8") == expected
+    assert (tmp_path / "samples.txt").read_text("utf-8") == "--- step 1\n\x1b[1m\n\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.refused import refused
 
+from llmpy.system.lock import Lock
 from llmpy.watch.runs import Run, Runs
 
 
@@ -35,8 +36,9 @@ def test_which_runs_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     runs = Runs([])
     assert [*runs.all()] == [str(new), str(old), str(oldest)]
     assert runs.chosen(runs.all()) == [str(new)]
-    (old / "run.lock").write_text(f"{os.getpid()}\n")
-    assert runs.chosen(runs.all()) == [str(old)]
+    lock = Lock(old / "run.lock")
+    assert lock.take() and runs.chosen(runs.all()) == [str(old)]
+    lock.drop()
     indices = {name: run.index for name, run in runs.all().items()}
     started = run_folder(Path("runs", "started since"))
     assert [*runs.all()][0] == str(started)
@@ -69,19 +71,30 @@ def test_the_newest_numbers_come_from_the_end_of_the_file(tmp_path: Path) -> Non
     assert Run(path.parent, 0).numbers() == {"step": 10_001, "loss": 10 / 10_002, "val_loss": 1.5}
 
 
-def test_a_run_trains_while_its_process_lives(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", age=100)
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    run = Run(folder, 0)
+def test_a_run_trains_while_its_lock_is_held(tmp_path: Path) -> None:
+    """Not because a process, perhaps another one, has the number in it, nor because its metrics are new."""
+    folder = run_folder(tmp_path / "run")
+    run, path = Run(folder, 0), folder / "run.lock"
     assert not run.trains()
-    for holder in (ended.stdout, "", "x", "9" * 20):
-        (folder / "run.lock").write_text(holder)
-        assert not run.trains(), holder
-    (folder / "run.lock").write_text(f"\n{os.getpid()}\n")
-    assert run.trains()
-    (folder / "run.lock").write_text(ended.stdout)  # possibly of another machine
-    os.utime(folder / "metrics.jsonl")
-    assert run.trains()
+    for holder in (f"\n{os.getpid()}\n", f"{os.getppid()}\n", "1", "", "x"):
+        path.write_text(holder)
+        assert not run.trains() and path.read_text() == holder
+    lock = Lock(path)
+    assert lock.take() and run.trains() and run.trains()
+    lock.drop()
+    assert not run.trains()
+    path.symlink_to("metrics.jsonl")
+    assert not run.trains()
+    path.unlink()
+    program = (
+        "import sys; from pathlib import Path; from llmpy.system.lock import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); print(lock.take(), flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(path)], stdin=-1, stdout=-1)
+    assert other.stdout is not None and other.stdout.readline() == b"True\n" and run.trains()
+    other.kill()
+    other.communicate()
+    assert path.exists() and not run.trains()
 
 
 def test_samples_newest_first(tmp_path: Path) -> None:

@@ -51,10 +51,11 @@ class Answer(NamedTuple):
     body: bytes
 
 
-def ask(server: Server, path: str, host: str = "localhost", method: str = "GET") -> Answer:
+def ask(server: Server, path: str, host: str = "localhost", method: str = "GET", **headers: str) -> Answer:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)) as connection:
         connection.putrequest(method, path, skip_host=True)
-        connection.putheader("Host", host)
+        for name, value in {"Host": host, **headers}.items():
+            connection.putheader(name, value)
         connection.endheaders()
         with connection.getresponse() as answer:
             return Answer(answer.status, dict(answer.getheaders()), answer.read())
@@ -75,6 +76,17 @@ def test_other_hosts_are_refused(server: Server, host: str, status: int) -> None
         answer = ask(server, path, host)
         assert answer.status == status
         assert status == 200 or len(answer.body) < 100
+
+
+@pytest.mark.parametrize(
+    ("site", "status"),
+    [("same-origin", 200), ("none", 200), ("cross-site", 403), ("same-site", 403), ("", 403), ("None", 403)],
+)
+def test_requests_of_other_sites_are_refused(server: Server, site: str, status: int) -> None:
+    for path in ("/", "/page.js", "/board"):
+        answer = ask(server, path, **{"Sec-Fetch-Site": site})
+        assert answer.status == status and (status == 200 or len(answer.body) < 100)
+    assert ask(server, "/board", "evil.example", **{"Sec-Fetch-Site": "same-origin"}).status == 403
 
 
 @pytest.mark.parametrize("path", ["/metrics.jsonl", "/../secret", "/%2e%2e/secret", "//secret", "/server.py", "x"])
