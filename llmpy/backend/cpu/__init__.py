@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +69,7 @@ class CPU:
             raise LlmpyError("option.out-of-range", message, f"Use a number from 1 to {pool.MOST}")
         self.isa = simd.HOST.name
         self.lock = threading.RLock()
-        _all.add(self)
+        pool.machines.add(self)
         jit.hire(self.threads)
         self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))
         self._gemm_scratch = self.empty((self.threads, linear.SCRATCH), FLOAT32)
@@ -292,19 +290,6 @@ class CPU:
                 log(f"  {missing.index(name) + 1}/{len(missing)} {name}")
             call()
             kernel_cache.mark_cached(name, str(self.dtype))
-
-
-_all: weakref.WeakSet[CPU] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """Free the locks, in a child process: threads do not survive a fork."""
-    for ops in _all:
-        ops.lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _aligned(allocate: Callable[..., np.ndarray], shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -1,11 +1,8 @@
-"""The kernel cache on disk: one file per kernel and types of arguments, verified before it is loaded.
+"""The kernel cache on disk: one file per kernel and types of its arguments, verified before it is loaded.
 
-    kernels/<fingerprint>/NAME-<key>.kernel    32 bytes of BLAKE2b, then the pickle of Numba's compiled kernel
-    kernels/<fingerprint>/NAME.DTYPE.done      NAME has been compiled for DTYPE
-
-A pickle can run code, and corrupt machine code can do anything. Numba's own cache is unverified, and two processes can
-mix up its index. Here a kernel is one file, renamed into place; the hash covers it and what it is a compilation of. A
-file that fails the check is compiled again. An error means no cache, and one warning.
+NAME-<key>.kernel is a hash, then a pickle of Numba's (`system.cache.seal`). A file that fails the check is compiled
+again. Numba's own cache is unverified: corrupt pickles and machine code can do anything. Two processes can also mix up
+its index; here there is none.
 
 The folder's name is a hash of all that compiled code depends on: the sources next to this file, Numba, and the CPU.
 """
@@ -26,13 +23,10 @@ import llvmlite.binding as llvm
 import numba
 from numba.core import caching, codegen, compiler, serialize
 
-from ...errors import LlmpyError
-from ...system import durable
-from ...system.cache import exposed, only_mine, user_cache
+from ...system.cache import seal, trusted_folder, unseal
 from ...system.terminal import aside
 
 config: Any = numba.config
-HASH = 32  # bytes
 ELSEWHERE = "Set LLMPY_CACHE_DIR to a folder that only you can write to"
 
 
@@ -54,31 +48,15 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def find() -> tuple[Path | None, str]:
-    """Create and return the folder, links resolved, or None and why there is no cache: every start then recompiles."""
-    try:
-        top = user_cache()
-        top.mkdir(mode=0o755, parents=True, exist_ok=True)
-        folder = top / "kernels" / _fingerprint()
-        for place in (folder.parent, folder):
-            place.mkdir(mode=0o700, exist_ok=True)
-        folder = folder.resolve()
-        why = exposed(folder)
-    except OSError as error:
-        why = f"cannot create {error.filename}: {error.strerror}"
-    except (RuntimeError, LlmpyError) as error:  # no home directory
-        why = str(error)
-    return (None, why) if why else (folder, "")
+FOLDER, problem = trusted_folder("kernels", _fingerprint())
 
 
-FOLDER, problem = find()
-
-
-def _give_up(why: str) -> None:
-    """Use no cache from now on."""
+def _give_up(error: Exception) -> None:
+    """Write nothing from now on: the cache cannot be written, or Numba's internals have changed."""
     global problem
-    problem = why
-    aside(f"warning: no kernel cache, so every start compiles: {why}. {ELSEWHERE}")
+    if not problem:
+        problem = getattr(error, "message", repr(error))
+        aside(f"warning: no kernel cache, so every start compiles: {problem}. {ELSEWHERE}")
 
 
 @functools.cache
@@ -90,33 +68,26 @@ class KernelCache(caching.NullCache):
     """The files of one function, as Numba's dispatcher uses a cache."""
 
     def __init__(self, function: Callable) -> None:
-        self._function = function
+        self._function, self._name = function, function.__name__
 
-    def _place(self, signature: Any, code: Any) -> tuple[Path, Any]:
-        """Return the file for these types and this CPU, and a hash to continue with its contents."""
-        made, name = self._function.__code__, self._function.__name__
-        about = hashlib.blake2b(_source(made.co_filename), digest_size=HASH)
-        about.update(repr((name, made.co_firstlineno, signature, code.magic_tuple())).encode())
-        return Path(FOLDER or "", f"{name}-{about.hexdigest()[:16]}.kernel"), about
+    def _place(self, signature: Any, code: Any) -> tuple[Path, bytes]:
+        """Return the file for these types and this CPU, and what it is a compilation of."""
+        made = self._function.__code__
+        about = repr((self._name, made.co_firstlineno, signature, code.magic_tuple())).encode()
+        about += _source(made.co_filename)
+        return Path(FOLDER or "", f"{self._name}-{hashlib.blake2b(about, digest_size=8).hexdigest()}.kernel"), about
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return a compiled kernel, or None if its file is missing or fails the check."""
         target_context.refresh()
-        if problem:
-            return None
         try:
-            path, digest = self._place(sig, target_context.codegen())
-            data = _read(path)
-            digest.update(data[HASH:])
-            if data[:HASH] == digest.digest():
-                return compiler.CompileResult._rebuild(target_context, *serialize.loads(data[HASH:]))
-            with contextlib.suppress(OSError):
-                durable.remove(path)
-            aside(f"{path} is corrupt or not yours: compiling {self._function.__name__} again")
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # Numba's internals have changed
-            _give_up(f"{type(error).__name__}: {error}")
+            path, about = self._place(sig, target_context.codegen())
+            if data := unseal(path, about):
+                return compiler.CompileResult._rebuild(target_context, *serialize.loads(data))
+            if data is not None:
+                aside(f"{path} is corrupt or not yours: compiling {self._name} again")
+        except Exception as error:
+            _give_up(error)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -124,31 +95,9 @@ class KernelCache(caching.NullCache):
         if problem or data.library.has_dynamic_globals:
             return
         try:
-            path, digest = self._place(sig, data.codegen)
-            payload = serialize.dumps(data._reduce())
-            digest.update(payload)
-            durable.write_whole(path, lambda temporary: _write(temporary, digest.digest() + payload))
-        except LlmpyError as error:
-            _give_up(error.message)
+            seal(*self._place(sig, data.codegen), serialize.dumps(data._reduce()))
         except Exception as error:
-            _give_up(f"{type(error).__name__}: {error}")
-
-
-def _read(path: Path) -> bytes:
-    """Return a file's bytes, none if it is a link or somebody else can write to it. Raises FileNotFoundError."""
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # not blocking: in case it is a pipe
-    try:
-        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-            return file.read() if only_mine(os.fstat(file.fileno())) else b""
-    except FileNotFoundError:
-        raise
-    except OSError:
-        return b""
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.touch(mode=0o600)
-    path.write_bytes(data)
+            _give_up(error)
 
 
 _compiled: set[tuple[str, str]] = set()  # by this process
@@ -164,4 +113,4 @@ def mark_cached(name: str, variant: str) -> None:
     _compiled.add((name, variant))
     if FOLDER is not None and not problem:
         with contextlib.suppress(OSError):
-            (FOLDER / f"{name}.{variant}.done").touch(mode=0o600)
+            (FOLDER / f"{name}.{variant}.done").touch()

@@ -15,7 +15,9 @@ import ctypes
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,7 @@ _memory = np.zeros(SIZE + LINE, np.int64)
 BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line
 _kernel = _memory[(BOARD - _memory.ctypes.data) // 8 + KERNEL :].data  # a memoryview: twice as fast to assign
 
+machines: weakref.WeakSet[Any] = weakref.WeakSet()  # backends; each has a lock
 _helpers: list[threading.Thread] = []
 _bell = threading.Semaphore(0)
 _count = threading.Lock()  # of _sleeping
@@ -99,12 +102,14 @@ def end() -> None:
 
 
 def _after_fork() -> None:
-    """Forget the helpers, in a child process: threads do not survive a fork, nor does what they held."""
+    """Start over, in a child process: threads do not survive a fork, and what they held is never released."""
     global _bell, _count, _hiring, _sleeping, _lost
     _bell, _count, _hiring = threading.Semaphore(0), threading.Lock(), threading.RLock()
     _memory.fill(0)
     _lost = _sleeping = len(_helpers) or _lost
     _helpers.clear()
+    for machine in machines:
+        machine.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
