@@ -6,9 +6,9 @@ Shapes, types and token ids are checked here, because compiled kernels check no 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -48,6 +48,9 @@ class GPT2:
 
     `config` is its shape. `parameters` maps each tensor's name to its float32 array; call `store_weights` after
     writing to one. `tokenizer` may be None; text then uses GPT-2's if the size matches (not in a Hugging Face folder).
+
+    Threads may share a model, and get the results they would get alone: its methods wait for each other, a text's at
+    every token. Each thread has its own gradients. A text whose model changes meanwhile ends with LlmpyError.
     """
 
     def __init__(self, net: gpt2.GPT2, tokenizer: Tokenizer | None, trained_length: int) -> None:
@@ -59,6 +62,8 @@ class GPT2:
         self._untrained = False
         self._what = "model in memory"
         self._shape = (0, 0)
+        self._changes = 0  # calls of `store_weights`
+        self._own = threading.local()  # a thread's gradients
 
     @classmethod
     def load(
@@ -96,11 +101,14 @@ class GPT2:
 
     def store_weights(self) -> None:
         """Apply changes of `parameters`; call it after writing to them."""
-        self._net.store_weights()
+        with self._net.ops.lock:
+            self._changes += 1
+            self._net.store_weights()
 
     def loss(self, tokens: ArrayLike, targets: ArrayLike | None = None) -> float:
         """Return the mean cross-entropy in nats; arguments as in `loss_and_grads`."""
-        return self._net.loss(*self._batch(tokens, targets))
+        with self._net.ops.lock:
+            return self._net.loss(*self._batch(tokens, targets))
 
     def loss_and_grads(
         self, tokens: ArrayLike, targets: ArrayLike | None = None
@@ -109,19 +117,23 @@ class GPT2:
 
         `tokens`: integers (B, T), or (T,) for one row, each in 0 … V − 1. `targets`: the next token of each, in the
         same shape, −1 to ignore; the default is the next token in the row.
-        The next call overwrites the gradients. Raises LlmpyError for invalid arguments.
+        The thread's next call overwrites the gradients. Raises LlmpyError for invalid arguments.
         """
-        loss = self._net.loss_and_grads(*self._batch(tokens, targets))
-        assert self._net.grads is not None
-        return loss, {t.name: self._net.ops.to_host(view) for t, view in self._net.grads.items()}
+        with self._net.ops.lock:
+            self._net.grads = getattr(self._own, "grads", None)
+            loss = self._net.loss_and_grads(*self._batch(tokens, targets))
+            grads = self._own.grads = self._net.grads
+        assert grads is not None
+        return loss, {t.name: self._net.ops.to_host(view) for t, view in grads.items()}
 
     def logits(self, tokens: ArrayLike, position: int = -1) -> np.ndarray:
         """Return the next token's logits (B, V) float32 at one position of tokens (B, T)."""
         ids = self._ids(tokens, "tokens", 0, self.config.context)
         if not -(T := ids.shape[1]) <= position < T:
             raise LlmpyError("tokens.position", f"position {position} of {T} tokens", f"Use {-T} to {T - 1}")
-        self._make_room(ids.shape)
-        return self._net.logits(ids, position)
+        with self._net.ops.lock:
+            self._make_room(ids.shape)
+            return self._net.logits(ids, position)
 
     def generate(self, prompt: str = "", tokens: int = 200, **choices: Any) -> str:
         """Return the prompt and up to `tokens` more tokens. Raises LlmpyError for unknown choices or no tokenizer.
@@ -148,9 +160,14 @@ class GPT2:
         check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
         self.warm_up()
         generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
-        text = TextStream(tokenizer.decode, stop)
+        text, changes = TextStream(tokenizer.decode, stop), self._changes
         for _ in range(count):
-            if (token := generation.step([0])[0].id) == tokenizer.eot:
+            with self._net.ops.lock:
+                if self._changes != changes:
+                    what = "the model changed while it generated a text"
+                    raise LlmpyError("model.changed", what, "Generate the text again")
+                token = generation.step([0])[0].id
+            if token == tokenizer.eot:
                 break
             yield text.feed(token)
             if text.stopped:
@@ -159,7 +176,8 @@ class GPT2:
 
     def warm_up(self) -> None:
         """Compile or load the kernels of generation; otherwise the first text does."""
-        cast(Machine, self._net.ops).warm_up(aside, decoding=True)
+        with self._net.ops.lock:
+            cast(Machine, self._net.ops).warm_up(aside, decoding=True)
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, or GPT-2's. Raises LlmpyError if it is missing or has more tokens than the model."""
@@ -195,7 +213,8 @@ class GPT2:
                 Path("memory"), self._what, self.config, "float32", self.trained_length,
                 self.parameters.__getitem__, tokenizer,
             )  # fmt: skip
-            convert.write(source, path, to, dtype, aside)
+            with self._net.ops.lock:
+                convert.write(source, path, to, dtype, aside)
 
     def _batch(self, tokens: ArrayLike, targets: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
         """Check and return tokens and targets (B, T) int32; free the arenas of other shapes."""
@@ -291,12 +310,13 @@ class Trainer:
         except BaseException:
             folder.discard()
             raise
-        with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
-            train(options, self._machine, folder)
+        with contextlib.nullcontext() if self._machine is None else self._machine.lock:
+            train(options, self._machine, folder, quiet=not verbose)
         self.folder = folder.path
         if model is not None:
-            checkpoint.load_parameters(folder / MODEL_FILE, model._net.params)
-            model.store_weights()
+            with model._net.ops.lock:
+                checkpoint.load_parameters(folder / MODEL_FILE, model._net.params)
+                model.store_weights()
             model.trained_length, model._untrained = checkpoint.read_header(folder / MODEL_FILE).trained_length, False
         return self
 
@@ -305,7 +325,8 @@ class Trainer:
         given = {name: getattr(self.options, name) for name in self.options.given}
         if (model := self._trained) is not None:
             given["init"] = str((folder / START_FILE).absolute())
-            checkpoint.save(folder / START_FILE, model._net, 1 if model._untrained else model.trained_length)
+            with model._net.ops.lock:
+                checkpoint.save(folder / START_FILE, model._net, 1 if model._untrained else model.trained_length)
             if model.tokenizer is not None:
                 model.tokenizer.save(folder / TOKENIZER_FILE)
         if self._parts:

@@ -31,6 +31,8 @@ class Ops(Protocol):
     name: str
     dtype: Any
     wide: Any
+    # Scratch memory, and that of a model, serves one thread at a time: the one that holds this re-entrant lock.
+    lock: Any
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """Return uninitialised memory of this backend, aligned for its vectors."""

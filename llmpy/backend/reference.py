@@ -9,6 +9,7 @@ are analytic formulas over real arrays.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,7 @@ class Reference:
 
     def __init__(self, dtype: Any = np.float64) -> None:
         self.dtype = self.wide = np.dtype(dtype)
+        self.lock = threading.RLock()
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.empty(shape, dtype)

@@ -49,6 +49,7 @@ class Generation:
     """Texts continued in one batch, each independent of the others.
 
     Each prompt has at least one token and gets at most `count` more. Tokens see `reach` back. `pack`: see `Decoder`.
+    Several threads may generate with one model: a step holds its machine's lock.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Generation:
     def step(self, rows: Sequence[int]) -> list[Token]:
         """Append one token to each of these texts and return the tokens."""
         tokens = []
-        for row, logits in zip(rows, self._logits(rows), strict=True):
+        with self._decoder.ops.lock:
+            found = self._logits(rows)
+        for row, logits in zip(rows, found, strict=True):
             token = choose(logits, self._coins[row], self._choice, self.texts[row])
             self.texts[row].append(token)
             tokens.append(Token(token, logprob(logits, token) if self._logprobs else float("nan")))

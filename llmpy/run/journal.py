@@ -28,7 +28,7 @@ class Journal:
         self._console: TextIO = io.StringIO()
         self._files: dict[str, TextIO] = {}  # METRICS, MAIN, SAMPLES
         self._bar: Any = None
-        self._gone = False  # the terminal
+        self.quiet = False  # print nothing; also if the terminal is gone
         self._warned = False  # that a file cannot be written
 
     def __enter__(self) -> Self:
@@ -116,12 +116,12 @@ class Journal:
 
     def _show(self, act: Callable[..., object], *arguments: object) -> None:
         """Call a function that prints. If it fails, the terminal is gone: print nothing from then on."""
-        if self._gone:
+        if self.quiet:
             return
         try:
             act(*arguments)
         except (OSError, ValueError):  # ValueError: closed file
-            self._gone = True
+            self.quiet = True
             silence()
             if self._bar is not None:
                 self._bar.disable = True  # else it prints when it is deleted

@@ -32,7 +32,7 @@ from ..errors import LlmpyError
 from ..model.config import ModelConfig
 from ..options.tools import DoctorOptions
 from ..options.train import DEFAULT_MODEL, TrainOptions
-from ..system.cache import data_cache, user_cache
+from ..system.cache import data_cache, exposed, user_cache
 from ..system.resources import available_memory, cores, cpu_name
 from ..system.terminal import aside, paint, printable
 from ..system.words import gigabytes
@@ -148,8 +148,9 @@ def kernel_cache() -> Iterator[Check]:
     """Check that the folder of compiled kernels is writable, and only by this user."""
     folder = user_cache() / "kernels"
     yield from place("kernel cache", lambda: folder, "Set LLMPY_CACHE_DIR, or every start compiles for half a minute")
-    if os.name == "posix" and folder.exists() and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o22):
-        yield seen("kernel cache", f"{folder} is ignored: other users can write to it", f"chmod 700 {folder}")
+    if folder.exists() and (why := exposed(folder)):
+        fix = "Set LLMPY_CACHE_DIR to a folder that only you can write to, or chmod go-w that folder"
+        yield seen("kernel cache", f"it is ignored, because {why}", fix)
 
 
 def place(name: str, find: Callable[[], Path], fix: str, needed: int = 0) -> Iterator[Check]:

@@ -39,9 +39,9 @@ from .training_data import TrainingData
 
 def train(
     options: TrainOptions, machine: Machine | None = None, folder: RunFolder | None = None,
-    world: SingleProcess = SINGLE_PROCESS,
+    world: SingleProcess = SINGLE_PROCESS, quiet: bool = False,
 ) -> int:  # fmt: skip
-    """Train with these options; return the exit code. `machine` None: the CPU.
+    """Train with these options; return the exit code. `machine` None: the CPU. `quiet` prints nothing.
 
     `folder`: from `RunFolder.claim`, if already called. Every rank of `world` calls this. Raises LlmpyError.
     """
@@ -55,6 +55,7 @@ def train(
         raise
     try:
         with world.journal() as journal:
+            journal.quiet = quiet
             journal.log(f"llm.py {__version__}")
             return assemble(options, folder, journal, machine, world).run()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from . import (
     global_norm,
     graph,
     jit,
+    kernel_cache,
     layernorm,
     linear,
     peak,
@@ -66,6 +68,8 @@ class CPU:
             message = f"--threads {self.threads} is out of range"
             raise LlmpyError("option.out-of-range", message, f"Use a number from 1 to {pool.MOST}")
         self.isa = simd.HOST.name
+        self.lock = threading.RLock()
+        pool.machines.add(self)
         jit.hire(self.threads)
         self._none_1, self._none_2 = _bits(np.empty(0, self.dtype)), _bits(np.empty((0, 0), self.dtype))
         self._gemm_scratch = self.empty((self.threads, linear.SCRATCH), FLOAT32)
@@ -270,21 +274,22 @@ class CPU:
     def compiled(self) -> bool:
         """Return whether the kernels of training are in the cache."""
         names = (name for name, _ in _smallest_calls(self) if name not in DECODING_ALONE)
-        return all(jit.is_cached(name, str(self.dtype)) for name in names)
+        return all(kernel_cache.is_cached(name, str(self.dtype)) for name in names)
 
     def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
         """Compile or load the kernels of training, or of `decoding`, by calling each on minimal arrays; log misses."""
         calls = [(name, call) for name, call in _smallest_calls(self) if name in DECODING or not decoding]
         calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
-        missing = [name for name, _ in calls if not jit.is_cached(name, str(self.dtype))]
+        missing = [name for name, _ in calls if not kernel_cache.is_cached(name, str(self.dtype))]
         if missing:
-            again = "first run on this machine only" if jit.CACHE_FOLDER else "every run: no cache. Set LLMPY_CACHE_DIR"
+            why = kernel_cache.problem
+            again = f"every run, because {why}. {kernel_cache.ELSEWHERE}" if why else "first run on this machine only"
             log(f"compiling {len(missing)} kernels for {self.isa}, {self.dtype} ({again})")
         for name, call in calls:
             if name in missing:
                 log(f"  {missing.index(name) + 1}/{len(missing)} {name}")
             call()
-            jit.mark_cached(name, str(self.dtype))
+            kernel_cache.mark_cached(name, str(self.dtype))
 
 
 def _aligned(allocate: Callable[..., np.ndarray], shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -10,77 +10,29 @@ its caches: the rows of a batch, its part of the weights. Items come one at a ti
 thread that has finished its own range helps with the next one, so a core slowed down by another process does fewer.
 Numba's `prange` costs a second of compilation per loop, divides the work in advance and waits for every thread.
 `worker` in [0, threads) selects scratch memory; results must not depend on it.
-
-Numba's disk cache tracks neither the other files of a kernel nor the globals it froze. The cache folder is therefore
-named by a hash of everything: all sources of this package, the versions of Numba and llvmlite, and the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import os
 import platform
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import llvmlite
 import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, codegen, extending
+from numba.core import cgutils, extending
 
-from ...system.cache import user_cache
-from . import pool
+from . import kernel_cache, pool
 
 # Sums may be vectorised (in a fixed order) and products fused; NaN, infinity and signed zeros keep their meaning.
 FASTMATH = {"reassoc", "contract"}
 
 intrinsic: Any = extending.intrinsic
-config: Any = numba.config
-
-
-def target() -> tuple[str, str]:
-    """Return name and features ("+avx2,-avx512f,…") of the CPU that Numba compiles for: the host, or NUMBA_*."""
-    features = config.CPU_FEATURES if config.CPU_FEATURES is not None else codegen.get_host_cpu_features()
-    return config.CPU_NAME or llvm.get_host_cpu_name(), features
-
-
-def _fingerprint() -> str:
-    """Return a hash of everything that compiled code depends on, and of this copy's path, as in Numba's own index."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256(str(folder).encode())
-    for source in sorted(folder.glob("*.py")):
-        digest.update(source.read_bytes())
-    settings = (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))
-    for fact in (numba.__version__, llvmlite.__version__, sys.version, *target(), *settings):
-        digest.update(fact.encode())
-    return digest.hexdigest()[:16]
-
-
-def _cache_folder() -> str | None:
-    """Return a folder that only this user can write: Numba's cache is pickle, which executes what it reads.
-
-    Return None if there is no such folder; every start then recompiles.
-    """
-    try:
-        folder = user_cache() / "kernels" / _fingerprint()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if hasattr(os, "getuid"):
-            status = folder.stat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                return None
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
-
-
-CACHE_FOLDER = _cache_folder()
 
 
 def inline(function: Callable) -> Any:
@@ -94,13 +46,11 @@ def exact(function: Callable) -> Any:
 
 
 def _compiled(function: Callable) -> Any:
-    """Compile on first call: no GIL, no bounds checks, cached in `CACHE_FOLDER`."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = CACHE_FOLDER or before
-    try:
-        return numba.njit(cache=CACHE_FOLDER is not None, nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
-    finally:
-        config.CACHE_DIR = before
+    """Compile on first call: no GIL, no bounds checks, cached on disk (`kernel_cache`)."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+    if kernel_cache.FOLDER is not None and os.path.isfile(function.__code__.co_filename):
+        compiled._cache = kernel_cache.KernelCache(function)
+    return compiled
 
 
 Call = tuple[Any, tuple[Any, ...]]  # a compiled kernel and its arguments
@@ -350,23 +300,6 @@ def help_out(worker, spins):
 def hire(threads: int) -> None:
     """Start the helpers that kernels on `threads` threads need."""
     if threads > 1:
-        help_out(0, 0)  # compile here: helpers busy compiling would miss the first kernels
+        # Compile here: helpers busy compiling would miss the first kernels. A call would join another thread's job.
+        help_out.compile((types.int64, types.int64))
         pool.hire(threads, help_out)
-
-
-def _mark(name: str, variant: str) -> Path | None:
-    return Path(CACHE_FOLDER, f"{name}.{variant}.done") if CACHE_FOLDER else None
-
-
-def is_cached(name: str, variant: str) -> bool:
-    """Return whether a kernel has been compiled on this machine for this dtype."""
-    mark = _mark(name, variant)
-    return mark is not None and mark.exists()
-
-
-def mark_cached(name: str, variant: str) -> None:
-    """Record that a kernel is in the cache. If the disk is full, it is merely compiled again."""
-    mark = _mark(name, variant)
-    if mark is not None and not mark.exists():
-        with contextlib.suppress(OSError):
-            mark.touch()

@@ -12,9 +12,12 @@ around every kernel cost a fraction of a microsecond.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +35,14 @@ _memory = np.zeros(SIZE + LINE, np.int64)
 BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line
 _kernel = _memory[(BOARD - _memory.ctypes.data) // 8 + KERNEL :].data  # a memoryview: twice as fast to assign
 
+machines: weakref.WeakSet[Any] = weakref.WeakSet()  # backends; each has a lock
 _helpers: list[threading.Thread] = []
 _bell = threading.Semaphore(0)
-_count = threading.Lock()
+_count = threading.Lock()  # of _sleeping
+_hiring = threading.RLock()  # two helpers must not be the same worker
 _sleeping = 0
+_work: Callable[[int, int], object] = print  # of a helper
+_lost = 0  # helpers of the parent process, until `begin` hires as many in this one
 
 
 def yield_address() -> int:
@@ -62,22 +69,28 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
             help_out(worker, LAST_LOOKS)  # for a job that started before this sleeper was counted
             _bell.acquire()
 
-    while len(_helpers) < threads - 1:
-        worker = len(_helpers) + 1
-        helper = threading.Thread(target=live, args=(worker,), name=f"llmpy-helper-{worker}", daemon=True)
-        _helpers.append(helper)
-        helper.start()
+    global _work
+    with _hiring:
+        _work = help_out
+        while len(_helpers) < threads - 1:
+            worker = len(_helpers) + 1
+            helper = threading.Thread(target=live, args=(worker,), name=f"llmpy-helper-{worker}", daemon=True)
+            _helpers.append(helper)
+            helper.start()
 
 
 def begin() -> None:
     """Mark that a kernel runs, and wake sleeping helpers."""
-    global _sleeping
+    global _sleeping, _lost
     _kernel[0] = 1
     if _sleeping:
         with _count:
             sleeping, _sleeping = _sleeping, 0
         if sleeping:  # else another kernel has just woken them
             _bell.release(sleeping)
+        if _lost:
+            lost, _lost = _lost, 0
+            hire(lost + 1, _work)
 
 
 def end() -> None:
@@ -86,3 +99,18 @@ def end() -> None:
     A count would be exact, but Ctrl-C between its two updates would leave it wrong for good.
     """
     _kernel[0] = 0
+
+
+def _after_fork() -> None:
+    """Start over, in a child process: threads do not survive a fork, and what they held is never released."""
+    global _bell, _count, _hiring, _sleeping, _lost
+    _bell, _count, _hiring = threading.Semaphore(0), threading.Lock(), threading.RLock()
+    _memory.fill(0)
+    _lost = _sleeping = len(_helpers) or _lost
+    _helpers.clear()
+    for machine in machines:
+        machine.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -36,7 +36,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import overload
 
-from .jit import intrinsic, target
+from .jit import intrinsic
+from .kernel_cache import target
 
 
 @dataclass(frozen=True)
