@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
+from ..system.stored import Stored
 from .datasets import SHARD_TOKENS, Layout, Log
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
@@ -203,7 +204,9 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
     return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
 
 
-def check_counted(parts: Iterable[tuple[np.ndarray, np.ndarray | None]], eot: int, tokenizer: Tokenizer | None) -> None:
+def check_counted(
+    parts: Iterable[tuple[Stored | np.ndarray, Stored | np.ndarray | None]], eot: int, tokenizer: Tokenizer | None
+) -> None:
     """Raise LlmpyError if no token of the parts (ids, mask) counts but EOT and white space."""
     for ids, counted in parts:
         if counted is None:
