@@ -121,6 +121,11 @@ def is_shard(path: Path) -> bool:
         raise unreadable(path, error) from error
 
 
+def check_form(path: Path) -> None:
+    """Raise LlmpyError, with what it is if that is known, unless a file starts like a token file."""
+    _form(path)
+
+
 def mask_path(path: Path) -> Path:
     """Return the path of the mask of a token file."""
     return path.with_suffix(".mask")
