@@ -1,4 +1,4 @@
-"""Magic numbers of llm.c's files, our own, and files that hold data but not as text.
+"""Magic numbers of llm.c's files, our own, and those of files that are not text.
 
 A binary file of llm.c starts with 256 little-endian int32; the first is its magic number.
 
@@ -28,33 +28,16 @@ WHAT = {
     LLAMA3: "a Llama-3 model of llm.c",
     MASK: "the mask of a token shard",
 }
-UNPACK, EXPORT, SAVE = "Unpack it", "Export it as text or JSON lines", "Save it as plain text"
-SEALED = {  # start → what it is, and how to get the text
-    b"\x1f\x8b": ("gzip", UNPACK),
-    b"PK\x03\x04": ("zip (or docx, odt, epub, npz, PyTorch)", "Unpack it, or save it as plain text"),
-    b"\x28\xb5\x2f\xfd": ("zstd", UNPACK),
-    b"\xfd7zXZ": ("xz", UNPACK),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACK),
-    b"Rar!\x1a\x07": ("a rar archive", UNPACK),
-    b"%PDF-": ("PDF", SAVE),
-    b"{\\rtf": ("RTF", SAVE),
-    b"\xd0\xcf\x11\xe0": ("an old Office document", SAVE),
-    b"ARROW1": ("Arrow", EXPORT),
-    b"\x93NUMPY": ("a NumPy array", EXPORT),
-    b"SQLite format 3": ("an SQLite database", EXPORT),
-    b"\x89HDF": ("HDF5", EXPORT),
-    **{b"BZh%d1AY" % level: ("bzip2", UNPACK) for level in range(1, 10)},
-    **{b"\x80" + bytes([protocol]): ("a pickle", EXPORT) for protocol in range(2, 6)},
-}
-
-
-def sealed(start: bytes) -> tuple[str, str] | None:
-    """Return what a file is that starts with `start` and holds no plain text, and how to get it; None for others."""
-    if start[257:262] == b"ustar":
-        return "a tar archive", UNPACK
-    if start[:4] == b"\xff\xff\xff\xff" and start[6:8] == b"\0\0":  # a stream: the length of its first message
-        return "Arrow", 'Convert it: datasets.load_from_disk(FOLDER).to_json("train.jsonl")'
-    return next((about for mark, about in SEALED.items() if start.startswith(mark)), None)
+SEALED = (  # files that hold data, but not as text: pattern of the start, what it is, what to do
+    (
+        rb"\x1f\x8b|PK\x03\x04|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh\d1AY|7z\xbc\xaf|Rar!\x1a|.{257}ustar",
+        "compressed (gzip, zip, docx, zstd, xz, bzip2, tar …)", "Unpack it, or save it as plain text",
+    ),
+    (rb"%PDF-|\{\\rtf|\xd0\xcf\x11\xe0", "a PDF, RTF or Office document", "Save it as plain text"),
+    (rb"\xff{4}..\0\0|ARROW1", "Arrow", 'Convert it: datasets.load_from_disk(FOLDER).to_json("train.jsonl")'),
+    (rb"\x80[\x02-\x05]|\x93NUMPY", "a pickle or NumPy array", "Export it as text or jsonl"),
+    (rb"SQLite format 3|\x89HDF", "an SQLite or HDF5 database", "Export it as text or jsonl"),
+)  # fmt: skip
 
 
 def magic_of(start: bytes) -> int:

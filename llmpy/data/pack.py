@@ -46,11 +46,10 @@ def data(options: DataOptions, log: Log = print, skip: Skip = None) -> Path:
         hint = f"Name files or folders of text, or one of {', '.join(DATA_NAMES)}"
         raise LlmpyError("data.none-given", "no data given", hint)
     name = next(filter(is_dataset, options.what), None)
-    if name is not None and len(options.what) > 1:
-        raise LlmpyError("dataset.not-alone", f"{name} cannot be combined with other data", "Prepare one at a time")
-    if name is not None and options.val:
-        hint = "Omit --val: llm.c's validation part is held out"
-        raise LlmpyError("dataset.not-alone", f"{name} cannot be combined with --val", hint)
+    if name is not None and (len(options.what) > 1 or options.val):
+        raise LlmpyError(
+            "dataset.not-alone", f"{name} cannot be combined with other data or --val", "Prepare one at a time"
+        )
     if options.source and name is None:
         raise LlmpyError(
             "dataset.source-unnamed", "--source requires a named dataset", f"Name one of {', '.join(DATA_NAMES)}"

@@ -54,7 +54,7 @@ def split(chosen: Chosen, log: Log) -> Corpus:
     """
     if not chosen.val:
         corpus = divided(lambda log: stream_files(chosen.train, log), log)
-        log(f"{VALIDATION:<11} the last tenth of the training text")
+        log("validation  the last tenth of the training text")
         return corpus
     problems: list[LlmpyError] = []
     lengths = {hash(d.text): len(d.text) for d in stream_files(chosen.val, log, VALIDATION, problems)}
@@ -217,9 +217,7 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
     tenth = int(HELD_OUT * limit)
     with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, bar:
         for is_held, part in parts:
-            most = limit
-            if corpus.given:
-                most = total + tenth if is_held else limit - tenth
+            most = limit if not corpus.given else total + tenth if is_held else limit - tenth
             for block in encode(tokenizer, (d for _, d in part)):
                 n = min(len(block.ids), most - total) if limit else len(block.ids)
                 dtype = block.ids.dtype

@@ -20,7 +20,7 @@ from ..system.words import count_of
 from . import builtin, shards
 from .pack import SAMPLE_TOKENS, find_dataset, is_dataset
 from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, split, write_tokens
-from .roles import TRAINING, VALIDATION, Chosen, choose
+from .roles import Chosen, choose
 from .shards import Shard, fingerprint, is_shard, open_shard
 from .text import Found, Skip, find_files, shown
 from .tokenizer import Tokenizer
@@ -65,9 +65,9 @@ def prepare(
     `before`: the fingerprints of a run to resume, which keeps its split.
     Raises LlmpyError for data that cannot be read or used.
     """
-    if paths is None and val:
-        raise LlmpyError("option.missing", "--val needs --data", "Pass the training data with --data")
     if paths is None:
+        if val:
+            raise LlmpyError("option.missing", "--val needs --data", "Pass the training data with --data")
         corpus = _builtin(log)
     else:
         if len(paths) == 1 and is_dataset(paths[0]):
@@ -79,7 +79,8 @@ def prepare(
         if chosen.shards:
             dataset = _from_shards(chosen, vocab_size, model, log)
             marks = {fingerprint(shard)["blake2b"] for shard in dataset.train}
-            if same := [str(shard.path) for shard in dataset.val if fingerprint(shard)["blake2b"] in marks]:
+            same = [str(shard.path) for shard in dataset.val if fingerprint(shard)["blake2b"] in marks]
+            if val and same:
                 what = f"training shards have the same tokens as {', '.join(same)}"
                 raise LlmpyError("split.overlap", what, "Remove them from one of the two")
             return dataset
@@ -114,11 +115,10 @@ def _resumed(paths: Sequence[Path], val: Sequence[Path] | None, skip: Skip, befo
     for file in find_files([*paths, *(val or ())], skip):
         if file.path.is_file() and is_shard(file.path):
             mark = fingerprint(open_shard(file.path, 1 << 32))["blake2b"]
-            part = next((part for part in marks if mark in marks[part]), None)
-            if part is None and file.path.name == before["val"][0]["name"]:
-                part = "train"  # a tenth of it was held out
-            if part is not None:
-                parts[part].append(file)
+            if mark in marks["val"]:
+                parts["val"].append(file)
+            elif mark in marks["train"] or file.path.name == before["val"][0]["name"]:  # a tenth of it was held out
+                parts["train"].append(file)
     train, held = parts["train"], parts["val"]
     same = len(train) == len(marks["train"]) and len(held) in (0, len(marks["val"]))
     return Chosen(train, held, shards=True) if train and same else None
@@ -148,14 +148,14 @@ def _from_shards(chosen: Chosen, vocab_size: int | None, model: Vocabulary | Non
         kinds = ", ".join(sorted({str(shard.tokens.dtype) for shard in opened}))
         raise LlmpyError("shard.mixed-types", f"token shards of several types: {kinds}", "Give one type at a time")
     train, val = opened[: len(chosen.train)], opened[len(chosen.train) :]
-    log(f"{TRAINING:<11} {count_of(len(train), 'token shard')}, {sum(map(len, train)):,} tokens: {shown(chosen.train)}")
-    if val:
-        log(f"{VALIDATION:<11} {count_of(len(val), 'token shard')}, {sum(map(len, val)):,} tokens: {shown(chosen.val)}")
-    else:
+    for role, part, files in (("training   ", train, chosen.train), ("validation ", val, chosen.val)):
+        if part:
+            log(f"{role} {count_of(len(part), 'token shard')}, {sum(map(len, part)):,} tokens: {shown(files)}")
+    if not val:
         last = train[-1]
         cut = len(last) - int(HELD_OUT * len(last))
         train, val = [*train[:-1], last.part(0, cut)], [last.part(cut, len(last))]
-        log(f"{VALIDATION:<11} the last tenth of {last.path.name}")
+        log(f"validation  the last tenth of {last.path.name}")
     if tokenizer:
         log(f"tokenizer: {path}, {size:,} tokens")
     else:

@@ -92,7 +92,7 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
     Raises LlmpyError if it is not valid; if it has another known format, the error names that.
     """
     try:
-        form = _form(path)
+        form = form_of(path)
         tokens = _map(path, form)
         counted = _map(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
     except OSError as error:
@@ -119,11 +119,6 @@ def is_shard(path: Path) -> bool:
         return magic_of(start) in (magic.TOKENS, magic.WIDE_TOKENS) or path.suffix == ".bin" and _is_stream(path, start)
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def check_form(path: Path) -> None:
-    """Raise LlmpyError, with what it is if that is known, unless a file starts like a token file."""
-    _form(path)
 
 
 def mask_path(path: Path) -> Path:
@@ -154,7 +149,7 @@ def _write(path: Path, values: np.ndarray, form: Form) -> None:
     write_whole(path, write)
 
 
-def _form(path: Path) -> Form:
+def form_of(path: Path) -> Form:
     """Return the form of a token file by its first bytes. Raises LlmpyError for other files."""
     start = _start(path)
     if _is_stream(path, start):

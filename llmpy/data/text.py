@@ -11,6 +11,7 @@ import codecs
 import glob
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +20,13 @@ from pathlib import Path
 from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES
 from ..system.words import count_of, did_you_mean
-from .magic import HEADER_BYTES, lfs_pointer, sealed
+from .magic import HEADER_BYTES, SEALED, lfs_pointer
 from .rank_tables import EOT
 from .records import Document, kind_of, read_records
 
 LEAST_CHARACTERS = 1000
 Skip = Callable[[Path], bool] | None  # returns whether a folder is not searched
 MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
-FIX = "Fix or remove them, or give patterns of the files to train on"
 SHOWN = 5  # names and errors listed before a count
 
 
@@ -62,7 +62,9 @@ def find_files(paths: Sequence[Path], skip: Skip = None) -> list[Found]:
 
 def first_bytes(path: Path) -> bytes:
     """Return the start of a file. Raises LlmpyError if it cannot be read, or is a link to nothing or a pipe."""
-    _check_link(path)
+    if path.is_symlink() and not path.exists():
+        what = f"{path} is a link to {os.readlink(path)}, which does not exist"
+        raise LlmpyError("file.dangling-link", what, "Restore the target, or remove the link")
     if not path.is_file():  # a pipe cannot be read twice, and a device may never end
         what = f"{path} is neither a file nor a folder"
         raise LlmpyError("file.not-regular", what, "Save its content to a file and give that")
@@ -73,8 +75,9 @@ def refuse_sealed(path: Path, start: bytes) -> None:
     """Raise LlmpyError if a file that starts with `start` cannot be text: a git-lfs pointer, an archive, a pickle …"""
     if pointer := lfs_pointer(start):
         raise LlmpyError("file.lfs-pointer", f"{path} {pointer[0]}", pointer[1])
-    if closed := sealed(start):
-        raise LlmpyError("data.not-text", f"{path} is {closed[0]}, not text", closed[1])
+    for pattern, what, fix in SEALED:
+        if re.match(pattern, start, re.DOTALL):
+            raise LlmpyError("data.not-text", f"{path} is {what}, not text", fix)
 
 
 def shown(files: Sequence[Found]) -> str:
@@ -85,20 +88,18 @@ def shown(files: Sequence[Found]) -> str:
 
 def refuse_all(problems: Sequence[LlmpyError]) -> None:
     """Raise the only problem, or an error that lists the first ones."""
-    if len(problems) == 1:
-        raise problems[0]
     if problems:
+        if len(problems) == 1:
+            raise problems[0]
         listed = "; ".join(f"({n}) {error} [{error.code}]" for n, error in enumerate(problems[:SHOWN], 1))
         rest = f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-        raise LlmpyError("data.unusable", f"{len(problems):,} files cannot be used: {listed}{rest}", FIX)
+        raise LlmpyError("data.unusable", f"{len(problems):,} files cannot be used: {listed}{rest}")
 
 
 def stream_files(
-    files: Sequence[Found],
-    log: Callable[[str], None] = print,
-    role: str = "training",
+    files: Sequence[Found], log: Callable[[str], None] = print, role: str = "training",
     problems: list[LlmpyError] | None = None,
-) -> Iterator[Document]:
+) -> Iterator[Document]:  # fmt: skip
     """Yield the documents of `files` in order, reading one text file or record at a time; log a summary at the end.
 
     After the last file, raises LlmpyError for those that cannot be read (or adds the errors to `problems`), and for
@@ -106,10 +107,8 @@ def stream_files(
     """
     kinds: Counter[str] = Counter()
     found: list[LlmpyError] = []
-    empty: list[Found] = []
     characters = documents = 0
     for file in files:
-        before = documents
         try:
             kind, parts = _open(file.path)
             for document in parts:
@@ -117,19 +116,16 @@ def stream_files(
                 documents += 1
                 yield document
             kinds[kind] += 1
-            empty += [file] * (before == documents)
         except LlmpyError as error:
             found.append(error)
-    if problems is not None:
-        problems += found
-    else:
+    if problems is None:
         refuse_all(found)
+    else:
+        problems += found
     amount = f"{count_of(len(files), 'file')}, {characters:,} characters"
     if not found and characters < (LEAST_CHARACTERS if role == "training" else 1):
         hint = "Give more text, or no path to train on Python's documentation"
         raise LlmpyError("data.too-short", f"{amount} of {role} text; at least {LEAST_CHARACTERS:,} are needed", hint)
-    if empty:
-        log(f"{'left out':<11} empty: {shown(empty)}")
     amount += f", {', '.join(sorted(kinds))}" + (f", {documents:,} documents" if documents != len(files) else "")
     log(f"{role:<11} {amount}: {shown(files)}")
 
@@ -160,7 +156,8 @@ def _expand(path: Path, alone: bool) -> Iterator[tuple[Path, Path]]:
         base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         yield from ((Path(match), base) for match in matches)
     else:
-        _check_link(path)
+        if path.is_symlink():
+            first_bytes(path)  # refuses it
         neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, [*neighbours, *(DATA_NAMES if path.parent == Path() else ())])
         raise LlmpyError("file.missing", f"no file or folder {path}", hint or "Check the path")
@@ -184,12 +181,6 @@ def _walk(folder: Path, skip: Skip, seen: set[Path]) -> list[Path]:
             starts += (where / name for name in folders if (where / name).is_symlink())
             files += (where / name for name in names if not name.startswith("."))
     return sorted(files)
-
-
-def _check_link(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        what = f"{path} is a link to {os.readlink(path)}, which does not exist"
-        raise LlmpyError("file.dangling-link", what, "Restore the target, or remove the link")
 
 
 def _raise(error: OSError) -> None:

@@ -24,10 +24,7 @@ class DataOptions(Options):
         None, "gpt2 (default for named datasets), bytes, bpe:N (trained on the text, N tokens; default for your own "
         "text, N by its length), or a tokenizer.json, .tiktoken or llm.c .bin file", metavar="WHAT",
     )
-    val: tuple[Path, ...] | None = option(
-        None, "validation data, if file names do not say it (default: files named val, else the last tenth)",
-        metavar="PATH",
-    )
+    val: tuple[Path, ...] | None = option(None, "validation data (default: by file name, or a tenth)", metavar="PATH")
     source: Path | None = option(None, "raw file or folder that is already downloaded", metavar="PATH")
     out: Path | None = option(None, "output folder (default: the cache, or data/NAME for files)", metavar="DIR")
     tokens: int | None = option(None, "stop after this many tokens (hellaswag: examples)", within=POSITIVE)
