@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import LlmpyError
 from .magic import MASK, WHAT, lfs_pointer, magic_of
-from .records import kind_of
+from .records import NotText, kind_of, read_records
 from .shards import form_of, is_shard
 from .text import Found, Skip, find_files, first_bytes, refuse_all, refuse_sealed, shown
 
@@ -120,7 +120,9 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
             return SHARD
         if magic_of(start) in WHAT and not file.named:
             return WHAT[magic_of(start)] if magic_of(start) != MASK else ""
-        if kind_of(path, start) and not lfs_pointer(start):
+        if (kind := kind_of(path, start)) and not lfs_pointer(start):
+            if suffix == ".json" and not file.named and start.lstrip().startswith(b"{"):  # it may hold settings
+                next(read_records(path, kind), None)
             return RECORDS
         if suffix == ".bin":
             form_of(path)
@@ -129,6 +131,8 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
             raise LlmpyError(
                 "file.corrupt", f"{path} is not parquet: it starts with {start[:24]!r}", "Download it again"
             )
+    except NotText:
+        return SCRIPT
     except LlmpyError as error:
         if _role(file, []) != TEST:  # those are left out
             problems.append(error)
