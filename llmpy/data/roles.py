@@ -64,7 +64,7 @@ def choose(
     if SHARD in kinds.values():  # `llmpy data` writes these next to them
         kinds |= {f: "" for f in kinds if f.path.name in ("tokenizer.json", "dataset.json") and not f.named}
     if source := _is_source(kinds):
-        kinds |= {file: TEXT for file, kind in kinds.items() if kind == SCRIPT}
+        kinds |= {f: TEXT for f, kind in kinds.items() if kind == SCRIPT and f.path.suffix.lower() != ".json"}
     uses = {file: VALIDATION if kinds[file] in (SHARD, TEXT, RECORDS) else kinds[file] for file in given}
     held = {file.real for file, use in uses.items() if use == VALIDATION}
     for file in found:
