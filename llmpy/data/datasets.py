@@ -29,7 +29,8 @@ from ..errors import LlmpyError
 from ..system.cache import data_cache
 from ..system.download import fetch, from_hub, hub_files
 from .records import Document
-from .text import find_files, read_text, stream_files
+from .roles import choose
+from .text import read_text, stream_files
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -126,7 +127,7 @@ def _web(repository: str, name: str) -> Source:
         for file in [""] if raw else hub_files(repository, "sample/10BT"):
             kept = f"{repository.replace('/', '--')}/{Path(file).name}"
             path = raw or _from_hub(repository, file, kept, log)
-            yield from stream_files(find_files([path]), log)
+            yield from stream_files(choose([path], log=log).train, log)
 
     layout = Layout(SHARD_TOKENS, f"{name}_val_000000.bin", name + "_train_{:06d}.bin")
     return Source(layout, documents, SHARD_TOKENS)

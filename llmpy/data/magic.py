@@ -1,4 +1,4 @@
-"""Magic numbers of llm.c's files and our own.
+"""Magic numbers of llm.c's files, our own, and those of files that are not text.
 
 A binary file of llm.c starts with 256 little-endian int32; the first is its magic number.
 
@@ -28,6 +28,16 @@ WHAT = {
     LLAMA3: "a Llama-3 model of llm.c",
     MASK: "the mask of a token shard",
 }
+SEALED = (  # files that hold data, but not as text: pattern of the start, what it is, what to do
+    (
+        rb"\x1f\x8b|PK\x03\x04|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh\d1AY|7z\xbc\xaf|Rar!\x1a|.{257}ustar",
+        "compressed (gzip, zip, docx, zstd, xz, bzip2, tar …)", "Unpack it, or save it as plain text",
+    ),
+    (rb"%PDF-|\{\\rtf|\xd0\xcf\x11\xe0", "a PDF, RTF or Office document", "Save it as plain text"),
+    (rb"\xff{4}..\0\0|ARROW1", "Arrow", 'Convert it: datasets.load_from_disk(FOLDER).to_json("train.jsonl")'),
+    (rb"\x80[\x02-\x05]|\x93NUMPY", "a pickle or NumPy array", "Export it as text or jsonl"),
+    (rb"SQLite format 3|\x89HDF", "an SQLite or HDF5 database", "Export it as text or jsonl"),
+)  # fmt: skip
 
 
 def magic_of(start: bytes) -> int:

@@ -27,9 +27,10 @@ from ..system.durable import made
 from ..system.lock import Lock
 from .datasets import SOURCES, hellaswag_lines
 from .hellaswag import encode_examples, write_examples
-from .pipeline import OWN, Corpus, Log, choose_tokenizer, divided, write_tokens
+from .pipeline import OWN, Corpus, Log, choose_tokenizer, split, write_tokens
+from .roles import choose
 from .shards import open_shard
-from .text import Skip, find_files, stream_files
+from .text import Skip
 from .tokenizer import Tokenizer
 
 RECORD = "dataset.json"
@@ -45,8 +46,10 @@ def data(options: DataOptions, log: Log = print, skip: Skip = None) -> Path:
         hint = f"Name files or folders of text, or one of {', '.join(DATA_NAMES)}"
         raise LlmpyError("data.none-given", "no data given", hint)
     name = next(filter(is_dataset, options.what), None)
-    if name is not None and len(options.what) > 1:
-        raise LlmpyError("dataset.not-alone", f"{name} cannot be combined with other data", "Prepare one at a time")
+    if name is not None and (len(options.what) > 1 or options.val):
+        raise LlmpyError(
+            "dataset.not-alone", f"{name} cannot be combined with other data or --val", "Prepare one at a time"
+        )
     if options.source and name is None:
         raise LlmpyError(
             "dataset.source-unnamed", "--source requires a named dataset", f"Name one of {', '.join(DATA_NAMES)}"
@@ -124,6 +127,7 @@ def _request(options: DataOptions) -> dict[str, Any]:
         tokenizer = "sha256:" + hashlib.sha256(content.encode()).hexdigest()[:12]
     return {
         "data": [what if is_dataset(what) else os.path.abspath(what) for what in options.what],
+        "val": options.val and [os.path.abspath(path) for path in options.val],
         "tokenizer": tokenizer,
         "format": options.format,
         "tokens_at_most": options.tokens,
@@ -194,8 +198,11 @@ def _hellaswag(options: DataOptions, work: Path, log: Log) -> dict[str, Any]:
 
 def _tokens(options: DataOptions, name: str | None, work: Path, log: Log, skip: Skip) -> dict[str, Any]:
     if name is None:
-        files = find_files([Path(what) for what in options.what], skip)
-        corpus, layout = divided(lambda log: stream_files(files, log), log), OWN
+        chosen = choose([Path(what) for what in options.what], options.val, skip, log)
+        if chosen.shards:
+            hint = f"Train on it: {command('train', '--data', *options.what)}"
+            raise LlmpyError("data.already-tokens", f"{chosen.train[0].path} holds tokens already", hint)
+        corpus, layout = split(chosen, log), OWN
     else:
         source, layout = SOURCES[name], SOURCES[name].layout
         # Documents may be read twice, to train a tokenizer and to encode. Only the first time is logged.

@@ -25,7 +25,9 @@ from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
 from .rank_tables import LLMC_FILE, write_llmc
 from .records import Document
+from .roles import TRAINING, VALIDATION, Chosen
 from .shards import CHUNK, FORMS, HEADER_BYTES, form_for, write_shard
+from .text import refuse_all, stream_files
 from .tokenizer import Tokenizer
 
 HELD_OUT = 0.1  # share of a text held out for validation
@@ -42,6 +44,39 @@ class Corpus:
 
     read: Callable[[], Iterator[tuple[bool, Document]]]  # (held out, document); held-out documents are contiguous
     characters: int | None = None  # of the training part; None: unknown
+    given: bool = False  # whether the user gave the held-out files
+
+
+def split(chosen: Chosen, log: Log) -> Corpus:
+    """Hold out the validation files, or else the end of the text; log what serves for what.
+
+    Raises LlmpyError for files that cannot be read, too little text, and if more than a tenth of the validation text
+    are documents that are also trained on (datasets repeat some: headings of wikitext, greetings in chats).
+    """
+    if not chosen.val:
+        corpus = divided(lambda log: stream_files(chosen.train, log), log)
+        log("validation  the last tenth of the training text")
+        return corpus
+    problems: list[LlmpyError] = []
+    lengths = {hash(d.text): len(d.text) for d in stream_files(chosen.val, log, VALIDATION, problems)}
+    held, count = sum(lengths.values()), len(lengths)
+    characters = 0
+    for document in stream_files(chosen.train, log, TRAINING, problems):
+        characters += len(document.text)
+        lengths.pop(hash(document.text), None)
+    refuse_all(problems)
+    if len(lengths) < count:
+        shared = f"{count - len(lengths):,} of {count:,} validation documents are also training documents"
+        if held - sum(lengths.values()) > HELD_OUT * held:
+            raise LlmpyError("split.overlap", shared, "Remove them from one of the two")
+        log(f"caution     {shared}")
+
+    def parts() -> Iterator[tuple[bool, Document]]:
+        for part in (TRAINING, VALIDATION):
+            files = chosen.val if part == VALIDATION else chosen.train
+            yield from ((part == VALIDATION, d) for d in stream_files(files, lambda _: None, part))
+
+    return Corpus(parts, characters, given=True)
 
 
 def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
@@ -138,7 +173,7 @@ def write_tokens(
     try:
         with tempfile.TemporaryDirectory(prefix=SPOOL, dir=folder) as work:
             spool = _spool(corpus, encoder, Path(work), limit)
-            n, held = len(spool.ids), _held_out(spool, layout, limit)
+            n, held = len(spool.ids), _held_out(spool, layout, 0 if corpus.given else limit)
             if spool.counted is not None and layout is OWN:
                 check_counted([(spool.ids[: n - held], spool.counted[: n - held])], tokenizer.eot, tokenizer)
             for name, start, stop in _cuts(n, held, layout, FORMS[form].dtype.itemsize):
@@ -173,30 +208,34 @@ class _Spool:
 
 
 def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spool:
-    """Encode all documents, or the first `limit` tokens."""
+    """Encode all documents, or the first `limit` tokens; of given held-out files at most a tenth of these."""
     from tqdm import tqdm
 
     total = held = encoded = characters = 0
     dtype, masked = np.dtype(np.uint16), False
     bar = tqdm(unit="char", unit_scale=True, leave=False, disable=None)
     parts = itertools.groupby(corpus.read(), lambda pair: pair[0])
-    blocks = ((is_held, block) for is_held, part in parts for block in encode(tokenizer, (d for _, d in part)))
+    tenth = int(HELD_OUT * limit)
     with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, bar:
-        for is_held, block in blocks:
-            n = min(len(block.ids), limit - total) if limit else len(block.ids)
-            dtype = block.ids.dtype
-            ids.write(block.ids[:n].tobytes())
-            if block.counted is not None and not masked:
-                masked = True
-                mask.writelines(b"\1" * min(1 << 20, total - at) for at in range(0, total, 1 << 20))
-            if masked:
-                mask.write(b"\1" * n if block.counted is None else block.counted[:n].tobytes())
-            total += n
-            held += n * is_held
-            encoded += len(block.ids)
-            characters += block.characters
-            bar.update(block.characters)
-            if total == limit:
+        for is_held, part in parts:
+            most = limit if not corpus.given else total + tenth if is_held else limit - tenth
+            for block in encode(tokenizer, (d for _, d in part)):
+                n = min(len(block.ids), most - total) if limit else len(block.ids)
+                dtype = block.ids.dtype
+                ids.write(block.ids[:n].tobytes())
+                if block.counted is not None and not masked:
+                    masked = True
+                    mask.writelines(b"\1" * min(1 << 20, total - at) for at in range(0, total, 1 << 20))
+                if masked:
+                    mask.write(b"\1" * n if block.counted is None else block.counted[:n].tobytes())
+                total += n
+                held += n * is_held
+                encoded += len(block.ids)
+                characters += block.characters
+                bar.update(block.characters)
+                if limit and total == most:
+                    break
+            if limit and total == limit:
                 break
     if total < 2:
         raise LlmpyError("data.empty", "the data contain no text", "Give other data")

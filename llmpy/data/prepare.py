@@ -5,9 +5,10 @@ Text goes through the pipeline into the run folder, Python's documentation if no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from ..system.command import command
 from ..system.durable import made
 from ..system.words import count_of
 from . import builtin, shards
-from .pack import RECORD, SAMPLE_TOKENS, find_dataset, is_dataset
-from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, divided, write_tokens
-from .shards import Shard, is_shard, open_shard
-from .text import Found, Skip, find_files, stream_files
+from .pack import SAMPLE_TOKENS, find_dataset, is_dataset
+from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, split, write_tokens
+from .roles import Chosen, choose
+from .shards import Shard, fingerprint, is_shard, open_shard
+from .text import Found, Skip, find_files, shown
 from .tokenizer import Tokenizer
 
 
@@ -51,16 +53,21 @@ def prepare(
     log: Log = print,
     model: Vocabulary | None = None,
     skip: Skip = None,
+    val: Sequence[Path] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Read `paths` (None: Python's documentation), and log their interpretation.
 
     A dataset name of `llmpy data` means its tokens, which are written first if missing.
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is created after reading.
-    Shards: writes nothing. Files named *val* are for validation, else a tenth of the last shard is held out.
-    `model`: the pretrained model; its tokenizer encodes the text.
+    Shards: writes nothing. Without validation files, a tenth of the text or of the last shard is held out.
+    `model`: the pretrained model; its tokenizer encodes the text. `val`: validation data, whatever their names.
+    `before`: the fingerprints of a run to resume, which keeps its split.
     Raises LlmpyError for data that cannot be read or used.
     """
     if paths is None:
+        if val:
+            raise LlmpyError("option.missing", "--val needs --data", "Pass the training data with --data")
         corpus = _builtin(log)
     else:
         if len(paths) == 1 and is_dataset(paths[0]):
@@ -68,12 +75,18 @@ def prepare(
             if model is not None and (its := model.load()[0]).vocab_size == GPT2_VOCAB:
                 own = None if its.same_tokens(Tokenizer.gpt2(log)) else own
             paths = [find_dataset(str(paths[0]), log, str(own or "gpt2"))]
-        files = find_files(paths, skip)
-        found = [f for f in files if is_shard(f.path) or (f.named and f.path.suffix == ".bin")]
-        if found:
-            _refuse_mixture(found, [f for f in files if f not in found], log)
-            return _from_shards([f.path for f in found], vocab_size, model, log)
-        corpus = divided(lambda log: stream_files(files, log), log)
+        if before is not None and (again := _resumed(paths, val, skip, before)):
+            return _from_shards(again, vocab_size, model, log)
+        chosen = choose(paths, val, skip, log)
+        if chosen.shards:
+            dataset = _from_shards(chosen, vocab_size, model, log)
+            marks = {fingerprint(shard)["blake2b"] for shard in dataset.train}
+            same = [str(shard.path) for shard in dataset.val if fingerprint(shard)["blake2b"] in marks]
+            if val and same:
+                what = f"training shards have the same tokens as {', '.join(same)}"
+                raise LlmpyError("split.overlap", what, "Remove them from one of the two")
+            return dataset
+        corpus = split(chosen, log)
     if model is None:
         tokenizer, label = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, log)
     else:
@@ -84,8 +97,8 @@ def prepare(
         if "train.bin" not in written:
             hint = f"Write token files first: {command('data', '…')}"
             raise LlmpyError("data.too-large", f"{sum(written.values()):,} tokens are too many for a run folder", hint)
-        train, val = ([open_shard(folder / name, size)] for name in ("train.bin", "val.bin"))
-        return _dataset(train, val, tokenizer, size, log)
+        first, last = (open_shard(folder / name, size) for name in ("train.bin", "val.bin"))
+        return _dataset([first], [last], tokenizer, size, log)
 
 
 def _builtin(log: Log) -> Corpus:
@@ -97,7 +110,24 @@ def _builtin(log: Log) -> Corpus:
     return Corpus(lambda: iter(parts), sum(len(d.text) for d in train))
 
 
-def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabulary | None, log: Log) -> Dataset:
+def _resumed(paths: Sequence[Path], val: Sequence[Path] | None, skip: Skip, before: Mapping[str, Any]) -> Chosen | None:
+    """Return the shards of a run as it divided them, whatever their names; None if it had others."""
+    marks = {part: [mark["blake2b"] for mark in before[part]] for part in ("train", "val")}
+    parts: dict[str, list[Found]] = {"train": [], "val": []}
+    for file in find_files([*paths, *(val or ())], skip):
+        if file.path.is_file() and is_shard(file.path):
+            mark = fingerprint(open_shard(file.path, 1 << 32))["blake2b"]
+            if mark in marks["val"]:
+                parts["val"].append(file)
+            elif mark in marks["train"] or file.path.name == before["val"][0]["name"]:  # a tenth of it was held out
+                parts["train"].append(file)
+    train, held = parts["train"], parts["val"]
+    same = len(train) == len(marks["train"]) and len(held) in (0, len(marks["val"]))
+    return Chosen(train, held, shards=True) if train and same else None
+
+
+def _from_shards(chosen: Chosen, vocab_size: int | None, model: Vocabulary | None, log: Log) -> Dataset:
+    paths = [file.path for file in (*chosen.train, *chosen.val)]
     path = paths[0].parent / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if path.exists() else None
     if model is not None:
@@ -119,14 +149,15 @@ def _from_shards(paths: Sequence[Path], vocab_size: int | None, model: Vocabular
     if any(shard.tokens.dtype != opened[0].tokens.dtype for shard in opened):
         kinds = ", ".join(sorted({str(shard.tokens.dtype) for shard in opened}))
         raise LlmpyError("shard.mixed-types", f"token shards of several types: {kinds}", "Give one type at a time")
-    log(f"{count_of(len(opened), 'token shard')}, {sum(map(len, opened)):,} tokens")
-    val = [s for s in opened if "val" in s.path.name.lower()]
-    train = [s for s in opened if "val" not in s.path.name.lower()]
-    if not train or not val:
-        *whole, last = opened
+    train, val = opened[: len(chosen.train)], opened[len(chosen.train) :]
+    for role, part, files in (("training   ", train, chosen.train), ("validation ", val, chosen.val)):
+        if part:
+            log(f"{role} {count_of(len(part), 'token shard')}, {sum(map(len, part)):,} tokens: {shown(files)}")
+    if not val:
+        last = train[-1]
         cut = len(last) - int(HELD_OUT * len(last))
-        train, val = [*whole, last.part(0, cut)], [last.part(cut, len(last))]
-        log(f"no separate training and validation shards: the last tenth of {last.path.name} is held out")
+        train, val = [*train[:-1], last.part(0, cut)], [last.part(cut, len(last))]
+        log(f"validation  the last tenth of {last.path.name}")
     if tokenizer:
         log(f"tokenizer: {path}, {size:,} tokens")
     else:
@@ -140,17 +171,6 @@ def _dataset(train: list[Shard], val: list[Shard], tokenizer: Tokenizer | None, 
     first = train[0].tokens[:SAMPLE_TOKENS].tolist()
     log(f"starts with: {tokenizer.decode(first) if tokenizer else first!r}")
     return Dataset(train, val, tokenizer, size, _bytes_per_token(tokenizer, val) if tokenizer else None)
-
-
-def _refuse_mixture(found: Sequence[Found], others: Sequence[Found], log: Log) -> None:
-    """Raise LlmpyError if text that the user named, or any .txt, comes with shards. Other files are skipped."""
-    text = next((f for f in others if f.named or f.path.suffix.lower() == ".txt"), None)
-    if text:
-        message = f"both token shards ({found[0].path}) and text ({text.path}) given"
-        raise LlmpyError("data.mixed", message, "Give one or the other")
-    others = [f for f in others if f.path.name not in ("tokenizer.json", RECORD) and f.path.suffix != ".mask"]
-    if others:
-        log(f"skipped {count_of(len(others), 'file')} next to the shards: {others[0].path.name} …")
 
 
 def _bytes_per_token(tokenizer: Tokenizer, parts: Sequence[Shard]) -> float:

@@ -96,7 +96,7 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
     Raises LlmpyError if it is not valid; if it has another known format, the error names that.
     """
     try:
-        form = _form(path)
+        form = form_of(path)
         tokens = _values(path, form)
         counted = _values(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
     except OSError as error:
@@ -153,7 +153,7 @@ def _write(path: Path, values: np.ndarray, form: Form) -> None:
     write_whole(path, write)
 
 
-def _form(path: Path) -> Form:
+def form_of(path: Path) -> Form:
     """Return the form of a token file by its first bytes. Raises LlmpyError for other files."""
     start = _start(path)
     if _is_stream(path, start):

@@ -24,6 +24,7 @@ class DataOptions(Options):
         None, "gpt2 (default for named datasets), bytes, bpe:N (trained on the text, N tokens; default for your own "
         "text, N by its length), or tokenizer.json, vocab.json, .tiktoken, llm.c's .bin or a folder", metavar="WHAT",
     )
+    val: tuple[Path, ...] | None = option(None, "validation data (default: by file name, or a tenth)", metavar="PATH")
     source: Path | None = option(None, "raw file or folder that is already downloaded", metavar="PATH")
     out: Path | None = option(None, "output folder (default: the cache, or data/NAME for files)", metavar="DIR")
     tokens: int | None = option(None, "stop after this many tokens (hellaswag: examples)", within=POSITIVE)

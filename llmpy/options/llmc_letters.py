@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 # Each letter takes a value; switches take 0 or 1. Letters without a flag are ignored with their hint.
 LETTERS = {
-    "-i": "--data", "-j": "--data", "-e": "--model", "-y": "--auto-resume", "-b": "--batch-size",
+    "-i": "--data", "-j": "--val", "-e": "--model", "-y": "--auto-resume", "-b": "--batch-size",
     "-t": "--sequence-length", "-d": "--total-batch", "-x": "--steps", "-k": "--schedule", "-l": "--lr",
     "-u": "--warmup", "-q": "--min-lr", "-c": "--weight-decay", "-sl": "--skip-loss", "-sg": "--skip-norm",
     "-a": "--overfit", "-r": "--recompute", "-v": "--eval-every", "-m": "--eval-batches", "-s": "--sample-every",

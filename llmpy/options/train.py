@@ -37,6 +37,7 @@ class TrainOptions(OnMachine):
         None, "files or folders of text, .bin shards, or a dataset of llmpy data (default: Python's documentation)",
         metavar="PATH",
     )
+    val: tuple[Path, ...] | None = option(None, "validation data (default: by file name, or a tenth)", metavar="PATH")
     model: str = option("", f"model size: d1 to d84, gpt2, gpt2-medium, gpt3:c768 ... (default: {DEFAULT_MODEL})")
     init: str | None = option(
         None, "fine-tune gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), a run folder, an llm.c .bin or a "

@@ -140,9 +140,10 @@ def check(start: RunStart, folder: Path, machine: Machine, local_size: int = 1, 
     if o.hellaswag is not None:
         problems.attempt(read_examples, o.hellaswag, 1 << 16)
     files: list[Found] = []
-    for path in o.data or ():
+    for path in (*(o.data or ()), *(o.val or ())):
         if not is_dataset(path):
             files += problems.attempt(find_files, [path], is_ours) or []
+    files = [file for file in files if file.path.is_file()]  # the others are refused when the data are read
     for file in files:
         problems.attempt(_check_readable, file.path)
     if config is not None and not problems.found:  # otherwise the sizes are unknown

@@ -80,7 +80,8 @@ class RunStart:
         if (source := self.source) is not None:
             load = partial(formats.tokenizer_of, source, log)
             model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
-        return prepare(own or o.data, folder, vocab_size, log, model, is_ours)
+        val, before = (None, None) if own else (o.val, self.manifest and self.manifest["data"])
+        return prepare(own or o.data, folder, vocab_size, log, model, is_ours, val, before)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the model's shape. Raises LlmpyError if data and model differ in vocabulary size."""
@@ -139,7 +140,9 @@ def anywhere(options: TrainOptions) -> TrainOptions:
     init = options.init
     if init is not None and init not in hub.NAMES:
         init = str(Path(init).absolute())
-    return replace(options, data=data, init=init, hellaswag=options.hellaswag and options.hellaswag.absolute())
+    val = options.val and tuple(path.absolute() for path in options.val)
+    hellaswag = options.hellaswag and options.hellaswag.absolute()
+    return replace(options, data=data, val=val, init=init, hellaswag=hellaswag)
 
 
 def dial(model: str, have: ModelConfig | None, described: str = "") -> str:
@@ -171,8 +174,8 @@ def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) 
     if "init" in options.given and anywhere(options).init not in (None, before.init):
         what = f"--init cannot change within a run: it is {before.init}"
         raise LlmpyError("resume.fixed-option", what, "Drop it, or start a new run with --out")
-    if now.data != before.data and own_tokens(folder.path):
-        what = f"--data cannot change within a run: {folder.path} has its own tokens"
+    if (now.data, now.val) != (before.data, before.val) and own_tokens(folder.path):
+        what = f"--data and --val cannot change within a run: {folder.path} has its own tokens"
         raise LlmpyError("resume.fixed-option", what, "Drop it, or start a new run with --out")
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
     log(f"resuming after step {step}, from {path}")

@@ -104,7 +104,7 @@ def own_text(folder, *names):
 
 def test_the_users_own_text(raw, tmp_path, said, monkeypatch):
     folder = make(said, raw, tokenizer="bpe:300", out=tmp_path / "out")
-    assert said[0] == f"1 file, {len(raw.read_text()):,} characters, UTF-8"
+    assert said[0] == f"training    1 file, {len(raw.read_text()):,} characters, UTF-8: input.txt"
     assert sum("characters, UTF-8" in line for line in said) == 1  # though read twice
     assert own_text(folder, "train.bin", "val.bin") == raw.read_text()
     share = len(tokens(folder, "val.bin")) / len(tokens(folder, "train.bin"))
@@ -218,7 +218,7 @@ def test_training_by_name(raw, tmp_path, said, cache, monkeypatch):
     with refused("dataset.evaluation-only", "hellaswag", "tinyshakespeare"):
         find_dataset("hellaswag", said.append)
     raw.with_name("tinystories").mkdir()  # a local folder takes precedence
-    with refused("data.too-short", "0 files"):
+    with refused("data.empty", "no files"):
         prepare([Path("tinystories")], tmp_path / "run", log=said.append)
 
 

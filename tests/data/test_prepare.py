@@ -45,13 +45,14 @@ def test_text_round_trips_through_its_shards(text, folder, said):
     assert dataset.bytes_per_token == pytest.approx(len(val.removeprefix(EOT).encode()) / sum(map(len, dataset.val)))
     assert Tokenizer.load(folder / "tokenizer.json").encode(TEXT) == dataset.tokenizer.encode(TEXT)
     counts = len(dataset.train[0]), len(dataset.val[0])
-    assert said[:3] == [
-        f"1 file, {len(TEXT):,} characters, UTF-8",
+    assert said[:4] == [
+        f"training    1 file, {len(TEXT):,} characters, UTF-8: book.txt",
+        "validation  the last tenth of the training text",
         f"tokenizer: byte-level BPE trained on this text, {dataset.vocab_size} tokens, {len(TEXT) / sum(counts):.2f} "
         "characters per token",
         f"{counts[0]:,} training tokens, {counts[1]:,} validation tokens",
     ]
-    assert "'<|endoftext|>Line 0: the lazy dog" in said[3]
+    assert "'<|endoftext|>Line 0: the lazy dog" in said[4]
 
 
 def test_builtin(folder, said):
@@ -114,15 +115,16 @@ def test_shards(tmp_path, folder, said, how):
     assert [int(s.tokens[:1][0]) for s in dataset.train] == [0, 1000]
     assert [int(s.tokens[:1][0]) for s in dataset.val] == [2000]
     assert (dataset.vocab_size, dataset.tokenizer, dataset.bytes_per_token) == (50257, None, None)
-    assert said[0] == "3 token shards, 3,000 tokens"
-    assert "tokenizer.json" in said[1]
-    assert "50,257" in said[1]
-    assert said[2] == "2,000 training tokens, 1,000 validation tokens"
-    assert "[0, 1, 2" in said[3]
+    assert said[0].startswith(f"training    2 token shards, 2,000 tokens: {names[0].removesuffix('.bin')}")
+    assert said[1].startswith(f"validation  1 token shard, 1,000 tokens: {names[2].removesuffix('.bin')}")
+    assert "tokenizer.json" in said[2]
+    assert "50,257" in said[2]
+    assert said[3] == "2,000 training tokens, 1,000 validation tokens"
+    assert "[0, 1, 2" in said[4]
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "only_val.bin"])
+@pytest.mark.parametrize("name", ["tokens.bin", "medieval_train.bin"])
 def test_a_single_shard_gives_both_parts(tmp_path, folder, said, name):
     where = make_shards(tmp_path / "data", "a.bin", name) if name == "tokens.bin" else make_shards(tmp_path, name)
     dataset = prepare([where], folder, log=said.append)
@@ -158,6 +160,7 @@ def test_text_and_shards_together(text, tmp_path, folder, said):
     prepare([where], folder, log=said.append)
     assert any("README.md" in line for line in said)
     shutil.copy(text, where)
+    said.clear()
     with refused("data.mixed", where / "book.txt"):
         prepare([where], folder, log=said.append)
 

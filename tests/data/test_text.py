@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.refused import refused
 
+from llmpy.data.roles import choose
 from llmpy.data.text import find_files, stream_files
 from llmpy.errors import LlmpyError
 from llmpy.run.folder import is_ours
@@ -16,7 +17,7 @@ LONG = "A line of text, and another one.\n" * 40  # 1,320 characters
 
 
 def read(said, *paths):
-    return list(stream_files(find_files(paths), said.append))
+    return list(stream_files(choose(paths, log=said.append).train, said.append))
 
 
 def write(folder, name, content=LONG):
@@ -31,7 +32,7 @@ def test_one_file(tmp_path, said):
     (document,) = read(said, path)
     assert document.text == LONG
     assert document.source == str(path)
-    assert said == ["1 file, 1,320 characters, UTF-8"]
+    assert said == ["training    1 file, 1,320 characters, UTF-8: a.txt"]
 
 
 def test_folders_are_read_in_order(tmp_path, said):
@@ -40,22 +41,24 @@ def test_folders_are_read_in_order(tmp_path, said):
     write(tmp_path, ".hidden.txt", "secret")
     write(tmp_path, ".git/config", "secret")
     write(tmp_path, "picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
-    write(tmp_path, "old.cfg", "caf\xe9".encode("latin-1"))
-    write(tmp_path, "data.gz", b"\x1f\x8b\x08")
+    write(tmp_path, "none.txt", "")
     documents = read(said, tmp_path)
     names = [os.path.relpath(d.source, tmp_path) for d in documents]
-    assert names == ["b.TXT", "sub/a.py", "sub/b.md", "sub/deep/c", "z.txt"]
+    assert names == ["b.TXT", "sub/b.md", "sub/deep/c", "z.txt"]
     assert said == [
-        "skipped 3 files that are not text: data.gz, old.cfg, picture.png",
-        "5 files, 6,600 characters, UTF-8",
+        "left out    empty: none.txt",
+        "left out    no text: picture.png",
+        "left out    scripts and settings: sub/a.py",
+        "training    4 files, 5,280 characters, UTF-8: b.TXT, sub/b.md, sub/deep/c, z.txt",
     ]
 
 
 def test_a_file_found_twice_counts_once(tmp_path, said):
-    path = write(tmp_path, "a.txt")
-    write(tmp_path, "b.txt")
-    (tmp_path / "link.txt").symlink_to(path)
-    assert len(read(said, path, tmp_path, path)) == 2
+    folder = tmp_path / "folder"
+    path = write(folder, "a.txt")
+    write(folder, "b.txt")
+    (folder / "link.txt").symlink_to(path)
+    assert len(read(said, path, folder, path)) == 2
 
 
 def test_pattern_in_quotes(tmp_path, said):
@@ -76,7 +79,7 @@ def test_encodings_with_a_mark(tmp_path, said, encoding, name):
     text = "Größe 日本 🙂\n" * 100
     (document,) = read(said, write(tmp_path, "a.txt", ("\ufeff" * encoding.endswith("be") + text).encode(encoding)))
     assert document.text == text
-    assert said == [f"1 file, {len(text):,} characters, {name}"]
+    assert said == [f"training    1 file, {len(text):,} characters, {name}: a.txt"]
 
 
 def test_line_ends_and_composition(tmp_path, said):
@@ -88,25 +91,25 @@ def test_line_ends_and_composition(tmp_path, said):
 def test_end_of_text_separates_documents(tmp_path, said):
     content = f"<|endoftext|>{LONG}<|endoftext|>\n<|endoftext|>{LONG}"
     assert [d.text for d in read(said, write(tmp_path, "a.txt", content))] == [LONG, LONG]
-    assert said == ["1 file, 2,640 characters, UTF-8, 2 documents"]
+    assert said == ["training    1 file, 2,640 characters, UTF-8, 2 documents: a.txt"]
 
 
 def test_records_are_recognised(tmp_path, said):
     write(tmp_path, "a.jsonl", '{"text": "one"}\n{"text": "two\\n"}\n')
     write(tmp_path, "b.jsonl.gz", gzip.compress(b'{"prompt": "2+2=", "completion": "4"}\n' * 2))
-    write(tmp_path, "log.jsonl", '{"step": 1}\n')  # not for training
     write(tmp_path, "z.txt")
     documents = read(said, tmp_path)
     assert [d.text for d in documents] == ["one", "two\n", "2+2=4", "2+2=4", LONG]
     assert documents[2].counted == ((4, 5),)
     assert said == [
-        "skipped 1 file that is not text: log.jsonl",
         "a.jsonl: 2 records, text",
         "b.jsonl.gz: 2 records, prompt + completion",
-        "3 files, 1,337 characters, UTF-8, jsonl, jsonl.gz, 5 documents",
+        "training    3 files, 1,337 characters, UTF-8, jsonl, jsonl.gz, 5 documents: a.jsonl, b.jsonl.gz, z.txt",
     ]
-    with refused("record.unknown-fields", tmp_path / "log.jsonl", "line 1", "step", "text, prompt"):
-        read(said, tmp_path / "log.jsonl")
+    write(tmp_path, "log.jsonl", '{"step": 1}\n')  # not for training
+    for path in (tmp_path, tmp_path / "log.jsonl"):
+        with refused("record.unknown-fields", tmp_path / "log.jsonl", "line 1", "step", "text, prompt"):
+            read(said, path)
 
 
 @pytest.mark.parametrize("through_folder", [False, True])
@@ -133,7 +136,7 @@ def test_files_that_are_not_text(tmp_path, said, content, code, names, through_f
 @pytest.mark.parametrize("content", [" \n" * 2000, "x" * 999])
 def test_too_little_text(tmp_path, said, content):
     characters = len(content) if content.strip() else 0
-    with refused("data.too-short", "1 file ", f" {characters} characters", "1,000"):
+    with refused("data.too-short", "1 file, ", f" {characters} characters", "1,000"):
         read(said, write(tmp_path, "a.txt", content))
 
 
@@ -149,8 +152,8 @@ def test_a_pipe(tmp_path, said):
     os.mkfifo(tmp_path / "pipe")
     with refused("file.not-regular", tmp_path / "pipe"):
         read(said, tmp_path / "pipe")
-    write(tmp_path, "a.txt")
-    assert len(read(said, tmp_path)) == 1  # skipped in a folder
+    with refused("file.not-regular", tmp_path / "pipe"):
+        read(said, tmp_path)
 
 
 def test_a_name_that_is_too_long(said):

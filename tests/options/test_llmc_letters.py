@@ -46,7 +46,7 @@ def test_switches_and_letters_without_meaning(
     heard = hear(monkeypatch)
     line = "train -a 1 -y 0 -i a -j b -o out -m -1 -z 1 -ge 1 -f 1 -w 1 -h 0"
     assert cli.main(line.split()) == 0
-    assert heard == [TrainOptions(overfit=True, data=(Path("a"), Path("b")), out=Path("out"), eval_batches=-1)]
+    assert heard == [TrainOptions(overfit=True, data=(Path("a"),), val=(Path("b"),), out=Path("out"), eval_batches=-1)]
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert all(f"{letter} ({LETTERS[letter]})" in err for letter in ("-z", "-ge", "-f", "-w", "-h"))
