@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import LlmpyError
+from ..system.environment import settings_named
 
 Array = Any  # a NumPy array, or the array type of a device backend
 
@@ -198,9 +199,10 @@ class Ops(Protocol):
 def load(name: str = "cpu", **options: Any) -> Ops:
     """Return a backend: "cpu" (Numba; options `threads`, `dtype`) or "reference" (NumPy; option `dtype`)."""
     if name == "cpu":
-        from .cpu import CPU
+        with settings_named("NUMBA_", "Numba"):
+            from .cpu import CPU
 
-        return CPU(**options)
+            return CPU(**options)
     if name == "reference":
         from .reference import Reference
 

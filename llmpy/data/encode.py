@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..system.workers import check, submit
 from .records import Document
 from .tokenizer import Tokenizer
 
@@ -41,10 +42,11 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     waiting: deque[Future[Tokens]] = deque()
+    check()
     # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
     with ThreadPoolExecutor(2) as pool:
         for batch in _batches(documents, BORDER if tokenizer.splits_as_gpt2 else BLANK):
-            waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
+            waiting.append(submit(pool, _tokens, tokenizer, batch, dtype))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:

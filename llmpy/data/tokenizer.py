@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
+from ..system.workers import check
 from .magic import TOKENIZER, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
@@ -62,6 +63,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
+        check()
         library.train_from_iterator(texts, trainer)
         return cls(library)
 

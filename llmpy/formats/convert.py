@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from ..data.rank_tables import LLMC_FILE, write_llmc
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
-from ..system.durable import made
+from ..run.checkpoint import check_finite
+from ..system.durable import staged, staging
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model
 from .source import Source, tokenizer_path
 
@@ -61,7 +66,8 @@ def format_of(target: Path, to: str | None) -> str:
     if to is None:
         raise LlmpyError("convert.unknown-format", f"{target} has no known suffix", f"Use --to {', '.join(FORMATS)}")
     try:
-        taken = any(target.iterdir()) if _is_folder(target, to) and target.is_dir() else target.exists()
+        into = _is_folder(target, to) and target.is_dir()
+        taken = any(path != staging(target) for path in target.iterdir()) if into else os.path.lexists(target)
     except OSError as error:
         raise LlmpyError("file.unwritable", f"cannot write {target}: {error.strerror}", "Use another path") from error
     if taken:
@@ -89,31 +95,49 @@ def write(
     if write_model is None and state is None:
         what = "a model alone is not an llm.c run: the moments and the data position are missing"
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
+    for name, x in (("m", state.m), ("v", state.v)) if state else ():
+        check_finite(source.path, f"AdamW's {name}", x)
+    source = replace(source, read=partial(_finite, source))
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
         raise LlmpyError("file.exists", f"{named} is another model's tokenizer", "Choose a new name, or remove it")
-    with made(target if _is_folder(target, to) else target.parent):
+    with staged(target, _is_folder(target, to)) as place:
         if write_model is not None:
-            write_model(target, source, dtype)
+            write_model(place, source, dtype)
         elif state is not None:
-            llmc_state.write_checkpoint(target, source, state, dtype)
+            llmc_state.write_checkpoint(place, source, state, dtype)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, target, place, named, to, log)
     if tokenizer is None and not to.startswith("llmc"):
         log("note: the model has no tokenizer. Put its tokenizer.json in its folder")
-    if tokenizer is not None and named:
-        tokenizer.save(named)
+    return dtype
+
+
+def _write_tokenizer(
+    tokenizer: Tokenizer, target: Path, place: Path, named: Path | None, to: str, log: Callable[[str], None]
+) -> None:
+    """Write the tokenizer files of a model that is being written at `place`."""
+    if named:
+        tokenizer.save(place.with_name(named.name))
         log(f"wrote tokenizer {named}")
-    if tokenizer is not None and to.startswith("llmc"):  # its programs read one tokenizer per folder
+    if to.startswith("llmc"):  # its programs read one tokenizer per folder
         table = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
         try:
             if not table.exists():
-                write_llmc(table, tokenizer.ranks())
+                write_llmc(place / LLMC_FILE if to == "llmc-run" else place.with_name(LLMC_FILE), tokenizer.ranks())
                 log(f"wrote tokenizer for llm.c {table}")
             elif not _same(table, tokenizer):
                 log(f"note: {table}, which llm.c reads, is another model's tokenizer")
         except LlmpyError as error:
             log(f"note: cannot write {table} for llm.c: {error}")
-    return dtype
+
+
+def _finite(source: Source, name: str) -> np.ndarray:
+    """Return a tensor. Raises LlmpyError if it holds NaN or infinity."""
+    x = source.read(name)
+    check_finite(source.path, name, x)
+    return x
 
 
 def _same(path: Path, tokenizer: Tokenizer | None) -> bool:

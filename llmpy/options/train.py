@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import LlmpyError
-from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, converted, flag_of, option, options_of, plain
+from .fields import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    OnMachine,
+    Range,
+    converted,
+    flag_of,
+    option,
+    options_of,
+    path_of,
+    plain,
+)
 from .yaml_files import RECIPE_NAMES, read_recipe, read_yaml
 
 ONE_EPOCH = ALL_BATCHES = -1  # values of --steps and --eval-batches, as in llm.c
@@ -100,10 +112,10 @@ class TrainOptions(OnMachine):
     def gather(cls, given: Mapping[str, Any]) -> Self:
         """Return options from flags, --config, --recipe and defaults. Raises LlmpyError for an invalid file."""
         values: dict[str, Any] = dict(given)
-        if names_file(values.get("model", "")):  # as llm.c's -e
-            values.setdefault("init", values.pop("model"))
         if path := values.get("config"):
             values = read_yaml(cls, path) | values
+        if names_file(values.get("model", "")):  # as llm.c's -e
+            values.setdefault("init", str(path_of(values.pop("model"))))
         if recipe := values.get("recipe"):
             values = read_recipe(cls, recipe) | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):

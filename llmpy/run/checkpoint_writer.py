@@ -1,4 +1,4 @@
-"""Background checkpoints: training waits only for a copy of its state, which a thread writes to disk.
+"""Thread checkpoints: training waits only for a copy of its state, which a thread writes to disk.
 
 due → copy (memory-bound) → thread: write files, sync → commit: manifest, rename → publish the model, prune
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..model.gpt2 import GPT2
 from ..model.partition import length
 from ..system import durable
 from ..system.command import command
+from ..system.workers import Thread
 from . import checkpoint, parts
 from .checkpoint import Score
 from .folder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import LlmpyError
+from .cache import place_hub_cache
 from .durable import made, write_whole
+from .environment import settings_named
 
 TIMEOUT = 30.0  # seconds without a byte
 Log = Callable[[str], None]
@@ -18,6 +20,7 @@ Log = Callable[[str], None]
 
 def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha256: str | None = None) -> Path:
     """Return a file in the hub's cache, downloaded if missing. Raises LlmpyError, also if `sha256` (hex) differs."""
+    _prepare_library()
     from huggingface_hub import errors, hf_hub_download
 
     kind = "dataset" if dataset else "model"
@@ -36,6 +39,7 @@ def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha
 
 def hub_files(repository: str, folder: str) -> list[str]:
     """Return the sorted names of the parquet files in a folder of a dataset. Raises LlmpyError."""
+    _prepare_library()
     from huggingface_hub import HfApi
 
     with _explained(f"the file list of {repository}/{folder}"):
@@ -64,6 +68,13 @@ def fetch(url: str, path: Path, sha256: str, log: Log) -> Path:
     return path
 
 
+def _prepare_library() -> None:
+    """Import the hub's library for the first time. Raises LlmpyError that names a variable it rejects."""
+    place_hub_cache()
+    with settings_named("HF_", "the Hugging Face hub"):
+        import huggingface_hub.constants  # noqa: F401
+
+
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turn exceptions of the hub's library into an LlmpyError."""
@@ -73,7 +84,7 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # includes those of its HTTP client, which varies
         cause = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
-        why = next(filter(str.strip, str(cause).splitlines()), type(cause).__name__)
+        why = getattr(cause, "strerror", None) or next(filter(str.strip, str(cause).splitlines()), "no reason given")
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "Check the network (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY) and the disk (HF_HOME)"
         if status in (401, 403):

@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ...system.workers import warn_few
+
 # The board that announces jobs: one number per cache line (8 int64), against false sharing. LOCK: a job is running;
 # GENERATION: number of jobs; JOB: the function, 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1
 # while one runs; COUNTERS: the next item of each worker's range.
@@ -65,8 +67,12 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
     while len(_helpers) < threads - 1:
         worker = len(_helpers) + 1
         helper = threading.Thread(target=live, args=(worker,), name=f"llmpy-helper-{worker}", daemon=True)
+        try:
+            helper.start()
+        except RuntimeError:
+            warn_few()
+            return
         _helpers.append(helper)
-        helper.start()
 
 
 def begin() -> None:
