@@ -17,11 +17,12 @@ are checked where arenas are made (`gpt2`).
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import LlmpyError
-from ..system.environment import settings_named
 
 Array = Any  # a NumPy array, or the array type of a device backend
 
@@ -199,10 +200,18 @@ class Ops(Protocol):
 def load(name: str = "cpu", **options: Any) -> Ops:
     """Return a backend: "cpu" (Numba; options `threads`, `dtype`) or "reference" (NumPy; option `dtype`)."""
     if name == "cpu":
-        with settings_named("NUMBA_", "Numba"):
-            from .cpu import CPU
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Environment variable")  # Numba's, for invalid values
+                from .cpu import CPU
 
-            return CPU(**options)
+                return CPU(**options)
+        except (ValueError, TypeError, NotImplementedError, Warning) as error:
+            found = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+            if not found:
+                raise
+            hint = "Unset these environment variables, which Numba reads"
+            raise LlmpyError("environment.numba", f"kernels cannot be compiled with {found}", hint) from error
     if name == "reference":
         from .reference import Reference
 

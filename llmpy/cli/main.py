@@ -173,10 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader has exited (`| head`)
             return 1
         return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''} [system.os-error]")
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
-            raise
-        return fail("no thread can be started. Raise the limit of processes: ulimit -u, pids.max [system.no-threads]")
     except KeyboardInterrupt:
         return fail("stopped by Ctrl-C [stopped]", 130)
 

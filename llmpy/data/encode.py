@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..system.workers import check, submit
+from ..system.workers import few
 from .records import Document
 from .tokenizer import Tokenizer
 
@@ -41,12 +41,15 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
     EOT counts as a target, since it ends the previous document.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    border = BORDER if tokenizer.splits_as_gpt2 else BLANK
     waiting: deque[Future[Tokens]] = deque()
-    check()
+    if few():
+        yield from (_tokens(tokenizer, batch, dtype) for batch in _batches(documents, border))
+        return
     # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
     with ThreadPoolExecutor(2) as pool:
-        for batch in _batches(documents, BORDER if tokenizer.splits_as_gpt2 else BLANK):
-            waiting.append(submit(pool, _tokens, tokenizer, batch, dtype))
+        for batch in _batches(documents, border):
+            waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:

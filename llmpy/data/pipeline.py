@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
-from ..system.environment import settings_named
 from .datasets import SHARD_TOKENS, Layout, Log
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
@@ -174,8 +173,7 @@ class _Spool:
 
 def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spool:
     """Encode all documents, or the first `limit` tokens."""
-    with settings_named("TQDM_", "tqdm"):
-        from tqdm import tqdm
+    from tqdm import tqdm
 
     total = held = encoded = characters = 0
     dtype, masked = np.dtype(np.uint16), False

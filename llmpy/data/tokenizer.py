@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
-from ..system.workers import check
+from ..system.workers import few
 from .magic import TOKENIZER, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
@@ -63,7 +63,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        check()
+        few()  # before the library starts its threads
         library.train_from_iterator(texts, trainer)
         return cls(library)
 

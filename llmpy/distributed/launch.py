@@ -53,11 +53,6 @@ def tasks(environment: Mapping[str, str] = os.environ) -> int:
     return next((int(text) for text in values if text.isdecimal() and int(text) > 0), 1)
 
 
-def launcher(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the variables of launchers and schedulers that are set, as NAME=VALUE."""
-    return " ".join(f"{name}={environment[name]}" for name in (PARENT, *TASKS, "PMIX_RANK") if name in environment)
-
-
 def needed(ranks: int, given: bool, environment: Mapping[str, str] = os.environ) -> str:
     """Return "launch" (start ranks), "join" (ranks are running) or "alone".
 

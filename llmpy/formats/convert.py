@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from ..data.rank_tables import LLMC_FILE, write_llmc
 from ..data.tokenizer import Tokenizer
@@ -97,7 +93,6 @@ def write(
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
     for name, x in (("m", state.m), ("v", state.v)) if state else ():
         check_finite(source.path, f"AdamW's {name}", x)
-    source = replace(source, read=partial(_finite, source))
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
@@ -131,13 +126,6 @@ def _write_tokenizer(
                 log(f"note: {table}, which llm.c reads, is another model's tokenizer")
         except LlmpyError as error:
             log(f"note: cannot write {table} for llm.c: {error}")
-
-
-def _finite(source: Source, name: str) -> np.ndarray:
-    """Return a tensor. Raises LlmpyError if it holds NaN or infinity."""
-    x = source.read(name)
-    check_finite(source.path, name, x)
-    return x
 
 
 def _same(path: Path, tokenizer: Tokenizer | None) -> bool:

@@ -69,12 +69,14 @@ def elements(config: ModelConfig) -> int:
 
 
 def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """Return x in another dtype, rounded to nearest even. Raises LlmpyError if a finite number overflows."""
+    """Return x in another dtype, rounded to nearest even. Raises LlmpyError for NaN, infinity or an overflow."""
+    if not np.isfinite(x).all():
+        raise LlmpyError("model.not-finite", f"{name} holds NaN or infinity", "Use another model or checkpoint")
     if x.dtype == DTYPES[dtype]:
         return x
     with np.errstate(over="ignore", invalid="ignore"):
         out = x.astype(DTYPES[dtype])
-    if DTYPES[dtype].itemsize < x.dtype.itemsize and not np.array_equal(np.isfinite(out), np.isfinite(x)):
+    if not np.isfinite(out).all():
         raise LlmpyError("convert.overflow", f"{name} overflows {dtype}", "Use --dtype float32 or bfloat16")
     return out
 

@@ -116,43 +116,29 @@ def converted(options: type, name: str, value: Any) -> Any:
         return None
     many = typing.get_origin(kind) is tuple
     kind = typing.get_args(kind)[0] if many else kind
-    values = (value or [None]) if many and isinstance(value, list | tuple) else [value]
     found = []
-    for value in values:
+    for one in (value or [None]) if many and isinstance(value, list | tuple) else [value]:
         try:
-            found.append(_one(kind, value))
+            found.append(_one(kind, one))
         except (TypeError, ValueError, OverflowError):
-            what = f"option {name}: {_shown(value)} is not {KINDS[kind]}"
+            shown = {list: "a list", tuple: "a list", dict: "a nested value", type(None): ""}.get(type(one), one)
+            what = f"option {name}: {textwrap.shorten(str(shown), 60) or 'an empty value'} is not {KINDS[kind]}"
             raise LlmpyError("option.invalid", what, f"See {flag_of(name)} in --help") from None
     return tuple(found) if many else found[0]
 
 
 def _one(kind: type, value: Any) -> Any:
     """Return a value in the type of an option; numbers and bools may be texts. Raises ValueError if it has another."""
-    if kind is bool:
-        value = WORDS.get(value.lower()) if isinstance(value, str) else value
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if value is None or isinstance(value, bool | list | tuple | dict | set) or (kind is Path and value == ""):
+    if kind is bool and isinstance(value, str):
+        value = WORDS.get(value.lower())
+    if kind is int and isinstance(value, str) and not value.lstrip("+-").isdecimal():
+        value = float(value)  # 1e6
+    wrong = value is None or isinstance(value, list | tuple | dict | set) or (kind is Path and value == "")
+    if wrong or (kind is bool) != isinstance(value, bool):
         raise ValueError
-    if kind is int and isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            value = float(value)  # 1e6
-    if kind is int and int(value) != float(value):
+    if kind is int and not isinstance(value, str) and int(value) != value:
         raise ValueError
     return kind(value)
-
-
-def _shown(value: Any) -> str:
-    """Return a value of JSON or YAML for an error."""
-    if value is None or value == "":
-        return "an empty value"
-    if isinstance(value, list | tuple | dict):
-        return "a list" if isinstance(value, list | tuple) else "a nested value"
-    return textwrap.shorten(str(value), 60) or "a blank"
 
 
 def path_of(text: str) -> Path:

@@ -10,19 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import LlmpyError
-from .fields import (
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    OnMachine,
-    Range,
-    converted,
-    flag_of,
-    option,
-    options_of,
-    path_of,
-    plain,
-)
+from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, converted, flag_of, option, options_of, plain
 from .yaml_files import RECIPE_NAMES, read_recipe, read_yaml
 
 ONE_EPOCH = ALL_BATCHES = -1  # values of --steps and --eval-batches, as in llm.c
@@ -49,7 +37,9 @@ class TrainOptions(OnMachine):
         None, "files or folders of text, .bin shards, or a dataset of llmpy data (default: Python's documentation)",
         metavar="PATH",
     )
-    model: str = option("", f"model size: d1 to d84, gpt2, gpt2-medium, gpt3:c768 ... (default: {DEFAULT_MODEL})")
+    model: str = option(
+        "", f"model size: d1 to d84, gpt2, gpt2-medium, gpt3:c768 ... (default: {DEFAULT_MODEL})", metavar="MODEL"
+    )
     init: str | None = option(
         None, "fine-tune gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), a run folder, an llm.c .bin or a "
         "Hugging Face folder; new defaults, as in llm.c: --schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
@@ -115,7 +105,7 @@ class TrainOptions(OnMachine):
         if path := values.get("config"):
             values = read_yaml(cls, path) | values
         if names_file(values.get("model", "")):  # as llm.c's -e
-            values.setdefault("init", str(path_of(values.pop("model"))))
+            values.setdefault("init", values.pop("model"))
         if recipe := values.get("recipe"):
             values = read_recipe(cls, recipe) | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):

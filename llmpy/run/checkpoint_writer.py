@@ -1,4 +1,4 @@
-"""Thread checkpoints: training waits only for a copy of its state, which a thread writes to disk.
+"""Background checkpoints: training waits only for a copy of its state, which a thread writes to disk.
 
 due → copy (memory-bound) → thread: write files, sync → commit: manifest, rename → publish the model, prune
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..model.gpt2 import GPT2
 from ..model.partition import length
 from ..system import durable
 from ..system.command import command
-from ..system.workers import Thread
+from ..system.workers import few
 from . import checkpoint, parts
 from .checkpoint import Score
 from .folder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE
@@ -106,10 +107,12 @@ class CheckpointWriter:
         self._moments[:half], self._moments[half:] = moments
         if self._prepare(step, state):
             arguments = self._weights, [self._moments], position
-            self._thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._report()
+            if self.world.size > 1 or not few():
+                self._thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+                self._thread.start()
+                return
+            self._write(*arguments)
+        self._report()
 
     def finish(self, step: int, state: dict[str, Any], position: Position) -> None:
         """Write the final checkpoint unless it exists. Raises LlmpyError if that fails, or publishing its model."""

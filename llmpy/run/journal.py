@@ -17,7 +17,6 @@ from typing import Any, Self, TextIO, cast
 
 from ..errors import LlmpyError
 from ..system import durable
-from ..system.environment import settings_named
 from ..system.terminal import silence
 from .folder import CONSOLE, LOGS, MAIN, METRICS, SAMPLES
 
@@ -89,8 +88,7 @@ class Journal:
 
         def begin() -> None:
             if sys.stdout.isatty():
-                with settings_named("TQDM_", "tqdm"):
-                    from tqdm import tqdm
+                from tqdm import tqdm
 
                 shape = "{percentage:3.0f}% |{bar}| {desc}"
                 self._bar = tqdm(total=1.0, bar_format=shape, leave=False, file=sys.stdout, dynamic_ncols=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import LlmpyError
-from .cache import place_hub_cache
+from .cache import possible, user_cache
 from .durable import made, write_whole
-from .environment import settings_named
 
 TIMEOUT = 30.0  # seconds without a byte
 Log = Callable[[str], None]
@@ -20,7 +20,7 @@ Log = Callable[[str], None]
 
 def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha256: str | None = None) -> Path:
     """Return a file in the hub's cache, downloaded if missing. Raises LlmpyError, also if `sha256` (hex) differs."""
-    _prepare_library()
+    _place_library()
     from huggingface_hub import errors, hf_hub_download
 
     kind = "dataset" if dataset else "model"
@@ -39,7 +39,7 @@ def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha
 
 def hub_files(repository: str, folder: str) -> list[str]:
     """Return the sorted names of the parquet files in a folder of a dataset. Raises LlmpyError."""
-    _prepare_library()
+    _place_library()
     from huggingface_hub import HfApi
 
     with _explained(f"the file list of {repository}/{folder}"):
@@ -68,11 +68,11 @@ def fetch(url: str, path: Path, sha256: str, log: Log) -> Path:
     return path
 
 
-def _prepare_library() -> None:
-    """Import the hub's library for the first time. Raises LlmpyError that names a variable it rejects."""
-    place_hub_cache()
-    with settings_named("HF_", "the Hugging Face hub"):
-        import huggingface_hub.constants  # noqa: F401
+def _place_library() -> None:
+    """Let the hub's library use our cache if it has no home folder: it would create a folder named ~."""
+    base = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if not {"HF_HOME", "HF_HUB_CACHE"} & os.environ.keys() and not possible(base / "huggingface"):
+        os.environ["HF_HOME"] = str(user_cache() / "huggingface")
 
 
 @contextlib.contextmanager

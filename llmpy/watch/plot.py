@@ -13,7 +13,6 @@ from typing import Any
 from ..errors import LlmpyError
 from ..options.watch import AXES, CURVES, PlotOptions
 from ..system.durable import write_whole
-from ..system.environment import settings_named
 from ..system.terminal import coloured
 from .curves import Line, charts
 from .figure import COLOURS, CONFIG, POINTS, figure, need
@@ -60,9 +59,8 @@ def plot(options: PlotOptions, log: Callable[[str], None]) -> None:
 
 def write_picture(drawn: dict[str, list[Line]], options: PlotOptions, colours: dict[str, str], path: Path) -> None:
     """Write an image with a panel for each curve; equal runs give identical files."""
-    with settings_named("MPL", "matplotlib"):
-        import matplotlib
-        from matplotlib.figure import Figure
+    import matplotlib
+    from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "llmpy", "path.simplify": False}):
         fig = Figure(figsize=(7, 3.2 * len(drawn) + 0.8), layout="constrained")

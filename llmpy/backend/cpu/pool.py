@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...system.workers import warn_few
+from ...system.workers import few
 
 # The board that announces jobs: one number per cache line (8 int64), against false sharing. LOCK: a job is running;
 # GENERATION: number of jobs; JOB: the function, 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1
@@ -64,15 +64,11 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
             help_out(worker, LAST_LOOKS)  # for a job that started before this sleeper was counted
             _bell.acquire()
 
-    while len(_helpers) < threads - 1:
+    while not few() and len(_helpers) < threads - 1:
         worker = len(_helpers) + 1
         helper = threading.Thread(target=live, args=(worker,), name=f"llmpy-helper-{worker}", daemon=True)
-        try:
-            helper.start()
-        except RuntimeError:
-            warn_few()
-            return
         _helpers.append(helper)
+        helper.start()
 
 
 def begin() -> None:
