@@ -274,7 +274,8 @@ def join(options: TrainOptions) -> World | None:
             warnings.simplefilter("ignore", RuntimeWarning)  # if the launcher is another MPI's: see below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
-        what = f"the environment ({next(filter(os.environ.get, (*launch.TASKS, 'PMIX_RANK')), launch.PARENT)}) announces several ranks, which need mpi4py and an MPI library"
+        variable = next(filter(os.environ.get, (*launch.TASKS, "PMIX_RANK")), launch.PARENT)
+        what = f"several ranks ({variable} is set) need mpi4py and an MPI library"
         hint = f"For a single process, use --ranks 1. For several, install them: {install(launch.MPI)}"
         raise LlmpyError("package.missing", what, hint) from error
     library = _line(MPI.Get_library_version())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +94,7 @@ def write(
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
     for name, x in (("m", state.m), ("v", state.v)) if state else ():
         check_finite(source.path, f"AdamW's {name}", x)
+    source = replace(source, read=source.finite)
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):

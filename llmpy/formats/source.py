@@ -49,9 +49,12 @@ class Source:
             self.load(params)
             return
         for tensor, view in params.items():
-            x = self.read(tensor.name)
-            check_finite(self.path, tensor.name, x)
-            view[...] = x
+            view[...] = self.finite(tensor.name)
+
+    def finite(self, name: str) -> np.ndarray:
+        """Return `read(name)`. Raises LlmpyError if it holds NaN or infinity."""
+        check_finite(self.path, name, x := self.read(name))
+        return x
 
     def describe(self) -> str:
         """Return one line for the user."""
@@ -69,14 +72,12 @@ def elements(config: ModelConfig) -> int:
 
 
 def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """Return x in another dtype, rounded to nearest even. Raises LlmpyError for NaN, infinity or an overflow."""
-    if not np.isfinite(x).all():
-        raise LlmpyError("model.not-finite", f"{name} holds NaN or infinity", "Use another model or checkpoint")
+    """Return x in another dtype, rounded to nearest even. Raises LlmpyError if a finite number overflows."""
     if x.dtype == DTYPES[dtype]:
         return x
     with np.errstate(over="ignore", invalid="ignore"):
         out = x.astype(DTYPES[dtype])
-    if not np.isfinite(out).all():
+    if DTYPES[dtype].itemsize < x.dtype.itemsize and not np.array_equal(np.isfinite(out), np.isfinite(x)):
         raise LlmpyError("convert.overflow", f"{name} overflows {dtype}", "Use --dtype float32 or bfloat16")
     return out
 
