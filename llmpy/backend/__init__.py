@@ -203,8 +203,12 @@ def load(name: str = "cpu", **options: Any) -> Ops:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "Environment variable")  # Numba's, for invalid values
+                from numba import config
+
                 from .cpu import CPU
 
+                if config.DISABLE_JIT:
+                    raise NotImplementedError
                 return CPU(**options)
         except (ValueError, TypeError, NotImplementedError, Warning) as error:
             found = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))

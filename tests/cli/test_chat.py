@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from support.laptop import Laptop
 from support.refused import refused
 
 from llmpy import GPT2, Tokenizer
-from llmpy.cli.chat import answer, chat, prompt
+from llmpy.cli.chat import answer, chat, prompt, questions, reader
 from llmpy.data.encode import encode
 from llmpy.data.records import begins, conversation, holds_answers
 from llmpy.data.shards import CHUNK, Shard
@@ -192,3 +193,17 @@ def test_an_answer_ends_without_blank_lines(capsys: pytest.CaptureFixture[str]) 
     """Those within it stay."""
     assert answer(iter(["It is", " 4", "\n", "\nor 5", ".\n\n"])) == "It is 4\n\nor 5."
     assert capsys.readouterr().out == "It is 4\n\nor 5.\n"
+
+
+@pytest.mark.parametrize(
+    ("piped", "messages"),
+    [
+        (b"\xef\xbb\xbfone\r\ntwo\n", ["one", "two"]),
+        ("a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh\n".encode(), ["a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh"]),
+        ("é\n\n \ufeff last".encode(), ["é", "\ufeff last"]),
+        (b"\xff\nx", ["\udcff", "x"]),
+    ],
+)
+def test_piped_messages_are_lines(piped: bytes, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), "ascii"))
+    assert list(questions(reader())) == messages
