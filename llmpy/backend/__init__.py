@@ -207,7 +207,7 @@ def load(name: str = "cpu", **options: Any) -> Ops:
 
                 from .cpu import CPU
 
-                if config.DISABLE_JIT:
+                if config.DISABLE_JIT:  # type: ignore[attr-defined]
                     raise NotImplementedError
                 return CPU(**options)
         except (ValueError, TypeError, NotImplementedError, Warning) as error:
