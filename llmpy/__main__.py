@@ -10,6 +10,8 @@ from .system.interrupts import on_signal
 
 def main() -> int:
     """Run the command line; return the exit code."""
+    # OpenBLAS raises SIGINT if it cannot start its threads, which llmpy does not need.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with on_signal(end):  # libraries being imported may swallow an exception
         from .cli.main import main as run
     return run()

@@ -17,6 +17,8 @@ are checked where arenas are made (`gpt2`).
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -200,9 +202,22 @@ class Ops(Protocol):
 def load(name: str = "cpu", **options: Any) -> Ops:
     """Return a backend: "cpu" (Numba; options `threads`, `dtype`) or "reference" (NumPy; option `dtype`)."""
     if name == "cpu":
-        from .cpu import CPU
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Environment variable")  # Numba's, for invalid values
+                from numba import config
 
-        return CPU(**options)
+                from .cpu import CPU
+
+                if config.DISABLE_JIT:  # type: ignore[attr-defined]
+                    raise NotImplementedError
+                return CPU(**options)
+        except (ValueError, TypeError, NotImplementedError, Warning) as error:
+            found = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+            if not found:
+                raise
+            hint = "Unset these environment variables, which Numba reads"
+            raise LlmpyError("environment.numba", f"kernels cannot be compiled with {found}", hint) from error
     if name == "reference":
         from .reference import Reference
 

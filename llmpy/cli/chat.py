@@ -11,6 +11,7 @@ model's trained length, the oldest questions and answers are dropped; the system
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 
@@ -113,6 +114,8 @@ def questions(ask: Callable[[], str]) -> Iterator[str]:
 def reader() -> Callable[[], str]:
     """Return a function that reads a line; in a terminal it has a prompt, an editor and a history."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
         return input
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 - makes input() an editor

@@ -10,10 +10,8 @@ from typing import Any, NoReturn
 
 import shtab
 
-from ..options.fields import flag_of, flags_of
+from ..options.fields import FILES, flag_of, flags_of, path_of
 from ..system.terminal import printable
-
-FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "DIR", "MODEL", "IN", "OUT", "WHAT"}  # metavars completed as paths
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +47,7 @@ def add_flags(parser: Parser, options: type) -> None:
         if many := typing.get_origin(kind) is tuple:
             kind = typing.get_args(kind)[0]
             settings |= {"action": "append"} if about["each"] else {"action": "extend", "nargs": "+"}
-        settings["type"] = _named if kind is Path else kind
+        settings["type"] = _named if kind is Path else _expanded if about["metavar"] in FILES else kind
         if about["word"]:
             names = [settings.pop("dest")]
             settings |= {"nargs": "*"} if many else {}
@@ -59,7 +57,15 @@ def add_flags(parser: Parser, options: type) -> None:
 
 
 def _named(word: str) -> Path:
-    """Return the path. Raise for "", an unset shell variable, because Path("") is the current folder."""
+    """Return the path, ~ expanded: a shell keeps that of `--data=~/x`.
+
+    Raise for "", an unset shell variable, because Path("") is the current folder.
+    """
     if not word:
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(word)
+    return path_of(word)
+
+
+def _expanded(word: str) -> str:
+    """Return a name or path, as text, with ~ expanded."""
+    return str(path_of(word)) if word.startswith("~") else word

@@ -83,12 +83,12 @@ def read_prompts(options: SampleOptions) -> list[str]:
     prompts = list(options.prompt or ())
     if options.prompts_file is not None:
         try:
-            lines = options.prompts_file.read_text("utf-8").splitlines()
+            lines = options.prompts_file.read_bytes().decode("utf-8-sig").split("\n")
         except OSError as error:
             raise unreadable(options.prompts_file, error) from None
         except UnicodeDecodeError:
             raise LlmpyError("data.not-utf8", f"{options.prompts_file} is not UTF-8", "Save it as UTF-8") from None
-        found = [line for line in lines if line.strip()]
+        found = [line.removesuffix("\r") for line in lines if line.strip()]
         if not found:
             raise LlmpyError("sample.no-prompts", f"{options.prompts_file} has no prompts", "Write one per line")
         prompts += found

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..system.workers import few
 from .records import Document
 from .tokenizer import Tokenizer
 
@@ -42,18 +43,31 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
     EOT counts as a target, since it ends the previous document. In literal documents special tokens are text.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    jobs = _jobs(tokenizer, documents)
+    if few():
+        yield from (_tokens(encoder, batch, dtype) for encoder, batch in jobs)
+        return
     waiting: deque[Future[Tokens]] = deque()
     # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
-    with ThreadPoolExecutor(2) as pool:
-        for literal, group in itertools.groupby(documents, lambda document: document.literal):
-            encoder = tokenizer.ordinary() if literal else tokenizer
-            border = BORDER if encoder.splits_as_gpt2 else BLANK
-            for batch in _batches(group, border if encoder.starts_words(border) else NEVER):
-                waiting.append(pool.submit(_tokens, encoder, batch, dtype))
-                if len(waiting) > 2:
-                    yield waiting.popleft().result()
+    pool = ThreadPoolExecutor(2)
+    try:
+        for encoder, batch in jobs:
+            waiting.append(pool.submit(_tokens, encoder, batch, dtype))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _jobs(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Tokenizer, list[Piece]]]:
+    """Yield batches, each with its tokenizer: in literal documents special tokens are text."""
+    for literal, group in itertools.groupby(documents, lambda document: document.literal):
+        encoder = tokenizer.ordinary() if literal else tokenizer
+        border = BORDER if encoder.splits_as_gpt2 else BLANK
+        for batch in _batches(group, border if encoder.starts_words(border) else NEVER):
+            yield encoder, batch
 
 
 def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:

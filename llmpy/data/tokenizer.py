@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
+from ..system.workers import few
 from . import pretrained
 from .magic import TOKENIZER, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
@@ -67,6 +68,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
+        few()  # before the library starts its threads
         library.train_from_iterator(texts, trainer)
         return cls(library)
 

@@ -276,8 +276,10 @@ def join(options: TrainOptions) -> World | None:
             warnings.simplefilter("ignore", RuntimeWarning)  # if the launcher is another MPI's: see below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no library
-        what = f"several ranks need mpi4py and an MPI library: {error}"
-        raise LlmpyError("package.missing", what, f"Install them: {install(launch.MPI)}") from error
+        variable = next(filter(os.environ.get, (*launch.TASKS, "PMIX_RANK")), launch.PARENT)
+        what = f"several ranks ({variable} is set) need mpi4py and an MPI library"
+        hint = f"For a single process, use --ranks 1. For several, install them: {install(launch.MPI)}"
+        raise LlmpyError("package.missing", what, hint) from error
     library = _line(MPI.Get_library_version())
     if launch.OPEN_MPI in os.environ and "Open MPI" not in library:  # MPICH would end the process here
         what = f"the launcher is Open MPI's, but mpi4py uses another MPI: {library}"

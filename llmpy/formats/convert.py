@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
-from ..system.durable import made
+from ..run.checkpoint import check_finite
+from ..system.durable import staged, staging
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model, tokenizer_of
 from .source import Source, tokenizer_path
 
@@ -62,7 +64,8 @@ def format_of(target: Path, to: str | None) -> str:
     if to is None:
         raise LlmpyError("convert.unknown-format", f"{target} has no known suffix", f"Use --to {', '.join(FORMATS)}")
     try:
-        taken = any(target.iterdir()) if _is_folder(target, to) and target.is_dir() else target.exists()
+        into = _is_folder(target, to) and target.is_dir()
+        taken = any(path != staging(target) for path in target.iterdir()) if into else os.path.lexists(target)
     except OSError as error:
         raise LlmpyError("file.unwritable", f"cannot write {target}: {error.strerror}", "Use another path") from error
     if taken:
@@ -90,33 +93,44 @@ def write(
     if write_model is None and state is None:
         what = "a model alone is not an llm.c run: the moments and the data position are missing"
         raise LlmpyError("convert.no-state", what, "Use --to llmc")
+    for name, x in (("m", state.m), ("v", state.v)) if state else ():
+        check_finite(source.path, f"AdamW's {name}", x)
+    source = replace(source, read=source.finite)
     tokenizer = Tokenizer.load(source.tokenizer) if source.tokenizer else None
     if not (tokenizer or source.implies_gpt2) and source.config.vocab_size == GPT2_VOCAB and to in ("llmc", "native"):
         tokenizer_of(source, log)  # raises: in these formats it would imply GPT-2's
     named = None if _is_folder(target, to) or to == "gguf" else tokenizer_path(target)
     if named and named.exists() and not _same(named, tokenizer):
         raise LlmpyError("file.exists", f"{named} is another model's tokenizer", "Choose a new name, or remove it")
-    with made(target if _is_folder(target, to) else target.parent):
+    with staged(target, _is_folder(target, to)) as place:
         if write_model is not None:
-            write_model(target, source, dtype)
+            write_model(place, source, dtype)
         elif state is not None:
-            llmc_state.write_checkpoint(target, source, state, dtype)
+            llmc_state.write_checkpoint(place, source, state, dtype)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, target, place, named, to, log)
     if tokenizer is None and not to.startswith("llmc"):
         log("note: the model has no tokenizer. Put its tokenizer.json in its folder")
-    if tokenizer is not None and named:
-        tokenizer.save(named)
+    return dtype
+
+
+def _write_tokenizer(
+    tokenizer: Tokenizer, target: Path, place: Path, named: Path | None, to: str, log: Callable[[str], None]
+) -> None:
+    """Write the tokenizer files of a model that is being written at `place`."""
+    if named:
+        tokenizer.save(place.with_name(named.name))
         log(f"wrote tokenizer {named}")
-    if tokenizer is not None and to.startswith("llmc"):  # its programs read one tokenizer per folder
+    if to.startswith("llmc"):  # its programs read one tokenizer per folder
         table = target / LLMC_FILE if to == "llmc-run" else target.with_name(LLMC_FILE)
         try:
             if not table.exists():
-                write_llmc(table, tokenizer.ranks())
+                write_llmc(place / LLMC_FILE if to == "llmc-run" else place.with_name(LLMC_FILE), tokenizer.ranks())
                 log(f"wrote tokenizer for llm.c {table}")
             elif not _same(table, tokenizer):
                 log(f"note: {table}, which llm.c reads, is another model's tokenizer")
         except LlmpyError as error:
             log(f"note: cannot write {table} for llm.c: {error}")
-    return dtype
 
 
 def _same(path: Path, tokenizer: Tokenizer | None) -> bool:

@@ -6,6 +6,7 @@ llama.cpp uses token_embd if output.weight is missing. Tensor names are those of
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,29 +50,28 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     tensors = [(t.name, t.shape, dtype if t.decay and t.name != "wpe" else "float32") for t in params_table(c)]
 
     def write(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, "gpt2")
-        writer.add_block_count(c.layers)
-        writer.add_context_length(c.context)
-        writer.add_embedding_length(c.channels)
-        writer.add_feed_forward_length(4 * c.channels)
-        writer.add_head_count(c.heads)
-        writer.add_layer_norm_eps(1e-5)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
-        _add_tokenizer(writer, source)
-        for name, shape, kind in tensors:
-            size, raw = DTYPES[kind].itemsize, gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
-            for theirs, x in by_name(NAMES, name, np.broadcast_to(np.int8(0), shape), c.vocab_size):
-                # the library lacks bfloat16: pass bytes, with the last dimension in bytes
-                stored = (*x.shape[:-1], size * x.shape[-1]) if kind == "bfloat16" else x.shape
-                seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
-                writer.add_tensor_info(theirs, stored, seen, size * x.size, raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, _, kind in tensors:
-            for _, x in by_name(NAMES, name, cast(source.read(name), kind, name), c.vocab_size):
-                writer.write_tensor_data(x.view(np.uint8) if kind == "bfloat16" else x)
-        writer.close()
+        with contextlib.closing(gguf.GGUFWriter(temporary, "gpt2")) as writer:
+            writer.add_block_count(c.layers)
+            writer.add_context_length(c.context)
+            writer.add_embedding_length(c.channels)
+            writer.add_feed_forward_length(4 * c.channels)
+            writer.add_head_count(c.heads)
+            writer.add_layer_norm_eps(1e-5)
+            writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+            _add_tokenizer(writer, source)
+            for name, shape, kind in tensors:
+                size, raw = DTYPES[kind].itemsize, gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
+                for theirs, x in by_name(NAMES, name, np.broadcast_to(np.int8(0), shape), c.vocab_size):
+                    # the library lacks bfloat16: pass bytes, with the last dimension in bytes
+                    stored = (*x.shape[:-1], size * x.shape[-1]) if kind == "bfloat16" else x.shape
+                    seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
+                    writer.add_tensor_info(theirs, stored, seen, size * x.size, raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, _, kind in tensors:
+                for _, x in by_name(NAMES, name, cast(source.read(name), kind, name), c.vocab_size):
+                    writer.write_tensor_data(x.view(np.uint8) if kind == "bfloat16" else x)
 
     write_whole(path, write)
 

@@ -51,9 +51,12 @@ class Source:
             self.load(params)
             return
         for tensor, view in params.items():
-            x = self.read(tensor.name)
-            check_finite(self.path, tensor.name, x)
-            view[...] = x
+            view[...] = self.finite(tensor.name)
+
+    def finite(self, name: str) -> np.ndarray:
+        """Return `read(name)`. Raises LlmpyError if it holds NaN or infinity."""
+        check_finite(self.path, name, x := self.read(name))
+        return x
 
     @property
     def implies_gpt2(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import reprlib
+import os
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -26,6 +28,9 @@ class Range(NamedTuple):
 POSITIVE = Range(math.ulp(0.0), 2.0**62, "a number above 0 and below 2^62")
 NOT_NEGATIVE = Range(0, 2.0**62, "0, or a number above 0 and below 2^62")
 SHARE = Range(0, 1, "a number from 0 to 1")
+FILES = {"PATH", "RUN", "FILE", "FILE.yaml", "DIR", "MODEL", "IN", "OUT", "WHAT"}  # metavars of paths
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # of YAML
+KINDS = {bool: "yes or no", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
 def option(
@@ -109,16 +114,39 @@ def converted(options: type, name: str, value: Any) -> Any:
     kind, *others = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
     if value is None and others:
         return None
-    try:
-        if typing.get_origin(kind) is tuple:
-            inner = typing.get_args(kind)[0]
-            return tuple(inner(v) for v in (value if isinstance(value, list) else [value]))
-        if (kind is bool) != isinstance(value, bool) or (kind is int and int(value) != float(value)):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError, OverflowError):
-        what = f"option {name}: {reprlib.repr(value)} is not of type {kind.__name__}"
-        raise LlmpyError("option.invalid", what, f"See {flag_of(name)} in --help") from None
+    many = typing.get_origin(kind) is tuple
+    kind = typing.get_args(kind)[0] if many else kind
+    found = []
+    for one in (value or [None]) if many and isinstance(value, list | tuple) else [value]:
+        try:
+            found.append(_one(kind, one))
+        except (TypeError, ValueError, OverflowError):
+            shown = {list: "a list", tuple: "a list", dict: "a nested value", type(None): ""}.get(type(one), one)
+            what = f"option {name}: {textwrap.shorten(str(shown), 60) or 'an empty value'} is not {KINDS[kind]}"
+            raise LlmpyError("option.invalid", what, f"See {flag_of(name)} in --help") from None
+    return tuple(found) if many else found[0]
+
+
+def _one(kind: type, value: Any) -> Any:
+    """Return a value in the type of an option; numbers and bools may be texts. Raises ValueError if it has another."""
+    if kind is bool and isinstance(value, str):
+        value = WORDS.get(value.lower())
+    if kind is int and isinstance(value, str) and not value.lstrip("+-").isdecimal():
+        value = float(value)  # 1e6
+    wrong = value is None or isinstance(value, list | tuple | dict | set) or (kind is Path and value == "")
+    if wrong or (kind is bool) != isinstance(value, bool):
+        raise ValueError
+    if kind is int and not isinstance(value, str) and int(value) != value:
+        raise ValueError
+    return kind(value)
+
+
+def path_of(text: str) -> Path:
+    """Return the path, its ~ expanded as by a shell unless a file has this very name."""
+    if text.startswith("~") and not os.path.exists(text):
+        with contextlib.suppress(RuntimeError):  # no such user, or no home folder
+            return Path(text).expanduser()
+    return Path(text)
 
 
 def refusal(name: str, value: Any, hint: str) -> LlmpyError:

@@ -38,7 +38,9 @@ class TrainOptions(OnMachine):
         metavar="PATH",
     )
     val: tuple[Path, ...] | None = option(None, "validation data (default: by file name, or a tenth)", metavar="PATH")
-    model: str = option("", f"model size: d1 to d84, gpt2, gpt2-medium, gpt3:c768 ... (default: {DEFAULT_MODEL})")
+    model: str = option(
+        "", f"model size: d1 to d84, gpt2, gpt2-medium, gpt3:c768 ... (default: {DEFAULT_MODEL})", metavar="MODEL"
+    )
     init: str | None = option(
         None, "fine-tune gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), a run folder, an llm.c .bin or a "
         "Hugging Face folder; new defaults, as in llm.c: --schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
@@ -101,10 +103,10 @@ class TrainOptions(OnMachine):
     def gather(cls, given: Mapping[str, Any]) -> Self:
         """Return options from flags, --config, --recipe and defaults. Raises LlmpyError for an invalid file."""
         values: dict[str, Any] = dict(given)
-        if names_file(values.get("model", "")):  # as llm.c's -e
-            values.setdefault("init", values.pop("model"))
         if path := values.get("config"):
             values = read_yaml(cls, path) | values
+        if names_file(values.get("model", "")):  # as llm.c's -e
+            values.setdefault("init", values.pop("model"))
         if recipe := values.get("recipe"):
             values = read_recipe(cls, recipe) | values
             if not values.get("data") and not values.get("resume") and not values.get("print_config"):

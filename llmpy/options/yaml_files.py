@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import LlmpyError, unreadable
-from .fields import converted, flags_of
+from .fields import FILES, converted, flags_of, options_of, path_of
 
 SCRIPTS = ("gpt2_124M", "gpt2_350M", "gpt2_774M", "gpt2_1558M", "gpt3_125M")  # recipes/NAME.yaml
 SHORT = {name.removeprefix("gpt2_"): name for name in SCRIPTS if name.startswith("gpt2_")}
@@ -17,21 +18,40 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
     """Return the options of a YAML file by name. Raises LlmpyError if it is unreadable or invalid."""
     import yaml
 
+    hint = "Write one option per line, NAME: VALUE, as llmpy train --print-config does"
     try:
-        found = yaml.safe_load(path.read_text("utf-8")) or {}
+        root = yaml.compose(path.read_bytes(), yaml.SafeLoader)
     except OSError as error:
         raise unreadable(path, error) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        hint = "See llmpy train --print-config for an example"
-        raise LlmpyError("config.not-yaml", f"{path} is not YAML: {error}", hint) from None
-    if not isinstance(found, dict):
-        hint = "Write one per line, as llmpy train --print-config does"
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise LlmpyError("config.not-yaml", f"{path}{where} is not YAML", hint) from None
+    if not isinstance(root, yaml.MappingNode):
         raise LlmpyError("config.no-options", f"{path} contains no options", hint)
-    named = {str(name).replace("-", "_"): value for name, value in found.items()}
-    try:
-        return {name: converted(options, name, value) for name, value in named.items() if name != "config"}
-    except LlmpyError as error:
-        raise LlmpyError("config.invalid-option", f"{path}: {error.message}", error.hint) from None
+    paths = [f.name for f in options_of(options) if f.metadata["metavar"] in FILES]
+    found: dict[str, Any] = {}
+    for key, node in root.value:
+        where = f"{path}, line {key.start_mark.line + 1}"
+        name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else ""
+        if name in found or name == "config":
+            what = f"{where}: option {name} is given twice" if name in found else f"{where}: a file cannot name another"
+            raise LlmpyError("config.invalid-option", what, "Remove one of them" if name in found else "Use one file")
+        text = partial(_text, path=name in paths)
+        value = [text(one) for one in node.value] if isinstance(node, yaml.SequenceNode) else text(node)
+        try:
+            found[name] = converted(options, name, value)
+        except LlmpyError as error:
+            raise LlmpyError("config.invalid-option", f"{where}: {error.message}", error.hint) from None
+    return found
+
+
+def _text(node: Any, path: bool) -> Any:
+    """Return a value as it is written: 2024 may be a path. None for null, {} for what no option can be."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind not in ("null", "bool", "int", "float", "timestamp", "str", "value", "merge"):
+        return {}
+    return None if kind == "null" else str(path_of(node.value)) if path and node.value[:1] == "~" else node.value
 
 
 def read_recipe(options: type, name: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from ..model.config import ModelConfig
 from ..model.gpt2 import GPT2, params_table
 from ..system import durable
 from ..system.command import command
+from ..system.workers import few
 from .folder import MODEL_FILE
 
 KEY, FORMAT = "llmpy", 1  # of a model file's metadata
@@ -153,7 +154,7 @@ def load_parameters(path: Path, params: Arena) -> None:
             flat, begin = view.reshape(-1), start + about[tensor.name]["data_offsets"][0]
             pieces += [(tensor.name, flat[i : i + PIECE], begin + 4 * i) for i in range(0, flat.size, PIECE)]
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(read, pieces))
+            list((map if few() else pool.map)(read, pieces))
     except OSError as error:
         raise damaged(path, str(error)) from error
 

@@ -23,6 +23,7 @@ from ..model.gpt2 import GPT2
 from ..model.partition import length
 from ..system import durable
 from ..system.command import command
+from ..system.workers import few
 from . import checkpoint, parts
 from .checkpoint import Score
 from .folder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE
@@ -106,10 +107,12 @@ class CheckpointWriter:
         self._moments[:half], self._moments[half:] = moments
         if self._prepare(step, state):
             arguments = self._weights, [self._moments], position
-            self._thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._report()
+            if self.world.size > 1 or not few():
+                self._thread = Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+                self._thread.start()
+                return
+            self._write(*arguments)
+        self._report()
 
     def finish(self, step: int, state: dict[str, Any], position: Position) -> None:
         """Write the final checkpoint unless it exists. Raises LlmpyError if that fails, or publishing its model."""

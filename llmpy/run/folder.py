@@ -191,7 +191,9 @@ def holds_llmc(path: Path) -> bool:
 
 def _refuse_loss(path: Path) -> None:
     """Raise LlmpyError if training into `path` could overwrite anything."""
-    names = [name for name in sorted(os.listdir(path)) if name != LOCK and not CUT_OFF.fullmatch(name)]
+    names = [
+        name for name in sorted(os.listdir(path)) if name not in (LOCK, f"{LOCK}.held") and not CUT_OFF.fullmatch(name)
+    ]
     resume = f"--resume {shlex.quote(str(path))}"
     for found, code, what, fix in (
         (MODEL_FILE in names, "run.finished", "holds a trained model", f"Choose another --out, or resume it: {resume}"),

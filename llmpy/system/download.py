@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import LlmpyError
+from .cache import possible, user_cache
 from .durable import made, write_whole
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -18,6 +20,7 @@ Log = Callable[[str], None]
 
 def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha256: str | None = None) -> Path:
     """Return a file in the hub's cache, downloaded if missing. Raises LlmpyError, also if `sha256` (hex) differs."""
+    _place_library()
     from huggingface_hub import errors, hf_hub_download
 
     kind = "dataset" if dataset else "model"
@@ -36,6 +39,7 @@ def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha
 
 def hub_files(repository: str, folder: str) -> list[str]:
     """Return the sorted names of the parquet files in a folder of a dataset. Raises LlmpyError."""
+    _place_library()
     from huggingface_hub import HfApi
 
     with _explained(f"the file list of {repository}/{folder}"):
@@ -64,6 +68,13 @@ def fetch(url: str, path: Path, sha256: str, log: Log) -> Path:
     return path
 
 
+def _place_library() -> None:
+    """Let the hub's library use our cache if it has no home folder: it would create a folder named ~."""
+    base = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if not {"HF_HOME", "HF_HUB_CACHE"} & os.environ.keys() and not possible(base / "huggingface"):
+        os.environ["HF_HOME"] = str(user_cache() / "huggingface")
+
+
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turn exceptions of the hub's library into an LlmpyError."""
@@ -73,7 +84,7 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # includes those of its HTTP client, which varies
         cause = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
-        why = next(filter(str.strip, str(cause).splitlines()), type(cause).__name__)
+        why = getattr(cause, "strerror", None) or next(filter(str.strip, str(cause).splitlines()), "no reason given")
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "Check the network (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY) and the disk (HF_HOME)"
         if status in (401, 403):

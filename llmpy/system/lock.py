@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ..errors import LlmpyError
 from .durable import no_link
+from .terminal import aside
+
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # network file systems without a lock service
 
 
 class Lock:
-    """An exclusive lock on a file. The system releases it when the process ends, even if killed."""
+    """An exclusive lock on a file. The system releases it when the process ends, even if killed.
+
+    If the file system has no locks, a file that names process and machine, PATH.held, takes its place. One of a dead
+    process of this machine is ignored; one of another machine must be removed by hand if its process was killed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path, thread_local=False, poll_interval=0.2, on_acquired=_sign)
+        self._held = path.with_name(f"{path.name}.held")
+        self._lock: BaseFileLock = FileLock(path, thread_local=False, poll_interval=0.2, on_acquired=_sign)
 
     def take(self, wait: bool = False) -> bool:
         """Acquire the lock; return whether this process has it. Raises OSError if the file cannot be locked."""
@@ -29,9 +38,15 @@ class Lock:
             try:
                 self._lock.acquire(blocking=wait)
             except Timeout:
-                if again and self.path.exists():
+                if self._lock.lock_file != str(self.path) or (again and self.path.exists()):
                     return False
                 time.sleep(0.01)  # `held` may have it for a moment, or the holder removed the file after we opened it
+                continue
+            except (OSError, NotImplementedError) as error:
+                if self._lock.lock_file != str(self.path) or getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+                    raise
+                aside(f"warning: {self.path.parent} is on a file system without locks; using {self._held.name} instead")
+                self._lock = SoftFileLock(self._held, thread_local=False, poll_interval=0.2)
                 continue
             return True
         return False
@@ -51,6 +66,9 @@ class Lock:
 
     def holder(self) -> str:
         """Return the process that holds the lock, as named in the file."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pid, host = self._held.read_text("utf-8").splitlines()[:2]
+            return f"process {int(pid)} on {host} (if it has ended, remove {self._held})"
         with contextlib.suppress(OSError, ValueError), self.path.open("rb", buffering=0) as file:
             file.seek(1)
             return f"process {int(file.read(20))}"

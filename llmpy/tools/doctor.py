@@ -81,9 +81,10 @@ def doctor(options: DoctorOptions, load: Callable[..., Any] = backend.load) -> l
     for name, look in looks.items():
         try:
             checks.extend(look)
-        except (LlmpyError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: no home folder
-            fix = getattr(error, "hint", "") or "Reinstall llm.py"
-            checks.append(seen(name, f"{type(error).__name__}: {getattr(error, 'message', error)}", fix, error=True))
+        except LlmpyError as error:
+            checks.append(seen(name, error.message, error.hint or "Reinstall llm.py", error=True))
+        except (OSError, ImportError) as error:
+            checks.append(seen(name, f"{type(error).__name__}: {error}", "Reinstall llm.py", error=True))
     return checks
 
 

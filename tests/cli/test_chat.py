@@ -19,7 +19,7 @@ from support.laptop import Laptop
 from support.refused import refused
 
 from llmpy import GPT2, Tokenizer
-from llmpy.cli.chat import answer, chat, prompt
+from llmpy.cli.chat import answer, chat, prompt, questions, reader
 from llmpy.cli.sample import sample
 from llmpy.data.encode import encode
 from llmpy.data.record_fields import conversation
@@ -254,3 +254,17 @@ def test_paths_in_a_foreign_config_are_not_followed(
     found = [event for event in OPENED if str(foreign) in event]
     OPENED.clear()
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("piped", "messages"),
+    [
+        (b"\xef\xbb\xbfone\r\ntwo\n", ["one", "two"]),
+        ("a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh\n".encode(), ["a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh"]),
+        ("é\n\n \ufeff last".encode(), ["é", "\ufeff last"]),
+        (b"\xff\nx", ["\udcff", "x"]),
+    ],
+)
+def test_piped_messages_are_lines(piped: bytes, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), "ascii"))
+    assert list(questions(reader())) == messages

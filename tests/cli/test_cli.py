@@ -179,6 +179,28 @@ def test_help_needs_neither_numpy_nor_numba() -> None:
     assert python("-m", "llmpy", "--version").stdout == f"llmpy {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "setting", ["PYTHONOPTIMIZE=2", "PYTHONWARNINGS=error", "PYTHONIOENCODING=ascii", "PYTHONSAFEPATH=1"]
+)
+def test_settings_of_python(setting: str) -> None:
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C"} | dict([setting.split("=")])
+    for words in (["--help"], ["train", "--help"]):
+        ended = subprocess.run([sys.executable, "-m", "llmpy", *words], capture_output=True, env=environment)
+        assert (ended.returncode, ended.stderr) == (0, b"") and b"llmpy" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_NUM_THREADS=0", "NUMBA_NUM_THREADS=many", "NUMBA_OPT=high"]
+)
+def test_settings_of_numba_that_break_kernels_are_named(setting: str) -> None:
+    program = "from llmpy import backend; from llmpy.errors import LlmpyError\n"
+    program += "try: backend.load('cpu', threads=1)\nexcept LlmpyError as error: print(error.code, error)"
+    environment = os.environ | dict([setting.split("=")])
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("environment.numba ") and setting in ended.stdout and "\n" not in ended.stdout[:-1]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_unwritten_output_is_an_error() -> None:
     command, quiet = [sys.executable, "-m", "llmpy", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}

@@ -16,7 +16,7 @@ from support.refused import refused
 
 from llmpy import backend
 from llmpy.cli import main as cli
-from llmpy.cli.sample import sample
+from llmpy.cli.sample import read_prompts, sample
 from llmpy.errors import LlmpyError
 from llmpy.generate import generation
 from llmpy.generate.generation import open_run, window_start
@@ -115,6 +115,9 @@ def test_prompts_of_a_file(run: Path, tmp_path: Path) -> None:
     file.write_text("one\n\ntwo\n", "utf-8")
     found = json.loads(texts(run, prompt=("zero",), prompts_file=file, tokens=2, json=True))
     assert [t["prompt"] for t in found["texts"]] == ["zero", "one", "two"]
+    separators = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\rj"
+    file.write_bytes(f"\ufeff{separators}\r\n \r\nlast \ufeff".encode())
+    assert read_prompts(SampleOptions(run, prompts_file=file)) == [separators, "last \ufeff"]
     file.write_text("\n", "utf-8")
     with refused("sample.no-prompts", file):
         texts(run, prompts_file=file)

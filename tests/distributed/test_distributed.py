@@ -27,7 +27,7 @@ from support.refused import refused
 from llmpy.cli.main import main
 from llmpy.data.loader import Loader
 from llmpy.data.shards import open_shard, write_shard
-from llmpy.distributed import launch
+from llmpy.distributed import launch, world
 from llmpy.distributed import watchdog as watch
 from llmpy.distributed.watchdog import RankFailure, Watch
 from llmpy.distributed.zero import Zero
@@ -611,3 +611,15 @@ def test_a_checkpoint_of_all_ranks_counts_when_the_run_diverges(tmp_path: Path, 
     errors = Fellows(2).run(diverging)
     assert all("step 3" in text for text in errors)
     checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000003")
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_a_scheduler_without_mpi(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (launch.PARENT, "PMIX_RANK", *launch.TASKS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "4")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert launch.needed(1, given=False) == "join"
+    with refused("package.missing", variable, "--ranks 1", "llmpy[mpi]"):
+        world.join(TrainOptions())
+    assert launch.needed(1, given=True) == "alone"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import struct
@@ -17,16 +19,21 @@ from safetensors.numpy import load_file, save_file
 from support import golden
 from support.laptop import TINY, Laptop
 from support.refused import refused
-from support.samples import in_memory, llama_tokenizer, same, sharded, with_tokenizer, write_debug
+from support.samples import in_memory, llama_tokenizer, same, sharded, training_state, with_tokenizer, write_debug
 
 from llmpy.cli.main import main
 from llmpy.data.rank_tables import LLMC_FILE, write_llmc
 from llmpy.data.tokenizer import Tokenizer
-from llmpy.formats import huggingface, llmc, native, open_model, resolve, tokenizer_of
-from llmpy.formats.source import DTYPES, cast
+from llmpy.errors import LlmpyError
+from llmpy.formats import convert, huggingface, llmc, native, open_model, resolve, tokenizer_of
+from llmpy.formats.source import DTYPES, Source, cast
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
+from llmpy.system import durable
+
+if sys.platform != "win32":
+    import resource
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -466,3 +473,77 @@ def test_a_run_folder_stays_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     assert open_model(tmp_path / "run").what == "model of llmpy"
     assert checkpoint.read_header(tmp_path / "run" / "model.safetensors").config == TINY
+
+
+TARGETS = ("out", "out.bin", "out.safetensors", "out.gguf", "native", "llmc-run")
+
+
+def converting(folder: Path, target: str, source: Source) -> list[str]:
+    """Write the model to a target of TARGETS in a folder; return the log."""
+    log: list[str] = []
+    to = convert.format_of(folder / target, target if target in ("native", "llmc-run") else None)
+    state = training_state(source.config) if target == "llmc-run" else None
+    convert.write(source, folder / target, to, None, log.append, state)
+    return log
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of the size of files")
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_failed_conversion_leaves_nothing(
+    tmp_path: Path, target: str, made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = with_tokenizer(in_memory(), tmp_path / "t.json")
+    folder = tmp_path / "new" / "er"
+    if made and "." not in target:
+        (folder / target).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 10, 1000, 3000, 10_000):  # bytes of the largest file that can be written: also by libraries
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with refused("file.unwritable", folder):
+                converting(folder, target, source)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert sorted(tmp_path.rglob("*")) == before
+    for name in ("sync", "sync_folder", "replace"):
+        for at in itertools.count():
+            calls, true = itertools.count(), getattr(durable, name)
+
+            def failing(*arguments: Any, true: Any = true, calls: Any = calls, at: int = at) -> None:
+                if next(calls) == at:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                true(*arguments)
+
+            monkeypatch.setattr(durable, name, failing)
+            try:
+                converting(folder, target, source)
+            except LlmpyError as error:
+                assert error.code == "file.unwritable"  # noqa: PT017
+            finally:
+                monkeypatch.setattr(durable, name, true)
+            if at >= next(calls) - 1:  # none failed
+                break
+            left = set(tmp_path.rglob("*")) - set(before)
+            complete = (folder / target).exists() and name == "sync_folder"  # renamed, and not known to be durable
+            assert complete or not left
+            for path in sorted(left, reverse=True):
+                durable.remove(path)
+        for path in sorted(set(tmp_path.rglob("*")) - set(before), reverse=True):
+            durable.remove(path)
+    durable.staging(folder / target).mkdir(parents=True)  # as a killed process leaves it
+    converting(folder, target, source)
+    assert not list(tmp_path.rglob(".*"))
+    if target not in ("out.gguf", "llmc-run"):
+        assert same(open_model(folder / target), source)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_that_is_not_finite_is_not_converted(tmp_path: Path, target: str, value: float) -> None:
+    source = in_memory()
+    source.read("mlp_fc_b")[1, 3] = value
+    with refused("model.not-finite", "mlp_fc_b", "memory"):
+        converting(tmp_path, target, source)
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,21 +49,119 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     ("text", "code", "named"),
     [
         ("learning_rate: 1", "config.invalid-option", "'learning_rate'"),
-        ("lr: fast", "config.invalid-option", "'fast'"),
+        ("seed: 1\nlr: fast", "config.invalid-option", "run.yaml, line 2: option lr: fast is not a number"),
         ("steps: 1.5", "config.invalid-option", "steps: 1.5"),
-        ("shuffle: 1", "config.invalid-option", "shuffle: 1"),
+        ("steps: .inf", "config.invalid-option", "steps: .inf is not a whole number"),
+        ("steps: 2026-11-28", "config.invalid-option", "steps: 2026-11-28 is not a whole number"),
+        ("shuffle: 1", "config.invalid-option", "shuffle: 1 is not yes or no"),
+        ("steps: true", "config.invalid-option", "steps: true"),
+        ("schedule: ~", "config.invalid-option", "schedule: an empty value is not a text"),
+        ("lr: [1]", "config.invalid-option", "lr: a list is not a number"),
+        ("prompt: [a]", "config.invalid-option", "prompt: a list is not a text"),
+        ("out: {a: 1}", "config.invalid-option", "out: a nested value is not a path"),
+        ("out: ''", "config.invalid-option", "out: an empty value"),
+        ("data: []", "config.invalid-option", "data: an empty value"),
+        ("data: [a, null]", "config.invalid-option", "data: an empty value"),
+        ("data: [[a]]", "config.invalid-option", "data: a nested value is not a path"),
+        ("lr: $LR", "config.invalid-option", "lr: $LR is not a number"),
+        ("lr: !!binary aGVs", "config.invalid-option", "option lr"),
+        ("lr: !!python/name:os.system ''", "config.invalid-option", "option lr"),
+        ("prompt: !!set {a}", "config.invalid-option", "option prompt"),
+        ("lr: 1\nseed: 1\nlr: 2", "config.invalid-option", "line 3: option lr is given twice"),
+        ("batch-size: 1\nbatch_size: 2", "config.invalid-option", "option batch_size is given twice"),
+        ("config: other.yaml", "config.invalid-option", "another"),
+        ("? [a]\n: b", "config.invalid-option", "unknown option"),
+        ("<<: {lr: 1}", "config.invalid-option", "'<<'"),
         ("- a", "config.no-options", "run.yaml"),
+        ("", "config.no-options", "run.yaml"),
+        ("# lr: 1\n", "config.no-options", "run.yaml"),
+        ("lr", "config.no-options", "NAME: VALUE"),
         ("a: [", "config.not-yaml", "run.yaml"),
+        ("seed: 1\n\tlr: 1", "config.not-yaml", "run.yaml, line 2, column 1 is not YAML"),
+        ("lr: 1\n---\nlr: 2", "config.not-yaml", "line 2"),
+        ("lr: 1\n  seed: 2", "config.not-yaml", "line 2"),
+        ("lr: \x00", "config.not-yaml", "run.yaml"),
+        (bytes(range(256)), "config.not-yaml", "run.yaml"),
+        (b"lr: 1 # caf\xe9", "config.not-yaml", "run.yaml"),
         ("schedule: step", "option.invalid", "--schedule step"),
+        ("track: none", "option.invalid", "--track none"),
+        ("track: [wandb, off]", "option.invalid", "--track off"),
         (None, "file.missing", "run.yaml"),
     ],
 )
-def test_files_with_errors(tmp_path: Path, text: str | None, code: str, named: str) -> None:
+def test_files_with_errors(tmp_path: Path, text: str | bytes | None, code: str, named: str) -> None:
     path = tmp_path / "run.yaml"
     if text is not None:
-        path.write_text(text, "utf-8")
-    with refused(code, named):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with refused(code, named) as caught:
         TrainOptions.gather({"config": path})
+    assert text is None or not re.search("yaml\\.|tuple|None|<class|PosixPath|codec|while scanning", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("data: 2024", "data", (Path("2024"),)),
+        ("data: [12:30, 0123, 1_000, 1.50, yes]", "data", tuple(map(Path, ("12:30", "0123", "1_000", "1.50", "yes")))),
+        ("out: 20241128", "out", Path("20241128")),
+        ("out: 2024-11-28", "out", Path("2024-11-28")),
+        ("out: ~/x", "out", Path("/home/of/me/x")),
+        ("out: ~", "out", None),
+        ("out: $HOME/x", "out", Path("$HOME/x")),
+        ("data: [a, ~/x]", "data", (Path("a"), Path("/home/of/me/x"))),
+        ("init: ~/m", "init", "/home/of/me/m"),
+        ("model: ~/m.bin", "init", "/home/of/me/m.bin"),
+        ("out: ~nobody-here/x", "out", Path("~nobody-here/x")),
+        ("prompt: ~/x", "prompt", "~/x"),
+        ("prompt: no", "prompt", "no"),
+        ("prompt: 'null'", "prompt", "null"),
+        ("prompt: 12", "prompt", "12"),
+        ("prompt: ''", "prompt", ""),
+        ("lr: 1e-4", "lr", 1e-4),
+        ("lr: '1e-4'", "lr", 1e-4),
+        ("steps: 1e3", "steps", 1000),
+        ("steps: -1", "steps", -1),
+        ("seed: 4294967295", "seed", 4294967295),
+        ("shuffle: No", "shuffle", False),
+        ("overfit: on", "overfit", True),
+        ("track: wandb", "track", ("wandb",)),
+        ("steps: &x 1\nseed: *x", "seed", 1),
+        (b"\xef\xbb\xbflr: 1", "lr", 1.0),
+        ("lr: 1".encode("utf-16"), "lr", 1.0),
+        (b"lr: 1\r\nseed: 2\r\n", "lr", 1.0),
+    ],
+)
+def test_values_as_they_are_written(
+    tmp_path: Path, text: str | bytes, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of/me")
+    monkeypatch.setenv("USERPROFILE", "/home/of/me")
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = TrainOptions.gather({"config": path})
+    assert getattr(found, name) == value
+    record = yaml.safe_load(yaml.safe_dump(found.as_record()))
+    assert getattr(TrainOptions.from_record(record), name) == value or name == "out"
+
+
+def test_home_in_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/me")
+    monkeypatch.setenv("USERPROFILE", "/home/of/me")
+    monkeypatch.chdir(tmp_path)
+    heard = hear(monkeypatch)
+    words = ["--data=~/x", "--init=~/m", "--out=~nobody-here/o", "--prompt=~/p"]
+    assert cli.main(["train", *words]) == 0
+    (o,) = heard
+    assert (o.data, o.init, o.out, o.prompt) == (
+        (Path("/home/of/me/x"),),
+        "/home/of/me/m",
+        Path("~nobody-here/o"),
+        "~/p",
+    )
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "x").touch()  # the file of this name is meant
+    assert cli.main(["train", "--data=~/x"]) == 0
+    assert heard[1].data == (Path("~/x"),)
 
 
 def test_records_of_an_older_version() -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from ...system.workers import few
+
 # The board that announces jobs: one number per cache line (8 int64), against false sharing. LOCK: a job is running;
 # GENERATION: number of jobs; JOB: the function, 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1
 # while one runs; COUNTERS: the next item of each worker's range.
@@ -72,7 +74,7 @@ def hire(threads: int, help_out: Callable[[int, int], object]) -> None:
     global _work
     with _hiring:
         _work = help_out
-        while len(_helpers) < threads - 1:
+        while not few() and len(_helpers) < threads - 1:
             worker = len(_helpers) + 1
             helper = threading.Thread(target=live, args=(worker,), name=f"llmpy-helper-{worker}", daemon=True)
             _helpers.append(helper)
