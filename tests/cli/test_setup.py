@@ -39,7 +39,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
         monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))
         monkeypatch.chdir(tmp_path)
         stands_for(monkeypatch, datasets, "SHAKESPEARE", f"{here}/text", files["/text"])
-        for module in (prepare, formats.detect):
+        for module in (prepare, formats.source):
             monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
         monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
         yield found

@@ -71,13 +71,6 @@ def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="fcntl")
-def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
-    with refused("run.unwritable", tmp_path / "run", "No locks available"):
-        RunFolder.open(tmp_path / "run", "")
-
-
 def test_waiting_for_a_lock_names_its_holder(tmp_path: Path, said: list[str]) -> None:
     lock = Lock(tmp_path / "a.lock")
     with lock.waited(said.append, "makes a"):
