@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LlmpyError
+from ..system.progress import progress
 from ..system.stored import Stored
 from .datasets import SHARD_TOKENS, Layout, Log
 from .encode import TOKENIZER_SEES, encode, pieces
@@ -58,12 +59,15 @@ def split(chosen: Chosen, log: Log) -> Corpus:
         log("validation  the last tenth of the training text")
         return corpus
     problems: list[LlmpyError] = []
-    lengths = {hash(d.text): len(d.text) for d in stream_files(chosen.val, log, VALIDATION, problems)}
+    said: list[str] = []  # logged later: a line would break the bar
+    lengths = {hash(d.text): len(d.text) for d in _shown(stream_files(chosen.val, said.append, VALIDATION, problems))}
     held, count = sum(lengths.values()), len(lengths)
     characters = 0
-    for document in stream_files(chosen.train, log, TRAINING, problems):
+    for document in _shown(stream_files(chosen.train, said.append, TRAINING, problems)):
         characters += len(document.text)
         lengths.pop(hash(document.text), None)
+    for line in said:
+        log(line)
     refuse_all(problems)
     if len(lengths) < count:
         shared = f"{count - len(lengths):,} of {count:,} validation documents are also training documents"
@@ -89,7 +93,12 @@ def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
     def quietly() -> Iterable[Document]:
         return read(lambda _: None)
 
-    lengths = np.fromiter((len(d.text) for d in read(log)), np.int64)
+    said: list[str] = []  # logged later: a line would break the bar
+    try:
+        lengths = np.fromiter((len(d.text) for d in _shown(read(said.append))), np.int64)
+    finally:
+        for line in said:
+            log(line)
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     held = min(HELD_OUT * total, HELD_OUT_AT_MOST)
@@ -99,8 +108,8 @@ def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
     if whole == len(ends) or abs(int(ends[whole - 1]) - cut) > slack:
         whole = int(np.searchsorted(ends, cut, side="right"))
         border = cut - int(ends[whole] - lengths[whole])
-        line = next(itertools.islice(quietly(), whole, None)).text.rfind("\n", 0, border) + 1
-        border = line if line and border - line <= slack else border
+        start = next(itertools.islice(_shown(quietly()), whole, None)).text.rfind("\n", 0, border) + 1
+        border = start if start and border - start <= slack else border
 
     def parts() -> Iterator[tuple[bool, Document]]:
         for i, document in enumerate(quietly()):
@@ -110,6 +119,14 @@ def divided(read: Callable[[Log], Iterable[Document]], log: Log) -> Corpus:
             yield i >= whole, document
 
     return Corpus(parts, int(ends[whole] - lengths[whole]) + border)
+
+
+def _shown(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the documents, and show progress."""
+    with progress("reading") as count:
+        for document in documents:
+            yield document
+            count(len(document.text))
 
 
 def choose_vocab_size(characters: int) -> int:
@@ -132,17 +149,19 @@ def choose_tokenizer(name: str | None, corpus: Corpus, log: Log) -> tuple[Tokeni
     characters = corpus.characters or 0
     size = int(name.removeprefix("bpe:")) if name else choose_vocab_size(characters)
     every = math.ceil(characters / TOKENIZER_SEES) or 1
-    seen = (piece for held, document in corpus.read() if not held for piece in pieces(document.text))
-    texts = _first(itertools.islice(seen, 0, None, every), TOKENIZER_SEES)
-    return Tokenizer.train(texts, size), "byte-level BPE trained on this text"
+    with progress("training the tokenizer") as count:
+        seen = (piece for held, document in corpus.read() if not held for piece in pieces(document.text))
+        texts = _first(itertools.islice(seen, 0, None, every), TOKENIZER_SEES, count)
+        return Tokenizer.train(texts, size), "byte-level BPE trained on this text"
 
 
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield texts until they have this many characters."""
+def _first(texts: Iterable[str], characters: int, count: Callable[[int], object]) -> Iterator[str]:
+    """Yield texts until they have this many characters, and count them."""
     for text in texts:
         if characters <= 0:
             return
         characters -= len(text)
+        count(len(text))
         yield text
 
 
@@ -209,14 +228,11 @@ class _Spool:
 
 def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spool:
     """Encode all documents, or the first `limit` tokens; of given held-out files at most a tenth of these."""
-    from tqdm import tqdm
-
     total = held = encoded = characters = 0
     dtype, masked = np.dtype(np.uint16), False
-    bar = tqdm(unit="char", unit_scale=True, leave=False, disable=None)
     parts = itertools.groupby(corpus.read(), lambda pair: pair[0])
     tenth = int(HELD_OUT * limit)
-    with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, bar:
+    with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, progress("encoding") as count:
         for is_held, part in parts:
             most = limit if not corpus.given else total + tenth if is_held else limit - tenth
             for block in encode(tokenizer, (d for _, d in part)):
@@ -232,7 +248,7 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
                 held += n * is_held
                 encoded += len(block.ids)
                 characters += block.characters
-                bar.update(block.characters)
+                count(block.characters)
                 if limit and total == most:
                     break
             if limit and total == limit:

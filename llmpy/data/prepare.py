@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import LlmpyError
 from ..model.config import GPT2_VOCAB
 from ..system.command import command
 from ..system.durable import made
 from ..system.words import count_of
-from . import builtin, shards
+from . import builtin
 from .pack import SAMPLE_TOKENS, find_dataset, is_dataset
 from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, split, write_tokens
 from .roles import Chosen, choose
@@ -34,7 +32,6 @@ class Dataset:
     val: list[Shard]
     tokenizer: Tokenizer | None  # None: shards without one
     vocab_size: int
-    bytes_per_token: float | None  # in the validation text; converts loss to bits per byte
 
 
 @dataclass(frozen=True)
@@ -170,18 +167,4 @@ def _dataset(train: list[Shard], val: list[Shard], tokenizer: Tokenizer | None, 
     log(f"{sum(map(len, train)):,} training tokens, {sum(map(len, val)):,} validation tokens")
     first = train[0].tokens[:SAMPLE_TOKENS].tolist()
     log(f"starts with: {tokenizer.decode(first) if tokenizer else first!r}")
-    return Dataset(train, val, tokenizer, size, _bytes_per_token(tokenizer, val) if tokenizer else None)
-
-
-def _bytes_per_token(tokenizer: Tokenizer, parts: Sequence[Shard]) -> float:
-    """Return the mean over the tokens that count in the loss."""
-    lengths = tokenizer.byte_lengths()
-    total = tokens = 0
-    for shard in parts:
-        for start in range(0, len(shard), shards.CHUNK):
-            ids = shard.tokens[start : start + shards.CHUNK]
-            if shard.counted is not None:
-                ids = ids[shard.counted[start : start + shards.CHUNK] != 0]
-            total += int(lengths[ids].sum(dtype=np.int64))
-            tokens += len(ids)
-    return total / max(1, tokens)
+    return Dataset(train, val, tokenizer, size)

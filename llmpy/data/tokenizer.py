@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
+from ..system.interrupts import interruptible
 from ..system.workers import few
 from . import pretrained
 from .magic import TOKENIZER, magic_of
@@ -30,6 +32,11 @@ if TYPE_CHECKING:  # imported on first use: `llmpy --help` does without it
 
 SMALLEST_VOCAB = 257  # every byte, and EOT
 GPT2 = "openai-community/gpt2"
+# Training takes time proportional to the square of a word's length, and memory for each distinct word. So it sees words
+# in parts of LONG_WORD characters, and of n · LONG_WORDS_SEEN bytes of such parts LONG_WORDS_SEEN · (1 + ln n).
+LONG_WORD = 256
+LONG_WORDS_SEEN = 1_000_000
+RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")  # GPT-2's pattern never joins two of these, but for a first blank
 # A tokenizer that changes these (lower case, no accents) loses text. Composing accents is harmless (NFC, as Qwen and
 # GPT-NeoX do). The second has no leading space.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
@@ -54,7 +61,7 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn merges from `texts` up to `vocab_size` tokens (fewer if pairs run out). Deterministic.
 
-        Raises LlmpyError for less than 257.
+        Signals are handled meanwhile. Raises LlmpyError for less than 257.
         """
         from tokenizers import models, pre_tokenizers, trainers
 
@@ -69,7 +76,23 @@ class Tokenizer:
             show_progress=False,
         )
         few()  # before the library starts its threads
-        library.train_from_iterator(texts, trainer)
+        stopped, fed = Event(), Event()
+
+        def feed() -> Iterator[str]:
+            try:
+                for text in _parts_of_long_words(texts):
+                    if stopped.is_set():
+                        return
+                    yield text
+            finally:
+                fed.set()
+
+        try:
+            interruptible(lambda: library.train_from_iterator(feed(), trainer))
+        except BaseException:
+            stopped.set()
+            fed.wait(1)  # a thread in Python code could abort the process at exit
+            raise
         return cls(library)
 
     @classmethod
@@ -271,6 +294,37 @@ def _usual_eot(library: tokenizers.Tokenizer) -> str | None:
     special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     usual = (t for t in pretrained.END_OF_TEXT if t in special or t == EOT and library.token_to_id(t) is not None)
     return next(usual, None)
+
+
+def _parts_of_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts unchanged if no word is longer than LONG_WORD, else their long words in parts, thinned out."""
+    seen = parts = 0
+    for text in texts:
+        start = 0
+        for run in RUN.finditer(text) if _has_long_run(text) else ():
+            if run.end() - run.start() <= LONG_WORD:
+                continue
+            yield text[start : run.start()]
+            start = run.end()
+            for at in range(run.start(), start, LONG_WORD):
+                part = text[at : min(at + LONG_WORD, start)]
+                seen += len(part.encode())
+                parts += 1
+                if parts % (1 + seen // LONG_WORDS_SEEN) == 0:
+                    yield part
+        yield text[start:]
+
+
+def _has_long_run(text: str) -> bool:
+    """Return quickly whether a stretch of `text` is blank, or has neither blanks nor line ends."""
+    at = 0
+    while at + LONG_WORD < len(text):
+        window = text[at : at + LONG_WORD + 1]
+        last = max(window.rfind(" "), window.rfind("\n"))
+        if last < 0 or window.isspace():
+            return True
+        at += last + 1
+    return False
 
 
 def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:

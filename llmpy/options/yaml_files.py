@@ -12,6 +12,8 @@ from .fields import FILES, converted, flags_of, options_of, path_of
 SCRIPTS = ("gpt2_124M", "gpt2_350M", "gpt2_774M", "gpt2_1558M", "gpt3_125M")  # recipes/NAME.yaml
 SHORT = {name.removeprefix("gpt2_"): name for name in SCRIPTS if name.startswith("gpt2_")}
 RECIPE_NAMES = (*SCRIPTS, *SHORT)
+MOST = 1 << 17  # bytes of a file: PyYAML reads about 100 kB a second
+NESTED = 8  # levels: PyYAML takes time proportional to their square
 
 
 def read_yaml(options: type, path: Path) -> dict[str, Any]:
@@ -20,7 +22,14 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
 
     hint = "Write one option per line, NAME: VALUE, as llmpy train --print-config does"
     try:
-        root = yaml.compose(path.read_bytes(), yaml.SafeLoader)
+        with path.open("rb") as file:
+            text = file.read(MOST + 1)
+        level = 0
+        for token in yaml.scan(text[:MOST], yaml.SafeLoader):
+            level += ("Start" in (kind := type(token).__name__)) - ("End" in kind)
+            if level > NESTED or len(text) > MOST:
+                raise LlmpyError("config.not-yaml", f"{path} is not a file of options: too long or too deep", hint)
+        root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise unreadable(path, error) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -37,8 +46,8 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
         if name in found or name == "config":
             what = f"{where}: option {name} is given twice" if name in found else f"{where}: a file cannot name another"
             raise LlmpyError("config.invalid-option", what, "Remove one of them" if name in found else "Use one file")
-        text = partial(_text, path=name in paths)
-        value = [text(one) for one in node.value] if isinstance(node, yaml.SequenceNode) else text(node)
+        value_of = partial(_text, path=name in paths)
+        value = [*map(value_of, node.value)] if isinstance(node, yaml.SequenceNode) else value_of(node)
         try:
             found[name] = converted(options, name, value)
         except LlmpyError as error:

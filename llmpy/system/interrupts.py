@@ -6,7 +6,9 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -34,3 +36,28 @@ def signals_held_back() -> Iterator[None]:
     finally:
         for number in came:
             signal.raise_signal(number)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Return `work()`, run in another thread, so that this one handles signals during a long call of a library.
+
+    After an exception here (Ctrl-C) the thread is abandoned: it ends with the process.
+    """
+    from concurrent.futures import Future, wait
+
+    from .workers import few
+
+    if few():
+        return work()
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([result], 0.2).done:  # on Windows a wait without a timeout ignores Ctrl-C
+        pass
+    return result.result()

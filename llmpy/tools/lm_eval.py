@@ -79,13 +79,19 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), its log-likelihood in nats and whether greedy decoding gives it.
 
-        An empty or blank context becomes the end-of-text token, which starts every document.
+        An empty or blank context becomes the end-of-text token, which starts every document. Tokens are split as by
+        lm_eval's own models: the continuation has those of the whole text after the context's number of tokens.
+        Raises LlmpyError if that leaves none, which would count as certain.
         """
         pairs = []
-        for context, continuation in (request.args for request in requests):
+        for number, (context, continuation) in enumerate((request.args for request in requests), 1):
             # Trailing blanks of a context belong to the next word.
             ids = self.tokens.encode(context.rstrip())
             follows = self.tokens.encode(context + continuation)[len(ids) :]
+            if not follows:
+                message = f"request {number:,}: {continuation!r} adds no token to the context …{context[-40:]!r}"
+                hint = "Let contexts end, or continuations start, at a blank, or use a tokenizer with smaller tokens"
+                raise LlmpyError("lm_eval.no-continuation", message, hint)
             pairs.append((ids or [self.tokens.eot], follows))
         return self._answers("loglikelihood", requests, pairs, disable_tqdm)
 

@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 
-import numpy as np
-
 from ..model.gpt2 import GPT2
 from ..options.train import ALL_BATCHES, TrainOptions
 from ..run.checkpoint import Score
@@ -41,17 +39,20 @@ class Evaluation:
             return None
         val, world, report = self._data.val, self._world, self._report
         val.reset()
-        total = weight = 0.0
+        total = weight = size = 0.0
         for first in range(0, self._batches, world.size):  # a batch per rank: the same sum for any number of ranks
-            mine = 0.0, 0.0
+            mine = 0.0, 0.0, 0.0
             for i in range(first, min(first + world.size, self._batches)):
                 tokens, targets = val.next()
                 if i - first == world.rank:
-                    share = np.count_nonzero(targets >= 0) / targets.size
-                    mine = share * self._model.loss(tokens, targets), share
-            for part, counted in self._stop.agree(*mine):
+                    wanted = targets[targets >= 0]
+                    share = wanted.size / targets.size
+                    count = float(self._data.token_bytes[wanted].sum())
+                    mine = share * self._model.loss(tokens, targets), share, count
+            for part, counted, count in self._stop.agree(*mine):
                 total += part
                 weight += counted
+                size += count
             if self._stop.signal:
                 return None
         if not weight:
@@ -61,8 +62,8 @@ class Evaluation:
         if not math.isfinite(loss):
             return Score(step, loss, self._measured_on)
         numbers, line = {"val_loss": loss}, f"step {step}: validation loss {loss:.4f}"
-        if self._data.bytes_per_token:
-            numbers["val_bits_per_byte"] = loss / math.log(2) / self._data.bytes_per_token
+        if size:  # of the text that was measured
+            numbers["val_bits_per_byte"] = total * val.B * val.T / math.log(2) / size
             line += f", {numbers['val_bits_per_byte']:.3f} bits per byte"
         report.record(step, **numbers)
         report.journal.record_llmc(f"s:{step} tel:{loss:.4f}")

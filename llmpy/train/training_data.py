@@ -60,7 +60,8 @@ class TrainingData:
             "train": [*map(fingerprint, data.train)],
             "val": [*map(fingerprint, data.val)],
         }
-        self.tokenizer, self.bytes_per_token = data.tokenizer, data.bytes_per_token
+        self.tokenizer = data.tokenizer
+        self.token_bytes = data.tokenizer.byte_lengths() if data.tokenizer else np.zeros(size, np.int32)
         self.opening, self.prompt = self._prompt(data, o.prompt or "", T)
 
     def _prompt(self, data: Dataset, opening: str, T: int) -> tuple[str, list[int]]:

@@ -42,7 +42,6 @@ def test_text_round_trips_through_its_shards(text, folder, said):
     assert train.endswith("\n")  # cut after a line
     assert 0.05 < len(val) / len(TEXT) < 0.15
     assert dataset.vocab_size == dataset.tokenizer.vocab_size <= 512
-    assert dataset.bytes_per_token == pytest.approx(len(val.removeprefix(EOT).encode()) / sum(map(len, dataset.val)))
     assert Tokenizer.load(folder / "tokenizer.json").encode(TEXT) == dataset.tokenizer.encode(TEXT)
     counts = len(dataset.train[0]), len(dataset.val[0])
     assert said[:4] == [
@@ -114,7 +113,7 @@ def test_shards(tmp_path, folder, said, how):
     dataset = prepare(paths.get(how, [where]), folder, log=said.append)
     assert [int(s.tokens[:1][0]) for s in dataset.train] == [0, 1000]
     assert [int(s.tokens[:1][0]) for s in dataset.val] == [2000]
-    assert (dataset.vocab_size, dataset.tokenizer, dataset.bytes_per_token) == (50257, None, None)
+    assert (dataset.vocab_size, dataset.tokenizer) == (50257, None)
     assert said[0].startswith(f"training    2 token shards, 2,000 tokens: {names[0].removesuffix('.bin')}")
     assert said[1].startswith(f"validation  1 token shard, 1,000 tokens: {names[2].removesuffix('.bin')}")
     assert "tokenizer.json" in said[2]
@@ -138,7 +137,6 @@ def test_shards_with_their_tokenizer(text, tmp_path, folder, said):
     made = prepare([text], tmp_path / "made", log=said.append)
     again = prepare([tmp_path / "made"], folder, log=said.append)
     assert again.vocab_size == made.vocab_size
-    assert again.bytes_per_token == made.bytes_per_token
     assert whole(again, "train") == whole(made, "train")
     assert any(line.startswith("tokenizer: ") and "made" in line for line in said)
     with refused("tokenizer.vocab-mismatch", tmp_path / "made" / "tokenizer.json", "999", "--vocab-size"):
