@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from support.refused import refused
 
 from llmpy.run.folder import HELD, MODEL_FILE, RunFolder
@@ -66,14 +64,6 @@ def test_a_run_that_never_started_leaves_nothing(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("")
     folder.discard()
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="fcntl")
-def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(error))
-    with refused("run.unwritable", tmp_path / "run", "No locks available"):
-        RunFolder.open(tmp_path / "run", "")
 
 
 def test_waiting_for_a_lock_names_its_holder(tmp_path: Path, said: list[str]) -> None:
