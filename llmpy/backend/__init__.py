@@ -209,12 +209,12 @@ def load(name: str = "cpu", **options: Any) -> Ops:
 
                 from .cpu import CPU
 
-                if config.DISABLE_JIT:  # type: ignore[attr-defined]
+                if config.DISABLE_JIT or config.DEBUG_JIT:  # type: ignore[attr-defined]
                     raise NotImplementedError
                 return CPU(**options)
-        except (ValueError, TypeError, NotImplementedError, Warning) as error:
+        except Exception as error:
             found = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
-            if not found:
+            if not found or isinstance(error, LlmpyError):
                 raise
             hint = "Unset these environment variables, which Numba reads"
             raise LlmpyError("environment.numba", f"kernels cannot be compiled with {found}", hint) from error

@@ -121,9 +121,8 @@ def staged(target: Path, folder: bool) -> Iterator[Path]:
     except OSError as error:
         raise unwritable(target, error) from error
     except LlmpyError as error:
-        raise LlmpyError(
-            error.code, error.message.replace(str(work), str(target if folder else work.parent)), error.hint
-        ) from error
+        error.args = (str(error).replace(str(work), str(target if folder else work.parent)),)
+        raise
 
 
 def unwritable(path: Path, error: OSError) -> LlmpyError:

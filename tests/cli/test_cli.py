@@ -190,7 +190,7 @@ def test_settings_of_python(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_NUM_THREADS=0", "NUMBA_NUM_THREADS=many", "NUMBA_OPT=high"]
+    "setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_NUM_THREADS=0", "NUMBA_NUM_THREADS=many", "NUMBA_DEBUG_JIT=1"]
 )
 def test_settings_of_numba_that_break_kernels_are_named(setting: str) -> None:
     program = "from llmpy import backend; from llmpy.errors import LlmpyError\n"
