@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.refused import refused
 
 from llmpy.options.train import TrainOptions
