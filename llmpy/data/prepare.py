@@ -69,8 +69,9 @@ def prepare(
     else:
         if len(paths) == 1 and is_dataset(paths[0]):
             own = None if model is None else model.tokenizer
-            if model is not None and (its := model.load()[0]).vocab_size == GPT2_VOCAB:
-                own = None if its.same_tokens(Tokenizer.gpt2(log)) else own
+            if model is not None and (own or model.size == GPT2_VOCAB):
+                its = model.load()[0]
+                own = None if its.vocab_size == GPT2_VOCAB and its.same_tokens(Tokenizer.gpt2(log)) else own
             paths = [find_dataset(str(paths[0]), log, str(own or "gpt2"))]
         if before is not None and (again := _resumed(paths, val, skip, before)):
             return _from_shards(again, vocab_size, model, log)

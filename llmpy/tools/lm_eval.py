@@ -91,7 +91,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
             if not follows:
                 message = f"request {number:,}: {continuation!r} adds no token to the context …{context[-40:]!r}"
                 hint = "Let contexts end, or continuations start, at a blank, or use a tokenizer with smaller tokens"
-                raise LlmpyError("lm_eval.no-continuation", message, hint)
+                raise LlmpyError("request.no-continuation", message, hint)
             pairs.append((ids or [self.tokens.eot], follows))
         return self._answers("loglikelihood", requests, pairs, disable_tqdm)
 

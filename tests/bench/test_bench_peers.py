@@ -126,7 +126,7 @@ def test_the_environment_of_a_command() -> None:
         ("--rounds 0", ["--rounds 0"]),
         ("--model d1x", ["d1x"]),
         ("-T 2000", ["-T 2000", "gpt2", "1024", "[model.context-exceeded]"]),
-        ("--json none/x.json", ["none/x.json", "[file.missing]"]),
+        ("--json none/x.json", ["none/x.json", "[file.unwritable]"]),
     ],
 )
 def test_errors(pretended: None, line: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def test_a_generator_that_was_just_seeded(tmp_path: Path) -> None:
     ("offset", "value", "code", "name"),
     [
         (4, 2, "file.corrupt", "version 2"),
-        (8, 2, "file.unreadable", "00001.bin"),
+        (8, 2, "file.missing", "00001.bin"),
         (16, 2, "file.corrupt", "master=2"),
         (20, 0, "file.wrong-size", "too long"),
         (1024 + 12 * SIZE, 2**31 - 1, "file.wrong-size", "too long"),
@@ -250,7 +250,7 @@ def state_on(shards: tuple[Path, ...], B: int = 2, ranks: int = 1) -> TrainingSt
         ({}, 2, "resume.loader-mismatch", "--init"),
         ({"init": "gpt2"}, 1, "option.conflict", "--init gpt2"),
         ({"model": "d6"}, 1, "option.conflict", "--model d6"),
-        ({"resume": None, "init": "nowhere", "init_state": True}, 1, "file.unreadable", "nowhere"),
+        ({"resume": None, "init": "nowhere", "init_state": True}, 1, "file.missing", "nowhere"),
     ],
 )
 def test_invalid_resumes_fail_before_compiling(

@@ -193,5 +193,5 @@ def test_a_continuation_without_a_token_is_refused(harness: Any, run: Path) -> N
         ids = made.tokens.encode(context + continuation)
         if len(ids) > len(made.tokens.encode(context)):
             continue
-        with refused("lm_eval.no-continuation", "request 2", repr(continuation)):
+        with refused("request.no-continuation", "request 2", repr(continuation)):
             made.loglikelihood([asked("The", " cat"), asked(context, continuation)])

@@ -826,7 +826,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], dict[str, Any]], str]]:
         return write
 
     return {
-        "empty": (file(b""), "1,000"),
+        "empty": (file(b""), "bad.txt"),
         "tiny": (file(b"a few words"), "1,000"),
         "binary": (file(bytes(range(256)) * 40), "bad.txt"),
         "missing": (lambda f: {"data": (f / "nothing.txt",)}, "nothing.txt"),
