@@ -298,7 +298,7 @@ def _usual_eot(library: tokenizers.Tokenizer) -> str | None:
 
 def _parts_of_long_words(texts: Iterable[str]) -> Iterator[str]:
     """Yield texts unchanged if no word is longer than LONG_WORD, else their long words in parts, thinned out."""
-    seen = parts = 0
+    seen = skipped = 0
     for text in texts:
         start = 0
         for run in RUN.finditer(text) if _has_long_run(text) else ():
@@ -309,8 +309,9 @@ def _parts_of_long_words(texts: Iterable[str]) -> Iterator[str]:
             for at in range(run.start(), start, LONG_WORD):
                 part = text[at : min(at + LONG_WORD, start)]
                 seen += len(part.encode())
-                parts += 1
-                if parts % (1 + seen // LONG_WORDS_SEEN) == 0:
+                skipped += 1
+                if skipped > seen // LONG_WORDS_SEEN:
+                    skipped = 0
                     yield part
         yield text[start:]
 
