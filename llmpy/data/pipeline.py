@@ -194,7 +194,8 @@ def write_tokens(
             spool = _spool(corpus, encoder, Path(work), limit)
             n, held = len(spool.ids), _held_out(spool, layout, 0 if corpus.given else limit)
             if spool.counted is not None and layout is OWN:
-                check_counted([(spool.ids[: n - held], spool.counted[: n - held])], tokenizer.eot, tokenizer)
+                for what, part in (("training", slice(0, n - held)), ("validation", slice(n - held, n))):
+                    check_counted([(spool.ids[part], spool.counted[part])], tokenizer.eot, tokenizer, what)
             for name, start, stop in _cuts(n, held, layout, FORMS[form].dtype.itemsize):
                 counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
                 write_shard(folder / name, spool.ids[start:stop], form, counted)
@@ -260,8 +261,9 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
 
 
 def check_counted(
-    parts: Iterable[tuple[Stored | np.ndarray, Stored | np.ndarray | None]], eot: int, tokenizer: Tokenizer | None
-) -> None:
+    parts: Iterable[tuple[Stored | np.ndarray, Stored | np.ndarray | None]], eot: int, tokenizer: Tokenizer | None,
+    what: str,
+) -> None:  # fmt: skip
     """Raise LlmpyError if no token of the parts (ids, mask) counts but EOT and white space."""
     for ids, counted in parts:
         if counted is None:
@@ -273,7 +275,7 @@ def check_counted(
                 return
     raise LlmpyError(
         "data.nothing-counted",
-        "no training token counts in the loss: completions and assistant messages are missing or empty",
+        f"no {what} token counts in the loss: completions and assistant messages are missing, empty or masked",
         'Give messages with {"role": "assistant", "content": …}, or a completion with text',
     )
 

@@ -13,6 +13,8 @@ give another meaning (calls, images, preferences …) are refused by name; other
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
@@ -21,16 +23,36 @@ from ..errors import LlmpyError
 ASSISTANT = "assistant"  # the role that counts
 KINDS = "text, prompt and completion, messages, conversations, or instruction and output"
 CHATS = ("messages", "conversations", "conversation")
-CONTEXT = {"prompt", "completion", "instruction", "system", "history"}  # must not be lost
+CONTEXT = {
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "response",
+}  # must not be lost
 PREFERENCES = {"chosen", "rejected", "completions", "kto_tag"}
 LOST = {
     "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio",
     "train_detail",
 }  # fmt: skip
-OF_RECORDS = LOST | {"weights", "chat_template_kwargs", "labels", "label"}  # unless all of the record is a text
-OF_MESSAGES = LOST | {"tool_call_id", "name", "reasoning_content", "thinking", "refusal", "loss_scale"}
+OF_RECORDS = LOST | {
+    "weights",
+    "chat_template_kwargs",
+    "labels",
+    "label",
+    "train",
+    "training",
+    "loss",
+}  # unless all of the record is a text
+OF_MESSAGES = LOST | {
+    "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "refusal", "channel", "recipient",
+}  # fmt: skip
+LOSS = re.compile("(?i)loss|train|mask|weight")  # flags of other programs
 CONTENT = {"text", *CHATS, "prompt", "completion", "instruction"} | PREFERENCES  # a record has one of these
-KNOWN = CONTENT | {"input", "output", "system", "history", "weight"} | OF_RECORDS
+KNOWN = CONTENT | CONTEXT | {"weight"} | OF_RECORDS
 PAIRS = (("prompt", "completion"), ("instruction", "output"))
 FLAGS = ("weight", "train", "training", "loss")  # of a message: OpenAI; axolotl; ms-swift
 PLAIN = {"role", "content"}
@@ -38,7 +60,7 @@ MESSAGE = {*PLAIN, "from", "value", *FLAGS}
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys((ASSISTANT, "gpt", "chatgpt", "bing", "bard", "bot", "model"), ASSISTANT),
+    **dict.fromkeys((ASSISTANT, "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), ASSISTANT),
 }
 TYPES = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 Spans = tuple[tuple[int, int], ...]  # [start, stop) in characters, ascending
@@ -71,7 +93,9 @@ def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
         raise _ambiguous(f"{where} has two kinds of content, {found[0]} and {found[1]}")
     if not found:
         if alone := sorted(fields.keys() & (CONTENT | {"output"})):
-            raise _invalid(f"{where} has only {' and '.join(alone)}")
+            raise _invalid(
+                f"{where} has only {' and '.join(alone)}, of {', '.join(str(name)[:30] for name in sorted(record)[:6])}"
+            )
         return None
     kind, extra = found[0], set[str]()
     layout, used, counted = kind, {kind}, None
@@ -94,6 +118,8 @@ def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
         if front and text.startswith("system: ", len(front)):
             raise _ambiguous(f"{where} has two system messages")
         layout += " → user/assistant messages" * (kind != "messages")
+    if kind == "text":
+        used |= {"input", "output", "response"}  # metadata
     if lost := [name for name in fields.keys() & CONTEXT - used if str(fields[name]) not in text]:
         raise _ambiguous(f"{where}: {min(lost)} is not part of {kind}, and would be lost")
     return Reading(text, counted, layout, extra | record.keys() - KNOWN | fields.keys() - used - CONTEXT - {"weight"})
@@ -112,7 +138,7 @@ def conversation(where: str, messages: Any, ignored: set[str], text: str = "") -
         if not isinstance(message, dict):
             raise _invalid(f"{at} is {_type(message)}, not an object with role and content")
         if others := {name for name in message.keys() - PLAIN if _holds(message[name])}:
-            _refuse(at, others & OF_MESSAGES)
+            _refuse(at, {name for name in others - MESSAGE if name in OF_MESSAGES or LOSS.search(name)})
             ignored |= others - MESSAGE
         spelled = _either(at, message, "role", "from")
         role = ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
@@ -210,6 +236,8 @@ def _holds(value: Any) -> bool:
         return value != "" and not value.isspace()
     if isinstance(value, dict):
         return any(map(_holds, value.values()))
+    if isinstance(value, float):
+        return not math.isnan(value)  # an empty cell of a table
     return any(map(_holds, value)) if isinstance(value, list) else value is not None
 
 

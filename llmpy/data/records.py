@@ -28,7 +28,8 @@ from .record_fields import ASSISTANT, CONTENT, KINDS, KNOWN, Reading, Spans, rea
 from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".jl": "jsonl", ".json": "json"}
+RECORD = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"(%s)"\s*:' % "|".join(sorted(CONTENT)).encode())  # in any file
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ROWS = 64  # of a parquet file read at a time
 LOOKED_AT = 1000  # counted stretches examined per shard
@@ -89,7 +90,7 @@ def kind_of(path: Path, start: bytes) -> str | None:
     if start.startswith(GZIP):
         kind = SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 and suffixes[1] == ".gz" else None
         return kind and f"{kind}.gz"
-    return SUFFIXES.get(suffixes[-1]) if suffixes else None
+    return "jsonl" if RECORD.match(start) and path.suffix.lower() != ".json" else SUFFIXES.get(path.suffix.lower())
 
 
 def read_records(path: Path, kind: str, tally: Tally | None = None) -> Iterator[Document]:
@@ -134,13 +135,16 @@ def json_records(path: Path, kind: str = "jsonl") -> Iterator[tuple[int, Any]]:
                 for number, value in enumerate(_values(text.read), 1):
                     yield number, value
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise LlmpyError("file.corrupt", f"{path} is corrupt: {error}", "Download or compress it again") from error
+        raise LlmpyError("file.corrupt", f"{path} is cut off or corrupt", "Download or compress it again") from error
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         where = f"line {number:,}" if lines else f"record {number + 1:,}"
         known = {RecursionError: "it is nested too deeply", UnicodeDecodeError: "it is not UTF-8"}
-        why = known.get(type(error), getattr(error, "msg", "it has a number with too many digits"))
+        wrong = (
+            f"column {error.colno:,} is wrong" if isinstance(error, json.JSONDecodeError) else "a number is too long"
+        )
+        why = known.get(type(error), wrong)
         kind_of_error = LlmpyError if lines or number else NotText
         hint = "Write one JSON object per line, or an array of objects"
         raise kind_of_error("record.not-json", f"{where} of {path} is not JSON: {why}", hint) from error

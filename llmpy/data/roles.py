@@ -7,6 +7,7 @@ out and listed; in a folder of source code all text is data. What may be data bu
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,13 @@ from .shards import form_of, is_shard
 from .text import Found, Skip, find_files, first_bytes, refuse_all, refuse_sealed, shown
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test data"
-ROLES = {"train": TRAINING, "training": TRAINING, "test": TEST, "testing": TEST} | dict.fromkeys(
-    ("val", "valid", "validation", "dev", "eval", "evaluation", "heldout", "holdout"), VALIDATION
-)
+ROLES = dict.fromkeys(("train", "training", "trainset"), TRAINING) | dict.fromkeys(("test", "testing", "testset"), TEST)
+ROLES |= dict.fromkeys(
+    ("val", "valid", "validate", "validation", "dev", "eval", "evaluation", "heldout", "holdout", "valset", "devset",
+     "evalset"), VALIDATION,
+)  # fmt: skip
+WORD = re.compile(r"(?i:held|hold)[-_ ]?out|[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*")  # valData are two words
+LANGUAGES = {".cs", ".el", ".mk", ".ml", ".pl", ".so", ".ts"}  # of train.cs, in Czech
 SHARD, TEXT, RECORDS, SCRIPT = "tokens", "text", "records", "scripts and settings"
 NO_DATA = {
     "documentation": re.compile(
@@ -98,7 +103,7 @@ def _role(file: Found, problems: list[LlmpyError]) -> str | None:
     """Return the role that a file's names say, if any."""
     roles = set[str]()
     for names in file.names:  # several if links lead to the file
-        words = (re.findall(r"[^\W\d_]+", name.lower()) for name in reversed(names))
+        words = ([re.sub("[-_ ]", "", word).lower() for word in WORD.findall(name)] for name in reversed(names))
         roles |= next(filter(None, ({ROLES[word] for word in some if word in ROLES} for some in words)), set())
     if len(roles) > 1:
         what = f"{file.path} is named as {' and '.join(sorted(roles))}"
@@ -110,11 +115,15 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
     """Return SHARD, TEXT, RECORDS, or why a file is no data ("": not worth listing)."""
     path, suffix = file.path, file.path.suffix.lower()
     by_name = next((why for why, names in NO_DATA.items() if names.fullmatch(path.name) and not file.named), None)
-    if by_name:
+    if by_name and suffix != ".json" and not (suffix in LANGUAGES and _role(file, [])):
         return by_name
     try:
         start = first_bytes(path)
+        if by_name and suffix == ".json" and not start.lstrip().startswith(b"["):  # an array holds records
+            return by_name
         if path.stat().st_size == len(start) and not start.strip():
+            if _role(file, []) in (TRAINING, VALIDATION):
+                raise LlmpyError("data.empty", f"{path} is empty", "Restore it, or remove it")
             return "empty"
         if is_shard(path):
             return SHARD
@@ -131,13 +140,28 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
             raise LlmpyError(
                 "file.corrupt", f"{path} is not parquet: it starts with {start[:24]!r}", "Download it again"
             )
-    except NotText:
-        return SCRIPT
     except LlmpyError as error:
+        if isinstance(error, NotText) and not _role(file, []) and _is_settings(path):
+            return SCRIPT
         if _role(file, []) != TEST:  # those are left out
             problems.append(error)
             return ""
     return SCRIPT if suffix == ".json" and not file.named else TEXT
+
+
+def _is_settings(path: Path) -> bool:
+    """Return whether a .json file holds one small object that is no table of objects."""
+    try:
+        about = json.loads(path.read_text("utf-8-sig")) if path.stat().st_size < 1 << 20 else None
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(about, dict):
+        return False
+    tables = [about, *about.values()]
+    rows = [
+        [*table.values()] if isinstance(table, dict) else table for table in tables if isinstance(table, dict | list)
+    ]
+    return not any(len(row) > 1 and all(isinstance(one, dict) for one in row) for row in rows)
 
 
 def _is_source(kinds: dict[Found, str]) -> bool:

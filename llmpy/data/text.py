@@ -126,9 +126,11 @@ def stream_files(
     for line in tally.lines():
         log(line)
     amount = f"{count_of(len(files), 'file')}, {characters:,} characters"
-    if not found and characters < (LEAST_CHARACTERS if role == "training" else 1):
-        hint = "Give more text, or no path to train on Python's documentation"
-        raise LlmpyError("data.too-short", f"{amount} of {role} text; at least {LEAST_CHARACTERS:,} are needed", hint)
+    least, hint = 1, "Give more text"
+    if role == "training":
+        least, hint = LEAST_CHARACTERS, "Give more text, or no path to train on Python's documentation"
+    if not found and characters < least:
+        raise LlmpyError("data.too-short", f"{amount} of {role} text; at least {least:,} are needed", hint)
     amount += f", {', '.join(sorted(kinds))}" + (f", {documents:,} documents" if documents != len(files) else "")
     log(f"{role:<11} {amount}: {shown(files)}")
 

@@ -24,7 +24,7 @@ from ..system.durable import write_whole
 from ..system.interrupts import interruptible
 from ..system.workers import few
 from . import pretrained
-from .magic import TOKENIZER, magic_of
+from .magic import TOKENIZER, lfs_pointer, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
 if TYPE_CHECKING:  # imported on first use: `llmpy --help` does without it
@@ -108,6 +108,8 @@ class Tokenizer:
             raise LlmpyError("tokenizer.missing", f"no tokenizer at {path}", hint) from None
         except OSError as error:
             raise unreadable(path, error) from error
+        if pointer := lfs_pointer(data):
+            raise LlmpyError("file.lfs-pointer", f"{path} {pointer[0]}", pointer[1])
         try:
             if magic_of(data) == TOKENIZER:
                 return cls._from_ranks(parse_llmc(data))

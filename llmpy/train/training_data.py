@@ -94,9 +94,10 @@ class TrainingData:
         return Update(batches, names, position)
 
     def check_counted(self) -> None:
-        """Raise LlmpyError if nothing in the training text counts."""
+        """Raise LlmpyError if nothing in the training or the validation text counts."""
         eot = (self.train.vocab_size or 0) - 1 if self.tokenizer is None else self.tokenizer.eot
-        check_counted(((shard.tokens, shard.counted) for shard in self.train.shards), eot, self.tokenizer)
+        for what, loader in (("training", self.train), ("validation", self.val)):
+            check_counted(((shard.tokens, shard.counted) for shard in loader.shards), eot, self.tokenizer, what)
 
     def check_same(self, before: Fingerprints, folder: object) -> None:
         """Raise LlmpyError if the fingerprints `before` differ from these data's."""

@@ -103,10 +103,10 @@ def test_a_byte_order_mark_and_empty_records(tmp_path):
 
 
 REFUSED = [  # record, code, what the message names
-    ("{", "record.not-json", ["Expecting property name"]),
+    ("{", "record.not-json", ["column 2"]),
     ("[" * 100_000, "record.not-json", ["nested too deeply"]),
     ("\ud800", "record.not-json", ["not JSON"]),
-    ("1" * 5000, "record.not-json", ["digits"]),
+    ("1" * 5000, "record.not-json", ["too long"]),
     ('"text"', "record.unknown-fields", ["not an object"]),
     ({"a": 1, "b": 2}, "record.unknown-fields", ["a, b", "text, prompt"]),
     ({"instruction_": "x", "output": "y"}, "record.unknown-fields", ["instruction_, output"]),
@@ -143,6 +143,11 @@ REFUSED = [  # record, code, what the message names
     ({"messages": [U, A | {"train": True, "weight": 0}]}, "record.ambiguous", ["weight and train"]),
     # fields with a meaning that cannot be used
     ({"messages": [U, A | {"content": "", "tool_calls": CALL}]}, "record.unsupported", ["message 2 has tool_calls"]),
+    ({"messages": [U, A | {"loss_weight": 0}]}, "record.unsupported", ["message 2 has loss_weight"]),
+    ({"messages": [U, A | {"train_on_turn": False}]}, "record.unsupported", ["message 2 has train_on_turn"]),
+    ({"messages": [U, A | {"reasoning": "hm"}]}, "record.unsupported", ["message 2 has reasoning"]),
+    ({"messages": [U, A], "train": False}, "record.unsupported", ["train"]),
+    ({"prompt": "Translate: ", "input": "Tag", "completion": "Day"}, "record.ambiguous", ["input"]),
     ({"messages": [U, A | {"content": None, "function_call": {"name": "f"}}]}, "record.unsupported", ["function_call"]),
     ({"messages": [U, {"role": "tool", "content": "4"}]}, "record.unsupported", ["message 2 has the role 'tool'"]),
     ({"conversations": [HUMAN, {"from": "observation", "value": "4"}]}, "record.unsupported", ["'observation'"]),
@@ -247,7 +252,7 @@ def test_a_json_file_of_one_record_and_of_utf_16(tmp_path):
         ('[{"text": "fine"}, {"text": }]', "record.not-json", ["record 2"]),
         ('[{"text": "fine"}, {"text": "cut', "record.not-json", ["record 2"]),
         ('[{"text": "fine"}', "record.not-json", ["record 2"]),
-        ('[{"text": "fine"}] [{"text": "more"}]', "record.not-json", ["Extra data"]),
+        ('[{"text": "fine"}] [{"text": "more"}]', "record.not-json", ["column 18"]),
         ('[{"text": "fine"}, {"text": 1}]', "record.invalid", ["record 2", "number"]),
     ],
 )

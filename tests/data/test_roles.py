@@ -72,6 +72,9 @@ def chosen(
         (["medieval_train.txt", "invalid.txt"], ["x_EVAL_01.txt"], []),
         (["TinyStoriesV2-GPT4-train.txt"], ["TinyStoriesV2-GPT4-valid.txt"], []),
         (["val/train.txt"], ["train/val.txt"], []),
+        (["book.txt"], ["held_out.txt", "hold-out/a.txt", "my_validate.txt"], []),
+        (["trainData.txt", "trainset.jsonl"], ["valData.txt", "VALSet.txt", "devset.txt"], ["testset.txt"]),
+        (["train.cs", "train.en"], ["val.cs", "val.en"], ["test.pl"]),
     ],
 )  # fmt: skip
 def test_names_of_files_and_folders(
@@ -260,6 +263,10 @@ NANOGPT: dict[str, str | bytes] = {
         ("file.lfs-pointer", "more.jsonl", LFS, "git lfs pull"),
         ("file.lfs-pointer", "data.jsonl.gz", LFS, "git lfs pull"),
         ("record.unknown-fields", "more.jsonl", '{"foo": 1}\n', "foo"),
+        ("record.unknown-fields", "qa.json", '{"question": "q"}\n{"question": "r"}\n', "question"),
+        ("record.unknown-fields", "nested.json", '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}', "version"),
+        ("record.unknown-fields", "train.json", '{"version": 1}', "version"),
+        ("data.empty", "val.txt", "", "Restore"),
         ("record.not-json", "more.jsonl", rows("b", 3) + "{", "line 4"),
         ("file.corrupt", "train.parquet", "<html>404</html>", "parquet"),
         ("data.not-text", "a.zip", b"PK\x03\x04\0\0", "zip"),

@@ -174,3 +174,9 @@ def test_run_folders_within_are_skipped(tmp_path, said):
     names = [os.path.relpath(f.path, tmp_path) for f in find_files([tmp_path], is_ours)]
     assert names == ["a.txt", "model/config.json"]
     assert len(find_files([tmp_path / "runs" / "done"], is_ours)) == 3  # but not if named
+
+
+@pytest.mark.parametrize("name", ["a.jsonlines", "a.txt", "part-00000", "a.jl"])
+def test_json_lines_by_any_name(name: str, tmp_path: Path, said: list[str]) -> None:
+    path = write(tmp_path, name, '{"text": "%s"}\n' % ("x" * 999) * 2)
+    assert [d.text for d in read(said, path)] == ["x" * 999] * 2
