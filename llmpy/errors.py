@@ -16,7 +16,7 @@ class LlmpyError(Exception):
     exit_code = 1
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
-        message = message.rstrip(". ")  # what a library said may end in a full stop
+        message = " ".join(message.splitlines()).rstrip(". ")  # of files and libraries: several lines, a full stop
         super().__init__(f"{message}. {hint}" if hint else message)
         self.code, self.message, self.hint = code, message, hint
 

@@ -19,6 +19,7 @@ def test_copies(error: LlmpyError) -> None:
 
 def test_one_full_stop_between_message_and_hint() -> None:
     assert str(LlmpyError("a.b", "the library failed.", "Try again")) == "the library failed. Try again"
+    assert str(LlmpyError("a.b", "no\nfile\u2028x\n", "Try again")) == "no file x. Try again"
 
 
 def test_a_missing_file_is_not_an_unreadable_one() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 WHOLE, CONFIG, UNREADABLE = "tokenizer.json", "tokenizer_config.json", ("tokenizer.model", "spiece.model", "vocab.txt")
+SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
 FAST = "PreTrainedTokenizerFast"
 GPT2 = "GPT2"  # classes without "Tokenizer" and "Fast"
 CLASSES = ("", GPT2, "PreTrained", "TokenizersBackend", "PythonBackend", "Llama", "Qwen2", "GPTNeoX")
@@ -44,7 +45,7 @@ def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str]]
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    about = json.loads(data.decode("utf-8"))
+    about = _object(path.name, data)
     whole = "model" in about
     folder = None if whole and path.name != WHOLE else path.parent
     config, model = _sibling(folder, CONFIG), _sibling(folder, "config.json")
@@ -95,6 +96,8 @@ def _add(
         texts = {_token(t).content for t in [*special.values(), *more]}
         added = _sibling(folder, "added_tokens.json")
         decoder = {i: {"content": t, "special": t in texts, "normalized": t not in texts} for t, i in added.items()}
+    if not all(str(i).isdecimal() for i in decoder):
+        raise ValueError("added_tokens.json, or added_tokens_decoder, has an id that is not a number")
     for i, token in sorted((int(i), _token(t)) for i, t in decoder.items()):
         library.add_tokens([token])
         if (found := library.token_to_id(token.content)) != i:
@@ -129,4 +132,19 @@ def _added(library: tokenizers.Tokenizer) -> set[str]:
 def _sibling(folder: Path | None, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of the folder; {} if it is missing."""
     path = None if folder is None else folder / name
-    return json.loads(path.read_bytes()) if path is not None and path.is_file() else {}
+    return _object(name, path.read_bytes()) if path is not None and path.is_file() else {}
+
+
+def _object(name: str, data: bytes) -> dict[str, Any]:
+    """Return the object that a JSON file holds. Raises ValueError."""
+    try:
+        about = json.loads(data.decode("utf-8"))
+        if b"\\ud" in data.lower():  # half a surrogate pair is no text
+            json.dumps(about, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        known = {RecursionError: "it is nested too deeply", json.JSONDecodeError: str(error)}
+        why = known.get(type(error), "it is not UTF-8" if isinstance(error, UnicodeError) else "a number is too long")
+        raise ValueError(f"{name} is not JSON: {why}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{name} does not hold an object")
+    return about

@@ -117,7 +117,10 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises nothing more specific, and may panic
-            why = "a field is invalid" if isinstance(error, TypeError | AttributeError | KeyError) else str(error)
+            why = str(error)
+            if isinstance(error, TypeError | AttributeError | KeyError):
+                near = [name for name in pretrained.SETTINGS if (path.parent / name).is_file()]
+                why = " or of ".join([f"a field of {path.name}", *near]) + " is invalid"
             short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
             message = f"{path} is not a usable tokenizer: {short}"
             hint = "Give a tokenizer.json, or vocab.json and merges.txt, of byte-level BPE"

@@ -109,7 +109,7 @@ def converted(options: type, name: str, value: Any) -> Any:
     """Return a value of JSON or YAML in the type of its field. Raises LlmpyError if it has another type."""
     known = [f.name for f in options_of(options)]
     if name not in known:
-        raise LlmpyError("option.unknown", f"unknown option {name!r}", did_you_mean(name, known) or "See --help")
+        raise LlmpyError("option.unknown", f"unknown option {name[:60]!r}", did_you_mean(name, known) or "See --help")
     declared = typing.get_type_hints(options)[name]
     kind, *others = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
     if value is None and others:
@@ -151,4 +151,4 @@ def path_of(text: str) -> Path:
 
 def refusal(name: str, value: Any, hint: str) -> LlmpyError:
     """Return the error of an invalid value."""
-    return LlmpyError("option.invalid", f"{flag_of(name)} {value} is invalid", hint)
+    return LlmpyError("option.invalid", f"{flag_of(name)} {textwrap.shorten(str(value), 60)} is invalid", hint)

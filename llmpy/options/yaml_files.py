@@ -47,11 +47,15 @@ def read_yaml(options: type, path: Path) -> dict[str, Any]:
             what = f"{where}: option {name} is given twice" if name in found else f"{where}: a file cannot name another"
             raise LlmpyError("config.invalid-option", what, "Remove one of them" if name in found else "Use one file")
         value_of = partial(_text, path=name in paths)
-        value = [*map(value_of, node.value)] if isinstance(node, yaml.SequenceNode) else value_of(node)
         try:
+            value = [*map(value_of, node.value)] if isinstance(node, yaml.SequenceNode) else value_of(node)
             found[name] = converted(options, name, value)
+            options(**{name: found[name]})  # checks its range and choices
         except LlmpyError as error:
             raise LlmpyError("config.invalid-option", f"{where}: {error.message}", error.hint) from None
+        except UnicodeDecodeError:
+            what = f"{where}: option {name[:60]!r} has half a surrogate pair"
+            raise LlmpyError("config.invalid-option", what, "Write the character itself") from None
     return found
 
 
@@ -60,7 +64,8 @@ def _text(node: Any, path: bool) -> Any:
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind not in ("null", "bool", "int", "float", "timestamp", "str", "value", "merge"):
         return {}
-    return None if kind == "null" else str(path_of(node.value)) if path and node.value[:1] == "~" else node.value
+    text = node.value.encode("utf-16", "surrogatepass").decode("utf-16")  # joins JSON's pairs, as in "\\ud83d\\ude42"
+    return None if kind == "null" else str(path_of(text)) if path and text[:1] == "~" else text
 
 
 def read_recipe(options: type, name: str) -> dict[str, Any]:

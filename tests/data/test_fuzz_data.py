@@ -125,6 +125,11 @@ def read(path: Path, reader: Callable[[Path], None]) -> bool:
     return good
 
 
+def peak() -> float:
+    """Return the largest memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
 def campaign(seed: int, count: int, folder: Path) -> None:
     """Read `count` mutations. Fails, leaving the file in `folder`, if one causes another error, or costs too much."""
     source = random.Random(seed)
@@ -148,22 +153,21 @@ def campaign(seed: int, count: int, folder: Path) -> None:
 
     for name in files:
         assert run(name, files[name][0]), name
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     for i in range(count):
         if i % 1000 == 0:
             faulthandler.dump_traceback_later(60, exit=True)
         name = source.choice(names)
         good += run(name, mutated(files[name][0], source))
     faulthandler.cancel_dump_traceback_later()
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    grown = peak() - before
     assert grown < MEGABYTES, f"{grown:.0f} MB more"
     print(f"{count:,} mutations, {good:,} of them read, {grown:.0f} MB more")
 
 
-def run_campaign(seed: int, count: int, seconds: float) -> str:
-    """Run a campaign in a process of its own and return its output; fail if it fails."""
-    code = "import sys, pathlib, test_fuzz_data as t; t.campaign(*map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
+def run_campaign(seed: int, count: int, seconds: float, module: str = "test_fuzz_data") -> str:
+    """Run the campaign of a module in a process of its own and return its output; fail if it fails."""
+    code = f"import sys, pathlib, {module} as t; t.campaign(*map(int, sys.argv[1:3]), pathlib.Path(sys.argv[3]))"
     paths = filter(None, [str(Path(__file__).parent), *sys.path])
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(

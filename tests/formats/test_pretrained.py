@@ -296,7 +296,20 @@ def test_data_with_a_folder_or_its_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").rename(tmp_path / "es-merges.txt")
     with refused("tokenizer.invalid", "vocab.json", "merges.txt is missing"):
         Ours.load(tmp_path)
-    (tmp_path / "vocab.json").rename(tmp_path / "es-vocab.json")
+    (tmp_path / "es-merges.txt").rename(tmp_path / "merges.txt")
+    for config in (
+        "3",
+        '{"tokenizer_class": 5}',
+        '{"pad_token": "\\ud800"}',
+        '{"added_tokens_decoder": {"x": "y"}}',
+        "{",
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(config, "utf-8")
+        with refused("tokenizer.invalid", "vocab.json", "token" if "decoder" in config else "tokenizer_config.json"):
+            Ours.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).rename(tmp_path / f"es-{name}")
     assert Ours.load(tmp_path / "es-vocab.json").same_tokens(found)
 
 
