@@ -214,9 +214,10 @@ def load(name: str = "cpu", **options: Any) -> Ops:
                 return CPU(**options)
         except Exception as error:
             found = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+            found += " .numba_config.yaml" * os.path.exists(".numba_config.yaml")
             if not found or isinstance(error, LlmpyError):
                 raise
-            hint = "Unset these environment variables, which Numba reads"
+            hint = "Unset these environment variables, or remove this file, which Numba reads"
             raise LlmpyError("environment.numba", f"kernels cannot be compiled with {found}", hint) from error
     if name == "reference":
         from .reference import Reference

@@ -16,7 +16,7 @@ from ..model.config import GPT2_VOCAB
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..run.checkpoint import check_finite
-from ..system.durable import staged, staging
+from ..system.staged import staged, staging
 from . import find, gguf, huggingface, llmc, llmc_state, native, open_model, tokenizer_of
 from .source import Source, tokenizer_path
 
@@ -65,7 +65,8 @@ def format_of(target: Path, to: str | None) -> str:
         raise LlmpyError("convert.unknown-format", f"{target} has no known suffix", f"Use --to {', '.join(FORMATS)}")
     try:
         into = _is_folder(target, to) and target.is_dir()
-        taken = any(path != staging(target) for path in target.iterdir()) if into else os.path.lexists(target)
+        mine = staging(target).name  # and its lock, of a killed process
+        taken = any(not path.name.startswith(mine) for path in target.iterdir()) if into else os.path.lexists(target)
     except OSError as error:
         raise LlmpyError("file.unwritable", f"cannot write {target}: {error.strerror}", "Use another path") from error
     if taken:

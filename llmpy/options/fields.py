@@ -134,6 +134,7 @@ def _one(kind: type, value: Any) -> Any:
     if kind is int and isinstance(value, str) and not value.lstrip("+-").isdecimal():
         value = float(value)  # 1e6
     wrong = value is None or isinstance(value, list | tuple | dict | set) or (kind is Path and value == "")
+    wrong = wrong or (kind is Path and "\0" in str(value))
     if wrong or (kind is bool) != isinstance(value, bool):
         raise ValueError
     if kind is int and not isinstance(value, str) and int(value) != value:

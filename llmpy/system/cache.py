@@ -28,6 +28,7 @@ def user_cache() -> Path:
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        base = base if os.path.isabs(base) else "~/.cache"  # as XDG's specification says
     folder = Path(os.path.expanduser(base), "llmpy")  # leaves ~ if there is no home folder
     return _named("LLMPY_CACHE_DIR") or (folder if possible(folder) else _temporary())
 
@@ -41,8 +42,8 @@ def trusted_folder(*names: str) -> tuple[Path | None, str]:
     """Create and return a folder of the user's cache, links resolved, or None and why it cannot be used."""
     try:
         folder = user_cache().joinpath(*names)
-        for place in (*reversed(folder.parents[: len(names)]), folder):
-            place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for place in (*reversed(folder.absolute().parents), folder):  # of each, or the umask decides
+            place.mkdir(mode=0o755, exist_ok=True)
         folder = folder.resolve()
         why = exposed(folder)
     except OSError as error:

@@ -93,38 +93,6 @@ def made(folder: Path) -> Iterator[None]:
         raise
 
 
-def staging(target: Path) -> Path:
-    """Return the hidden folder of `staged`: next to `target`, or in it if it is a folder (which may be a mount)."""
-    return (target if target.is_dir() else target.absolute().parent) / f".{target.absolute().name}.tmp"
-
-
-@contextlib.contextmanager
-def staged(target: Path, folder: bool) -> Iterator[Path]:
-    """Yield a path to write instead of `target`, a `folder` or a file with others next to it; rename all at the end.
-
-    On an error nothing is left. What a killed process left is removed by the next one. Raises LlmpyError.
-    """
-    work = staging(target)
-    whole = folder and not target.is_dir()
-    try:
-        with made(work.parent):
-            try:
-                remove(work)
-                work.mkdir()
-                yield work if folder else work / target.name
-                for path in [work] if whole else sorted(work.iterdir()):
-                    replace(path, target if whole else work.parent / path.name)
-                sync_folder(work.parent)
-            finally:
-                with contextlib.suppress(OSError):
-                    remove(work)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    except LlmpyError as error:
-        error.args = (str(error).replace(str(work), str(target if folder else work.parent)),)
-        raise
-
-
 def unwritable(path: Path, error: OSError) -> LlmpyError:
     """Return the error for a file or folder that cannot be written. Libraries report a full disk without a number."""
     what = f"cannot write {path}: {error.strerror or 'the write failed; the disk may be full'}"

@@ -86,6 +86,7 @@ class Page(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         path, _, query = self.path.partition("?")
         foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
+        foreign = foreign and (path != "/" or self.headers.get("Sec-Fetch-Dest") != "document")  # a link to the page
         if foreign or (host.rpartition(":")[0] not in HOSTS and host not in HOSTS):
             self._answer(403, "text/plain", b"llmpy watch only serves localhost and 127.0.0.1, and no other site\n")
         elif path in FILES:

@@ -31,6 +31,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.run import checkpoint
 from llmpy.system import durable
+from llmpy.system.staged import staging
 
 if sys.platform != "win32":
     import resource
@@ -532,7 +533,7 @@ def test_a_failed_conversion_leaves_nothing(
                 durable.remove(path)
         for path in sorted(set(tmp_path.rglob("*")) - set(before), reverse=True):
             durable.remove(path)
-    durable.staging(folder / target).mkdir(parents=True)  # as a killed process leaves it
+    staging(folder / target).mkdir(parents=True)  # as a killed process leaves it
     converting(folder, target, source)
     assert not list(tmp_path.rglob(".*"))
     if target not in ("out.gguf", "llmc-run"):

@@ -91,8 +91,12 @@ def test_validation_batches_are_weighted_by_their_targets(
     row[33:49] = half[33:49] = True  # in the second batch: half the weight of the first
     assert val_loss("both", 2, half) == pytest.approx((alone + val_loss("row", 2, row) / 2) / 1.5, rel=1e-12)
     assert "are masked" not in capsys.readouterr().out
-    assert math.isnan(val_loss("none", 2, none))
+    late = none.copy()
+    late[-9:] = True  # after the batches that are measured
+    assert math.isnan(val_loss("late", 2, late))
     assert "all targets of the 2 validation batches are masked" in capsys.readouterr().out
+    with refused("data.nothing-counted", "validation"):
+        val_loss("none", 2, none)
 
 
 def test_batches_without_a_target_report_no_loss(options: Options, tmp_path: Path, capsys: Any) -> None:

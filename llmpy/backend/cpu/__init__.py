@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ...errors import LlmpyError
+from ...system import kernel_cache
 from ...system.resources import cores
 from . import adamw as adamw_
 from . import (
@@ -21,7 +22,6 @@ from . import (
     global_norm,
     graph,
     jit,
-    kernel_cache,
     layernorm,
     linear,
     peak,

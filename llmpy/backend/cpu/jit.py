@@ -27,7 +27,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, extending
 
-from . import kernel_cache, pool
+from ...system import kernel_cache
+from . import pool
 
 # Sums may be vectorised (in a fixed order) and products fused; NaN, infinity and signed zeros keep their meaning.
 FASTMATH = {"reassoc", "contract"}

@@ -36,8 +36,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import overload
 
+from ...system.kernel_cache import target
 from .jit import intrinsic
-from .kernel_cache import target
 
 
 @dataclass(frozen=True)

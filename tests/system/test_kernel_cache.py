@@ -21,8 +21,8 @@ from numba.core import compiler, serialize
 
 from llmpy import backend
 from llmpy.backend import cpu
-from llmpy.backend.cpu import jit, kernel_cache
-from llmpy.system import cache, durable
+from llmpy.backend.cpu import jit
+from llmpy.system import cache, durable, kernel_cache
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 

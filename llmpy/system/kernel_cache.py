@@ -4,7 +4,7 @@ NAME-<key>.kernel is a hash, then a pickle of Numba's (`system.cache.seal`). A f
 again. Numba's own cache is unverified: corrupt pickles and machine code can do anything. Two processes can also mix up
 its index; here there is none.
 
-The folder's name is a hash of all that compiled code depends on: the sources next to this file, Numba, and the CPU.
+The folder's name is a hash of all that compiled code depends on: the sources of the kernels and this file, Numba, CPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import llvmlite.binding as llvm
 import numba
 from numba.core import caching, codegen, compiler, serialize
 
-from ...system.cache import seal, trusted_folder, unseal
-from ...system.terminal import aside
+from .cache import seal, trusted_folder, unseal
+from .terminal import aside
 
 config: Any = numba.config
 ELSEWHERE = "Set LLMPY_CACHE_DIR to a folder that only you can write to"
@@ -38,11 +38,13 @@ def target() -> tuple[str, str]:
 
 def _fingerprint() -> str:
     """Return a hash of everything that compiled code depends on, and of this copy's path."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1] / "backend" / "cpu"
     digest = hashlib.sha256(str(folder).encode())
-    for source in sorted(folder.glob("*.py")):
+    for source in (*sorted(folder.glob("*.py")), Path(__file__)):
         digest.update(source.read_bytes())
-    settings = (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_"))
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NUMBA_")]
+    with contextlib.suppress(OSError):
+        settings.append(Path(".numba_config.yaml").read_text("utf-8", "replace"))
     for fact in (numba.__version__, llvmlite.__version__, sys.version, *target(), *settings):
         digest.update(fact.encode())
     return digest.hexdigest()[:16]
