@@ -152,6 +152,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         model=o.model, batch_size=o.batch_size, sequence_length=o.sequence_length, total_batch=o.total_batch,
         checkpoint_every=o.checkpoint_every, keep=o.keep, ranks=o.nodes,
     )  # fmt: skip
+    gathered = run.micro_steps  # refuses an invalid total before anything compiles
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     ops.warm_up(aside)
     available = available_memory()
@@ -169,7 +170,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
         """Return the seconds of the parts of this stage or kind."""
         return sum(s for p, s in zip(parts, measured.seconds, strict=True) if name in (p.stage, p.kind))
 
-    update, gathered = took("update") / o.nodes, run.micro_steps
+    update = took("update") / o.nodes
     messages = communication(
         config, o.nodes, (o.bandwidth or math.inf) * 1e9 / 8, o.latency * 1e-6, took("forward"), took("backward"),
         ops.dtype != ops.wide,

@@ -259,7 +259,7 @@ def run_suite(target: Target, *selection: str) -> None:
     assert re.search(r"\d{2,}%\]|[1-9]\d* passed", result.stdout), "ran no test"
 
 
-@pytest.mark.parametrize("target", RUNS[:2], ids=str)
+@pytest.mark.parametrize("target", [RUNS[0], pytest.param(RUNS[1], marks=pytest.mark.isa)], ids=str)
 def test_products_and_conversions_on_other_cpus(target: Target) -> None:
     """Code that differs per row: packing, microkernels, exp, rounding. Both dtypes."""
     run_suite(target, "-k", SHORT)

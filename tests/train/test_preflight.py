@@ -202,7 +202,7 @@ def compile_all(dtype: str) -> None:
     [("d4", 64, 2), *(pytest.param(*given, marks=pytest.mark.long) for given in
      [("d4", 64, 0), ("d4", 1024, 0), ("d8", 256, 2), ("d8", 1024, 0), ("d12", 64, 0), ("d12", 256, 2)])],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_predicted_memory_is_that_of_a_run(tmp_path: Path, model: str, dtype: str, T: int, every: int) -> None:
     compile_all(dtype)
     predicted, peak = measured(tmp_path, model, dtype, T, every)
