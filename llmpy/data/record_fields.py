@@ -24,33 +24,20 @@ ASSISTANT = "assistant"  # the role that counts
 KINDS = "text, prompt and completion, messages, conversations, or instruction and output"
 CHATS = ("messages", "conversations", "conversation")
 CONTEXT = {
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "response",
-}  # must not be lost
+    "prompt", "completion", "instruction", "input", "output", "system", "history", "response",  # must not be lost
+}  # fmt: skip
 PREFERENCES = {"chosen", "rejected", "completions", "kto_tag"}
 LOST = {
     "tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio",
     "train_detail",
 }  # fmt: skip
-OF_RECORDS = LOST | {
-    "weights",
-    "chat_template_kwargs",
-    "labels",
-    "label",
-    "train",
-    "training",
-    "loss",
-}  # unless all of the record is a text
+OF_RECORDS = LOST | {  # unless all of the record is a text
+    "weights", "chat_template_kwargs", "labels", "label", "train", "training", "loss",
+}  # fmt: skip
 OF_MESSAGES = LOST | {
     "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "refusal", "channel", "recipient",
 }  # fmt: skip
-LOSS = re.compile("(?i)loss|train|mask|weight")  # flags of other programs
+LOSS = re.compile("(?i)(.*_)?(loss|train|mask|weight)")  # flags of other programs, not constraints
 CONTENT = {"text", *CHATS, "prompt", "completion", "instruction"} | PREFERENCES  # a record has one of these
 KNOWN = CONTENT | CONTEXT | {"weight"} | OF_RECORDS
 PAIRS = (("prompt", "completion"), ("instruction", "output"))
@@ -105,6 +92,7 @@ def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
         _refuse(where, fields.keys() & OF_RECORDS - ({"label"} if isinstance(fields.get("label"), str) else set()))
     if kind == "text":
         text = _string(f"{where}: text", fields["text"])
+        used |= {"input", "output", "response"}  # metadata
     elif kind == "completion":
         layout, used = "prompt + completion", {"prompt", "completion"}
         text, counted = _pair(where, record["prompt"], record["completion"], extra)
@@ -118,8 +106,6 @@ def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
         if front and text.startswith("system: ", len(front)):
             raise _ambiguous(f"{where} has two system messages")
         layout += " → user/assistant messages" * (kind != "messages")
-    if kind == "text":
-        used |= {"input", "output", "response"}  # metadata
     if lost := [name for name in fields.keys() & CONTEXT - used if str(fields[name]) not in text]:
         raise _ambiguous(f"{where}: {min(lost)} is not part of {kind}, and would be lost")
     return Reading(text, counted, layout, extra | record.keys() - KNOWN | fields.keys() - used - CONTEXT - {"weight"})
@@ -138,7 +124,7 @@ def conversation(where: str, messages: Any, ignored: set[str], text: str = "") -
         if not isinstance(message, dict):
             raise _invalid(f"{at} is {_type(message)}, not an object with role and content")
         if others := {name for name in message.keys() - PLAIN if _holds(message[name])}:
-            _refuse(at, {name for name in others - MESSAGE if name in OF_MESSAGES or LOSS.search(name)})
+            _refuse(at, {name for name in others - MESSAGE if name in OF_MESSAGES or LOSS.match(name)})
             ignored |= others - MESSAGE
         spelled = _either(at, message, "role", "from")
         role = ROLES.get(spelled.lower()) if isinstance(spelled, str) else None

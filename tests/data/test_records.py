@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from support.refused import refused
@@ -345,3 +346,12 @@ def test_parquet_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with refused("package.missing", "pyarrow", "pip install 'llmpy[parquet]'"):
         list(read_records(tmp_path / "a.parquet", "parquet"))
+
+
+def test_a_field_that_only_sounds_like_a_flag_is_ignored(tmp_path: Path) -> None:
+    messages = [U, A | {"constraints": "short"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    tally = Tally()
+    (document,) = read_records(tmp_path / "a.jsonl", "jsonl", tally)
+    assert document.counted
+    assert "(ignored: constraints)" in next(tally.lines())
