@@ -87,7 +87,7 @@ def write_model(
 def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, score: Score | None = None) -> Pieces:
     """Return a model file's contents: its header and the flat parameters."""
     # A single metadata entry in a fixed order: equal models give equal files.
-    about = {"format": FORMAT, "config": asdict(config), "trained_length": trained_length}
+    about = {"format": FORMAT, "config": config.record(), "trained_length": trained_length}
     about |= asdict(score) if score else {}
     return [file_header([(t.name, t.shape, "float32") for t in params_table(config)], {KEY: json.dumps(about)}), params]
 
@@ -116,7 +116,7 @@ def read_header(path: Path) -> Header:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']} instead of {FORMAT}")
             score = Score(*(about[field.name] for field in fields(Score))) if "val_loss" in about else None
-            header = Header(ModelConfig(**about["config"]), int(about["trained_length"]), score)
+            header = Header(ModelConfig.from_record(about["config"]), int(about["trained_length"]), score)
             if not 1 <= header.trained_length <= header.config.context:
                 raise ValueError(f"trained length {header.trained_length}")
         except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as error:

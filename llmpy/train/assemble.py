@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +131,7 @@ def build(
     if world.rank == 0:
         if data.tokenizer is not None:
             data.tokenizer.save(folder / TOKENIZER_FILE)
-        about = {"model": asdict(config), "machine": described(machine), "data": fed.fingerprints}
+        about = {"model": config.record(), "machine": described(machine), "data": fed.fingerprints}
         write_config(folder.path, options, **about)
     journal.open(folder.path, None if not folder.resumed else start.manifest["logs"] if start.manifest else {})
     folder.keep()
