@@ -1,7 +1,7 @@
 """A backend that computes nothing: it records which operations are called, and on which array shapes.
 
     ops = Recorder(np.float32)
-    GPT2(config, cast(Ops, ops)).loss_and_grads(tokens, targets)
+    language_model(config, cast(Ops, ops)).loss_and_grads(tokens, targets)
     ops.calls → [("embedding_forward", {"out": …, "tokens": …, "wte": …, "wpe": …}), …]
 
 Its arrays have a shape and a dtype but no memory, so a model of any size can be recorded.

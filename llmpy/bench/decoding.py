@@ -22,7 +22,7 @@ from ..generate.generation import check_memory
 from ..generate.kv_cache import Decoder
 from ..generate.sampling import Choice, choose
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2
+from ..model.families import language_model
 from ..model.initialise import initialise
 from ..options.bench import DecodeOptions
 from ..rng import Xorshift64Star
@@ -47,7 +47,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, longest)
     ops.warm_up(aside, decoding=True)
-    model = GPT2(config, ops, trainable=False)
+    model = language_model(config, ops, trainable=False)
     initialise(model.params, config)
     decoder = Decoder(model, o.batch_size, longest)
     text = np.random.default_rng(0).integers(0, config.vocab_size, max(o.prefill, o.prompt_tokens)).tolist()

@@ -17,7 +17,7 @@ import numpy as np
 from .. import backend
 from ..backend.machine import Machine
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2
+from ..model.families import language_model
 from ..model.initialise import initialise
 from ..options.bench import BenchOptions
 from ..options.train import TrainOptions
@@ -43,7 +43,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     training = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
     check_memory(training, config, ops, available_memory())
-    model = GPT2(config, ops)
+    model = language_model(config, ops)
     model.reserve(B, T, training=True)
     ops.warm_up(aside)
     initialise(model.params, config)

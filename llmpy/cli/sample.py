@@ -11,7 +11,7 @@ from ..backend.machine import Machine
 from ..errors import LlmpyError, unreadable
 from ..generate.generation import Generation, TextStream, Token, check_memory, encode_prompt, open_run
 from ..generate.sampling import choice_of
-from ..model.gpt2 import GPT2
+from ..model.families import language_model
 from ..options.sample_chat import SampleOptions
 from ..rng import Xorshift64Star
 from ..system.resources import crowded
@@ -35,7 +35,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     reach = source.trained_length
     check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + o.tokens))
     ops.warm_up(aside, decoding=True)
-    model = GPT2(source.config, ops, trainable=False)
+    model = language_model(source.config, ops, trainable=False)
     source.fill(model.params)
     # One generator per text; the first text is the same as without the others.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]

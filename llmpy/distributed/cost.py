@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 from ..model.config import ModelConfig
-from ..model.gpt2 import params_table
+from ..model.families import params_table
 from ..model.partition import Bucket, buckets
 
 EFFICIENCY = 0.9  # payload, as a share of the link rate

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 
 from ..errors import LlmpyError
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
 from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
@@ -218,11 +218,11 @@ class World(SingleProcess):
             )
         return SharedRunFolder(Path(path), resumed)
 
-    def optimizer(self, model: GPT2, o: TrainOptions) -> Zero:
+    def optimizer(self, model: LanguageModel, o: TrainOptions) -> Zero:
         return Zero(model, self, o.beta1, o.beta2, o.weight_decay, o.clip)
 
     def checkpoints(
-        self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
+        self, run: Path, model: LanguageModel, optimizer: Any, length: int, journal: Journal, o: TrainOptions
     ) -> CheckpointWriter:
         self._watch.hint = f". Resume, on fewer ranks too, with: {command('train', '--resume', run)}"
         if self.rank == 0:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..model.partition import BUCKET, Range, buckets, cut, length, pack, unpack
 from ..run.checkpoint_writer import Ranks
 from ..train.optimizer import EPSILON, AdamW
@@ -56,7 +56,7 @@ class Zero(AdamW):
     """AdamW with its state divided among the ranks. The buffers are flat, part after part, buckets in order."""
 
     def __init__(
-        self, model: GPT2, ranks: Transport, beta1: float, beta2: float, weight_decay: float, clip: float,
+        self, model: LanguageModel, ranks: Transport, beta1: float, beta2: float, weight_decay: float, clip: float,
         limit: int = BUCKET,
     ) -> None:  # fmt: skip
         """Allocate the buffers. The model must have its weights, the same on all ranks."""

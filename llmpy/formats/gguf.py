@@ -16,7 +16,7 @@ import numpy as np
 from ..data.rank_tables import LLAMA3
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..model.gpt2 import params_table
+from ..model.families import params_table
 from ..system.command import install
 from ..system.durable import write_whole
 from .source import DTYPES, Source, by_name, cast

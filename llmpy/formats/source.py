@@ -21,7 +21,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, unreadable
 from ..model.arena import Arena
 from ..model.config import GPT2_VOCAB, PAD_VOCAB_TO, ModelConfig
-from ..model.gpt2 import params_table
+from ..model.families import params_table
 from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
 

@@ -19,7 +19,8 @@ from ..formats import hub, resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, params_table
+from ..model.families import params_table
+from ..model.language_model import LanguageModel
 from ..run.folder import finished
 from ..system.command import command
 from ..system.resources import available_memory
@@ -54,7 +55,7 @@ class Generation:
 
     def __init__(
         self,
-        model: GPT2,
+        model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         count: int,
         reach: int,
@@ -95,7 +96,13 @@ class Generation:
 
 
 def generate(
-    model: GPT2, prompt: Sequence[int], count: int, reach: int, coin: Coin, choice: Choice = DEFAULT, pack: bool = True
+    model: LanguageModel,
+    prompt: Sequence[int],
+    count: int,
+    reach: int,
+    coin: Coin,
+    choice: Choice = DEFAULT,
+    pack: bool = True,
 ) -> Iterator[int]:
     """Yield `count` tokens that continue `prompt`; arguments as in `Generation`."""
     generation = Generation(model, [prompt], count, reach, [coin], choice, pack)

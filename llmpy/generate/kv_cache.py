@@ -3,8 +3,8 @@
 prefill    run a whole text through the training kernels and cache its keys and values
 decode     append one token to each of B texts: every weight is read once for all
 
-Both run `GPT2.layers` with their own attention; decode also with its own products. Both sum in the same order: logits
-are bitwise equal to those of `GPT2.logits` on the whole text.
+Both run `LanguageModel.layers` with their own attention; decode also with its own products. Both sum in the same
+order: logits are bitwise equal to those of `LanguageModel.logits` on the whole text.
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ import numpy as np
 from ..backend import Ops
 from ..model.arena import Arena, Tensor
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, ForwardOps, activations_table
+from ..model.families import activations_table, head_of, params_table
+from ..model.language_model import ForwardOps, LanguageModel
 
 
 def packed_table(c: ModelConfig, ops: Ops) -> list[Tensor]:
-    """Return the packed matrices, named as in `gpt2.params_table`; wte is the head."""
-    L, C, Vp = c.layers, c.channels, c.padded_vocab_size
-    return [
-        Tensor("attn_qkv_w", (L, ops.packed_size(3 * C, C))),
-        Tensor("attn_proj_w", (L, ops.packed_size(C, C))),
-        Tensor("mlp_fc_w", (L, ops.packed_size(4 * C, C))),
-        Tensor("mlp_proj_w", (L, ops.packed_size(C, 4 * C))),
-        Tensor("wte", (ops.packed_size(Vp, C),)),
-    ]
+    """Return the packed matrices, named as in `params_table`, and the head."""
+    table = params_table(c)
+    layers = [t for t in table if t.decay and t.per_layer]
+    head = [t for t in table if t.name == head_of(c)]
+    packed = [(t.name, t.shape[:-2], ops.packed_size(*t.shape[-2:])) for t in [*layers, *head]]
+    return [Tensor(name, (*stacked, size)) for name, stacked, size in packed]
 
 
 def cache_table(c: ModelConfig, B: int, S: int) -> list[Tensor]:
     """Return the table of keys and values of B texts of up to S positions."""
-    return [Tensor("keys_values", (c.layers, B, c.heads, 2, S, c.head_size))]
+    return [Tensor("keys_values", (c.layers, B, c.kv_heads, 2, S, c.head_size))]
 
 
 def prefill_table(c: ModelConfig, T: int) -> list[Tensor]:
@@ -73,7 +71,7 @@ class Decoder:
     bitwise identical with and without.
     """
 
-    def __init__(self, model: GPT2, B: int, S: int, pack: bool = True) -> None:
+    def __init__(self, model: LanguageModel, B: int, S: int, pack: bool = True) -> None:
         self.model, self.ops, self.length = model, model.ops, S
         self.matrices = model.weights
         self.multiply: Callable[..., None] = model.ops.linear_forward
@@ -107,23 +105,21 @@ class Decoder:
         self.model.forward(np.array([text], np.int32), a, attention)
         self.positions[slot] = T
         logits = ops.empty((1, c.padded_vocab_size), ops.dtype)
-        self.multiply(logits, a.ln_f[T - 1 :], self.matrices.wte, None)
+        self.multiply(logits, a.final[T - 1 :], getattr(self.matrices, self.model.head), None)
         return self._on_host(logits)[0]
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Append a token to each of these distinct slots, all with text and room; return the next logits (B, V)."""
         if self._to_pack:
             self.pack()
-        ops, w, B = self.ops, self.model.weights, len(slots)
+        ops, B = self.ops, len(slots)
         if B not in self._rows:
             acts = Arena(rows_table(self.model.config, B), self._room_of_tokens, ops.dtype, ops.wide)
             self._rows[B] = _Rows(acts, B)
         rows = self._rows[B]
         rows.slots[:], rows.tokens[:, 0] = slots, tokens
         rows.positions[:] = self.positions[rows.slots]
-        resid = rows.acts.resid[0]
-        for i, t in enumerate(rows.positions):
-            ops.embedding_forward(resid[i : i + 1], rows.tokens[i : i + 1], w.wte, w.wpe[t:])
+        self.model.embed(rows.acts.resid[0], rows.tokens, rows.positions[:, None])
         if rows.again is None:
             rows.again = ops.capture(lambda: self._logits(rows))
         else:
@@ -137,8 +133,8 @@ class Decoder:
         def attention(l: int, out: Any, stats: Any, qkv: Any) -> None:
             self.ops.attention_decode(out, self.cache[l], qkv, rows.slots, rows.positions)
 
-        a = self.model.layers(rows.acts, ForwardOps(self.matrices, self.multiply, attention))
-        self.multiply(a.logits, a.ln_f, self.matrices.wte, None)
+        a = self.model.layers(rows.acts, ForwardOps(self.matrices, self.multiply, attention, rows.positions))
+        self.multiply(a.logits, a.final, getattr(self.matrices, self.model.head), None)
 
     def _on_host(self, logits: Any) -> np.ndarray:
         """Return (B, Vp) of the backend as a new host array (B, V) of wide floats."""

@@ -23,7 +23,8 @@ class Tensor:
 
     `init` fills the tensor in training from scratch: "normal" (with `std`), "ones", "zeros"; empty for activations.
     `decay`: under weight decay. `wide`: float32 in mixed precision (the residual stream, statistics, losses).
-    `steps`: the steps, numbered by the table, in which the content is live; empty: always.
+    `steps`: the steps, numbered by the table, in which the content is live; empty: always. `per_layer`: the first
+    dimension of this parameter is the layer.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Tensor:
     decay: bool = False
     wide: bool = False
     steps: frozenset[int] = frozenset()
+    per_layer: bool = False
 
     @property
     def size(self) -> int:

@@ -142,8 +142,8 @@ class LlamaConfig(ModelConfig):
     """The shape of a Llama, Qwen2 (`qkv_bias`) or Qwen3 (`qk_norm`); FFN is the width of the MLP."""
 
     family: ClassVar[str] = "llama"
-    kv_heads: int = 0  # type: ignore[assignment]  # NKV; 0: as many as heads
-    head_size: int = 0  # type: ignore[assignment]  # HS; 0: channels / heads
+    kv_heads: int = 0  # NKV; 0: as many as heads
+    head_size: int = 0  # HS; 0: channels / heads
     ffn: int = 0  # 0: 8/3 of the channels, rounded to 64
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None

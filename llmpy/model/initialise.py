@@ -14,22 +14,22 @@ CONSTANTS = {"ones": 1.0, "zeros": 0.0}
 def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
     """Fill every tensor of `params` as its row of the table specifies (`init`, `std`).
 
-    One generator draws wte (V rows; the padding rows := 0), wpe, and then, layer by layer, the layer's matrices in the
-    order of the table. Source: llm.c, `gpt2_build_from_random`.
+    One generator draws wte and an untied head (V rows; the padding rows := 0), wpe, and then, layer by layer, the
+    layer's matrices in the order of the table. Source: llm.c, `gpt2_build_from_random`.
     """
     rng = MT19937(seed)
     stacked: list[tuple[Tensor, Any]] = []
     for tensor, view in params.items():
         if tensor.init in CONSTANTS:
             view[...] = CONSTANTS[tensor.init]
-        elif tensor.name in ("wte", "wpe"):
-            rows = config.vocab_size if tensor.name == "wte" else config.context
-            rng.fill_normal(view[:rows].reshape(-1), 0.0, tensor.std)
-            view[rows:] = 0.0
-        elif tensor.init == "normal":
+        elif tensor.init != "normal":
+            raise ValueError(f"{tensor.name}: unknown init {tensor.init!r}; use normal, ones or zeros")
+        elif tensor.per_layer:
             stacked.append((tensor, view))
         else:
-            raise ValueError(f"{tensor.name}: unknown init {tensor.init!r}; use normal, ones or zeros")
+            rows = config.context if tensor.name == "wpe" else config.vocab_size
+            rng.fill_normal(view[:rows].reshape(-1), 0.0, tensor.std)
+            view[rows:] = 0.0
     for l in range(config.layers):
         for tensor, view in stacked:
             rng.fill_normal(view[l].reshape(-1), 0.0, tensor.std)

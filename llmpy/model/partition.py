@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from .arena import Tensor
 
 BUCKET = 8 << 20  # elements of a bucket, 32 MB of gradients: large against a network's latency, small against a step
 LINE = 16  # elements: parts start on a cache line
+EMBEDDINGS = ("wte", "wpe")  # adjacent in the tables
 END = -1  # the "layer" of the embeddings: gradients ready last, weights needed first
 Range = tuple[int, int]  # start and end in the flat arenas
 
@@ -47,18 +49,15 @@ def cut(ranges: Sequence[Range], low: int, high: int) -> list[Range]:
 
 def buckets(table: Sequence[Tensor], layers: int, limit: int = BUCKET) -> list[Bucket]:
     """Return all parameters in the order of backward: the last layers first, the embeddings last."""
-    where, offset = {}, 0
-    for t in table:
-        where[t.name] = (offset, t)
-        offset += t.size
-    ends = {"wte", "wpe", "ln_f_w", "ln_f_b"}
+    starts = list(itertools.accumulate((t.size for t in table), initial=0))
+    stacked = [(at, t.size // layers) for at, t in zip(starts, table, strict=False) if t.per_layer]
+    others = [(at, t) for at, t in zip(starts, table, strict=False) if not t.per_layer]
+    embeddings = [(at, at + t.size) for at, t in others if t.name in EMBEDDINGS]
+    final = [(at, at + t.size) for at, t in others if t.name not in EMBEDDINGS]  # done before the layers
 
     def of_layers(first: int, last: int) -> list[Range]:
-        stacked = [(at, t.size // layers) for name, (at, t) in where.items() if name not in ends]
         ranges = [(at + first * each, at + (last + 1) * each) for at, each in stacked]
-        if last == layers - 1:
-            ranges += [(at, at + t.size) for at, t in (where["ln_f_w"], where["ln_f_b"])]
-        return ranges
+        return sorted(ranges + final if last == layers - 1 else ranges)
 
     found: list[Bucket] = []
     last = layers - 1
@@ -68,15 +67,15 @@ def buckets(table: Sequence[Tensor], layers: int, limit: int = BUCKET) -> list[B
         if first == 0 or sum(b - a for a, b in of_layers(first - 1, last)) > limit:
             found += _pieces(first, last, ranges, limit)
             last = first - 1
-    (wte, size), (_, wpe) = (where["wte"][0], where["wte"][1].size), where["wpe"]
-    return found + _pieces(END, END, [(wte, wte + size + wpe.size)], limit)
+    together = [(embeddings[0][0], embeddings[-1][1])] if embeddings else []
+    return found + _pieces(END, END, together, limit)
 
 
 def _pieces(first: int, last: int, ranges: Sequence[Range], limit: int) -> list[Bucket]:
     """Return one bucket, or several equal ones if it exceeds `limit`."""
     whole = Bucket(first, last, tuple(ranges))
     count = -(-whole.size // limit)
-    each = -(-whole.size // count)
+    each = -(-whole.size // max(1, count))
     return [Bucket(first, last, tuple(cut(ranges, i * each, (i + 1) * each))) for i in range(count)]
 
 

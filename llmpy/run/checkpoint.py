@@ -31,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from ..errors import LlmpyError, unreadable
 from ..model.arena import Arena
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, params_table
+from ..model.families import params_table
+from ..model.language_model import LanguageModel
 from ..system import durable
 from ..system.command import command
 from ..system.workers import few
@@ -71,7 +72,7 @@ class Header:
     score: Score | None = None
 
 
-def save(path: Path, model: GPT2, trained_length: int) -> None:
+def save(path: Path, model: LanguageModel, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; an existing file is kept."""
     write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
 

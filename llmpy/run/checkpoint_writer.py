@@ -19,7 +19,7 @@ import numpy as np
 from ..data.loader import Position
 from ..errors import LlmpyError
 from ..model.arena import all_finite
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..model.partition import length
 from ..system import durable
 from ..system.command import command
@@ -48,7 +48,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one run, and its best model."""
 
     def __init__(
-        self, world: Ranks, run: Path, model: GPT2, optimizer: Moments, trained_length: int, journal: Journal,
+        self, world: Ranks, run: Path, model: LanguageModel, optimizer: Moments, trained_length: int, journal: Journal,
         every: int, keep: int,
     ) -> None:  # fmt: skip
         """`every` 0: only a final checkpoint, which a single process writes without a copy."""

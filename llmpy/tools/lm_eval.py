@@ -25,7 +25,7 @@ from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..generate.generation import Generation, TextStream, check_memory, encode_prompt, open_run
 from ..generate.sampling import Choice, logprob
-from ..model.gpt2 import GPT2
+from ..model.families import language_model
 from ..rng import Xorshift64Star
 from ..system.command import install
 from ..system.terminal import aside
@@ -73,7 +73,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         self.batch_size = BATCH_SIZE if ours else max(1, int(cast(str, batch_size)))
         check_memory(source.config, ops, self.batch_size, self.reach)
         ops.warm_up(aside, decoding=True)
-        self.model = GPT2(source.config, ops, trainable=False)
+        self.model = language_model(source.config, ops, trainable=False)
         source.fill(self.model.params)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -142,12 +142,12 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         for row, (ids, _) in enumerate(batch):
             tokens[row, : len(ids) - 1] = ids[:-1]
         acts = model.forward(tokens, model.reserve(*tokens.shape, training=False))
-        final = model.ops.to_host(acts.ln_f).reshape(*tokens.shape, -1)
+        final = model.ops.to_host(acts.final).reshape(*tokens.shape, -1)
         for row, (ids, n) in enumerate(batch):
             value, same = 0.0, True
             for start in range(len(ids) - 1 - n, len(ids) - 1, LOGITS_ROWS):
                 wanted = ids[start + 1 : start + 1 + LOGITS_ROWS]
-                logits = model.head(final[row, start : start + len(wanted)])
+                logits = model.head_logits(final[row, start : start + len(wanted)])
                 value += sum(map(logprob, logits, wanted))
                 same &= bool(np.array_equal(logits.argmax(axis=1), wanted))
             yield value, same

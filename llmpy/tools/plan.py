@@ -30,7 +30,7 @@ from ..backend.recorder import Recorder
 from ..bench.ops import UNSTEADY, Case, rates_of, time_case
 from ..distributed.cost import communication
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2, params_table
+from ..model.families import language_model, params_table
 from ..options.tools import PlanOptions
 from ..options.train import TrainOptions
 from ..options.yaml_files import SCRIPTS, read_recipe
@@ -69,7 +69,7 @@ class Part:
 def step_parts(config: ModelConfig, B: int, T: int, recompute: int, dtype: Any) -> list[Part]:
     """Return every call of a step on (B, T), recorded from the model and the optimizer."""
     recorder = Recorder(dtype)
-    model = GPT2(config, cast(Ops, recorder), recompute)
+    model = language_model(config, cast(Ops, recorder), recompute=recompute)
     tokens = np.zeros((B, T), np.int32)
     model.loss_and_grads(tokens, tokens)
     AdamW(model).step(lr=0.0)

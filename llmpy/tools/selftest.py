@@ -25,7 +25,8 @@ from ..errors import LlmpyError
 from ..formats import llmc, open_model
 from ..model.arena import Arena
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2
+from ..model.families import language_model
+from ..model.language_model import LanguageModel
 from ..options.tools import SelftestOptions
 from ..run import checkpoint
 from ..run.checkpoint_writer import CheckpointWriter
@@ -119,12 +120,12 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
             yield Check(f"{dtype}: AdamW: {error}", math.nan, 0)
 
 
-def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
+def _gradients(dtype: str, model: LanguageModel, want: LanguageModel) -> Iterator[Check]:
     """Check the gradients by layer; each row names its worst tensor."""
     groups = defaultdict(list)
     for (tensor, got), (_, expected) in zip(_grads(model).items(), _grads(want).items(), strict=True):
         host = model.ops.to_host(got)
-        if tensor.name.startswith(("wte", "wpe", "ln_f")):
+        if not tensor.per_layer:
             groups["embeddings and last LayerNorm"].append((_error(host, expected), tensor.name))
         else:
             for l in range(len(host)):
@@ -134,7 +135,7 @@ def _gradients(dtype: str, model: GPT2, want: GPT2) -> Iterator[Check]:
         yield Check(f"{dtype}: gradients, {where} (worst: {name})", worst, GRADIENT_ERROR[dtype])
 
 
-def _updates(dtype: str, model: GPT2, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
+def _updates(dtype: str, model: LanguageModel, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
     """Check AdamW with clipping and decay, from the same gradients as the reference."""
     model.loss_and_grads(tokens, targets)
     twin = _filled(backend.load("reference"))
@@ -154,19 +155,19 @@ def _resume(dtype: str, options: SelftestOptions) -> Iterator[Check]:
     """Train, save, load into new objects and resume; compare bitwise with an uninterrupted run."""
     shard = Shard(Path("selftest"), np.random.default_rng(3).integers(0, OWN.vocab_size, 3000).astype(np.uint16))
 
-    def start() -> tuple[GPT2, AdamW, Loader]:
+    def start() -> tuple[LanguageModel, AdamW, Loader]:
         model = _filled(_machine(options, dtype))
         model.reserve(*OWN_BATCH, training=True)
         return model, AdamW(model), Loader([shard], *OWN_BATCH, shuffle=True)
 
-    def train(model: GPT2, optimizer: AdamW, loader: Loader) -> np.ndarray:
+    def train(model: LanguageModel, optimizer: AdamW, loader: Loader) -> np.ndarray:
         losses = []
         for _ in range(OWN_STEPS):
             losses.append(model.loss_and_grads(*loader.next()))
             optimizer.update(1e-3, optimizer.norm())
         return np.append(model.ops.to_host(model.params.buffer), np.array(losses, np.float32))
 
-    def writer(folder: str, model: GPT2, optimizer: AdamW) -> CheckpointWriter:
+    def writer(folder: str, model: LanguageModel, optimizer: AdamW) -> CheckpointWriter:
         return CheckpointWriter(SINGLE_PROCESS, Path(folder), model, optimizer, OWN_BATCH[1], Journal(), 0, 1)
 
     first, second = start(), start()
@@ -186,7 +187,7 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
     assert options.model is not None and options.debug_state is not None
     source = open_model(options.model)
     debug = llmc.read_debug(options.debug_state, source.config)
-    model = GPT2(source.config, _machine(options, "float32"))
+    model = language_model(source.config, _machine(options, "float32"))
     source.fill(model.params)
     model.store_weights()
     yield Check("logits", _error(all_logits(model, debug.tokens), debug.logits), FILE_ERROR)
@@ -200,7 +201,7 @@ def from_files(options: SelftestOptions) -> Iterator[Check]:
             yield Check(f"loss of step {step}: {got:.6f}, expected {want:.6f}", abs(got - want), LOSSES_ERROR)
 
 
-def _train(model: GPT2, debug: llmc.DebugState) -> Iterator[float]:
+def _train(model: LanguageModel, debug: llmc.DebugState) -> Iterator[float]:
     """Yield the losses of ten steps as in llm.c's test: decay of every tensor, no clipping."""
     ops = model.ops
     m, v = (ops.zeros(model.params.size, ops.wide) for _ in range(2))
@@ -217,21 +218,21 @@ def _machine(options: SelftestOptions, dtype: str) -> Any:
     return ops
 
 
-def _grads(model: GPT2) -> Arena:
+def _grads(model: LanguageModel) -> Arena:
     assert model.grads is not None
     return model.grads
 
 
-def all_logits(model: GPT2, tokens: np.ndarray) -> np.ndarray:
+def all_logits(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     """Return the logits (B, T, V) of every position."""
     B, T = tokens.shape
     a = model.forward(tokens, model.reserve(B, T, training=False))
-    return model.head(model.ops.to_host(a.ln_f)).reshape(B, T, -1)
+    return model.head_logits(model.ops.to_host(a.final)).reshape(B, T, -1)
 
 
-def _filled(ops: Any) -> GPT2:
+def _filled(ops: Any) -> LanguageModel:
     """Return a model in which every term counts: matrices ten times GPT-2's, no bias 0, no LayerNorm weight 1."""
-    model = GPT2(OWN, ops)
+    model = language_model(OWN, ops)
     rng = np.random.default_rng(1)
     for tensor, view in model.params.items():
         mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1

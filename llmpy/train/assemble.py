@@ -20,7 +20,7 @@ from ..backend.machine import Machine
 from ..data.prepare import Dataset
 from ..errors import LlmpyError
 from ..formats import llmc_state
-from ..model.gpt2 import GPT2
+from ..model.families import language_model
 from ..options.train import TrainOptions
 from ..run.folder import TOKENIZER_FILE, RunFolder, write_config
 from ..run.journal import Journal
@@ -110,7 +110,7 @@ def build(
         journal.log(line)
     with world.each_host_once():
         machine.warm_up(journal.log)
-    model = GPT2(config, machine, options.recompute)
+    model = language_model(config, machine, recompute=options.recompute)
     start.fill(model)
     model.reserve(options.batch_size, options.sequence_length, training=True)
     optimizer = world.optimizer(model, options)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..options.train import ALL_BATCHES, TrainOptions
 from ..run.checkpoint import Score
 from .report import Report
@@ -19,7 +19,7 @@ class Evaluation:
     """Evaluates the model, always on the same batches, which are divided among the ranks."""
 
     def __init__(
-        self, model: GPT2, data: TrainingData, options: TrainOptions, report: Report, stop: StopSignals,
+        self, model: LanguageModel, data: TrainingData, options: TrainOptions, report: Report, stop: StopSignals,
         world: SingleProcess = SINGLE_PROCESS,
     ) -> None:  # fmt: skip
         self._model, self._data, self._report, self._stop, self._world = model, data, report, stop, world

@@ -28,7 +28,8 @@ from ..errors import LlmpyError
 from ..generate.kv_cache import cache_table, prefill_table
 from ..model.arena import Tensor, memory
 from ..model.config import ModelConfig
-from ..model.gpt2 import RECOMPUTE, activations_table, params_table
+from ..model.families import activations_table, params_table
+from ..model.language_model import RECOMPUTE
 from ..model.partition import most_kept
 from ..options.train import BUILTIN_PROMPT, TrainOptions
 from ..run.folder import BEST_FILE, CHECKPOINTS, MODEL_FILE

@@ -14,7 +14,7 @@ import numpy as np
 from ..data.hellaswag import ENDINGS, Example
 from ..errors import LlmpyError
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 
 
 def row_length(examples: Sequence[Example]) -> int:
@@ -35,7 +35,7 @@ class MultipleChoice:
         self._tokens = np.zeros((ENDINGS, T), np.int32)
         self._targets = np.empty((ENDINGS, T), np.int32)
 
-    def right(self, model: GPT2, i: int) -> bool:
+    def right(self, model: LanguageModel, i: int) -> bool:
         """Return whether the model chooses the right ending of example i."""
         tokens, targets = self._rows(self.examples[i])
         model.loss(tokens, targets)

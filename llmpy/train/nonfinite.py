@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..model.arena import Arena, all_finite
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
+from ..model.partition import EMBEDDINGS
 
-ENDS = ("wte", "wpe", "ln_f_w", "ln_f_b")  # parameters of no layer
 
-
-def origin(model: GPT2, B: int, T: int) -> str:
+def origin(model: LanguageModel, B: int, T: int) -> str:
     """Return the first tensor that is not finite after a step on (B, T), and its layer, as text."""
     host = model.ops.to_host
     for what, tensors in (
@@ -31,10 +30,11 @@ def origin(model: GPT2, B: int, T: int) -> str:
 def _by_layer(arena: Arena | None, layers: int, backwards: bool = False) -> Iterator[tuple[str, int | None, Any]]:
     """Yield name, layer and values of the parameters, or of their gradients in backward order."""
     assert arena is not None
-    stacked = [(t.name, x) for t, x in arena.items() if t.name not in ENDS]
-    ends = [(name, getattr(arena, name)) for name in ENDS]
+    stacked = [(t.name, x) for t, x in arena.items() if t.per_layer]
+    first = [(t.name, x) for t, x in arena.items() if t.name in EMBEDDINGS]
+    last = [(t.name, x) for t, x in arena.items() if not t.per_layer and t.name not in EMBEDDINGS]
     # wte's gradient starts at the head and is complete at the end: checked before the layers it would hide them all.
-    before, after = (ends[2:], ends[:2]) if backwards else (ends[:2], ends[2:])
+    before, after = (last, first) if backwards else (first, last)
     yield from ((name, None, x) for name, x in before)
     for l in reversed(range(layers)) if backwards else range(layers):
         yield from ((name, l, x[l]) for name, x in (reversed(stacked) if backwards else stacked))
@@ -47,10 +47,13 @@ def _activations(arena: Arena, layers: int) -> Iterator[tuple[str, int | None, A
     Shared buffers do not survive, nor do the last layers of recomputed activations.
     """
     per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and not t.steps]
-    order = ("resid", "ln_1", "ln_1_mean", "ln_1_rstd", "qkv", "attn_stats", "attn_out", "resid_mid")
+    order = (
+        "resid", "ln_1", "ln_1_mean", "ln_1_rstd", "norm_1", "norm_1_rstd", "qkv", "qkv_rotated", "qk_rstd",
+        "attn_stats", "attn_out", "resid_mid",
+    )  # fmt: skip
     per_layer.sort(key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     for l in range(layers):
         for name, x in per_layer:
             if l < x.shape[0]:
                 yield name, l, x[l]
-    yield from ((name, None, getattr(arena, name)) for name in ("ln_f_mean", "ln_f_rstd", "losses"))
+    yield from ((t.name, None, x) for t, x in arena.items() if len(t.shape) == 1)

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from ..errors import LlmpyError
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..model.partition import Range
 
 EPSILON = 1e-8
@@ -24,7 +24,7 @@ class AdamW:
 
     def __init__(
         self,
-        model: GPT2,
+        model: LanguageModel,
         beta1: float = 0.9,
         beta2: float = 0.95,
         weight_decay: float = 0.1,

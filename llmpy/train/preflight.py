@@ -20,7 +20,7 @@ from ..data.shards import is_shard
 from ..data.text import Found, find_files
 from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB, ModelConfig
-from ..model.gpt2 import params_table
+from ..model.families import params_table
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run.folder import is_ours
 from ..run.trackers import package

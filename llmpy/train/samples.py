@@ -6,7 +6,7 @@ import itertools
 
 from ..generate.generation import TextStream, generate
 from ..generate.sampling import Choice
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
 from ..rng import Xorshift64Star
 from ..run.journal import Journal
@@ -18,7 +18,7 @@ CHOICE = Choice(temperature=0.5, top_k=50)  # the defaults of `llmpy sample`
 
 
 def write_sample(
-    model: GPT2, data: TrainingData, options: TrainOptions, step: int, journal: Journal, stop: StopSignals
+    model: LanguageModel, data: TrainingData, options: TrainOptions, step: int, journal: Journal, stop: StopSignals
 ) -> None:
     """Print a sample that continues the prompt; a stop signal ends it."""
     o, stream = options, TextStream(data.tokenizer.decode if data.tokenizer else token_ids)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
 from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import RunFolder
@@ -61,12 +61,12 @@ class SingleProcess:
         """Return the threads of this rank; None: one per core."""
         return options.threads
 
-    def optimizer(self, model: GPT2, o: TrainOptions) -> AdamW:
+    def optimizer(self, model: LanguageModel, o: TrainOptions) -> AdamW:
         """Return the optimizer of an initialised model that is reserved for training."""
         return AdamW(model, o.beta1, o.beta2, o.weight_decay, o.clip)
 
     def checkpoints(
-        self, run: Path, model: GPT2, optimizer: Any, length: int, journal: Journal, o: TrainOptions
+        self, run: Path, model: LanguageModel, optimizer: Any, length: int, journal: Journal, o: TrainOptions
     ) -> CheckpointWriter:
         """Return the writer of the run's checkpoints."""
         return CheckpointWriter(self, run, model, optimizer, length, journal, o.checkpoint_every, o.keep)

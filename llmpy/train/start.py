@@ -20,8 +20,8 @@ from ..errors import LlmpyError
 from ..formats import hub, llmc_state, native
 from ..formats.source import Source
 from ..model.config import ModelConfig
-from ..model.gpt2 import GPT2
 from ..model.initialise import initialise
+from ..model.language_model import LanguageModel
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder, is_ours, own_tokens, read_config
@@ -92,7 +92,7 @@ class RunStart:
             raise LlmpyError("tokenizer.vocab-mismatch", what, "Use data encoded with the model's tokenizer")
         return self.config
 
-    def fill(self, model: GPT2) -> None:
+    def fill(self, model: LanguageModel) -> None:
         """Set the parameters of a new run; a checkpoint's are restored with its moments."""
         if self.manifest is not None:
             return

@@ -16,7 +16,7 @@ from typing import Any
 from ..data.loader import Position
 from ..errors import Diverged
 from ..formats import llmc_state
-from ..model.gpt2 import GPT2
+from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
 from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import BEST_FILE
@@ -43,8 +43,8 @@ class Trainer:
     update: Update  # the batches of the next step, prefetched
 
     def __init__(
-        self, model: GPT2, optimizer: AdamW, data: TrainingData, options: TrainOptions, checkpoints: CheckpointWriter,
-        report: Report, world: SingleProcess = SINGLE_PROCESS,
+        self, model: LanguageModel, optimizer: AdamW, data: TrainingData, options: TrainOptions,
+        checkpoints: CheckpointWriter, report: Report, world: SingleProcess = SINGLE_PROCESS,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.data, self.options = model, optimizer, data, options
         self.checkpoints, self.report, self.world = checkpoints, report, world

@@ -1,0 +1,221 @@
+"""What all model families share: arenas, embedding, logits, loss and gradients.
+
+A family (`gpt2`, `llama`) adds its tables of tensors, `layers`, the list of operations of a forward pass, and
+`backward`, the list reversed. Both call linear layers by name, so that the same list trains, decodes from packed
+weights, and runs with low-rank adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backend import Ops
+from ..errors import LlmpyError
+from .arena import Arena, Tensor
+from .config import ModelConfig
+
+# Activations that backward recomputes, see `activations_table` of the families. 1 costs 0.5 % of a step's time
+# (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
+RECOMPUTE = 1
+
+
+class ForwardOps(NamedTuple):
+    """The operations of `LanguageModel.layers` that differ between training, prefill and decoding."""
+
+    weights: Any  # the matrices as `multiply` reads them, named as in `params_table`
+    multiply: Callable[..., None]  # Ops.linear_forward or Ops.packed_linear_forward
+    attention: Callable[[int, Any, Any, Any], None]  # layer, and Ops.attention_forward's arguments
+    positions: Any  # (rows,) int32: each token's position in its text
+
+
+class LanguageModel:
+    """A model: its parameters, loss and gradients, with arenas allocated once per (B, T).
+
+    Without `trainable` it keeps its matrices only in the backend's type: a third of the memory for bfloat16.
+
+    `positions` (B, T) int32, where methods take it: several texts in a row of the batch. Each counts from 0 in its own
+    text, and attends to that alone. None: one text.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
+        """Allocate the parameters. `recompute`: see `activations_table`."""
+        self.config = config
+        self.head = self.head_of(config)
+        self.ops = ops
+        self.recompute = recompute
+        self.trainable = trainable
+        table = self.params_table(config)
+        matrices = [t for t in table if t.decay]
+        self.matrix_elements = sum(t.size for t in matrices)
+        # `weights`, the operands of products: the matrices, or a copy in the backend's smaller type.
+        self.mixed = ops.dtype != ops.wide
+        if trainable:
+            self.params = Arena(table, ops.empty, ops.wide)
+            self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
+        else:
+            self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
+            self.weights = self.params
+        self.grads: Arena | None = None
+        # Hooks for ranks to exchange data: before forward reads the weights of layer l, and after backward has written
+        # its gradients; −1 stands for the embeddings.
+        self.before_layer: Callable[[int], None] | None = None
+        self.after_layer: Callable[[int], None] | None = None
+        self._acts: dict[tuple[int, int, bool], Arena] = {}
+        self._counting: dict[tuple[int, int], np.ndarray] = {}  # positions of a batch of whole texts
+
+    @staticmethod
+    def params_table(c: Any) -> list[Tensor]:
+        """Return every parameter. Matrices, which have weight decay, come first (`matrix_elements`)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def head_of(c: Any) -> str:
+        """Return the name of the head's weight (Vp, C)."""
+        return "wte"
+
+    @staticmethod
+    def activations_table(
+        c: Any, B: int, T: int, training: bool, recompute: int = 0, mixed: bool = False
+    ) -> list[Tensor]:
+        """Return every activation, and for training those of backward.
+
+        `recompute` 0 keeps all activations for backward; 1 recomputes the output of the MLP's activation function; 2
+        also the norms' outputs. Every family has resid (L, BT, C), final (BT, C), attn_stats and losses.
+        """
+        raise NotImplementedError
+
+    def embed(self, out: Any, tokens: np.ndarray, positions: np.ndarray | None) -> None:
+        """out (B, T, C) := the embedding of tokens (B, T)."""
+        raise NotImplementedError
+
+    def layers(self, a: Arena, by: ForwardOps) -> Arena:
+        """Run every layer on the embedded tokens in `resid[0]`; fill and return the activations, up to `final`."""
+        raise NotImplementedError
+
+    def backward(
+        self, a: Arena, tokens: np.ndarray, targets: np.ndarray, scale: float, acc: bool,
+        positions: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Compute losses and the gradients of scale·Σloss into `self.grads`, from the head to the embeddings."""
+        raise NotImplementedError
+
+    def store_weights(self) -> None:
+        """Update `weights` from `params`. Call it after writing to `params`; the optimizer does so itself."""
+        if self.weights is not self.params:
+            self.ops.narrow(self.weights.buffer, self.params.buffer[: self.matrix_elements])
+
+    def reserve(self, B: int, T: int, training: bool) -> Arena:
+        """Allocate the arenas for batches (B, T) and return the activations. Raises LlmpyError for invalid B or T."""
+        if not 1 <= T <= self.config.context:
+            what = f"a sequence of {T} tokens does not fit the model's context of {self.config.context}"
+            raise LlmpyError("model.context-exceeded", what, f"Use -T between 1 and {self.config.context}")
+        if B < 1:
+            raise LlmpyError("model.batch-size", f"batch size {B} is below 1", "Use -B 1 or more")
+        if training and not self.trainable:
+            raise ValueError("cannot train a model made without `trainable`: it has no float32 matrices")
+        ops = self.ops
+        if training and self.grads is None:
+            self.grads = Arena(self.params.table, ops.empty, ops.wide)
+        # Evaluation reuses a training arena; its own keeps a single layer.
+        if (B, T, True) in self._acts:
+            training = True
+        if (B, T, training) not in self._acts:
+            table = self.activations_table(self.config, B, T, training, self.recompute, self.mixed)
+            self._acts[B, T, training] = Arena(table, ops.empty, ops.dtype, ops.wide)
+        return self._acts[B, T, training]
+
+    def release(self) -> None:
+        """Free the arenas of `reserve`, except the gradients."""
+        self._acts.clear()
+
+    def logits(self, tokens: np.ndarray, position: int | None = -1) -> np.ndarray:
+        """Return logits (B, V) of one position of tokens (B, T), or of all (B, T, V) for None: a new host array."""
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=False))
+        rows = self.ops.to_host(a.final).reshape(B, T, -1)
+        chosen = rows if position is None else rows[:, position]
+        return self.head_logits(chosen.reshape(-1, chosen.shape[-1])).reshape(*chosen.shape[:-1], -1)
+
+    def head_logits(self, rows: np.ndarray) -> np.ndarray:
+        """Return logits (n, V) of rows (n, C) of `final`, a new host array."""
+        out = self.ops.empty((len(rows), self.config.padded_vocab_size), self.ops.dtype)
+        self.ops.linear_forward(out, np.ascontiguousarray(rows), getattr(self.weights, self.head), None)
+        return self.ops.to_host(out)[:, : self.config.vocab_size].astype(self.ops.wide)
+
+    def loss(self, tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray | None = None) -> float:
+        """Return the mean cross-entropy in nats of targets (B, T) given tokens (B, T); no gradients."""
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=False), positions=positions)
+        head, V = getattr(self.weights, self.head), self.config.vocab_size
+        self.ops.classifier(a.losses, None, None, a.final, head, targets, V, 0.0, False)
+        return self._mean(a.losses, targets)
+
+    def loss_and_grads(
+        self, tokens: np.ndarray, targets: np.ndarray, accumulate: bool = False, micro_steps: float = 1,
+        positions: np.ndarray | None = None,
+    ) -> float:  # fmt: skip
+        """Return the mean loss of a micro-batch; gradients of (loss / micro_steps) go into `self.grads`.
+
+        `accumulate` False overwrites the gradients (the first micro-step), True adds to them.
+        """
+        B, T = tokens.shape
+        a = self.forward(tokens, self.reserve(B, T, training=True), positions=positions)
+        counted = max(1, int(np.count_nonzero(targets >= 0)))
+        self.backward(a, tokens, targets, 1.0 / (counted * micro_steps), accumulate, positions)
+        return self._mean(a.losses, targets)
+
+    def _mean(self, losses: Any, targets: np.ndarray) -> float:
+        counted = max(1, int(np.count_nonzero(targets >= 0)))
+        return float(self.ops.to_host(losses).real.sum(dtype=np.float64) / counted)
+
+    def forward(
+        self, tokens: np.ndarray, a: Arena, attention: Callable[[int, Any, Any, Any], None] | None = None,
+        positions: np.ndarray | None = None,
+    ) -> Arena:  # fmt: skip
+        """Run the model on tokens (B, T); fill and return the activations, up to `final`.
+
+        `attention`: see `ForwardOps`, by default Ops.attention_forward.
+        """
+
+        def attend(l: int, out: Any, stats: Any, qkv: Any) -> None:
+            self.ops.attention_forward(out, stats, qkv, positions)
+
+        if self.before_layer is not None:
+            self.before_layer(-1)
+        self.embed(a.resid[0], tokens, positions)
+        where = self.counted(tokens.shape, positions)
+        return self.layers(a, ForwardOps(self.weights, self.ops.linear_forward, attention or attend, where))
+
+    def counted(self, shape: tuple[int, ...], positions: np.ndarray | None) -> np.ndarray:
+        """Return positions as (BT,) int32; those of whole texts for None."""
+        if positions is not None:
+            return positions.reshape(-1)
+        B, T = shape
+        if (B, T) not in self._counting:
+            self._counting[B, T] = np.tile(np.arange(T, dtype=np.int32), B)
+        return self._counting[B, T]
+
+    def linear(self, by: ForwardOps, name: str, l: int, out: Any, inp: Any, pre: Any = None) -> None:
+        """out := the linear layer `name` of layer l on inp; with `pre` followed by its activation function."""
+        bias = getattr(self.params, f"{name}_b", None)
+        by.multiply(out, inp, getattr(by.weights, f"{name}_w")[l], None if bias is None else bias[l], pre)
+
+    def linear_backward(self, name: str, l: int, dinp: Any, dout: Any, inp: Any, acc: bool, pre: Any = None) -> None:
+        """Compute the gradients of a linear layer, as Ops.linear_backward."""
+        weight = getattr(self.weights, f"{name}_w")[l]
+        d = self.gradient(f"{name}_w", l), self.gradient(f"{name}_b", l)
+        self.ops.linear_backward(dinp, *d, dout, inp, weight, pre, acc)
+
+    def gradient(self, name: str, l: int | None = None) -> Any:
+        """Return the gradient of a parameter, or of its layer l; None if there is no such parameter or it is frozen."""
+        found = getattr(self.grads, name, None)
+        return found if l is None or found is None else found[l]
+
+
+def at(tensor: Any, l: int) -> Any:
+    """Return layer l of an activation, or its last layer if it is shared."""
+    return tensor[min(l, tensor.shape[0] - 1)]
