@@ -63,10 +63,10 @@ class Zero(AdamW):
         assert model.grads is not None
         self.model, self.ops, self.ranks = model, model.ops, ranks
         self.betas, self.decay, self.clip, self.updates = (beta1, beta2), weight_decay, clip, 0
-        self.grads, self.params = model.grads.buffer, model.params.buffer
+        self.grads, self.params = model.grads.buffer, model.trained.buffer
         self.edge = model.matrix_elements
         rank, size = ranks.rank, ranks.size
-        self.buckets = buckets(model.params.table, model.config.layers, limit)
+        self.buckets = buckets(model.trained.table, model.config.layers, limit)
         self.parts = [[b.part(q, size) for q in range(size)] for b in self.buckets]
         ends = [0, *itertools.accumulate(length(parts[rank]) for parts in self.parts)]
         self._at = list(map(slice, ends, ends[1:]))  # the own part of each bucket, in the buffers of parts
@@ -192,7 +192,7 @@ class Zero(AdamW):
         for ranges, message in zip(parts, incoming, strict=True):
             edge = self._matrices(ranges)
             border = edge * self.ops.dtype.itemsize
-            unpack(self.model.weights.buffer, cut(ranges, 0, edge), message[:border].view(self.ops.dtype))
+            unpack(self.model.stored.buffer, cut(ranges, 0, edge), message[:border].view(self.ops.dtype))
             vectors = np.frombuffer(message[border:].tobytes(), self.ops.wide)
             unpack(self.params, cut(ranges, edge, length(ranges)), vectors)
 

@@ -21,6 +21,7 @@ import numpy as np
 from .arena import Arena, Tensor
 from .config import ModelConfig
 from .language_model import ForwardOps, LanguageModel, at
+from .lora import Module
 
 
 def params_table(c: ModelConfig) -> list[Tensor]:
@@ -118,6 +119,17 @@ class GPT2(LanguageModel):
 
     params_table = staticmethod(params_table)
     activations_table = staticmethod(activations_table)
+
+    @staticmethod
+    def modules(c: ModelConfig) -> list[Module]:
+        """See `LanguageModel.modules`."""
+        C = c.channels
+        return [
+            Module("attn.c_attn", "attn_qkv", 0, 3 * C),
+            Module("attn.c_proj", "attn_proj", 0, C),
+            Module("mlp.c_fc", "mlp_fc", 0, 4 * C),
+            Module("mlp.c_proj", "mlp_proj", 0, C),
+        ]
 
     def embed(self, out: Any, tokens: np.ndarray, positions: np.ndarray | None) -> None:
         """out (B, T, C) := wte[token] + wpe[position]."""

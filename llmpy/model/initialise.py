@@ -22,8 +22,8 @@ def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
     for tensor, view in params.items():
         if tensor.init in CONSTANTS:
             view[...] = CONSTANTS[tensor.init]
-        elif tensor.init != "normal":
-            raise ValueError(f"{tensor.name}: unknown init {tensor.init!r}; use normal, ones or zeros")
+        elif tensor.init not in ("normal", "uniform"):
+            raise ValueError(f"{tensor.name}: unknown init {tensor.init!r}; use normal, uniform, ones or zeros")
         elif tensor.per_layer:
             stacked.append((tensor, view))
         else:
@@ -32,4 +32,7 @@ def initialise(params: Arena, config: ModelConfig, seed: int = 42) -> None:
             view[rows:] = 0.0
     for l in range(config.layers):
         for tensor, view in stacked:
-            rng.fill_normal(view[l].reshape(-1), 0.0, tensor.std)
+            if tensor.init == "normal":
+                rng.fill_normal(view[l].reshape(-1), 0.0, tensor.std)
+            else:
+                view[l] = (tensor.std * (2 * rng.uniform(view[l].size) - 1)).reshape(view[l].shape)

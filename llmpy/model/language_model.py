@@ -17,6 +17,7 @@ from ..backend import Ops
 from ..errors import LlmpyError
 from .arena import Arena, Tensor
 from .config import ModelConfig
+from .lora import Adapters, LoraConfig, Module
 
 # Activations that backward recomputes, see `activations_table` of the families. 1 costs 0.5 % of a step's time
 # (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
@@ -41,8 +42,11 @@ class LanguageModel:
     text, and attends to that alone. None: one text.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
-        """Allocate the parameters. `recompute`: see `activations_table`."""
+    def __init__(
+        self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True,
+        lora: LoraConfig | None = None,
+    ) -> None:  # fmt: skip
+        """Allocate the parameters. `recompute`: see `activations_table`. `lora`: train only adapters."""
         self.config = config
         self.head = self.head_of(config)
         self.ops = ops
@@ -50,15 +54,22 @@ class LanguageModel:
         self.trainable = trainable
         table = self.params_table(config)
         matrices = [t for t in table if t.decay]
-        self.matrix_elements = sum(t.size for t in matrices)
         # `weights`, the operands of products: the matrices, or a copy in the backend's smaller type.
         self.mixed = ops.dtype != ops.wide
-        if trainable:
+        if trainable and lora is None:
             self.params = Arena(table, ops.empty, ops.wide)
             self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
         else:
             self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
             self.weights = self.params
+        # What training updates, of which `matrix_elements` have weight decay, and its copy as operands.
+        self.adapters: Adapters | None = None
+        self.trained, self.stored = self.params, self.weights
+        if lora is not None:
+            inputs = {t.name.removesuffix("_w"): t.shape[-1] for t in matrices if t.per_layer}
+            self.adapters = Adapters(lora, self.modules(config), inputs, ops, config.layers)
+            self.trained, self.stored = self.adapters.params, self.adapters.weights
+        self.matrix_elements = sum(t.size for t in self.trained.table if t.decay)
         self.grads: Arena | None = None
         # Hooks for ranks to exchange data: before forward reads the weights of layer l, and after backward has written
         # its gradients; −1 stands for the embeddings.
@@ -70,6 +81,11 @@ class LanguageModel:
     @staticmethod
     def params_table(c: Any) -> list[Tensor]:
         """Return every parameter. Matrices, which have weight decay, come first (`matrix_elements`)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def modules(c: Any) -> list[Module]:
+        """Return the linear layers of a layer, as Hugging Face divides and names them."""
         raise NotImplementedError
 
     @staticmethod
@@ -104,9 +120,9 @@ class LanguageModel:
         raise NotImplementedError
 
     def store_weights(self) -> None:
-        """Update `weights` from `params`. Call it after writing to `params`; the optimizer does so itself."""
-        if self.weights is not self.params:
-            self.ops.narrow(self.weights.buffer, self.params.buffer[: self.matrix_elements])
+        """Update `stored` from `trained`. Call it after writing to `trained`; the optimizer does so itself."""
+        if self.stored is not self.trained:
+            self.ops.narrow(self.stored.buffer, self.trained.buffer[: self.matrix_elements])
 
     def reserve(self, B: int, T: int, training: bool) -> Arena:
         """Allocate the arenas for batches (B, T) and return the activations. Raises LlmpyError for invalid B or T."""
@@ -119,7 +135,7 @@ class LanguageModel:
             raise ValueError("cannot train a model made without `trainable`: it has no float32 matrices")
         ops = self.ops
         if training and self.grads is None:
-            self.grads = Arena(self.params.table, ops.empty, ops.wide)
+            self.grads = Arena(self.trained.table, ops.empty, ops.wide)
         # Evaluation reuses a training arena; its own keeps a single layer.
         if (B, T, True) in self._acts:
             training = True
@@ -202,13 +218,29 @@ class LanguageModel:
     def linear(self, by: ForwardOps, name: str, l: int, out: Any, inp: Any, pre: Any = None) -> None:
         """out := the linear layer `name` of layer l on inp; with `pre` followed by its activation function."""
         bias = getattr(self.params, f"{name}_b", None)
-        by.multiply(out, inp, getattr(by.weights, f"{name}_w")[l], None if bias is None else bias[l], pre)
+        operands = inp, getattr(by.weights, f"{name}_w")[l], None if bias is None else bias[l]
+        if self.adapters is None or not self.adapters.of(name):
+            by.multiply(out, *operands, pre)
+            return
+        before = out if pre is None else pre
+        by.multiply(before, *operands)
+        self.adapters.add(name, l, before, inp)
+        if pre is not None:
+            self.ops.activation_forward(out, pre)
 
     def linear_backward(self, name: str, l: int, dinp: Any, dout: Any, inp: Any, acc: bool, pre: Any = None) -> None:
         """Compute the gradients of a linear layer, as Ops.linear_backward."""
         weight = getattr(self.weights, f"{name}_w")[l]
-        d = self.gradient(f"{name}_w", l), self.gradient(f"{name}_b", l)
-        self.ops.linear_backward(dinp, *d, dout, inp, weight, pre, acc)
+        if self.adapters is None or not self.adapters.of(name):
+            d = self.gradient(f"{name}_w", l), self.gradient(f"{name}_b", l)
+            self.ops.linear_backward(dinp, *d, dout, inp, weight, pre, acc)
+            return
+        assert self.grads is not None
+        before = dinp if pre is None else self.adapters.dhidden(inp.size // inp.shape[-1], inp.shape[-1])
+        self.ops.linear_backward(before, None, None, dout, inp, weight, None, acc)
+        self.adapters.backward(self.grads, name, l, before, dout, inp, acc)
+        if pre is not None:
+            self.ops.activation_backward(dinp, before, pre)
 
     def gradient(self, name: str, l: int | None = None) -> Any:
         """Return the gradient of a parameter, or of its layer l; None if there is no such parameter or it is frozen."""

@@ -23,6 +23,7 @@ import numpy as np
 from .arena import Arena, Tensor
 from .config import LlamaConfig
 from .language_model import ForwardOps, LanguageModel, at
+from .lora import Module
 from .rope import tables
 
 
@@ -112,6 +113,20 @@ class Llama(LanguageModel):
     config: LlamaConfig
     params_table = staticmethod(params_table)
     activations_table = staticmethod(activations_table)
+
+    @staticmethod
+    def modules(c: LlamaConfig) -> list[Module]:
+        """See `LanguageModel.modules`."""
+        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
+        return [
+            Module("self_attn.q_proj", "attn_qkv", 0, q),
+            Module("self_attn.k_proj", "attn_qkv", q, kv),
+            Module("self_attn.v_proj", "attn_qkv", q + kv, kv),
+            Module("self_attn.o_proj", "attn_proj", 0, c.channels),
+            Module("mlp.gate_proj", "mlp_gate_up", 0, c.ffn),
+            Module("mlp.up_proj", "mlp_gate_up", c.ffn, c.ffn),
+            Module("mlp.down_proj", "mlp_down", 0, c.channels),
+        ]
 
     @staticmethod
     def head_of(c: LlamaConfig) -> str:

@@ -38,13 +38,13 @@ class AdamW:
         self.clip = clip
         self.updates = 0
         self.grad = model.grads.buffer
-        self.master = param = model.params.buffer
+        self.master = param = model.trained.buffer
         self.m = self.ops.zeros(param.size, self.ops.wide)
         self.v = self.ops.zeros(param.size, self.ops.wide)
         edge = model.matrix_elements
         flat = param, self.grad, self.m, self.v
         self._parts: tuple[tuple[Any, float, Any], ...] = (
-            (tuple(x[:edge] for x in flat), weight_decay, model.weights.buffer if model.mixed else None),
+            (tuple(x[:edge] for x in flat), weight_decay, model.stored.buffer if model.mixed else None),
             (tuple(x[edge:] for x in flat), 0.0, None),
         )
 
