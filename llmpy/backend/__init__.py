@@ -3,11 +3,11 @@
 Outputs come first. Each follows one of two contracts, stated where it is declared: `:=` overwrites, `+=` adds.
 Parameter gradients (dweight, dbias, dwte, dwpe) are `:=` if `accumulate` is False (the first micro-step), else `+=`.
 
-Dimensions: B batch, T time, C channels, NH heads, V vocabulary, Vp padded vocabulary, OC output channels; BT = B·T
+Dimensions: B batch, T time, C channels, NH heads, NKV heads of keys and values, HS channels of a head, V vocabulary, Vp padded vocabulary, OC output channels; BT = B·T
 rows. Any leading shape of product BT may replace BT. Arrays are C-contiguous; tokens and targets are int32.
 
 Floats have two types. `wide`: parameters, their gradients and moments, biases, the residual stream (resid, inp1, inp
-of LayerNorm, dinp of its backward), statistics, losses. `dtype`: all operands and results of products (weight, wte,
+of LayerNorm and RMSNorm, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of products (weight, wte,
 wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, GELU's inp). On the CPU `wide` is float32 and `dtype` float32
 or bfloat16; in the reference both are float64, float32 or complex128.
 
@@ -28,7 +28,7 @@ Array = Any  # a NumPy array, or the array type of a device backend
 
 
 class Ops(Protocol):
-    """The operations of GPT-2; sources: Vaswani et al. 2017, Radford et al. 2019, llm.c."""
+    """The operations of GPT-2 and Llama; sources: Vaswani et al. 2017, Radford et al. 2019, llm.c, transformers."""
 
     name: str
     dtype: Any
@@ -51,7 +51,7 @@ class Ops(Protocol):
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         """Run `run`, and return a function that repeats its operations on the same arrays with their current contents.
 
-        Other side effects of `run` are not repeated. Operations with scalar arguments or results cannot be captured.
+        Other side effects of `run` are not repeated. `adamw` and `global_norm` cannot be captured.
         """
 
     def narrow(self, out: Array, x: Array) -> None:
@@ -85,8 +85,8 @@ class Ops(Protocol):
     def layernorm_backward(
         self,
         dinp: Array,
-        dweight: Array,
-        dbias: Array,
+        dweight: Array | None,
+        dbias: Array | None,
         dout: Array,
         inp: Array,
         mean: Array,
@@ -94,7 +94,55 @@ class Ops(Protocol):
         weight: Array,
         accumulate: bool,
     ) -> None:
-        """dinp (BT, C) += (joins the residual stream);  dweight (C,), dbias (C,) by `accumulate`."""
+        """dinp (BT, C) += (joins the residual stream);  dweight (C,), dbias (C,) by `accumulate`; both None: frozen."""
+
+    def rmsnorm_forward(self, out: Array, rstd: Array, inp: Array, weight: Array, eps: float) -> None:
+        """out (BT, C), rstd (BT,) := RMSNorm(inp (BT, C)) = inp·rstd·weight, rstd = 1/√(Σ_C inp²/C + eps)."""
+
+    def residual_rmsnorm_forward(
+        self, resid: Array, out: Array, rstd: Array, inp1: Array, inp2: Array, weight: Array, eps: float
+    ) -> None:
+        """resid (BT, C) := inp1 + inp2;  out, rstd := RMSNorm(resid)."""
+
+    def rmsnorm_backward(
+        self,
+        dinp: Array,
+        dweight: Array | None,
+        dout: Array,
+        inp: Array,
+        rstd: Array,
+        weight: Array,
+        accumulate: bool,
+    ) -> None:
+        """dinp (BT, C) += (joins the residual stream);  dweight (C,) by `accumulate`; None: frozen."""
+
+    def head_rmsnorm_forward(
+        self, out: Array, rstd: Array, inp: Array, q_weight: Array, k_weight: Array, eps: float
+    ) -> None:
+        """out (BT, W), rstd (BT, NH + NKV) := RMSNorm of each head of queries and keys; values are copied.
+
+        inp (BT, W = (NH + 2·NKV)·HS): queries, keys, values; q_weight, k_weight (HS,).
+        """
+
+    def head_rmsnorm_backward(
+        self,
+        dinp: Array,
+        dq_weight: Array | None,
+        dk_weight: Array | None,
+        dout: Array,
+        inp: Array,
+        rstd: Array,
+        q_weight: Array,
+        k_weight: Array,
+        accumulate: bool,
+    ) -> None:
+        """dinp (BT, W) := gradient, may be dout;  dq_weight, dk_weight (HS,) by `accumulate`; both None: frozen."""
+
+    def rope(self, x: Array, cos: Array, sin: Array, positions: Array, heads: int, inverse: bool) -> None:
+        """Rotate the first `heads` heads of x (BT, W) in place by the angles of positions (BT,) int32, < S.
+
+        cos, sin (S, HS/2); channels i and i + HS/2 of a head are a pair. Inverse: by −angle, the gradient.
+        """
 
     def gelu_forward(self, out: Array, inp: Array) -> None:
         """out (n…) := GELU(inp), the tanh form; bitwise identical to `linear_forward` on the same pre_gelu."""

@@ -54,6 +54,35 @@ def exponentials(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return largest, e, e.sum(axis=-1, keepdims=True)
 
 
+def rms_normalise(x: np.ndarray, weight: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return n·weight (…, N) and rstd (…) of x (…, N): n = x·rstd, rstd = 1/√(Σx²/N + eps)."""
+    r = 1 / np.sqrt((x * x).mean(axis=-1) + eps)
+    return x * r[..., None] * weight, r
+
+
+def rms_gradient(
+    dout: np.ndarray, x: np.ndarray, rstd: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return dx = rstd·(dn − n·Σ(dn·n)/N), where dn = dout·weight, and dout·n, both (…, N)."""
+    r = rstd[..., None]
+    n, dn = x * r, dout * weight
+    return r * (dn - n * (dn * n).mean(axis=-1, keepdims=True)), dout * n
+
+
+def split_heads(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return x (…, W) as a view (BT, heads, HS); weight (HS,)."""
+    return x.reshape(-1, x.shape[-1] // weight.size, weight.size)
+
+
+def query_and_key_parts(
+    x: np.ndarray, rstd: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray
+) -> tuple[tuple[slice, np.ndarray], tuple[slice, np.ndarray]]:
+    """Return the heads of queries and of keys in x (BT, NH + 2·NKV, HS), rstd (BT, NH + NKV), and their weights."""
+    end = rstd.shape[1]
+    NH = 2 * end - x.shape[1]
+    return (slice(NH), q_weight), (slice(NH, end), k_weight)
+
+
 def heads(x: np.ndarray, stats: np.ndarray, N: int) -> np.ndarray:
     """Return x (BT, N·C), N tensors side by side in each row, as a view (N, B, NH, T, HS); stats (B, NH, T)."""
     B, NH, T = stats.shape
@@ -142,8 +171,8 @@ class Reference:
     def layernorm_backward(
         self,
         dinp: np.ndarray,
-        dweight: np.ndarray,
-        dbias: np.ndarray,
+        dweight: np.ndarray | None,
+        dbias: np.ndarray | None,
         dout: np.ndarray,
         inp: np.ndarray,
         mean: np.ndarray,
@@ -157,9 +186,92 @@ class Reference:
         dn = dy * weight
         through_rstd = n * (dn * n).mean(axis=1, keepdims=True)
         rows(dinp)[...] += r * (dn - dn.mean(axis=1, keepdims=True) - through_rstd)
-        write(dweight, (dy * n).sum(axis=0), accumulate)
-        if dbias is not None:
+        if dweight is not None and dbias is not None:
+            write(dweight, (dy * n).sum(axis=0), accumulate)
             write(dbias, dy.sum(axis=0), accumulate)
+
+    # RMSNorm: n = inp·rstd,  out = n·weight
+
+    def rmsnorm_forward(
+        self, out: np.ndarray, rstd: np.ndarray, inp: np.ndarray, weight: np.ndarray, eps: float
+    ) -> None:
+        rows(out)[...], rstd.reshape(-1)[...] = rms_normalise(rows(inp), weight, eps)
+
+    def residual_rmsnorm_forward(
+        self,
+        resid: np.ndarray,
+        out: np.ndarray,
+        rstd: np.ndarray,
+        inp1: np.ndarray,
+        inp2: np.ndarray,
+        weight: np.ndarray,
+        eps: float,
+    ) -> None:
+        rows(resid)[...] = rows(inp1) + rows(inp2)
+        self.rmsnorm_forward(out, rstd, resid, weight, eps)
+
+    def rmsnorm_backward(
+        self,
+        dinp: np.ndarray,
+        dweight: np.ndarray | None,
+        dout: np.ndarray,
+        inp: np.ndarray,
+        rstd: np.ndarray,
+        weight: np.ndarray,
+        accumulate: bool,
+    ) -> None:
+        dx, dn_n = rms_gradient(rows(dout), rows(inp), rstd.reshape(-1), weight)
+        rows(dinp)[...] += dx
+        if dweight is not None:
+            write(dweight, dn_n.sum(axis=0), accumulate)
+
+    # The same for each head of queries (the first NH) and of keys (the next NKV) in inp (BT, (NH + 2·NKV)·HS)
+
+    def head_rmsnorm_forward(
+        self,
+        out: np.ndarray,
+        rstd: np.ndarray,
+        inp: np.ndarray,
+        q_weight: np.ndarray,
+        k_weight: np.ndarray,
+        eps: float,
+    ) -> None:
+        rows(out)[...] = rows(inp)
+        x, y, r = split_heads(inp, q_weight), split_heads(out, q_weight), rows(rstd)
+        for part, weight in query_and_key_parts(x, r, q_weight, k_weight):
+            y[:, part], r[:, part] = rms_normalise(x[:, part], weight, eps)
+
+    def head_rmsnorm_backward(
+        self,
+        dinp: np.ndarray,
+        dq_weight: np.ndarray | None,
+        dk_weight: np.ndarray | None,
+        dout: np.ndarray,
+        inp: np.ndarray,
+        rstd: np.ndarray,
+        q_weight: np.ndarray,
+        k_weight: np.ndarray,
+        accumulate: bool,
+    ) -> None:
+        rows(dinp)[...] = rows(dout)
+        x, dx, r = split_heads(inp, q_weight), split_heads(dinp, q_weight), rows(rstd)
+        parts = query_and_key_parts(x, r, q_weight, k_weight)
+        for (part, weight), dweight in zip(parts, (dq_weight, dk_weight), strict=True):
+            dx[:, part], dn_n = rms_gradient(dx[:, part], x[:, part], r[:, part], weight)
+            if dweight is not None:
+                write(dweight, dn_n.sum(axis=(0, 1)), accumulate)
+
+    # RoPE: the pair (x₁, x₂) of channels i and i + HS/2 turns by the position's angle
+
+    def rope(
+        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, positions: np.ndarray, heads: int, inverse: bool
+    ) -> None:
+        half = cos.shape[1]
+        pairs = rows(x)[:, : heads * 2 * half].reshape(-1, heads, 2, half)  # a copy
+        c, s = cos[positions.reshape(-1), None], sin[positions.reshape(-1), None] * (-1 if inverse else 1)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        turned = np.stack([first * c - second * s, second * c + first * s], axis=2)
+        rows(x)[:, : heads * 2 * half] = turned.reshape(-1, heads * 2 * half)
 
     # Linear: out = inp·weightᵀ + bias, or GELU of that
 

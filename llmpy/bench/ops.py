@@ -40,6 +40,7 @@ class Case:
     T: int = 1
     C: int = 1
     NH: int = 1
+    NKV: int = 0  # 0: as many as NH
     OC: int = 1
     V: int = 1
     Vp: int = 1
@@ -55,8 +56,19 @@ class Case:
         """Return BT."""
         return self.B * self.T
 
+    @property
+    def kv_heads(self) -> int:
+        """Return NKV."""
+        return self.NKV or self.NH
+
+    @property
+    def W(self) -> int:
+        """Return the columns of queries, keys and values, heads of HS = C / NH."""
+        return (self.NH + 2 * self.kv_heads) * (self.C // self.NH)
+
 
 C, V, VP, CONTEXT = 768, 50257, 50304, 1024  # GPT-2 124M
+LLAMA = 576  # channels of SmolLM2-135M
 SHAPES = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, VP))  # C → OC: qkv, attention's output, MLP, head
 
 
@@ -77,6 +89,9 @@ BENCH: dict[str, list[Case]] = {
     **dict.fromkeys(("attention_forward", "attention_backward"), _sequences(C=C, NH=12)),
     "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
     **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
+    **dict.fromkeys(("rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward"), _sequences(C=LLAMA)),
+    **dict.fromkeys(("head_rmsnorm_forward", "head_rmsnorm_backward"), _sequences(C=2048, NH=16, NKV=8)),  # Qwen3-0.6B
+    "rope": _sequences(C=LLAMA, NH=9, NKV=3),
     "gelu_forward": _sequences(C=4 * C),
     **dict.fromkeys(("embedding_forward", "embedding_backward"), _sequences(C=C, V=V, Vp=VP)),
     **dict.fromkeys(("adamw", "global_norm", "narrow", "zero"), [Case(n=20_000_000)]),
@@ -109,6 +124,22 @@ ARGUMENTS = {
         "dinp (BT,C) wide +=; dweight (C) wide :=; dbias (C) wide :=; dout (BT,C); inp (BT,C) wide; mean (BT) wide; "
         "rstd (BT) wide; weight (C) wide; accumulate"
     ),
+    "rmsnorm_forward": "out (BT,C) :=; rstd (BT) wide :=; inp (BT,C) wide; weight (C) wide; eps",
+    "residual_rmsnorm_forward": (
+        "resid (BT,C) wide :=; out (BT,C) :=; rstd (BT) wide :=; inp1 (BT,C) wide; inp2 (BT,C); weight (C) wide; eps"
+    ),
+    "rmsnorm_backward": (
+        "dinp (BT,C) wide +=; dweight (C) wide :=; dout (BT,C); inp (BT,C) wide; rstd (BT) wide; weight (C) wide; "
+        "accumulate"
+    ),
+    "head_rmsnorm_forward": (
+        "out (BT,W) :=; rstd (BT,NH+NKV) wide :=; inp (BT,W); q_weight (HS) wide; k_weight (HS) wide; eps"
+    ),
+    "head_rmsnorm_backward": (
+        "dinp (BT,W) :=; dq_weight (HS) wide :=; dk_weight (HS) wide :=; dout (BT,W); inp (BT,W); "
+        "rstd (BT,NH+NKV) wide; q_weight (HS) wide; k_weight (HS) wide; accumulate"
+    ),
+    "rope": "x (BT,W) :=; cos; sin; positions; heads; inverse",
     "gelu_forward": "out (BT,C) :=; inp (BT,C)",
     "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre_gelu (BT,OC) :=",
     "linear_backward": (
@@ -134,7 +165,7 @@ ARGUMENTS = {
     "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
 }
 # Operations that compute the inputs of another one: called first, on the arguments they share.
-BEFORE = {f"{name}_backward": f"{name}_forward" for name in ("layernorm", "attention")}
+BEFORE = {f"{name}_backward": f"{name}_forward" for name in ("layernorm", "rmsnorm", "head_rmsnorm", "attention")}
 BEFORE["packed_linear_forward"] = "pack"
 
 
@@ -142,13 +173,17 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     """Draw the arguments of an operation, by name, in the order of the seam: small random numbers."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, c.V, (c.B, c.T), dtype=np.int32)
+    heads, HS = c.NH + c.kv_heads, c.C // c.NH
+    angles = np.arange(c.T, dtype=np.float32)[:, None] * np.geomspace(1, 1e-4, HS // 2, dtype=np.float32)
+    decoded, positions = np.full(c.B, c.T - 1, np.int32), np.tile(np.arange(c.T, dtype=np.int32), c.B)
     others: dict[str, Any] = {
         "tokens": tokens, "targets": tokens.reshape(-1), "vocab_size": c.V, "scale": 1 / c.rows, "accumulate": False,
         "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5, "step": 3,
-        "slots": np.arange(c.B, dtype=np.int32), "positions": np.full(c.B, c.T - 1, np.int32),
+        "slots": np.arange(c.B, dtype=np.int32), "positions": decoded if op == "attention_decode" else positions,
+        "cos": np.cos(angles), "sin": np.sin(angles), "heads": heads, "inverse": False,
     }  # fmt: skip
-    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "HS": c.C // c.NH}
-    sizes |= {"S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
+    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "HS": HS, "W": c.W}
+    sizes |= {"NH+NKV": heads, "S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
     unused = set()
     if "linear" in op:
         unused = {name for name, word in (("bias", "bias"), ("pre_gelu", "gelu")) if word not in c.variant}

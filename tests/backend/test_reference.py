@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.cases import CASES, Call, Case, prepare
+from support.cases import CASES, EPSILON, Call, Case, prepare
 
 from llmpy.backend import load
 
@@ -49,6 +49,24 @@ def residual_layernorm(call: Call, x: Values) -> Any:
     return (out * dout).sum()
 
 
+def rmsnorm(call: Call, x: Values) -> Any:
+    out, rstd = blank(*call.args["dout"].shape), blank(*call.args["rstd"].shape)
+    COMPLEX.rmsnorm_forward(out, rstd, x["inp"], x["weight"], EPSILON)
+    return (out * call.args["dout"]).sum()
+
+
+def residual_rmsnorm(call: Call, x: Values) -> Any:
+    resid, out, rstd = (blank(*call.args[name].shape) for name in ("dout", "dout", "rstd"))
+    COMPLEX.residual_rmsnorm_forward(resid, out, rstd, x["inp"], x["inp2"], x["weight"], EPSILON)
+    return (out * call.args["dout"]).sum()
+
+
+def head_rmsnorm(call: Call, x: Values) -> Any:
+    out, rstd = blank(*call.args["dout"].shape), blank(*call.args["rstd"].shape)
+    COMPLEX.head_rmsnorm_forward(out, rstd, x["inp"], x["q_weight"], x["k_weight"], EPSILON)
+    return (out * call.args["dout"]).sum()
+
+
 def linear(call: Call, x: Values) -> Any:
     dout, inp = call.args["dout"], x["inp"]
     if call.args["pre_gelu"] is not None:
@@ -79,6 +97,9 @@ PAIRS: list[tuple[str, Callable[[Call, Values], Any], tuple[str, ...]]] = [
     ("embedding_backward", embedding, ("wte", "wpe")),
     ("layernorm_backward", layernorm, ("inp", "weight", "bias")),
     ("layernorm_backward", residual_layernorm, ("inp", "weight", "bias")),
+    ("rmsnorm_backward", rmsnorm, ("inp", "weight")),
+    ("rmsnorm_backward", residual_rmsnorm, ("inp", "weight")),
+    ("head_rmsnorm_backward", head_rmsnorm, ("inp", "q_weight", "k_weight")),
     ("linear_backward", linear, ("inp", "weight", "bias")),
     ("attention_backward", attention, ("qkv",)),
     ("classifier", classifier, ("inp", "wte")),
@@ -87,7 +108,7 @@ PAIRED_CASES = [
     pytest.param(*pair, case, id=f"{pair[0]}-{pair[1].__name__}-{case}")
     for pair in PAIRS
     for case in CASES[pair[0]]
-    if case.variant != "losses" and case.V < 1000
+    if case.variant not in ("losses", "frozen") and case.V < 1000
 ]
 
 
@@ -103,7 +124,7 @@ def test_backward_is_the_complex_step(
     # The point of differentiation; arbitrary for inputs the gradient does not depend on (a bias).
     x = {name: rng.normal(size=call.args["d" + name].shape) for name in wrt}
     x |= {name: call.args[name] for name in (*wrt, "weight") if name in call.args}
-    if forward is residual_layernorm:
+    if forward in (residual_layernorm, residual_rmsnorm):
         x["inp2"] = rng.normal(size=x["inp"].shape)
         x["inp"] = x["inp"] - x["inp2"]
     if call.args.get("pre_gelu") is not None:
@@ -124,6 +145,24 @@ def test_backward_is_the_complex_step(
             direction = rng.normal(size=gradient.shape)
             error = abs(along(direction) - (direction * gradient).sum())
             assert error <= TOLERANCE * max(np.linalg.norm(gradient), 1), name
+
+
+@pytest.mark.parametrize("case", CASES["rope"], ids=str)
+def test_rope_turns_complex_numbers_and_back(case: Case) -> None:
+    """x₁ + i·x₂ is multiplied by e^(i·angle). The inverse is the transpose, hence the gradient."""
+    call = prepare("rope", case, dtype=np.float64)
+    x, cos, sin, positions, heads, inverse = call.args.values()
+    HS = case.C // case.NH
+    start = x.reshape(case.rows, -1, 2, HS // 2)
+    first, second = start[:, :, 0], start[:, :, 1]
+    at = positions.reshape(-1), None
+    want = (first + 1j * second) * (cos[at] + (-1j if inverse else 1j) * sin[at])
+    want[:, heads:] = (first + 1j * second)[:, heads:]
+    call.run(REAL)
+    got = x.reshape(start.shape)
+    assert np.allclose(got[:, :, 0] + 1j * got[:, :, 1], want, rtol=0, atol=1e-14)
+    REAL.rope(x, cos, sin, positions, heads, not inverse)
+    assert np.allclose(x, prepare("rope", case, dtype=np.float64).args["x"], rtol=0, atol=1e-14)
 
 
 def test_softmax_survives_large_scores() -> None:

@@ -144,16 +144,94 @@ def layernorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
     inp, weight = d.normal(*c.leading, c.C, mean=5, wide=True), d.normal(c.C, mean=1, wide=True)
     out, mean, rstd = np.empty(inp.shape), np.empty(c.leading), np.empty(c.leading)
     REF.layernorm_forward(out, mean, rstd, double(inp), double(weight), np.zeros(c.C))
+    trained = c.variant != "frozen"
     return {
         "dinp": Out("+=", inp.shape, wide=True),
-        "dweight": Out(gradient, (c.C,), wide=True),
-        "dbias": Out(gradient, (c.C,), wide=True),
+        "dweight": Out(gradient, (c.C,), wide=True) if trained else None,
+        "dbias": Out(gradient, (c.C,), wide=True) if trained else None,
         "dout": d.normal(*inp.shape),
         "inp": inp,
         "mean": d.round(mean, wide=True),
         "rstd": d.round(rstd, wide=True),
         "weight": weight,
         "accumulate": accumulate,
+    }
+
+
+EPSILON = 1e-5
+
+
+def rmsnorm_forward(c: Case, d: Draw) -> Args:
+    return {
+        "out": Out(":=", (*c.leading, c.C)),
+        "rstd": Out(":=", c.leading, wide=True),
+        "inp": d.normal(*c.leading, c.C, mean=1, wide=True),
+        "weight": d.normal(c.C, mean=1, wide=True),
+        "eps": EPSILON,
+    }
+
+
+def residual_rmsnorm_forward(c: Case, d: Draw) -> Args:
+    plain = rmsnorm_forward(c, d)
+    inputs = {"inp1": plain.pop("inp"), "inp2": d.normal(*c.leading, c.C)}
+    after = {name: plain.pop(name) for name in ("weight", "eps")}
+    return {"resid": Out(":=", (*c.leading, c.C), wide=True), **plain, **inputs, **after}
+
+
+def rmsnorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
+    inp, weight = d.normal(*c.leading, c.C, mean=1, wide=True), d.normal(c.C, mean=1, wide=True)
+    rstd = np.empty(c.leading)
+    REF.rmsnorm_forward(np.empty(inp.shape), rstd, double(inp), double(weight), EPSILON)
+    return {
+        "dinp": Out("+=", inp.shape, wide=True),
+        "dweight": None if c.variant == "frozen" else Out("+=" if accumulate else ":=", (c.C,), wide=True),
+        "dout": d.normal(*inp.shape),
+        "inp": inp,
+        "rstd": d.round(rstd, wide=True),
+        "weight": weight,
+        "accumulate": accumulate,
+    }
+
+
+def head_rmsnorm_forward(c: Case, d: Draw) -> Args:
+    return {
+        "out": Out(":=", (*c.leading, c.W)),
+        "rstd": Out(":=", (*c.leading, c.NH + c.kv_heads), wide=True),
+        "inp": d.normal(*c.leading, c.W),
+        "q_weight": d.normal(c.C // c.NH, mean=1, wide=True),
+        "k_weight": d.normal(c.C // c.NH, mean=1, wide=True),
+        "eps": EPSILON,
+    }
+
+
+def head_rmsnorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
+    forward = head_rmsnorm_forward(c, d)
+    inp, weights = forward["inp"], (forward["q_weight"], forward["k_weight"])
+    rstd = np.empty(forward["rstd"].shape)
+    REF.head_rmsnorm_forward(np.empty(inp.shape), rstd, double(inp), *map(double, weights), EPSILON)
+    gradient = None if c.variant == "frozen" else Out("+=" if accumulate else ":=", weights[0].shape, wide=True)
+    return {
+        "dinp": Out(":=", inp.shape),
+        "dq_weight": gradient,
+        "dk_weight": gradient,
+        "dout": d.normal(*inp.shape),
+        "inp": inp,
+        "rstd": d.round(rstd, wide=True),
+        "q_weight": weights[0],
+        "k_weight": weights[1],
+        "accumulate": accumulate,
+    }
+
+
+def rope(c: Case, d: Draw) -> Args:
+    angles = d.normal(c.T + 2, c.C // c.NH // 2, std=3, wide=True)  # a context longer than the batch
+    return {
+        "x": Out("in place", start=d.normal(*c.leading, c.W)),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+        "positions": d.ints(c.T + 2, *c.leading),
+        "heads": c.NH + c.kv_heads,
+        "inverse": c.variant == "inverse",
     }
 
 
@@ -259,11 +337,15 @@ BUILD: dict[str, Callable[..., Args]] = {
     f.__name__: f
     for f in (
         embedding_forward, embedding_backward, layernorm_forward, residual_layernorm_forward,
-        layernorm_backward, gelu_forward, linear_forward, linear_backward, attention_forward,
+        layernorm_backward, rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward, head_rmsnorm_forward,
+        head_rmsnorm_backward, rope, gelu_forward, linear_forward, linear_backward, attention_forward,
         attention_backward, classifier, adamw, global_norm, narrow,
     )
 }  # fmt: skip
-ACCUMULATES = ("embedding_backward", "layernorm_backward", "linear_backward", "classifier")
+ACCUMULATES = (
+    "embedding_backward", "layernorm_backward", "rmsnorm_backward", "head_rmsnorm_backward", "linear_backward",
+    "classifier",
+)  # fmt: skip
 
 
 def prepare(op: str, case: Case, accumulate: bool = False, dtype: Any = np.float32, seed: int = 1) -> Call:
@@ -292,6 +374,15 @@ ROWS = [
     Case(T=255, C=129),
     Case(T=64, C=192),
     Case(T=1025, C=33),
+]
+FROZEN = [Case(T=7, C=3, variant="frozen"), Case(B=3, T=33, C=129, variant="frozen")]
+HEADS = [
+    Case(C=2),
+    Case(T=7, C=12, NH=3, NKV=1),
+    Case(B=3, T=33, C=100, NH=5, NKV=5),
+    Case(T=65, C=396, NH=6, NKV=2),
+    Case(T=65, C=576, NH=9, NKV=3),
+    Case(B=2, T=70, C=256, NH=2, NKV=1),
 ]
 LINEAR = [
     Case(),
@@ -337,7 +428,13 @@ CASES: dict[str, list[Case]] = {
     "embedding_backward": EMBEDDING,
     "layernorm_forward": ROWS,
     "residual_layernorm_forward": ROWS,
-    "layernorm_backward": ROWS,
+    "layernorm_backward": [*ROWS, *FROZEN],
+    "rmsnorm_forward": ROWS,
+    "residual_rmsnorm_forward": ROWS,
+    "rmsnorm_backward": [*ROWS, *FROZEN],
+    "head_rmsnorm_forward": HEADS,
+    "head_rmsnorm_backward": [*HEADS, Case(B=3, T=33, C=100, NH=5, NKV=1, variant="frozen")],
+    "rope": [*HEADS, Case(B=3, T=33, C=100, NH=5, NKV=1, variant="inverse")],
     "gelu_forward": FLAT,
     "linear_forward": LINEAR,
     "linear_backward": LINEAR,

@@ -339,7 +339,7 @@ def test_the_folder_is_found_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_refused_folder_is_named(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ops: Any = backend.load("cpu", threads=1)
-    monkeypatch.setattr(cpu, "_smallest_calls", lambda ops: [("adamw", lambda: None)])
+    monkeypatch.setattr(cpu, "_smallest_calls", lambda ops, family: [("adamw", lambda: None)])
     monkeypatch.setattr(kernel_cache, "FOLDER", None)
     monkeypatch.setattr(kernel_cache, "problem", "/shared is writable by other users")
     monkeypatch.setattr(kernel_cache, "_compiled", set())

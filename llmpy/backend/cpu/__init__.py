@@ -26,22 +26,33 @@ from . import (
     linear,
     peak,
     pool,
+    rmsnorm,
+    rotary,
     simd,
 )
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 NO_BIAS = np.empty(0, np.float32)  # stands for an absent array: kernels have one signature
+# Kernels that only one family of models calls; `warm_up` compiles those of its family.
+FAMILIES = {
+    "gpt2": {"layernorm_forward", "residual_layernorm_forward", "layernorm_backward"},
+    "llama": {
+        "rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward", "head_rmsnorm_forward",
+        "head_rmsnorm_backward", "rope",
+    },
+}  # fmt: skip
 CLASSIFIER_ROWS = 512  # rows of logits in memory at a time
 # Kernels of decoding: some of training, and some that only decoding compiles.
 DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
 DECODING = DECODING_ALONE | {
     "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
-    "narrow",
+    "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope", "narrow",
 }  # fmt: skip
 # Kernels of one decoded token, prepared at start: Ctrl-C must not interrupt LLVM.
 REPLAYED = {
     "layernorm_forward", "residual_layernorm_forward", "linear_forward", "packed_linear_forward", "attention_decode",
+    "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope",
 }  # fmt: skip
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -149,8 +160,44 @@ class CPU:
         inp = _rows(inp)
         BT, C = inp.shape
         partial = self._partials(-(-BT // layernorm.BLOCK) * 2 * C)
+        outputs = _rows(dinp), _or_none(dweight), _or_none(dbias)
         inputs = _rows(dout), inp, mean.reshape(-1), rstd.reshape(-1), weight
-        layernorm.layernorm_backward(self.threads, _rows(dinp), dweight, dbias, *inputs, accumulate, partial)
+        layernorm.layernorm_backward(self.threads, *outputs, *inputs, accumulate, partial)
+
+    def rmsnorm_forward(self, out: Any, rstd: Any, inp: Any, weight: Any, eps: float) -> None:
+        rmsnorm.rmsnorm_forward(self.threads, _rows(out), rstd.reshape(-1), _rows(inp), weight, _one(eps))
+
+    def residual_rmsnorm_forward(
+        self, resid: Any, out: Any, rstd: Any, inp1: Any, inp2: Any, weight: Any, eps: float
+    ) -> None:
+        outputs = _rows(resid), _rows(out), rstd.reshape(-1)
+        rmsnorm.residual_rmsnorm_forward(self.threads, *outputs, _rows(inp1), _rows(inp2), weight, _one(eps))
+
+    def rmsnorm_backward(
+        self, dinp: Any, dweight: Any, dout: Any, inp: Any, rstd: Any, weight: Any, accumulate: bool
+    ) -> None:
+        inp = _rows(inp)
+        BT, C = inp.shape
+        partial = self._partials(-(-BT // rmsnorm.BLOCK) * C)
+        inputs = _rows(dout), inp, rstd.reshape(-1), weight
+        rmsnorm.rmsnorm_backward(self.threads, _rows(dinp), _or_none(dweight), *inputs, accumulate, partial)
+
+    def head_rmsnorm_forward(self, out: Any, rstd: Any, inp: Any, q_weight: Any, k_weight: Any, eps: float) -> None:
+        inputs = _rows(inp), q_weight, k_weight, _one(eps)
+        rmsnorm.head_rmsnorm_forward(self.threads, _rows(out), _rows(rstd), *inputs)
+
+    def head_rmsnorm_backward(
+        self, dinp: Any, dq_weight: Any, dk_weight: Any, dout: Any, inp: Any, rstd: Any, q_weight: Any, k_weight: Any,
+        accumulate: bool,
+    ) -> None:  # fmt: skip
+        inp = _rows(inp)
+        scratch = self._partials((self.threads + 2 * -(-inp.shape[0] // rmsnorm.BLOCK)) * q_weight.size)
+        outputs = _rows(dinp), _or_none(dq_weight), _or_none(dk_weight)
+        inputs = _rows(dout), inp, _rows(rstd), q_weight, k_weight
+        rmsnorm.head_rmsnorm_backward(self.threads, *outputs, *inputs, accumulate, scratch)
+
+    def rope(self, x: Any, cos: Any, sin: Any, positions: Any, heads: int, inverse: bool) -> None:
+        rotary.rope(self.threads, _rows(x), cos, sin, positions.reshape(-1), heads, -1 if inverse else 1)
 
     def gelu_forward(self, out: Any, inp: Any) -> None:
         gelu.gelu_forward(self.threads, _bits(out).reshape(-1), _bits(inp).reshape(-1))
@@ -271,14 +318,14 @@ class CPU:
             "numpy": np.__version__,
         }
 
-    def compiled(self) -> bool:
+    def compiled(self, family: str = "gpt2") -> bool:
         """Return whether the kernels of training are in the cache."""
-        names = (name for name, _ in _smallest_calls(self) if name not in DECODING_ALONE)
+        names = (name for name, _ in _smallest_calls(self, family) if name not in DECODING_ALONE)
         return all(kernel_cache.is_cached(name, str(self.dtype)) for name in names)
 
-    def warm_up(self, log: Callable[[str], None], decoding: bool = False) -> None:
+    def warm_up(self, log: Callable[[str], None], decoding: bool = False, family: str = "gpt2") -> None:
         """Compile or load the kernels of training, or of `decoding`, by calling each on minimal arrays; log misses."""
-        calls = [(name, call) for name, call in _smallest_calls(self) if name in DECODING or not decoding]
+        calls = [(name, call) for name, call in _smallest_calls(self, family) if name in DECODING or not decoding]
         calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
         missing = [name for name, _ in calls if not kernel_cache.is_cached(name, str(self.dtype))]
         if missing:
@@ -310,7 +357,17 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return _bits(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 
-def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
+def _or_none(x: np.ndarray | None) -> np.ndarray:
+    """Return x, or the array that stands for an absent one."""
+    return NO_BIAS if x is None else x
+
+
+def _one(x: float) -> np.ndarray:
+    """Return x as an array, as kernels that may be replayed take it."""
+    return np.full(1, x, FLOAT32)
+
+
+def _smallest_calls(ops: CPU, family: str) -> list[tuple[str, Callable[[], object]]]:
     def w(*shape: int) -> np.ndarray:
         return np.ones(shape, ops.wide)
 
@@ -346,6 +403,18 @@ def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
         ("adamw", lambda: ops.adamw(w(1), w(1), w(1), w(1), 0.0, 0.9, 0.99, 1e-8, 0.0, 1.0, 1, a(1))),
         ("global_norm", lambda: ops.global_norm(w(1))),
         ("multiply_adds", lambda: ops.measure_peak(0.0)),
+        ("rmsnorm_forward", lambda: ops.rmsnorm_forward(a(1, 1), w(1), w(1, 1), w(1), 1.0)),
+        (
+            "residual_rmsnorm_forward",
+            lambda: ops.residual_rmsnorm_forward(w(1, 1), a(1, 1), w(1), w(1, 1), a(1, 1), w(1), 1.0),
+        ),
+        ("rmsnorm_backward", lambda: ops.rmsnorm_backward(w(1, 1), w(1), a(1, 1), w(1, 1), w(1), w(1), False)),
+        ("head_rmsnorm_forward", lambda: ops.head_rmsnorm_forward(a(1, 3), w(1, 2), a(1, 3), w(1), w(1), 1.0)),
+        (
+            "head_rmsnorm_backward",
+            lambda: ops.head_rmsnorm_backward(a(1, 3), w(1), w(1), a(1, 3), a(1, 3), w(1, 2), w(1), w(1), False),
+        ),
+        ("rope", lambda: ops.rope(a(1, 2), w(1, 1), w(1, 1), tokens, 1, False)),
     ]
     cache, row = a(1, 1, 2, 1, 1), np.zeros(1, np.int32)
     calls += [
@@ -353,6 +422,8 @@ def _smallest_calls(ops: CPU) -> list[tuple[str, Callable[[], object]]]:
         ("packed_linear_forward", lambda: ops.packed_linear_forward(a(1, 1), a(1, 1), a(ops.packed_size(1, 1)), None)),
         ("attention_decode", lambda: ops.attention_decode(a(1, 1), cache, a(1, 3), row, row)),
     ]
+    others = set().union(*FAMILIES.values()) - FAMILIES[family]
+    calls = [(name, call) for name, call in calls if name not in others]
     replayed = [call for name, call in calls if name in REPLAYED]
     calls.append(("replay", lambda: ops.capture(lambda: [call() for call in replayed])()))
     if ops.dtype != ops.wide:

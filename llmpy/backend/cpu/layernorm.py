@@ -6,7 +6,7 @@ forward    mean := Σ inp/C       rstd := 1/√(Σ(inp−mean)²/C + eps)
            residual form: inp is resid := inp1 + inp2, in the same pass
 backward   dn       = dout·weight
            dinp    += rstd·(dn − Σdn/C − n·Σ(dn·n)/C)    added to the gradient of the residual stream
-           dweight += Σ_rows dout·n       dbias += Σ_rows dout
+           dweight += Σ_rows dout·n       dbias += Σ_rows dout       unless both are frozen
 
 Memory-bound; a row stays in L1 between passes. Sums over rows are taken in blocks of BLOCK rows, then the partial
 sums are added in order: bitwise identical at any number of threads.
@@ -88,9 +88,11 @@ def residual_layernorm_forward(
 @inline
 def _backward_item(worker, item, dinp, partial, dout, inp, mean, rstd, weight):
     C = inp.shape[1]
-    for c in range(C):
-        partial[item, 0, c] = 0
-        partial[item, 1, c] = 0
+    summed = partial.shape[0] > 0
+    if summed:
+        for c in range(C):
+            partial[item, 0, c] = 0
+            partial[item, 1, c] = 0
     for row in range(item * BLOCK, min((item + 1) * BLOCK, inp.shape[0])):
         mu, r = mean[row], rstd[row]
         sum_dn, sum_dn_n = np.float32(0), np.float32(0)
@@ -99,11 +101,15 @@ def _backward_item(worker, item, dinp, partial, dout, inp, mean, rstd, weight):
             sum_dn += dn
             sum_dn_n += dn * ((inp[row, c] - mu) * r)
         a, b = sum_dn / np.float32(C), sum_dn_n / np.float32(C)
-        for c in range(C):
-            n, d = (inp[row, c] - mu) * r, f32(dout[row, c])
-            dinp[row, c] += r * (d * weight[c] - a - n * b)
-            partial[item, 0, c] += d * n
-            partial[item, 1, c] += d
+        if summed:
+            for c in range(C):
+                n, d = (inp[row, c] - mu) * r, f32(dout[row, c])
+                dinp[row, c] += r * (d * weight[c] - a - n * b)
+                partial[item, 0, c] += d * n
+                partial[item, 1, c] += d
+        else:
+            for c in range(C):
+                dinp[row, c] += r * (f32(dout[row, c]) * weight[c] - a - (inp[row, c] - mu) * r * b)
 
 
 @inline
@@ -123,7 +129,7 @@ def _sum_item(worker, item, dweight, dbias, partial, accumulate):
 def layernorm_backward(
     threads,     # int
     dinp,        # (BT, C) f32 +=
-    dweight,     # (C,) f32 := or += by accumulate
+    dweight,     # (C,) f32 := or += by accumulate; (0,): weight and bias are frozen
     dbias,       # (C,) f32 := or += by accumulate
     dout,        # (BT, C)
     inp,         # (BT, C) f32, the residual stream
@@ -131,10 +137,11 @@ def layernorm_backward(
     rstd,        # (BT,)
     weight,      # (C,)
     accumulate,  # bool
-    scratch,     # (≥ ceil(BT/BLOCK)·2·C,)
+    scratch,     # (≥ ceil(BT/BLOCK)·2·C,) unless frozen
 ):  # fmt: skip
     BT, C = inp.shape
     blocks = (BT + BLOCK - 1) // BLOCK
-    partial = scratch[: blocks * 2 * C].reshape((blocks, 2, C))
+    kept = blocks if dweight.shape[0] > 0 else 0
+    partial = scratch[: kept * 2 * C].reshape((kept, 2, C))
     fork(_backward_item, threads, blocks, (dinp, partial, dout, inp, mean, rstd, weight))
-    fork(_sum_item, threads, (C + COLUMNS - 1) // COLUMNS, (dweight, dbias, partial, accumulate))
+    fork(_sum_item, threads, (dweight.shape[0] + COLUMNS - 1) // COLUMNS, (dweight, dbias, partial, accumulate))
