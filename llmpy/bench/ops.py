@@ -77,7 +77,7 @@ BENCH: dict[str, list[Case]] = {
     **dict.fromkeys(("attention_forward", "attention_backward"), _sequences(C=C, NH=12)),
     "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
     **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
-    "gelu_forward": _sequences(C=4 * C),
+    "activation_forward": _sequences(C=4 * C),
     **dict.fromkeys(("embedding_forward", "embedding_backward"), _sequences(C=C, V=V, Vp=VP)),
     **dict.fromkeys(("adamw", "global_norm", "narrow", "zero"), [Case(n=20_000_000)]),
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
@@ -109,11 +109,11 @@ ARGUMENTS = {
         "dinp (BT,C) wide +=; dweight (C) wide :=; dbias (C) wide :=; dout (BT,C); inp (BT,C) wide; mean (BT) wide; "
         "rstd (BT) wide; weight (C) wide; accumulate"
     ),
-    "gelu_forward": "out (BT,C) :=; inp (BT,C)",
-    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre_gelu (BT,OC) :=",
+    "activation_forward": "out (BT,C) :=; inp (BT,C)",
+    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre (BT,OC) :=",
     "linear_backward": (
         "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
-        "pre_gelu (BT,C); accumulate"
+        "pre (BT,C); accumulate"
     ),
     "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,3C)",
     "attention_backward": "dqkv (B,T,3C) :=; dout (B,T,C); qkv (B,T,3C); out (B,T,C); stats (B,NH,T) wide",
@@ -129,7 +129,7 @@ ARGUMENTS = {
     "narrow": "out (n) :=; x (n) wide",
     "zero": "x (n) wide :=",
     "pack": "packed (packed) :=; weight (OC,C)",
-    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre_gelu (BT,OC) :=",
+    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre (BT,OC) :=",
     "cache_fill": "cache (B,NH,2,T,HS) :=; qkv (B,T,3C)",
     "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
 }
@@ -151,7 +151,7 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     sizes |= {"S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
     unused = set()
     if "linear" in op:
-        unused = {name for name, word in (("bias", "bias"), ("pre_gelu", "gelu")) if word not in c.variant}
+        unused = {name for name, word in (("bias", "bias"), ("pre", "gelu")) if word not in c.variant}
     elif op == "classifier" and c.variant == "losses":
         unused = {"dinp", "dwte"}
     elif op == "adamw" and ops.dtype == ops.wide:

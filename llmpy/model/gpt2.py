@@ -254,7 +254,7 @@ class GPT2:
             stats = at(a.ln_2_mean, l), at(a.ln_2_rstd, l)
             ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, a.branch, p.ln_2_w[l], p.ln_2_b[l])
             mlp_gelu = at(a.mlp_gelu, l)
-            linear(mlp_gelu, ln_2, w.mlp_fc_w[l], p.mlp_fc_b[l], pre_gelu=at(a.mlp_fc, l))
+            linear(mlp_gelu, ln_2, w.mlp_fc_w[l], p.mlp_fc_b[l], pre=at(a.mlp_fc, l))
             linear(a.branch, mlp_gelu, w.mlp_proj_w[l], p.mlp_proj_b[l])
         stats = a.ln_f_mean, a.ln_f_rstd
         before = at(a.resid_mid, L - 1), a.branch
@@ -273,7 +273,7 @@ class GPT2:
         for l in reversed(range(c.layers)):
             mlp_gelu, ln_2, ln_1 = at(a.mlp_gelu, l), at(a.ln_2, l), at(a.ln_1, l)
             if self.recompute >= 1:
-                ops.gelu_forward(mlp_gelu, a.mlp_fc[l])
+                ops.activation_forward(mlp_gelu, a.mlp_fc[l])
             ops.narrow(dresid, a.dresid)
             d = g.mlp_proj_w[l], g.mlp_proj_b[l]
             ops.linear_backward(a.dmlp_fc, *d, dresid, mlp_gelu, w.mlp_proj_w[l], a.mlp_fc[l], acc)
