@@ -7,9 +7,9 @@ Dimensions: B batch, T time, C channels, NH heads, NKV heads of keys and values,
 rows. Any leading shape of product BT may replace BT. Arrays are C-contiguous; tokens and targets are int32.
 
 Floats have two types. `wide`: parameters, their gradients and moments, biases, the residual stream (resid, inp1, inp
-of LayerNorm and RMSNorm, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of products (weight, wte,
-wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, GELU's inp). On the CPU `wide` is float32 and `dtype` float32
-or bfloat16; in the reference both are float64, float32 or complex128.
+of norms, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of products (weight,
+wte, wpe; the other inp, out, dout, dinp; inp2, pre, qkv, and x of columns and RoPE). On the CPU `wide` is float32 and
+`dtype` float32 or bfloat16; in the reference both are float64, float32 or complex128.
 
 Operations trust their caller, because compiled kernels check no bounds: `data.shards` checks token ids, and shapes
 are checked where arenas are made (`gpt2`).
@@ -144,33 +144,50 @@ class Ops(Protocol):
         cos, sin (S, HS/2); channels i and i + HS/2 of a head are a pair. Inverse: by −angle, the gradient.
         """
 
-    def gelu_forward(self, out: Array, inp: Array) -> None:
-        """out (n…) := GELU(inp), the tanh form; bitwise identical to `linear_forward` on the same pre_gelu."""
+    def activation_forward(self, out: Array, pre: Array) -> None:
+        """out (BT, C) := GELU(pre), the tanh form, of pre (BT, C);  or SwiGLU(pre) = SiLU(gate) ∘ up of pre (BT, 2C).
+
+        gate is the first C columns of pre, up the last.  Bitwise as `linear_forward` with the same pre.
+        """
+
+    def activation_backward(self, dpre: Array, dout: Array, pre: Array) -> None:
+        """dpre (as pre) := gradient of pre, given dout (BT, C) of `activation_forward`.
+
+        GELU: dout ∘ GELU′(pre); dpre may be dout.  SwiGLU: [dout ∘ up ∘ SiLU′(gate), dout ∘ SiLU(gate)].
+        """
 
     def linear_forward(
-        self, out: Array, inp: Array, weight: Array, bias: Array | None, pre_gelu: Array | None = None
+        self, out: Array, inp: Array, weight: Array, bias: Array | None, pre: Array | None = None
     ) -> None:
         """out (BT, OC) := inp (BT, C) · weight (OC, C)ᵀ + bias (OC,).
 
-        With `pre_gelu` (BT, OC): pre_gelu := that product, and out := GELU(pre_gelu), the tanh form.
+        With `pre`, pre := that product and out := the activation of pre as stored, as in `activation_forward`:
+        pre (BT, OC), GELU;  or pre (BT, 2·OC), weight (2·OC, C), bias (2·OC,), SwiGLU.
         """
 
     def linear_backward(
         self,
         dinp: Array,
-        dweight: Array,
+        dweight: Array | None,
         dbias: Array | None,
         dout: Array,
-        inp: Array,
+        inp: Array | None,
         weight: Array,
-        pre_gelu: Array | None,
+        pre: Array | None,
         accumulate: bool,
     ) -> None:
         """dinp (BT, C) := dout (BT, OC) · weight (OC, C);  dweight += doutᵀ · inp;  dbias += Σ_rows dout.
 
-        With `pre_gelu` (BT, C), inp was GELU(pre_gelu), and dinp is the gradient of pre_gelu:
-        dinp := (dout · weight) ∘ GELU′(pre_gelu).  dweight and dbias by `accumulate`.
+        With `pre`, inp was an activation of it, and dinp is the gradient of pre, as in `activation_backward`:
+        pre (BT, C), GELU: dinp := (dout · weight) ∘ GELU′(pre);  or pre (BT, 2C), SwiGLU: dinp (BT, 2C).
+        dweight and dbias by `accumulate`.  dweight None (frozen weights): dinp only; dbias and inp may be None.
         """
+
+    def add_columns(self, out: Array, x: Array, first: int, scale: float) -> None:
+        """out[:, first : first + N] += scale · x, out (BT, M ≥ first + N), x (BT, N); float32 inside, rounded once."""
+
+    def take_columns(self, out: Array, x: Array, first: int, scale: float) -> None:
+        """out (BT, N) := scale · x[:, first : first + N], x (BT, M ≥ first + N); float32 inside, rounded once."""
 
     def attention_forward(self, out: Array, stats: Array, qkv: Array) -> None:
         """out (B, T, C), stats (B, NH, T) := causal self-attention of qkv (B, T, 3C), scale 1/√HS.
@@ -188,7 +205,7 @@ class Ops(Protocol):
         """packed (packed_size,) dtype := weight (OC, C), in the layout that is fastest for few rows."""
 
     def packed_linear_forward(
-        self, out: Array, inp: Array, packed: Array, bias: Array | None, pre_gelu: Array | None = None
+        self, out: Array, inp: Array, packed: Array, bias: Array | None, pre: Array | None = None
     ) -> None:
         """`linear_forward`, bitwise identical, of a weight packed by `pack`; memory-bound for few rows."""
 
@@ -219,7 +236,8 @@ class Ops(Protocol):
 
         losses (BT,) := −log softmax(inp (BT, C) · wte (Vp, C)ᵀ)[target] over the first V columns, unscaled.
         With dlogits = scale·(softmax − onehot):  dinp (BT, C) := dlogits · wte,  dwte (Vp, C) by `accumulate`; rows
-        beyond V get zero gradient.  A target of −1 masks its row: loss 0, gradient 0.  dinp and dwte None: losses only.
+        beyond V get zero gradient.  A target of −1 masks its row: loss 0, gradient 0.  dwte None: dinp only; both None:
+        losses only.
         """
 
     def adamw(

@@ -44,6 +44,33 @@ def gelu_derivative(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
 
 
+def silu(x: np.ndarray) -> np.ndarray:
+    """SiLU(x) = x/(1 + e^(−x))."""
+    return x / (1 + np.exp(-x))
+
+
+def silu_derivative(x: np.ndarray) -> np.ndarray:
+    """SiLU′(x) = s·(1 + x·(1 − s)),  s = 1/(1 + e^(−x))."""
+    s = 1 / (1 + np.exp(-x))
+    return s * (1 + x * (1 - s))
+
+
+def activation(pre: np.ndarray, C: int) -> np.ndarray:
+    """Return GELU of pre (BT, C), or SwiGLU of pre (BT, 2C): SiLU(gate)·up."""
+    if pre.shape[-1] == C:
+        return gelu(pre)
+    return silu(pre[..., :C]) * pre[..., C:]
+
+
+def activation_gradient(dout: np.ndarray, pre: np.ndarray) -> np.ndarray:
+    """Return the gradient of pre, given dout of `activation`."""
+    C = dout.shape[-1]
+    if pre.shape[-1] == C:
+        return dout * gelu_derivative(pre)
+    gate, up = pre[..., :C], pre[..., C:]
+    return np.concatenate([dout * up * silu_derivative(gate), dout * silu(gate)], axis=-1)
+
+
 def exponentials(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return largest, e = exp(x − largest) and Σe over the last axis of x (…, N); largest and Σe are (…, 1).
 
@@ -274,9 +301,13 @@ class Reference:
         rows(x)[:, : heads * 2 * half] = turned.reshape(-1, heads * 2 * half)
 
     # Linear: out = inp·weightᵀ + bias, or GELU of that
+    # Linear: out = inp·weightᵀ + bias, or GELU or SwiGLU of that
 
-    def gelu_forward(self, out: np.ndarray, inp: np.ndarray) -> None:
-        out[...] = gelu(inp)
+    def activation_forward(self, out: np.ndarray, pre: np.ndarray) -> None:
+        out[...] = activation(pre, out.shape[-1])
+
+    def activation_backward(self, dpre: np.ndarray, dout: np.ndarray, pre: np.ndarray) -> None:
+        dpre[...] = activation_gradient(dout, pre)
 
     def linear_forward(
         self,
@@ -284,35 +315,45 @@ class Reference:
         inp: np.ndarray,
         weight: np.ndarray,
         bias: np.ndarray | None,
-        pre_gelu: np.ndarray | None = None,
+        pre: np.ndarray | None = None,
     ) -> None:
         y = rows(inp) @ weight.T
         if bias is not None:
             y = y + bias
-        if pre_gelu is not None:
-            rows(pre_gelu)[...] = y
-            y = gelu(y)
+        if pre is not None:
+            rows(pre)[...] = y
+            y = activation(y, out.shape[-1])
         rows(out)[...] = y
 
     def linear_backward(
         self,
         dinp: np.ndarray,
-        dweight: np.ndarray,
+        dweight: np.ndarray | None,
         dbias: np.ndarray | None,
         dout: np.ndarray,
-        inp: np.ndarray,
+        inp: np.ndarray | None,
         weight: np.ndarray,
-        pre_gelu: np.ndarray | None,
+        pre: np.ndarray | None,
         accumulate: bool,
     ) -> None:
         dy = rows(dout)
         dx = dy @ weight
-        if pre_gelu is not None:
-            dx = dx * gelu_derivative(rows(pre_gelu))
+        if pre is not None:
+            dx = activation_gradient(dx, rows(pre))
         rows(dinp)[...] = dx
+        if dweight is None or inp is None:
+            return
         write(dweight, dy.T @ rows(inp), accumulate)
         if dbias is not None:
             write(dbias, dy.sum(axis=0), accumulate)
+
+    # Columns: how LoRA's products join those of the layer
+
+    def add_columns(self, out: np.ndarray, x: np.ndarray, first: int, scale: float) -> None:
+        rows(out)[:, first : first + x.shape[-1]] += scale * rows(x)
+
+    def take_columns(self, out: np.ndarray, x: np.ndarray, first: int, scale: float) -> None:
+        rows(out)[...] = scale * rows(x)[:, first : first + out.shape[-1]]
 
     # Attention: s = q·kᵀ/√HS up to the diagonal,  p = exp(s − stats),  out = p·v
 
@@ -354,9 +395,9 @@ class Reference:
         inp: np.ndarray,
         packed: np.ndarray,
         bias: np.ndarray | None,
-        pre_gelu: np.ndarray | None = None,
+        pre: np.ndarray | None = None,
     ) -> None:
-        self.linear_forward(out, inp, packed.reshape(out.shape[-1], inp.shape[-1]), bias, pre_gelu)
+        self.linear_forward(out, inp, packed.reshape(-1, inp.shape[-1]), bias, pre)
 
     def cache_fill(self, cache: np.ndarray, qkv: np.ndarray) -> None:
         B, NH, _, _, HS = cache.shape
@@ -396,13 +437,15 @@ class Reference:
         loss[...] = 0
         # Not (largest + log Σe) − logit: a large logit would swallow the logarithm.
         loss[counted] = (np.log(total) - (logits - largest))[counted, target[counted]]
-        if dinp is None or dwte is None:
+        if dinp is None:
             return
         dlogits = e / total
         dlogits[counted, target[counted]] -= 1
         dlogits *= scale
         dlogits[target < 0] = 0
         rows(dinp)[...] = dlogits @ wte[:V]
+        if dwte is None:
+            return
         write(dwte[:V], dlogits.T @ x, accumulate)
         if not accumulate:
             dwte[V:] = 0

@@ -92,7 +92,7 @@ BENCH: dict[str, list[Case]] = {
     **dict.fromkeys(("rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward"), _sequences(C=LLAMA)),
     **dict.fromkeys(("head_rmsnorm_forward", "head_rmsnorm_backward"), _sequences(C=2048, NH=16, NKV=8)),  # Qwen3-0.6B
     "rope": _sequences(C=LLAMA, NH=9, NKV=3),
-    "gelu_forward": _sequences(C=4 * C),
+    "activation_forward": _sequences(C=4 * C),
     **dict.fromkeys(("embedding_forward", "embedding_backward"), _sequences(C=C, V=V, Vp=VP)),
     **dict.fromkeys(("adamw", "global_norm", "narrow", "zero"), [Case(n=20_000_000)]),
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
@@ -140,11 +140,11 @@ ARGUMENTS = {
         "rstd (BT,NH+NKV) wide; q_weight (HS) wide; k_weight (HS) wide; accumulate"
     ),
     "rope": "x (BT,W) :=; cos; sin; positions; heads; inverse",
-    "gelu_forward": "out (BT,C) :=; inp (BT,C)",
-    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre_gelu (BT,OC) :=",
+    "activation_forward": "out (BT,C) :=; inp (BT,C)",
+    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre (BT,OC) :=",
     "linear_backward": (
         "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
-        "pre_gelu (BT,C); accumulate"
+        "pre (BT,C); accumulate"
     ),
     "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,3C)",
     "attention_backward": "dqkv (B,T,3C) :=; dout (B,T,C); qkv (B,T,3C); out (B,T,C); stats (B,NH,T) wide",
@@ -160,7 +160,7 @@ ARGUMENTS = {
     "narrow": "out (n) :=; x (n) wide",
     "zero": "x (n) wide :=",
     "pack": "packed (packed) :=; weight (OC,C)",
-    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre_gelu (BT,OC) :=",
+    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre (BT,OC) :=",
     "cache_fill": "cache (B,NH,2,T,HS) :=; qkv (B,T,3C)",
     "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
 }
@@ -186,7 +186,7 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     sizes |= {"NH+NKV": heads, "S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
     unused = set()
     if "linear" in op:
-        unused = {name for name, word in (("bias", "bias"), ("pre_gelu", "gelu")) if word not in c.variant}
+        unused = {name for name, word in (("bias", "bias"), ("pre", "gelu")) if word not in c.variant}
     elif op == "classifier" and c.variant == "losses":
         unused = {"dinp", "dwte"}
     elif op == "adamw" and ops.dtype == ops.wide:

@@ -93,7 +93,7 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
         return Case(B, T, C, NH)
     case = Case(T=math.prod(rows), C=C)
     if op.startswith("linear"):
-        words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre_gelu" in shape)
+        words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre" in shape)
         return replace(case, OC=len(arguments["weight"]), variant=" ".join(word for word, there in words if there))
     Vp, _ = shape.get("wte") or shape.get("dwte") or (1, 1)
     return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp)

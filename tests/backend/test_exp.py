@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 
-from llmpy.backend.cpu import gelu
+from llmpy.backend.cpu import activation
 
 
 def over(function: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
@@ -25,12 +25,12 @@ def over(function: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
 
 @pytest.fixture(scope="module")
 def exp() -> Callable[[np.ndarray], np.ndarray]:
-    return over(gelu.exp)
+    return over(activation.exp)
 
 
 @pytest.fixture(scope="module")
 def exp2() -> Callable[[np.ndarray], np.ndarray]:
-    return over(gelu.exp2)
+    return over(activation.exp2)
 
 
 def ulps(got: np.ndarray, want: np.ndarray) -> float:

@@ -119,7 +119,7 @@ def test_nan_in_layernorm(ops: Any) -> None:
     only(a["dbias"], 2)
 
 
-@pytest.mark.parametrize("variant", ["", "bias", "bias gelu"])
+@pytest.mark.parametrize("variant", ["", "bias", "bias gelu", "swiglu"])
 def test_nan_in_linear(ops: Any, variant: str) -> None:
     case = Case(T=9, C=35, OC=51, variant=variant)
     a = poisoned(ops, "linear_forward", case, "inp", (R, 2))
@@ -128,9 +128,9 @@ def test_nan_in_linear(ops: Any, variant: str) -> None:
     only(a["dinp"], R)
     only(a["dweight"], 2)
     only(a["dbias"], 2)
-    if "gelu" in variant:
-        a = poisoned(ops, "linear_backward", case, "pre_gelu", (R, 2))
-        only(a["dinp"], (R, 2))
+    if "lu" in variant:
+        a = poisoned(ops, "linear_backward", case, "pre", (R, 2))
+        only(a["dinp"], (R, [2, 2 + 35] if variant == "swiglu" else 2))
 
 
 def test_nan_in_attention(ops: Any) -> None:
@@ -189,6 +189,17 @@ def test_gelu_at_the_ends(ops: Any) -> None:
     one = np.ones((1, 1), np.float32)
     ops.linear_backward(slope, dweight, dbias, np.ones_like(x), x, one, x, False)
     assert np.array_equal(slope, [[1], [1], [1], [0], [0], [0]])
+
+
+def test_swiglu_at_the_ends(ops: Any) -> None:
+    """SiLU(±∞) = ∞ and 0; SiLU(x) = x for large x and 0 for large −x; slopes 1 and 0."""
+    gate = np.array([[np.inf], [1e38], [88], [30], [-88], [-1e38], [-np.inf]], np.float32)
+    pre = np.concatenate([gate, np.full_like(gate, 0.5)], axis=1)
+    out, dpre, one = np.full_like(gate, np.nan), np.full_like(pre, np.nan), np.ones_like(gate)
+    ops.activation_forward(out, pre)
+    ops.activation_backward(dpre, one, pre)
+    assert np.array_equal(out, 0.5 * np.maximum(gate, 0))
+    assert np.array_equal(dpre, np.concatenate([0.5 * (gate > 0), np.maximum(gate, 0)], axis=1))
 
 
 def classify(ops: Any, logits: list[float], target: int) -> tuple[float, np.ndarray]:

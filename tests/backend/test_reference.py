@@ -69,13 +69,18 @@ def head_rmsnorm(call: Call, x: Values) -> Any:
 
 def linear(call: Call, x: Values) -> Any:
     dout, inp = call.args["dout"], x["inp"]
-    if call.args["pre_gelu"] is not None:
-        # x["inp"] is pre_gelu; its GELU is a forward pass through an identity weight.
-        before, inp = blank(*inp.shape), blank(*inp.shape)
-        COMPLEX.linear_forward(inp, x["inp"], np.eye(inp.shape[-1]), None, before)
+    if call.args["pre"] is not None:  # x["inp"] is pre
+        inp = blank(*inp.shape[:-1], x["weight"].shape[1])
+        COMPLEX.activation_forward(inp, x["inp"])
     out = blank(*dout.shape)
-    COMPLEX.linear_forward(out, inp, x["weight"], x["bias"])
+    COMPLEX.linear_forward(out, inp, x["weight"], x.get("bias"))
     return (out * dout).sum()
+
+
+def activation(call: Call, x: Values) -> Any:
+    out = blank(*call.args["dout"].shape)
+    COMPLEX.activation_forward(out, x["pre"])
+    return (out * call.args["dout"]).sum()
 
 
 def attention(call: Call, x: Values) -> Any:
@@ -101,6 +106,7 @@ PAIRS: list[tuple[str, Callable[[Call, Values], Any], tuple[str, ...]]] = [
     ("rmsnorm_backward", residual_rmsnorm, ("inp", "weight")),
     ("head_rmsnorm_backward", head_rmsnorm, ("inp", "q_weight", "k_weight")),
     ("linear_backward", linear, ("inp", "weight", "bias")),
+    ("activation_backward", activation, ("pre",)),
     ("attention_backward", attention, ("qkv",)),
     ("classifier", classifier, ("inp", "wte")),
 ]
@@ -121,14 +127,15 @@ def test_backward_is_the_complex_step(
         call.args[name].fill(0)
     call.run(REAL)
     rng = np.random.default_rng(2)
+    wrt = tuple(name for name in wrt if call.args["d" + name] is not None)
     # The point of differentiation; arbitrary for inputs the gradient does not depend on (a bias).
     x = {name: rng.normal(size=call.args["d" + name].shape) for name in wrt}
-    x |= {name: call.args[name] for name in (*wrt, "weight") if name in call.args}
+    x |= {name: call.args[name] for name in (*wrt, "weight", "wte") if call.args.get(name) is not None}
     if forward in (residual_layernorm, residual_rmsnorm):
         x["inp2"] = rng.normal(size=x["inp"].shape)
         x["inp"] = x["inp"] - x["inp2"]
-    if call.args.get("pre_gelu") is not None:
-        x["inp"] = call.args["pre_gelu"]
+    if call.args.get("pre") is not None:
+        x["inp"] = call.args["pre"]
     for name in wrt:
         gradient = call.args["d" + name]
         largest = np.abs(gradient).max()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmpy.backend.reference import Reference, gelu
+from llmpy.backend.reference import Reference, activation
 from llmpy.bench.ops import Case as Size
 
 Args = dict[str, Any]
@@ -235,35 +235,55 @@ def rope(c: Case, d: Draw) -> Args:
     }
 
 
-def gelu_forward(c: Case, d: Draw) -> Args:
-    return {"out": Out(":=", (c.n,)), "inp": d.normal(c.n, std=2)}
+def pre_columns(c: Case, C: int) -> int:
+    """Return the columns that an activation of C columns reads."""
+    return 2 * C if "swiglu" in c.variant else C
+
+
+def activation_forward(c: Case, d: Draw) -> Args:
+    return {"out": Out(":=", (*c.leading, c.C)), "pre": d.normal(*c.leading, pre_columns(c, c.C), std=2)}
+
+
+def activation_backward(c: Case, d: Draw) -> Args:
+    pre = d.normal(*c.leading, pre_columns(c, c.C), std=2)
+    return {"dpre": Out(":=", pre.shape), "dout": d.normal(*c.leading, c.C), "pre": pre}
 
 
 def linear_forward(c: Case, d: Draw) -> Args:
+    OC = pre_columns(c, c.OC)
     return {
         "out": Out(":=", (*c.leading, c.OC)),
         "inp": d.normal(*c.leading, c.C),
-        "weight": d.normal(c.OC, c.C, std=c.C**-0.5),
-        "bias": d.normal(c.OC, wide=True) if "bias" in c.variant else None,
-        "pre_gelu": Out(":=", (*c.leading, c.OC)) if "gelu" in c.variant else None,
+        "weight": d.normal(OC, c.C, std=c.C**-0.5),
+        "bias": d.normal(OC, wide=True) if "bias" in c.variant else None,
+        "pre": Out(":=", (*c.leading, OC)) if "lu" in c.variant else None,
     }
 
 
 def linear_backward(c: Case, d: Draw, accumulate: bool) -> Args:
     gradient = "+=" if accumulate else ":="
-    inp = pre_gelu = d.normal(*c.leading, c.C)
-    if "gelu" in c.variant:
-        inp = d.round(gelu(double(pre_gelu)))
+    inp = pre = d.normal(*c.leading, pre_columns(c, c.C))
+    if "lu" in c.variant:
+        inp = d.round(activation(double(pre), c.C))
+    frozen = "frozen" in c.variant
     return {
-        "dinp": Out(":=", (*c.leading, c.C)),
-        "dweight": Out(gradient, (c.OC, c.C), wide=True),
-        "dbias": Out(gradient, (c.OC,), wide=True),
+        "dinp": Out(":=", pre.shape),
+        "dweight": None if frozen else Out(gradient, (c.OC, c.C), wide=True),
+        "dbias": None if frozen else Out(gradient, (c.OC,), wide=True),
         "dout": d.normal(*c.leading, c.OC),
-        "inp": inp,
+        "inp": None if frozen else inp,
         "weight": d.normal(c.OC, c.C, std=c.C**-0.5),
-        "pre_gelu": pre_gelu if "gelu" in c.variant else None,
+        "pre": pre if "lu" in c.variant else None,
         "accumulate": accumulate,
     }
+
+
+def add_columns(c: Case, d: Draw) -> Args:
+    return {"out": Out("+=", (*c.leading, c.C + 5)), "x": d.normal(*c.leading, c.C), "first": c.C % 5, "scale": 0.75}
+
+
+def take_columns(c: Case, d: Draw) -> Args:
+    return {"out": Out(":=", (*c.leading, c.C)), "x": d.normal(*c.leading, c.C + 5), "first": c.C % 5, "scale": 0.75}
 
 
 def attention_forward(c: Case, d: Draw) -> Args:
@@ -298,7 +318,7 @@ def classifier(c: Case, d: Draw, accumulate: bool) -> Args:
     return {
         "losses": Out(":=", c.leading, wide=True),
         "dinp": Out(":=", (*c.leading, c.C)) if wanted else None,
-        "dwte": Out(gradient, (c.Vp, c.C), wide=True) if wanted else None,
+        "dwte": Out(gradient, (c.Vp, c.C), wide=True) if wanted and c.variant != "frozen" else None,
         "inp": d.normal(*c.leading, c.C),
         "wte": d.normal(c.Vp, c.C, std=2 * c.C**-0.5),
         "targets": targets,
@@ -338,8 +358,8 @@ BUILD: dict[str, Callable[..., Args]] = {
     for f in (
         embedding_forward, embedding_backward, layernorm_forward, residual_layernorm_forward,
         layernorm_backward, rmsnorm_forward, residual_rmsnorm_forward, rmsnorm_backward, head_rmsnorm_forward,
-        head_rmsnorm_backward, rope, gelu_forward, linear_forward, linear_backward, attention_forward,
-        attention_backward, classifier, adamw, global_norm, narrow,
+        head_rmsnorm_backward, rope, activation_forward, activation_backward, linear_forward, linear_backward,
+        add_columns, take_columns, attention_forward, attention_backward, classifier, adamw, global_norm, narrow,
     )
 }  # fmt: skip
 ACCUMULATES = (
@@ -384,6 +404,11 @@ HEADS = [
     Case(T=65, C=576, NH=9, NKV=3),
     Case(B=2, T=70, C=256, NH=2, NKV=1),
 ]
+ACTIVATION = [
+    *ROWS,
+    Case(T=3, C=1025, variant="swiglu"),
+    *(Case(B=c.B, T=c.T, C=c.C, variant="swiglu") for c in ROWS),
+]
 LINEAR = [
     Case(),
     Case(C=3, OC=17),
@@ -399,6 +424,20 @@ LINEAR = [
     Case(T=600, C=33, OC=49, variant="bias gelu"),
     Case(T=9, C=100, OC=6200, variant="gelu"),  # dinp in two segments and more
     Case(T=801, C=1601, OC=17, variant="bias"),  # BT and C beyond a panel's depth, with odd remainders
+    Case(variant="swiglu"),
+    Case(T=7, C=17, OC=3, variant="bias swiglu"),
+    Case(B=3, T=5, C=100, OC=129, variant="swiglu"),
+    Case(T=530, C=33, OC=49, variant="bias swiglu"),  # blocks of rows
+    Case(T=9, C=1601, OC=50, variant="bias swiglu"),
+    Case(T=9, C=20, OC=6200, variant="swiglu"),
+    Case(T=24, C=576, OC=1536, variant="swiglu"),  # SmolLM2 135M
+]
+LINEAR_BACKWARD = [
+    *LINEAR,
+    Case(T=24, C=1536, OC=576, variant="swiglu"),
+    Case(T=7, C=17, OC=3, variant="frozen"),
+    Case(T=801, C=50, OC=33, variant="frozen gelu"),
+    Case(T=9, C=50, OC=6200, variant="frozen swiglu"),
 ]
 ATTENTION = [
     Case(),
@@ -421,6 +460,7 @@ CLASSIFIER = [
     Case(B=2, T=32, C=192, V=300, Vp=384, variant="masked"),
     Case(T=600, C=17, V=128, Vp=128, variant="masked"),
     Case(T=9, C=16, V=50257, Vp=50304),
+    Case(T=600, C=17, V=97, Vp=128, variant="frozen"),
 ]
 FLAT = [Case(n=n) for n in (1, 17, 1000, 70001)]
 CASES: dict[str, list[Case]] = {
@@ -435,9 +475,12 @@ CASES: dict[str, list[Case]] = {
     "head_rmsnorm_forward": HEADS,
     "head_rmsnorm_backward": [*HEADS, Case(B=3, T=33, C=100, NH=5, NKV=1, variant="frozen")],
     "rope": [*HEADS, Case(B=3, T=33, C=100, NH=5, NKV=1, variant="inverse")],
-    "gelu_forward": FLAT,
+    "activation_forward": ACTIVATION,
+    "activation_backward": ACTIVATION,
     "linear_forward": LINEAR,
-    "linear_backward": LINEAR,
+    "linear_backward": LINEAR_BACKWARD,
+    "add_columns": ROWS,
+    "take_columns": ROWS,
     "attention_forward": ATTENTION,
     "attention_backward": ATTENTION,
     "classifier": CLASSIFIER,

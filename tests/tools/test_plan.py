@@ -41,7 +41,7 @@ def test_the_parts_are_what_a_step_calls(recompute: int, dtype: Any, narrowed: i
     forward = {"embedding_forward": 1, "layernorm_forward": 1, "residual_layernorm_forward": 6, "linear_forward": 12}
     backward = {"embedding_backward": 1, "layernorm_backward": 7, "linear_backward": 12, "attention_backward": 3}
     other = {"attention_forward": 3, "classifier": 1, "zero": 1, "narrow": narrowed, "global_norm": 1, "adamw": 2}
-    again = {"gelu_forward": 3 * (recompute >= 1), "layernorm_forward": 6 * (recompute >= 2)}
+    again = {"activation_forward": 3 * (recompute >= 1), "layernorm_forward": 6 * (recompute >= 2)}
     assert calls == collections.Counter(forward | backward | other) + collections.Counter(again)
     products = [(p.stage, p.case.C, p.case.OC, p.case.variant) for p in parts if p.kind == "products"]
     assert products[:4] == [

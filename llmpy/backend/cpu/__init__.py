@@ -12,13 +12,13 @@ import numpy as np
 from ...errors import LlmpyError
 from ...system import kernel_cache
 from ...system.resources import cores
-from . import adamw as adamw_
 from . import (
+    activation,
     attention,
+    columns,
     cross_entropy,
     decode,
     embedding,
-    gelu,
     global_norm,
     graph,
     jit,
@@ -30,10 +30,10 @@ from . import (
     rotary,
     simd,
 )
+from . import adamw as adamw_
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-NO_BIAS = np.empty(0, np.float32)  # stands for an absent array: kernels have one signature
 # Kernels that only one family of models calls; `warm_up` compiles those of its family.
 FAMILIES = {
     "gpt2": {"layernorm_forward", "residual_layernorm_forward", "layernorm_backward"},
@@ -42,6 +42,8 @@ FAMILIES = {
         "head_rmsnorm_backward", "rope",
     },
 }  # fmt: skip
+# Stand for absent arrays: kernels have one signature.
+NO_BIAS, NO_GRADIENT = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 CLASSIFIER_ROWS = 512  # rows of logits in memory at a time
 # Kernels of decoding: some of training, and some that only decoding compiles.
 DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
@@ -199,25 +201,36 @@ class CPU:
     def rope(self, x: Any, cos: Any, sin: Any, positions: Any, heads: int, inverse: bool) -> None:
         rotary.rope(self.threads, _rows(x), cos, sin, positions.reshape(-1), heads, -1 if inverse else 1)
 
-    def gelu_forward(self, out: Any, inp: Any) -> None:
-        gelu.gelu_forward(self.threads, _bits(out).reshape(-1), _bits(inp).reshape(-1))
+    def activation_forward(self, out: Any, pre: Any) -> None:
+        activation.activation_forward(self.threads, _rows(out), _rows(pre))
 
-    def linear_forward(self, out: Any, inp: Any, weight: Any, bias: Any, pre_gelu: Any = None) -> None:
-        pre_gelu = self._none_2 if pre_gelu is None else _rows(pre_gelu)
+    def activation_backward(self, dpre: Any, dout: Any, pre: Any) -> None:
+        activation.activation_backward(self.threads, _rows(dpre), _rows(dout), _rows(pre), self._gemm_scratch)
+
+    def linear_forward(self, out: Any, inp: Any, weight: Any, bias: Any, pre: Any = None) -> None:
+        pre = self._none_2 if pre is None else _rows(pre)
         inputs = _rows(inp), _bits(weight), NO_BIAS if bias is None else bias
-        linear.linear_forward(self.threads, _rows(out), pre_gelu, *inputs, self._gemm_scratch)
+        linear.linear_forward(self.threads, _rows(out), pre, *inputs, self._gemm_scratch)
 
     def linear_backward(
-        self, dinp: Any, dweight: Any, dbias: Any, dout: Any, inp: Any, weight: Any, pre_gelu: Any, accumulate: bool
+        self, dinp: Any, dweight: Any, dbias: Any, dout: Any, inp: Any, weight: Any, pre: Any, accumulate: bool
     ) -> None:
-        outputs = _rows(dinp), dweight, NO_BIAS if dbias is None else dbias
-        inputs = _rows(dout), _rows(inp), _bits(weight), self._none_2 if pre_gelu is None else _rows(pre_gelu)
-        rows, C = inputs[1].shape
-        sums = linear.shared_sums(rows, weight.shape[0], C)
+        frozen = dweight is None
+        outputs = _rows(dinp), NO_GRADIENT if frozen else dweight, NO_BIAS if dbias is None else dbias
+        dout, weight, none = _rows(dout), _bits(weight), self._none_2
+        inputs = dout, none if frozen else _rows(inp), weight, none if pre is None else _rows(pre)
+        rows, (OC, C) = len(dout), weight.shape
+        sums = linear.shared_sums(rows, OC, C)
         if self._sums.size < sums:
             self._sums = self.empty(sums, FLOAT32)
-        scratch = self._gemm_scratch, self._packed_inputs(rows, C), self._sums
-        linear.linear_backward(self.threads, *outputs, *inputs, accumulate, *scratch)
+        packed = NO_BIAS if frozen else self._packed_inputs(rows, C)
+        linear.linear_backward(self.threads, *outputs, *inputs, accumulate, self._gemm_scratch, packed, self._sums)
+
+    def add_columns(self, out: Any, x: Any, first: int, scale: float) -> None:
+        columns.add_columns(self.threads, _rows(out), _rows(x), first, np.float32(scale))
+
+    def take_columns(self, out: Any, x: Any, first: int, scale: float) -> None:
+        columns.take_columns(self.threads, _rows(out), _rows(x), first, np.float32(scale))
 
     def attention_forward(self, out: Any, stats: Any, qkv: Any) -> None:
         out = _rows(out)
@@ -236,10 +249,10 @@ class CPU:
     def pack(self, packed: Any, weight: Any) -> None:
         decode.pack(self.threads, _bits(packed), _bits(weight))
 
-    def packed_linear_forward(self, out: Any, inp: Any, packed: Any, bias: Any, pre_gelu: Any = None) -> None:
-        pre_gelu = self._none_2 if pre_gelu is None else _rows(pre_gelu)
+    def packed_linear_forward(self, out: Any, inp: Any, packed: Any, bias: Any, pre: Any = None) -> None:
+        pre = self._none_2 if pre is None else _rows(pre)
         inputs = _rows(inp), _bits(packed), NO_BIAS if bias is None else bias
-        decode.packed_linear_forward(self.threads, _rows(out), pre_gelu, *inputs, self._decode_scratch)
+        decode.packed_linear_forward(self.threads, _rows(out), pre, *inputs, self._decode_scratch)
 
     def cache_fill(self, cache: Any, qkv: Any) -> None:
         B, NH, _, _, HS = cache.shape
@@ -382,7 +395,10 @@ def _smallest_calls(ops: CPU, family: str) -> list[tuple[str, Callable[[], objec
             "linear_backward",
             lambda: ops.linear_backward(a(1, 1), w(1, 1), w(1), a(1, 1), a(1, 1), a(1, 1), None, False),
         ),
-        ("gelu_forward", lambda: ops.gelu_forward(a(1), a(1))),
+        ("activation_forward", lambda: ops.activation_forward(a(1, 1), a(1, 1))),
+        ("activation_backward", lambda: ops.activation_backward(a(1, 1), a(1, 1), a(1, 1))),
+        ("add_columns", lambda: ops.add_columns(a(1, 1), a(1, 1), 0, 1.0)),
+        ("take_columns", lambda: ops.take_columns(a(1, 1), a(1, 1), 0, 1.0)),
         ("attention_forward", lambda: ops.attention_forward(a(1, 1), w(1, 1, 1), a(1, 3))),
         ("attention_backward", lambda: ops.attention_backward(a(1, 3), a(1, 1), a(1, 3), a(1, 1), w(1, 1, 1))),
         ("embedding_forward", lambda: ops.embedding_forward(w(1, 1), tokens, a(1, 1), a(1, 1))),

@@ -22,7 +22,7 @@ import math
 import numpy as np
 from numba.extending import overload
 
-from .gelu import LOG2_E, exp2
+from .activation import LOG2_E, exp2
 from .gemm import multiply_panel, pack_columns, pack_rows, pack_transposed, panel_width, words
 from .jit import fork, inline, kernel
 from .simd import (

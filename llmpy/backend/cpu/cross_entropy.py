@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from .gelu import exp
+from .activation import exp
 from .jit import fork, inline, kernel
 from .simd import f32, from_rank, larger, to_operand, to_rank
 

@@ -1,7 +1,7 @@
 """Kernels of decoding: products of few rows with packed weights, and attention of one query over a cache.
 
     packed    weight (OC, C) → panels of NR outputs, each (words, width) as `gemm` packs it, one after another
-    linear    out (BT, OC) := inp · weightᵀ + bias, or GELU of that; each panel is streamed once for all rows
+    linear    out (BT, OC) := inp · weightᵀ + bias, or GELU or SwiGLU of that; each panel is streamed once for all rows
     attention one query per sequence meets keys and values 0 … t of its cache, tile by tile as in training
 
 Memory-bound: a token costs one pass over all weights. Packed, they are one stream at full bandwidth; unpacked,
@@ -19,8 +19,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .activation import activate, gelu
 from .attention import MINUS_INFINITY, TILE_K, _softmax_tile, operand_tile
-from .gelu import gelu
 from .gemm import depth, pack_rows, pack_transposed, panel_width, words, write_tile
 from .jit import fork, inline, intrinsic, kernel
 from .simd import (
@@ -154,7 +154,7 @@ def pack(
 
 
 @inline
-def _linear_item(worker, item, out, pre_gelu, inp, packed, bias, scratch):
+def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
     BT, C = inp.shape
     OC = out.shape[1]
     col = item * NR
@@ -186,10 +186,10 @@ def _linear_item(worker, item, out, pre_gelu, inp, packed, bias, scratch):
                 sums[i] += part[i]
         for i in range(rows):
             tile = sums[i * width : i * width + NR]
-            if pre_gelu.size > 0:
-                write_tile(pre_gelu, row + i, col, tile, 1, cols)
+            if pre.size > 0:
+                write_tile(pre, row + i, col, tile, 1, cols)
                 for j in range(NR):  # constant length, for whole vectors
-                    part[j] = gelu(f32(to(pre_gelu, tile[j])))
+                    part[j] = gelu(f32(to(pre, tile[j])))
                 tile = part
             write_tile(out, row + i, col, tile, 1, cols)
 
@@ -198,13 +198,17 @@ def _linear_item(worker, item, out, pre_gelu, inp, packed, bias, scratch):
 def packed_linear_forward(
     threads,   # int
     out,       # (BT, OC) :=
-    pre_gelu,  # (BT, OC) :=, or (0, 0) for none
+    pre,       # (BT, OC) or (BT, 2·OC) :=, or (0, 0) for none
     inp,       # (BT, C)
-    packed,    # weight (OC, C), from `pack`
-    bias,      # (OC,) f32, or (0,) for none
+    packed,    # weight (columns of pre, C), from `pack`
+    bias,      # (columns of pre,) f32, or (0,) for none
     scratch,   # (threads, ≥ LINEAR_SCRATCH) f32
 ):  # fmt: skip
-    fork(_linear_item, threads, (out.shape[1] + NR - 1) // NR, (out, pre_gelu, inp, packed, bias, scratch))
+    paired = pre.shape[1] > out.shape[1]
+    sums, before = (pre, pre[:0]) if paired else (out, pre)
+    fork(_linear_item, threads, (sums.shape[1] + NR - 1) // NR, (sums, before, inp, packed, bias, scratch))
+    if paired:  # panels of gate and up begin at different columns; few rows are one item, without helpers
+        activate(threads, out, pre)
 
 
 @inline

@@ -1,14 +1,18 @@
 """Linear: one product forward, two backward.     BT rows, C inputs, OC outputs
 
 forward    out     := inp · weightᵀ + bias                        (BT, OC)
-           with GELU: pre_gelu := that, out := GELU(pre_gelu)
-backward   dinp    := dout · weight, times GELU′ if inp was a GELU  (BT, C)
+           GELU:   pre (BT, OC) := that, out := GELU(pre)
+           SwiGLU: pre (BT, 2·OC) := that for a weight of 2·OC rows, out := SiLU(gate)·up, the halves of pre
+backward   dinp    := dout · weight                               (BT, C)
+           GELU:   times GELU′(pre) if inp was GELU(pre)
+           SwiGLU: (BT, 2C), the gradient of pre if inp was SwiGLU(pre)
            dweight += doutᵀ · inp                                  (OC, C)
            dbias   += Σ_rows dout                                  (OC,)
 
 Compute-bound. The packed operand is the weight, or for dweight the input; the other is read in place, except doutᵀ,
-which is packed in strips of MR columns. Sums are float32 in scratch; the epilogue (bias, GELU, rounding) and the
-write happen while a tile is in L1.
+which is packed in strips of MR columns. Sums are float32 in scratch; the epilogue (bias, activation, rounding) and the
+write happen while a tile is in L1. An item of SwiGLU computes a panel of gate, keeps its sums in scratch, and then the
+panel of up for the same rows and places, with which it writes out.
 The microkernel prefetches while it multiplies: the tile's destination, the weight's next panel, the next rows of A,
 the next tile of dweight. The input's panels are packed once and shared.
 Items are ranges of rows if there are enough, so that a thread reads the rows it wrote. Both products of backward are
@@ -17,7 +21,7 @@ items of one fork, so that no core idles between them.
 
 from __future__ import annotations
 
-from .gelu import gelu, gelu_gradient
+from .activation import gelu, gelu_gradient, swiglu, swiglu_gradient
 from .gemm import (
     EDGE,
     NONE,
@@ -51,6 +55,7 @@ from .simd import (
 )
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A per packed panel, whole tiles; L2 holds no more next to it
+PAIR_ROWS = BLOCK_ROWS // 2 // MR * MR  # rows of A for two panels, gate and up
 BLOCK_COLS = 8 * MR  # most rows of dweight per item
 OWN_ROWS = 512  # fewer are shared, since each thread would pack all panels
 TILE = MR * NR
@@ -69,14 +74,14 @@ def shared_sums(BT: int, OC: int, C: int) -> int:
 
 
 @inline
-def _rows_per_item(rows, panels, threads):
-    """Return rows per item: as many as fit in cache, fewer if threads would otherwise be idle.
+def _rows_per_item(rows, panels, threads, most):
+    """Return rows per item: as many as fit in cache (`most`), fewer if threads would otherwise be idle.
 
     Each thread has its own rows if these are at least OWN_ROWS.
     """
     own = (rows + threads - 1) // threads
     whole = own if own >= OWN_ROWS else rows
-    parts = (whole + BLOCK_ROWS - 1) // BLOCK_ROWS
+    parts = (whole + most - 1) // most
     block = (whole + parts * MR - 1) // (parts * MR) * MR
     while block > 8 * MR and panels * ((rows + block - 1) // block) < 4 * threads:
         block = (block // 2 + MR - 1) // MR * MR
@@ -84,35 +89,58 @@ def _rows_per_item(rows, panels, threads):
 
 
 @inline
-def _forward_item(worker, item, out, pre_gelu, inp, weight, bias, block, scratch):
+def _forward_item(worker, item, out, pre, inp, weight, bias, block, scratch):
     BT, C = inp.shape
-    OC = weight.shape[0]
+    OC = out.shape[1]
+    halves = weight.shape[0] // OC  # 2: gate and up
     panels = (OC + NR - 1) // NR
     col, row = item % panels * NR, item // panels * block
     cols, rows = min(NR, OC - col), min(block, BT - row)
     width, size = panel_width(cols), 4 // per_word(inp)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
-    sums = scratch[worker, PANEL + EDGE :]
+    gates = scratch[worker, PANEL + EDGE :]
     for k in range(0, C, depth(inp)):
         kc = min(depth(inp), C - k)
         last = k + kc == C
-        pack_transposed(panel, weight, col, k, kc, cols)
-        next_col, next_k = ((item + 1) % panels * NR, 0) if last else (col, k + kc)
-        for i in range(0, rows, MR):
-            some = min(MR, rows - i)
-            a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
-            if k == 0 and bias.size > 0:
-                _start_with_bias(tile, bias, col, some, cols)
-            mode = ADD if k > 0 or bias.size > 0 else WRITE
-            # Prefetch the tile's destination; then the first tiles prefetch rows of the next panel, the others the
-            # rows of A for the next tile.
-            goes = lines_of_tile(out, row + i, col, cols) if last else NONE
-            also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
-            soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
-            ahead = goes, also, (soon, size * C, CACHE_LINE, size * kc // CACHE_LINE)
-            multiply_tile(address(tile), width, inp, a, size * C, panel, some, cols, kc, mode, edge, ahead)
-            if last:
-                _finish_forward(out, pre_gelu, tile, row + i, col, some, cols)
+        for half in range(halves):
+            first, final = half * OC + col, last and half == halves - 1
+            sums = gates[half * block * NR :]
+            pack_transposed(panel, weight, first, k, kc, cols)
+            next_col, next_k = ((item + 1) % panels * NR, 0) if last else (col, k + kc)
+            if half < halves - 1:
+                next_col, next_k = first + OC, k
+            for i in range(0, rows, MR):
+                some = min(MR, rows - i)
+                a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
+                if k == 0 and bias.size > 0:
+                    _start_with_bias(tile, bias, first, some, cols)
+                mode = ADD if k > 0 or bias.size > 0 else WRITE
+                # Prefetch the tile's destination; then the first tiles prefetch rows of the next panel, the others the
+                # rows of A for the next tile.
+                goes = lines_of_tile(out, row + i, col, cols) if final else NONE
+                also = lines_of_tile(pre, row + i, first, cols) if last and pre.size > 0 else NONE
+                soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
+                ahead = goes, also, (soon, size * C, CACHE_LINE, size * kc // CACHE_LINE)
+                multiply_tile(address(tile), width, inp, a, size * C, panel, some, cols, kc, mode, edge, ahead)
+                if last and pre.size > 0:
+                    write_tile(pre, row + i, first, tile, some, cols)
+                    if per_word(pre) > 1:  # activation of the stored, rounded value
+                        read_tile(tile, pre, row + i, first, some, cols)
+                    if final:
+                        _activate_tile(tile, gates[i * NR : (i + MR) * NR], halves > 1)
+                if final:
+                    write_tile(out, row + i, col, tile, some, cols)
+
+
+@inline
+def _activate_tile(tile, gate, paired):
+    """tile := SwiGLU(gate, tile) if `paired`, else GELU(tile)."""
+    if paired:
+        for j in range(TILE):  # constant length, for whole vectors; the unused part is ignored
+            tile[j] = swiglu(gate[j], tile[j])
+    else:
+        for j in range(TILE):
+            tile[j] = gelu(tile[j])
 
 
 @inline
@@ -126,37 +154,25 @@ def _start_with_bias(tile, bias, col, rows, cols):
             tile[i * width + j] = bias[col + j]
 
 
-@inline
-def _finish_forward(out, pre_gelu, tile, row, col, rows, cols):
-    """Write a tile of finished sums, through GELU if requested."""
-    if pre_gelu.size > 0:
-        write_tile(pre_gelu, row, col, tile, rows, cols)
-        if per_word(pre_gelu) > 1:  # GELU of the stored, rounded value
-            read_tile(tile, pre_gelu, row, col, rows, cols)
-        for j in range(TILE):  # constant length, for whole vectors; the unused part is ignored
-            tile[j] = gelu(tile[j])
-    write_tile(out, row, col, tile, rows, cols)
-
-
 @kernel
 def linear_forward(
-    threads,   # int
-    out,       # (BT, OC) :=
-    pre_gelu,  # (BT, OC) :=, or (0, 0) for none
-    inp,       # (BT, C)
-    weight,    # (OC, C)
-    bias,      # (OC,) f32, or (0,) for none
-    scratch,   # (threads, ≥ SCRATCH) f32
+    threads,  # int
+    out,      # (BT, OC) :=
+    pre,      # (BT, OC) for GELU, (BT, 2·OC) for SwiGLU :=, or (0, 0) for none
+    inp,      # (BT, C)
+    weight,   # (OC, C), or (2·OC, C)
+    bias,     # (OC,) or (2·OC,) f32, or (0,) for none
+    scratch,  # (threads, ≥ SCRATCH) f32
 ):  # fmt: skip
     BT, OC = out.shape
     panels = (OC + NR - 1) // NR
-    block = _rows_per_item(BT, panels, threads)
+    block = _rows_per_item(BT, panels, threads, BLOCK_ROWS if weight.shape[0] == OC else PAIR_ROWS)
     items = panels * ((BT + block - 1) // block)
-    fork(_forward_item, threads, items, (out, pre_gelu, inp, weight, bias, block, scratch))
+    fork(_forward_item, threads, items, (out, pre, inp, weight, bias, block, scratch))
 
 
 @inline
-def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, shared, scratch):
+def _dinp_item(worker, item, dinp, dout, weight, pre, block, start, stop, shared, scratch):
     BT, OC = dout.shape
     C = weight.shape[1]
     panels = (C + NR - 1) // NR
@@ -176,8 +192,11 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, s
             some = min(MR, rows - i)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
             # As in forward; each tile prefetches one line per row of the next panel, or per second row of pairs.
+            # Of the four tiles of SwiGLU, the two to read: writes do not wait.
             goes = lines_of_tile(dinp, row + i, col, cols) if last else NONE
-            also = lines_of_tile(pre_gelu, row + i, col, cols) if last and pre_gelu.size > 0 else NONE
+            if last and pre.shape[1] > C:
+                goes = lines_of_tile(pre, row + i, C + col, cols)
+            also = lines_of_tile(pre, row + i, col, cols) if last and pre.size > 0 else NONE
             line, half = i // MR // per * CACHE_LINE, i // MR % per
             if line <= size * cols:
                 soon = address(weight) + size * ((next_k + half) * C + next_col) + line
@@ -187,16 +206,23 @@ def _dinp_item(worker, item, dinp, dout, weight, pre_gelu, block, start, stop, s
             mode, ahead = ADD if k > 0 else WRITE, (goes, also, then)
             multiply_tile(address(tile), width, dout, a, size * OC, panel, some, cols, kc, mode, edge, ahead)
             if last:
-                _finish_dinp(dinp, pre_gelu, tile, edge[:TILE], row + i, col, some, cols)
+                _finish_dinp(dinp, pre, C, tile, edge, row + i, col, some, cols)
 
 
 @inline
-def _finish_dinp(dinp, pre_gelu, tile, before, row, col, rows, cols):
-    """Write a tile of finished sums, times GELU′ where the input was a GELU."""
-    if pre_gelu.size > 0:
-        read_tile(before, pre_gelu, row, col, rows, cols)
-        for j in range(TILE):
-            tile[j] *= gelu_gradient(before[j])
+def _finish_dinp(dinp, pre, C, tile, edge, row, col, rows, cols):
+    """Write a tile of finished sums, through the gradient of the activation that the input was."""
+    before, up = edge[:TILE], edge[TILE : 2 * TILE]
+    if pre.size > 0:
+        read_tile(before, pre, row, col, rows, cols)
+        if pre.shape[1] == C:
+            for j in range(TILE):
+                tile[j] *= gelu_gradient(before[j])
+        else:
+            read_tile(up, pre, row, C + col, rows, cols)
+            for j in range(TILE):
+                tile[j], up[j] = swiglu_gradient(tile[j], before[j], up[j])
+            write_tile(dinp, row, C + col, up, rows, cols)
     write_tile(dinp, row, col, tile, rows, cols)
 
 
@@ -259,12 +285,12 @@ def _word_sum(like, word):
 
 @inline
 def _backward_item(worker, item, dinp_items, dweight_items, each, threads, dinp, dweight, dbias, dout, packed_inp,
-                   weight, pre_gelu, k, kc, row_block, col_block, add, start, stop, shared, scratch):  # fmt: skip
+                   weight, pre, k, kc, row_block, col_block, add, start, stop, shared, scratch):  # fmt: skip
     """Run an item of either product: each thread's range is its part of dinp, then its part of dweight."""
     part, i = item // each, item % each
     first, last = part * dinp_items // threads, (part + 1) * dinp_items // threads
     if i < last - first:
-        _dinp_item(worker, first + i, dinp, dout, weight, pre_gelu, row_block, start, stop, shared, scratch)
+        _dinp_item(worker, first + i, dinp, dout, weight, pre, row_block, start, stop, shared, scratch)
         return
     i += part * dweight_items // threads - (last - first)
     if i < (part + 1) * dweight_items // threads:
@@ -274,40 +300,40 @@ def _backward_item(worker, item, dinp_items, dweight_items, each, threads, dinp,
 @kernel
 def linear_backward(
     threads,     # int
-    dinp,        # (BT, C) :=
-    dweight,     # (OC, C) f32 := or += by accumulate
+    dinp,        # (BT, C) :=, or (BT, 2C) for SwiGLU
+    dweight,     # (OC, C) f32 := or += by accumulate, or (0, 0) for none: dinp only
     dbias,       # (OC,) f32 := or += by accumulate, or (0,) for none
     dout,        # (BT, OC)
-    inp,         # (BT, C)
+    inp,         # (BT, C), or (0, 0) without dweight
     weight,      # (OC, C)
-    pre_gelu,    # (BT, C), or (0, 0) for none
+    pre,         # (BT, C) of GELU, (BT, 2C) of SwiGLU, or (0, 0) for none
     accumulate,  # bool
     scratch,     # (threads, ≥ SCRATCH) f32
-    packed_inp,  # (≥ min(BT, KC)·(C + LANES),) f32
+    packed_inp,  # (≥ min(BT, KC)·(C + LANES),) f32, or (0,) without dweight
     shared,      # (≥ shared_sums(BT, OC, C),) f32
 ):  # fmt: skip
     BT, OC = dout.shape
     C = weight.shape[1]
-    panels = (C + NR - 1) // NR
-    row_block = _rows_per_item(BT, panels, threads)
+    panels, frozen = (C + NR - 1) // NR, dweight.size == 0
+    row_block = _rows_per_item(BT, panels, threads, BLOCK_ROWS)
     col_block = min(BLOCK_COLS, max(MR, OC // (16 * threads) // MR * MR))
     dinp_items = panels * ((BT + row_block - 1) // row_block)
-    dweight_items = (OC + col_block - 1) // col_block
+    dweight_items = 0 if frozen else (OC + col_block - 1) // col_block
     segment = SEGMENT * depth(dout)
     start = 0
     while start + segment < OC:
         fork(
             _dinp_item, threads, dinp_items,
-            (dinp, dout, weight, pre_gelu, row_block, start, start + segment, shared, scratch),
+            (dinp, dout, weight, pre, row_block, start, start + segment, shared, scratch),
         )  # fmt: skip
         start += segment
-    for k in range(0, BT, depth(dout)):
+    for k in range(0, 1 if frozen else BT, depth(dout)):
         kc = min(depth(dout), BT - k)
         dinp_now = dinp_items if k == 0 else 0
         each = (dinp_now + threads - 1) // threads + (dweight_items + threads - 1) // threads  # items per range
-        fork(_pack_inputs, threads, panels, (packed_inp, inp, k, kc))
+        fork(_pack_inputs, threads, 0 if frozen else panels, (packed_inp, inp, k, kc))
         fork(
             _backward_item, threads, threads * each,
-            (dinp_now, dweight_items, each, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre_gelu, k, kc,
+            (dinp_now, dweight_items, each, threads, dinp, dweight, dbias, dout, packed_inp, weight, pre, k, kc,
              row_block, col_block, accumulate or k > 0, start, OC, shared[:0] if start == 0 else shared, scratch),
         )  # fmt: skip
