@@ -3,8 +3,9 @@
 Outputs come first. Each follows one of two contracts, stated where it is declared: `:=` overwrites, `+=` adds.
 Parameter gradients (dweight, dbias, dwte, dwpe) are `:=` if `accumulate` is False (the first micro-step), else `+=`.
 
-Dimensions: B batch, T time, C channels, NH heads, NKV heads of keys and values, HS channels of a head, V vocabulary, Vp padded vocabulary, OC output channels; BT = B·T
-rows. Any leading shape of product BT may replace BT. Arrays are C-contiguous; tokens and targets are int32.
+Dimensions: B batch, T time, C channels, NH heads, NKV heads of keys and values, HS channels of a head, V vocabulary,
+Vp padded vocabulary, OC output channels; BT = B·T rows. Any leading shape of product BT may replace BT. Arrays are
+C-contiguous; tokens and targets are int32.
 
 Floats have two types. `wide`: parameters, their gradients and moments, biases, the residual stream (resid, inp1, inp
 of norms, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of products (weight,

@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 from ..model.config import ModelConfig
-from ..model.families import params_table
+from ..model.families import trained_table
 from ..model.partition import Bucket, buckets
 
 EFFICIENCY = 0.9  # payload, as a share of the link rate
@@ -43,7 +43,7 @@ def communication(
     """
     if ranks == 1:
         return Communication(0, 0, 0)
-    table, share = params_table(config), (ranks - 1) / ranks
+    table, share = trained_table(config), (ranks - 1) / ranks
     matrices = sum(t.size for t in table if t.decay)
 
     def payload(bucket: Bucket, mixed: bool) -> float:

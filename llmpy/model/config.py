@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import LlmpyError
 from ..system.words import count_of, did_you_mean
+from .lora import LoraConfig
 
 GPT2_VOCAB = 50257
 
@@ -37,6 +38,7 @@ class ModelConfig:
     channels: int
     context: int = 1024
     vocab_size: int = GPT2_VOCAB
+    lora: LoraConfig | None = field(default=None, kw_only=True)  # adapters: the parameters are frozen
 
     def __post_init__(self) -> None:
         _check_positive(self, "layers", "heads", "channels", "context", "vocab_size")
@@ -79,17 +81,18 @@ class ModelConfig:
 
     def record(self) -> dict[str, Any]:
         """Return the fields for a JSON file; `from_record` is the inverse."""
-        return asdict(self)
+        fields = {"family": self.family} if self.family != ModelConfig.family else {}
+        return fields | {name: x for name, x in asdict(self).items() if name != "lora" or x is not None}
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ModelConfig:
         """Return the config of a `record`. Raises LlmpyError, or TypeError for other fields."""
-        if record.get("family") != LlamaConfig.family:
-            return ModelConfig(**record)
         about = {name: value for name, value in record.items() if name != "family"}
+        if about.get("lora") is not None:
+            about["lora"] = LoraConfig.from_record(about["lora"])
         if about.get("rope_scaling") is not None:
             about["rope_scaling"] = RopeScaling(**about["rope_scaling"])
-        return LlamaConfig(**about)
+        return (LlamaConfig if record.get("family") == LlamaConfig.family else ModelConfig)(**about)
 
     @classmethod
     def from_dial(cls, dial: str, vocab_size: int | None = None, context: int | None = None) -> ModelConfig:
@@ -192,10 +195,6 @@ class LlamaConfig(ModelConfig):
         """As in GPT-2."""
         layer = self.qkv_size + self.heads * self.head_size + 3 * self.ffn
         return self.channels * (self.layers * layer + self.padded_vocab_size)
-
-    def record(self) -> dict[str, Any]:
-        """As in GPT-2, with the family."""
-        return {"family": self.family, **asdict(self)}
 
 
 def _check_positive(config: ModelConfig, *names: str) -> None:

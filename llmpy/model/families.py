@@ -10,26 +10,23 @@ from .config import ModelConfig
 from .gpt2 import GPT2
 from .language_model import RECOMPUTE, LanguageModel
 from .llama import Llama
-from .lora import LoraConfig, Module, adapter_table
+from .lora import Module, adapter_table
 
 FAMILIES: dict[str, type[LanguageModel]] = {"gpt2": GPT2, "llama": Llama}
 
 
 def language_model(
-    config: ModelConfig, ops: Ops, *, recompute: int = RECOMPUTE, trainable: bool = True,
-    lora: LoraConfig | None = None,
-) -> LanguageModel:  # fmt: skip
+    config: ModelConfig, ops: Ops, *, recompute: int = RECOMPUTE, trainable: bool = True
+) -> LanguageModel:
     """Return a model of this shape; see `LanguageModel`."""
-    return FAMILIES[config.family](config, ops, recompute, trainable, lora)
+    return FAMILIES[config.family](config, ops, recompute, trainable)
 
 
-def trained_table(config: ModelConfig, lora: LoraConfig | None) -> list[Tensor]:
+def trained_table(config: ModelConfig) -> list[Tensor]:
     """Return the parameters that training updates: the adapters, or all."""
-    table = params_table(config)
-    if lora is None:
-        return table
-    inputs = {t.name.removesuffix("_w"): t.shape[-1] for t in table if t.decay and t.per_layer}
-    return adapter_table(lora, modules(config), inputs, config.layers)
+    if config.lora is None:
+        return params_table(config)
+    return adapter_table(config.lora, modules(config), config.layers)
 
 
 def modules(config: ModelConfig) -> list[Module]:

@@ -125,10 +125,10 @@ class GPT2(LanguageModel):
         """See `LanguageModel.modules`."""
         C = c.channels
         return [
-            Module("attn.c_attn", "attn_qkv", 0, 3 * C),
-            Module("attn.c_proj", "attn_proj", 0, C),
-            Module("mlp.c_fc", "mlp_fc", 0, 4 * C),
-            Module("mlp.c_proj", "mlp_proj", 0, C),
+            Module("attn.c_attn", "attn_qkv", 0, 3 * C, C),
+            Module("attn.c_proj", "attn_proj", 0, C, C),
+            Module("mlp.c_fc", "mlp_fc", 0, 4 * C, C),
+            Module("mlp.c_proj", "mlp_proj", 0, C, 4 * C),
         ]
 
     def embed(self, out: Any, tokens: np.ndarray, positions: np.ndarray | None) -> None:

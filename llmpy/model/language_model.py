@@ -17,7 +17,7 @@ from ..backend import Ops
 from ..errors import LlmpyError
 from .arena import Arena, Tensor
 from .config import ModelConfig
-from .lora import Adapters, LoraConfig, Module
+from .lora import Adapters, Module
 
 # Activations that backward recomputes, see `activations_table` of the families. 1 costs 0.5 % of a step's time
 # (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
@@ -42,11 +42,8 @@ class LanguageModel:
     text, and attends to that alone. None: one text.
     """
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True,
-        lora: LoraConfig | None = None,
-    ) -> None:  # fmt: skip
-        """Allocate the parameters. `recompute`: see `activations_table`. `lora`: train only adapters."""
+    def __init__(self, config: ModelConfig, ops: Ops, recompute: int = RECOMPUTE, trainable: bool = True) -> None:
+        """Allocate the parameters. `recompute`: see `activations_table`."""
         self.config = config
         self.head = self.head_of(config)
         self.ops = ops
@@ -56,7 +53,7 @@ class LanguageModel:
         matrices = [t for t in table if t.decay]
         # `weights`, the operands of products: the matrices, or a copy in the backend's smaller type.
         self.mixed = ops.dtype != ops.wide
-        if trainable and lora is None:
+        if trainable and config.lora is None:
             self.params = Arena(table, ops.empty, ops.wide)
             self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
         else:
@@ -65,9 +62,8 @@ class LanguageModel:
         # What training updates, of which `matrix_elements` have weight decay, and its copy as operands.
         self.adapters: Adapters | None = None
         self.trained, self.stored = self.params, self.weights
-        if lora is not None:
-            inputs = {t.name.removesuffix("_w"): t.shape[-1] for t in matrices if t.per_layer}
-            self.adapters = Adapters(lora, self.modules(config), inputs, ops, config.layers)
+        if config.lora is not None:
+            self.adapters = Adapters(config.lora, self.modules(config), ops, config.layers)
             self.trained, self.stored = self.adapters.params, self.adapters.weights
         self.matrix_elements = sum(t.size for t in self.trained.table if t.decay)
         self.grads: Arena | None = None

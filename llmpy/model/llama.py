@@ -117,15 +117,15 @@ class Llama(LanguageModel):
     @staticmethod
     def modules(c: LlamaConfig) -> list[Module]:
         """See `LanguageModel.modules`."""
-        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
+        C, q, kv = c.channels, c.heads * c.head_size, c.kv_heads * c.head_size
         return [
-            Module("self_attn.q_proj", "attn_qkv", 0, q),
-            Module("self_attn.k_proj", "attn_qkv", q, kv),
-            Module("self_attn.v_proj", "attn_qkv", q + kv, kv),
-            Module("self_attn.o_proj", "attn_proj", 0, c.channels),
-            Module("mlp.gate_proj", "mlp_gate_up", 0, c.ffn),
-            Module("mlp.up_proj", "mlp_gate_up", c.ffn, c.ffn),
-            Module("mlp.down_proj", "mlp_down", 0, c.channels),
+            Module("self_attn.q_proj", "attn_qkv", 0, q, C),
+            Module("self_attn.k_proj", "attn_qkv", q, kv, C),
+            Module("self_attn.v_proj", "attn_qkv", q + kv, kv, C),
+            Module("self_attn.o_proj", "attn_proj", 0, C, q),
+            Module("mlp.gate_proj", "mlp_gate_up", 0, c.ffn, C),
+            Module("mlp.up_proj", "mlp_gate_up", c.ffn, c.ffn, C),
+            Module("mlp.down_proj", "mlp_down", 0, C, c.ffn),
         ]
 
     @staticmethod

@@ -9,7 +9,7 @@ Hugging Face divides the model; `q_proj` is some rows of our attn_qkv_w. Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class Module(NamedTuple):
     layer: str
     start: int
     size: int
+    inputs: int
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,13 @@ def _ends_in(name: str, target: str) -> bool:
 class Adapters:
     """The adapters of one model: their arenas, and their part of a linear layer's forward and backward."""
 
-    def __init__(self, config: LoraConfig, modules: Sequence[Module], inputs: Mapping[str, int], ops: Ops, L: int):
-        """`modules`: all that the model has; `inputs`: columns of each linear layer's weight."""
+    def __init__(self, config: LoraConfig, modules: Sequence[Module], ops: Ops, layers: int) -> None:
+        """`modules`: all that the model has."""
         self.config, self.ops = config, ops
         self.modules = [m for m in modules if m.name in config.modules]
-        table = adapter_table(config, self.modules, inputs, L)
+        table = adapter_table(config, modules, layers)
         self.params = Arena(table, ops.empty, ops.wide)
         self.weights = self.params if ops.dtype == ops.wide else Arena(table, ops.empty, ops.dtype)
-        self._inputs = inputs
         self._rooms: dict[int, Arena] = {}
 
     def of(self, layer: str) -> list[Module]:
@@ -93,7 +93,7 @@ class Adapters:
     def _room(self, rows: int) -> Arena:
         """Return scratch for this many rows."""
         if rows not in self._rooms:
-            table = room_table(self.config, self.modules, self._inputs, rows)
+            table = room_table(self.config, self.modules, rows)
             self._rooms[rows] = Arena(table, self.ops.empty, self.ops.dtype)
         return self._rooms[rows]
 
@@ -127,21 +127,19 @@ class Adapters:
         return self._room(rows).hidden[: rows * C].reshape(rows, C)
 
 
-def adapter_table(config: LoraConfig, modules: Sequence[Module], inputs: Mapping[str, int], L: int) -> list[Tensor]:
+def adapter_table(config: LoraConfig, modules: Sequence[Module], layers: int) -> list[Tensor]:
     """Return the adapters' parameters: NAME.lora_A (L, r, in) and NAME.lora_B (L, out, r)."""
-    return list(_pairs(config, [m for m in modules if m.name in config.modules], inputs, L))
+    table = []
+    for m in (m for m in modules if m.name in config.modules):
+        shape, bound = (layers, config.rank, m.inputs), 1 / math.sqrt(m.inputs)
+        table.append(Tensor(f"{m.name}.{A}", shape, "uniform", bound, decay=True, per_layer=True))
+        table.append(Tensor(f"{m.name}.{B}", (layers, m.size, config.rank), "zeros", decay=True, per_layer=True))
+    return table
 
 
-def _pairs(config: LoraConfig, modules: Sequence[Module], inputs: Mapping[str, int], L: int) -> Iterator[Tensor]:
-    for m in modules:
-        C, bound = inputs[m.layer], 1 / math.sqrt(inputs[m.layer])
-        yield Tensor(f"{m.name}.{A}", (L, config.rank, C), "uniform", bound, decay=True, per_layer=True)
-        yield Tensor(f"{m.name}.{B}", (L, m.size, config.rank), "zeros", decay=True, per_layer=True)
-
-
-def room_table(config: LoraConfig, modules: Sequence[Module], inputs: Mapping[str, int], rows: int) -> list[Tensor]:
-    """Return the scratch of `Adapters` for this many rows."""
-    widest = max(inputs.values())
+def room_table(config: LoraConfig, modules: Sequence[Module], rows: int) -> list[Tensor]:
+    """Return the scratch of `Adapters` for this many rows; `modules` have adapters."""
+    widest = max(m.inputs for m in modules)
     return [
         Tensor("low", (rows, config.rank)),
         Tensor("dlow", (rows, config.rank)),

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import LlmpyError, unreadable
 from ..model.arena import Arena
 from ..model.config import ModelConfig
-from ..model.families import params_table
+from ..model.families import trained_table
 from ..model.language_model import LanguageModel
 from ..system import durable
 from ..system.command import command
@@ -74,7 +74,7 @@ class Header:
 
 def save(path: Path, model: LanguageModel, trained_length: int) -> None:
     """Write the parameters to `path`. Raises LlmpyError if that fails; an existing file is kept."""
-    write_model(path, model.config, trained_length, model.ops.to_host(model.params.buffer))
+    write_model(path, model.config, trained_length, model.ops.to_host(model.trained.buffer))
 
 
 def write_model(
@@ -90,7 +90,10 @@ def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, s
     # A single metadata entry in a fixed order: equal models give equal files.
     about = {"format": FORMAT, "config": config.record(), "trained_length": trained_length}
     about |= asdict(score) if score else {}
-    return [file_header([(t.name, t.shape, "float32") for t in params_table(config)], {KEY: json.dumps(about)}), params]
+    return [
+        file_header([(t.name, t.shape, "float32") for t in trained_table(config)], {KEY: json.dumps(about)}),
+        params,
+    ]
 
 
 def file_header(entries: Entries, metadata: Mapping[str, str] | None = None) -> np.ndarray:
@@ -122,7 +125,7 @@ def read_header(path: Path) -> Header:
                 raise ValueError(f"trained length {header.trained_length}")
         except (KeyError, TypeError, ValueError, RecursionError, LlmpyError) as error:
             raise damaged(path, f"invalid header: {error}") from error
-        expected = {t.name: ("F32", t.shape) for t in params_table(header.config)}
+        expected = {t.name: ("F32", t.shape) for t in trained_table(header.config)}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
         found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
         for name in sorted(expected.keys() | found.keys()):

@@ -63,14 +63,14 @@ class CheckpointWriter:
         self._error = ""  # why it was not written, on any rank
         self._unpublished = ""  # why the latest one is not the run's model, or older ones remain
         copied = world.rank == 0 and (every > 0 or world.size > 1)
-        self._weights = page_aligned(model.params.size if copied else 0)
+        self._weights = page_aligned(model.trained.size if copied else 0)
         self._moments = page_aligned(2 * length(optimizer.owned) if every else 0)
         for room in (self._weights, self._moments):
             room.fill(0)  # touch the pages now, not during the first checkpoint
 
     def restore(self, path: Path, manifest: dict[str, Any], seed: int) -> Position:
         """Parameters and moments := a checkpoint's; return the data position. `seed` shuffles the data."""
-        checkpoint.load_parameters(path / MODEL_FILE, self.model.params)
+        checkpoint.load_parameters(path / MODEL_FILE, self.model.trained)
         self.model.store_weights()
         self.optimizer.adopt_weights()
         found, optimizer = parts.read_parts(path, manifest), self.optimizer
