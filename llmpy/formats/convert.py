@@ -17,7 +17,7 @@ from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..run.checkpoint import check_finite
 from ..system.staged import staged, staging
-from . import find, gguf, huggingface, llmc, llmc_state, native, open_model, tokenizer_of
+from . import find, gguf, hub, huggingface, llmc, llmc_state, native, tokenizer_of
 from .source import Source, tokenizer_path
 
 
@@ -43,10 +43,8 @@ def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
     target, to, state = options.target, format_of(options.target, options.to), None
     if to == "llmc-run":
         source, state, record = llmc_state.of_run(options.source)
-    elif os.path.exists(options.source):  # a local path takes precedence over a hub model of the same name
-        source = open_model(options.source)
     else:
-        source = find(str(options.source), log)
+        source = find(options.source.as_posix(), log)
     log(f"read  {source.describe()}")
     dtype = write(source, target, to, options.dtype, log, state)
     files = sorted(p for p in target.iterdir() if p.is_file()) if target.is_dir() else [target]
