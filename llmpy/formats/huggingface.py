@@ -222,7 +222,7 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
     """
     c = source.config
     home = pretrained.home(source.tokenizer) or source.path
-    names = pretrained.KEPT
+    names: tuple[str, ...] = pretrained.KEPT
     ids = dict.fromkeys(IDS[:2], c.vocab_size - 1 if c.family == "gpt2" else None)  # as in GPT-2
     if source.tokenizer is not None:
         tokenizer = Tokenizer.load(source.tokenizer)
@@ -321,7 +321,10 @@ def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any
     original = SCALING["original"]
     if scaled and (original in about or original not in rope):  # the former counts in transformers
         rope = rope | {original: about.get(original, about.get("max_position_embeddings"))}
-    values = {f.name: number(rope, SCALING[f.name]) for f in fields(RopeScaling)} if scaled else {}
+    scaling = None
+    if scaled:
+        factor, low, high, length = (number(rope, SCALING[f.name]) for f in fields(RopeScaling))
+        scaling = RopeScaling(factor, low, high, int(length))
     tied = about.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise damaged(path, f"tie_word_embeddings is {tied!r}")
@@ -329,7 +332,7 @@ def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any
         **heads,
         "head_size": heads["head_size"] or family.head_size,
         "rope_theta": number(rope if "rope_theta" in rope else about, "rope_theta", 10_000.0),
-        "rope_scaling": RopeScaling(**values | {"original": int(values["original"])}) if scaled else None,
+        "rope_scaling": scaling,
         "norm_eps": number(about, "rms_norm_eps", 1e-6),
         "tied": tied,
         "qkv_bias": family.name == "Qwen2",
