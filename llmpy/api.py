@@ -181,7 +181,7 @@ class GPT2:
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, or GPT-2's. Raises LlmpyError if it is missing or has more tokens than the model."""
-        if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB and self._what != HUGGING_FACE:
+        if self.tokenizer is None and self.config.vocab_size == GPT2_VOCAB and not self._what.endswith(HUGGING_FACE):
             aside("note: the model has no tokenizer: taking OpenAI's GPT-2 tokenizer")
             self.tokenizer = Tokenizer.gpt2(aside)
         if self.tokenizer is None:

@@ -17,7 +17,7 @@ from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..run.checkpoint import check_finite
 from ..system.staged import staged, staging
-from . import find, gguf, huggingface, llmc, llmc_state, native, open_model, tokenizer_of
+from . import find, gguf, hub, huggingface, llmc, llmc_state, native, tokenizer_of
 from .source import Source, tokenizer_path
 
 
@@ -41,17 +41,20 @@ FORMATS = {
 def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
     """Convert `options.source` into `options.target` and log both. Raises LlmpyError if either fails."""
     target, to, state = options.target, format_of(options.target, options.to), None
+    if options.push is not None and (to != "hf" or not hub.REPOSITORY.fullmatch(options.push)):
+        what = f"--push {options.push} with --to {to}" if to != "hf" else f"--push {options.push} is not USER/NAME"
+        raise LlmpyError("option.conflict", what, "Use --to hf --push USER/NAME")
     if to == "llmc-run":
         source, state, record = llmc_state.of_run(options.source)
-    elif os.path.exists(options.source):  # a local path takes precedence over a hub model of the same name
-        source = open_model(options.source)
     else:
-        source = find(str(options.source), log)
+        source = find(options.source.as_posix(), log)
     log(f"read  {source.describe()}")
     dtype = write(source, target, to, options.dtype, log, state)
     files = sorted(p for p in target.iterdir() if p.is_file()) if target.is_dir() else [target]
     names = f" ({', '.join(p.name for p in files)})" if target.is_dir() else ""
     log(f"wrote {target}{names}: {to}, {dtype}, {sum(p.stat().st_size for p in files):,} bytes")
+    if options.push is not None:
+        hub.push(target, options.push, log)
     if state is not None:
         o = TrainOptions.from_record(record)
         rows = f"-b {o.batch_size} -t {o.sequence_length} -d {o.micro_steps * o.batch_size * o.sequence_length}"
@@ -88,6 +91,9 @@ def write(
     """
     dtypes, _, write_model = FORMATS[to]
     dtype = dtype or (source.dtype if source.dtype in dtypes else dtypes[0])
+    if to.startswith("llmc") and source.config.family != "gpt2":
+        what = f"llm.c's format has no {source.config.family.title()} models"
+        raise LlmpyError("convert.unsupported-model", what, "Use --to hf, native or gguf")
     if dtype not in dtypes:
         what = f"--to {to} does not support --dtype {dtype}"
         raise LlmpyError("convert.unsupported-dtype", what, f"Use {' or '.join(dtypes)}")

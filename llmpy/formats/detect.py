@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from ..data import magic, pretrained
@@ -15,7 +14,7 @@ from ..run.folder import MODEL_FILE, TOKENIZER_FILE, finished, is_run
 from ..system.command import command
 from ..system.words import did_you_mean
 from . import hub, huggingface, llmc, llmc_state, native
-from .source import Source, padded, tokenizer_path
+from .source import Source, cut, tokenizer_path
 
 
 def resolve(text: str, log: Callable[[str], None]) -> Source:
@@ -29,18 +28,17 @@ def resolve(text: str, log: Callable[[str], None]) -> Source:
         what = f"{own} and its added tokens are {have:,} tokens, the model has {V:,}"
         raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
     log(f"note: the tokenizer has {have:,} of the {V:,} tokens of {source.path}; the others are ignored")
-    config = replace(source.config, vocab_size=have)
-    return replace(source, config=config, read=padded(source.read, config), load=None)
+    return cut(source, have)
 
 
 def find(text: str, log: Callable[[str], None]) -> Source:
-    """Open a hub model, downloaded if missing, or the model at a path. Raises LlmpyError if it is neither."""
-    if text in hub.NAMES:
+    """Open the model at a path, or a hub model, downloaded if missing. Raises LlmpyError if it is neither."""
+    if hub.is_name(text):
         return open_model(hub.download(text, log))
     path = Path(text)
     if not os.path.exists(path):
         near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
-        hint = f"{near} Use {', '.join(hub.NAMES)}, or the path of a file or folder".lstrip()
+        hint = f"{near} Use {', '.join(hub.NAMES)}, OWNER/NAME on the hub, or the path of a file or folder".lstrip()
         raise LlmpyError("model.missing", f"no model {text}", hint)
     return open_model(path)
 

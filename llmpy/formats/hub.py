@@ -1,21 +1,90 @@
-"""Download GPT-2 from the Hugging Face hub into the hub's own cache."""
+"""Models on the Hugging Face hub: downloaded into the hub's own cache, and pushed to it."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ..data import pretrained
+from ..errors import LlmpyError
 from ..system.cache import user_cache
-from ..system.download import from_hub
-from .huggingface import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from ..system.download import from_hub, model_files, upload
+from .source import read_json
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-FILES = (CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE)
+REPOSITORY = re.compile(r"(?!runs/)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")  # a folder of the hub's cache
+
+
+def is_name(text: object) -> bool:
+    """Return whether `text` names a model on the hub: no local file has this name, and no folder that of its owner."""
+    text = _text(text)
+    known = text in NAMES or REPOSITORY.fullmatch(text) is not None and not os.path.exists(text.partition("/")[0])
+    return known and not os.path.exists(text)
+
+
+def repository(model: object) -> str | None:
+    """Return owner/name of a model's name, or of a path in the hub's cache; else None."""
+    text = _text(model)
+    if match := CACHED.search(text):
+        return "/".join(match.groups())
+    if text in NAMES:
+        return f"openai-community/{text}"
+    return text if REPOSITORY.fullmatch(text) and not os.path.exists(text) else None
 
 
 def download(name: str, log: Callable[[str], None]) -> Path:
-    """Return the folder of a model of NAMES, downloaded if missing. Raises LlmpyError as `from_hub` does."""
+    """Return the folder of a model, its missing files downloaded. Raises LlmpyError as `from_hub` does."""
     folder = user_cache() / "models" / name  # llmpy 0.1.0's cache
-    if all((folder / file).is_file() for file in FILES):
+    if name in NAMES and all((folder / file).is_file() for file in (CONFIG, pretrained.WHOLE, WEIGHTS)):
         return folder
-    return [from_hub(f"openai-community/{name}", file, log).parent for file in FILES][0]
+    owned = str(repository(name))
+    folder = config_file(name, log).parent
+    if _complete(folder) and pretrained.find(folder) is not None:  # no network needed
+        return folder
+    try:
+        names = model_files(owned, folder.name)
+    except LlmpyError:
+        if _complete(folder):
+            return folder
+        raise
+    weights = WEIGHTS if WEIGHTS in names else INDEX
+    if weights not in names:
+        what = f"{owned} on the hub has no {WEIGHTS}"
+        raise LlmpyError("model.missing", what, "Use a model in safetensors; pickles can run code")
+    words = (pretrained.WHOLE,) if pretrained.WHOLE in names else ("vocab.json", "merges.txt")
+    files = [*words, *pretrained.SETTINGS, *pretrained.KEPT, weights]
+    for file in files:  # the weights last
+        if file in names:
+            from_hub(owned, file, log, revision=folder.name)
+            files += _shards(folder) if file == INDEX else []
+    return folder
+
+
+def config_file(name: str, log: Callable[[str], None]) -> Path:
+    """Return the config.json of a model, downloaded if missing. Raises LlmpyError."""
+    return from_hub(str(repository(name)), CONFIG, log)
+
+
+def _complete(folder: Path) -> bool:
+    """Return whether a folder of the cache holds all weights."""
+    shards = _shards(folder) if (folder / INDEX).is_file() else []
+    return (folder / WEIGHTS).is_file() or bool(shards) and all((folder / name).is_file() for name in shards)
+
+
+def _shards(folder: Path) -> list[str]:
+    """Return the names of the files that an index lists. Raises LlmpyError if it is corrupt."""
+    found = read_json(folder / INDEX).get("weight_map")
+    return sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+
+
+def _text(model: object) -> str:
+    return model.as_posix() if isinstance(model, Path) else str(model)
+
+
+def push(folder: Path, name: str, log: Callable[[str], None]) -> None:
+    """Upload a folder to the hub as owner/name, which is created if missing. Raises LlmpyError."""
+    log(f"pushed {folder} to {upload(folder, name)}")

@@ -1,15 +1,21 @@
-"""Hugging Face's GPT-2 folders: config.json, model.safetensors (or shards with an index), tokenizer files.
+"""Hugging Face's folders: config.json, model.safetensors (or shards with an index), tokenizer files, README.md.
 
-The linear layers are "Conv1D": weights are (in, out), the transpose of ours. The head is tied to wte; an
-lm_head.weight, if present, must equal it. wte has the V rows of the vocabulary, without padding.
+GPT-2's linear layers are "Conv1D": weights are (in, out), the transpose of ours. The matrices of queries, keys and
+values, and of gate and up, are the rows of one of ours; tensors are read one at a time into their part of it. If the
+head is tied to the embedding, an lm_head.weight must equal it. Both have V rows, without padding.
+
+Source: transformers 5.24, `models/{gpt2,llama,qwen2,qwen3}` and `modeling_rope_utils.py`; versions 4 have rope_theta
+and rope_scaling instead of rope_parameters.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,58 +24,126 @@ from safetensors.numpy import save_file
 from ..data import pretrained
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
-from ..model.config import ModelConfig
-from ..run.checkpoint import damaged, opened
+from ..model.arena import Arena
+from ..model.config import LlamaConfig, ModelConfig, RopeScaling
+from ..run.checkpoint import check_finite, damaged, opened
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
-from .source import DTYPES, HUGGING_FACE, Source, by_name, cast, read_json, shapes
+from .model_card import model_card
+from .source import DTYPES, HUGGING_FACE, Source, by_name, cast, clear_padding, read_json, shapes
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
-# ours → theirs, see `by_name`
-NAMES = {
-    "wte": "wte",
-    "wpe": "wpe",
-    "attn_qkv": "h.{}.attn.c_attn",
-    "attn_proj": "h.{}.attn.c_proj",
-    "mlp_fc": "h.{}.mlp.c_fc",
-    "mlp_proj": "h.{}.mlp.c_proj",
-    "ln_1": "h.{}.ln_1",
-    "ln_2": "h.{}.ln_2",
-    "ln_f": "ln_f",
-}
-PREFIX = "transformer."  # of models with a head; OpenAI's upload has none
-EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
+HEAD = "lm_head.weight"
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and RoPE in old files
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TRAINED = "llmpy_trained_length"  # positions beyond are untrained; other programs ignore it
-SHAPE = "n_layer", "n_head", "n_embd", "n_positions", "vocab_size"
-# Required values of a GPT-2, the first one the default.
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Family(NamedTuple):
+    """A class of `transformers`."""
+
+    name: str
+    architecture: str
+    shape: Mapping[str, str]  # field of our config → theirs
+    fixed: Mapping[str, tuple[Any, ...]]  # required values, the first one the default
+    names: Mapping[str, str]  # see `by_name`
+    prefix: str = ""  # of all names; absent in files of models without a head
+    transposed: bool = False  # the matrices of layers
+    head_size: int = 0  # default; 0: channels / heads
+
+    def theirs(self, name: str, x: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield views of tensor x under their names, in their layout."""
+        for theirs, view in by_name(self.names, name, x, config):
+            yield theirs, view.T if self.transposed and x.ndim == 3 else view
+
+
+SHAPE = {
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "channels": "hidden_size",
+    "context": "max_position_embeddings", "vocab_size": "vocab_size", "ffn": "intermediate_size",
+}  # fmt: skip
+HEADS = {"kv_heads": "num_key_value_heads", "head_size": "head_dim"}  # may be missing
 FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-    "add_cross_attention": (False,),
+    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
+    "partial_rotary_factor": (None, 1), "quantization_config": (None,),
+}  # fmt: skip
+BLOCK = "model.layers.{}."
+NAMES = {
+    "wte": "model.embed_tokens",
+    "head": "lm_head",
+    "attn_qkv": " ".join(f"{BLOCK}self_attn.{x}_proj" for x in "qkv"),
+    "attn_proj": f"{BLOCK}self_attn.o_proj",
+    "mlp_gate_up": f"{BLOCK}mlp.gate_proj {BLOCK}mlp.up_proj",
+    "mlp_down": f"{BLOCK}mlp.down_proj",
+    "norm_1": f"{BLOCK}input_layernorm",
+    "q_norm": f"{BLOCK}self_attn.q_norm",
+    "k_norm": f"{BLOCK}self_attn.k_norm",
+    "norm_2": f"{BLOCK}post_attention_layernorm",
+    "norm_f": "model.norm",
 }
+FAMILIES = {
+    "gpt2": Family(
+        "GPT-2",
+        "GPT2LMHeadModel",
+        {
+            "layers": "n_layer", "heads": "n_head", "channels": "n_embd", "context": "n_positions",
+            "vocab_size": "vocab_size",
+        },
+        {
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "tie_word_embeddings": (True,),
+            "add_cross_attention": (False,),
+        },
+        {
+            "wte": "wte",
+            "wpe": "wpe",
+            "attn_qkv": "h.{}.attn.c_attn",
+            "attn_proj": "h.{}.attn.c_proj",
+            "mlp_fc": "h.{}.mlp.c_fc",
+            "mlp_proj": "h.{}.mlp.c_proj",
+            "ln_1": "h.{}.ln_1",
+            "ln_2": "h.{}.ln_2",
+            "ln_f": "ln_f",
+        },
+        "transformer.",
+        transposed=True,
+    ),
+    "llama": Family("Llama", "LlamaForCausalLM", SHAPE, FIXED | {"sliding_window": (None,)}, NAMES),
+    "qwen2": Family("Qwen2", "Qwen2ForCausalLM", SHAPE, FIXED | {"attention_bias": (False, True)}, NAMES),  # unused
+    "qwen3": Family("Qwen3", "Qwen3ForCausalLM", SHAPE, FIXED, NAMES, head_size=128),
+}  # fmt: skip
+
+
+def kind_of(config: ModelConfig) -> str:
+    """Return the model_type of a config. Raises LlmpyError if `transformers` has no such model."""
+    if not isinstance(config, LlamaConfig):
+        return "gpt2"
+    if config.qk_norm and config.qkv_bias:
+        what = "the model has a bias and a norm of queries and keys, unlike Qwen2 and Qwen3"
+        raise LlmpyError("convert.unsupported-model", what, "Use --to native")
+    return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
 
 
 def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
-    """Open a GPT-2 folder with its tensors in `weights`. Raises LlmpyError for another model or corrupt files."""
-    config, trained_length = _read_config(folder / CONFIG_FILE)
+    """Open a folder with its tensors in `weights`. Raises LlmpyError for another model or corrupt files."""
+    family, config, trained_length = read_config(folder / CONFIG_FILE)
     where = _find_tensors(folder, weights, config)
-    prefix = PREFIX if PREFIX + EMBEDDING in where else ""
+    (embedding, _), *_ = family.theirs("wte", np.empty((0, 0)), config)
+    prefix = family.prefix if family.prefix + embedding in where else ""
     expected = {
-        prefix + theirs: x.shape
+        prefix * (theirs != HEAD) + theirs: x.shape
         for name, shape in shapes(config).items()
-        for theirs, x in _theirs(name, np.broadcast_to(np.int8(0), shape), config)
+        for theirs, x in family.theirs(name, np.broadcast_to(np.int8(0), shape), config)
     }
     missing = sorted(expected.keys() - where.keys())
     unknown = sorted(n for n in where.keys() - expected.keys() if n != HEAD and not n.endswith(BUFFERS))
     if missing or unknown:
-        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is not in GPT-2"
-        raise LlmpyError("model.not-gpt2", f"{folder} {which}", "Use a GPT-2 with its head tied to the embedding")
+        which = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is not in {family.name}"
+        raise _unsupported(f"{folder} {which}")
     for name, shape in expected.items():
         path, found, kind = where[name]
         if found != shape or kind not in TYPES:
@@ -81,46 +155,55 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
         with opened(where[name][0]) as file:
             return np.asarray(file.get_tensor(name))
 
+    def fill(name: str, out: np.ndarray, check: bool = False) -> None:
+        for theirs, x in family.theirs(name, out, config):
+            found = tensor(prefix * (theirs != HEAD) + theirs)
+            if check:
+                check_finite(folder, theirs, found)
+            x[...] = found[: len(x)]  # fewer rows: see `cut`
+
     def read(name: str) -> np.ndarray:
         out = np.zeros(shapes(config)[name], DTYPES[dtype])
-        for theirs, x in _theirs(name, out, config):
-            x[...] = tensor(prefix + theirs)
+        fill(name, out)
         return out
 
-    wte = prefix + EMBEDDING
-    if HEAD in where and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
-        what = f"{folder} has an untied head ({HEAD} differs from wte)"
-        raise LlmpyError("model.not-gpt2", what, "Use a GPT-2 with its head tied to the embedding")
-    return Source(folder, HUGGING_FACE, config, dtype, trained_length, read, pretrained.find(folder))
+    def load(params: Arena) -> None:
+        clear_padding(params, config.vocab_size)
+        for t, view in params.items():
+            fill(t.name, view, check=True)
+
+    wte = prefix + embedding
+    tied = HEAD in where.keys() - expected.keys()
+    if tied and (where[HEAD][1:] != where[wte][1:] or not np.array_equal(tensor(HEAD), tensor(wte))):
+        raise _unsupported(f"{folder} has tie_word_embeddings, but {HEAD} differs from {wte}")
+    what = f"{family.name} {HUGGING_FACE}"
+    return Source(folder, what, config, dtype, trained_length, read, pretrained.find(folder), load)
 
 
 def write_model(folder: Path, source: Source, dtype: str) -> None:
-    """Write a folder that `transformers` loads as GPT2LMHeadModel, the weights last."""
+    """Write a folder that `transformers` loads for causal language modeling, the weights last."""
     c = source.config
+    kind = kind_of(c)
+    family = FAMILIES[kind]
     tensors: dict[str, np.ndarray] = {}
     for name in shapes(c):
-        for theirs, x in _theirs(name, cast(source.read(name), dtype, name), c):
-            tensors[PREFIX + theirs] = np.ascontiguousarray(x)
+        for theirs, x in family.theirs(name, cast(source.read(name), dtype, name), c):
+            tensors[family.prefix + theirs] = np.ascontiguousarray(x)
     folder.mkdir(parents=True, exist_ok=True)
-    roles = dict.fromkeys(("bos_token", "eos_token"), c.vocab_size - 1)  # as in GPT-2
-    if source.tokenizer is not None:
-        tokenizer = Tokenizer.load(source.tokenizer)
-        tokenizer.save(folder / TOKENIZER_FILE)
-        roles = tokenizer.roles
-        about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
-        _write_json(folder / pretrained.CONFIG, about)
     config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **dict(zip(SHAPE, (c.layers, c.heads, c.channels, c.context, c.vocab_size), strict=True)),
-        "n_ctx": c.context,
-        **{key: values[0] for key, values in FIXED.items()},
-        **{f"{role}_id": i for role, i in roles.items() if role in ("bos_token", "eos_token", "pad_token")},
+        "architectures": [family.architecture],
+        "model_type": kind,
+        **{theirs: getattr(c, ours) for ours, theirs in family.shape.items()},
+        **(_llama(c) if isinstance(c, LlamaConfig) else {"n_ctx": c.context}),
+        **{key: values[0] for key, values in family.fixed.items() if values[0] is not None},
+        **_write_tokenizer(folder, source),
         "dtype": dtype,
         "llmpy_version": __version__,
         TRAINED: source.trained_length,
     }
     _write_json(folder / CONFIG_FILE, config)
+    card = model_card(source, family.name)
+    write_whole(folder / "README.md", lambda temporary: temporary.write_text(card, "utf-8", newline="\n"))
 
     def write(temporary: Path) -> None:
         try:
@@ -132,24 +215,134 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
     write_whole(folder / WEIGHTS_FILE, write)
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, int]:
-    """Return the shape in a config.json and the trained length. Raises LlmpyError unless it is GPT-2."""
+def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
+    """Write the tokenizer, chat template and generation settings; return the ids of special tokens for config.json.
+
+    Files that came with a Llama or Qwen are copied, else a complete tokenizer.json is written.
+    """
+    c = source.config
+    home = pretrained.home(source.tokenizer) or source.path
+    names: tuple[str, ...] = pretrained.KEPT
+    ids = dict.fromkeys(IDS[:2], c.vocab_size - 1 if c.family == "gpt2" else None)  # as in GPT-2
+    if source.tokenizer is not None:
+        tokenizer = Tokenizer.load(source.tokenizer)
+        ids = {f"{role}_id": i for role, i in tokenizer.roles.items() if f"{role}_id" in IDS}
+        if c.family != "gpt2" and (home / pretrained.CONFIG).is_file():
+            names += pretrained.FILES
+        else:
+            tokenizer.save(folder / TOKENIZER_FILE)
+            about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
+            _write_json(folder / pretrained.CONFIG, about)
+    for name in names:
+        if (home / name).is_file():
+            shutil.copyfile(home / name, folder / name)
+    if c.family != "gpt2" and source.what.endswith(HUGGING_FACE):
+        about = read_json(home / CONFIG_FILE)
+        ids |= {key: about[key] for key in IDS if key in about}
+    return ids
+
+
+def _llama(c: LlamaConfig) -> dict[str, Any]:
+    """Return the fields of a Llama's config.json that are neither shape nor fixed."""
+    scaling = c.rope_scaling
+    return {
+        **{theirs: getattr(c, ours) for ours, theirs in HEADS.items()},
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "rope_theta": c.rope_theta,  # in the spelling of transformers 4, which 5 reads too
+        "rope_scaling": scaling and {
+            "rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in SCALING.items()}
+        },
+    }  # fmt: skip
+
+
+SCALING = {
+    "factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
+    "original": "original_max_position_embeddings",
+}  # fmt: skip
+
+
+def read_config(path: Path) -> tuple[Family, ModelConfig, int]:
+    """Return family, shape and trained length of a config.json. Raises LlmpyError unless all of it is supported."""
     about = read_json(path)
-    if about.get("model_type") != "gpt2":
-        raise LlmpyError("model.not-gpt2", f"{path}: model_type is {about.get('model_type')!r}", "Use a GPT-2 model")
-    shape = [about.get(key) for key in SHAPE]
-    if not all(type(x) is int and 0 < x < 1 << 31 for x in shape):
-        raise damaged(path, f"{', '.join(SHAPE)} must be positive integers")
-    layers, heads, channels, context, vocab_size = shape
-    for key, values in {**FIXED, "n_inner": (4 * channels, None)}.items():
+    family = FAMILIES.get(kind) if isinstance(kind := about.get("model_type"), str) else None
+    if family is None:
+        raise _unsupported(f"{path}: model_type is {kind!r}")
+    classes = about.get("architectures")
+    if family.name != "GPT-2" and classes and (not isinstance(classes, list) or family.architecture not in classes):
+        raise _unsupported(f"{path}: architectures is {classes!r}, not {family.architecture}")
+    shape = {ours: about.get(theirs) for ours, theirs in family.shape.items()}
+    if not all(type(x) is int and 0 < x < 1 << 31 for x in shape.values()):
+        raise damaged(path, f"{', '.join(family.shape.values())} must be positive integers")
+    fixed = dict(family.fixed)
+    fixed |= {"n_inner": (4 * shape["channels"], None)} if family.name == "GPT-2" else _switches(about)
+    for key, values in fixed.items():
         if about.get(key, values[0]) not in values:
-            raise LlmpyError("model.not-gpt2", f"{path}: {key} is {about[key]!r}, not {values[0]!r}", "Use a GPT-2")
-    trained = about.get(TRAINED)
+            raise _unsupported(f"{path}: {key} is {about[key]!r}, not {values[0]!r}")
     try:
-        config = ModelConfig(layers, heads, channels, context, vocab_size)
+        config = ModelConfig(**shape) if family.name == "GPT-2" else LlamaConfig(**shape, **_rest(path, family, about))
     except LlmpyError as error:
+        if error.code != "model.invalid-shape":
+            raise
         raise damaged(path, str(error)) from error
-    return config, trained if type(trained) is int and 0 < trained <= context else context
+    trained, context = about.get(TRAINED), config.context
+    return family, config, trained if type(trained) is int and 0 < trained <= context else context
+
+
+def _switches(about: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the required values of switches that depend on the other fields: kinds of attention, experts."""
+    full = [["full_attention"] * len(types) for types in (about.get("layer_types"),) if isinstance(types, list)]
+    return {"layer_types": (None, *full)} | {key: (None, 0, 1) for key in about if "expert" in key}
+
+
+def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a LlamaConfig that have defaults or several spellings."""
+    rope = about.get("rope_scaling") or about.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise damaged(path, f"rope_scaling is {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled = kind == "llama3"
+    known = {"rope_type", "type", "rope_theta", *(SCALING.values() if scaled else ())}
+    if not scaled and kind != "default":
+        raise _unsupported(f"{path}: rope_type is {kind!r}, neither 'default' nor 'llama3'")
+    for key, value in rope.items():
+        if key not in known and (key, value) not in (("partial_rotary_factor", 1), ("factor", 1)):
+            raise _unsupported(f"{path}: {key} of RoPE is {value!r}")
+
+    def number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+        value = values.get(key, default)
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise damaged(path, f"{key} is {value!r}, not a positive number")
+        return float(value)
+
+    heads = {ours: about.get(theirs) or 0 for ours, theirs in HEADS.items()}
+    if not all(type(x) is int and 0 <= x < 1 << 31 for x in heads.values()):
+        raise damaged(path, f"{', '.join(HEADS.values())} must be positive integers")
+    original = SCALING["original"]
+    if scaled and (original in about or original not in rope):  # the former counts in transformers
+        rope = rope | {original: about.get(original, about.get("max_position_embeddings"))}
+    scaling = None
+    if scaled:
+        factor, low, high, length = (number(rope, SCALING[f.name]) for f in fields(RopeScaling))
+        scaling = RopeScaling(factor, low, high, int(length))
+    tied = about.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise damaged(path, f"tie_word_embeddings is {tied!r}")
+    return {
+        **heads,
+        "head_size": heads["head_size"] or family.head_size,
+        "rope_theta": number(rope if "rope_theta" in rope else about, "rope_theta", 10_000.0),
+        "rope_scaling": scaling,
+        "norm_eps": number(about, "rms_norm_eps", 1e-6),
+        "tied": tied,
+        "qkv_bias": family.name == "Qwen2",
+        "qk_norm": family.name == "Qwen3",
+    }
+
+
+def _unsupported(what: str) -> LlmpyError:
+    known = ", ".join(family.name for family in FAMILIES.values())
+    return LlmpyError("model.unsupported", what, f"Use a model that llmpy implements: {known}")
 
 
 def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
@@ -171,12 +364,6 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
     if len(where) < config.layers:  # before a huge n_layer costs time
         raise damaged(folder / CONFIG_FILE, f"{config.layers:,} layers, but the files have {len(where)} tensors")
     return where
-
-
-def _theirs(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield views of tensor x under their names, in their layout: layer matrices are (in, out)."""
-    for theirs, view in by_name(NAMES, name, x, config.vocab_size):
-        yield theirs, view.T if x.ndim == 3 else view
 
 
 def _write_json(path: Path, about: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
 
 DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("<f2")}
-HUGGING_FACE = "GPT-2 of Hugging Face"
+HUGGING_FACE = "of Hugging Face"  # ends `Source.what`
+VOCABULARY = ("wte", "head")  # tensors with a row for each token, and padding
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Source:
             self.load(params)
             return
         for tensor, view in params.items():
-            view[...] = self.finite(tensor.name)
+            view[...] = self.finite(tensor.name)[: len(view)]  # fewer rows: see `cut`
 
     def finite(self, name: str) -> np.ndarray:
         """Return `read(name)`. Raises LlmpyError if it holds NaN or infinity."""
@@ -61,7 +62,7 @@ class Source:
     @property
     def implies_gpt2(self) -> bool:
         """Whether a missing tokenizer means GPT-2's: in llm.c's and our files of its size, never in other folders."""
-        return self.config.vocab_size == GPT2_VOCAB and self.what != HUGGING_FACE
+        return self.config.vocab_size == GPT2_VOCAB and not self.what.endswith(HUGGING_FACE)
 
     def describe(self) -> str:
         """Return one line for the user."""
@@ -89,16 +90,24 @@ def cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return out
 
 
-def by_name(names: Mapping[str, str], name: str, x: np.ndarray, V: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in another program, view of tensor x): one per layer; of wte the first V rows.
+def by_name(
+    names: Mapping[str, str], name: str, x: np.ndarray, config: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name in another program, view of tensor x): one per layer; of wte and head the first V rows.
 
-    `names` maps our names without _w and _b to theirs without .weight and .bias; {} is the layer.
+    `names` maps our names without _w and _b to theirs without .weight and .bias; {} is the layer. Two names are the
+    rows of gate and up, three those of queries, keys and values.
     """
-    theirs = names[name.removesuffix("_w").removesuffix("_b")] + (".bias" if name.endswith("_b") else ".weight")
-    if "{}" in theirs:
-        yield from ((theirs.format(l), layer) for l, layer in enumerate(x))
+    theirs = names[name.removesuffix("_w").removesuffix("_b")].split()
+    ending = ".bias" if name.endswith("_b") else ".weight"
+    if "{}" in theirs[0]:
+        queries, keys = (n * config.head_size for n in (config.heads, config.kv_heads))
+        ends = {1: [], 2: [x.shape[1] // 2], 3: [queries, queries + keys]}[len(theirs)]
+        for l, layer in enumerate(x):
+            for part, view in zip(theirs, np.split(layer, ends), strict=True):
+                yield part.format(l) + ending, view
     else:
-        yield theirs, x[:V] if name == "wte" else x
+        yield theirs[0] + ending, x[: config.vocab_size] if name in VOCABULARY else x
 
 
 def read_json(path: Path) -> Any:
@@ -138,13 +147,31 @@ def find_tokenizer(path: Path, V: int) -> Path | None:
 
 
 def padded(read: Callable[[str], np.ndarray], config: ModelConfig) -> Callable[[str], np.ndarray]:
-    """Return `read` with wte (≥Vp, C) cut to (Vp, C), the rows beyond the vocabulary := 0."""
+    """Return `read` with wte and head (≥Vp, C) cut to (Vp, C), the rows beyond the vocabulary := 0."""
 
     def fitted(name: str) -> np.ndarray:
         x = read(name)
-        if name == "wte":
+        if name in VOCABULARY:
             x = x[: config.padded_vocab_size]
             x[config.vocab_size :] = 0
         return x
 
     return fitted
+
+
+def cut(source: Source, vocab_size: int) -> Source:
+    """Return the model with the first `vocab_size` tokens only."""
+
+    def load(params: Arena) -> None:
+        source.fill(params)
+        clear_padding(params, vocab_size)
+
+    config = replace(source.config, vocab_size=vocab_size)
+    return replace(source, config=config, read=padded(source.read, config), load=load)
+
+
+def clear_padding(params: Arena, vocab_size: int) -> None:
+    """Rows of wte and head beyond the vocabulary := 0."""
+    for tensor, view in params.items():
+        if tensor.name in VOCABULARY:
+            view[vocab_size:] = 0

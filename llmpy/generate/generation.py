@@ -174,7 +174,7 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
 
 def open_run(run: Path) -> tuple[Source, Tokenizer]:
     """Open a model and its tokenizer: a run, a file or folder of another format, or a hub model."""
-    if str(run) not in hub.NAMES:
+    if not hub.is_name(run):
         try:
             there = run.exists()
             known = [] if there else [str(folder) for folder in finished()]
@@ -184,5 +184,5 @@ def open_run(run: Path) -> tuple[Source, Tokenizer]:
             others = f"Finished runs: {', '.join(known[:5])}" if known else f"Train one: {command('train')}"
             near = did_you_mean(str(run), [*hub.NAMES, *known])
             raise LlmpyError("model.missing", f"no run or model {run}", f"{near} {others}".lstrip())
-    source = resolve(str(run), aside)
+    source = resolve(run.as_posix(), aside)
     return source, tokenizer_of(source, aside)[0]

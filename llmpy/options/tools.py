@@ -56,7 +56,7 @@ class ConvertOptions(Options):
     """`llmpy convert IN OUT`."""
 
     source: Path = option(
-        Path(), "run folder, llm.c .bin, Hugging Face folder, or a hub model such as gpt2", metavar="IN", word=True
+        Path(), "run folder, llm.c .bin, Hugging Face folder, or a hub model: gpt2, OWNER/NAME", metavar="IN", word=True
     )
     target: Path = option(Path(), "output path, which must not exist", metavar="OUT", word=True)
     to: str | None = option(
@@ -67,6 +67,7 @@ class ConvertOptions(Options):
     dtype: str | None = option(
         None, "data type of the weights (default: that of IN if possible)", choices=("float32", "bfloat16", "float16")
     )
+    push: str | None = option(None, "also upload OUT, of format hf, to the Hugging Face hub", metavar="USER/NAME")
 
 
 @dataclass(frozen=True)

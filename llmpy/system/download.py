@@ -18,18 +18,21 @@ TIMEOUT = 30.0  # seconds without a byte
 Log = Callable[[str], None]
 
 
-def from_hub(repository: str, name: str, log: Log, *, dataset: bool = False, sha256: str | None = None) -> Path:
+def from_hub(
+    repository: str, name: str, log: Log, *, dataset: bool = False, sha256: str | None = None,
+    revision: str | None = None,
+) -> Path:  # fmt: skip
     """Return a file in the hub's cache, downloaded if missing. Raises LlmpyError, also if `sha256` (hex) differs."""
     _place_library()
     from huggingface_hub import errors, hf_hub_download
 
     kind = "dataset" if dataset else "model"
-    with _explained(f"{name} of {repository}"):
+    with _explained(f"download {name} of {repository}", repository):
         try:
-            return Path(hf_hub_download(repository, name, repo_type=kind, local_files_only=True))
+            return Path(hf_hub_download(repository, name, repo_type=kind, revision=revision, local_files_only=True))
         except errors.LocalEntryNotFoundError:
             log(f"downloading {name} of {repository}")
-            path = Path(hf_hub_download(repository, name, repo_type=kind))
+            path = Path(hf_hub_download(repository, name, repo_type=kind, revision=revision))
     if sha256 is not None and _sha256(path) != sha256:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
@@ -42,12 +45,32 @@ def hub_files(repository: str, folder: str) -> list[str]:
     _place_library()
     from huggingface_hub import HfApi
 
-    with _explained(f"the file list of {repository}/{folder}"):
+    with _explained(f"download the file list of {repository}/{folder}", repository):
         names = [entry.path for entry in HfApi().list_repo_tree(repository, folder, repo_type="dataset")]
     if files := sorted(name for name in names if name.endswith(".parquet")):
         return files
     what = f"{repository}/{folder} on the hub has no parquet files"
     raise LlmpyError("download.no-parquet", what, "Use another source: --source")
+
+
+def model_files(repository: str, revision: str) -> list[str]:
+    """Return the names of the files in a model's main folder. Raises LlmpyError."""
+    _place_library()
+    from huggingface_hub import HfApi
+
+    with _explained(f"download the file list of {repository}", repository):
+        return [entry.path for entry in HfApi().list_repo_tree(repository, revision=revision)]
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload a folder to a model on the hub, created if missing; return its address. Raises LlmpyError."""
+    _place_library()
+    from huggingface_hub import HfApi
+
+    with _explained(f"push {folder} to {repository}", repository, push=True):
+        address = HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with llmpy")
+    return str(address)
 
 
 def fetch(url: str, path: Path, sha256: str, log: Log) -> Path:
@@ -76,7 +99,7 @@ def _place_library() -> None:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, repository: str, push: bool = False) -> Iterator[None]:
     """Turn exceptions of the hub's library into an LlmpyError."""
     from huggingface_hub import errors
 
@@ -87,12 +110,20 @@ def _explained(what: str) -> Iterator[None]:
         why = getattr(cause, "strerror", None) or next(filter(str.strip, str(cause).splitlines()), "no reason given")
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "Check the network (HF_HUB_OFFLINE, HF_ENDPOINT, HTTPS_PROXY) and the disk (HF_HOME)"
-        if status in (401, 403):
-            hint = "Accept the terms on its page, then log in (hf auth login, or set HF_TOKEN)"
+        login = "log in (hf auth login, or set HF_TOKEN)"
+        if isinstance(error, errors.GatedRepoError):
+            page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
+            why, hint = "access is restricted", f"Accept its license at {page}, then {login}"
+        elif isinstance(error, errors.RepositoryNotFoundError):  # status 401 without a login
+            why, hint = f"the hub has no {repository}", f"Check the name; if it is private, {login}"
+        elif status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+            hint = f"You need a token with this permission: {login}"
         elif status == 404:
             hint = "Check the name, and HF_ENDPOINT if it is set"
+        if push:
+            raise LlmpyError("upload.failed", f"cannot {what}: {why}", hint) from error
         hint += ", or pass the path of a local copy"
-        raise LlmpyError("download.failed", f"cannot download {what}: {why}", hint) from error
+        raise LlmpyError("download.failed", f"cannot {what}: {why}", hint) from error
 
 
 def _mismatch(what: str) -> LlmpyError:

@@ -17,7 +17,7 @@ from .. import formats
 from ..data.pack import is_dataset
 from ..data.prepare import Dataset, Vocabulary, prepare
 from ..errors import LlmpyError
-from ..formats import hub, llmc_state, native
+from ..formats import hub, huggingface, llmc_state, native
 from ..formats.source import Source
 from ..model.config import ModelConfig
 from ..model.initialise import initialise
@@ -119,8 +119,10 @@ def fresh(options: TrainOptions, log: Callable[[str], None]) -> RunStart:
     try:
         if options.init_state:
             source, state = llmc_state.read_checkpoint(Path(str(init)))
-        elif init in hub.NAMES:
-            config = ModelConfig.from_dial(str(init))
+        elif init in hub.NAMES and hub.is_name(init):
+            config = ModelConfig.from_dial(init)
+        elif init is not None and hub.is_name(init):
+            config = huggingface.read_config(hub.config_file(init, log))[1]
         elif init is not None:
             source = formats.resolve(init, log)
         config = source.config if source is not None else config
@@ -138,7 +140,7 @@ def anywhere(options: TrainOptions) -> TrainOptions:
     """Return the same with absolute paths."""
     data = options.data and tuple(path if is_dataset(path) else path.absolute() for path in options.data)
     init = options.init
-    if init is not None and init not in hub.NAMES:
+    if init is not None and not hub.is_name(init):
         init = str(Path(init).absolute())
     val = options.val and tuple(path.absolute() for path in options.val)
     hellaswag = options.hellaswag and options.hellaswag.absolute()

@@ -100,7 +100,8 @@ def test_names_and_transposes_of_hugging_face(tmp_path: Path) -> None:
         assert np.array_equal(tensors[f"transformer.h.{l}.mlp.c_proj.weight"], source.read("mlp_proj_w")[l].T)
     assert len(tensors) == 4 + 12 * TINY.layers
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert [config[key] for key in huggingface.SHAPE] == [2, 2, 8, 16, 300]
+    shape = huggingface.FAMILIES["gpt2"].shape
+    assert {ours: config[theirs] for ours, theirs in shape.items()} == TINY.record()
 
 
 def test_weights_by_another_name(tmp_path: Path) -> None:
@@ -134,16 +135,16 @@ def test_openais_own_names_masks_and_a_repeated_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "name"),
     [
-        (lambda t: t.pop("transformer.h.1.ln_2.bias"), "model.not-gpt2", "transformer.h.1.ln_2.bias"),
-        (lambda t: t.update(extra=np.zeros(3, np.float32)), "model.not-gpt2", "extra"),
+        (lambda t: t.pop("transformer.h.1.ln_2.bias"), "model.unsupported", "transformer.h.1.ln_2.bias"),
+        (lambda t: t.update(extra=np.zeros(3, np.float32)), "model.unsupported", "extra"),
         (lambda t: t.update({"transformer.wpe.weight": np.zeros((16, 8), np.int8)}), "file.corrupt", "I8 (16, 8)"),
-        (lambda t: t.update({"lm_head.weight": np.ones((300, 8), np.float32)}), "model.not-gpt2", "lm_head.weight"),
-        ({"model_type": "llama"}, "model.not-gpt2", "'llama'"),
+        (lambda t: t.update({"lm_head.weight": np.ones((300, 8), np.float32)}), "model.unsupported", "lm_head.weight"),
+        ({"model_type": "gpt_neo"}, "model.unsupported", "'gpt_neo'"),
         ({"n_layer": 2.0}, "file.corrupt", "n_layer"),
         ({"n_layer": 10**9}, "file.corrupt", "1,000,000,000 layers"),
         ({"n_head": 3}, "file.corrupt", "3 heads"),
-        ({"activation_function": "relu"}, "model.not-gpt2", "activation_function is 'relu'"),
-        ({"n_inner": 7}, "model.not-gpt2", "n_inner"),
+        ({"activation_function": "relu"}, "model.unsupported", "activation_function is 'relu'"),
+        ({"n_inner": 7}, "model.unsupported", "n_inner"),
         ("[" * 100_000, "file.corrupt", "config.json"),
         ('{"n_layer": ' + "9" * 10_000 + "}", "file.corrupt", "config.json"),
         ("\xff", "file.corrupt", "config.json"),

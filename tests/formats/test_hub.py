@@ -20,6 +20,7 @@ from llmpy.data.tokenizer import Tokenizer
 from llmpy.formats import hub, huggingface, open_model
 from llmpy.system.cache import user_cache
 
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 WORDS = replace(TINY, vocab_size=257)  # as many as its tokenizer has
 
 
@@ -29,7 +30,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     folder = tmp_path / "served"
     huggingface.write_model(folder, with_tokenizer(in_memory(WORDS), tmp_path / "t.json"), "float32")
     monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "cache"))
-    files = {f"/openai-community/gpt2/resolve/main/{name}": (folder / name).read_bytes() for name in hub.FILES}
+    files = {f"/openai-community/gpt2/resolve/main/{name}": (folder / name).read_bytes() for name in FILES}
     with network(files, tmp_path / "hub", monkeypatch) as (_, asked):
         yield asked
 
@@ -38,11 +39,11 @@ def test_a_model_and_its_tokenizer_are_downloaded_once(asked: list[str], tmp_pat
     source = formats.resolve("gpt2", said.append)
     assert same(source, in_memory(WORDS))
     assert source.tokenizer is not None and source.path.is_relative_to(tmp_path / "hub")
-    assert said == [f"downloading {name} of openai-community/gpt2" for name in hub.FILES]
+    assert said == [f"downloading {name} of openai-community/gpt2" for name in FILES]
     asked.clear()
     assert same(formats.resolve("gpt2", said.append), source)
     assert Tokenizer.gpt2(said.append).vocab_size == WORDS.vocab_size
-    assert (asked, len(said)) == ([], 3)  # no network needed now
+    assert (asked, len(said)) == ([], 4)  # no network needed now
 
 
 def test_the_cache_of_an_earlier_llmpy_is_used(asked: list[str], tmp_path: Path, said: list[str]) -> None:

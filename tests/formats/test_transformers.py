@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laptop import Laptop
-from support.samples import in_memory, with_tokenizer
+from support.samples import in_memory, same, with_tokenizer
 
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.formats import huggingface, open_model
@@ -97,3 +97,54 @@ def test_transformers_reads_our_gguf(tmp_path: Path) -> None:
     # transformers ignores the file's context and assumes 1024; llama.cpp reads it
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert close(ours(tmp_path / "hf"), theirs(model))
+
+
+TWO = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 301}
+STRETCHED = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LLAMAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "untied, grouped": (
+        "Llama",
+        {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    ),
+    "stretched": ("Llama", {"num_key_value_heads": 1, "rope_parameters": STRETCHED, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 128}),
+}  # fmt: skip
+
+
+def random_llama(name: str) -> Any:
+    """Return a random model of `transformers` whose norms and biases are not 1 and 0."""
+    torch.manual_seed(3)
+    kind, more = LLAMAS[name]
+    about = TWO | {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2} | more
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**about))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("size", ["10GB", "50KB"])
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llamas_go_through_our_folders_unchanged(tmp_path: Path, name: str, size: str) -> None:
+    model = random_llama(name)
+    dtype = "bfloat16" if size == "50KB" else "float32"
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    assert (tmp_path / "theirs" / huggingface.INDEX_FILE).exists() == (size == "50KB")
+    source = open_model(tmp_path / "theirs")
+    huggingface.write_model(tmp_path / "ours", source, dtype)
+    assert same(open_model(tmp_path / "ours"), source)
+    assert source.dtype == dtype
+    found = []
+    for folder in ("theirs", "ours"):  # the float32 model itself differs: `to` rounds the angles of RoPE as well
+        again, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, output_loading_info=True, dtype=torch.float32
+        )
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert type(again) is type(model)
+        found.append(theirs(again))
+    assert np.array_equal(*found)

@@ -15,6 +15,8 @@ from urllib.parse import unquote
 import pytest
 from huggingface_hub import constants
 
+COMMIT = 40 * "0"
+
 
 @contextlib.contextmanager
 def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
@@ -26,12 +28,12 @@ def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatc
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path = unquote(self.path.partition("?")[0])
+            path = unquote(self.path.partition("?")[0]).replace(f"/{COMMIT}", "/main")
             if not path.startswith("/api/agent-"):  # requests of the library itself
                 asked.append(path)
             content = files.get(path, 404)
             if "/tree/" in path:  # list the files of a hub folder
-                start = path.removeprefix("/api").replace("/tree/", "/resolve/") + "/"
+                start = path.removeprefix("/api").removeprefix("/models").replace("/tree/", "/resolve/") + "/"
                 names = [name.partition("/main/")[2] for name in files if name.startswith(start)]
                 entries = [{"type": "file", "path": name, "size": 1, "oid": ""} for name in names]
                 content = json.dumps(entries).encode() if entries else 404
@@ -40,7 +42,7 @@ def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatc
             self.send_header("X-Error-Code", {403: "GatedRepo", 404: "EntryNotFound"}.get(status, ""))
             self.send_header("Content-Length", str(len(body)))
             self.send_header("ETag", hashlib.sha1(body).hexdigest())
-            self.send_header("X-Repo-Commit", 40 * "0")
+            self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body[:9] if "cut" in path else body)

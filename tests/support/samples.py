@@ -48,8 +48,9 @@ def in_memory(config: ModelConfig = TINY, dtype: str = "float32", seed: int = 1)
     tensors = {
         name: rng.normal(0, 0.3, s).astype(np.float32).astype(DTYPES[dtype]) for name, s in shapes(config).items()
     }
-    tensors["ln_f_b"][:2] = -0.0, 1e-7
-    tensors["wte"][config.vocab_size :] = 0
+    tensors.get("ln_f_b", tensors["wte"][0])[:2] = -0.0, 1e-7
+    for name in tensors.keys() & {"wte", "head"}:
+        tensors[name][config.vocab_size :] = 0
     return Source(Path("memory"), "model in memory", config, dtype, config.context, tensors.__getitem__)
 
 
