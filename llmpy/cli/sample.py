@@ -36,7 +36,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + o.tokens))
     ops.warm_up(aside, decoding=True)
     model = language_model(source.config, ops, trainable=False)
-    source.fill(model.params)
+    source.load_into(model)
     # One generator per text; the first text is the same as without the others.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
     generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json)

@@ -12,8 +12,9 @@ from ..errors import LlmpyError, unreadable
 from ..run import checkpoint
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE, finished, is_run
 from ..system.command import command
+from ..system.terminal import aside
 from ..system.words import did_you_mean
-from . import hub, huggingface, llmc, llmc_state, native
+from . import hub, huggingface, llmc, llmc_state, native, peft
 from .source import Source, cut, tokenizer_path
 
 
@@ -57,8 +58,16 @@ def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer,
     raise LlmpyError("tokenizer.missing", what, f"Put its tokenizer.json at {there}")
 
 
-def open_model(path: Path) -> Source:
-    """Open a model of any readable format. Raises LlmpyError, which names the format found instead."""
+def open_model(path: Path, log: Callable[[str], None] = aside) -> Source:
+    """Open a model of any readable format, an adapter on its base model. Raises LlmpyError, which names the format."""
+    if (path / peft.CONFIG_FILE).is_file():
+        return peft.read_adapter(path, lambda base: find(base, log))
+    source = _open_model(path)
+    lora = source.config.lora
+    return source if lora is None else peft.on_base(source, find(lora.base, log))
+
+
+def _open_model(path: Path) -> Source:
     try:
         if path.is_dir():
             return _open_folder(path)

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ..data import pretrained
 from ..data.tokenizer import Tokenizer
@@ -31,7 +29,7 @@ from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
 from .model_card import model_card
-from .source import DTYPES, HUGGING_FACE, Source, by_name, cast, clear_padding, read_json, shapes
+from .source import DTYPES, HUGGING_FACE, Source, by_name, cast, clear_padding, read_json, shapes, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 HEAD = "lm_head.weight"
@@ -201,18 +199,11 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         "llmpy_version": __version__,
         TRAINED: source.trained_length,
     }
-    _write_json(folder / CONFIG_FILE, config)
+    write_json(folder / CONFIG_FILE, config)
     card = model_card(source, family.name)
     write_whole(folder / "README.md", lambda temporary: temporary.write_text(card, "utf-8", newline="\n"))
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, {"format": "pt"})  # required by transformers
-        except SafetensorError as error:  # also for a full disk
-            raise OSError(str(error)) from error
-        temporary.chmod((folder / CONFIG_FILE).stat().st_mode)  # the library writes mode 0600
-
-    write_whole(folder / WEIGHTS_FILE, write)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
 
 
 def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
@@ -232,7 +223,7 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
         else:
             tokenizer.save(folder / TOKENIZER_FILE)
             about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
-            _write_json(folder / pretrained.CONFIG, about)
+            write_json(folder / pretrained.CONFIG, about)
     for name in names:
         if (home / name).is_file():
             shutil.copyfile(home / name, folder / name)
@@ -365,7 +356,3 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
         raise damaged(folder / CONFIG_FILE, f"{config.layers:,} layers, but the files have {len(where)} tensors")
     return where
 
-
-def _write_json(path: Path, about: dict[str, Any]) -> None:
-    text = json.dumps(about, indent=2) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -29,7 +29,8 @@ def read_model(path: Path) -> Source:
     ours = path.name in (MODEL_FILE, BEST_FILE) and runs.is_file() and not tokenizer_path(path).is_file()
     tokenizer = runs if ours else find_tokenizer(path, header.config.vocab_size)
     load = partial(checkpoint.load_parameters, path)
-    return Source(path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer, load)
+    about = path, "model of llmpy", header.config, "float32", header.trained_length, read, tokenizer
+    return Source(*about, load) if header.config.lora is None else Source(*about, adapters=load)  # see peft.on_base
 
 
 def write_model(path: Path, source: Source) -> None:

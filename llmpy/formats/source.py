@@ -14,6 +14,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from ..data import pretrained
 from ..data.rank_tables import LLMC_FILE
@@ -22,8 +24,10 @@ from ..errors import LlmpyError, unreadable
 from ..model.arena import Arena
 from ..model.config import GPT2_VOCAB, PAD_VOCAB_TO, ModelConfig
 from ..model.families import params_table
+from ..model.language_model import LanguageModel
 from ..run.checkpoint import check_finite, damaged
 from ..run.folder import TOKENIZER_FILE
+from ..system.durable import write_whole
 
 DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("<f2")}
 HUGGING_FACE = "of Hugging Face"  # ends `Source.what`
@@ -45,6 +49,7 @@ class Source:
     read: Callable[[str], np.ndarray]
     tokenizer: Path | None = None  # the model's tokenizer.json or vocab.json
     load: Callable[[Arena], None] | None = None  # a faster `fill`
+    adapters: Callable[[Arena], None] | None = None  # fills the adapters, if the config has them
 
     def fill(self, params: Arena) -> None:
         """params := the tensors. Raises LlmpyError if any is not finite."""
@@ -53,6 +58,13 @@ class Source:
             return
         for tensor, view in params.items():
             view[...] = self.finite(tensor.name)[: len(view)]  # fewer rows: see `cut`
+
+    def load_into(self, model: LanguageModel) -> None:
+        """Set all of a model's parameters. Raises LlmpyError if any is not finite."""
+        self.fill(model.params)
+        if self.adapters is not None:
+            self.adapters(model.trained)
+        model.store_weights()
 
     def finite(self, name: str) -> np.ndarray:
         """Return `read(name)`. Raises LlmpyError if it holds NaN or infinity."""
@@ -108,6 +120,27 @@ def by_name(
                 yield part.format(l) + ending, view
     else:
         yield theirs[0] + ending, x[: config.vocab_size] if name in VOCABULARY else x
+
+
+def write_json(path: Path, about: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    text = json.dumps(about, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file atomically, with the rights of a new file."""
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, {"format": "pt"})  # required by transformers
+        except SafetensorError as error:  # also for a full disk
+            raise OSError(str(error)) from error
+        temporary.chmod(mode)  # the library writes mode 0600
+
+    write_whole(path, write)
 
 
 def read_json(path: Path) -> Any:

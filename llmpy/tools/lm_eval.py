@@ -74,7 +74,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         check_memory(source.config, ops, self.batch_size, self.reach)
         ops.warm_up(aside, decoding=True)
         self.model = language_model(source.config, ops, trainable=False)
-        source.fill(self.model.params)
+        source.load_into(self.model)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), its log-likelihood in nats and whether greedy decoding gives it.

@@ -1,0 +1,164 @@
+"""Adapters in the files of the library peft: adapter_config.json and adapter_model.safetensors.
+
+An adapter is opened on its base model. A merged model is base + scale·B·A. GPT-2's layers are "Conv1D", with weights
+(in, out), which peft calls `fan_in_fan_out`; A and B have the same shapes for both.
+Source: peft 0.18, `tuners/lora/config.py` and `utils/save_and_load.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LlmpyError
+from ..model.arena import Arena
+from ..model.config import ModelConfig
+from ..model.families import modules, trained_table
+from ..model.lora import A, B, LoraConfig, chosen
+from ..run.checkpoint import check_finite, damaged, opened
+from .source import DTYPES, Source, read_json, write_json, write_tensors
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = {"gpt2": "base_model.model.transformer.h.{}.", "llama": "base_model.model.model.layers.{}."}
+ALL = "all-linear"
+# Required values of an adapter, the first one the default; others change what it computes.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": ("none",), "use_dora": (False,),
+    "modules_to_save": (None, []), "layers_to_transform": (None,), "rank_pattern": (None, {}), "fan_in_fan_out":
+    (False, True), "alpha_pattern": (None, {}), "exclude_modules": (None,), "trainable_token_indices": (None,),
+    "target_parameters": (None,), "lora_bias": (False,),
+}  # fmt: skip
+HASHED_ROWS = 64  # of the embedding
+
+
+def base_hash(source: Source) -> str:
+    """Return a hash of a base model's shape, vectors and first rows of the embedding: a second and 1 MB for any."""
+    found = hashlib.sha256(repr(replace(source.config, lora=None)).encode())
+    for name, shape in {t.name: t.shape for t in trained_table(replace(source.config, lora=None))}.items():
+        if name == "wte" or not name.endswith("_w") or "norm" in name or name.startswith("ln"):
+            rows = source.read(name)[:HASHED_ROWS] if name == "wte" else source.read(name)
+            found.update(f"{name} {shape}".encode() + np.ascontiguousarray(rows, np.float32).tobytes())
+    return found.hexdigest()[:16]
+
+
+def on_base(source: Source, base: Source) -> Source:
+    """Return an adapter's source with the parameters of its base model. Raises LlmpyError if they do not fit."""
+    lora = source.config.lora
+    assert lora is not None
+    fits = replace(source.config, lora=None) == base.config and lora.base_hash in ("", base_hash(base))
+    if not fits or base.config.lora is not None:
+        what = f"{source.path} is an adapter of another model than {base.path}"
+        raise LlmpyError("lora.other-base", what, "Restore the model that it was trained on")
+    read, load = base.read, base.fill
+    tokenizer = source.tokenizer or base.tokenizer
+    return replace(source, read=read, load=load, dtype=base.dtype, tokenizer=tokenizer, what=f"adapter of {base.path}")
+
+
+def read_adapter(folder: Path, open_base: Callable[[str], Source]) -> Source:
+    """Open peft's folder on its base model. Raises LlmpyError for another kind of adapter or corrupt files."""
+    path = folder / CONFIG_FILE
+    about = read_json(path)
+    for key, values in FIXED.items():
+        if about.get(key, values[0]) not in values:
+            what = f"{path}: {key} is {about[key]!r}, not {values[0]!r}"
+            raise LlmpyError("lora.unsupported", what, "Use a plain LoRA adapter of linear layers")
+    name, rank, alpha = (about.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
+    if not isinstance(name, str) or type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise damaged(path, "it needs base_model_name_or_path, r and lora_alpha")
+    local = (folder / name).resolve()
+    base = open_base(str(local) if (folder / name).exists() and not Path(name).exists() else name)
+    names = chosen_by(path, about.get("target_modules"), base.config)
+    stabilized = about.get("use_rslora") is True
+    config = replace(base.config, lora=LoraConfig(rank, float(alpha), names, str(base.path), "", stabilized))
+    weights = folder / WEIGHTS_FILE
+    expected = dict(_named(config))
+
+    with opened(weights) as file:
+        keys = set(file.keys())
+        for theirs, (_, _, shape) in expected.items():
+            found = tuple(file.get_slice(theirs).get_shape()) if theirs in keys else None
+            if found != shape:
+                raise damaged(weights, f"{theirs} is {found}, {CONFIG_FILE} and the base model require {shape}")
+        if extra := sorted(keys - expected.keys()):
+            what = f"{weights} has {extra[0]}, which is no adapter of its target modules"
+            raise LlmpyError("lora.unsupported", what, "Use a plain LoRA adapter of linear layers")
+
+    def load(params: Arena) -> None:
+        with opened(weights) as file:
+            for theirs, (ours, l, _) in expected.items():
+                check_finite(weights, theirs, x := np.asarray(file.get_tensor(theirs)))
+                getattr(params, ours)[l] = x
+
+    return on_base(replace(base, path=folder, config=config, adapters=load), base)
+
+
+def chosen_by(path: Path, targets: Any, config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the modules that `target_modules` selects: a list of names, "all-linear", or a pattern."""
+    every = modules(config)
+    if targets == ALL:
+        return chosen(every, ())
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error:
+            raise damaged(path, f"target_modules is {targets!r}") from None
+        block = PREFIX[config.family].removeprefix("base_model.model.")
+        per_layer = [{m.name for m in every if pattern.fullmatch(block.format(l) + m.name)} for l in range(config.layers)]
+        if not per_layer[0] or any(names != per_layer[0] for names in per_layer):
+            what = f"{path}: target_modules {targets!r} selects nothing, or other modules in some layers"
+            raise LlmpyError("lora.unsupported", what, "Use an adapter of the same modules in all layers")
+        return tuple(m.name for m in every if m.name in per_layer[0])
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise damaged(path, f"target_modules is {targets!r}")
+    return chosen(every, targets)
+
+
+def write_adapter(folder: Path, source: Source) -> None:
+    """Write peft's folder of an adapter, in float32."""
+    lora, config = source.config.lora, source.config
+    assert lora is not None and source.adapters is not None
+    params = Arena(trained_table(config), np.empty, np.float32)
+    source.adapters(params)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        **{key: values[0] for key, values in FIXED.items()},
+        "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
+        "use_rslora": lora.stabilized, "target_modules": sorted(lora.modules), "inference_mode": True,
+        "fan_in_fan_out": config.family == "gpt2", "base_model_name_or_path": lora.base, "init_lora_weights": True,
+    }  # fmt: skip
+    write_json(folder / CONFIG_FILE, about)
+    write_tensors(folder / WEIGHTS_FILE, {theirs: getattr(params, ours)[l] for theirs, (ours, l, _) in _named(config)})
+
+
+def merged(source: Source) -> Source:
+    """Return the model base + scale·B·A of an adapter's source."""
+    lora, config = source.config.lora, source.config
+    assert lora is not None and source.adapters is not None
+    params = Arena(trained_table(config), np.empty, np.float32)
+    source.adapters(params)
+
+    def read(name: str) -> np.ndarray:
+        x = source.read(name)
+        adapted = [m for m in modules(config) if m.name in lora.modules and f"{m.layer}_w" == name]
+        if not adapted:
+            return x
+        out = np.asarray(x, np.float32)
+        for m in adapted:
+            a, b = getattr(params, f"{m.name}.{A}"), getattr(params, f"{m.name}.{B}")
+            out[:, m.start : m.start + m.size] += np.float32(lora.scale) * (b @ a)
+        return out.astype(DTYPES[source.dtype])
+
+    return replace(source, config=replace(config, lora=None), read=read, load=None, adapters=None)
+
+
+def _named(config: ModelConfig) -> Iterator[tuple[str, tuple[str, int, tuple[int, ...]]]]:
+    """Yield peft's name of each matrix, and our tensor, layer and shape."""
+    for tensor in trained_table(config):
+        for l in range(config.layers):
+            yield f"{PREFIX[config.family].format(l)}{tensor.name}.weight", (tensor.name, l, tensor.shape[1:])
