@@ -177,7 +177,7 @@ class GPT2:
     def warm_up(self) -> None:
         """Compile or load the kernels of generation; otherwise the first text does."""
         with self._net.ops.lock:
-            cast(Machine, self._net.ops).warm_up(aside, decoding=True)
+            cast(Machine, self._net.ops).warm_up(aside, decoding=True, kinds=self.config.kinds)
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, or GPT-2's. Raises LlmpyError if it is missing or has more tokens than the model."""

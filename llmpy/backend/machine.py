@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from . import Ops
@@ -14,10 +14,10 @@ class Machine(Ops, Protocol):
     threads: int
     isa: str
 
-    def compiled(self, family: str = "gpt2") -> bool:
-        """Return whether the kernels of training a family of models are in the cache."""
+    def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
+        """Return whether the kernels of training these kinds of models are in the cache."""
 
-    def warm_up(self, log: Callable[[str], None], decoding: bool = False, family: str = "gpt2") -> None:
+    def warm_up(self, log: Callable[[str], None], decoding: bool = False, kinds: Sequence[str] = ("gpt2",)) -> None:
         """Compile the kernels of training, or of decoding, that are not cached, and log that."""
 
     def measure_peak(self) -> float:

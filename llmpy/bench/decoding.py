@@ -46,7 +46,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
         raise LlmpyError("model.context-exceeded", what, "Reduce --tokens, --prompt-tokens or --prefill")
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     check_memory(config, ops, o.batch_size, longest)
-    ops.warm_up(aside, decoding=True)
+    ops.warm_up(aside, decoding=True, kinds=config.kinds)
     model = language_model(config, ops, trainable=False)
     initialise(model.params, config)
     decoder = Decoder(model, o.batch_size, longest)

@@ -45,7 +45,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     check_memory(training, config, ops, available_memory())
     model = language_model(config, ops)
     model.reserve(B, T, training=True)
-    ops.warm_up(aside)
+    ops.warm_up(aside, kinds=config.kinds)
     initialise(model.params, config)
     model.store_weights()
     optimizer = AdamW(model)

@@ -34,7 +34,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
         aside(line)
     reach = source.trained_length
     check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + o.tokens))
-    ops.warm_up(aside, decoding=True)
+    ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
     model = language_model(source.config, ops, trainable=False)
     source.load_into(model)
     # One generator per text; the first text is the same as without the others.

@@ -132,6 +132,7 @@ def _from_shards(chosen: Chosen, vocab_size: int | None, model: Vocabulary | Non
         vocab_size = vocab_size or model.size
         if model.tokenizer is not None:
             own = Tokenizer.load(model.tokenizer)
+            vocab_size = own.vocab_size  # a model may have more rows
             if tokenizer and not tokenizer.same_tokens(own):
                 raise LlmpyError(
                     "tokenizer.mismatch",

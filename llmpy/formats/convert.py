@@ -17,7 +17,7 @@ from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..run.checkpoint import check_finite
 from ..system.staged import staged, staging
-from . import find, gguf, hub, huggingface, llmc, llmc_state, native, tokenizer_of
+from . import find, gguf, hub, huggingface, llmc, llmc_state, native, peft, tokenizer_of
 from .source import Source, tokenizer_path
 
 
@@ -29,10 +29,18 @@ class Format(NamedTuple):
     write: Callable[[Path, Source, str], None] | None  # None: a model alone is not enough
 
 
+def write_folder(folder: Path, source: Source, dtype: str) -> None:
+    """Write a folder of Hugging Face: peft's for adapters."""
+    if source.config.lora is not None:
+        peft.write_adapter(folder, source)
+    else:
+        huggingface.write_model(folder, source, dtype)
+
+
 FORMATS = {
     "llmc": Format(("float32", "bfloat16"), ".bin", llmc.write_model),
     "llmc-run": Format(("float32", "bfloat16"), None, None),
-    "hf": Format(("float32", "bfloat16"), "", huggingface.write_model),
+    "hf": Format(("float32", "bfloat16"), "", write_folder),
     "native": Format(("float32",), ".safetensors", lambda path, source, _: native.write_model(path, source)),
     "gguf": Format(("float32", "bfloat16", "float16"), ".gguf", gguf.write_model),
 }
@@ -49,6 +57,10 @@ def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
     else:
         source = find(options.source.as_posix(), log)
     log(f"read  {source.describe()}")
+    if options.merge:
+        if source.config.lora is None:
+            raise LlmpyError("option.conflict", f"--merge, but {options.source} has no adapters", "Drop --merge")
+        source = peft.merged(source)
     dtype = write(source, target, to, options.dtype, log, state)
     files = sorted(p for p in target.iterdir() if p.is_file()) if target.is_dir() else [target]
     names = f" ({', '.join(p.name for p in files)})" if target.is_dir() else ""
@@ -91,6 +103,9 @@ def write(
     """
     dtypes, _, write_model = FORMATS[to]
     dtype = dtype or (source.dtype if source.dtype in dtypes else dtypes[0])
+    if source.config.lora is not None and to != "hf":
+        what = f"--to {to} cannot hold adapters without their base model"
+        raise LlmpyError("convert.unsupported-model", what, "Add --merge, or use --to hf, a folder for peft")
     if to.startswith("llmc") and source.config.family != "gpt2":
         what = f"llm.c's format has no {source.config.family.title()} models"
         raise LlmpyError("convert.unsupported-model", what, "Use --to hf, native or gguf")

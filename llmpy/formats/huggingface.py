@@ -10,7 +10,6 @@ and rope_scaling instead of rope_parameters.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -29,7 +28,18 @@ from ..run.folder import MODEL_FILE, TOKENIZER_FILE
 from ..system.durable import write_whole
 from ..version import __version__
 from .model_card import model_card
-from .source import DTYPES, HUGGING_FACE, Source, by_name, cast, clear_padding, read_json, shapes, write_json, write_tensors
+from .source import (
+    DTYPES,
+    HUGGING_FACE,
+    Source,
+    by_name,
+    cast,
+    clear_padding,
+    read_json,
+    shapes,
+    write_json,
+    write_tensors,
+)
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 HEAD = "lm_head.weight"
@@ -355,4 +365,3 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
     if len(where) < config.layers:  # before a huge n_layer costs time
         raise damaged(folder / CONFIG_FILE, f"{config.layers:,} layers, but the files have {len(where)} tensors")
     return where
-

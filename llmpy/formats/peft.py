@@ -109,7 +109,9 @@ def chosen_by(path: Path, targets: Any, config: ModelConfig) -> tuple[str, ...]:
         except re.error:
             raise damaged(path, f"target_modules is {targets!r}") from None
         block = PREFIX[config.family].removeprefix("base_model.model.")
-        per_layer = [{m.name for m in every if pattern.fullmatch(block.format(l) + m.name)} for l in range(config.layers)]
+        per_layer = [
+            {m.name for m in every if pattern.fullmatch(block.format(l) + m.name)} for l in range(config.layers)
+        ]
         if not per_layer[0] or any(names != per_layer[0] for names in per_layer):
             what = f"{path}: target_modules {targets!r} selects nothing, or other modules in some layers"
             raise LlmpyError("lora.unsupported", what, "Use an adapter of the same modules in all layers")

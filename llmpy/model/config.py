@@ -58,6 +58,11 @@ class ModelConfig:
         return self.channels // self.heads
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of kernels that the model needs, for `Machine.warm_up`."""
+        return (self.family,) if self.lora is None else (self.family, "lora")
+
+    @property
     def kv_heads(self) -> int:
         """Heads of keys and values (NKV)."""
         return self.heads

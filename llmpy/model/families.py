@@ -10,7 +10,7 @@ from .config import ModelConfig
 from .gpt2 import GPT2
 from .language_model import RECOMPUTE, LanguageModel
 from .llama import Llama
-from .lora import Module, adapter_table
+from .lora import Module, adapter_table, room_table
 
 FAMILIES: dict[str, type[LanguageModel]] = {"gpt2": GPT2, "llama": Llama}
 
@@ -27,6 +27,14 @@ def trained_table(config: ModelConfig) -> list[Tensor]:
     if config.lora is None:
         return params_table(config)
     return adapter_table(config.lora, modules(config), config.layers)
+
+
+def adapter_room(config: ModelConfig, rows: int) -> int:
+    """Return the elements of the adapters' scratch for this many rows."""
+    if config.lora is None:
+        return 0
+    adapted = [m for m in modules(config) if m.name in config.lora.modules]
+    return sum(t.size for t in room_table(config.lora, adapted, rows))
 
 
 def modules(config: ModelConfig) -> list[Module]:

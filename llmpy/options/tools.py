@@ -61,12 +61,14 @@ class ConvertOptions(Options):
     target: Path = option(Path(), "output path, which must not exist", metavar="OUT", word=True)
     to: str | None = option(
         None, "format of OUT: llmc, llmc-run (a folder that llm.c can resume, with moments and data position), hf (a "
-        "folder), native (a run folder) or gguf (default: by suffix: .bin, .gguf, .safetensors; none: hf)",
+        "folder, of an adapter one for peft), native (a run folder) or gguf (default: by suffix: .bin, .gguf, "
+        ".safetensors; none: hf)",
         choices=("llmc", "llmc-run", "hf", "native", "gguf"),
     )
     dtype: str | None = option(
         None, "data type of the weights (default: that of IN if possible)", choices=("float32", "bfloat16", "float16")
     )
+    merge: bool = option(False, "merge the adapters of IN into its base model")
     push: str | None = option(None, "also upload OUT, of format hf, to the Hugging Face hub", metavar="USER/NAME")
 
 

@@ -46,6 +46,15 @@ class TrainOptions(OnMachine):
         "Hugging Face folder; new defaults, as in llm.c: --schedule constant --weight-decay 0 --beta2 0.999 --clip 0",
         metavar="MODEL",
     )
+    lora: int | None = option(
+        None, "train only adapters of rank R beside the frozen weights of --init", metavar="R", within=POSITIVE
+    )
+    lora_alpha: float | None = option(
+        None, "adapters are scaled by X / R (default: 2 R)", metavar="X", within=POSITIVE
+    )
+    lora_targets: tuple[str, ...] | None = option(
+        None, "linear layers with adapters, e.g. q_proj v_proj (default: all)", metavar="NAME"
+    )
     # Also load the moments and data position of --init, an llm.c checkpoint. Not a flag: --resume CHECKPOINT sets it.
     init_state: bool = option(False, "")
     out: Path | None = option(None, "run folder (default: runs/MODEL-DATE-TIME)", "-o", metavar="RUN")
@@ -60,7 +69,7 @@ class TrainOptions(OnMachine):
         None, f"stop after X minutes of training (default: {DEFAULT_MINUTES:g}, no limit with --steps)", within=POSITIVE
     )
     lr: float | None = option(
-        None, "peak learning rate (default: 0.46 / channels, or 0.077 / channels with --init)", within=POSITIVE
+        None, "peak learning rate (default: 0.46 / channels; 0.077 with --init, 0.77 with --lora)", within=POSITIVE
     )
     schedule: str = option("cosine", "learning-rate schedule", choices=KINDS)
     warmup: int | None = option(None, "warm-up steps (default: a tenth of the run, at most 50)", within=NOT_NEGATIVE)
@@ -183,8 +192,8 @@ class TrainOptions(OnMachine):
             prompt = BUILTIN_PROMPT if self.data is None else ""
         if lr is None:
             # 6e-4 as in GPT-3 and llm.c for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
-            # 1e-4 as in llm.c's fine-tuning program.
-            lr = (6e-4 if self.init is None or self.init_state else 1e-4) * 768 / channels
+            # 1e-4 as in llm.c's fine-tuning program; adapters need about ten times as much.
+            lr = (6e-4 if self.init is None or self.init_state else 1e-3 if self.lora else 1e-4) * 768 / channels
         if steps is None and minutes is None:
             steps, minutes = DEFAULT_EPOCHS * self.epoch(tokens), DEFAULT_MINUTES
         if steps == ONE_EPOCH:
@@ -207,6 +216,6 @@ FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "bet
 LAUNCHING = ("ranks", "rank_timeout")  # taken from the command line at each start
 NOT_RECORDED = {"out", "resume", "auto_resume", "recipe", "config", "print_config", *LAUNCHING}
 LEFT_OPEN = (("model", ""), ("dtype", "auto"))  # values that a run replaces
-FIXED = ("model", "vocab_size", "seed", "overfit")  # cannot change within a run
+FIXED = ("model", "vocab_size", "seed", "overfit", "lora", "lora_alpha", "lora_targets")  # cannot change within a run
 # Removed options of 0.1.0 with their defaults, present in records of its runs.
 DROPPED: dict[str, Any] = {"give_up_after": 5, "recompute_layers": None, "keep_every": 0}

@@ -72,7 +72,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         ours = batch_size is None or str(batch_size).startswith("auto")  # "auto", or "auto:4"
         self.batch_size = BATCH_SIZE if ours else max(1, int(cast(str, batch_size)))
         check_memory(source.config, ops, self.batch_size, self.reach)
-        ops.warm_up(aside, decoding=True)
+        ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
         self.model = language_model(source.config, ops, trainable=False)
         source.load_into(self.model)
 

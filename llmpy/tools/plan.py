@@ -154,7 +154,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     )  # fmt: skip
     gathered = run.micro_steps  # refuses an invalid total before anything compiles
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
-    ops.warm_up(aside)
+    ops.warm_up(aside, kinds=config.kinds)
     available = available_memory()
 
     def needed(B: int) -> dict[str, int]:

@@ -109,7 +109,7 @@ def build(
     for line in [*flight.lines(), *world.lines(machine.threads)]:
         journal.log(line)
     with world.each_host_once():
-        machine.warm_up(journal.log)
+        machine.warm_up(journal.log, kinds=config.kinds)
     model = language_model(config, machine, recompute=options.recompute)
     start.fill(model)
     model.reserve(options.batch_size, options.sequence_length, training=True)

@@ -28,7 +28,7 @@ from ..errors import LlmpyError
 from ..generate.kv_cache import cache_table, prefill_table
 from ..model.arena import Tensor, memory
 from ..model.config import ModelConfig
-from ..model.families import activations_table, params_table
+from ..model.families import activations_table, adapter_room, params_table, trained_table
 from ..model.language_model import RECOMPUTE
 from ..model.partition import most_kept
 from ..options.train import BUILTIN_PROMPT, TrainOptions
@@ -79,7 +79,7 @@ def disk_needed(options: TrainOptions, config: ModelConfig) -> int:
     """Return the maximum bytes of a run's checkpoints, including the one being written."""
     o, every = options, options.checkpoint_every
     count = 1 if not every else o.keep + 1 if o.keep else max(0, o.steps or 0) // every + 1
-    return (count * 12 + 8) * sum(t.size for t in params_table(config))
+    return (count * 12 + 8) * sum(t.size for t in trained_table(config))
 
 
 def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> int:
@@ -93,7 +93,7 @@ def memory_of(options: TrainOptions, config: ModelConfig, machine: Machine) -> i
         apart = [rows] if rows != (o.batch_size, o.sequence_length) else []
     shape, copied = (o.batch_size, o.sequence_length), o.checkpoint_every > 0
     parts = memory_parts(config, *shape, machine, o.recompute, copied, sampled, apart, o.ranks)
-    return sum(parts.values()) + (0 if machine.compiled() else COMPILER_BYTES)
+    return sum(parts.values()) + (0 if machine.compiled(config.kinds) else COMPILER_BYTES)
 
 
 @functools.cache
@@ -118,8 +118,9 @@ def memory_parts(
     def size(table: list[Tensor]) -> int:
         return memory(table, stored, wide)
 
-    table = params_table(config)
+    table = trained_table(config)
     parameters, matrices = wide * sum(t.size for t in table), sum(t.size for t in table if t.decay)
+    frozen = params_table(config) if config.lora is not None else []
     if ranks == 1:
         state = {"moments": 2 * parameters, "copy for checkpoints": 3 * parameters if copied else 0}
     else:
@@ -137,6 +138,8 @@ def memory_parts(
         # with several ranks the master weights replace the wide matrices, whose memory is freed (`release`)
         "weights": parameters - (wide * matrices if mixed and ranks > 1 and sys.platform == "linux" else 0),
         "weights for products": stored * matrices if mixed else 0,
+        "frozen weights": sum((stored if t.decay else wide) * t.size for t in frozen),
+        "adapters' scratch": stored * adapter_room(config, B * T),
         "gradients": parameters,
         **state,
         "activations": size(activations_table(config, B, T, True, recompute, mixed)),

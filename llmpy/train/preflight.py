@@ -76,7 +76,7 @@ class Preflight:
         tokens = o.batch_tokens * o.micro_steps
         epochs = (self.done + self.steps) * tokens / self.train_tokens
         after = f" after the first {self.done:,}" if self.done else ""
-        compiling = "" if m.compiled() else " (with compilation)"
+        compiling = "" if m.compiled(self.config.kinds) else " (with compilation)"
         gathered = f", {o.micro_steps} micro-batches per step" if o.micro_steps > 1 else ""
         gathered += f", {o.ranks} ranks" if o.ranks > 1 else ""
         bounds = [] if o.steps is None else [count_of(o.steps, "step")]

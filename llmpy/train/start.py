@@ -17,14 +17,17 @@ from .. import formats
 from ..data.pack import is_dataset
 from ..data.prepare import Dataset, Vocabulary, prepare
 from ..errors import LlmpyError
-from ..formats import hub, huggingface, llmc_state, native
+from ..formats import hub, huggingface, llmc_state, peft
 from ..formats.source import Source
 from ..model.config import ModelConfig
+from ..model.families import modules
 from ..model.initialise import initialise
 from ..model.language_model import LanguageModel
+from ..model.lora import LoraConfig, chosen
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder, is_ours, own_tokens, read_config
+from ..system.command import command
 from ..system.words import count_of, duration
 
 BUILTIN_VOCAB = 512  # tokens of the built-in text; with 1024 each is too rare (dev/LOG.md)
@@ -54,9 +57,11 @@ class RunStart:
 
     def load(self, log: Callable[[str], None]) -> RunStart:
         """Return the same with its parameters available, downloading a hub model."""
-        source = self.source
-        if source is None and self.options.init is not None:
-            source = formats.resolve(self.options.init, log)
+        source, o = self.source, self.options
+        if source is None and o.init is not None:
+            source = formats.resolve(o.init, log)
+        if source is not None and o.lora is not None and self.manifest is None:
+            source = replace(source, config=adapted(source.config, o, peft.base_hash(source)))
         if source is not None and self.manifest is None:
             log(f"init     {source.describe()}")
         return replace(self, source=source, config=self.config if source is None else source.config)
@@ -87,19 +92,22 @@ class RunStart:
         """Return the model's shape. Raises LlmpyError if data and model differ in vocabulary size."""
         if self.config is None:
             return ModelConfig.from_dial(self.options.model, vocab_size=data.vocab_size)
-        if self.config.vocab_size != data.vocab_size:
+        fewer = self.config.family != "gpt2" and data.vocab_size < self.config.vocab_size  # rows without tokens
+        if self.config.vocab_size != data.vocab_size and not fewer:
             what = f"the model of --init has {self.config.vocab_size:,} tokens, the data {data.vocab_size:,}"
             raise LlmpyError("tokenizer.vocab-mismatch", what, "Use data encoded with the model's tokenizer")
         return self.config
 
     def fill(self, model: LanguageModel) -> None:
-        """Set the parameters of a new run; a checkpoint's are restored with its moments."""
-        if self.manifest is not None:
-            return
-        if self.source is None:
-            initialise(model.params, model.config, self.options.seed)
-        else:
-            self.source.fill(model.params)
+        """Set the parameters of a new run, and frozen ones; a checkpoint's are restored with its moments."""
+        source, new, seed = self.source, self.manifest is None, self.options.seed
+        if source is None:
+            initialise(model.params, model.config, seed)
+        elif new and source.adapters is not None:
+            source.load_into(model)
+        elif new or model.adapters is not None:
+            source.fill(model.params)
+            initialise(model.trained, model.config, seed) if model.adapters is not None else None
         model.store_weights()
 
 
@@ -126,6 +134,12 @@ def fresh(options: TrainOptions, log: Callable[[str], None]) -> RunStart:
         elif init is not None:
             source = formats.resolve(init, log)
         config = source.config if source is not None else config
+        if options.lora is None and (options.lora_alpha or options.lora_targets):
+            raise LlmpyError("option.missing", "--lora-alpha and --lora-targets need --lora", "Add --lora 16")
+        if options.lora is not None:
+            if config is None:
+                raise LlmpyError("option.missing", "--lora needs --init", "Add --init MODEL, the model to adapt")
+            config = adapted(config, options)
         model = dial(options.model, config, source.describe() if source is not None else str(init))
     except LlmpyError as error:
         return RunStart(options, errors=(error,))
@@ -134,6 +148,18 @@ def fresh(options: TrainOptions, log: Callable[[str], None]) -> RunStart:
         if "shuffle" not in options.given:
             options = replace(options, shuffle=state.shuffle)
     return RunStart(replace(anywhere(options), model=model), config, source, state)
+
+
+def adapted(config: ModelConfig, o: TrainOptions, base_hash: str = "") -> ModelConfig:
+    """Return the config with the adapters of the options. Raises LlmpyError for unknown targets."""
+    if config.lora is not None:
+        what = f"--lora {o.lora}, but {o.init} has adapters already"
+        fix = f"Drop --lora to train those, or merge them first: {command('convert', '--merge', o.init, 'OUT')}"
+        raise LlmpyError("option.conflict", what, fix)
+    assert o.lora is not None
+    names = chosen(modules(config), o.lora_targets or ())
+    base = anywhere(o).init
+    return replace(config, lora=LoraConfig(o.lora, o.lora_alpha or 2.0 * o.lora, names, str(base), base_hash))
 
 
 def anywhere(options: TrainOptions) -> TrainOptions:
@@ -154,9 +180,9 @@ def dial(model: str, have: ModelConfig | None, described: str = "") -> str:
     """
     if have is None:
         return model or DEFAULT_MODEL
-    if model and ModelConfig.from_dial(model, have.vocab_size, have.context) != have:
+    if model and ModelConfig.from_dial(model, have.vocab_size, have.context) != replace(have, lora=None):
         raise LlmpyError("option.conflict", f"--model {model} differs from --init: {described}", "Drop --model")
-    return model or f"d{have.layers}"
+    return model or (f"d{have.layers}" if have.family == "gpt2" else f"{have.family}:d{have.layers}")
 
 
 def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) -> RunStart:
@@ -186,7 +212,7 @@ def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) 
         log("to continue, pass larger --steps or --minutes; both count from its start")
     for line in changed(replace(before, dtype=manifest["dtype"]), now):
         log(line)
-    source = native.read_model(path / checkpoint.MODEL)
+    source = formats.open_model(path / checkpoint.MODEL)
     return RunStart(now, source.config, source, checkpoint=path, manifest=manifest)
 
 

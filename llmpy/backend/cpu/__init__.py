@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -34,13 +34,14 @@ from . import adamw as adamw_
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-# Kernels that only one family of models calls; `warm_up` compiles those of its family.
-FAMILIES = {
+# Kernels that only some kinds of models call; `warm_up` compiles those of one (`ModelConfig.kinds`).
+KINDS = {
     "gpt2": {"layernorm_forward", "residual_layernorm_forward", "layernorm_backward"},
     "llama": {
         "rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward", "head_rmsnorm_forward",
         "head_rmsnorm_backward", "rope",
     },
+    "lora": {"add_columns", "take_columns", "activation_backward"},
 }  # fmt: skip
 # Stand for absent arrays: kernels have one signature.
 NO_BIAS, NO_GRADIENT = np.empty(0, np.float32), np.empty((0, 0), np.float32)
@@ -331,14 +332,14 @@ class CPU:
             "numpy": np.__version__,
         }
 
-    def compiled(self, family: str = "gpt2") -> bool:
+    def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
         """Return whether the kernels of training are in the cache."""
-        names = (name for name, _ in _smallest_calls(self, family) if name not in DECODING_ALONE)
+        names = (name for name, _ in _smallest_calls(self, kinds) if name not in DECODING_ALONE)
         return all(kernel_cache.is_cached(name, str(self.dtype)) for name in names)
 
-    def warm_up(self, log: Callable[[str], None], decoding: bool = False, family: str = "gpt2") -> None:
+    def warm_up(self, log: Callable[[str], None], decoding: bool = False, kinds: Sequence[str] = ("gpt2",)) -> None:
         """Compile or load the kernels of training, or of `decoding`, by calling each on minimal arrays; log misses."""
-        calls = [(name, call) for name, call in _smallest_calls(self, family) if name in DECODING or not decoding]
+        calls = [(name, call) for name, call in _smallest_calls(self, kinds) if name in DECODING or not decoding]
         calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
         missing = [name for name, _ in calls if not kernel_cache.is_cached(name, str(self.dtype))]
         if missing:
@@ -380,7 +381,7 @@ def _one(x: float) -> np.ndarray:
     return np.full(1, x, FLOAT32)
 
 
-def _smallest_calls(ops: CPU, family: str) -> list[tuple[str, Callable[[], object]]]:
+def _smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
     def w(*shape: int) -> np.ndarray:
         return np.ones(shape, ops.wide)
 
@@ -438,7 +439,7 @@ def _smallest_calls(ops: CPU, family: str) -> list[tuple[str, Callable[[], objec
         ("packed_linear_forward", lambda: ops.packed_linear_forward(a(1, 1), a(1, 1), a(ops.packed_size(1, 1)), None)),
         ("attention_decode", lambda: ops.attention_decode(a(1, 1), cache, a(1, 3), row, row)),
     ]
-    others = set().union(*FAMILIES.values()) - FAMILIES[family]
+    others = set().union(*KINDS.values()).difference(*(KINDS[kind] for kind in kinds))
     calls = [(name, call) for name, call in calls if name not in others]
     replayed = [call for name, call in calls if name in REPLAYED]
     calls.append(("replay", lambda: ops.capture(lambda: [call() for call in replayed])()))
