@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,13 @@ UNSTEADY = 1.15  # highest peak / lowest peak (or rounds of a plan) that indicat
 
 @dataclass(frozen=True)
 class Case:
-    """A problem size. Each operation uses only its own dimensions; `n` is a flat length."""
+    """A problem size. Each operation uses only its own dimensions; `n` is a flat length, attention's C is NH·HS."""
 
     B: int = 1
     T: int = 1
     C: int = 1
     NH: int = 1
+    NKV: int = 0  # 0: NH
     OC: int = 1
     V: int = 1
     Vp: int = 1
@@ -54,6 +55,21 @@ class Case:
     def rows(self) -> int:
         """Return BT."""
         return self.B * self.T
+
+    @property
+    def kv_heads(self) -> int:
+        """Return NKV."""
+        return self.NKV or self.NH
+
+    @property
+    def head_size(self) -> int:
+        """Return HS."""
+        return self.C // self.NH
+
+    @property
+    def qkv_size(self) -> int:
+        """Return W, the columns of queries, keys and values."""
+        return (self.NH + 2 * self.kv_heads) * self.head_size
 
 
 C, V, VP, CONTEXT = 768, 50257, 50304, 1024  # GPT-2 124M
@@ -71,10 +87,12 @@ def _sequences(times: tuple[int, ...] = (64, 256, 1024), **sizes: Any) -> list[C
     return [Case(4, T, **sizes) for T in times]
 
 
+GROUPED = Case(4, 1024, C=2048, NH=32, NKV=8)  # attention of Llama 3.2 1B
+
 BENCH: dict[str, list[Case]] = {
     "linear_forward": _products("bias", "bias", "bias gelu", "bias", ""),
     "linear_backward": _products("bias", "bias", "bias", "bias gelu", ""),  # GELU belongs to the product reading it
-    **dict.fromkeys(("attention_forward", "attention_backward"), _sequences(C=C, NH=12)),
+    **dict.fromkeys(("attention_forward", "attention_backward"), [*_sequences(C=C, NH=12), GROUPED]),
     "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
     **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
     "gelu_forward": _sequences(C=4 * C),
@@ -83,7 +101,7 @@ BENCH: dict[str, list[Case]] = {
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
     "packed_linear_forward": [Case(B, C=i, OC=o) for B in (1, 8) for i, o in SHAPES],
     "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
-    "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)],
+    "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)] + [replace(GROUPED, B=1)],
 }
 # Σ over the products of an operation; causal attention computes half of the T² scores.
 FLOPS: dict[str, Callable[[Case], int]] = {
@@ -115,8 +133,8 @@ ARGUMENTS = {
         "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
         "pre_gelu (BT,C); accumulate"
     ),
-    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,3C)",
-    "attention_backward": "dqkv (B,T,3C) :=; dout (B,T,C); qkv (B,T,3C); out (B,T,C); stats (B,NH,T) wide",
+    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,W)",
+    "attention_backward": "dqkv (B,T,W) :=; dout (B,T,C); qkv (B,T,W); out (B,T,C); stats (B,NH,T) wide",
     "classifier": (
         "losses (BT) wide :=; dinp (BT,C) :=; dwte (Vp,C) wide :=; inp (BT,C); wte (Vp,C); targets; vocab_size; scale; "
         "accumulate"
@@ -130,8 +148,8 @@ ARGUMENTS = {
     "zero": "x (n) wide :=",
     "pack": "packed (packed) :=; weight (OC,C)",
     "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre_gelu (BT,OC) :=",
-    "cache_fill": "cache (B,NH,2,T,HS) :=; qkv (B,T,3C)",
-    "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
+    "cache_fill": "cache (B,NKV,2,T,HS) :=; qkv (B,T,W)",
+    "attention_decode": "out (B,C) :=; cache (B,NKV,2,T,HS); qkv (B,W); slots; positions",
 }
 # Operations that compute the inputs of another one: called first, on the arguments they share.
 BEFORE = {f"{name}_backward": f"{name}_forward" for name in ("layernorm", "attention")}
@@ -147,8 +165,14 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
         "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5, "step": 3,
         "slots": np.arange(c.B, dtype=np.int32), "positions": np.full(c.B, c.T - 1, np.int32),
     }  # fmt: skip
-    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "HS": c.C // c.NH}
-    sizes |= {"S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
+    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "BT": c.rows}
+    sizes |= {
+        "NKV": c.kv_heads,
+        "HS": c.head_size,
+        "W": c.qkv_size,
+        "S": max(CONTEXT, c.T),
+        "packed": ops.packed_size(c.OC, c.C),
+    }
     unused = set()
     if "linear" in op:
         unused = {name for name, word in (("bias", "bias"), ("pre_gelu", "gelu")) if word not in c.variant}
