@@ -3,9 +3,9 @@
 Outputs come first. Each follows one of two contracts, stated where it is declared: `:=` overwrites, `+=` adds.
 Parameter gradients (dweight, dbias, dwte, dwpe) are `:=` if `accumulate` is False (the first micro-step), else `+=`.
 
-Dimensions: B batch, T time, C channels, NH heads, NKV heads of keys and values, HS channels of a head, V vocabulary,
-Vp padded vocabulary, OC output channels; BT = B·T rows. Any leading shape of product BT may replace BT. Arrays are
-C-contiguous; tokens and targets are int32.
+Dimensions: B batch, T time, C channels, NH heads of size HS, NKV key/value heads, W = (NH + 2·NKV)·HS columns of qkv
+(queries, keys, values), V vocabulary, Vp padded vocabulary, OC output channels; BT = B·T rows. Any leading shape of
+product BT may replace BT. Arrays are C-contiguous; tokens and targets are int32.
 
 Floats have two types. `wide`: parameters, their gradients and moments, biases, the residual stream (resid, inp1, inp
 of norms, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of products (weight,
@@ -58,11 +58,24 @@ class Ops(Protocol):
     def narrow(self, out: Array, x: Array) -> None:
         """out (dtype) := x (wide), rounded to nearest even; a no-op if out is x."""
 
-    def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array) -> None:
-        """out (B, T, C) := wte[token] + wpe[t].  tokens (B, T), wte (Vp, C), wpe (≥T, C)."""
+    def embedding_forward(
+        self, out: Array, tokens: Array, wte: Array, wpe: Array | None, positions: Array | None = None
+    ) -> None:
+        """out (B, T, C) := wte[token] + wpe[position].  tokens and positions (B, T), wte (Vp, C), wpe (≥T, C).
 
-    def embedding_backward(self, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool) -> None:
-        """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position; with `:=`, rows beyond T become 0.
+        positions None: t. wpe None adds nothing.
+        """
+
+    def embedding_backward(
+        self,
+        dwte: Array,
+        dwpe: Array | None,
+        dout: Array,
+        tokens: Array,
+        accumulate: bool,
+        positions: Array | None = None,
+    ) -> None:
+        """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position; with `:=`, rows of no position become 0.
 
         dwte is always `+=`: the head shares it and writes first.
         """
@@ -190,14 +203,22 @@ class Ops(Protocol):
     def take_columns(self, out: Array, x: Array, first: int, scale: float) -> None:
         """out (BT, N) := scale · x[:, first : first + N], x (BT, M ≥ first + N); float32 inside, rounded once."""
 
-    def attention_forward(self, out: Array, stats: Array, qkv: Array) -> None:
-        """out (B, T, C), stats (B, NH, T) := causal self-attention of qkv (B, T, 3C), scale 1/√HS.
+    def attention_forward(self, out: Array, stats: Array, qkv: Array, positions: Array | None = None) -> None:
+        """out (B, T, NH·HS), stats (B, NH, T) := causal self-attention of qkv (B, T, W), scale 1/√HS.
 
-        stats is the log-sum-exp of each row of scaled scores; its shape gives NH.
+        stats is the log-sum-exp of each row of scaled scores. Its shape gives NH, and W then NKV, a divisor of NH:
+        head h reads key/value head h // (NH/NKV). positions (B, T) int32 separates documents in a row: position of
+        each token in its document, which starts within the row. Token t attends to t − positions[b, t] … t. None: one
+        document.
         """
 
-    def attention_backward(self, dqkv: Array, dout: Array, qkv: Array, out: Array, stats: Array) -> None:
-        """dqkv (B, T, 3C) := gradient; probabilities are recomputed from stats."""
+    def attention_backward(
+        self, dqkv: Array, dout: Array, qkv: Array, out: Array, stats: Array, positions: Array | None = None
+    ) -> None:
+        """dqkv (B, T, W) := gradient; probabilities are recomputed from stats.
+
+        The gradients of a key/value head sum over its query heads, in a fixed order.
+        """
 
     def packed_size(self, OC: int, C: int) -> int:
         """Return the number of elements (dtype) of a packed weight (OC, C)."""
@@ -211,13 +232,13 @@ class Ops(Protocol):
         """`linear_forward`, bitwise identical, of a weight packed by `pack`; memory-bound for few rows."""
 
     def cache_fill(self, cache: Array, qkv: Array) -> None:
-        """cache (B, NH, 2, S, HS), keys and values by head: positions 0 … T−1 := qkv (B, T, 3C), T ≤ S."""
+        """cache (B, NKV, 2, S, HS), keys and values by head: positions 0 … T−1 := qkv (B, T, W), T ≤ S."""
 
     def attention_decode(self, out: Array, cache: Array, qkv: Array, slots: Array, positions: Array) -> None:
-        """out (B, C) := causal self-attention of one query per sequence, bitwise as `attention_forward`.
+        """out (B, NH·HS) := causal self-attention of one query per sequence, bitwise as `attention_forward`.
 
-        qkv (B, 3C) is position t = positions[b] < S of the sequence in cache[slots[b]]; slots and positions (B,) are
-        int32, slots distinct. cache (≥B, NH, 2, S, HS): position t := the key and value of qkv. The query then
+        qkv (B, W) is position t = positions[b] < S of the sequence in cache[slots[b]]; slots and positions (B,) are
+        int32, slots distinct. cache (≥B, NKV, 2, S, HS): position t := the key and value of qkv. The query then
         attends to positions 0 … t, which must be written.
         """
 

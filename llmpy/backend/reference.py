@@ -96,7 +96,7 @@ def rms_gradient(
     return r * (dn - n * (dn * n).mean(axis=-1, keepdims=True)), dout * n
 
 
-def split_heads(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def by_heads(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Return x (…, W) as a view (BT, heads, HS); weight (HS,)."""
     return x.reshape(-1, x.shape[-1] // weight.size, weight.size)
 
@@ -110,16 +110,28 @@ def query_and_key_parts(
     return (slice(NH), q_weight), (slice(NH, end), k_weight)
 
 
-def heads(x: np.ndarray, stats: np.ndarray, N: int) -> np.ndarray:
-    """Return x (BT, N·C), N tensors side by side in each row, as a view (N, B, NH, T, HS); stats (B, NH, T)."""
-    B, NH, T = stats.shape
-    return x.reshape(B, T, N, NH, -1).transpose(2, 0, 3, 1, 4)
+def heads(x: np.ndarray, B: int, NKV: int, HS: int) -> np.ndarray:
+    """Return x (BT, NH·HS) as a view (B, NKV, NH/NKV, T, HS): the heads that share a key/value head are a group."""
+    return x.reshape(B, len(x) // B, NKV, -1, HS).transpose(0, 2, 3, 1, 4)
 
 
-def causal_scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Return q·kᵀ/√HS as (B, NH, T, T), −∞ for keys later than the query; q, k (B, NH, T, HS)."""
-    T, HS = q.shape[2:]
-    return np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / math.sqrt(HS), -np.inf)
+def split_heads(qkv: np.ndarray, out: np.ndarray, stats: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return q and `out` (B, NKV, NH/NKV, T, HS), k and v (B, NKV, 1, T, HS): views of qkv (BT, W), out (BT, NH·HS)."""
+    qkv, out, (B, NH, _) = rows(qkv), rows(out), stats.shape
+    HS = out.shape[1] // NH
+    NKV = (qkv.shape[1] // HS - NH) // 2
+    q, k, v, out = (heads(x, B, NKV, HS) for x in (*np.split(qkv, [NH * HS, (NH + NKV) * HS], axis=1), out))
+    return q, k, v, out
+
+
+def causal_scores(q: np.ndarray, k: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+    """Return q·kᵀ/√HS as (B, NKV, NH/NKV, T, T), −∞ for keys later than the query or before its document."""
+    T, HS = q.shape[3:]
+    seen = np.tri(T, dtype=bool)
+    if positions is not None:
+        t = np.arange(T)
+        seen = seen & (t >= t[:, None] - positions[..., None])[:, None, None]
+    return np.where(seen, q @ k.swapaxes(3, 4) / math.sqrt(HS), -np.inf)
 
 
 class Reference:
@@ -146,21 +158,35 @@ class Reference:
     def narrow(self, out: np.ndarray, x: np.ndarray) -> None:
         out[...] = x
 
-    # Embedding: out[b, t] = wte[tokens[b, t]] + wpe[t]
+    # Embedding: out[b, t] = wte[tokens[b, t]] + wpe[positions[b, t]]
 
-    def embedding_forward(self, out: np.ndarray, tokens: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> None:
-        T = tokens.shape[1]
-        rows(out)[...] = rows(wte[tokens] + wpe[:T])
+    def embedding_forward(
+        self,
+        out: np.ndarray,
+        tokens: np.ndarray,
+        wte: np.ndarray,
+        wpe: np.ndarray | None,
+        positions: np.ndarray | None = None,
+    ) -> None:
+        at = np.arange(tokens.shape[1]) if positions is None else positions
+        rows(out)[...] = rows(wte[tokens] if wpe is None else wte[tokens] + wpe[at])
 
     def embedding_backward(
-        self, dwte: np.ndarray, dwpe: np.ndarray, dout: np.ndarray, tokens: np.ndarray, accumulate: bool
+        self,
+        dwte: np.ndarray,
+        dwpe: np.ndarray | None,
+        dout: np.ndarray,
+        tokens: np.ndarray,
+        accumulate: bool,
+        positions: np.ndarray | None = None,
     ) -> None:
-        T = tokens.shape[1]
         dout = dout.reshape(*tokens.shape, -1)
         np.add.at(dwte, tokens, dout)  # unlike dwte[tokens] += dout, adds once per occurrence
-        write(dwpe[:T], dout.sum(axis=0), accumulate)
-        if not accumulate:
-            dwpe[T:] = 0
+        if dwpe is not None:
+            if not accumulate:
+                dwpe[...] = 0
+            at = np.arange(tokens.shape[1]) if positions is None else positions
+            np.add.at(dwpe, np.broadcast_to(at, tokens.shape), dout)
 
     # LayerNorm: n = (inp − mean)·rstd,  out = n·weight + bias
 
@@ -264,7 +290,7 @@ class Reference:
         eps: float,
     ) -> None:
         rows(out)[...] = rows(inp)
-        x, y, r = split_heads(inp, q_weight), split_heads(out, q_weight), rows(rstd)
+        x, y, r = by_heads(inp, q_weight), by_heads(out, q_weight), rows(rstd)
         for part, weight in query_and_key_parts(x, r, q_weight, k_weight):
             y[:, part], r[:, part] = rms_normalise(x[:, part], weight, eps)
 
@@ -281,7 +307,7 @@ class Reference:
         accumulate: bool,
     ) -> None:
         rows(dinp)[...] = rows(dout)
-        x, dx, r = split_heads(inp, q_weight), split_heads(dinp, q_weight), rows(rstd)
+        x, dx, r = by_heads(inp, q_weight), by_heads(dinp, q_weight), rows(rstd)
         parts = query_and_key_parts(x, r, q_weight, k_weight)
         for (part, weight), dweight in zip(parts, (dq_weight, dk_weight), strict=True):
             dx[:, part], dn_n = rms_gradient(dx[:, part], x[:, part], r[:, part], weight)
@@ -357,25 +383,32 @@ class Reference:
 
     # Attention: s = q·kᵀ/√HS up to the diagonal,  p = exp(s − stats),  out = p·v
 
-    def attention_forward(self, out: np.ndarray, stats: np.ndarray, qkv: np.ndarray) -> None:
-        q, k, v = heads(qkv, stats, 3)
-        largest, e, total = exponentials(causal_scores(q, k))
-        heads(out, stats, 1)[0] = (e / total) @ v
-        stats[...] = (largest + np.log(total))[..., 0]
+    def attention_forward(
+        self, out: np.ndarray, stats: np.ndarray, qkv: np.ndarray, positions: np.ndarray | None = None
+    ) -> None:
+        q, k, v, o = split_heads(qkv, out, stats)
+        largest, e, total = exponentials(causal_scores(q, k, positions))
+        o[...] = (e / total) @ v
+        stats[...] = (largest + np.log(total)).reshape(stats.shape)
 
     def attention_backward(
-        self, dqkv: np.ndarray, dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, stats: np.ndarray
+        self,
+        dqkv: np.ndarray,
+        dout: np.ndarray,
+        qkv: np.ndarray,
+        out: np.ndarray,
+        stats: np.ndarray,
+        positions: np.ndarray | None = None,
     ) -> None:
         # dv = pᵀ·do,  dp = do·vᵀ,  ds = p∘(dp − Σ p∘dp) where Σ p∘dp = Σ do∘o,
-        # dq = ds·k/√HS,  dk = dsᵀ·q/√HS
-        q, k, v = heads(qkv, stats, 3)
-        dq, dk, dv = heads(dqkv, stats, 3)
-        o, do = heads(out, stats, 1)[0], heads(dout, stats, 1)[0]
-        p = np.exp(causal_scores(q, k) - stats[..., None])
-        ds = p * (do @ v.swapaxes(2, 3) - (do * o).sum(axis=3, keepdims=True)) / math.sqrt(q.shape[3])
+        # dq = ds·k/√HS,  dk = dsᵀ·q/√HS;  dk and dv sum over the heads of a group
+        q, k, v, o = split_heads(qkv, out, stats)
+        dq, dk, dv, do = split_heads(dqkv, dout, stats)
+        p = np.exp(causal_scores(q, k, positions) - stats.reshape(*q.shape[:4], 1))
+        ds = p * (do @ v.swapaxes(3, 4) - (do * o).sum(axis=4, keepdims=True)) / math.sqrt(q.shape[4])
         dq[...] = ds @ k
-        dk[...] = ds.swapaxes(2, 3) @ q
-        dv[...] = p.swapaxes(2, 3) @ do
+        dk[...] = (ds.swapaxes(3, 4) @ q).sum(axis=2, keepdims=True)
+        dv[...] = (p.swapaxes(3, 4) @ do).sum(axis=2, keepdims=True)
 
     # Decoding: one position at a time; a packed weight is the weight itself
 
@@ -400,20 +433,21 @@ class Reference:
         self.linear_forward(out, inp, packed.reshape(-1, inp.shape[-1]), bias, pre)
 
     def cache_fill(self, cache: np.ndarray, qkv: np.ndarray) -> None:
-        B, NH, _, _, HS = cache.shape
-        qkv = qkv.reshape(B, -1, 3, NH, HS)
-        cache[:, :, :, : qkv.shape[1]] = qkv[:, :, 1:].transpose(0, 3, 2, 1, 4)
+        B, NKV, _, _, HS = cache.shape
+        pairs = rows(qkv)[:, -2 * NKV * HS :].reshape(B, -1, 2, NKV, HS)
+        cache[:, :, :, : pairs.shape[1]] = pairs.transpose(0, 3, 2, 1, 4)
 
     def attention_decode(
         self, out: np.ndarray, cache: np.ndarray, qkv: np.ndarray, slots: np.ndarray, positions: np.ndarray
     ) -> None:
-        NH, HS = cache.shape[1], cache.shape[4]
+        NKV, HS = cache.shape[1], cache.shape[4]
         for line, row, slot, t in zip(rows(out), rows(qkv), slots, positions, strict=True):
-            q, k, v = row.reshape(3, NH, HS)
+            q, k, v = np.split(row.reshape(-1, HS), [-2 * NKV, -NKV])
             cache[slot, :, 0, t], cache[slot, :, 1, t] = k, v
             keys, values = cache[slot, :, 0, : t + 1], cache[slot, :, 1, : t + 1]
-            _, e, total = exponentials((keys @ q[:, :, None])[:, :, 0] / math.sqrt(HS))
-            line[...] = ((e / total)[:, None] @ values).reshape(-1)
+            q = q.reshape(NKV, -1, HS)
+            _, e, total = exponentials(q @ keys.swapaxes(1, 2) / math.sqrt(HS))
+            line[...] = ((e / total) @ values).reshape(-1)
 
     # Classifier: logits = inp·wteᵀ,  loss = −log softmax(logits)[target],  dlogits = scale·(p − onehot)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ UNSTEADY = 1.15  # highest peak / lowest peak (or rounds of a plan) that indicat
 
 @dataclass(frozen=True)
 class Case:
-    """A problem size. Each operation uses only its own dimensions; `n` is a flat length."""
+    """A problem size. Each operation uses only its own dimensions; `n` is a flat length, attention's C is NH·HS."""
 
     B: int = 1
     T: int = 1
@@ -62,9 +62,14 @@ class Case:
         return self.NKV or self.NH
 
     @property
-    def W(self) -> int:
-        """Return the columns of queries, keys and values, heads of HS = C / NH."""
-        return (self.NH + 2 * self.kv_heads) * (self.C // self.NH)
+    def head_size(self) -> int:
+        """Return HS."""
+        return self.C // self.NH
+
+    @property
+    def qkv_size(self) -> int:
+        """Return W, the columns of queries, keys and values."""
+        return (self.NH + 2 * self.kv_heads) * self.head_size
 
 
 C, V, VP, CONTEXT = 768, 50257, 50304, 1024  # GPT-2 124M
@@ -83,10 +88,12 @@ def _sequences(times: tuple[int, ...] = (64, 256, 1024), **sizes: Any) -> list[C
     return [Case(4, T, **sizes) for T in times]
 
 
+GROUPED = Case(4, 1024, C=2048, NH=32, NKV=8)  # attention of Llama 3.2 1B
+
 BENCH: dict[str, list[Case]] = {
     "linear_forward": _products("bias", "bias", "bias gelu", "bias", ""),
     "linear_backward": _products("bias", "bias", "bias", "bias gelu", ""),  # GELU belongs to the product reading it
-    **dict.fromkeys(("attention_forward", "attention_backward"), _sequences(C=C, NH=12)),
+    **dict.fromkeys(("attention_forward", "attention_backward"), [*_sequences(C=C, NH=12), GROUPED]),
     "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
     **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
     **dict.fromkeys(("rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward"), _sequences(C=LLAMA)),
@@ -98,7 +105,7 @@ BENCH: dict[str, list[Case]] = {
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
     "packed_linear_forward": [Case(B, C=i, OC=o) for B in (1, 8) for i, o in SHAPES],
     "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
-    "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)],
+    "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)] + [replace(GROUPED, B=1)],
 }
 # Σ over the products of an operation; causal attention computes half of the T² scores.
 FLOPS: dict[str, Callable[[Case], int]] = {
@@ -146,8 +153,8 @@ ARGUMENTS = {
         "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
         "pre (BT,C); accumulate"
     ),
-    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,3C)",
-    "attention_backward": "dqkv (B,T,3C) :=; dout (B,T,C); qkv (B,T,3C); out (B,T,C); stats (B,NH,T) wide",
+    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,W)",
+    "attention_backward": "dqkv (B,T,W) :=; dout (B,T,C); qkv (B,T,W); out (B,T,C); stats (B,NH,T) wide",
     "classifier": (
         "losses (BT) wide :=; dinp (BT,C) :=; dwte (Vp,C) wide :=; inp (BT,C); wte (Vp,C); targets; vocab_size; scale; "
         "accumulate"
@@ -161,8 +168,8 @@ ARGUMENTS = {
     "zero": "x (n) wide :=",
     "pack": "packed (packed) :=; weight (OC,C)",
     "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre (BT,OC) :=",
-    "cache_fill": "cache (B,NH,2,T,HS) :=; qkv (B,T,3C)",
-    "attention_decode": "out (B,C) :=; cache (B,NH,2,T,HS); qkv (B,3C); slots; positions",
+    "cache_fill": "cache (B,NKV,2,T,HS) :=; qkv (B,T,W)",
+    "attention_decode": "out (B,C) :=; cache (B,NKV,2,T,HS); qkv (B,W); slots; positions",
 }
 # Operations that compute the inputs of another one: called first, on the arguments they share.
 BEFORE = {f"{name}_backward": f"{name}_forward" for name in ("layernorm", "rmsnorm", "head_rmsnorm", "attention")}
@@ -173,7 +180,7 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     """Draw the arguments of an operation, by name, in the order of the seam: small random numbers."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, c.V, (c.B, c.T), dtype=np.int32)
-    heads, HS = c.NH + c.kv_heads, c.C // c.NH
+    heads, HS = c.NH + c.kv_heads, c.head_size
     angles = np.arange(c.T, dtype=np.float32)[:, None] * np.geomspace(1, 1e-4, HS // 2, dtype=np.float32)
     decoded, positions = np.full(c.B, c.T - 1, np.int32), np.tile(np.arange(c.T, dtype=np.int32), c.B)
     others: dict[str, Any] = {
@@ -182,8 +189,8 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
         "slots": np.arange(c.B, dtype=np.int32), "positions": decoded if op == "attention_decode" else positions,
         "cos": np.cos(angles), "sin": np.sin(angles), "heads": heads, "inverse": False,
     }  # fmt: skip
-    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "HS": HS, "W": c.W}
-    sizes |= {"NH+NKV": heads, "S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
+    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "BT": c.rows, "NKV": c.kv_heads, "HS": HS}
+    sizes |= {"W": c.qkv_size, "NH+NKV": heads, "S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
     unused = set()
     if "linear" in op:
         unused = {name for name, word in (("bias", "bias"), ("pre", "gelu")) if word not in c.variant}

@@ -142,7 +142,8 @@ class Llama(LanguageModel):
         c = self.config
         if self._rotations is None:
             self._rotations = tables(c, c.context)
-        self.ops.rope(x, *self._rotations, positions, c.heads + c.kv_heads, inverse)
+        cos, sin = self._rotations
+        self.ops.rope(x, cos, sin, positions, c.heads + c.kv_heads, inverse)
 
     _rotations: tuple[Any, Any] | None = None  # cos and sin (context, HS/2)
 

@@ -90,7 +90,8 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
     *rows, C = next(shape[name] for name in ("inp", "inp1", "out", "dout") if name in shape)
     if "stats" in shape:
         B, NH, T = shape["stats"]
-        return Case(B, T, C, NH)
+        NKV = (shape["qkv"][-1] * NH // C - NH) // 2
+        return Case(B, T, C, NH, 0 if NKV == NH else NKV)
     case = Case(T=math.prod(rows), C=C)
     if op.startswith("linear"):
         words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre" in shape)

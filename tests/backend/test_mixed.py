@@ -25,7 +25,7 @@ from support.models import batch, build
 
 from llmpy.backend import load
 from llmpy.backend.cpu import simd
-from llmpy.backend.reference import Reference, activation, causal_scores, exponentials, heads, rows
+from llmpy.backend.reference import Reference, activation, causal_scores, exponentials, rows, split_heads
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.train.optimizer import AdamW
@@ -58,10 +58,10 @@ def ops(machines: list[Any]) -> Any:
 
 def attention_noise(a: Args) -> dict[str, np.ndarray]:
     """out = Σ_k P·v over float32 Σ_k P; only the P that multiplies v is rounded: U·Σ_k P·|v|."""
-    qkv, C = a["qkv"].copy(), a["out"].shape[-1]
-    qkv[..., 2 * C :] = np.abs(qkv[..., 2 * C :])
-    bound = np.empty_like(a["out"])
-    REF.attention_forward(bound, np.empty_like(a["stats"]), qkv)
+    qkv, bound = a["qkv"].copy(), np.empty_like(a["out"])
+    v = split_heads(qkv, bound, a["stats"])[2]
+    v[...] = np.abs(v)
+    REF.attention_forward(bound, np.empty_like(a["stats"]), qkv, a["positions"])
     return {"out": U * bound}
 
 
@@ -70,18 +70,17 @@ def attention_backward_noise(a: Args) -> dict[str, np.ndarray]:
 
     dS is a difference, P∘(dP − D), which adds float32 noise of |dP| + |D|.
     """
-    q, k, v = heads(a["qkv"], a["stats"], 3)
-    o, do = heads(a["out"], a["stats"], 1)[0], heads(a["dout"], a["stats"], 1)[0]
-    scale = q.shape[3] ** -0.5
-    p = np.exp(causal_scores(q, k) - a["stats"][..., None])
-    dp, d = do @ v.swapaxes(2, 3), (do * o).sum(axis=3, keepdims=True)
-    parts = np.abs(do) @ np.abs(v).swapaxes(2, 3) + np.abs(do * o).sum(axis=3, keepdims=True)
-    ds = scale * p * (U * np.abs(dp - d) + FLOAT32 * parts)
     noise = np.empty_like(a["dqkv"])
-    dq, dk, dv = heads(noise, a["stats"], 3)
+    q, k, v, o = split_heads(a["qkv"], a["out"], a["stats"])
+    dq, dk, dv, do = split_heads(noise, a["dout"], a["stats"])
+    scale = q.shape[4] ** -0.5
+    p = np.exp(causal_scores(q, k, a["positions"]) - a["stats"].reshape(*q.shape[:4], 1))
+    dp, d = do @ v.swapaxes(3, 4), (do * o).sum(axis=4, keepdims=True)
+    parts = np.abs(do) @ np.abs(v).swapaxes(3, 4) + np.abs(do * o).sum(axis=4, keepdims=True)
+    ds = scale * p * (U * np.abs(dp - d) + FLOAT32 * parts)
     dq[...] = ds @ np.abs(k)
-    dk[...] = ds.swapaxes(2, 3) @ np.abs(q)
-    dv[...] = U * p.swapaxes(2, 3) @ np.abs(do)
+    dk[...] = (ds.swapaxes(3, 4) @ np.abs(q)).sum(axis=2, keepdims=True)
+    dv[...] = U * (p.swapaxes(3, 4) @ np.abs(do)).sum(axis=2, keepdims=True)
     return {"dqkv": noise}
 
 

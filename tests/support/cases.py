@@ -33,6 +33,15 @@ class Case(Size):
         """The shape of BT: (T,) for one sequence and (B, T) for more, to cover both."""
         return (self.T,) if self.B == 1 else (self.B, self.T)
 
+    @property
+    def positions(self) -> np.ndarray | None:
+        """Positions (B, T) in the documents whose lengths the variant lists; each sequence starts with another one."""
+        lengths = [int(word) for word in self.variant.split() if word.isdigit()]
+        if not lengths:
+            return None
+        rows = ([n for n in lengths[b % len(lengths) :] + lengths * self.T for n in range(n)] for b in range(self.B))
+        return np.array([row[: self.T] for row in rows], np.int32)
+
 
 @dataclass(frozen=True)
 class Out:
@@ -106,17 +115,19 @@ def embedding_forward(c: Case, d: Draw) -> Args:
         "out": Out(":=", (*c.leading, c.C), wide=True),
         "tokens": d.ints(c.V, c.B, c.T),
         "wte": d.normal(c.Vp, c.C),
-        "wpe": d.normal(c.T + 2, c.C),  # a context longer than the batch
+        "wpe": None if c.variant == "tokens" else d.normal(c.T + 2, c.C),  # a context longer than the batch
+        "positions": c.positions,
     }
 
 
 def embedding_backward(c: Case, d: Draw, accumulate: bool) -> Args:
     return {
         "dwte": Out("+=", (c.Vp, c.C), wide=True),
-        "dwpe": Out("+=" if accumulate else ":=", (c.T + 2, c.C), wide=True),
+        "dwpe": None if c.variant == "tokens" else Out("+=" if accumulate else ":=", (c.T + 2, c.C), wide=True),
         "dout": d.normal(*c.leading, c.C, wide=True),
         "tokens": d.ints(c.V, c.B, c.T),
         "accumulate": accumulate,
+        "positions": c.positions,
     }
 
 
@@ -195,9 +206,9 @@ def rmsnorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
 
 def head_rmsnorm_forward(c: Case, d: Draw) -> Args:
     return {
-        "out": Out(":=", (*c.leading, c.W)),
+        "out": Out(":=", (*c.leading, c.qkv_size)),
         "rstd": Out(":=", (*c.leading, c.NH + c.kv_heads), wide=True),
-        "inp": d.normal(*c.leading, c.W),
+        "inp": d.normal(*c.leading, c.qkv_size),
         "q_weight": d.normal(c.C // c.NH, mean=1, wide=True),
         "k_weight": d.normal(c.C // c.NH, mean=1, wide=True),
         "eps": EPSILON,
@@ -226,7 +237,7 @@ def head_rmsnorm_backward(c: Case, d: Draw, accumulate: bool) -> Args:
 def rope(c: Case, d: Draw) -> Args:
     angles = d.normal(c.T + 2, c.C // c.NH // 2, std=3, wide=True)  # a context longer than the batch
     return {
-        "x": Out("in place", start=d.normal(*c.leading, c.W)),
+        "x": Out("in place", start=d.normal(*c.leading, c.qkv_size)),
         "cos": np.cos(angles),
         "sin": np.sin(angles),
         "positions": d.ints(c.T + 2, *c.leading),
@@ -290,20 +301,22 @@ def attention_forward(c: Case, d: Draw) -> Args:
     return {
         "out": Out(":=", (*c.leading, c.C)),
         "stats": Out(":=", (c.B, c.NH, c.T), wide=True),
-        "qkv": d.normal(*c.leading, 3 * c.C, std=1.5),
+        "qkv": d.normal(*c.leading, c.qkv_size, std=1.5),
+        "positions": c.positions,
     }
 
 
 def attention_backward(c: Case, d: Draw) -> Args:
-    qkv = d.normal(*c.leading, 3 * c.C, std=1.5)
+    qkv = d.normal(*c.leading, c.qkv_size, std=1.5)
     out, stats = np.empty((*c.leading, c.C)), np.empty((c.B, c.NH, c.T))
-    REF.attention_forward(out, stats, double(qkv))
+    REF.attention_forward(out, stats, double(qkv), c.positions)
     return {
         "dqkv": Out(":=", qkv.shape),
         "dout": d.normal(*out.shape),
         "qkv": qkv,
         "out": d.round(out),
         "stats": d.round(stats, wide=True),
+        "positions": c.positions,
     }
 
 
@@ -383,6 +396,8 @@ EMBEDDING = [
     Case(B=2, T=63, C=100, V=300, Vp=384),
     Case(T=255, C=129, V=5, Vp=128),
     Case(B=2, T=32, C=192, V=300, Vp=384),
+    Case(B=2, T=33, C=65, V=97, Vp=128, variant="tokens"),
+    Case(B=3, T=40, C=70, V=97, Vp=128, variant="7 1 20"),
 ]
 ROWS = [
     Case(),
@@ -448,6 +463,14 @@ ATTENTION = [
     Case(B=3, T=64, C=16, NH=1),
     Case(B=2, T=130, C=192, NH=3),
     Case(T=257, C=64, NH=1),
+    Case(T=9, C=8, NH=4, NKV=1),
+    Case(B=2, T=131, C=576, NH=9, NKV=3),
+    Case(T=97, C=2048, NH=16, NKV=8),
+    Case(B=2, T=200, C=63, NH=7, NKV=1),
+    # One document starts at 96, a border of tiles; some have length 1.
+    Case(B=3, T=290, C=102, NH=6, NKV=2, variant="1 95 1 101 47"),
+    Case(T=300, C=64, NH=1, variant="53 200 1"),
+    Case(B=2, T=5, C=3, NH=3, variant="1 2"),
 ]
 CLASSIFIER = [
     Case(),

@@ -45,6 +45,7 @@ KINDS = {
 }  # fmt: skip
 # Stand for absent arrays: kernels have one signature.
 NO_BIAS, NO_GRADIENT = np.empty(0, np.float32), np.empty((0, 0), np.float32)
+NO_POSITIONS = np.empty((0, 0), np.int32)
 CLASSIFIER_ROWS = 512  # rows of logits in memory at a time
 # Kernels of decoding: some of training, and some that only decoding compiles.
 DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
@@ -129,8 +130,10 @@ class CPU:
             self._packed = self.empty(size, FLOAT32)
         return self._packed
 
-    def _attention(self, T: int, HS: int) -> np.ndarray:
-        size = attention.scratch_size(T, HS)
+    def _attention(self, out: Any, stats: Any, qkv: Any) -> np.ndarray:
+        NH, T = stats.shape[1:]
+        HS = out.shape[-1] // NH
+        size = attention.scratch_size(T, HS, 2 * NH // (qkv.shape[-1] // HS - NH))
         if self._attention_scratch.shape[1] < size:
             self._attention_scratch = self.empty((self.threads, size), FLOAT32)
         return self._attention_scratch
@@ -140,11 +143,15 @@ class CPU:
         if out is not x:
             narrow_.narrow(self.threads, _bits(out).reshape(-1), x.reshape(-1))
 
-    def embedding_forward(self, out: Any, tokens: Any, wte: Any, wpe: Any) -> None:
-        embedding.embedding_forward(self.threads, _rows(out), tokens, _bits(wte), _bits(wpe))
+    def embedding_forward(self, out: Any, tokens: Any, wte: Any, wpe: Any, positions: Any = None) -> None:
+        tables = _bits(wte), self._none_2 if wpe is None else _bits(wpe)
+        embedding.embedding_forward(self.threads, _rows(out), tokens, *tables, _or_none(positions, NO_POSITIONS))
 
-    def embedding_backward(self, dwte: Any, dwpe: Any, dout: Any, tokens: Any, accumulate: bool) -> None:
-        embedding.embedding_backward(self.threads, dwte, dwpe, _rows(dout), tokens, accumulate)
+    def embedding_backward(
+        self, dwte: Any, dwpe: Any, dout: Any, tokens: Any, accumulate: bool, positions: Any = None
+    ) -> None:
+        inputs = _rows(dout), tokens, accumulate, _or_none(positions, NO_POSITIONS)
+        embedding.embedding_backward(self.threads, dwte, NO_GRADIENT if dwpe is None else dwpe, *inputs)
 
     def layernorm_forward(self, out: Any, mean: Any, rstd: Any, inp: Any, weight: Any, bias: Any) -> None:
         statistics = mean.reshape(-1), rstd.reshape(-1)
@@ -233,15 +240,14 @@ class CPU:
     def take_columns(self, out: Any, x: Any, first: int, scale: float) -> None:
         columns.take_columns(self.threads, _rows(out), _rows(x), first, np.float32(scale))
 
-    def attention_forward(self, out: Any, stats: Any, qkv: Any) -> None:
-        out = _rows(out)
-        scratch = self._attention(stats.shape[2], out.shape[1] // stats.shape[1])
-        attention.attention_forward(self.threads, out, stats, _rows(qkv), scratch)
+    def attention_forward(self, out: Any, stats: Any, qkv: Any, positions: Any = None) -> None:
+        inputs = _rows(qkv), _or_none(positions, NO_POSITIONS), self._attention(out, stats, qkv)
+        attention.attention_forward(self.threads, _rows(out), stats, *inputs)
 
-    def attention_backward(self, dqkv: Any, dout: Any, qkv: Any, out: Any, stats: Any) -> None:
-        out = _rows(out)
-        scratch = self._attention(stats.shape[2], out.shape[1] // stats.shape[1])
-        attention.attention_backward(self.threads, _rows(dqkv), _rows(dout), _rows(qkv), out, stats, scratch)
+    def attention_backward(self, dqkv: Any, dout: Any, qkv: Any, out: Any, stats: Any, positions: Any = None) -> None:
+        rows = _rows(dqkv), _rows(dout), _rows(qkv), _rows(out)
+        scratch = self._attention(out, stats, qkv)
+        attention.attention_backward(self.threads, *rows, stats, _or_none(positions, NO_POSITIONS), scratch)
 
     def packed_size(self, OC: int, C: int) -> int:
         per = 4 // self.dtype.itemsize
@@ -256,12 +262,14 @@ class CPU:
         decode.packed_linear_forward(self.threads, _rows(out), pre, *inputs, self._decode_scratch)
 
     def cache_fill(self, cache: Any, qkv: Any) -> None:
-        B, NH, _, _, HS = cache.shape
-        qkv = _bits(qkv).reshape(B, -1, 3, NH, HS)
-        _bits(cache)[:, :, :, : qkv.shape[1]] = qkv[:, :, 1:].transpose(0, 3, 2, 1, 4)
+        B, NKV, _, _, HS = cache.shape
+        rows = _rows(qkv)
+        pairs = rows[:, rows.shape[1] - 2 * NKV * HS :].reshape(B, -1, 2, NKV, HS)
+        _bits(cache)[:, :, :, : pairs.shape[1]] = pairs.transpose(0, 3, 2, 1, 4)
 
     def attention_decode(self, out: Any, cache: Any, qkv: Any, slots: Any, positions: Any) -> None:
-        size = decode.attention_scratch(cache.shape[4])
+        _, NKV, _, _, HS = cache.shape
+        size = decode.attention_scratch(HS, out.shape[-1] // HS // NKV)
         if self._decode_scratch.shape[1] < size:
             self._decode_scratch = self.empty((self.threads, size), FLOAT32)
         rows = _rows(out), _bits(cache), _rows(qkv), slots, positions
@@ -371,9 +379,9 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return _bits(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 
-def _or_none(x: np.ndarray | None) -> np.ndarray:
+def _or_none(x: np.ndarray | None, none: np.ndarray = NO_BIAS) -> np.ndarray:
     """Return x, or the array that stands for an absent one."""
-    return NO_BIAS if x is None else x
+    return none if x is None else x
 
 
 def _one(x: float) -> np.ndarray:

@@ -1,18 +1,22 @@
-"""Causal self-attention, tile by tile.     B batch, T time, NH heads, HS head size, scale 1/√HS
+"""Causal self-attention, tile by tile.     B batch, T time, NH heads, NKV key/value heads, HS head size, scale 1/√HS
 
 forward    S = scale·Q·Kᵗ, causal      lse := log Σ_k e^S      out := e^(S − lse)·V
 backward   P  = e^(S − lse)            D   = Σ_c dout·out      (one number per row)
            dS = P∘(dout·Vᵗ − D)·scale
-           dQ := dS·K      dK := dSᵗ·Q      dV := Pᵗ·dout
+           dQ := dS·K      dK := Σ dSᵗ·Q      dV := Σ Pᵗ·dout      over the NH/NKV heads that share K and V
 
-The T × T matrix is never stored. A tile of TILE_Q queries meets tiles of TILE_K keys; tiles above the diagonal are
-skipped. Forward keeps a running maximum and sum per query, and rescales them when the maximum grows (Dao et al. 2022).
-Backward recomputes P from `stats`, which is lse. It takes one tile of keys at a time, so that its dK and dV stay in
-cache, and sums them over QUERIES rows at once. Powers are of 2, with log₂e folded into the scale: that saves the
-range reduction of e.
+A row of qkv holds NH queries, NKV keys and NKV values, W = (NH + 2·NKV)·HS columns. `positions`, or (0, 0) for none,
+separates documents in a row: query t attends to keys t − positions[b, t] … t.
 
-One item is one head of one sequence, so its sums have a fixed order. Its operands are packed once into panels for the
-microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS take the type of qkv as operands.
+The T × T matrix is never stored. A tile of TILE_Q queries meets tiles of TILE_K keys; tiles above the diagonal or of
+earlier documents are skipped. Forward keeps a running maximum and sum per query, and rescales them when the maximum
+grows (Dao et al. 2022). Backward recomputes P from `stats`, which is lse. It takes one tile of keys at a time, so that
+its dK and dV stay in cache, and sums them over QUERIES rows at once. Powers are of 2, with log₂e folded into the scale:
+that saves the range reduction of e.
+
+One item is one head of one sequence in forward, one key/value head in backward, so sums have a fixed order. Operands
+are packed once into panels for the microkernel; a tile of S and P stays in L1/L2. Scores and sums are float32; P and dS
+take the type of qkv as operands.
 """
 
 from __future__ import annotations
@@ -49,12 +53,17 @@ QUERIES = 4 * TILE_Q  # rows summed into dK and dV at once: with one tile, start
 STRIPS = QUERIES * (TILE_K + MR)  # floats of QUERIES rows of P or dS, packed by columns
 COLUMN = np.arange(TILE_K, dtype=np.int32)  # as wide as a score, so that comparisons fill whole vectors
 MINUS_INFINITY = np.float32(-np.inf)
+LOWEST = np.finfo(np.float32).min  # a maximum of no scores: unlike −∞, it can be subtracted from −∞
+HIDDEN = np.full(TILE_Q, MINUS_INFINITY)
 
 
-def scratch_size(T: int, HS: int) -> int:
-    """Return floats of scratch per thread for T tokens and heads of HS; float32 leaves tiles of P and dS unused."""
+def scratch_size(T: int, HS: int, group: int) -> int:
+    """Return floats of scratch per thread for T tokens, heads of HS and `group` heads per key/value head.
+
+    float32 leaves tiles of P and dS unused.
+    """
     operands = 2 * (T + LANES) * HS + 3 * (T + 1) * (HS + LANES)
-    sums = T * HS + 2 * TILE_K * HS + 2 * T
+    sums = T * HS + 2 * (TILE_K if group == 1 else max(T, TILE_K)) * HS + 2 * T
     tiles = 4 * TILE_Q * TILE_K + 2 * STRIPS
     return operands + sums + tiles + MR * max(HS, TILE_K, QUERIES) + MR * NR
 
@@ -170,12 +179,24 @@ def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS):
 
 
 @inline
-def _forward_item(worker, item, out, stats, qkv, scratch):
+def _hide_earlier(tile, fill, positions, row, first_key, rows):
+    """tile[i] := fill[i] for keys before the document of query row + i; positions (≥rows,) starts at that of `row`."""
+    for i in range(rows):
+        start = np.int32(row + i - positions[i] - first_key)
+        if start > 0:
+            line, value = tile[i], fill[i]
+            for j in range(TILE_K):
+                line[j] = value if COLUMN[j] < start else line[j]
+
+
+@inline
+def _forward_item(worker, item, out, stats, qkv, positions, scratch):
     NH, T = stats.shape[1], stats.shape[2]
-    C = out.shape[1]
-    HS = C // NH
+    HS = out.shape[1] // NH
+    NKV = (qkv.shape[1] // HS - NH) // 2
     b, h = item // NH, item % NH
-    first, col = b * T, h * HS
+    first, col, key = b * T, h * HS, NH + h // (NH // NKV)
+    documents = positions.size > 0
     tile = TILE_Q * TILE_K
     mine = scratch[worker]
     keys, mine = mine[: (T + LANES) * HS], mine[(T + LANES) * HS :]
@@ -185,16 +206,19 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
     sums, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
     top, total, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
     size = 4 // per_word(qkv)
-    _pack_turned(keys, qkv, first, T, C + col, HS)
-    _pack_lying(values, qkv, first, T, 2 * C + col, HS)
+    _pack_turned(keys, qkv, first, T, key * HS, HS)
+    _pack_lying(values, qkv, first, T, (key + NKV) * HS, HS)
     for q in range(0, T, TILE_Q):
         rows = min(TILE_Q, T - q)
-        top[:] = MINUS_INFINITY
+        top[:] = LOWEST if documents else MINUS_INFINITY
         total[:] = 0
         sums[:] = 0
-        for k in range(0, q + rows, TILE_K):
+        start = (q - positions[b, q]) // TILE_K * TILE_K if documents else 0
+        for k in range(start, q + rows, TILE_K):
             depth = _whole_words(qkv, min(TILE_K, q + rows - k))
             _scores(s, qkv, first + q, col, keys, k, k + depth, T, rows, HS, edge)
+            if documents:
+                _hide_earlier(s, HIDDEN, positions[b, q:], q, k, rows)
             _softmax_tile(s, p, sums, top, total, q, k, rows, HS)
             _weighted(sums, qkv, address(p), size * TILE_K, values, k, T, rows, HS, depth, edge)
         for i in range(rows):
@@ -207,13 +231,14 @@ def _forward_item(worker, item, out, stats, qkv, scratch):
 
 @kernel
 def attention_forward(
-    threads,  # int
-    out,      # (BT, C) :=
-    stats,    # (B, NH, T) f32 := log-sum-exp
-    qkv,      # (BT, 3C)
-    scratch,  # (threads, ≥ scratch_size) f32
+    threads,    # int
+    out,        # (BT, NH·HS) :=
+    stats,      # (B, NH, T) f32 := log-sum-exp
+    qkv,        # (BT, W)
+    positions,  # (B, T) i32, or (0, 0) for one document
+    scratch,    # (threads, ≥ scratch_size) f32
 ):  # fmt: skip
-    fork(_forward_item, threads, stats.shape[0] * stats.shape[1], (out, stats, qkv, scratch))
+    fork(_forward_item, threads, stats.shape[0] * stats.shape[1], (out, stats, qkv, positions, scratch))
 
 
 @inline
@@ -244,19 +269,30 @@ def _write_out(matrix, row, col, sums, rows, HS):
 
 
 @inline
-def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
+def _end_of_readers(positions, b, after, T):
+    """Return the end of the query tiles that see keys before `after`, the end of a tile of keys."""
+    if positions.size > 0:
+        for t in range(after, T):
+            if t - positions[b, t] >= after:
+                return min(T, (t + TILE_Q - 1) // TILE_Q * TILE_Q)
+    return T
+
+
+@inline
+def _backward_item(worker, item, dqkv, dout, qkv, out, stats, positions, scratch):
     NH, T = stats.shape[1], stats.shape[2]
-    C = out.shape[1]
-    HS = C // NH
-    b, h = item // NH, item % NH
-    first, col = b * T, h * HS
-    turned, lying, tile, part = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K, TILE_K * HS
+    HS = out.shape[1] // NH
+    NKV = (qkv.shape[1] // HS - NH) // 2
+    group, b, key = NH // NKV, item // NKV, item % NKV
+    first, key_col, value_col = b * T, (NH + key) * HS, (NH + NKV + key) * HS
+    turned, lying, tile = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K
+    kept = (TILE_K if group == 1 else T) * HS  # sums of all tiles of keys, from one head to the next
     mine = scratch[worker]
     keys_t, values_t, mine = mine[:turned], mine[turned : 2 * turned], mine[2 * turned :]
     queries, keys, mine = mine[:lying], mine[lying : 2 * lying], mine[2 * lying :]
     douts, mine = mine[:lying], mine[lying:]
     dq, mine = mine[: T * HS], mine[T * HS :]
-    dk, dv, mine = mine[:part], mine[part : 2 * part], mine[2 * part :]
+    dks, dvs, mine = mine[:kept], mine[kept : 2 * kept], mine[2 * kept :]
     s, ds = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile : 2 * tile].reshape((TILE_Q, TILE_K))
     mine = mine[2 * tile :]
     p, mine = operand_tile(s, mine[:tile], qkv), mine[tile:]
@@ -264,40 +300,50 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, scratch):
     dp_turned, p_turned, mine = mine[:STRIPS], mine[STRIPS : 2 * STRIPS], mine[2 * STRIPS :]
     lse, d, edge = mine[:T], mine[T : 2 * T], mine[2 * T :]
     size = 4 // per_word(qkv)
-    _pack_turned(keys_t, qkv, first, T, C + col, HS)
-    _pack_turned(values_t, qkv, first, T, 2 * C + col, HS)
-    _pack_lying(queries, qkv, first, T, col, HS)
-    _pack_lying(keys, qkv, first, T, C + col, HS)
-    _pack_lying(douts, dout, first, T, col, HS)
-    for t in range(T):
-        lse[t] = stats[b, h, t] * LOG2_E
-        total = np.float32(0)
-        line, dline = out[first + t, col : col + HS], dout[first + t, col : col + HS]
-        for c in range(HS):
-            total += f32(dline[c]) * f32(line[c])
-        d[t] = total
-    dq[:] = 0
-    for k in range(0, T, TILE_K):
-        dk[:] = 0
-        dv[:] = 0
-        some = min(TILE_K, T - k)
-        for q in range(k // TILE_Q * TILE_Q, T, QUERIES):
-            together = min(QUERIES, T - q)
-            total = words(qkv, together)
-            for half in range(q, q + together, TILE_Q):
-                rows, start = min(TILE_Q, T - half), (half - q) // per_word(qkv) * MR
-                depth = _whole_words(qkv, min(TILE_K, half + rows - k))
-                _scores(s, qkv, first + half, col, keys_t, k, k + depth, T, rows, HS, edge)
-                _scores(ds, dout, first + half, col, values_t, k, k + depth, T, rows, HS, edge)
-                _gradient_tile(s, ds, p, dp, lse[half:], d[half:], half, k, rows, HS)
-                _weighted(dq[half * HS :], qkv, address(dp), size * TILE_K, keys, k, T, rows, HS, depth, edge)
-                pack_columns(dp_turned[start:], dp, 0, 0, rows, some, total)
-                pack_columns(p_turned[start:], p, 0, 0, rows, some, total)
-            _add_turned(dk, qkv, dp_turned, queries, q, T, some, HS, together, edge)
-            _add_turned(dv, qkv, p_turned, douts, q, T, some, HS, together, edge)
-        _write_out(dqkv, first + k, C + col, dk, some, HS)
-        _write_out(dqkv, first + k, 2 * C + col, dv, some, HS)
-    _write_out(dqkv, first, col, dq, T, HS)
+    _pack_turned(keys_t, qkv, first, T, key_col, HS)
+    _pack_turned(values_t, qkv, first, T, value_col, HS)
+    _pack_lying(keys, qkv, first, T, key_col, HS)
+    for h in range(key * group, (key + 1) * group):
+        col = h * HS
+        _pack_lying(queries, qkv, first, T, col, HS)
+        _pack_lying(douts, dout, first, T, col, HS)
+        for t in range(T):
+            lse[t] = stats[b, h, t] * LOG2_E
+            inner = np.float32(0)
+            line, dline = out[first + t, col : col + HS], dout[first + t, col : col + HS]
+            for c in range(HS):
+                inner += f32(dline[c]) * f32(line[c])
+            d[t] = inner
+        dq[:] = 0
+        for k in range(0, T, TILE_K):
+            some = min(TILE_K, T - k)
+            at = 0 if group == 1 else k * HS
+            dk, dv = dks[at : at + TILE_K * HS], dvs[at : at + TILE_K * HS]
+            if h == key * group:
+                dk[:] = 0
+                dv[:] = 0
+            end = _end_of_readers(positions, b, k + some, T)
+            for q in range(k // TILE_Q * TILE_Q, end, QUERIES):
+                together = min(QUERIES, end - q)
+                total = words(qkv, together)
+                for half in range(q, q + together, TILE_Q):
+                    rows, start = min(TILE_Q, T - half), (half - q) // per_word(qkv) * MR
+                    depth = _whole_words(qkv, min(TILE_K, half + rows - k))
+                    _scores(s, qkv, first + half, col, keys_t, k, k + depth, T, rows, HS, edge)
+                    _scores(ds, dout, first + half, col, values_t, k, k + depth, T, rows, HS, edge)
+                    if positions.size > 0:
+                        _hide_earlier(s, HIDDEN, positions[b, half:], half, k, rows)
+                        _hide_earlier(ds, d[half:], positions[b, half:], half, k, rows)
+                    _gradient_tile(s, ds, p, dp, lse[half:], d[half:], half, k, rows, HS)
+                    _weighted(dq[half * HS :], qkv, address(dp), size * TILE_K, keys, k, T, rows, HS, depth, edge)
+                    pack_columns(dp_turned[start:], dp, 0, 0, rows, some, total)
+                    pack_columns(p_turned[start:], p, 0, 0, rows, some, total)
+                _add_turned(dk, qkv, dp_turned, queries, q, T, some, HS, together, edge)
+                _add_turned(dv, qkv, p_turned, douts, q, T, some, HS, together, edge)
+            if h == key * group + group - 1:
+                _write_out(dqkv, first + k, key_col, dk, some, HS)
+                _write_out(dqkv, first + k, value_col, dv, some, HS)
+        _write_out(dqkv, first, col, dq, T, HS)
 
 
 @inline
@@ -311,12 +357,14 @@ def _add_turned(sums, like, strips, lying, q, T, keys, HS, rows, edge):
 
 @kernel
 def attention_backward(
-    threads,  # int
-    dqkv,     # (BT, 3C) :=
-    dout,     # (BT, C)
-    qkv,      # (BT, 3C)
-    out,      # (BT, C)
-    stats,    # (B, NH, T) f32
-    scratch,  # (threads, ≥ scratch_size) f32
+    threads,    # int
+    dqkv,       # (BT, W) :=
+    dout,       # (BT, NH·HS)
+    qkv,        # (BT, W)
+    out,        # (BT, NH·HS)
+    stats,      # (B, NH, T) f32
+    positions,  # (B, T) i32, or (0, 0) for one document
+    scratch,    # (threads, ≥ scratch_size) f32
 ):  # fmt: skip
-    fork(_backward_item, threads, stats.shape[0] * stats.shape[1], (dqkv, dout, qkv, out, stats, scratch))
+    key_heads = (qkv.shape[1] // (out.shape[1] // stats.shape[1]) - stats.shape[1]) // 2
+    fork(_backward_item, threads, stats.shape[0] * key_heads, (dqkv, dout, qkv, out, stats, positions, scratch))

@@ -2,7 +2,8 @@
 
     packed    weight (OC, C) → panels of NR outputs, each (words, width) as `gemm` packs it, one after another
     linear    out (BT, OC) := inp · weightᵀ + bias, or GELU or SwiGLU of that; each panel is streamed once for all rows
-    attention one query per sequence meets keys and values 0 … t of its cache, tile by tile as in training
+    attention one query per sequence and head meets keys and values 0 … t of its cache, tile by tile as in training;
+              heads that share keys and values read them together
 
 Memory-bound: a token costs one pass over all weights. Packed, they are one stream at full bandwidth; unpacked,
 transposing them in registers took as long as reading them (dev/LOG.md).
@@ -52,9 +53,9 @@ TILE = MR * NR
 LINEAR_SCRATCH = 2 * TILE + MR  # floats per thread
 
 
-def attention_scratch(HS: int) -> int:
-    """Return floats of scratch per thread for heads of HS."""
-    return NR * max(HS, TILE_K) + 2 * TILE_K + NR + 2 * HS + 3
+def attention_scratch(HS: int, group: int) -> int:
+    """Return floats of scratch per thread for heads of HS, `group` per key/value head."""
+    return NR * max(HS, TILE_K) + group * (2 * TILE_K + NR + 2 * HS + 3)
 
 
 def packed_words(OC: int, C: int, per: int) -> int:
@@ -212,62 +213,77 @@ def packed_linear_forward(
 
 
 @inline
-def _multiply_row(like, c, a, panel, cols, depth):
-    """c (cols) += a (depth) · panel (words, width of cols).  c and a are addresses."""
+def _multiply_few(like, c, rs_c, a, rs_a, panel, rows, cols, depth):
+    """C (rows, cols) += A (rows, depth) · panel (words, width of cols).
+
+    c and a are addresses, rs_c in floats, rs_a in bytes.
+    """
     width = panel_width(cols)
-    multiply_rows(like, 1, width // LANES, c, 0, a, 0, address(panel), width, words(like, depth))
+    for i in range(0, rows, MR):
+        some, b = min(MR, rows - i), address(panel)
+        multiply_rows(
+            like, some, width // LANES, c + 4 * i * rs_c, rs_c, a + i * rs_a, rs_a, b, width, words(like, depth)
+        )
 
 
 @inline
 def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
-    NH, HS = cache.shape[1], cache.shape[4]
-    row, h = item // NH, item % NH
-    keys, values, t = cache[slots[row], h, 0], cache[slots[row], h, 1], positions[row]
-    C, col = NH * HS, h * HS
+    NKV, HS = cache.shape[1], cache.shape[4]
+    group = out.shape[1] // HS // NKV
+    row, key = item // NKV, item % NKV
+    keys, values, t = cache[slots[row], key, 0], cache[slots[row], key, 1], positions[row]
+    first, key_col, value_col = key * group * HS, (NKV * group + key) * HS, (NKV * (group + 1) + key) * HS
+    length, size = words(qkv, HS), 4 // per_word(qkv)
     mine = scratch[worker]
     panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
-    s, mine = mine[:TILE_K].reshape((1, TILE_K)), mine[TILE_K:]
-    p, mine = operand_tile(s, mine[:TILE_K], qkv), mine[TILE_K:]
-    top, total, part, mine = mine[:1], mine[1:2], mine[2 : 2 + NR], mine[2 + NR :]
-    sums, query = mine[:HS], mine[HS : 2 * HS + 1]
+    s, mine = mine[: group * TILE_K].reshape((group, TILE_K)), mine[group * TILE_K :]
+    p, mine = operand_tile(s, mine[: group * TILE_K], qkv), mine[group * TILE_K :]
+    part, mine = mine[: group * NR].reshape((group, NR)), mine[group * NR :]
+    top, total, mine = mine[:group], mine[group : 2 * group], mine[2 * group :]
+    sums, queries = mine[: group * HS], mine[group * HS : group * (HS + length)]
     for c in range(HS):
-        keys[t, c] = qkv[row, C + col + c]
-        values[t, c] = qkv[row, 2 * C + col + c]
-        sums[c] = ZERO
-    q = typed(query, qkv)[: words(qkv, HS) * per_word(qkv)]  # a copy, so that a final half word pairs with a zero
-    q[HS - 1 :] = 0
-    for c in range(HS):
-        q[c] = qkv[row, col + c]
-    top[0] = MINUS_INFINITY
-    total[0] = ZERO
+        keys[t, c] = qkv[row, key_col + c]
+        values[t, c] = qkv[row, value_col + c]
+    # A copy, so that a final half word pairs with a zero.
+    q = typed(queries, qkv).reshape((group, length * per_word(qkv)))
+    for i in range(group):
+        q[i, HS - 1 :] = 0
+        for c in range(HS):
+            q[i, c] = qkv[row, first + i * HS + c]
+    sums[:] = ZERO
+    top[:] = MINUS_INFINITY
+    total[:] = ZERO
     for k in range(0, t + 1, TILE_K):
         n = min(TILE_K, t + 1 - k)
-        s[0, :] = ZERO
+        s[:] = ZERO
         for j in range(0, n, NR):
             # Whole vectors: this covers some later keys, which softmax masks.
             cols = min(panel_width(n - j), keys.shape[0] - k - j)
             pack_transposed(panel, keys, k + j, 0, HS, cols)
-            _multiply_row(qkv, address(s) + 4 * j, address(q), panel, cols, HS)
-        _softmax_tile(s, p, sums, top, total, t, k, 1, HS)
+            _multiply_few(qkv, address(s) + 4 * j, TILE_K, address(q), 4 * length, panel, group, cols, HS)
+        for i in range(group):
+            _softmax_tile(s[i : i + 1], p[i : i + 1], sums[i * HS :], top[i:], total[i:], t, k, 1, HS)
         for c in range(0, HS, NR):
             cols = min(NR, HS - c)
             pack_rows(panel, values, k, c, n, cols)
             part[:] = ZERO
-            _multiply_row(qkv, address(part), address(p), panel, cols, n)
-            for j in range(cols):
-                sums[c + j] += part[j]
-    inverse = np.float32(1) / total[0]
-    line = out[row, col : col + HS]
-    for c in range(HS):
-        line[c] = to(line, sums[c] * inverse)
+            _multiply_few(qkv, address(part), NR, address(p), size * TILE_K, panel, group, cols, n)
+            for i in range(group):
+                for j in range(cols):
+                    sums[i * HS + c + j] += part[i, j]
+    for i in range(group):
+        inverse = np.float32(1) / total[i]
+        line, acc = out[row, first + i * HS : first + (i + 1) * HS], sums[i * HS : (i + 1) * HS]
+        for c in range(HS):
+            line[c] = to(line, acc[c] * inverse)
 
 
 @kernel
 def attention_decode(
     threads,    # int
-    out,        # (B, C) :=
-    cache,      # (≥B, NH, 2, S, HS) keys and values; position t of each slot :=
-    qkv,        # (B, 3C)
+    out,        # (B, NH·HS) :=
+    cache,      # (≥B, NKV, 2, S, HS) keys and values; position t of each slot :=
+    qkv,        # (B, W)
     slots,      # (B,) i32, sequence of each row
     positions,  # (B,) i32, t < S
     scratch,    # (threads, ≥ attention_scratch) f32
