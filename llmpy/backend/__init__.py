@@ -3,13 +3,14 @@
 Outputs come first. Each follows one of two contracts, stated where it is declared: `:=` overwrites, `+=` adds.
 Parameter gradients (dweight, dbias, dwte, dwpe) are `:=` if `accumulate` is False (the first micro-step), else `+=`.
 
-Dimensions: B batch, T time, C channels, NH heads, NKV heads of keys and values, HS channels of a head, V vocabulary, Vp padded vocabulary, OC output channels; BT = B·T
-rows. Any leading shape of product BT may replace BT. Arrays are C-contiguous; tokens and targets are int32.
+Dimensions: B batch, T time, C channels, NH heads (NKV: of keys and values) of HS channels, V vocabulary, Vp padded
+vocabulary, OC output channels; BT = B·T rows. Any leading shape of product BT may replace BT. Arrays are C-contiguous;
+tokens, targets and positions are int32.
 
 Floats have two types. `wide`: parameters, their gradients and moments, biases, the residual stream (resid, inp1, inp
-of LayerNorm and RMSNorm, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of products (weight, wte,
-wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, GELU's inp). On the CPU `wide` is float32 and `dtype` float32
-or bfloat16; in the reference both are float64, float32 or complex128.
+of LayerNorm and RMSNorm, dinp of their backward), statistics, cos, sin, losses. `dtype`: all operands and results of
+products (weight, wte, wpe; the other inp, out, dout, dinp; inp2, pre_gelu, qkv, x of RoPE, GELU's inp). On the CPU
+`wide` is float32 and `dtype` float32 or bfloat16; in the reference both are float64, float32 or complex128.
 
 Operations trust their caller, because compiled kernels check no bounds: `data.shards` checks token ids, and shapes
 are checked where arenas are made (`gpt2`).
