@@ -46,8 +46,11 @@ class LlamaWork:
         ops.head_rmsnorm_forward(self.qkv, self.head_rstd, self.out, weight, weight, 1e-3)
         ops.rope(self.qkv, np.cos(self.angles), np.sin(self.angles), self.positions, self.heads, True)
 
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        return self.out, self.rstd, self.resid, self.qkv, self.head_rstd
+
     def results(self) -> list[np.ndarray]:
-        return [bits(x).copy() for x in (self.out, self.rstd, self.resid, self.qkv, self.head_rstd)]
+        return [bits(x).copy() for x in self.outputs()]
 
 
 class Work:
@@ -70,8 +73,11 @@ class Work:
         self.ops.linear_forward(self.wide, self.out, self.weight, self.bias)
         self.ops.linear_forward(self.narrow, self.wide, self.weight.reshape(-1, 101), None)
 
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        return self.out, *self.stats, self.wide, self.narrow
+
     def results(self) -> list[np.ndarray]:
-        return [bits(x).copy() for x in (self.out, *self.stats, self.wide, self.narrow)]
+        return [bits(x).copy() for x in self.outputs()]
 
 
 def test_replayed_calls_have_the_bits_of_the_calls(machines: list[Any]) -> None:
@@ -84,6 +90,8 @@ def test_replayed_calls_have_the_bits_of_the_calls(machines: list[Any]) -> None:
             work.draw(seed)
             again.draw(seed)
             work.run()
+            for x in again.outputs():
+                x[...] = np.nan
             replay()
             assert all(np.array_equal(a, b) for a, b in zip(work.results(), again.results(), strict=True))
 
