@@ -8,13 +8,13 @@ import numpy as np
 
 from .config import LlamaConfig, RopeScaling
 
-F32 = np.float32
+F32 = np.float32  # dev/LOG.md#angles-in-float32
 
 
 def tables(config: LlamaConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return cos and sin of the angles, (length, HS/2) float32: position · `frequencies`.
+    """Return cos and sin of position · `frequencies`, (length, HS/2) float32.
 
-    Each product is rounded to float32 as in transformers: 1.2e-4 of an angle near 4,096, which models are trained with.
+    Angles are rounded to float32, by up to 2.4e-4 near 8,000, as in the training of these models.
     """
     angles = np.arange(length, dtype=F32)[:, None] * frequencies(config)
     return np.cos(angles.astype(np.float64)).astype(F32), np.sin(angles.astype(np.float64)).astype(F32)

@@ -87,6 +87,12 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
     shape = {name: x.shape for name, x in arguments.items() if isinstance(x, np.ndarray)}
     if op in ("adamw", "global_norm", "narrow", "zero"):
         return Case(n=math.prod(next(iter(shape.values()))))
+    if op == "rope" or op.startswith("head_"):
+        *rows, W = shape["x" if op == "rope" else "inp"]
+        HS = 2 * shape["cos"][1] if op == "rope" else shape["q_weight"][0]
+        heads = arguments["heads"] if op == "rope" else shape["rstd"][-1]
+        NKV = W // HS - heads
+        return Case(T=math.prod(rows), C=(heads - NKV) * HS, NH=heads - NKV, NKV=NKV)
     *rows, C = next(shape[name] for name in ("inp", "inp1", "out", "dout") if name in shape)
     if "stats" in shape:
         B, NH, T = shape["stats"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from support.guarded import bits
 
-from llmpy.backend import load
+from llmpy.backend import cpu, load
 from llmpy.backend.cpu import graph, jit
 from llmpy.generate.kv_cache import Decoder
 from llmpy.model.config import ModelConfig
@@ -21,6 +22,35 @@ from llmpy.model.initialise import initialise
 def machines(request: pytest.FixtureRequest) -> list[Any]:
     """The same backend with 1 and 3 threads."""
     return [load("cpu", threads=n, dtype=request.param) for n in (1, 3)]
+
+
+class LlamaWork:
+    """RMSNorm, of rows with a residual and of heads, and RoPE."""
+
+    def __init__(self, ops: Any, rows: int = 5, HS: int = 6) -> None:
+        self.ops, self.heads, W = ops, 3, 4 * HS
+        self.inp, self.resid = ops.empty((rows, W), ops.wide), ops.empty((rows, W), ops.wide)
+        self.out, self.qkv = ops.empty((rows, W), ops.dtype), ops.empty((rows, W), ops.dtype)
+        self.rstd, self.head_rstd = ops.empty(rows, ops.wide), ops.empty((rows, self.heads), ops.wide)
+        self.weight, self.positions = np.ones(W, np.float32), np.arange(rows, dtype=np.int32)
+        self.angles = np.random.default_rng(0).normal(size=(rows, HS // 2)).astype(np.float32)
+
+    def draw(self, seed: int) -> None:
+        self.inp[...] = np.random.default_rng(seed).standard_normal(self.inp.shape, np.float32)
+        self.positions[...] = self.positions[::-1].copy()
+
+    def run(self) -> None:
+        ops, weight = self.ops, self.weight[: 2 * self.angles.shape[1]]
+        ops.rmsnorm_forward(self.out, self.rstd, self.inp, self.weight, 1e-2)
+        ops.residual_rmsnorm_forward(self.resid, self.out, self.rstd, self.inp, self.out, self.weight, 1e-1)
+        ops.head_rmsnorm_forward(self.qkv, self.head_rstd, self.out, weight, weight, 1e-3)
+        ops.rope(self.qkv, np.cos(self.angles), np.sin(self.angles), self.positions, self.heads, True)
+
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        return self.out, self.rstd, self.resid, self.qkv, self.head_rstd
+
+    def results(self) -> list[np.ndarray]:
+        return [bits(x).copy() for x in self.outputs()]
 
 
 class Work:
@@ -43,20 +73,24 @@ class Work:
         self.ops.linear_forward(self.wide, self.out, self.weight, self.bias)
         self.ops.linear_forward(self.narrow, self.wide, self.weight.reshape(-1, 101), None)
 
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        return self.out, *self.stats, self.wide, self.narrow
+
     def results(self) -> list[np.ndarray]:
-        return [bits(x).copy() for x in (self.out, *self.stats, self.wide, self.narrow)]
+        return [bits(x).copy() for x in self.outputs()]
 
 
 def test_replayed_calls_have_the_bits_of_the_calls(machines: list[Any]) -> None:
-    for ops in machines:
-        work, again = Work(ops), Work(ops)
+    for ops, kind in itertools.product(machines, (Work, LlamaWork)):
+        work, again = kind(ops), kind(ops)
         again.draw(0)
         replay = ops.capture(again.run)
+        work.draw(0)
         for seed in (1, 2):
             work.draw(seed)
             again.draw(seed)
             work.run()
-            for x in (again.out, *again.stats, again.wide, again.narrow):
+            for x in again.outputs():
                 x[...] = np.nan
             replay()
             assert all(np.array_equal(a, b) for a, b in zip(work.results(), again.results(), strict=True))
@@ -105,6 +139,15 @@ def test_captures_do_not_nest(machines: list[Any]) -> None:
     with pytest.raises(RuntimeError, match="replay"):
         machines[0].capture(replay)
     replay()
+
+
+def test_a_family_compiles_its_own_kernels(machines: list[Any]) -> None:
+    kernels = {family: {name for name, _ in cpu._smallest_calls(machines[0], family)} for family in cpu.FAMILIES}
+    assert {name for name in kernels["gpt2"] if "rms" in name or "rope" in name} == set()
+    assert {name for name in kernels["llama"] if "layernorm" in name} == set()
+    for family, names in cpu.FAMILIES.items():
+        assert names <= kernels[family]
+    assert cpu.REPLAYED <= cpu.DECODING <= set().union(*kernels.values()) | {"narrow"}
 
 
 def test_decoding_compiles_nothing(machines: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,63 @@ def test_nan_in_layernorm(ops: Any) -> None:
     only(a["dbias"], 2)
 
 
+def test_nan_in_rmsnorm(ops: Any) -> None:
+    case = Case(T=9, C=35)
+    a = poisoned(ops, "rmsnorm_forward", case, "inp", (R, 2))
+    only(a["out"], R)
+    only(a["rstd"], R)
+    a = poisoned(ops, "residual_rmsnorm_forward", case, "inp2", (R, 2))
+    only(a["resid"], (R, 2))
+    only(a["out"], R)
+    a = poisoned(ops, "rmsnorm_backward", case, "dout", (R, 2))
+    only(a["dinp"], R)
+    only(a["dweight"], 2)
+
+
+def test_nan_in_heads(ops: Any) -> None:
+    HS, NH, NKV = 12, 3, 1
+    case = Case(T=9, C=NH * HS, NH=NH, NKV=NKV)
+    key, value = NH, (NH + NKV) * HS
+    a = poisoned(ops, "head_rmsnorm_forward", case, "inp", (R, key * HS + 2))
+    only(a["out"], (R, slice(key * HS, value)))
+    only(a["rstd"], (R, key))
+    a = poisoned(ops, "head_rmsnorm_forward", case, "inp", (R, value + 2))
+    only(a["out"], (R, value + 2))
+    assert np.isfinite(a["rstd"]).all()
+    a = poisoned(ops, "head_rmsnorm_backward", case, "dout", (R, key * HS + 2))
+    only(a["dinp"], (R, slice(key * HS, value)))
+    only(a["dk_weight"], 2)
+    assert np.isfinite(a["dq_weight"]).all()
+    call = prepare("rope", case)
+    call.args["x"][R, 2] = np.nan
+    call.run(ops)
+    only(call.args["x"], (R, [2, HS // 2 + 2]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["", "frozen"])
+def test_gradient_of_heads_in_place(dtype: str, variant: str) -> None:
+    ops = load("cpu", threads=2, dtype=dtype)
+    call = prepare("head_rmsnorm_backward", Case(T=70, C=256, NH=2, NKV=1, variant=variant), dtype=ops.dtype)
+    again = call.copy()
+    again.args["dinp"] = again.args["dout"]
+    call.run(ops)
+    again.run(ops)
+    for name in call.outputs:
+        assert np.array_equal(bits(call.args[name]), bits(again.args[name])), name
+
+
+@pytest.mark.parametrize("op", ["rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope"])
+def test_a_row_alone_has_the_same_bits(ops: Any, op: str) -> None:
+    """Decoding has the bits of training."""
+    call = prepare(op, Case(T=70, C=192, NH=3, NKV=1))
+    alone = call.map(lambda _, x: x[R : R + 1].copy() if len(x) == 70 else x)
+    call.run(ops)
+    alone.run(ops)
+    for name in call.outputs:
+        assert np.array_equal(bits(call.args[name][R]), bits(alone.args[name][0])), name
+
+
 @pytest.mark.parametrize("variant", ["", "bias", "bias gelu", "swiglu"])
 def test_nan_in_linear(ops: Any, variant: str) -> None:
     case = Case(T=9, C=35, OC=51, variant=variant)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from support.laptop import Laptop
 
-from llmpy.bench.ops import FLOPS, Case
+from llmpy.bench.ops import FLOPS, Case, arguments
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import params_table
 from llmpy.options.tools import PlanOptions
 from llmpy.tools import plan
-from llmpy.tools.plan import smaller, step_parts, table
+from llmpy.tools.plan import case_of, smaller, step_parts, table
 from llmpy.train.memory import memory_parts
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
@@ -51,6 +51,12 @@ def test_the_parts_are_what_a_step_calls(recompute: int, dtype: Any, narrowed: i
     assert {p.case for p in parts if p.kind == "attention"} == {Case(B, T, C=8, NH=2)}
     updated = sum(p.case.n for p in parts if p.op == "adamw")
     assert updated == sum(t.size for t in params_table(config))
+
+
+@pytest.mark.parametrize("op", ["head_rmsnorm_forward", "head_rmsnorm_backward", "rope"])
+def test_sizes_of_grouped_heads(op: str) -> None:
+    case = Case(T=6, C=16, NH=4, NKV=2)
+    assert case_of(op, arguments(op, case, Laptop())) == case
 
 
 @pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])
