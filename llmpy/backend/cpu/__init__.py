@@ -51,12 +51,13 @@ CLASSIFIER_ROWS = 512  # rows of logits in memory at a time
 DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
 DECODING = DECODING_ALONE | {
     "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
-    "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope", "narrow",
+    "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope", "add_columns", "activation_forward",
+    "narrow",
 }  # fmt: skip
 # Kernels of one decoded token, prepared at start: Ctrl-C must not interrupt LLVM.
 REPLAYED = {
     "layernorm_forward", "residual_layernorm_forward", "linear_forward", "packed_linear_forward", "attention_decode",
-    "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope",
+    "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope", "add_columns", "activation_forward",
 }  # fmt: skip
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -235,10 +236,10 @@ class CPU:
         linear.linear_backward(self.threads, *outputs, *inputs, accumulate, self._gemm_scratch, packed, self._sums)
 
     def add_columns(self, out: Any, x: Any, first: int, scale: float) -> None:
-        columns.add_columns(self.threads, _rows(out), _rows(x), first, np.float32(scale))
+        columns.add_columns(self.threads, _rows(out), _rows(x), first, _one(scale))
 
     def take_columns(self, out: Any, x: Any, first: int, scale: float) -> None:
-        columns.take_columns(self.threads, _rows(out), _rows(x), first, np.float32(scale))
+        columns.take_columns(self.threads, _rows(out), _rows(x), first, _one(scale))
 
     def attention_forward(self, out: Any, stats: Any, qkv: Any, positions: Any = None) -> None:
         inputs = _rows(qkv), _or_none(positions, NO_POSITIONS), self._attention(out, stats, qkv)

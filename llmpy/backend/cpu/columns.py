@@ -19,7 +19,7 @@ def _add_rows(worker, item, out, x, first, scale):
     for i in range(item * BLOCK, min((item + 1) * BLOCK, x.shape[0])):
         line, addend = out[i, first : first + x.shape[1]], x[i]
         for j in range(addend.shape[0]):
-            line[j] = to(line, f32(line[j]) + scale * f32(addend[j]))
+            line[j] = to(line, f32(line[j]) + scale[0] * f32(addend[j]))
 
 
 @kernel
@@ -28,7 +28,7 @@ def add_columns(
     out,      # (BT, M): columns from `first` +=
     x,        # (BT, N)
     first,    # int
-    scale,    # f32
+    scale,    # (1,) f32
 ):  # fmt: skip
     fork(_add_rows, threads, (x.shape[0] + BLOCK - 1) // BLOCK, (out, x, first, scale))
 
@@ -38,7 +38,7 @@ def _take_rows(worker, item, out, x, first, scale):
     for i in range(item * BLOCK, min((item + 1) * BLOCK, out.shape[0])):
         line, given = out[i], x[i, first : first + out.shape[1]]
         for j in range(line.shape[0]):
-            line[j] = to(line, scale * f32(given[j]))
+            line[j] = to(line, scale[0] * f32(given[j]))
 
 
 @kernel
@@ -47,6 +47,6 @@ def take_columns(
     out,      # (BT, N) :=
     x,        # (BT, M)
     first,    # int
-    scale,    # f32
+    scale,    # (1,) f32
 ):  # fmt: skip
     fork(_take_rows, threads, (out.shape[0] + BLOCK - 1) // BLOCK, (out, x, first, scale))
