@@ -12,17 +12,20 @@ from support.laptop import TINY, tiny_model
 
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import GPT2
+from llmpy.model.families import language_model
+from llmpy.model.language_model import LanguageModel
 from llmpy.run import checkpoint
 
 
-def fill(model: GPT2, seed: int = 1) -> None:
+def fill(model: LanguageModel, seed: int = 1) -> None:
     """Set parameters that exercise every term: no bias 0, no LayerNorm weight 1."""
     rng = np.random.default_rng(seed)
-    for tensor, view in model.params.items():
-        # Matrices ten times GPT-2's keep attention and softmax far from uniform.
-        mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
-        view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
+    for arena in dict.fromkeys((model.params, model.trained)):
+        for tensor, view in arena.items():
+            # Matrices ten times GPT-2's keep attention and softmax far from uniform.
+            mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
+            view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
+    model.store_weights()
 
 
 def batch(config: ModelConfig, B: int, T: int, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -31,8 +34,8 @@ def batch(config: ModelConfig, B: int, T: int, seed: int = 2) -> tuple[np.ndarra
     return np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(text[:, 1:])
 
 
-def build(config: ModelConfig, ops: Any) -> GPT2:
-    model = GPT2(config, ops)
+def build(config: ModelConfig, ops: Any) -> LanguageModel:
+    model = language_model(config, ops)
     fill(model)
     return model
 
