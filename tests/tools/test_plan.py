@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from support.laptop import Laptop
 
-from llmpy.bench.ops import FLOPS, Case
+from llmpy.backend.recorder import Recorder
+from llmpy.bench.ops import FLOPS, Case, arguments
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
 from llmpy.model.config import ModelConfig
@@ -51,6 +52,18 @@ def test_the_parts_are_what_a_step_calls(recompute: int, dtype: Any, narrowed: i
     assert {p.case for p in parts if p.kind == "attention"} == {Case(B, T, C=8, NH=2)}
     updated = sum(p.case.n for p in parts if p.op == "adamw")
     assert updated == sum(t.size for t in params_table(config))
+
+
+def test_a_case_has_its_key_heads_and_tables() -> None:
+    recorder = Recorder(np.float32)
+    out, stats, qkv = (recorder.empty(shape, np.float32) for shape in ((10, 32), (2, 8, 5), (10, 48)))
+    recorder.attention_forward(out, stats, qkv)
+    recorder.embedding_forward(out, np.zeros((2, 5), np.int32), np.zeros((7, 32)), None)
+    attention, embedding = (plan.case_of(*call) for call in recorder.calls)
+    assert attention == Case(2, 5, C=32, NH=8, NKV=2)
+    assert embedding == Case(T=10, C=32, V=7, Vp=7, variant="tokens")
+    shapes = {k: x.shape for k, x in arguments("attention_forward", attention, Laptop()).items() if x is not None}
+    assert shapes == {"out": (2, 5, 32), "stats": (2, 8, 5), "qkv": (2, 5, 48)}
 
 
 @pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])
