@@ -118,8 +118,8 @@ FLOPS: dict[str, Callable[[Case], int]] = {
 # The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
 # and `+=` mark outputs. S: rows of wpe, or positions of a cache.
 ARGUMENTS = {
-    "embedding_forward": "out (BT,C) wide :=; tokens; wte (Vp,C); wpe (S,C)",
-    "embedding_backward": "dwte (Vp,C) wide +=; dwpe (S,C) wide :=; dout (BT,C) wide; tokens; accumulate",
+    "embedding_forward": "out (BT,C) wide :=; tokens; wte (Vp,C); wpe (S,C); positions",
+    "embedding_backward": "dwte (Vp,C) wide +=; dwpe (S,C) wide :=; dout (BT,C) wide; tokens; accumulate; positions",
     "layernorm_forward": (
         "out (BT,C) :=; mean (BT) wide :=; rstd (BT) wide :=; inp (BT,C) wide; weight (C) wide; bias (C) wide"
     ),
@@ -153,8 +153,8 @@ ARGUMENTS = {
         "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
         "pre (BT,C); accumulate"
     ),
-    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,W)",
-    "attention_backward": "dqkv (B,T,W) :=; dout (B,T,C); qkv (B,T,W); out (B,T,C); stats (B,NH,T) wide",
+    "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,W); positions",
+    "attention_backward": ("dqkv (B,T,W) :=; dout (B,T,C); qkv (B,T,W); out (B,T,C); stats (B,NH,T) wide; positions"),
     "classifier": (
         "losses (BT) wide :=; dinp (BT,C) :=; dwte (Vp,C) wide :=; inp (BT,C); wte (Vp,C); targets; vocab_size; scale; "
         "accumulate"
@@ -194,6 +194,8 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     unused = set()
     if "linear" in op:
         unused = {name for name, word in (("bias", "bias"), ("pre", "gelu")) if word not in c.variant}
+    elif op.startswith("embedding") or op in ("attention_forward", "attention_backward"):
+        unused = {"positions"} | ({"wpe", "dwpe"} if c.variant == "tokens" else set())
     elif op == "classifier" and c.variant == "losses":
         unused = {"dinp", "dwte"}
     elif op == "adamw" and ops.dtype == ops.wide:

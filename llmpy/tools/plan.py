@@ -102,6 +102,8 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
     if op.startswith("linear"):
         words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre" in shape)
         return replace(case, OC=len(arguments["weight"]), variant=" ".join(word for word, there in words if there))
+    if op.startswith("embedding") and not shape.keys() & {"wpe", "dwpe"}:
+        case = replace(case, variant="tokens")
     Vp, _ = shape.get("wte") or shape.get("dwte") or (1, 1)
     return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp)
 

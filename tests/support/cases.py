@@ -468,7 +468,7 @@ ATTENTION = [
     Case(T=97, C=2048, NH=16, NKV=8),
     Case(B=2, T=200, C=63, NH=7, NKV=1),
     # One document starts at 96, a border of tiles; some have length 1.
-    Case(B=3, T=290, C=102, NH=6, NKV=2, variant="1 95 1 101 47"),
+    Case(B=2, T=210, C=102, NH=6, NKV=2, variant="1 95 1 101 12"),
     Case(T=300, C=64, NH=1, variant="53 200 1"),
     Case(B=2, T=5, C=3, NH=3, variant="1 2"),
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.laptop import Laptop
 
+from llmpy.backend.recorder import Recorder
 from llmpy.bench.ops import FLOPS, Case, arguments
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
@@ -57,6 +58,18 @@ def test_the_parts_are_what_a_step_calls(recompute: int, dtype: Any, narrowed: i
 def test_sizes_of_grouped_heads(op: str) -> None:
     case = Case(T=6, C=16, NH=4, NKV=2)
     assert case_of(op, arguments(op, case, Laptop())) == case
+
+
+def test_a_case_has_its_key_heads_and_tables() -> None:
+    recorder = Recorder(np.float32)
+    out, stats, qkv = (recorder.empty(shape, np.float32) for shape in ((10, 32), (2, 8, 5), (10, 48)))
+    recorder.attention_forward(out, stats, qkv)
+    recorder.embedding_forward(out, np.zeros((2, 5), np.int32), np.zeros((7, 32)), None)
+    attention, embedding = (plan.case_of(*call) for call in recorder.calls)
+    assert attention == Case(2, 5, C=32, NH=8, NKV=2)
+    assert embedding == Case(T=10, C=32, V=7, Vp=7, variant="tokens")
+    shapes = {k: x.shape for k, x in arguments("attention_forward", attention, Laptop()).items() if x is not None}
+    assert shapes == {"out": (2, 5, 32), "stats": (2, 8, 5), "qkv": (2, 5, 48)}
 
 
 @pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])

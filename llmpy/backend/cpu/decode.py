@@ -236,26 +236,28 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     length, size = words(qkv, HS), 4 // per_word(qkv)
     mine = scratch[worker]
     panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
-    s, mine = mine[: group * TILE_K].reshape((group, TILE_K)), mine[group * TILE_K :]
+    scores, mine = mine[: group * TILE_K], mine[group * TILE_K :]
+    s = scores.reshape((group, TILE_K))
     p, mine = operand_tile(s, mine[: group * TILE_K], qkv), mine[group * TILE_K :]
-    part, mine = mine[: group * NR].reshape((group, NR)), mine[group * NR :]
+    part, mine = mine[: group * NR], mine[group * NR :]
     top, total, mine = mine[:group], mine[group : 2 * group], mine[2 * group :]
     sums, queries = mine[: group * HS], mine[group * HS : group * (HS + length)]
     for c in range(HS):
         keys[t, c] = qkv[row, key_col + c]
         values[t, c] = qkv[row, value_col + c]
     # A copy, so that a final half word pairs with a zero.
-    q = typed(queries, qkv).reshape((group, length * per_word(qkv)))
+    q = typed(queries, qkv)
     for i in range(group):
-        q[i, HS - 1 :] = 0
+        line, head = q[i * length * per_word(qkv) :], qkv[row, first + i * HS : first + (i + 1) * HS]
+        line[length * per_word(qkv) - 1] = 0
         for c in range(HS):
-            q[i, c] = qkv[row, first + i * HS + c]
+            line[c] = head[c]
     sums[:] = ZERO
     top[:] = MINUS_INFINITY
     total[:] = ZERO
     for k in range(0, t + 1, TILE_K):
         n = min(TILE_K, t + 1 - k)
-        s[:] = ZERO
+        scores[:] = ZERO
         for j in range(0, n, NR):
             # Whole vectors: this covers some later keys, which softmax masks.
             cols = min(panel_width(n - j), keys.shape[0] - k - j)
@@ -269,8 +271,9 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
             part[:] = ZERO
             _multiply_few(qkv, address(part), NR, address(p), size * TILE_K, panel, group, cols, n)
             for i in range(group):
+                acc, more = sums[i * HS + c : i * HS + c + cols], part[i * NR :]
                 for j in range(cols):
-                    sums[i * HS + c + j] += part[i, j]
+                    acc[j] += more[j]
     for i in range(group):
         inverse = np.float32(1) / total[i]
         line, acc = out[row, first + i * HS : first + (i + 1) * HS], sums[i * HS : (i + 1) * HS]
