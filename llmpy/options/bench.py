@@ -9,8 +9,9 @@ from .fields import POSITIVE, Options, Reported, option, refusal
 
 OPS = (
     "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
-    "residual_layernorm_forward", "layernorm_backward", "activation_forward", "embedding_forward", "embedding_backward",
-    "adamw", "global_norm", "narrow", "zero", "pack", "packed_linear_forward", "cache_fill", "attention_decode",
+    "residual_layernorm_forward", "layernorm_backward", "activation_forward", "activation_backward", "add_columns",
+    "take_columns", "embedding_forward", "embedding_backward", "adamw", "global_norm", "narrow", "zero", "pack",
+    "packed_linear_forward", "cache_fill", "attention_decode",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.laptop import Laptop
 
+from llmpy.backend.recorder import Recorder
 from llmpy.bench.ops import FLOPS, Case
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
@@ -18,7 +19,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import params_table
 from llmpy.options.tools import PlanOptions
 from llmpy.tools import plan
-from llmpy.tools.plan import smaller, step_parts, table
+from llmpy.tools.plan import case_of, smaller, step_parts, table
 from llmpy.train.memory import memory_parts
 
 GPT2_124M = ModelConfig.from_dial("gpt2")
@@ -51,6 +52,23 @@ def test_the_parts_are_what_a_step_calls(recompute: int, dtype: Any, narrowed: i
     assert {p.case for p in parts if p.kind == "attention"} == {Case(B, T, C=8, NH=2)}
     updated = sum(p.case.n for p in parts if p.op == "adamw")
     assert updated == sum(t.size for t in params_table(config))
+
+
+def test_the_sizes_of_swiglu_and_of_frozen_weights() -> None:
+    """A SwiGLU MLP of 5 → 7 → 5 with LoRA's frozen weights, and a frozen head."""
+    ops, x = Recorder(np.float32), np.zeros
+    rows, pre, act = x((6, 5)), x((6, 14)), x((6, 7))
+    ops.linear_forward(act, rows, x((14, 5)), None, pre)
+    ops.activation_forward(act, pre)
+    ops.linear_backward(pre, None, None, rows, None, x((5, 7)), pre, False)
+    ops.activation_backward(pre, act, pre)
+    ops.take_columns(act, pre, 7, 0.5)
+    ops.classifier(x(6), rows, None, rows, x((9, 5)), x(6, np.int32), 8, 1.0, False)
+    assert [case_of(op, arguments) for op, arguments in ops.calls] == [
+        Case(T=6, C=5, OC=7, variant="swiglu"), Case(T=6, C=7, variant="swiglu"),
+        Case(T=6, C=7, OC=5, variant="frozen swiglu"), Case(T=6, C=7, variant="swiglu"), Case(T=6, C=7),
+        Case(T=6, C=5, V=8, Vp=9, variant="frozen"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])
