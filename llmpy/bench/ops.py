@@ -107,7 +107,8 @@ FLOPS: dict[str, Callable[[Case], int]] = {
     "classifier": lambda c: {"losses": 2, "frozen": 4, "": 6}[c.variant] * c.rows * c.C * c.Vp,
 }
 # The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
-# and `+=` mark outputs. S: rows of wpe, or positions of a cache. OC' and C': what an activation of OC or C columns reads.
+# and `+=` mark outputs. S: rows of wpe, or positions of a cache. OC' and C': columns that an activation of OC or C has
+# read.
 ARGUMENTS = {
     "embedding_forward": "out (BT,C) wide :=; tokens; wte (Vp,C); wpe (S,C)",
     "embedding_backward": "dwte (Vp,C) wide +=; dwpe (S,C) wide :=; dout (BT,C) wide; tokens; accumulate",
