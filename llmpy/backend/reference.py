@@ -478,11 +478,10 @@ class Reference:
         dlogits *= scale
         dlogits[target < 0] = 0
         rows(dinp)[...] = dlogits @ wte[:V]
-        if dwte is None:
-            return
-        write(dwte[:V], dlogits.T @ x, accumulate)
-        if not accumulate:
-            dwte[V:] = 0
+        if dwte is not None:
+            write(dwte[:V], dlogits.T @ x, accumulate)
+            if not accumulate:
+                dwte[V:] = 0
 
     def adamw(
         self,

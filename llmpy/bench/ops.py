@@ -73,7 +73,7 @@ class Case:
 
 
 C, V, VP, CONTEXT = 768, 50257, 50304, 1024  # GPT-2 124M
-LLAMA = 576  # channels of SmolLM2-135M
+MLP = 576, 1536  # C and the MLP's width of SmolLM2 135M
 SHAPES = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, VP))  # C → OC: qkv, attention's output, MLP, head
 
 
@@ -81,6 +81,11 @@ def _products(*variants: str) -> list[Case]:
     """Return the five shapes, each in its variant, with 256 and 1024 rows."""
     shapes = list(zip(SHAPES, variants, strict=True))
     return [Case(4, T, C=i, OC=o, variant=variant) for T in (64, 256) for (i, o), variant in shapes]
+
+
+def _mlps(C: int, OC: int, *variants: str) -> list[Case]:
+    """Return a product of a SwiGLU MLP, with 256 and 1024 rows."""
+    return [Case(4, T, C=C, OC=OC, variant=variant) for T in (64, 256) for variant in variants]
 
 
 def _sequences(times: tuple[int, ...] = (64, 256, 1024), **sizes: Any) -> list[Case]:
@@ -91,32 +96,40 @@ def _sequences(times: tuple[int, ...] = (64, 256, 1024), **sizes: Any) -> list[C
 GROUPED = Case(4, 1024, C=2048, NH=32, NKV=8)  # attention of Llama 3.2 1B
 
 BENCH: dict[str, list[Case]] = {
-    "linear_forward": _products("bias", "bias", "bias gelu", "bias", ""),
-    "linear_backward": _products("bias", "bias", "bias", "bias gelu", ""),  # GELU belongs to the product reading it
+    "linear_forward": _products("bias", "bias", "bias gelu", "bias", "") + _mlps(*MLP, "swiglu"),
+    # An activation belongs to the product reading it.
+    "linear_backward": _products("bias", "bias", "bias", "bias gelu", "")
+    + _mlps(*MLP[::-1], "swiglu", "frozen swiglu"),
     **dict.fromkeys(("attention_forward", "attention_backward"), [*_sequences(C=C, NH=12), GROUPED]),
-    "classifier": [c for v in ("losses", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
+    "classifier": [c for v in ("losses", "frozen", "") for c in _sequences((64, 256), C=C, V=V, Vp=VP, variant=v)],
     **dict.fromkeys(("layernorm_forward", "residual_layernorm_forward", "layernorm_backward"), _sequences(C=C)),
-    **dict.fromkeys(("rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward"), _sequences(C=LLAMA)),
+    **dict.fromkeys(("rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward"), _sequences(C=MLP[0])),
     **dict.fromkeys(("head_rmsnorm_forward", "head_rmsnorm_backward"), _sequences(C=2048, NH=16, NKV=8)),  # Qwen3-0.6B
-    "rope": _sequences(C=LLAMA, NH=9, NKV=3),
-    "activation_forward": _sequences(C=4 * C),
+    "rope": _sequences(C=MLP[0], NH=9, NKV=3),
+    **dict.fromkeys(
+        ("activation_forward", "activation_backward"), _sequences(C=4 * C) + _sequences(C=MLP[1], variant="swiglu")
+    ),
+    **dict.fromkeys(("add_columns", "take_columns"), _sequences(C=C)),
     **dict.fromkeys(("embedding_forward", "embedding_backward"), _sequences(C=C, V=V, Vp=VP)),
     **dict.fromkeys(("adamw", "global_norm", "narrow", "zero"), [Case(n=20_000_000)]),
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
-    "packed_linear_forward": [Case(B, C=i, OC=o) for B in (1, 8) for i, o in SHAPES],
+    "packed_linear_forward": [
+        case for B in (1, 8) for case in (*(Case(B, C=i, OC=o) for i, o in SHAPES), Case(B, 1, *MLP, variant="swiglu"))
+    ],
     "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
     "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)] + [replace(GROUPED, B=1)],
 }
 # Σ over the products of an operation; causal attention computes half of the T² scores.
 FLOPS: dict[str, Callable[[Case], int]] = {
-    "linear_forward": lambda c: 2 * c.rows * c.C * c.OC,
-    "linear_backward": lambda c: 4 * c.rows * c.C * c.OC,
+    "linear_forward": lambda c: (4 if "swiglu" in c.variant else 2) * c.rows * c.C * c.OC,
+    "linear_backward": lambda c: (2 if "frozen" in c.variant else 4) * c.rows * c.C * c.OC,
     "attention_forward": lambda c: 2 * c.rows * c.T * c.C,
     "attention_backward": lambda c: 4 * c.rows * c.T * c.C,
-    "classifier": lambda c: (2 if c.variant == "losses" else 6) * c.rows * c.C * c.Vp,
+    "classifier": lambda c: {"losses": 2, "frozen": 4, "": 6}[c.variant] * c.rows * c.C * c.Vp,
 }
 # The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
-# and `+=` mark outputs. S: rows of wpe, or positions of a cache.
+# and `+=` mark outputs. S: rows of wpe, or positions of a cache. OC' and C': columns that an activation of OC or C has
+# read.
 ARGUMENTS = {
     "embedding_forward": "out (BT,C) wide :=; tokens; wte (Vp,C); wpe (S,C); positions",
     "embedding_backward": "dwte (Vp,C) wide +=; dwpe (S,C) wide :=; dout (BT,C) wide; tokens; accumulate; positions",
@@ -147,11 +160,14 @@ ARGUMENTS = {
         "rstd (BT,NH+NKV) wide; q_weight (HS) wide; k_weight (HS) wide; accumulate"
     ),
     "rope": "x (BT,W) :=; cos; sin; positions; heads; inverse",
-    "activation_forward": "out (BT,C) :=; inp (BT,C)",
-    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC,C); bias (OC) wide; pre (BT,OC) :=",
+    "activation_forward": "out (BT,C) :=; pre (BT,C')",
+    "activation_backward": "dpre (BT,C') :=; dout (BT,C); pre (BT,C')",
+    "add_columns": "out (BT,3C) :=; x (BT,C); first; scale",
+    "take_columns": "out (BT,C) :=; x (BT,3C); first; scale",
+    "linear_forward": "out (BT,OC) :=; inp (BT,C); weight (OC',C); bias (OC') wide; pre (BT,OC') :=",
     "linear_backward": (
-        "dinp (BT,C) :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
-        "pre (BT,C); accumulate"
+        "dinp (BT,C') :=; dweight (OC,C) wide :=; dbias (OC) wide :=; dout (BT,OC); inp (BT,C); weight (OC,C); "
+        "pre (BT,C'); accumulate"
     ),
     "attention_forward": "out (B,T,C) :=; stats (B,NH,T) wide :=; qkv (B,T,W); positions",
     "attention_backward": ("dqkv (B,T,W) :=; dout (B,T,C); qkv (B,T,W); out (B,T,C); stats (B,NH,T) wide; positions"),
@@ -166,8 +182,8 @@ ARGUMENTS = {
     "global_norm": "grad (n) wide",
     "narrow": "out (n) :=; x (n) wide",
     "zero": "x (n) wide :=",
-    "pack": "packed (packed) :=; weight (OC,C)",
-    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC) wide; pre (BT,OC) :=",
+    "pack": "packed (packed) :=; weight (OC',C)",
+    "packed_linear_forward": "out (BT,OC) :=; inp (BT,C); packed (packed); bias (OC') wide; pre (BT,OC') :=",
     "cache_fill": "cache (B,NKV,2,T,HS) :=; qkv (B,T,W)",
     "attention_decode": "out (B,C) :=; cache (B,NKV,2,T,HS); qkv (B,W); slots; positions",
 }
@@ -187,17 +203,20 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
         "tokens": tokens, "targets": tokens.reshape(-1), "vocab_size": c.V, "scale": 1 / c.rows, "accumulate": False,
         "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5, "step": 3,
         "slots": np.arange(c.B, dtype=np.int32), "positions": decoded if op == "attention_decode" else positions,
-        "cos": np.cos(angles), "sin": np.sin(angles), "heads": heads, "inverse": False,
+        "cos": np.cos(angles), "sin": np.sin(angles), "heads": heads, "inverse": False, "first": c.C,
     }  # fmt: skip
-    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "BT": c.rows, "NKV": c.kv_heads, "HS": HS}
-    sizes |= {"W": c.qkv_size, "NH+NKV": heads, "S": max(CONTEXT, c.T), "packed": ops.packed_size(c.OC, c.C)}
+    sizes = {f.name: getattr(c, f.name) for f in fields(c)} | {"2": 2, "3C": 3 * c.C, "BT": c.rows, "NKV": c.kv_heads}
+    columns_read = 2 if "swiglu" in c.variant else 1
+    sizes |= {"C'": columns_read * c.C, "OC'": columns_read * c.OC, "HS": HS, "W": c.qkv_size, "NH+NKV": heads}
+    sizes |= {"S": max(CONTEXT, c.T), "packed": ops.packed_size(sizes["OC'"], c.C)}
     unused = set()
     if "linear" in op:
-        unused = {name for name, word in (("bias", "bias"), ("pre", "gelu")) if word not in c.variant}
+        unused = {name for name, word in (("bias", "bias"), ("pre", "lu")) if word not in c.variant}  # gelu, swiglu
+        unused |= {"dweight", "dbias", "inp"} if "frozen" in c.variant else set()
     elif op.startswith("embedding") or op in ("attention_forward", "attention_backward"):
         unused = {"positions"} | ({"wpe", "dwpe"} if c.variant == "tokens" else set())
-    elif op == "classifier" and c.variant == "losses":
-        unused = {"dinp", "dwte"}
+    elif op == "classifier":
+        unused = {"losses": {"dinp", "dwte"}, "frozen": {"dwte"}}.get(c.variant, set())
     elif op == "adamw" and ops.dtype == ops.wide:
         unused = {"stored"}
     args: dict[str, Any] = {}
@@ -222,6 +241,7 @@ def moved_bytes(op: str, c: Case, args: dict[str, Any]) -> int:
     written = {text.split()[0] for text in ARGUMENTS[op].split("; ") if text.endswith("=")}
     # Embeddings access only the rows of the tokens, and the first T of wpe.
     rows = {"wte": c.rows, "dwte": c.rows, "wpe": c.T} if op.startswith("embedding") else {}
+    rows |= {"out": c.rows, "x": c.rows} if op.endswith("columns") else {}  # C columns of either
     return sum(
         (2 if name in written else 1) * (rows[name] * c.C * x.itemsize if name in rows else x.nbytes)
         for name, x in args.items()

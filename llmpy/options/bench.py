@@ -11,7 +11,8 @@ OPS = (
     "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
     "residual_layernorm_forward", "layernorm_backward", "rmsnorm_forward", "residual_rmsnorm_forward",
     "rmsnorm_backward", "head_rmsnorm_forward", "head_rmsnorm_backward", "rope", "activation_forward",
-    "embedding_forward", "embedding_backward", "adamw", "global_norm", "narrow", "zero", "pack",
+    "activation_backward", "add_columns", "take_columns", "embedding_forward", "embedding_backward", "adamw",
+    "global_norm", "narrow", "zero", "pack",
     "packed_linear_forward", "cache_fill", "attention_decode",
 )  # fmt: skip
 

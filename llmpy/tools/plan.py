@@ -99,13 +99,21 @@ def case_of(op: str, arguments: dict[str, Any]) -> Case:
         NKV = (shape["qkv"][-1] * NH // C - NH) // 2
         return Case(B, T, C, NH, 0 if NKV == NH else NKV)
     case = Case(T=math.prod(rows), C=C)
-    if op.startswith("linear"):
-        words = ("bias", "bias" in shape or "dbias" in shape), ("gelu", "pre" in shape)
-        return replace(case, OC=len(arguments["weight"]), variant=" ".join(word for word, there in words if there))
+    frozen = any(name in arguments and arguments[name] is None for name in ("dweight", "dwte"))
+    if op.startswith(("linear", "activation")):
+        if "weight" in shape:
+            OC, C = shape["weight"]
+            case = replace(case, C=C, OC=shape["out"][-1] if "out" in shape else OC)
+        active = case.OC if op == "linear_forward" else C  # columns of the activation
+        words = [("bias", "bias" in shape or "dbias" in shape), ("frozen", frozen)]
+        words += [("gelu", shape.get("pre", (0,))[-1] == active), ("swiglu", shape.get("pre", (0,))[-1] == 2 * active)]
+        return replace(case, variant=" ".join(word for word, there in words if there))
+    if op.endswith("columns"):
+        return replace(case, C=min(shape["out"][-1], shape["x"][-1]))
     if op.startswith("embedding") and not shape.keys() & {"wpe", "dwpe"}:
         case = replace(case, variant="tokens")
     Vp, _ = shape.get("wte") or shape.get("dwte") or (1, 1)
-    return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp)
+    return replace(case, V=arguments.get("vocab_size", Vp), Vp=Vp, variant="frozen" if frozen else case.variant)
 
 
 def smaller(part: Part) -> tuple[Case, float]:

@@ -267,7 +267,7 @@ def linear_forward(c: Case, d: Draw) -> Args:
         "inp": d.normal(*c.leading, c.C),
         "weight": d.normal(OC, c.C, std=c.C**-0.5),
         "bias": d.normal(OC, wide=True) if "bias" in c.variant else None,
-        "pre": Out(":=", (*c.leading, OC)) if "lu" in c.variant else None,
+        "pre": Out(":=", (*c.leading, OC)) if "lu" in c.variant else None,  # gelu, swiglu
     }
 
 
@@ -290,11 +290,11 @@ def linear_backward(c: Case, d: Draw, accumulate: bool) -> Args:
 
 
 def add_columns(c: Case, d: Draw) -> Args:
-    return {"out": Out("+=", (*c.leading, c.C + 5)), "x": d.normal(*c.leading, c.C), "first": c.C % 5, "scale": 0.75}
+    return {"out": Out("+=", (*c.leading, c.C + 5)), "x": d.normal(*c.leading, c.C), "first": c.C % 5, "scale": 0.7}
 
 
 def take_columns(c: Case, d: Draw) -> Args:
-    return {"out": Out(":=", (*c.leading, c.C)), "x": d.normal(*c.leading, c.C + 5), "first": c.C % 5, "scale": 0.75}
+    return {"out": Out(":=", (*c.leading, c.C)), "x": d.normal(*c.leading, c.C + 5), "first": c.C % 5, "scale": 0.7}
 
 
 def attention_forward(c: Case, d: Draw) -> Args:

@@ -72,6 +72,23 @@ def test_a_case_has_its_key_heads_and_tables() -> None:
     assert shapes == {"out": (2, 5, 32), "stats": (2, 8, 5), "qkv": (2, 5, 48)}
 
 
+def test_the_sizes_of_swiglu_and_of_frozen_weights() -> None:
+    """A SwiGLU MLP of 5 → 7 → 5 with LoRA's frozen weights, and a frozen head."""
+    ops, x = Recorder(np.float32), np.zeros
+    rows, pre, act = x((6, 5)), x((6, 14)), x((6, 7))
+    ops.linear_forward(act, rows, x((14, 5)), None, pre)
+    ops.activation_forward(act, pre)
+    ops.linear_backward(pre, None, None, rows, None, x((5, 7)), pre, False)
+    ops.activation_backward(pre, act, pre)
+    ops.take_columns(act, pre, 7, 0.5)
+    ops.classifier(x(6), rows, None, rows, x((9, 5)), x(6, np.int32), 8, 1.0, False)
+    assert [case_of(op, arguments) for op, arguments in ops.calls] == [
+        Case(T=6, C=5, OC=7, variant="swiglu"), Case(T=6, C=7, variant="swiglu"),
+        Case(T=6, C=7, OC=5, variant="frozen swiglu"), Case(T=6, C=7, variant="swiglu"), Case(T=6, C=7),
+        Case(T=6, C=5, V=8, Vp=9, variant="frozen"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])
 def test_the_parts_hold_all_flops(B: int, T: int) -> None:
     found = sum(p.calls * FLOPS[p.op](p.case) for p in step_parts(GPT2_124M, B, T, 1, np.float32) if p.op in FLOPS)

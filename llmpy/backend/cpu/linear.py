@@ -192,15 +192,18 @@ def _dinp_item(worker, item, dinp, dout, weight, pre, block, start, stop, shared
             some = min(MR, rows - i)
             a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
             # As in forward; each tile prefetches one line per row of the next panel, or per second row of pairs.
-            # Of the four tiles of SwiGLU, the two to read: writes do not wait.
+            # SwiGLU has four tiles: the two to read, and one to write instead of rows of A (dev/LOG.md#swiglu).
+            four = last and pre.shape[1] > C
             goes = lines_of_tile(dinp, row + i, col, cols) if last else NONE
-            if last and pre.shape[1] > C:
+            if four:
                 goes = lines_of_tile(pre, row + i, C + col, cols)
             also = lines_of_tile(pre, row + i, col, cols) if last and pre.size > 0 else NONE
             line, half = i // MR // per * CACHE_LINE, i // MR % per
             if line <= size * cols:
                 soon = address(weight) + size * ((next_k + half) * C + next_col) + line
                 then = soon, per * size * C, TOGETHER * per * size * C, words(dout, kc) // TOGETHER
+            elif four:
+                then = lines_of_tile(dinp, row + i, C + col, cols)
             else:
                 then = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE
             mode, ahead = ADD if k > 0 else WRITE, (goes, also, then)
