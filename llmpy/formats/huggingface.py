@@ -25,7 +25,6 @@ from ..model.arena import Arena
 from ..model.config import LlamaConfig, ModelConfig, RopeScaling
 from ..run.checkpoint import check_finite, damaged, opened
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE
-from ..system.durable import write_whole
 from ..version import __version__
 from .source import (
     DTYPES,

@@ -40,7 +40,11 @@ def model_card(source: Source) -> str:
                     rows[f"{part} data"] = ", ".join(shown)
                 numbers = _numbers(run, source.path)
                 rows |= {what: str(numbers.get(key, "")) for key, what in RESULTS.items()}
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llmpy"]}
+    head = {
+        "library_name": "peft" if source.config.lora else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmpy"],
+    }
     head |= {"base_model": base} if base else {}
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
     cells = [f"| {what} | {_cell(value)} |" for what, value in rows.items() if value]
