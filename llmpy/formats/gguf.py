@@ -162,8 +162,7 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_tokenizer_pre("default")
         # llama.cpp merges the pair whose token has the largest score
         writer.add_token_scores([-float(ranks.get(words.get(i, ""), len(merges))) for i in range(V)])
-        space = (about["pre_tokenizer"] or {}).get("prepend_scheme", "never") != "never"
-        writer.add_add_space_prefix(space or '"Prepend"' in json.dumps(about["normalizer"]))
+        writer.add_add_space_prefix('"Prepend"' in json.dumps(about["normalizer"]))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
@@ -171,10 +170,10 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_token_merges(merges or [f"{tokenizer.eot_text} {tokenizer.eot_text}"])
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
     writer.add_token_types([kinds.get(words[i], NORMAL) if i in words else UNUSED for i in range(V)])
-    bos = tokenizer.roles.get("bos_token", tokenizer.eot)
-    writer.add_bos_token_id(bos)
+    first = _first(about)
+    writer.add_bos_token_id(tokenizer.roles.get("bos_token", tokenizer.eot) if first is None else ids[first])
     writer.add_eos_token_id(tokenizer.eot)
-    writer.add_add_bos_token(_first(about) == words[bos])
+    writer.add_add_bos_token(first is not None)
     template, ends = chat_of(source)
     if template is not None:
         writer.add_chat_template(template)
@@ -187,8 +186,8 @@ def _words(about: dict[str, Any]) -> str | None:
     splitter, normalizer, model = about["pre_tokenizer"] or {}, about["normalizer"] or {}, about["model"]
     if model.get("byte_fallback"):
         steps = [n.get("type") for n in normalizer.get("normalizers", [normalizer] if normalizer else [])]
-        plain = splitter.get("type") == "Metaspace" and not splitter.get("split") and not steps
-        return SENTENCEPIECE if plain or (not splitter and steps in (["Prepend", "Replace"], ["Replace"])) else None
+        # Metaspace puts a blank before the first word only, llama.cpp also after special tokens
+        return SENTENCEPIECE if not splitter and steps in (["Prepend", "Replace"], ["Replace"]) else None
     *first, last = splitter.get("pretokenizers", [splitter])
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None

@@ -321,3 +321,26 @@ def test_formats_without_llamas(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with refused("convert.unsupported-model", "Qwen3"):
         write(both, tmp_path / "m", "hf", None, [].append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_sentencepiece_in_gguf(tmp_path: Path) -> None:
+    """llama.cpp merges the pair with the best score; it gives the same ids (dev/LOG.md)."""
+    pytest.importorskip("gguf")
+    chats = pytest.importorskip("support.chats")
+    library, _ = chats.sentencepiece()
+    library.save(str(tmp_path / "tokenizer.json"))
+    about, V = json.loads(library.to_str()), library.get_vocab_size()
+    source = replace(in_memory(replace(LLAMA, vocab_size=V + 1)), tokenizer=tmp_path / "tokenizer.json")
+    write_gguf(tmp_path / "m.gguf", source, "float32")
+    value, _ = gguf_read(tmp_path / "m.gguf")
+    names = ("model", "add_space_prefix", "add_bos_token", "bos_token_id")
+    ids, kinds = about["model"]["vocab"], value["tokenizer.ggml.token_type"]
+    assert [value[f"tokenizer.ggml.{name}"] for name in names] == ["llama", True, True, ids["<s>"]]
+    assert (kinds[ids["<unk>"]], kinds[ids["<s>"]], kinds[ids["<0x0A>"]], kinds[V]) == (2, 3, 6, 5)
+    made = [ids["".join(pair)] for pair in about["model"]["merges"]]
+    scores = [value["tokenizer.ggml.scores"][i] for i in dict.fromkeys(made)]
+    assert scores == sorted(set(scores), reverse=True)
+    assert len(scores) > 10
+    chats.sentencepiece("first")[0].save(str(tmp_path / "tokenizer.json"))
+    with refused("tokenizer.unsupported", tmp_path):
+        write_gguf(tmp_path / "n.gguf", source, "float32")
