@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 WHOLE, CONFIG, UNREADABLE = "tokenizer.json", "tokenizer_config.json", ("tokenizer.model", "spiece.model", "vocab.txt")
 SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
-FILES = (WHOLE, "vocab.json", "merges.txt", *SETTINGS[:3])  # of a tokenizer
-KEPT = ("generation_config.json", "chat_template.jinja", "chat_template.json")  # files that accompany it
 FAST = "PreTrainedTokenizerFast"
 GPT2 = "GPT2"  # classes without "Tokenizer" and "Fast"
 CLASSES = ("", GPT2, "PreTrained", "TokenizersBackend", "PythonBackend", "Llama", "Qwen2", "GPTNeoX")
@@ -38,11 +36,6 @@ NAMES = "llmpy"  # key in the model of a tokenizer.json of ours: role → specia
 def find(folder: Path) -> Path | None:
     """Return the tokenizer file of a folder that llmpy can read, or None."""
     return next((folder / name for name in (WHOLE, "vocab.json") if (folder / name).is_file()), None)
-
-
-def home(tokenizer: Path | None) -> Path | None:
-    """Return the folder whose files accompany a tokenizer; None if it has another name than in such folders."""
-    return tokenizer.parent if tokenizer is not None and tokenizer.name in FILES else None
 
 
 def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str]]:

@@ -16,8 +16,11 @@ from ..model.config import GPT2_VOCAB
 from ..options.tools import ConvertOptions
 from ..options.train import TrainOptions
 from ..run.checkpoint import check_finite
+from ..system.download import upload
+from ..system.durable import write_whole
 from ..system.staged import staged, staging
 from . import find, gguf, hub, huggingface, llmc, llmc_state, native, peft, tokenizer_of
+from .model_card import model_card
 from .source import Source, tokenizer_path
 
 
@@ -66,7 +69,7 @@ def convert(options: ConvertOptions, log: Callable[[str], None]) -> None:
     names = f" ({', '.join(p.name for p in files)})" if target.is_dir() else ""
     log(f"wrote {target}{names}: {to}, {dtype}, {sum(p.stat().st_size for p in files):,} bytes")
     if options.push is not None:
-        hub.push(target, options.push, log)
+        log(f"pushed {target} to {upload(target, options.push)}")
     if state is not None:
         o = TrainOptions.from_record(record)
         rows = f"-b {o.batch_size} -t {o.sequence_length} -d {o.micro_steps * o.batch_size * o.sequence_length}"
@@ -127,6 +130,9 @@ def write(
     with staged(target, _is_folder(target, to)) as place:
         if write_model is not None:
             write_model(place, source, dtype)
+            if to == "hf":
+                card = model_card(source)
+                write_whole(place / "README.md", lambda temporary: temporary.write_text(card, "utf-8", newline="\n"))
         elif state is not None:
             llmc_state.write_checkpoint(place, source, state, dtype)
         if tokenizer is not None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from ..data import pretrained
 from ..data.rank_tables import LLAMA3
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
@@ -28,8 +27,8 @@ from ..model.families import params_table
 from ..model.rope import frequencies
 from ..system.command import install
 from ..system.durable import write_whole
-from .huggingface import kind_of
-from .source import DTYPES, Source, by_name, cast, read_json
+from .huggingface import chat_of, kind_of
+from .source import DTYPES, Source, by_name, cast
 
 # ours → llama.cpp's, see `by_name`
 GPT2_NAMES = {
@@ -62,7 +61,6 @@ TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SENTENCEPIECE, BYTE_TOKEN = "sentencepiece", re.compile(r"<0x[0-9A-F]{2}>")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-GENERATION = "generation_config.json"
 
 
 def write_model(path: Path, source: Source, dtype: str) -> None:
@@ -164,8 +162,7 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_tokenizer_pre("default")
         # llama.cpp merges the pair whose token has the largest score
         writer.add_token_scores([-float(ranks.get(words.get(i, ""), len(merges))) for i in range(V)])
-        space = (about["pre_tokenizer"] or {}).get("prepend_scheme", "never") != "never"
-        writer.add_add_space_prefix(space or '"Prepend"' in json.dumps(about["normalizer"]))
+        writer.add_add_space_prefix('"Prepend"' in json.dumps(about["normalizer"]))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
@@ -173,11 +170,15 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_token_merges(merges or [f"{tokenizer.eot_text} {tokenizer.eot_text}"])
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
     writer.add_token_types([kinds.get(words[i], NORMAL) if i in words else UNUSED for i in range(V)])
-    bos = tokenizer.roles.get("bos_token", tokenizer.eot)
-    writer.add_bos_token_id(bos)
+    first = _first(about)
+    writer.add_bos_token_id(tokenizer.roles.get("bos_token", tokenizer.eot) if first is None else ids[first])
     writer.add_eos_token_id(tokenizer.eot)
-    writer.add_add_bos_token(_first(about) == words[bos])
-    _add_chat(writer, source, tokenizer.eot)
+    writer.add_add_bos_token(first is not None)
+    template, ends = chat_of(source)
+    if template is not None:
+        writer.add_chat_template(template)
+    if turns := [i for i in ends if i != tokenizer.eot]:
+        writer.add_eot_token_id(turns[0])
 
 
 def _words(about: dict[str, Any]) -> str | None:
@@ -185,8 +186,8 @@ def _words(about: dict[str, Any]) -> str | None:
     splitter, normalizer, model = about["pre_tokenizer"] or {}, about["normalizer"] or {}, about["model"]
     if model.get("byte_fallback"):
         steps = [n.get("type") for n in normalizer.get("normalizers", [normalizer] if normalizer else [])]
-        plain = splitter.get("type") == "Metaspace" and not splitter.get("split") and not steps
-        return SENTENCEPIECE if plain or (not splitter and steps in (["Prepend", "Replace"], ["Replace"])) else None
+        # Metaspace puts a blank before the first word only, llama.cpp also after special tokens
+        return SENTENCEPIECE if not splitter and steps in (["Prepend", "Replace"], ["Replace"]) else None
     *first, last = splitter.get("pretokenizers", [splitter])
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
@@ -208,21 +209,3 @@ def _first(about: dict[str, Any]) -> str | None:
         if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             return str(step["single"][0]["SpecialToken"]["id"])
     return None
-
-
-def _add_chat(writer: Any, source: Source, eos: int) -> None:
-    """Add the chat template and the token that ends a turn, if it is not that of a text."""
-    home = pretrained.home(source.tokenizer)
-    if home is None:
-        return
-    settings = read_json(home / pretrained.CONFIG) if (home / pretrained.CONFIG).is_file() else {}
-    template, other = settings.get("chat_template"), home / "chat_template.jinja"
-    if template is None and other.is_file():
-        template = other.read_text("utf-8", "replace")
-    if template is not None:
-        writer.add_chat_template(template)
-    if (home / GENERATION).is_file():
-        ends = read_json(home / GENERATION).get("eos_token_id")
-        turns = [i for i in ends if type(i) is int and i != eos] if isinstance(ends, list) else []
-        if turns:
-            writer.add_eot_token_id(turns[0])

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: downloaded into the hub's own cache, and pushed to it."""
+"""Models on the Hugging Face hub: downloaded into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from pathlib import Path
 from ..data import pretrained
 from ..errors import LlmpyError
 from ..system.cache import user_cache
-from ..system.download import from_hub, model_files, upload
-from .source import read_json
+from ..system.download import from_hub, model_files
+from .huggingface import CONFIG_FILE, GENERATION, INDEX_FILE, TEMPLATE, WEIGHTS_FILE, weight_files
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REPOSITORY = re.compile(r"(?!runs/)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")  # a folder of the hub's cache
 
 
 def is_name(text: object) -> bool:
     """Return whether `text` names a model on the hub: no local file has this name, and no folder that of its owner."""
-    text = _text(text)
+    text = str(text)
     known = text in NAMES or REPOSITORY.fullmatch(text) is not None and not os.path.exists(text.partition("/")[0])
     return known and not os.path.exists(text)
 
 
 def repository(model: object) -> str | None:
     """Return owner/name of a model's name, or of a path in the hub's cache; else None."""
-    text = _text(model)
+    text = str(model)
     if match := CACHED.search(text):
         return "/".join(match.groups())
     if text in NAMES:
@@ -39,7 +38,7 @@ def repository(model: object) -> str | None:
 def download(name: str, log: Callable[[str], None]) -> Path:
     """Return the folder of a model, its missing files downloaded. Raises LlmpyError as `from_hub` does."""
     folder = user_cache() / "models" / name  # llmpy 0.1.0's cache
-    if name in NAMES and all((folder / file).is_file() for file in (CONFIG, pretrained.WHOLE, WEIGHTS)):
+    if name in NAMES and all((folder / file).is_file() for file in (CONFIG_FILE, pretrained.WHOLE, WEIGHTS_FILE)):
         return folder
     owned = str(repository(name))
     folder = config_file(name, log).parent
@@ -51,40 +50,27 @@ def download(name: str, log: Callable[[str], None]) -> Path:
         if _complete(folder):
             return folder
         raise
-    weights = WEIGHTS if WEIGHTS in names else INDEX
+    weights = WEIGHTS_FILE if WEIGHTS_FILE in names else INDEX_FILE
     if weights not in names:
-        what = f"{owned} on the hub has no {WEIGHTS}"
+        what = f"{owned} on the hub has no {WEIGHTS_FILE}"
         raise LlmpyError("model.missing", what, "Use a model in safetensors; pickles can run code")
     words = (pretrained.WHOLE,) if pretrained.WHOLE in names else ("vocab.json", "merges.txt")
-    files = [*words, *pretrained.SETTINGS, *pretrained.KEPT, weights]
+    files = [*dict.fromkeys([*words, *pretrained.SETTINGS, TEMPLATE, GENERATION, weights])]
     for file in files:  # the weights last
         if file in names:
             from_hub(owned, file, log, revision=folder.name)
-            files += _shards(folder) if file == INDEX else []
+            files += [path.name for path in weight_files(folder)] if file == INDEX_FILE else []
     return folder
 
 
 def config_file(name: str, log: Callable[[str], None]) -> Path:
     """Return the config.json of a model, downloaded if missing. Raises LlmpyError."""
-    return from_hub(str(repository(name)), CONFIG, log)
+    return from_hub(str(repository(name)), CONFIG_FILE, log)
 
 
 def _complete(folder: Path) -> bool:
     """Return whether a folder of the cache holds all weights."""
-    shards = _shards(folder) if (folder / INDEX).is_file() else []
-    return (folder / WEIGHTS).is_file() or bool(shards) and all((folder / name).is_file() for name in shards)
-
-
-def _shards(folder: Path) -> list[str]:
-    """Return the names of the files that an index lists. Raises LlmpyError if it is corrupt."""
-    found = read_json(folder / INDEX).get("weight_map")
-    return sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
-
-
-def _text(model: object) -> str:
-    return model.as_posix() if isinstance(model, Path) else str(model)
-
-
-def push(folder: Path, name: str, log: Callable[[str], None]) -> None:
-    """Upload a folder to the hub as owner/name, which is created if missing. Raises LlmpyError."""
-    log(f"pushed {folder} to {upload(folder, name)}")
+    try:
+        return all(path.is_file() for path in weight_files(folder))
+    except LlmpyError:
+        return False

@@ -25,9 +25,7 @@ from ..model.arena import Arena
 from ..model.config import LlamaConfig, ModelConfig, RopeScaling
 from ..run.checkpoint import check_finite, damaged, opened
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE
-from ..system.durable import write_whole
 from ..version import __version__
-from .model_card import model_card
 from .source import (
     DTYPES,
     HUGGING_FACE,
@@ -35,6 +33,7 @@ from .source import (
     by_name,
     cast,
     clear_padding,
+    elements,
     read_json,
     shapes,
     write_json,
@@ -42,6 +41,8 @@ from .source import (
 )
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
+TOKENIZER_FILES = (pretrained.WHOLE, "vocab.json", "merges.txt", *pretrained.SETTINGS[:3])
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and RoPE in old files
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -94,10 +95,7 @@ FAMILIES = {
     "gpt2": Family(
         "GPT-2",
         "GPT2LMHeadModel",
-        {
-            "layers": "n_layer", "heads": "n_head", "channels": "n_embd", "context": "n_positions",
-            "vocab_size": "vocab_size",
-        },
+        dict(zip(SHAPE, ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"), strict=False)),
         {
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "layer_norm_epsilon": (1e-5,),
@@ -140,10 +138,12 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
     """Open a folder with its tensors in `weights`. Raises LlmpyError for another model or corrupt files."""
     family, config, trained_length = read_config(folder / CONFIG_FILE)
     where = _find_tensors(folder, weights, config)
+    if elements(config) >> 62:
+        raise damaged(folder / CONFIG_FILE, f"{elements(config):,} parameters")
     (embedding, _), *_ = family.theirs("wte", np.empty((0, 0)), config)
     prefix = family.prefix if family.prefix + embedding in where else ""
     expected = {
-        prefix * (theirs != HEAD) + theirs: x.shape
+        prefix + theirs: x.shape
         for name, shape in shapes(config).items()
         for theirs, x in family.theirs(name, np.broadcast_to(np.int8(0), shape), config)
     }
@@ -165,7 +165,7 @@ def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
 
     def fill(name: str, out: np.ndarray, check: bool = False) -> None:
         for theirs, x in family.theirs(name, out, config):
-            found = tensor(prefix * (theirs != HEAD) + theirs)
+            found = tensor(prefix + theirs)
             if check:
                 check_finite(folder, theirs, found)
             x[...] = found[: len(x)]  # fewer rows: see `cut`
@@ -210,8 +210,6 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         TRAINED: source.trained_length,
     }
     write_json(folder / CONFIG_FILE, config)
-    card = model_card(source, family.name)
-    write_whole(folder / "README.md", lambda temporary: temporary.write_text(card, "utf-8", newline="\n"))
 
     write_tensors(folder / WEIGHTS_FILE, tensors)
 
@@ -222,25 +220,44 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
     Files that came with a Llama or Qwen are copied, else a complete tokenizer.json is written.
     """
     c = source.config
-    home = pretrained.home(source.tokenizer) or source.path
-    names: tuple[str, ...] = pretrained.KEPT
+    there = home(source.tokenizer) or source.path
+    names: tuple[str, ...] = TEMPLATE, GENERATION
     ids = dict.fromkeys(IDS[:2], c.vocab_size - 1 if c.family == "gpt2" else None)  # as in GPT-2
     if source.tokenizer is not None:
         tokenizer = Tokenizer.load(source.tokenizer)
         ids = {f"{role}_id": i for role, i in tokenizer.roles.items() if f"{role}_id" in IDS}
-        if c.family != "gpt2" and (home / pretrained.CONFIG).is_file():
-            names += pretrained.FILES
+        if c.family != "gpt2" and (there / pretrained.CONFIG).is_file():
+            names += TOKENIZER_FILES
         else:
             tokenizer.save(folder / TOKENIZER_FILE)
             about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
+            if template := chat_of(source)[0]:
+                about["chat_template"] = template
             write_json(folder / pretrained.CONFIG, about)
     for name in names:
-        if (home / name).is_file():
-            shutil.copyfile(home / name, folder / name)
+        if (there / name).is_file():
+            shutil.copyfile(there / name, folder / name)
     if c.family != "gpt2" and source.what.endswith(HUGGING_FACE):
-        about = read_json(home / CONFIG_FILE)
+        about = read_json(there / CONFIG_FILE)
         ids |= {key: about[key] for key in IDS if key in about}
     return ids
+
+
+def home(tokenizer: Path | None) -> Path | None:
+    """Return the folder whose files accompany a tokenizer; None if its name is not that of Hugging Face."""
+    return tokenizer.parent if tokenizer is not None and tokenizer.name in TOKENIZER_FILES else None
+
+
+def chat_of(source: Source) -> tuple[Any, list[int]]:
+    """Return a model's chat template (None: it has none), and the ids that end a generated text."""
+    there = home(source.tokenizer) or source.path
+    settings, generation = (
+        read_json(there / name) if (there / name).is_file() else {} for name in (pretrained.CONFIG, GENERATION)
+    )
+    template, ends = settings.get("chat_template"), generation.get("eos_token_id")
+    if (there / TEMPLATE).is_file():
+        template = (there / TEMPLATE).read_text("utf-8", "replace")
+    return template, [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int and i >= 0]
 
 
 def _llama(c: LlamaConfig) -> dict[str, Any]:
@@ -279,7 +296,7 @@ def read_config(path: Path) -> tuple[Family, ModelConfig, int]:
     fixed |= {"n_inner": (4 * shape["channels"], None)} if family.name == "GPT-2" else _switches(about)
     for key, values in fixed.items():
         if about.get(key, values[0]) not in values:
-            raise _unsupported(f"{path}: {key} is {about[key]!r}, not {values[0]!r}")
+            raise _unsupported(f"{path}: {key} is {about[key]!r:.80}, not {values[0]!r}")
     try:
         config = ModelConfig(**shape) if family.name == "GPT-2" else LlamaConfig(**shape, **_rest(path, family, about))
     except LlmpyError as error:
@@ -346,8 +363,8 @@ def _unsupported(what: str) -> LlmpyError:
     return LlmpyError("model.unsupported", what, f"Use a model that llmpy implements: {known}")
 
 
-def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """Return tensor name → (file, shape, type) over all weight files."""
+def weight_files(folder: Path, weights: str = WEIGHTS_FILE) -> list[Path]:
+    """Return the files of a folder's tensors. Raises LlmpyError if there is neither `weights` nor an index of files."""
     files, index = [weights], folder / INDEX_FILE
     if not (folder / weights).is_file():
         if not index.is_file():
@@ -356,8 +373,13 @@ def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, 
         files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not files or not all(isinstance(f, str) and f.isprintable() and Path(f).name == f for f in files):
             raise damaged(index, "its weight_map must name files in the same folder")
+    return [folder / name for name in sorted(set(files))]
+
+
+def _find_tensors(folder: Path, weights: str, config: ModelConfig) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Return tensor name → (file, shape, type) over all weight files."""
     where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-    for path in (folder / name for name in sorted(set(files))):
+    for path in weight_files(folder, weights):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118, not a dict
                 found = file.get_slice(name)

@@ -1,54 +1,55 @@
 """README.md of an exported model: what it was trained from, how and on what, as far as its run says.
 
-A model card is public, so only the last names of local paths are in it.
+It may become public, so of local paths it has the last names only.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
-from ..options.fields import flag_of, options_of, plain
+from ..options.fields import flag_of
 from ..options.train import TrainOptions
 from ..run import checkpoint
-from ..run.folder import BEST_FILE, CONFIG_FILE, METRICS, is_run
+from ..run.folder import BEST_FILE, CONFIG_FILE, METRICS
 from ..system.command import command
 from ..version import __version__
 from . import hub
 from .source import Source
 
 TAIL = 1 << 17  # bytes of metrics.jsonl read, from its end
-
-
-def model_card(source: Source, family: str) -> str:
-    """Return the text of the card."""
-    folders = source.path.absolute().parents[:3] if source.path.is_file() else ()
-    run = next((folder for folder in (*folders[:1], *folders[2:]) if is_run(folder)), None)  # 2: of a checkpoint
-    about = _object((run / CONFIG_FILE).read_text("utf-8", "replace")) if run and (run / CONFIG_FILE).is_file() else {}
-    options = about.get("options") or {}
-    base = hub.repository(options.get("init")) if run else hub.repository(source.path)
-    rows = {"model": f"{family}: {source.config}", "base model": base or options.get("init") and _last(options["init"])}
-    if run is not None:
-        rows["command"] = _command(options)
-        for part, marks in (about.get("data") or {}).items():
-            rows[f"data, {part}"] = ", ".join(f"{m['name']} ({m['tokens']:,} tokens, {m['blake2b']})" for m in marks)
-        numbers = _numbers(run, source.path)
-        rows |= {what: numbers.get(key) for key, what in RESULTS.items()}
-    lines = [f"| {what} | {_cell(value)} |" for what, value in rows.items() if value not in (None, "")]
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llmpy"]}
-    head |= {"base_model": base} if base else {}
-    matter = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
-    name = run.name if run else base or source.path.name
-    text = f"Written by [llm.py](https://pypi.org/project/llmpy/) {__version__}."
-    return "\n".join(["---", *matter, "---", "", f"# {_cell(name)}", "", text, "", "| | |", "|---|---|", *lines, ""])
-
-
 RESULTS = {
-    "step": "steps", "loss": "training loss, nats per token", "val_loss": "validation loss, nats per token",
-    "val_bits_per_byte": "validation, bits per byte",
+    "step": "steps", "loss": "training loss (nats per token)", "val_loss": "validation loss (nats per token)",
+    "val_bits_per_byte": "validation loss (bits per byte)",
 }  # fmt: skip
+PATHS = ("data", "val", "init", "hellaswag")
+
+
+def model_card(source: Source) -> str:
+    """Return the text of the card."""
+    name, base, rows = source.path.name, hub.repository(source.path), {"model": str(source.config)}
+    for run in (source.path.absolute().parent, source.path.absolute().parent.parent.parent):  # of a checkpoint
+        for about in _objects(run / CONFIG_FILE, whole=True):
+            if source.path.is_file() and isinstance(options := about.get("options"), dict):
+                init = options.get("init")
+                name, base = run.name, hub.repository(init) if init else None
+                rows |= {"base model": base or _last(init or ""), "command": _command(options)}
+                for part, marks in (about.get("data") or {}).items():
+                    shown = (f"{m['name']} ({m['tokens']:,} tokens, blake2b {m['blake2b']})" for m in marks)
+                    rows[f"{part} data"] = ", ".join(shown)
+                numbers = _numbers(run, source.path)
+                rows |= {what: str(numbers.get(key, "")) for key, what in RESULTS.items()}
+    head = {
+        "library_name": "peft" if source.config.lora else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmpy"],
+    }
+    head |= {"base_model": base} if base else {}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    cells = [f"| {what} | {_cell(value)} |" for what, value in rows.items() if value]
+    top = ["---", *lines, "---", "", f"# {_cell(name)}", "", f"Written by llm.py {__version__}.", ""]
+    return "\n".join([*top, "| | |", "|---|---|", *cells, ""])
 
 
 def _numbers(run: Path, model: Path) -> dict[str, Any]:
@@ -59,36 +60,22 @@ def _numbers(run: Path, model: Path) -> dict[str, Any]:
     elif model.name == BEST_FILE and (score := checkpoint.read_header(model).score):
         last = score.step
     numbers: dict[str, Any] = {}
-    try:
-        with (run / METRICS).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            rows = map(_object, file.read().decode("utf-8", "replace").splitlines())
-            for row in rows:
-                if type(row.get("step")) is int and row["step"] <= last:
-                    numbers |= row
-    except OSError:  # no logs
-        pass
-    return {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in numbers.items()}
+    for row in _objects(run / METRICS):
+        if type(row.get("step")) is int and row["step"] <= last:
+            numbers |= {key: f"{value:.4f}" if type(value) is float else value for key, value in row.items()}
+    return numbers
 
 
 def _command(options: dict[str, Any]) -> str:
     """Return the command of a run: the options that are not the defaults."""
-    words: list[object] = ["train"]
-    for field in options_of(TrainOptions):
-        value = options.get(field.name, default := _default(field))
-        if value == default:
-            continue
-        flag = flag_of(field.name)
-        if isinstance(value, bool):
-            words.append(flag if value else flag_of(f"no_{field.name}"))
-        else:
+    words, defaults = ["train"], TrainOptions().as_record()
+    for name, value in options.items():
+        if isinstance(value, bool) and value != defaults.get(name):
+            words.append(flag_of(name if value else f"no_{name}"))
+        elif value != defaults.get(name):
             values = value if isinstance(value, list) else [value]
-            words += [flag, *(_last(v) if field.name in ("data", "val", "init", "hellaswag") else v for v in values)]
+            words += [flag_of(name), *(_last(v) if name in PATHS else str(v) for v in values)]
     return command(*words)
-
-
-def _default(field: Field[Any]) -> Any:
-    return plain(field.default if field.default is not MISSING else None)
 
 
 def _last(path: object) -> str:
@@ -96,15 +83,23 @@ def _last(path: object) -> str:
     return hub.repository(path) or Path(str(path)).name
 
 
-def _cell(value: object) -> str:
+def _cell(value: str) -> str:
     """Return text that stays within a cell of a table."""
-    return "".join(c if c.isprintable() else " " for c in str(value)).replace("|", "\\|").replace("<", "&lt;")
+    return "".join(c if c.isprintable() else " " for c in value).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _object(line: str) -> dict[str, Any]:
-    """Return the object in a line of JSON, {} if there is none."""
+def _objects(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """Return the JSON objects in the last lines of a file, or the one that is the `whole` file."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            lines = [file.read()] if whole else file.readlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):  # cut off
+            continue
+    return [about for about in found if isinstance(about, dict)]

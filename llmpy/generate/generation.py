@@ -174,7 +174,7 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
 
 def open_run(run: Path) -> tuple[Source, Tokenizer]:
     """Open a model and its tokenizer: a run, a file or folder of another format, or a hub model."""
-    if not hub.is_name(run):
+    if not hub.is_name(run.as_posix()):
         try:
             there = run.exists()
             known = [] if there else [str(folder) for folder in finished()]

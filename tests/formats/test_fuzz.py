@@ -23,9 +23,12 @@ from support.samples import in_memory, sharded, training_state, write_debug
 from llmpy.errors import LlmpyError
 from llmpy.formats import huggingface, llmc, llmc_state, native, open_model
 from llmpy.formats.source import Source, shapes
-from llmpy.model.config import ModelConfig
+from llmpy.model.config import LlamaConfig, ModelConfig, RopeScaling
 
 SMALL = ModelConfig(layers=1, heads=1, channels=2, context=3, vocab_size=5)
+LLAMA = LlamaConfig(
+    1, 2, 4, 3, 5, kv_heads=1, ffn=3, tied=False, qk_norm=True, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 2)
+)
 CASES, CAMPAIGN = 10_000, 1_000_000
 SECONDS = 1.0  # of CPU time
 MEMORY = 64 << 20  # beyond the file's size
@@ -77,6 +80,11 @@ READERS = {
     "hugging face, sharded": Reader(
         lambda folder: sharded(folder, in_memory(SMALL)),
         ("model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+        lambda folder: everything(open_model(folder)),
+    ),
+    "llama": Reader(
+        lambda folder: sharded(folder, in_memory(LLAMA)),
+        ("config.json", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"),
         lambda folder: everything(open_model(folder)),
     ),
     "llm.c checkpoint": Reader(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laptop import Laptop
-from support.samples import in_memory, same, with_tokenizer
+from support.samples import in_memory, llama_tokenizer, same, with_tokenizer
 
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.formats import huggingface, open_model
@@ -116,11 +116,11 @@ LLAMAS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def random_llama(name: str) -> Any:
+def random_llama(name: str, **others: Any) -> Any:
     """Return a random model of `transformers` whose norms and biases are not 1 and 0."""
     torch.manual_seed(3)
     kind, more = LLAMAS[name]
-    about = TWO | {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2} | more
+    about = TWO | {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2} | more | others
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**about))
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -148,3 +148,30 @@ def test_llamas_go_through_our_folders_unchanged(tmp_path: Path, name: str, size
         assert type(again) is type(model)
         found.append(theirs(again))
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
+    """Log-probabilities of llama.cpp, with a float32 cache, at each of 64 positions."""
+    cpp = pytest.importorskip("xllamacpp")
+    V = llama_tokenizer(tmp_path / "tokenizer.json").get_vocab_size()
+    model = random_llama(name, vocab_size=V)
+    model.save_pretrained(tmp_path)
+    write_gguf(tmp_path / "m.gguf", open_model(tmp_path), "float32")
+    p = cpp.CommonParams()
+    p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.cpuparams.n_threads = str(tmp_path / "m.gguf"), 64, 1, False, 1
+    p.cache_type_k = p.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
+    p.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = cpp.Server(p)
+    ids = np.random.default_rng(0).integers(0, V - 3, 64).tolist()
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids])).logits[0].double()
+    expected, seen = torch.log_softmax(logits, -1).numpy(), 0
+    for n in range(1, 64):
+        settings = {"n_predict": 1, "n_probs": V, "temperature": 0.0, "cache_prompt": False}
+        found = server.handle_completions({"prompt": ids[:n], **settings})["choices"][0]["logprobs"]
+        if found is not None:  # of a token that is no whole character
+            for token in found["content"][0]["top_logprobs"]:
+                assert abs(token["logprob"] - expected[n - 1][token["id"]]) < 1e-5 * logits.abs().max()
+            seen += len(found["content"][0]["top_logprobs"]) == V
+    assert seen > 32

@@ -39,7 +39,9 @@ def network(files: dict[str, bytes | int], cache: Path, patch: pytest.MonkeyPatc
                 content = json.dumps(entries).encode() if entries else 404
             status, body = (content, b"") if isinstance(content, int) else (200, content)
             self.send_response(status)
-            self.send_header("X-Error-Code", {403: "GatedRepo", 404: "EntryNotFound"}.get(status, ""))
+            self.send_header(
+                "X-Error-Code", {403: "GatedRepo", 404: "EntryNotFound", 410: "RepoNotFound"}.get(status, "")
+            )
             self.send_header("Content-Length", str(len(body)))
             self.send_header("ETag", hashlib.sha1(body).hexdigest())
             self.send_header("X-Repo-Commit", COMMIT)
