@@ -131,7 +131,7 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
             return WHAT[magic_of(start)] if magic_of(start) != MASK else ""
         if (kind := kind_of(path, start)) and not lfs_pointer(start):
             if suffix == ".json" and not file.named and start.lstrip().startswith(b"{"):  # it may hold settings
-                next(read_records(path, kind), None)
+                _check_fields(path, kind)
             return RECORDS
         if suffix == ".bin":
             form_of(path)
@@ -147,6 +147,16 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
             problems.append(error)
             return ""
     return SCRIPT if suffix == ".json" and not file.named else TEXT
+
+
+def _check_fields(path: Path, kind: str) -> None:
+    """Raise NotText if a file has no records. What is wrong with them is reported when they are read."""
+    try:
+        next(read_records(path, kind), None)
+    except NotText:
+        raise
+    except LlmpyError:
+        return
 
 
 def _is_settings(path: Path) -> bool:

@@ -22,7 +22,8 @@ from llmpy import GPT2, Tokenizer
 from llmpy.cli.chat import answer, chat, prompt, questions, reader
 from llmpy.cli.sample import sample
 from llmpy.data.encode import encode
-from llmpy.data.record_fields import conversation
+from llmpy.data.record_fields import messages as read_messages
+from llmpy.data.record_fields import plain
 from llmpy.data.records import Document, begins, holds_answers
 from llmpy.data.shards import CHUNK, Shard
 from llmpy.formats import find
@@ -78,7 +79,7 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "user", "content": "there"},
         {"role": "assistant", "content": "be hello"},
     ]
-    (whole,) = encode(tokenizer, [Document("x", *conversation("x", messages, set()), literal=True)])
+    (whole,) = encode(tokenizer, [Document("x", *plain(read_messages("x", messages, set())), literal=True)])
     ids = prompt(tokenizer, messages[:1], messages[1:4], 900)
     assert ids == whole.ids[: len(ids)].tolist()
     assert whole.counted is not None
