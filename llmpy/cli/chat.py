@@ -20,6 +20,7 @@ from ..api import GPT2
 from ..backend.machine import Machine
 from ..data.encode import encode
 from ..data.record_fields import ASSISTANT, plain
+from ..data.record_fields import messages as read_messages
 from ..data.records import Document
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
@@ -71,10 +72,10 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
     Raises LlmpyError if the last question alone does not fit.
     """
     while True:
-        said = [(message, False) for message in (*system, *messages)]
+        said = read_messages("chat", [*system, *messages], set(), tokenizer.template)
         if tokenizer.template is None:
-            text, _ = plain([*said, ({"role": ASSISTANT, "content": ""}, False)])
-            document = Document("chat", text[:-2], literal=True)  # up to the answer
+            text, counted = plain([*said, ({"role": ASSISTANT, "content": ""}, True)])
+            document = Document("chat", text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
         else:
             rendering = tokenizer.template.prompt("the conversation", [message for message, _ in said])
             document = Document("chat", *rendering, rendered=True)

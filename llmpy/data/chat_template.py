@@ -85,13 +85,13 @@ class ChatTemplate:
             return [self._shown(text, blocks, letters)]
         parts = []
         for i in counted:
-            answers = messages[i]["role"] == "assistant"
-            before = render(messages[:i], tools, answers) if i or answers else ""
+            if messages[i]["role"] == "assistant":
+                before = render(messages[:i], tools, True)
+            else:  # up to its content
+                before = render([*messages[:i], {**messages[i], "content": OPEN}], tools).partition(OPEN)[0]
             through = whole if i == len(messages) - 1 else render(messages[: i + 1], tools)
             start = len(before)
-            if not answers:  # without the marker of its role
-                start = through.find(str(messages[i].get("content", "")).strip(), start)
-            if not through.startswith(before) or start < 0:
+            if not through.startswith(before):
                 what = f"{where}: the chat template changes what precedes message {i + 1} once it is there"
                 raise LlmpyError("template.inconsistent", what, FIX)
             parts.append((through, (start, self._end(through, start))))

@@ -88,7 +88,7 @@ def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str],
     kept = about["model"].get(NAMES, {}) if whole else {}
     chat = _chat(library, folder, config, model, Chat(*map(kept.pop, Chat._fields, Chat())))
     names = names or kept
-    if not whole or config.keys() & {"add_bos_token", "add_eos_token"}:
+    if not whole:  # else the file counts, and add_bos_token does not
         bos, eos = (names.get(role) if config.get(f"add_{role}") else None for role in ROLES[:2])
         ends = [(token, library.token_to_id(token)) for token in {bos, eos} if token]
         single = [x for x in (bos, "$A", eos) if x]
@@ -103,7 +103,7 @@ def _chat(
     path = None if folder is None else folder / TEMPLATE
     template = path.read_text("utf-8") if path is not None and path.is_file() else config.get("chat_template")
     if isinstance(template, list):
-        template = next((one["template"] for one in template if one["name"] == "default"), None)
+        template = next((one.get("template", 0) for one in template if one.get("name") == "default"), None)
     template = kept.chat_template if template is None else template
     ids = _sibling(folder, ENDS).get("eos_token_id", model.get("eos_token_id"))
     ends = {library.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0}

@@ -70,7 +70,9 @@ class Tokenizer:
         self.eot_text = eot_text
         self.eot: int = vocabulary[eot_text]
         self.roles: dict[str, int] = {role: vocabulary[name] for role, name in self.names.items()}
-        self.prefix: list[int] = library.encode("").ids  # of a text, as transformers adds it
+        whole, text = library.encode("a").ids, library.encode("a", add_special_tokens=False).ids
+        at = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+        self.prefix: list[int] = whole[:at]  # of a text, as transformers adds it
         self.byte_level = isinstance(library.decoder, decoders.ByteLevel)
         absent = (b for b, c in enumerate(_byte_characters()) if c not in vocabulary)
         self._absent = bytes(absent) if self.byte_level else b""  # of which the library drops texts silently
@@ -320,7 +322,8 @@ class Tokenizer:
         added = self._library.get_added_tokens_decoder().values()
         border = BORDER if self.splits_as_gpt2 else BLANK
         if not self.byte_level:
-            border = re.compile(rf"{BLANK.pattern}(?![\s{''.join(re.escape(token.content[0]) for token in added)}])")
+            first, last = ("".join(re.escape(token.content[i]) for token in added) for i in (0, -1))
+            border = re.compile(rf"(?<=[^\s▁{last}]) (?!\Z|[\s▁{first}])")
         if any(token.lstrip or token.rstrip or border.search(token.content) for token in added):
             return NEVER
         if not self.byte_level:

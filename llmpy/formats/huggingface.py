@@ -109,6 +109,9 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         roles = tokenizer.roles
         about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
         _write_json(folder / pretrained.CONFIG, about)
+        if tokenizer.template is not None:
+            (folder / pretrained.TEMPLATE).write_text(tokenizer.template.source, "utf-8", newline="\n")
+            _write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
