@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,11 +46,8 @@ class ChatTemplate:
     `apart`: returns whether text between special tokens can be encoded separately, as literal spans require.
     """
 
-    def __init__(
-        self, source: str, names: Mapping[str, str], special: Iterable[str], apart: Callable[[], bool]
-    ) -> None:
-        self.source = source
-        self._names, self._apart = names, apart
+    def __init__(self, source: str, names: Mapping[str, str], special: Iterable[str], apart: Callable[[], bool]):
+        self.source, self._names, self._apart = source, names, apart
         spelled = map(re.escape, sorted([*special, OPEN, CLOSE], key=len, reverse=True))
         self._special = re.compile("|".join(spelled))
 
@@ -117,15 +114,14 @@ class ChatTemplate:
 
     def _hidden(self, where: str, messages: Any, tools: Any) -> tuple[Any, dict[int, str]]:
         """Return messages and tools with a character for each special token's spelling, and character → spelling."""
-        texts = [*_texts([messages, tools])]
-        spelled = sorted({found for text in texts for found in self._special.findall(text)})
+        texts = json.dumps([messages, tools], ensure_ascii=False, default=str)
+        spelled = sorted({*self._special.findall(texts)})
         if not spelled:
             return (messages, tools), {}
         if not self._apart():
             what = f"{where} has {spelled[0]} in a message, and this tokenizer cannot encode it there as text"
             raise LlmpyError("record.unsupported", what, "Remove these records, or this spelling")
-        used = set().union(*texts)
-        letters = dict(zip((i for i in PRIVATE if chr(i) not in used), spelled, strict=False))
+        letters = dict(zip((i for i in PRIVATE if chr(i) not in texts), spelled, strict=False))
         stands = {spelling: chr(i) for i, spelling in letters.items()}
         return _mapped([messages, tools], lambda text: self._special.sub(lambda m: stands[m[0]], text)), letters
 
@@ -146,7 +142,7 @@ class ChatTemplate:
         values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         template = self._compiled
         try:
-            return template.render(**{**self._names, **values})
+            return template.render(self._names, **values)
         except Exception as error:  # the template is a program of others
             what = f"{where} is refused by the model's chat template: {str(error)[:200] or type(error).__name__}"
             raise LlmpyError("template.refused", what, FIX) from error
@@ -178,17 +174,8 @@ def _blocks(text: str) -> tuple[list[tuple[int, int]], str]:
     return spans, "".join(parts)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts in a value of JSON, but not the names of fields."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _texts(one)
-
-
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a value of JSON with `_texts` changed."""
+    """Return a value of JSON with all its texts changed, but not the names of fields."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -214,10 +201,8 @@ def _environment() -> jinja2.Environment:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]

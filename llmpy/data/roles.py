@@ -131,7 +131,7 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
             return WHAT[magic_of(start)] if magic_of(start) != MASK else ""
         if (kind := kind_of(path, start)) and not lfs_pointer(start):
             if suffix == ".json" and not file.named and start.lstrip().startswith(b"{"):  # it may hold settings
-                _check_fields(path, kind)
+                next(read_records(path, kind), None)
             return RECORDS
         if suffix == ".bin":
             form_of(path)
@@ -141,22 +141,14 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
                 "file.corrupt", f"{path} is not parquet: it starts with {start[:24]!r}", "Download it again"
             )
     except LlmpyError as error:
+        if error.code == "record.unsupported":  # a chat template may support it; else reported when it is read
+            return RECORDS
         if isinstance(error, NotText) and not _role(file, []) and _is_settings(path):
             return SCRIPT
         if _role(file, []) != TEST:  # those are left out
             problems.append(error)
             return ""
     return SCRIPT if suffix == ".json" and not file.named else TEXT
-
-
-def _check_fields(path: Path, kind: str) -> None:
-    """Raise NotText if a file has no records. What is wrong with them is reported when they are read."""
-    try:
-        next(read_records(path, kind), None)
-    except NotText:
-        raise
-    except LlmpyError:
-        return
 
 
 def _is_settings(path: Path) -> bool:

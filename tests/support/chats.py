@@ -288,7 +288,8 @@ def write(folder: Path, make: str, template: str | None = None, ends: list[str] 
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     kind = {"smollm": "llama", "llama3": "llama", "qwen": "qwen2"}.get(make, "llama")
     about = {"model_type": kind, "vocab_size": library.get_vocab_size() + 7}
-    (folder / "config.json").write_text(json.dumps(about), "utf-8")
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps(about), "utf-8")
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, "utf-8")
     if ends is not None:
