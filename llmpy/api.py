@@ -160,14 +160,14 @@ class GPT2:
         check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
         self.warm_up()
         generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
-        text, changes = TextStream(tokenizer.decode, stop), self._changes
+        text, changes = TextStream(tokenizer.continuation, stop), self._changes
         for _ in range(count):
             with self._net.ops.lock:
                 if self._changes != changes:
                     what = "the model changed while it generated a text"
                     raise LlmpyError("model.changed", what, "Generate the text again")
                 token = generation.step([0])[0].id
-            if token == tokenizer.eot:
+            if token in tokenizer.stops:
                 break
             yield text.feed(token)
             if text.stopped:

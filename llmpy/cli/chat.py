@@ -4,7 +4,8 @@ The conversation is formatted and tokenized as in training (`data.records`):
 
     <|endoftext|>system: …⏎⏎user: …⏎⏎assistant: …⏎⏎user: …⏎⏎assistant:␣
 
-An answer ends at the end-of-text token or where another role starts. When the conversation and an answer exceed the
+or by the model's chat template, if it has one. An answer ends at a token that ends answers or texts, or, without a
+template, where another role starts. When the conversation and an answer exceed the
 model's trained length, the oldest questions and answers are dropped; the system message stays.
 """
 
@@ -18,7 +19,8 @@ from collections.abc import Callable, Iterator
 from ..api import GPT2
 from ..backend.machine import Machine
 from ..data.encode import encode
-from ..data.record_fields import ASSISTANT, conversation
+from ..data.record_fields import ASSISTANT, plain
+from ..data.record_fields import messages as read_messages
 from ..data.records import Document
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
@@ -45,7 +47,8 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     system: list[Message] = [] if o.system is None else [{"role": "system", "content": o.system}]
     messages: list[Message] = []
     seed = o.seed
-    aside(f"{HELP}. A model not fine-tuned on messages continues the text instead of answering", "dim")
+    untrained = ". A model not fine-tuned on messages continues the text instead of answering"
+    aside(HELP + untrained * (tokenizer.template is None), "dim")
     for text in questions(ask or reader()):
         if text == "/reset":
             messages.clear()
@@ -57,7 +60,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
             messages.pop()
             aside(str(error), "dim")
             continue
-        pieces = model.continued(ids, o.tokens, choice_of(o), STOPS, seed)
+        pieces = model.continued(ids, o.tokens, choice_of(o), () if tokenizer.template else STOPS, seed)
         messages.append({"role": ASSISTANT, "content": answer(pieces)})
         seed += 1
 
@@ -69,8 +72,13 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
     Raises LlmpyError if the last question alone does not fit.
     """
     while True:
-        text, counted = conversation("chat", [*system, *messages, {"role": ASSISTANT, "content": ""}], set())
-        document = Document("chat", text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
+        said = read_messages("chat", [*system, *messages], set(), tokenizer.template)
+        if tokenizer.template is None:
+            text, counted = plain([*said, ({"role": ASSISTANT, "content": ""}, True)])
+            document = Document("chat", text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
+        else:
+            rendering = tokenizer.template.prompt("the conversation", [message for message, _ in said])
+            document = Document("chat", *rendering, rendered=True)
         ids = [int(i) for block in encode(tokenizer, [document]) for i in block.ids]
         if len(ids) <= room:
             return ids

@@ -21,7 +21,8 @@ from ..system.terminal import aside
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
     """Continue prompts with a model; text goes to `write`, everything else to stderr.
 
-    Generation stops before <|endoftext|> (unless `options.ignore_eot`), at `options.stop` or after `options.tokens`.
+    Generation stops before a token that ends texts or answers (unless `options.ignore_eot`), at `options.stop` or after
+    `options.tokens`.
     A single text is written token by token. Several texts, and the JSON object of `options.json`, are written at the
     end, in the order of the prompts. Raises LlmpyError if the model is missing, corrupt or does not fit its tokenizer.
     """
@@ -40,8 +41,8 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     # One generator per text; the first text is the same as without the others.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
     generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json)
-    streams = [TextStream(tokenizer.decode, o.stop or ()) for _ in prompts]
-    eot = None if o.ignore_eot else tokenizer.eot
+    streams = [TextStream(tokenizer.continuation, o.stop or ()) for _ in prompts]
+    ends = frozenset[int]() if o.ignore_eot else tokenizer.stops
     pieces: list[list[str]] = [[opening] for opening in openings]
     added: list[list[Token]] = [[] for _ in prompts]
     streaming = len(prompts) == 1 and not o.json
@@ -51,10 +52,10 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     for _ in range(o.tokens):
         for row, token in zip(live, generation.step(live), strict=True):
             added[row].append(token)
-            pieces[row].append(streams[row].feed(token.id) if token.id != eot else "")
+            pieces[row].append(streams[row].feed(token.id) if token.id not in ends else "")
             if streaming:
                 write(pieces[row][-1])
-        live = [row for row in live if not streams[row].stopped and added[row][-1].id != eot]
+        live = [row for row in live if not streams[row].stopped and added[row][-1].id not in ends]
         if not live:
             break
     for row, stream in enumerate(streams):
@@ -67,7 +68,7 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
                 "text": "".join(words[1:]),
                 "tokens": [token.id for token in new],
                 "logprobs": [token.logprob for token in new],  # nats
-                "ended": "stop" if stream.stopped else "eot" if new[-1].id == eot else "length",
+                "ended": "stop" if stream.stopped else "eot" if new[-1].id in ends else "length",
             }
             for ids, words, new, stream in zip(prompts, pieces, added, streams, strict=True)
         ]

@@ -1,8 +1,11 @@
-"""Documents → token ids: EOT, then the text, for each document.
+"""Documents → token ids: EOT and the tokenizer's prefix, then the text, for each document.
 
-Long texts are split at word boundaries, which changes no token: this spreads the work over all cores and bounds the
-library's memory. Only in LONGEST characters without a boundary a word is cut, where a token may differ. Counted and
-uncounted characters are encoded separately, so no token contains both.
+The rendering of a chat template has no tokens but its own, and is encoded whole. Other long texts are split at word
+boundaries, which changes no token: this spreads the work over all cores and bounds the library's memory. Only in
+LONGEST characters without a boundary a word is cut, where a token may differ.
+
+Counted and uncounted characters are encoded separately, so no token contains both. Renderings, and texts of
+SentencePiece, which puts blanks in front, are encoded whole: a token with a counted character counts.
 """
 
 from __future__ import annotations
@@ -13,21 +16,28 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..system.workers import few
+from .chat_template import Spans
 from .records import Document
-from .tokenizer import Tokenizer
+from .tokenizer import BORDER, Tokenizer
 
-BORDER = re.compile(r"(?<=\S)[ \n]")  # GPT-2's pattern always starts a word here (not at \x1c!)
-BLANK = re.compile(r"(?<=\S) ")  # for other patterns, which may join line ends to the preceding sign
-NEVER = re.compile(r"(?!)")
 PIECE = 1 << 12  # characters encoded at a time
 LONGEST = 1 << 16  # at most, then a word is cut: one of 2 MB took 3.5 GB
 TOKENIZER_SEES = 50_000_000  # characters to learn merges from: plenty, and 7 s of counting on two cores
 BATCH = 1 << 18  # bytes per call of the library: 18.5M took 3.0 GB, and Ctrl-C waits for two
-Piece = tuple[str, bool, bool]  # text, whether it starts a document, whether it counts
+
+
+class Piece(NamedTuple):
+    """A text to encode."""
+
+    text: str
+    literal: bool  # special tokens in it are text
+    first: bool  # it starts a document
+    counted: bool | Spans  # all of it, or these characters
 
 
 @dataclass(frozen=True)
@@ -42,19 +52,19 @@ class Tokens:
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Tokens]:
     """Yield the tokens of all documents in order, in batches: uint16, or uint32 for large vocabularies.
 
-    EOT counts as a target, since it ends the previous document. In literal documents special tokens are text.
+    EOT counts as a target, since it ends the previous document.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    jobs = _jobs(tokenizer, documents)
+    jobs = _batches(tokenizer, documents)
     if few():
-        yield from (_tokens(encoder, batch, dtype) for encoder, batch in jobs)
+        yield from (_tokens(tokenizer, batch, dtype) for batch in jobs)
         return
     waiting: deque[Future[Tokens]] = deque()
     # Two batches overlap: the library encodes on all cores, but converts its input and output on one.
     pool = ThreadPoolExecutor(2)
     try:
-        for encoder, batch in jobs:
-            waiting.append(pool.submit(_tokens, encoder, batch, dtype))
+        for batch in jobs:
+            waiting.append(pool.submit(_tokens, tokenizer, batch, dtype))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:
@@ -63,17 +73,11 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _jobs(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Tokenizer, list[Piece]]]:
-    """Yield batches, each with its tokenizer: in literal documents special tokens are text."""
-    for literal, group in itertools.groupby(documents, lambda document: document.literal):
-        encoder = tokenizer.ordinary() if literal else tokenizer
-        border = BORDER if encoder.splits_as_gpt2 else BLANK
-        for batch in _batches(group, border if encoder.starts_words(border) else NEVER):
-            yield encoder, batch
+def pieces(text: str, border: re.Pattern[str] = BORDER, drop: bool = False) -> Iterator[str]:
+    """Split `text` at word boundaries into pieces of about PIECE characters, else at line ends, of LONGEST at most.
 
-
-def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:
-    """Split `text` at word boundaries into pieces of about PIECE characters, else at line ends, of LONGEST at most."""
+    `drop`: leave out the boundaries.
+    """
     start = 0
     while len(text) - start > PIECE:
         end = start + LONGEST
@@ -82,52 +86,69 @@ def pieces(text: str, border: re.Pattern[str] = BORDER) -> Iterator[str]:
             break
         stop = cut.start() if cut else text.rfind("\n", start + PIECE, end) + 1 or end
         yield text[start:stop]
-        start = stop
+        start = cut.end() if cut and drop else stop
     yield text[start:]
 
 
-def _batches(documents: Iterable[Document], border: re.Pattern[str]) -> Iterator[list[Piece]]:
+def _batches(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[list[Piece]]:
+    """Yield pieces that are all literal, or all not."""
     batch: list[Piece] = []
     size = 0
-    for document in documents:
-        first = True
-        for text, counts in _segments(document):
-            for piece in pieces(text, border):
-                batch.append((piece, first, counts))
-                size += len(piece.encode("utf-8", "replace"))
-                first = False
-                if size >= BATCH:
-                    yield batch
-                    batch, size = [], 0
+    for piece in itertools.chain.from_iterable(_pieces(tokenizer, document) for document in documents):
+        if batch and (size >= BATCH or batch[0].literal != piece.literal):
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece.text.encode("utf-8", "replace"))
     if batch:
         yield batch
 
 
-def _segments(document: Document) -> Iterator[tuple[str, bool]]:
-    """Yield the consecutive segments of a document, and whether each counts."""
-    if document.counted is None:
-        yield document.text, True
+def _pieces(tokenizer: Tokenizer, document: Document) -> Iterator[Piece]:
+    """Yield the consecutive pieces of a document."""
+    literal, length = document.literal, len(document.text)
+    if document.rendered or not (document.counted is None or tokenizer.byte_level):
+        spans = ((0, length),) * literal if isinstance(literal, bool) else literal
+        for i, (start, stop, literal) in enumerate(_stretches(spans, length)):
+            part = document.part(start, stop)
+            yield Piece(part.text, literal, not (i or document.rendered), part.counted or ())
         return
+    encoder = tokenizer.ordinary() if literal else tokenizer
+    counted = ((0, length),) if document.counted is None else document.counted
+    first = True
+    for start, stop, counts in _stretches(counted, length):
+        for text in pieces(document.text[start:stop], encoder.border, not encoder.byte_level):
+            yield Piece(text, bool(literal), first, counts)
+            first = False
+
+
+def _stretches(spans: Spans, length: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield start and stop of the consecutive stretches of a text, and whether each is one of the spans."""
     at = 0
-    for start, stop in document.counted:
+    for start, stop in spans:
         if at < start:
-            yield document.text[at:start], False
-        yield document.text[start:stop], True
+            yield at, start, False
+        yield start, stop, True
         at = stop
-    if at < len(document.text):
-        yield document.text[at:], False
+    if at < length:
+        yield at, length, False
 
 
 def _tokens(tokenizer: Tokenizer, batch: list[Piece], dtype: np.dtype) -> Tokens:
-    texts, starts, counts = zip(*batch, strict=True)
-    rows = tokenizer.encode_batch(texts)
-    ids = np.empty(sum(map(len, rows)) + sum(starts), dtype)
-    counted = None if all(counts) else np.ones(len(ids), bool)
+    encoder, start = tokenizer.ordinary() if batch[0].literal else tokenizer, tokenizer.start
+    texts, _, starts, counts = zip(*batch, strict=True)
+    if all(isinstance(count, bool) for count in counts):
+        rows = encoder.encode_batch(texts)
+    else:
+        spans = [((0, len(t)),) * c if isinstance(c, bool) else c for t, c in zip(texts, counts, strict=True)]
+        rows, counts = zip(*encoder.encode_marked(texts, spans), strict=True)
+    ids = np.empty(sum(map(len, rows)) + len(start) * sum(starts), dtype)
+    counted = None if all(map(np.all, counts)) else np.ones(len(ids), bool)
     at = 0
     for row, first, counting in zip(rows, starts, counts, strict=True):
         if first:
-            ids[at] = tokenizer.eot
-            at += 1
+            ids[at : at + len(start)] = start
+            at += len(start)
         ids[at : at + len(row)] = row
         if counted is not None:
             counted[at : at + len(row)] = counting

@@ -27,7 +27,7 @@ from ..system.durable import made
 from ..system.lock import Lock
 from .datasets import SOURCES, hellaswag_lines
 from .hellaswag import encode_examples, write_examples
-from .pipeline import OWN, Corpus, Log, choose_tokenizer, split, write_tokens
+from .pipeline import OWN, Corpus, Log, choose_tokenizer, given_tokenizer, split, write_tokens
 from .roles import choose
 from .shards import open_shard
 from .text import Skip
@@ -197,18 +197,19 @@ def _hellaswag(options: DataOptions, work: Path, log: Log) -> dict[str, Any]:
 
 
 def _tokens(options: DataOptions, name: str | None, work: Path, log: Log, skip: Skip) -> dict[str, Any]:
+    given = given_tokenizer(options.tokenizer, log)
     if name is None:
         chosen = choose([Path(what) for what in options.what], options.val, skip, log)
         if chosen.shards:
             hint = f"Train on it: {command('train', '--data', *options.what)}"
             raise LlmpyError("data.already-tokens", f"{chosen.train[0].path} holds tokens already", hint)
-        corpus, layout = split(chosen, log), OWN
+        corpus, layout = split(chosen, log, given[0].template if given else None), OWN
     else:
         source, layout = SOURCES[name], SOURCES[name].layout
         # Documents may be read twice, to train a tokenizer and to encode. Only the first time is logged.
         logs = itertools.chain([log], itertools.repeat(lambda _: None))
         corpus = Corpus(lambda: ((d.source == layout.val, d) for d in source.documents(options.source, next(logs))))
-    tokenizer, label = choose_tokenizer(options.tokenizer, corpus, log)
+    tokenizer, label = given or choose_tokenizer(options.tokenizer, corpus, log)
     counts = write_tokens(corpus, tokenizer, label, work, log, layout, options.tokens or 0, options.format)
     listed = [f"{file}: {count:,} tokens" for file, count in counts.items()]
     log("  ".join(listed if len(listed) <= 4 else [*listed[:3], "…", listed[-1]]))

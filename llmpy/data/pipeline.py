@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import LlmpyError
 from ..system.progress import progress
 from ..system.stored import Stored
+from .chat_template import ChatTemplate
 from .datasets import SHARD_TOKENS, Layout, Log
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
@@ -48,22 +49,24 @@ class Corpus:
     given: bool = False  # whether the user gave the held-out files
 
 
-def split(chosen: Chosen, log: Log) -> Corpus:
+def split(chosen: Chosen, log: Log, template: ChatTemplate | None = None) -> Corpus:
     """Hold out the validation files, or else the end of the text; log what serves for what.
 
-    Raises LlmpyError for files that cannot be read, too little text, and if more than a tenth of the validation text
-    are documents that are also trained on (datasets repeat some: headings of wikitext, greetings in chats).
+    `template`: of the model, for messages. Raises LlmpyError for files that cannot be read, too little text, and if
+    more than a tenth of the validation text are documents that are also trained on (datasets repeat some: headings of
+    wikitext, greetings in chats).
     """
     if not chosen.val:
-        corpus = divided(lambda log: stream_files(chosen.train, log), log)
+        corpus = divided(lambda log: stream_files(chosen.train, log, template=template), log)
         log("validation  the last tenth of the training text")
         return corpus
     problems: list[LlmpyError] = []
     said: list[str] = []  # logged later: a line would break the bar
-    lengths = {hash(d.text): len(d.text) for d in _shown(stream_files(chosen.val, said.append, VALIDATION, problems))}
+    held_out = stream_files(chosen.val, said.append, VALIDATION, problems, template)
+    lengths = {hash(d.text): len(d.text) for d in _shown(held_out)}
     held, count = sum(lengths.values()), len(lengths)
     characters = 0
-    for document in _shown(stream_files(chosen.train, said.append, TRAINING, problems)):
+    for document in _shown(stream_files(chosen.train, said.append, TRAINING, problems, template)):
         characters += len(document.text)
         lengths.pop(hash(document.text), None)
     for line in said:
@@ -78,7 +81,7 @@ def split(chosen: Chosen, log: Log) -> Corpus:
     def parts() -> Iterator[tuple[bool, Document]]:
         for part in (TRAINING, VALIDATION):
             files = chosen.val if part == VALIDATION else chosen.train
-            yield from ((part == VALIDATION, d) for d in stream_files(files, lambda _: None, part))
+            yield from ((part == VALIDATION, d) for d in stream_files(files, lambda _: None, part, template=template))
 
     return Corpus(parts, characters, given=True)
 
@@ -135,17 +138,22 @@ def choose_vocab_size(characters: int) -> int:
     return min(max(fits, VOCAB_AT_LEAST), VOCAB_AT_MOST)
 
 
-def choose_tokenizer(name: str | None, corpus: Corpus, log: Log) -> tuple[Tokenizer, str]:
-    """Return a tokenizer and its description. `name`: gpt2, bytes, bpe:N (trained on the text), or a file.
-
-    None: bpe with `choose_vocab_size` tokens.
-    """
+def given_tokenizer(name: str | None, log: Log) -> tuple[Tokenizer, str] | None:
+    """Return the tokenizer of that name (gpt2, bytes, a file) and its description, None for one to train."""
     if name == "gpt2":
         return Tokenizer.gpt2(log), "GPT-2's"
     if name == "bytes":
         return Tokenizer.bytes(), "bytes"
-    if name is not None and not name.startswith("bpe:"):
-        return Tokenizer.load(Path(name)), name
+    return None if name is None or name.startswith("bpe:") else (Tokenizer.load(Path(name)), name)
+
+
+def choose_tokenizer(name: str | None, corpus: Corpus, log: Log) -> tuple[Tokenizer, str]:
+    """Return a tokenizer and its description. `name`: as `given_tokenizer`, or bpe:N (trained on the text).
+
+    None: bpe with `choose_vocab_size` tokens.
+    """
+    if given := given_tokenizer(name, log):
+        return given
     characters = corpus.characters or 0
     size = int(name.removeprefix("bpe:")) if name else choose_vocab_size(characters)
     every = math.ceil(characters / TOKENIZER_SEES) or 1

@@ -62,6 +62,7 @@ def prepare(
     `before`: the fingerprints of a run to resume, which keeps its split.
     Raises LlmpyError for data that cannot be read or used.
     """
+    given = None
     if paths is None:
         if val:
             raise LlmpyError("option.missing", "--val needs --data", "Pass the training data with --data")
@@ -84,11 +85,12 @@ def prepare(
                 what = f"training shards have the same tokens as {', '.join(same)}"
                 raise LlmpyError("split.overlap", what, "Remove them from one of the two")
             return dataset
-        corpus = split(chosen, log)
+        given = model.load() if model is not None else None
+        corpus = split(chosen, log, given[0].template if given else None)
     if model is None:
         tokenizer, label = choose_tokenizer(f"bpe:{vocab_size}" if vocab_size else None, corpus, log)
     else:
-        tokenizer, label = model.load()
+        tokenizer, label = given or model.load()
     size = tokenizer.vocab_size
     with made(folder):
         written = write_tokens(corpus, tokenizer, label, folder, log)

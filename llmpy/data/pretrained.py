@@ -1,19 +1,22 @@
 """Tokenizer files of Hugging Face, read as `transformers` (AutoTokenizer) reads their folder.
 
     tokenizer.json, or vocab.json and merges.txt        vocabulary, merges; a tokenizer.json also has the words
-    tokenizer_config.json, or special_tokens_map.json   class, special tokens, added tokens
+    tokenizer_config.json, or special_tokens_map.json   class, special tokens, added tokens, chat template
     added_tokens.json, config.json of the model         more added tokens; the class and eos_token_id if not named
+    chat_template.jinja, generation_config.json         chat template; more tokens that end a text
 
-GPT2Tokenizer, also the class of two files, has GPT-2's words. transformers 5 ignores other words in its tokenizer.json,
-transformers 4 does not, so they are refused. Source: transformers 5.24, `tokenization_utils_base.py` and
+A tokenizer.json has the words that its model was trained with, whatever its class: transformers 4 and llama.cpp use
+them. transformers 5 gives GPT2Tokenizer, LlamaTokenizer and Qwen2Tokenizer the words of their class instead. A GPT-2
+for which these differ is refused, since both may be meant. Source: transformers 5.24, `tokenization_utils_base.py` and
 `tokenization_utils_tokenizers.py`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .rank_tables import EOT
 
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 WHOLE, CONFIG, UNREADABLE = "tokenizer.json", "tokenizer_config.json", ("tokenizer.model", "spiece.model", "vocab.txt")
-SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
+TEMPLATE, ENDS = "chat_template.jinja", "generation_config.json"
+SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json", TEMPLATE, ENDS)
 FAST = "PreTrainedTokenizerFast"
 GPT2 = "GPT2"  # classes without "Tokenizer" and "Fast"
 CLASSES = ("", GPT2, "PreTrained", "TokenizersBackend", "PythonBackend", "Llama", "Qwen2", "GPTNeoX")
@@ -30,7 +34,14 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Names of the token between texts; the first that exists counts if no eos_token is named. Llama 3 has one for the start
 # and one for the end of a text: like llm.c, we put the former before each document.
 END_OF_TEXT = (EOT, "<|begin_of_text|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOS_TOKEN>")
-NAMES = "llmpy"  # key in the model of a tokenizer.json of ours: role → special token
+NAMES = "llmpy"  # key in the model of a tokenizer.json of ours: role → special token, and the fields of `Chat`
+
+
+class Chat(NamedTuple):
+    """What a folder has for chats: a template, and all special tokens that end a text."""
+
+    chat_template: str | None = None
+    stop_tokens: Sequence[str] = ()
 
 
 def find(folder: Path) -> Path | None:
@@ -38,8 +49,8 @@ def find(folder: Path) -> Path | None:
     return next((folder / name for name in (WHOLE, "vocab.json") if (folder / name).is_file()), None)
 
 
-def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Return a tokenizer.json, or vocab.json with its merges.txt, and role → special token, e.g. eos_token.
+def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str], Chat]:
+    """Return a tokenizer.json, or vocab.json with its merges.txt, role → special token (eos_token …), and `Chat`.
 
     A file of another name is read alone. Raises ValueError or an error of the library if anything is invalid.
     """
@@ -52,15 +63,16 @@ def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str]]
     named = config.get("tokenizer_class") or model.get("tokenizer_class") or ""
     kind = named.removesuffix("Fast").removesuffix("Tokenizer")
     kind = kind or GPT2 * (not whole or model.get("model_type") == "gpt2")
-    words = (about.get("pre_tokenizer") or {}) if whole else {}
+    words, odd = (about.get("pre_tokenizer") or {}) if whole else {}, False
     if config.get("split_special_tokens"):
         raise ValueError(f"split_special_tokens in {CONFIG} is not supported")
     wrong = "" if kind in CLASSES else f"tokenizer_class {named} is not supported"
     if whole:
         library = Tokenizer.from_str(data.decode("utf-8"))
-        odd = words.get("type") != "ByteLevel" or words.get("use_regex") is False or about.get("normalizer")
+        odd = bool(words.get("type") != "ByteLevel" or words.get("use_regex") is False or about.get("normalizer"))
         if kind == GPT2 and (odd or about["model"].get("ignore_merges")):
             wrong = "transformers 4 and 5 read it differently: its words are not those of its class, GPT2Tokenizer"
+            wrong *= model.get("model_type") in (None, "gpt2")
         if wrong:
             raise ValueError(f'{wrong}. If the file is complete, set "tokenizer_class": "{FAST}" in {CONFIG}')
     else:
@@ -70,15 +82,35 @@ def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str]]
         library = Tokenizer(models.BPE.from_file(str(path), str(merges)))
         library.decoder = decoders.ByteLevel()
     prefix = bool(config.get("add_prefix_space"))
-    if kind == GPT2 and words.get("add_prefix_space") != prefix:
+    if kind == GPT2 and not odd and words.get("add_prefix_space") != prefix:
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    names = _add(library, folder, kind, config, model) or (about["model"].get(NAMES, {}) if whole else {})
-    if not whole:
+    names = _add(library, folder, kind, config, model)
+    kept = about["model"].get(NAMES, {}) if whole else {}
+    chat = _chat(library, folder, config, model, Chat(*map(kept.pop, Chat._fields, Chat())))
+    names = names or kept
+    if not whole:  # else the file counts, and add_bos_token does not
         bos, eos = (names.get(role) if config.get(f"add_{role}") else None for role in ROLES[:2])
         ends = [(token, library.token_to_id(token)) for token in {bos, eos} if token]
         single = [x for x in (bos, "$A", eos) if x]
         library.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
-    return library, names
+    return library, names, chat
+
+
+def _chat(
+    library: tokenizers.Tokenizer, folder: Path | None, config: dict[str, Any], model: dict[str, Any], kept: Chat
+) -> Chat:
+    """Return what the folder has for chats, else what is `kept`. Of several templates, the default counts."""
+    path = None if folder is None else folder / TEMPLATE
+    template = path.read_text("utf-8") if path is not None and path.is_file() else config.get("chat_template")
+    if isinstance(template, list):
+        template = next((one.get("template", 0) for one in template if one.get("name") == "default"), None)
+    template = kept.chat_template if template is None else template
+    ids = _sibling(folder, ENDS).get("eos_token_id", model.get("eos_token_id"))
+    ends = {library.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0}
+    stops = [token for token in sorted(_added(library)) if token in ends] or kept.stop_tokens
+    if not isinstance(template, str | None) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"the chat template, or {NAMES} in the model, is not text")
+    return Chat(template, stops)
 
 
 def _add(

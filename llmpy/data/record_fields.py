@@ -3,22 +3,26 @@
     text                              all of it counts
     prompt, completion                texts, or lists of messages (TRL); the completion counts
     messages, conversations           role and content (OpenAI, TRL), from and value (ShareGPT), an optional system:
-                                      "role: content" and a blank line for each; the assistant's content counts, with
-                                      the blank line after it; weight, train, training and loss change what counts
+                                      as the model's chat template has them, else "role: content" and a blank line for
+                                      each; the assistant's content counts, with the end-of-turn token or blank line
+                                      after it; weight, train, training and loss change what counts
     instruction, input, output        Alpaca, with LLaMA-Factory's system and history; becomes messages
 
 Fields that are null, blank or empty count as absent, since tables of mixed records have them. Fields that these formats
-give another meaning (calls, images, preferences …) are refused by name; other fields are ignored and logged.
+give another meaning (images, preferences …) are refused by name, and so are calls and tools unless a chat template has
+them. Other fields are ignored and logged.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from ..errors import LlmpyError
+from .chat_template import ChatTemplate, Message, Rendering, Spans
 
 ASSISTANT = "assistant"  # the role that counts
 KINDS = "text, prompt and completion, messages, conversations, or instruction and output"
@@ -43,6 +47,7 @@ KNOWN = CONTENT | CONTEXT | {"weight"} | OF_RECORDS
 PAIRS = (("prompt", "completion"), ("instruction", "output"))
 FLAGS = ("weight", "train", "training", "loss")  # of a message: OpenAI; axolotl; ms-swift
 PLAIN = {"role", "content"}
+OF_TEMPLATES = {ASSISTANT: {"tool_calls", "reasoning_content"}, "tool": {"name", "tool_call_id"}}
 MESSAGE = {*PLAIN, "from", "value", *FLAGS}
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -50,26 +55,24 @@ ROLES = {
     **dict.fromkeys((ASSISTANT, "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), ASSISTANT),
 }
 TYPES = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-Spans = tuple[tuple[int, int], ...]  # [start, stop) in characters, ascending
 
 
 class Reading(NamedTuple):
     """A record as understood."""
 
-    text: str
-    counted: Spans | None  # None: all
+    parts: list[Rendering]  # several if its answers are trained on one at a time
     layout: str  # for the log
     ignored: set[str]  # names of fields without a meaning
 
 
-def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
-    """Return the text of a record, or None if all its fields are empty.
+def read_fields(where: str, record: Mapping[str, Any], template: ChatTemplate | None = None) -> Reading | None:
+    """Return the text of a record, its messages in `template`, or None if all its fields are empty.
 
     Raises LlmpyError, naming `where` and the field, for two kinds of content and for fields that cannot be used.
     """
     fields = {name: record[name] for name in record.keys() & KNOWN if _holds(record[name])}
     if fields.keys() == {"text"}:  # most records
-        return Reading(_string(f"{where}: text", fields["text"]), None, "text", record.keys() - KNOWN)
+        return Reading([Rendering(_string(f"{where}: text", fields["text"]), None)], "text", record.keys() - KNOWN)
     _refuse(where, fields.keys() & PREFERENCES)
     found = [name for name in ("text", *CHATS) if name in fields]
     for question, answer in PAIRS:
@@ -85,72 +88,131 @@ def read_fields(where: str, record: Mapping[str, Any]) -> Reading | None:
             )
         return None
     kind, extra = found[0], set[str]()
-    layout, used, counted = kind, {kind}, None
+    layout, used, counted, talk = kind, {kind}, None, None
     if fields.get("weight", 1) != 1:
         raise _unsupported(f"{where} has weight {_shown(fields['weight'])}, and only 1 is supported")
     if kind != "text":  # a label that is a text is a category
-        _refuse(where, fields.keys() & OF_RECORDS - ({"label"} if isinstance(fields.get("label"), str) else set()))
+        used |= {name for name in fields.keys() & {"tools"} if template is not None and template.uses(name)}
+        categories = {"label"} if isinstance(fields.get("label"), str) else set()
+        _refuse(where, fields.keys() & OF_RECORDS - used - categories)
     if kind == "text":
         text = _string(f"{where}: text", fields["text"])
         used |= {"input", "output", "response"}  # metadata
     elif kind == "completion":
-        layout, used = "prompt + completion", {"prompt", "completion"}
-        text, counted = _pair(where, record["prompt"], record["completion"], extra)
+        layout, used = "prompt + completion", used | {"prompt"}
+        talk, text, counted = _pair(where, record["prompt"], record["completion"], extra, template)
     else:
         used.add("system")
         if kind == "output":
             layout, used = "instruction/input/output", used | {"instruction", "input", "history"}
-        messages = _alpaca(where, fields, record["output"]) if kind == "output" else fields[kind]
-        front = f"system: {_string(f'{where}: system', fields['system'])}\n\n" if "system" in fields else ""
-        text, counted = conversation(f"{where}: {kind}", messages, extra, front)
-        if front and text.startswith("system: ", len(front)):
-            raise _ambiguous(f"{where} has two system messages")
+        given = _alpaca(where, fields, record["output"]) if kind == "output" else fields[kind]
+        talk = messages(f"{where}: {kind}", given, extra, template)
+        if "system" in fields:
+            if talk[0][0]["role"] == "system":
+                raise _ambiguous(f"{where} has two system messages")
+            talk.insert(0, ({"role": "system", "content": _string(f"{where}: system", fields["system"])}, False))
         layout += " → user/assistant messages" * (kind != "messages")
-    if lost := [name for name in fields.keys() & CONTEXT - used if str(fields[name]) not in text]:
+    if talk is None:
+        _refuse(where, used & {"tools"})
+        parts = [Rendering(text, counted)]
+    elif template is None:
+        parts = [Rendering(*plain(talk))]
+    else:
+        counts = [i for i, (_, counting) in enumerate(talk) if counting]
+        tools = _tools(where, fields["tools"]) if "tools" in fields else None
+        parts = template.conversation(where, [message for message, _ in talk], counts, tools)
+        layout += " → chat template" + ", one answer at a time: it rewrites earlier ones" * (len(parts) > 1)
+    text = "".join(_string(where, part.text) for part in parts)
+    if lost := [name for name in fields.keys() & CONTEXT - used if str(fields[name]).strip() not in text]:
         raise _ambiguous(f"{where}: {min(lost)} is not part of {kind}, and would be lost")
-    return Reading(text, counted, layout, extra | record.keys() - KNOWN | fields.keys() - used - CONTEXT - {"weight"})
+    return Reading(parts, layout, extra | record.keys() - KNOWN | fields.keys() - used - CONTEXT - {"weight"})
 
 
-def conversation(where: str, messages: Any, ignored: set[str], text: str = "") -> tuple[str, Spans]:
-    """Return `role: content` and a blank line for each message, after `text`, and the characters that count.
+def plain(talk: Sequence[tuple[Message, bool]]) -> tuple[str, Spans]:
+    """Return `role: content` and a blank line for each message, and the characters that count."""
+    text, counted = "", []
+    for message, counting in talk:
+        text += f"{message['role']}: "
+        start = len(text)
+        text += message["content"] + "\n\n"
+        if counting:
+            counted.append((start, len(text)))
+    return text, tuple(counted)
+
+
+def messages(
+    where: str, messages: Any, ignored: set[str], template: ChatTemplate | None = None
+) -> list[tuple[Message, bool]]:
+    """Return the messages as role, content and what else `template` reads, and whether each counts.
 
     Adds the names of message fields without a meaning to `ignored`. Raises LlmpyError for invalid messages.
     """
     if not isinstance(messages, list):
         raise _invalid(f"{where} is {_type(messages)}, not a list of messages")
-    counted = []
+    talk = []
     for number, message in enumerate(messages, 1):
         at = f"{where}, message {number}"
         if not isinstance(message, dict):
             raise _invalid(f"{at} is {_type(message)}, not an object with role and content")
-        if others := {name for name in message.keys() - PLAIN if _holds(message[name])}:
-            _refuse(at, {name for name in others - MESSAGE if name in OF_MESSAGES or LOSS.match(name)})
-            ignored |= others - MESSAGE
         spelled = _either(at, message, "role", "from")
         role = ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
+        if spelled == "tool" and template is not None and template.uses("tool"):
+            role = "tool"
         if role is None:
             raise _unsupported(f"{at} has the role {_shown(spelled)}, not system, user or assistant")
-        text += f"{role}: "
-        start = len(text)
-        text += _content(at, _either(at, message, "content", "value")) + "\n\n"
-        if _counts(at, message, role) if others else role == ASSISTANT:
-            counted.append((start, len(text)))
-    return text, tuple(counted)
+        others = {name for name in message.keys() - PLAIN if _holds(message[name])}
+        more: Message = {}
+        if template is not None:
+            known = (name for name in OF_TEMPLATES.get(role, ()) if name in others)
+            more = {name: _value(at, message[name]) for name in known if role == "tool" or template.uses(name)}
+        if others := others - more.keys():
+            _refuse(at, {name for name in others - MESSAGE if name in OF_MESSAGES or LOSS.match(name)})
+            ignored |= others - MESSAGE
+        if "tool_calls" not in more or message.get("content") is not None:
+            more["content"] = _content(at, _either(at, message, "content", "value"))
+        talk.append(({"role": role, **more}, _counts(at, message, role) if others else role == ASSISTANT))
+    return talk
 
 
-def _pair(where: str, prompt: Any, completion: Any, ignored: set[str]) -> tuple[str, Spans]:
-    """Return prompt and completion as one text, of which the completion counts."""
+def _value(at: str, value: Any) -> Any:
+    """Return calls or tools without empty fields, which tables have; arguments as objects, which templates expect."""
+    if isinstance(value, dict):
+        some = {name: _value(at, one) for name, one in value.items() if one is not None}
+        if isinstance(text := some.get("arguments"), str):
+            try:
+                some["arguments"] = json.loads(text)
+            except (ValueError, RecursionError):
+                raise _invalid(f"{at}: arguments are not JSON") from None
+        return some
+    return [_value(at, one) for one in value] if isinstance(value, list) else value
+
+
+def _tools(where: str, tools: Any) -> list[Any]:
+    """Return the tools of a record: a list of objects, or its JSON."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise _invalid(f"{where}: tools is not a list of objects")
+    return list(_value(where, found))
+
+
+def _pair(
+    where: str, prompt: Any, completion: Any, ignored: set[str], template: ChatTemplate | None
+) -> tuple[list[tuple[Message, bool]] | None, str, Spans]:
+    """Return prompt and completion as messages, or as one text, of which the completion counts."""
     lists = isinstance(completion, list)
     if isinstance(prompt, list) is not lists and not _holds(prompt):
         prompt = [] if lists else ""
     if isinstance(prompt, list) is not lists:
         raise _invalid(f"{where}: prompt is {_type(prompt)}, completion {_type(completion)}")
     if lists:
-        text, _ = conversation(f"{where}: prompt", prompt, ignored)
-        return conversation(f"{where}: completion", completion, ignored, text)
+        asked = [(message, False) for message, _ in messages(f"{where}: prompt", prompt, ignored, template)]
+        return [*asked, *messages(f"{where}: completion", completion, ignored, template)], "", ()
     text = _string(f"{where}: prompt", prompt)
     whole = text + _string(f"{where}: completion", completion)
-    return whole, ((len(text), len(whole)),)
+    return None, whole, ((len(text), len(whole)),)
 
 
 def _alpaca(where: str, fields: Mapping[str, Any], output: Any) -> list[dict[str, Any]]:

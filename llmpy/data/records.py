@@ -14,7 +14,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ import numpy as np
 from ..errors import LlmpyError, unreadable
 from ..system.command import install
 from ..system.words import count_of
-from .record_fields import ASSISTANT, CONTENT, KINDS, KNOWN, Reading, Spans, read_fields
+from .chat_template import ChatTemplate, Spans
+from .record_fields import ASSISTANT, CONTENT, KINDS, KNOWN, Reading, read_fields
 from .shards import CHUNK, Shard
 from .tokenizer import Tokenizer
 
@@ -44,15 +45,18 @@ class Document:
     source: str
     text: str
     counted: Spans | None = None
-    literal: bool = False  # special tokens in it are text
+    literal: Spans | bool = False  # where special tokens are text; True: everywhere
+    rendered: bool = False  # by a chat template: no token precedes it
 
     def part(self, start: int, stop: int) -> Document:
         """Return characters [start, stop) as a document."""
-        spans = self.counted
-        if spans is not None:
-            cut = ((max(a, start) - start, min(b, stop) - start) for a, b in spans)
-            spans = tuple((a, b) for a, b in cut if a < b)
-        return Document(self.source, self.text[start:stop], spans, self.literal)
+
+        def cut(spans: Spans) -> Spans:
+            return tuple((max(a, start) - start, min(b, stop) - start) for a, b in spans if a < stop and b > start)
+
+        counted = None if self.counted is None else cut(self.counted)
+        literal = self.literal if isinstance(self.literal, bool) else cut(self.literal)
+        return replace(self, text=self.text[start:stop], counted=counted, literal=literal)
 
 
 class NotText(LlmpyError):
@@ -93,9 +97,12 @@ def kind_of(path: Path, start: bytes) -> str | None:
     return "jsonl" if RECORD.match(start) and path.suffix.lower() != ".json" else SUFFIXES.get(path.suffix.lower())
 
 
-def read_records(path: Path, kind: str, tally: Tally | None = None) -> Iterator[Document]:
+def read_records(
+    path: Path, kind: str, tally: Tally | None = None, template: ChatTemplate | None = None
+) -> Iterator[Document]:
     """Yield the documents of a file of `kind_of`, in order, without empty ones, and count them in `tally`.
 
+    `template` formats messages.
     Raises LlmpyError, naming file, record and field, for corrupt files and records that cannot be used (NotText: the
     first record has no known fields, or a .json file is not JSON).
     """
@@ -109,12 +116,12 @@ def read_records(path: Path, kind: str, tally: Tally | None = None) -> Iterator[
             error = NotText if index == 0 else LlmpyError
             raise error("record.unknown-fields", f"{where} {found}", f"Give {KINDS}")
         try:
-            reading = read_fields(where, row or {})
+            reading = read_fields(where, row or {}, template)
         except RecursionError as error:
             raise LlmpyError("record.invalid", f"{where} is nested too deeply", f"Give {KINDS}") from error
         tally.add(name, reading)
-        if reading:
-            yield Document(f"{of}:{number}", reading.text, reading.counted, literal=True)
+        for part in reading.parts if reading else ():
+            yield Document(f"{of}:{number}", *part, rendered=part.literal is not True)
 
 
 def json_records(path: Path, kind: str = "jsonl") -> Iterator[tuple[int, Any]]:
@@ -199,7 +206,9 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def holds_answers(shard: Shard, tokenizer: Tokenizer) -> bool:
-    """Return whether a counted stretch starts where an assistant message does."""
+    """Return whether a counted stretch starts where an assistant message does; any if there is a chat template."""
+    if tokenizer.template is not None:
+        return next(begins(shard), None) is not None
     head = f"{ASSISTANT}: "
     places = islice(begins(shard), LOOKED_AT)
     return any(tokenizer.decode(shard.tokens[max(0, i - len(head)) : i].tolist()).endswith(head) for i in places)
@@ -213,7 +222,7 @@ def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[i
     for shard in shards:
         for place in begins(shard):
             before: list[int] = shard.tokens[max(0, place - most) : place].tolist()
-            while tokenizer.eot in before[1:]:
+            while tokenizer.template is None and tokenizer.eot in before[1:]:  # in chats it may end each message
                 before = before[before.index(tokenizer.eot, 1) :]
             return before
     return []

@@ -141,6 +141,8 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
                 "file.corrupt", f"{path} is not parquet: it starts with {start[:24]!r}", "Download it again"
             )
     except LlmpyError as error:
+        if error.code == "record.unsupported":  # a chat template may support it; else reported when it is read
+            return RECORDS
         if isinstance(error, NotText) and not _role(file, []) and _is_settings(path):
             return SCRIPT
         if _role(file, []) != TEST:  # those are left out

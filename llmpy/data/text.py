@@ -20,6 +20,7 @@ from pathlib import Path
 from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES
 from ..system.words import count_of, did_you_mean
+from .chat_template import ChatTemplate
 from .magic import HEADER_BYTES, SEALED, lfs_pointer
 from .rank_tables import EOT
 from .records import Document, Tally, kind_of, read_records
@@ -98,10 +99,11 @@ def refuse_all(problems: Sequence[LlmpyError]) -> None:
 
 def stream_files(
     files: Sequence[Found], log: Callable[[str], None] = print, role: str = "training",
-    problems: list[LlmpyError] | None = None,
+    problems: list[LlmpyError] | None = None, template: ChatTemplate | None = None,
 ) -> Iterator[Document]:  # fmt: skip
     """Yield the documents of `files` in order, reading one text file or record at a time; log a summary at the end.
 
+    `template`: of the model, for messages.
     After the last file, raises LlmpyError for those that cannot be read (or adds the errors to `problems`), and for
     less than 1,000 characters of training text.
     """
@@ -111,7 +113,7 @@ def stream_files(
     tally = Tally()
     for file in files:
         try:
-            kind, parts = _open(file.path, tally)
+            kind, parts = _open(file.path, tally, template)
             for document in parts:
                 characters += len(document.text)
                 documents += 1
@@ -140,10 +142,10 @@ def read_text(path: Path) -> str:
     return _decode(path, _read(path))[0]
 
 
-def _open(path: Path, tally: Tally) -> tuple[str, Iterator[Document]]:
+def _open(path: Path, tally: Tally, template: ChatTemplate | None) -> tuple[str, Iterator[Document]]:
     """Return the format or encoding of a file, and its documents."""
     if kind := kind_of(path, _read(path, HEADER_BYTES)):
-        return kind, read_records(path, kind, tally)
+        return kind, read_records(path, kind, tally, template)
     text, encoding = _decode(path, _read(path))
     return encoding, (Document(str(path), part) for part in text.split(EOT) if part.strip())
 

@@ -1,9 +1,11 @@
-"""Byte-level BPE with the `tokenizers` library: trained on a text, loaded from common file formats, or plain bytes.
+"""BPE with the `tokenizers` library: trained on a text, loaded from common file formats, or plain bytes.
 
-Text becomes UTF-8 bytes, split into words by GPT-2's pattern. Adjacent pairs are merged in the order learned (Sennrich
-et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so any text round-trips. `<|endoftext|>` precedes each
-document. In a text it is the same token, since some files separate documents with it. Other tokenizers may name it
-differently.
+Byte-level: text becomes UTF-8 bytes, split into words by GPT-2's pattern. Adjacent pairs are merged in the order
+learned (Sennrich et al. 2016; Radford et al. 2019). All 256 bytes are tokens, so any text round-trips. SentencePiece's
+(Llama 2, TinyLlama): blanks become `▁`, one is put in front, and rare characters are spelled in bytes, `<0xE6>`.
+
+`<|endoftext|>` precedes each document. In a text it is the same token, since some files separate documents with it.
+Other tokenizers may name it differently, and put a token of their own at the start of a text (`prefix`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -24,6 +27,7 @@ from ..system.durable import write_whole
 from ..system.interrupts import interruptible
 from ..system.workers import few
 from . import pretrained
+from .chat_template import ChatTemplate, Spans
 from .magic import TOKENIZER, lfs_pointer, magic_of
 from .rank_tables import EOT, TIKTOKEN_LINE, Ranks, parse_llmc, parse_tiktoken
 
@@ -41,21 +45,52 @@ RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")  # GPT-2's pattern never j
 # GPT-NeoX do). The second has no leading space.
 PROBES = (" The  cAfe\u0301 caf\u00e9\n\n\t日本 \U0001f642 \ufb01 x\u2028\r\n.\0 ", "a\n")
 
+NO_CHAT = pretrained.Chat()
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+BORDER = re.compile(r"(?<=\S)[ \n]")  # GPT-2's pattern always starts a word here (not at \x1c!)
+BLANK = re.compile(r"(?<=\S) ")  # for other patterns, which may join line ends to the preceding sign
+NEVER = re.compile(r"(?!)")
 SENTENCES = "It's 1 or 22, (a b) 'c' \"d\". E\n- f: g! 日 本 é _ x\n y\n\nz "  # to see where words start
 
 
 class Tokenizer:
     """A map between text and token ids. Construct it by `train`, `load`, `gpt2` or `bytes`, not directly."""
 
-    def __init__(self, library: tokenizers.Tokenizer, eot_text: str = EOT, names: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, library: tokenizers.Tokenizer, eot_text: str = EOT, names: dict[str, str] | None = None,
+        chat: pretrained.Chat = NO_CHAT,
+    ) -> None:  # fmt: skip
+        from tokenizers import decoders
+
         self._library = library
+        self._chat = chat
         self.names = names or dict.fromkeys(("eos_token", "bos_token"), eot_text)  # role → special token
         vocabulary = library.get_vocab()
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eot_text = eot_text
         self.eot: int = vocabulary[eot_text]
         self.roles: dict[str, int] = {role: vocabulary[name] for role, name in self.names.items()}
+        whole, text = library.encode("a").ids, library.encode("a", add_special_tokens=False).ids
+        at = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+        self.prefix: list[int] = whole[:at]  # of a text, as transformers adds it
+        self.byte_level = isinstance(library.decoder, decoders.ByteLevel)
+        absent = (b for b, c in enumerate(_byte_characters()) if c not in vocabulary)
+        self._absent = bytes(absent) if self.byte_level else b""  # of which the library drops texts silently
+        special = [token.content for token in library.get_added_tokens_decoder().values() if token.special]
+        template, apart = chat.chat_template, lambda: self._apart
+        self.template = ChatTemplate(template, self.names, special, apart) if template else None
         self._ordinary: Tokenizer | None = None
+
+    @property
+    def start(self) -> list[int]:
+        """The tokens before a document: EOT, which ends the previous one, and the prefix."""
+        return self.prefix if self.prefix[:1] == [self.eot] else [self.eot, *self.prefix]
+
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """The tokens that end a generated text: EOT, those the model names, and the end of an answer in a chat."""
+        ends = {*self._chat.stop_tokens, self.template.end_of_turn if self.template else None}
+        return frozenset({self.eot, *(i for end in ends if end and (i := self._library.token_to_id(end)) is not None)})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -99,7 +134,7 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         """Load a tokenizer.json or vocab.json, the folder of one, a .tiktoken table or llm.c's tokenizer .bin.
 
-        Files are recognized by content. Raises LlmpyError if it is missing, corrupt, or not byte-level BPE.
+        Files are recognized by content. Raises LlmpyError if it is missing, corrupt, or not BPE of bytes.
         """
         try:
             data = (path := (pretrained.find(path) or path / pretrained.WHOLE) if path.is_dir() else path).read_bytes()
@@ -123,7 +158,7 @@ class Tokenizer:
                 why = " or of ".join([f"a field of {path.name}", *near]) + " is invalid"
             short = why if len(why) < 300 else why[:140] + " … " + why[-140:]  # the library repeats tokens in full
             message = f"{path} is not a usable tokenizer: {short}"
-            hint = "Give a tokenizer.json, or vocab.json and merges.txt, of byte-level BPE"
+            hint = "Give a tokenizer.json, or vocab.json and merges.txt, of BPE with bytes"
             raise LlmpyError("tokenizer.invalid", message, hint) from error
 
     @classmethod
@@ -157,14 +192,12 @@ class Tokenizer:
     @classmethod
     def _from_json(cls, path: Path, data: bytes) -> Tokenizer:
         """Return the tokenizer of JSON files. Raises ValueError or a library error if invalid or lossy."""
-        from tokenizers import decoders, pre_tokenizers
-
-        library, names = pretrained.read(path, data)
+        library, names, chat = pretrained.read(path, data)
         vocabulary = library.get_vocab()
-        missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
-        if not isinstance(library.decoder, decoders.ByteLevel) or missing:
-            # it would silently drop missing bytes
-            raise ValueError(f"not byte-level: {missing} of the 256 bytes are missing, decoder {library.decoder}")
+        fallback = getattr(library.model, "byte_fallback", False)
+        fallback = fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        missing = [byte for byte, c in enumerate(_byte_characters()) if c not in vocabulary]
+        common = {*b"\t\n\r", *range(0x20, 0x7F)}.intersection(missing)
         if len(set(vocabulary.values())) < len(vocabulary):
             raise ValueError("two tokens have the same id")
         eot = names.get("eos_token") or _usual_eot(library)
@@ -173,10 +206,15 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         library.model.dropout = None
-        tokenizer = cls(library, eot, names and {"eos_token": eot, **names})
-        for text in PROBES:
+        tokenizer = cls(library, eot, names and {"eos_token": eot, **names}, chat)
+        if not (tokenizer.byte_level and not common or fallback):
+            what = f"not byte-level: {len(missing)} of the 256 bytes are missing, decoder {library.decoder}"
+            raise ValueError(what)
+        for probe in PROBES:
+            text = "".join(c for c in probe if not {*c.encode()} & {*tokenizer._absent})
             again = tokenizer.decode(tokenizer.encode(text))
-            if again not in (text, unicodedata.normalize("NFC", text)):
+            blank = " " * (fallback and text[:1] == " ")  # Metaspace puts no second one in front
+            if not {again, blank + again} & {text, unicodedata.normalize("NFC", text)}:
                 raise ValueError(f"it changes text: {text!r} becomes {again!r}")
         return tokenizer
 
@@ -209,28 +247,51 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return the content of a tokenizer.json. It has `names` if other than the usual EOT is named."""
         content = self._library.to_str(pretty=True)
-        if {*self.names.values(), self.eot_text} == {_usual_eot(self._library)}:
+        chat = {key: value for key, value in self._chat._asdict().items() if value}
+        if {*self.names.values(), self.eot_text} == {_usual_eot(self._library)} and not chat:
             return content
         about = json.loads(content)
-        about["model"][pretrained.NAMES] = self.names
+        about["model"][pretrained.NAMES] = self.names | chat
         return json.dumps(about, ensure_ascii=False, indent=2)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`; no EOT is added. Raises LlmpyError for lone surrogates."""
+        """Return the token ids of `text`, without prefix and EOT.
+
+        Raises LlmpyError for lone surrogates, and for bytes without a token.
+        """
         try:
-            text.encode("utf-8")
+            data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             message = f"the text has {text[error.start]!r} at character {error.start}, from a byte that is not UTF-8"
             hint = "Type it again, or set a UTF-8 locale (LANG=C.UTF-8)"
             raise LlmpyError("tokenizer.lone-surrogate", message, hint) from error
+        if len(data.translate(None, self._absent)) < len(data):
+            lost = next(c for c in text if len(c.encode().translate(None, self._absent)) < len(c.encode()))
+            message = f"the tokenizer has no token for a byte of {lost!a}, and would drop it"
+            raise LlmpyError("tokenizer.no-byte", message, "Remove this character from the text")
         return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, encoded on all cores. Raises LlmpyError as `encode`."""
         try:
+            if self._absent and len((data := "".join(texts).encode()).translate(None, self._absent)) < len(data):
+                raise TypeError
             return [e.ids for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
         except (TypeError, UnicodeEncodeError):
             return [self.encode(text) for text in texts]  # to name the character
+
+    def encode_marked(self, texts: Sequence[str], spans: Sequence[Spans]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield the token ids (n,) of each text and which of them, bool (n,), have characters in its spans."""
+        if self._absent:
+            self.encode_batch(texts)  # refuses them
+        for encoding, counted in zip(self._library.encode_batch(texts, add_special_tokens=False), spans, strict=True):
+            at = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            first = np.minimum(at[:, 0], np.append(0, at[:-1, 1])[: len(at)])  # the library trims blanks
+            last = np.maximum(at[:, 1], first + 1)
+            marks = np.zeros(len(at), bool)
+            for start, stop in counted:
+                marks |= (first < stop) & (last > start)
+            yield encoding.ids, marks
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`, with EOT; invalid UTF-8 becomes U+FFFD.
@@ -243,16 +304,41 @@ class Tokenizer:
             raise LlmpyError("tokenizer.outside-vocabulary", message, "Use the tokenizer that encoded these tokens")
         return self._library.decode(ids, skip_special_tokens=False)
 
+    def continuation(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` that continue a text: SentencePiece's first blank stays."""
+        return self.decode(ids) if self.byte_level else self.decode([self.eot, *ids])[len(self.eot_text) :]
+
     def same_tokens(self, other: Tokenizer) -> bool:
         """Return whether both have the same token for each id, and the same EOT."""
         return self.eot == other.eot and self._library.get_vocab() == other._library.get_vocab()
 
-    def starts_words(self, border: re.Pattern[str]) -> bool:
-        """Return whether `border` always starts a word, and no added token contains or takes it."""
-        starts = {at[0] for _, at in self._library.pre_tokenizer.pre_tokenize_str(SENTENCES)}
+    @cached_property
+    def border(self) -> re.Pattern[str]:
+        """What always starts a word, never inside or next to an added token; nothing if unknown.
+
+        SentencePiece's has no words, but no token joins a blank to what precedes it. A piece is encoded without its
+        first blank, since the library puts one in front.
+        """
         added = self._library.get_added_tokens_decoder().values()
-        taken = any(token.lstrip or token.rstrip or border.search(token.content) for token in added)
-        return not taken and all(m.start() in starts for m in border.finditer(SENTENCES))
+        border = BORDER if self.splits_as_gpt2 else BLANK
+        if not self.byte_level:
+            first, last = ("".join(re.escape(token.content[i]) for token in added) for i in (0, -1))
+            border = re.compile(rf"(?<=[^\s▁{last}]) (?!\Z|[\s▁{first}])")
+        if any(token.lstrip or token.rstrip or border.search(token.content) for token in added):
+            return NEVER
+        if not self.byte_level:
+            same = self.encode(SENTENCES) == [i for text in border.split(SENTENCES) for i in self.encode(text)]
+            return NEVER if not same or any(re.search("[^▁]▁", t) for t in self._library.get_vocab()) else border
+        starts = {at[0] for _, at in self._library.pre_tokenizer.pre_tokenize_str(SENTENCES)}
+        return border if all(m.start() in starts for m in border.finditer(SENTENCES)) else NEVER
+
+    @cached_property
+    def _apart(self) -> bool:
+        """Whether texts between special tokens have the same ids if encoded alone."""
+        parts = "a", self.eot_text, " b\n", self.eot_text, "c d"
+        added = self._library.get_added_tokens_decoder().values()
+        strips = any(token.lstrip or token.rstrip or token.single_word for token in added if token.special)
+        return not strips and self.encode("".join(parts)) == [i for part in parts for i in self.encode(part)]
 
     @property
     def splits_as_gpt2(self) -> bool:
@@ -287,7 +373,8 @@ class Tokenizer:
         """Return the number of bytes of each token, int32 (vocab_size,); 0 for EOT and unused ids."""
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self._library.get_vocab(with_added_tokens=False).items():
-            lengths[i] = len(token)  # in byte-level BPE a character is a byte
+            # a character of byte-level BPE is a byte
+            lengths[i] = len(token) if self.byte_level else len(BYTE.sub(".", token).replace("▁", " ").encode())
         for i, added in self._library.get_added_tokens_decoder().items():
             lengths[i] = len(added.content.encode())
         lengths[self.eot] = 0

@@ -155,8 +155,8 @@ class TextStream:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the prompt's token ids, end-of-text if it is empty. Raises LlmpyError for invalid UTF-8."""
-    return tokenizer.encode(prompt) or [tokenizer.eot]
+    """Return the prompt's ids after the tokenizer's prefix, end-of-text if empty. LlmpyError for invalid UTF-8."""
+    return [*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.eot]
 
 
 def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool = False) -> None:

@@ -165,11 +165,11 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
         generation = Generation(self.model, prompts, count, self.reach, coins, choice)
-        streams = [TextStream(self.tokens.decode, until) for _ in prompts]
+        streams = [TextStream(self.tokens.continuation, until) for _ in prompts]
         texts, live = [""] * len(prompts), list(range(len(prompts)))
         for _ in range(count):
             for row, token in zip(list(live), generation.step(live), strict=True):
-                ended = token.id == self.tokens.eot
+                ended = token.id in self.tokens.stops
                 texts[row] += "" if ended else streams[row].feed(token.id)
                 if ended or streams[row].stopped:
                     live.remove(row)

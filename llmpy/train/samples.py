@@ -21,7 +21,7 @@ def write_sample(
     model: LanguageModel, data: TrainingData, options: TrainOptions, step: int, journal: Journal, stop: StopSignals
 ) -> None:
     """Print a sample that continues the prompt; a stop signal ends it."""
-    o, stream = options, TextStream(data.tokenizer.decode if data.tokenizer else token_ids)
+    o, stream = options, TextStream(data.tokenizer.continuation if data.tokenizer else token_ids)
     # Packed matrices would take memory that training needs, for little gain.
     tokens = generate(model, data.prompt, o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE, pack=False)
     until_asked = itertools.takewhile(lambda _: not stop.asked, tokens)

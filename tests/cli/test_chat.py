@@ -10,23 +10,28 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.laptop import Laptop
+from support.chats import TEMPLATES, talk, write
+from support.laptop import TINY, Laptop
 from support.refused import refused
+from support.samples import in_memory
 
 from llmpy import GPT2, Tokenizer
 from llmpy.cli.chat import answer, chat, prompt, questions, reader
 from llmpy.cli.sample import sample
 from llmpy.data.encode import encode
-from llmpy.data.record_fields import conversation
-from llmpy.data.records import Document, begins, holds_answers
-from llmpy.data.shards import CHUNK, Shard
+from llmpy.data.record_fields import messages as read_messages
+from llmpy.data.record_fields import plain
+from llmpy.data.records import Document, begins, holds_answers, question
+from llmpy.data.shards import CHUNK, Shard, open_shard
 from llmpy.formats import find
 from llmpy.formats.convert import convert
+from llmpy.formats.huggingface import write_model as write_hf
 from llmpy.options.sample_chat import ChatOptions, SampleOptions
 from llmpy.options.tools import ConvertOptions
 from llmpy.options.train import TrainOptions
@@ -62,7 +67,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     seen: list[tuple[str, int, int]] = []
 
     def continued(self: GPT2, ids: list[int], count: int, choice: Any, stop: Any, seed: int) -> Iterator[str]:
-        seen.append((BYTES.decode(ids), count, seed))
+        seen.append(
+            (BYTES.decode(ids) if self.require_tokenizer().vocab_size == BYTES.vocab_size else ids, count, seed)
+        )
         yield from (" I", " see.", "\n\n")
 
     monkeypatch.setattr(GPT2, "continued", continued)
@@ -78,7 +85,7 @@ def test_the_tokens_are_those_of_training() -> None:
         {"role": "user", "content": "there"},
         {"role": "assistant", "content": "be hello"},
     ]
-    (whole,) = encode(tokenizer, [Document("x", *conversation("x", messages, set()), literal=True)])
+    (whole,) = encode(tokenizer, [Document("x", *plain(read_messages("x", messages, set())), literal=True)])
     ids = prompt(tokenizer, messages[:1], messages[1:4], 900)
     assert ids == whole.ids[: len(ids)].tolist()
     assert whole.counted is not None
@@ -182,6 +189,46 @@ def test_a_model_answers_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     chat(ChatOptions(tmp_path / "run", tokens=12, temperature=0, dtype="float32"), lines("ping", "red"))
     assert capsys.readouterr().out.split() == ["pong", "blue"]
+
+
+def test_a_model_with_a_chat_template(tmp_path: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Training, its samples, chats and conversions use it; texts are separated by end-of-text as before."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    write_hf(model, in_memory(replace(TINY, vocab_size=400, context=96)), "float32")  # more rows than tokens
+    write(model, "qwen", TEMPLATES["calls"][1], ends=["<|endoftext|>", "<|im_end|>"])
+    conversations = [{"messages": talk("What is 2 + 2?", "It is 4.", system="s")}] * 30
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*conversations, {"prompt": "q", "completion": "a"}])))
+    options = TrainOptions(
+        init=str(model), data=(tmp_path / "a.jsonl",), out=run, batch_size=1, sequence_length=96, steps=1,
+        sample_every=0, sample_tokens=4, eval_batches=1, checkpoint_every=0,
+    )  # fmt: skip
+    assert train(options, Laptop()) == 0
+    out = capsys.readouterr().out
+    assert "30 records, messages → chat template" in out and "llmpy chat" in out
+    tokenizer = Tokenizer.load(run)
+    ids = open_shard(run / "train.bin", tokenizer.vocab_size).tokens[:].tolist()
+    text = tokenizer.decode(ids)
+    start = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert text.startswith(2 * f"{start}It is 4.<|im_end|>\n")
+    val = open_shard(run / "val.bin", tokenizer.vocab_size).tokens[:].tolist()
+    assert tokenizer.decode(val).endswith("<|im_end|>\n<|im_end|>qa")
+    assert question([open_shard(run / "train.bin", tokenizer.vocab_size)], tokenizer, 99) == tokenizer.encode(start)
+
+    convert(ConvertOptions(run, tmp_path / "hf"), lambda _: None)
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TEMPLATES["calls"][1]
+    for folder in (run, tmp_path / "hf"):
+        again = Tokenizer.load(folder)
+        assert again.stops == {again._library.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>")}
+        chat(ChatOptions(folder, system="s", tokens=40), lines("What is 2 + 2?", "<|im_end|>"), Laptop())
+        assert "continues the text" not in capsys.readouterr().err
+    assert len(asked) == 4
+    first = prompt(tokenizer, [{"role": "system", "content": "s"}], talk("What is 2 + 2?"), 900)
+    assert first == tokenizer.encode(start) == asked[0][0] == asked[2][0]
+    again_ids = prompt(tokenizer, [], talk("old" * 9, "a", "<|im_end|>"), 40)
+    assert tokenizer.decode(again_ids).endswith(
+        "<|im_end|>\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert again_ids.count(tokenizer.eot) == 2 and "old" not in tokenizer.decode(again_ids)
 
 
 def test_where_answers_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_folders(name: str, tmp_path: Path) -> None:
     assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
     long = " ".join(TEXTS * 60)
     (tokens,) = encode(ours, [Document("a", long)])
-    assert tokens.ids.tolist() == [ours.eot, *ours.encode(long)]
+    assert tokens.ids.tolist() == [*ours.start, *ours.encode(long)]
 
 
 @pytest.mark.parametrize("name", [name for name, make in FOLDERS.items() if make[2] is not None])
