@@ -1,6 +1,6 @@
-"""GPT-2 training in pure Python: hand-written forward and backward passes, compiled by Numba.
+"""Language models in pure Python: hand-written forward and backward passes, compiled by Numba.
 
-    model = llmpy.GPT2.load("gpt2")               # or a run folder, an llm.c file, a Hugging Face folder
+    model = llmpy.load("gpt2")                    # or a run folder, an llm.c file, a Hugging Face folder or hub name
     model.generate("Once upon a time", 100)
     loss, grads = model.loss_and_grads(tokens)
     run = llmpy.Trainer("d4", data="my.txt", minutes=5).run()
@@ -14,16 +14,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import GPT2, Trainer
+    from .api import GPT2, Model, Trainer, load
     from .data.tokenizer import Tokenizer
     from .errors import LlmpyError
     from .model.config import ModelConfig
 
 from .version import __version__
 
-__all__ = ["GPT2", "LlmpyError", "ModelConfig", "Tokenizer", "Trainer", "__version__"]
+__all__ = ["GPT2", "LlmpyError", "Model", "ModelConfig", "Tokenizer", "Trainer", "__version__", "load"]
 _WHERE = {
     "GPT2": "api",
+    "Model": "api",
+    "load": "api",
     "Trainer": "api",
     "ModelConfig": "model.config",
     "LlmpyError": "errors",

@@ -23,13 +23,15 @@ from .data.pipeline import HELD_OUT
 from .data.shards import form_for, open_shard, write_shard
 from .data.tokenizer import Tokenizer
 from .errors import LlmpyError
-from .formats import convert
+from .formats import convert, huggingface, peft
 from .formats.source import HUGGING_FACE, Source
 from .generate.generation import Generation, TextStream, aside, check_memory, encode_prompt
 from .generate.sampling import Choice, choice_of
-from .model import gpt2
+from .model.arena import Arena
 from .model.config import GPT2_VOCAB, ModelConfig
+from .model.families import language_model
 from .model.initialise import initialise
+from .model.language_model import LanguageModel
 from .options.fields import converted
 from .options.sample_chat import SampleOptions
 from .options.train import TrainOptions
@@ -43,21 +45,22 @@ IGNORED = -1  # a target left out of the loss
 CHOICES = {"stop", "seed", *(f.name for f in fields(Choice))}  # of the options of `llmpy sample`
 
 
-class GPT2:
-    """A GPT-2 and its tokenizer, created by `load` or `new`.
+class Model:
+    """A language model and its tokenizer, created by `load` or `new`.
 
-    `config` is its shape. `parameters` maps each tensor's name to its float32 array; call `store_weights` after
-    writing to one. `tokenizer` may be None; text then uses GPT-2's if the size matches (not in a Hugging Face folder).
+    `config` is its shape. `parameters` maps the name of each trained tensor to its float32 array: GPT-2's names here,
+    Hugging Face's of a Llama or Qwen, peft's of adapters. Call `store_weights` after writing to one. `tokenizer` may be
+    None; text then uses GPT-2's if the size matches (not in a Hugging Face folder).
 
     Threads may share a model, and get the results they would get alone: its methods wait for each other, a text's at
     every token. Each thread has its own gradients. A text whose model changes meanwhile ends with LlmpyError.
     """
 
-    def __init__(self, net: gpt2.GPT2, tokenizer: Tokenizer | None, trained_length: int) -> None:
+    def __init__(self, net: LanguageModel, tokenizer: Tokenizer | None, trained_length: int) -> None:
         self.config = net.config
         self.tokenizer = tokenizer
         self.trained_length = trained_length  # positions beyond are untrained: the window slides
-        self.parameters: dict[str, np.ndarray] = {t.name: net.ops.to_host(view) for t, view in net.params.items()}
+        self.parameters = self._named(net, net.trained)
         self._net = net
         self._untrained = False
         self._what = "model in memory"
@@ -70,16 +73,15 @@ class GPT2:
         cls, model: str | Path = "gpt2", *, threads: int | None = None, dtype: str = "auto",
         machine: Machine | None = None,
     ) -> Self:  # fmt: skip
-        """Load a hub model (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or the model at a path.
+        """Load a hub model (gpt2, OWNER/NAME: downloaded once), or the model at a path.
 
-        A path is a run folder, a `model.safetensors`, an llm.c `.bin` or a Hugging Face folder. `dtype` of matrix
-        products: auto, float32 or bfloat16. Raises LlmpyError if the model is missing, corrupt or unsupported.
+        A path is a run folder, a `model.safetensors`, an llm.c `.bin`, a folder of Hugging Face or peft. `dtype` of
+        matrix products: auto, float32 or bfloat16. Raises LlmpyError if the model is missing, corrupt or unsupported.
         """
         source = formats.resolve(str(model), aside)
         tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
-        net = gpt2.GPT2(source.config, machine or _machine(threads, dtype))
-        source.fill(net.params)
-        net.store_weights()
+        net = language_model(source.config, machine or _machine(threads, dtype, source.config))
+        source.load_into(net)
         loaded = cls(net, tokenizer, source.trained_length)
         loaded._what = source.what
         return loaded
@@ -92,7 +94,7 @@ class GPT2:
         """Return an untrained model: a config, or a size of `llmpy train --model` with the tokenizer's vocabulary."""
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         config = size if isinstance(size, ModelConfig) else ModelConfig.from_dial(size, vocab_size=vocab_size)
-        net = gpt2.GPT2(config, machine or _machine(threads, dtype))
+        net = language_model(config, machine or _machine(threads, dtype, config))
         initialise(net.params, config, seed)
         net.store_weights()
         model = cls(net, tokenizer, config.context)
@@ -124,12 +126,12 @@ class GPT2:
             loss = self._net.loss_and_grads(*self._batch(tokens, targets))
             grads = self._own.grads = self._net.grads
         assert grads is not None
-        return loss, {t.name: self._net.ops.to_host(view) for t, view in grads.items()}
+        return loss, self._named(self._net, grads)
 
-    def logits(self, tokens: ArrayLike, position: int = -1) -> np.ndarray:
-        """Return the next token's logits (B, V) float32 at one position of tokens (B, T)."""
+    def logits(self, tokens: ArrayLike, position: int | None = None) -> np.ndarray:
+        """Return the next token's logits (B, T, V) float32 after each of tokens (B, T), or (B, V) at one position."""
         ids = self._ids(tokens, "tokens", 0, self.config.context)
-        if not -(T := ids.shape[1]) <= position < T:
+        if position is not None and not -(T := ids.shape[1]) <= position < T:
             raise LlmpyError("tokens.position", f"position {position} of {T} tokens", f"Use {-T} to {T - 1}")
         with self._net.ops.lock:
             self._make_room(ids.shape)
@@ -211,10 +213,24 @@ class GPT2:
                 self.tokenizer.save(tokenizer)
             source = Source(
                 Path("memory"), self._what, self.config, "float32", self.trained_length,
-                self.parameters.__getitem__, tokenizer,
+                lambda name: self._net.ops.to_host(getattr(self._net.params, name)), tokenizer,
+                adapters=self._copy_adapters if self.config.lora is not None else None,
             )  # fmt: skip
             with self._net.ops.lock:
                 convert.write(source, path, to, dtype, aside)
+
+    def _copy_adapters(self, params: Arena) -> None:
+        params.buffer[...] = self._net.ops.to_host(self._net.trained.buffer)
+
+    @staticmethod
+    def _named(net: LanguageModel, arena: Arena) -> dict[str, np.ndarray]:
+        """Return the views of parameters or gradients under their public names."""
+        host = ((t.name, net.ops.to_host(view)) for t, view in arena.items())
+        if net.adapters is not None:
+            return {theirs: x for name, stack in host for theirs, x in peft.named(name, stack, net.config)}
+        if net.config.family == "gpt2":
+            return dict(host)
+        return {theirs: x for name, whole in host for theirs, x in huggingface.named(name, whole, net.config)}
 
     def _batch(self, tokens: ArrayLike, targets: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
         """Check and return tokens and targets (B, T) int32; free the arenas of other shapes."""
@@ -262,22 +278,26 @@ class GPT2:
             self._shape = cast(tuple[int, int], shape)
 
 
+GPT2 = Model  # its name in 0.1.0
+load = Model.load
+
+
 class Trainer:
     """A run of `llmpy train`, started and read from Python.
 
-    `model`: a size to train from scratch ("d4"), or a `GPT2` to continue training, which then holds the result.
+    `model`: a size to train from scratch ("d4"), or a `Model` to continue training, which then holds the result.
     `data`: files, folders, a dataset's name, or token ids, integers (n,), with the last tenth held out for validation;
     by default a text in Python's own library. Other options are those of `llmpy train --help`, by name: steps, minutes,
     lr, batch_size, sequence_length, out, resume, init … Raises LlmpyError for unknown or invalid options.
     """
 
     def __init__(
-        self, model: str | GPT2 = "", data: str | Path | Sequence[str | Path] | np.ndarray | None = None, *,
+        self, model: str | Model = "", data: str | Path | Sequence[str | Path] | np.ndarray | None = None, *,
         machine: Machine | None = None, **options: Any,
     ) -> None:  # fmt: skip
         given = dict(options)
-        self._trained = model if isinstance(model, GPT2) else None
-        if isinstance(model, GPT2):
+        self._trained = model if isinstance(model, Model) else None
+        if isinstance(model, Model):
             if "init" in given:
                 raise LlmpyError("option.conflict", "both a model and init are given", "Use one of them")
             tokenizer, V = model.tokenizer, model.config.vocab_size
@@ -315,7 +335,7 @@ class Trainer:
         self.folder = folder.path
         if model is not None:
             with model._net.ops.lock:
-                checkpoint.load_parameters(folder / MODEL_FILE, model._net.params)
+                checkpoint.load_parameters(folder / MODEL_FILE, model._net.trained)
                 model.store_weights()
             model.trained_length, model._untrained = checkpoint.read_header(folder / MODEL_FILE).trained_length, False
         return self
@@ -357,10 +377,10 @@ class Trainer:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     @property
-    def model(self) -> GPT2:
+    def model(self) -> Model:
         """The trained model."""
         folder, o = self._done(), self.options
-        self._trained = self._trained or GPT2.load(folder, threads=o.threads, dtype=o.dtype, machine=self._machine)
+        self._trained = self._trained or Model.load(folder, threads=o.threads, dtype=o.dtype, machine=self._machine)
         return self._trained
 
     def _done(self) -> Path:
@@ -379,10 +399,10 @@ def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(PARTS, (tokens[:-held], tokens[-held:]), strict=True))
 
 
-def _machine(threads: int | None, dtype: str) -> Machine:
-    """Return the CPU backend with its kernels compiled."""
+def _machine(threads: int | None, dtype: str, config: ModelConfig) -> Machine:
+    """Return the CPU backend with the kernels of a model compiled."""
     machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     for line in crowded(machine.threads):
         aside(line)
-    machine.warm_up(aside)
+    machine.warm_up(aside, kinds=config.kinds)
     return machine

@@ -16,7 +16,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 
-from ..api import GPT2
+from ..api import Model
 from ..backend.machine import Machine
 from ..data.encode import encode
 from ..data.record_fields import ASSISTANT, plain
@@ -40,7 +40,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     Raises LlmpyError if the model is missing, corrupt or without a tokenizer.
     """
     o = options
-    model = GPT2.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
+    model = Model.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
     tokenizer, reach = model.require_tokenizer(), model.trained_length
     model.warm_up()  # before the first answer: Ctrl-C would break LLVM during compilation
     room = reach - min(o.tokens, reach // 2)

@@ -134,6 +134,11 @@ def kind_of(config: ModelConfig) -> str:
     return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
 
 
+def named(name: str, x: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names of Hugging Face for parts of our tensor, and the views."""
+    yield from FAMILIES[kind_of(config)].theirs(name, x, config)
+
+
 def read_model(folder: Path, weights: str = WEIGHTS_FILE) -> Source:
     """Open a folder with its tensors in `weights`. Raises LlmpyError for another model or corrupt files."""
     family, config, trained_length = read_config(folder / CONFIG_FILE)

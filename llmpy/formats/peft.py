@@ -159,6 +159,11 @@ def merged(source: Source) -> Source:
     return replace(source, config=replace(config, lora=None), read=read, load=None, adapters=None)
 
 
+def named(name: str, stack: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield peft's names of an adapter's matrix (L, …), and its layers."""
+    yield from ((f"{PREFIX[config.family].format(l)}{name}.weight", x) for l, x in enumerate(stack))
+
+
 def _named(config: ModelConfig) -> Iterator[tuple[str, tuple[str, int, tuple[int, ...]]]]:
     """Yield peft's name of each matrix, and our tensor, layer and shape."""
     for tensor in trained_table(config):
