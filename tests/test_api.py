@@ -80,7 +80,7 @@ def test_ignored_targets(model: GPT2) -> None:
 
 def test_one_row_needs_no_brackets(model: GPT2) -> None:
     assert model.loss([1, 2, 3]) == model.loss([[1, 2, 3]])
-    logits = model.logits([1, 2, 3])
+    logits = model.logits([1, 2, 3], -1)
     assert logits.shape == (1, TINY.vocab_size)
     assert np.allclose(model.logits([[1, 2, 3, 9]], 2), logits, atol=1e-6)  # positions see no later ones
 

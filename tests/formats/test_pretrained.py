@@ -264,7 +264,7 @@ def test_without_a_tokenizer_text_is_refused(spanish: Path, tmp_path: Path, caps
     with refused("tokenizer.missing", spanish, "only vocab.txt"):
         open_run(spanish)
     model = GPT2.load(spanish, machine=Laptop())
-    assert model.logits([1, 2]).shape == (1, model.config.vocab_size)
+    assert model.logits([1, 2]).shape == (1, 2, model.config.vocab_size)
     with refused("tokenizer.missing"):
         model.generate("a")
     for target, code in (("m.bin", 1), ("m.safetensors", 1), ("hf", 0)):

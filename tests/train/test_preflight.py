@@ -21,7 +21,8 @@ from support.refused import refused
 from llmpy.data.hellaswag import Example, write_examples
 from llmpy.model.arena import memory
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import RECOMPUTE, activations_table, params_table
+from llmpy.model.gpt2 import activations_table, params_table
+from llmpy.model.language_model import RECOMPUTE
 from llmpy.options.train import TrainOptions
 from llmpy.system.words import duration
 from llmpy.train.memory import (
