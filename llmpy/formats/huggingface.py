@@ -71,11 +71,12 @@ class Family(NamedTuple):
 SHAPE = {
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "channels": "hidden_size",
     "context": "max_position_embeddings", "vocab_size": "vocab_size", "ffn": "intermediate_size",
+    "kv_heads": "num_key_value_heads", "head_size": "head_dim",
 }  # fmt: skip
-HEADS = {"kv_heads": "num_key_value_heads", "head_size": "head_dim"}  # may be missing
+OPTIONAL = {"kv_heads", "head_size"}
 FIXED = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
-    "partial_rotary_factor": (None, 1), "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1), "quantization_config": (None,), "tie_word_embeddings": (False, True),
 }  # fmt: skip
 BLOCK = "model.layers.{}."
 NAMES = {
@@ -207,8 +208,8 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         "architectures": [family.architecture],
         "model_type": kind,
         **{theirs: getattr(c, ours) for ours, theirs in family.shape.items()},
-        **(_llama(c) if isinstance(c, LlamaConfig) else {"n_ctx": c.context}),
         **{key: values[0] for key, values in family.fixed.items() if values[0] is not None},
+        **(_llama(c) if isinstance(c, LlamaConfig) else {"n_ctx": c.context}),
         **_write_tokenizer(folder, source),
         "dtype": dtype,
         "llmpy_version": __version__,
@@ -269,7 +270,6 @@ def _llama(c: LlamaConfig) -> dict[str, Any]:
     """Return the fields of a Llama's config.json that are neither shape nor fixed."""
     scaling = c.rope_scaling
     return {
-        **{theirs: getattr(c, ours) for ours, theirs in HEADS.items()},
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "rope_theta": c.rope_theta,  # in the spelling of transformers 4, which 5 reads too
@@ -294,28 +294,23 @@ def read_config(path: Path) -> tuple[Family, ModelConfig, int]:
     classes = about.get("architectures")
     if family.name != "GPT-2" and classes and (not isinstance(classes, list) or family.architecture not in classes):
         raise _unsupported(f"{path}: architectures is {classes!r}, not {family.architecture}")
-    shape = {ours: about.get(theirs) for ours, theirs in family.shape.items()}
-    if not all(type(x) is int and 0 < x < 1 << 31 for x in shape.values()):
+    shape: dict[str, Any] = {ours: about.get(theirs) or 0 for ours, theirs in family.shape.items()}
+    if not all(type(x) is int and (ours not in OPTIONAL) <= x < 1 << 31 for ours, x in shape.items()):
         raise damaged(path, f"{', '.join(family.shape.values())} must be positive integers")
-    fixed = dict(family.fixed)
-    fixed |= {"n_inner": (4 * shape["channels"], None)} if family.name == "GPT-2" else _switches(about)
-    for key, values in fixed.items():
+    types = about.get("layer_types")
+    full = ["full_attention"] * len(types) if isinstance(types, list) else None
+    more = {"n_inner": (4 * shape["channels"], None), "layer_types": (None, full)}
+    for key, values in {**family.fixed, **more, **{key: (None, 0) for key in about if "expert" in key}}.items():
         if about.get(key, values[0]) not in values:
             raise _unsupported(f"{path}: {key} is {about[key]!r:.80}, not {values[0]!r}")
     try:
-        config = ModelConfig(**shape) if family.name == "GPT-2" else LlamaConfig(**shape, **_rest(path, family, about))
+        config = ModelConfig(**shape) if family.name == "GPT-2" else LlamaConfig(**shape | _rest(path, family, about))
     except LlmpyError as error:
         if error.code != "model.invalid-shape":
             raise
         raise damaged(path, str(error)) from error
     trained, context = about.get(TRAINED), config.context
     return family, config, trained if type(trained) is int and 0 < trained <= context else context
-
-
-def _switches(about: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return the required values of switches that depend on the other fields: kinds of attention, experts."""
-    full = [["full_attention"] * len(types) for types in (about.get("layer_types"),) if isinstance(types, list)]
-    return {"layer_types": (None, *full)} | {key: (None, 0, 1) for key in about if "expert" in key}
 
 
 def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,9 +333,6 @@ def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any
             raise damaged(path, f"{key} is {value!r}, not a positive number")
         return float(value)
 
-    heads = {ours: about.get(theirs) or 0 for ours, theirs in HEADS.items()}
-    if not all(type(x) is int and 0 <= x < 1 << 31 for x in heads.values()):
-        raise damaged(path, f"{', '.join(HEADS.values())} must be positive integers")
     original = SCALING["original"]
     if scaled and (original in about or original not in rope):  # the former counts in transformers
         rope = rope | {original: about.get(original, about.get("max_position_embeddings"))}
@@ -348,16 +340,12 @@ def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any
     if scaled:
         factor, low, high, length = (number(rope, SCALING[f.name]) for f in fields(RopeScaling))
         scaling = RopeScaling(factor, low, high, int(length))
-    tied = about.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise damaged(path, f"tie_word_embeddings is {tied!r}")
     return {
-        **heads,
-        "head_size": heads["head_size"] or family.head_size,
+        "head_size": about.get("head_dim") or family.head_size,
         "rope_theta": number(rope if "rope_theta" in rope else about, "rope_theta", 10_000.0),
         "rope_scaling": scaling,
         "norm_eps": number(about, "rms_norm_eps", 1e-6),
-        "tied": tied,
+        "tied": bool(about.get("tie_word_embeddings", False)),
         "qkv_bias": family.name == "Qwen2",
         "qk_norm": family.name == "Qwen3",
     }

@@ -130,7 +130,7 @@ def test_spellings_of_config(tmp_path: Path, change: dict[str, Any], expected: d
         ({"rope_scaling": [1]}, "file.corrupt", "rope_scaling is [1]"),
         ({"rope_theta": "1e4"}, "file.corrupt", "rope_theta is '1e4'"),
         ({"rms_norm_eps": -1}, "file.corrupt", "rms_norm_eps is -1"),
-        ({"tie_word_embeddings": 1}, "file.corrupt", "tie_word_embeddings is 1"),
+        ({"tie_word_embeddings": 2}, "model.unsupported", "tie_word_embeddings is 2"),
         ({"tie_word_embeddings": False}, "model.unsupported", "lacks lm_head.weight"),
         ({"num_key_value_heads": 3}, "file.corrupt", "3 key/value heads"),
         ({"head_dim": 6}, "file.corrupt", "q_proj.weight is F32 (16, 16)"),
