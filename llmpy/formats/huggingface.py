@@ -42,7 +42,6 @@ from .source import (
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 TOKENIZER_FILES = (pretrained.WHOLE, "vocab.json", "merges.txt", *pretrained.SETTINGS[:3])
-TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and RoPE in old files
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -227,7 +226,7 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
     """
     c = source.config
     there = home(source.tokenizer) or source.path
-    names: tuple[str, ...] = TEMPLATE, GENERATION
+    names: tuple[str, ...] = pretrained.TEMPLATE, pretrained.ENDS
     ids = dict.fromkeys(IDS[:2], c.vocab_size - 1 if c.family == "gpt2" else None)  # as in GPT-2
     if source.tokenizer is not None:
         tokenizer = Tokenizer.load(source.tokenizer)
@@ -237,9 +236,10 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
         else:
             tokenizer.save(folder / TOKENIZER_FILE)
             about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
-            if template := chat_of(source)[0]:
-                about["chat_template"] = template
             write_json(folder / pretrained.CONFIG, about)
+            if tokenizer.template is not None:
+                (folder / pretrained.TEMPLATE).write_text(tokenizer.template.source, "utf-8", newline="\n")
+                write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
     for name in names:
         if (there / name).is_file():
             shutil.copyfile(there / name, folder / name)
@@ -252,18 +252,6 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
 def home(tokenizer: Path | None) -> Path | None:
     """Return the folder whose files accompany a tokenizer; None if its name is not that of Hugging Face."""
     return tokenizer.parent if tokenizer is not None and tokenizer.name in TOKENIZER_FILES else None
-
-
-def chat_of(source: Source) -> tuple[Any, list[int]]:
-    """Return a model's chat template (None: it has none), and the ids that end a generated text."""
-    there = home(source.tokenizer) or source.path
-    settings, generation = (
-        read_json(there / name) if (there / name).is_file() else {} for name in (pretrained.CONFIG, GENERATION)
-    )
-    template, ends = settings.get("chat_template"), generation.get("eos_token_id")
-    if (there / TEMPLATE).is_file():
-        template = (there / TEMPLATE).read_text("utf-8", "replace")
-    return template, [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int and i >= 0]
 
 
 def _llama(c: LlamaConfig) -> dict[str, Any]:
