@@ -27,7 +27,7 @@ from ..model.families import params_table
 from ..model.rope import frequencies
 from ..system.command import install
 from ..system.durable import write_whole
-from .huggingface import chat_of, kind_of
+from .huggingface import kind_of
 from .source import DTYPES, Source, by_name, cast
 
 # ours → llama.cpp's, see `by_name`
@@ -170,14 +170,12 @@ def _add_tokenizer(writer: Any, source: Source) -> None:
         writer.add_token_merges(merges or [f"{tokenizer.eot_text} {tokenizer.eot_text}"])
     writer.add_token_list([words.get(i, f"[unused{i}]") for i in range(V)])
     writer.add_token_types([kinds.get(words[i], NORMAL) if i in words else UNUSED for i in range(V)])
-    first = _first(about)
-    writer.add_bos_token_id(tokenizer.roles.get("bos_token", tokenizer.eot) if first is None else ids[first])
+    writer.add_bos_token_id((tokenizer.prefix or [tokenizer.roles.get("bos_token", tokenizer.eot)])[0])
     writer.add_eos_token_id(tokenizer.eot)
-    writer.add_add_bos_token(first is not None)
-    template, ends = chat_of(source)
-    if template is not None:
-        writer.add_chat_template(template)
-    if turns := [i for i in ends if i != tokenizer.eot]:
+    writer.add_add_bos_token(bool(tokenizer.prefix))
+    if tokenizer.template is not None:
+        writer.add_chat_template(tokenizer.template.source)
+    if turns := sorted(tokenizer.stops - {tokenizer.eot}):
         writer.add_eot_token_id(turns[0])
 
 
@@ -200,12 +198,3 @@ def _words(about: dict[str, Any]) -> str | None:
         return None
     known = {(LLAMA3, True, None): "llama-bpe", (QWEN2, False, None): "qwen2", (QWEN2, False, "NFC"): "qwen2"}
     return known.get((first[0]["pattern"].get("Regex"), whole, unchanged))  # llama.cpp does not compose accents
-
-
-def _first(about: dict[str, Any]) -> str | None:
-    """Return the token that a tokenizer.json puts before each text."""
-    post = about.get("post_processor") or {}
-    for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return str(step["single"][0]["SpecialToken"]["id"])
-    return None

@@ -11,7 +11,7 @@ from ..data import pretrained
 from ..errors import LlmpyError
 from ..system.cache import user_cache
 from ..system.download import from_hub, model_files
-from .huggingface import CONFIG_FILE, GENERATION, INDEX_FILE, TEMPLATE, WEIGHTS_FILE, weight_files
+from .huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, weight_files
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REPOSITORY = re.compile(r"(?!runs/)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -55,7 +55,7 @@ def download(name: str, log: Callable[[str], None]) -> Path:
         what = f"{owned} on the hub has no {WEIGHTS_FILE}"
         raise LlmpyError("model.missing", what, "Use a model in safetensors; pickles can run code")
     words = (pretrained.WHOLE,) if pretrained.WHOLE in names else ("vocab.json", "merges.txt")
-    files = [*dict.fromkeys([*words, *pretrained.SETTINGS, TEMPLATE, GENERATION, weights])]
+    files = [*dict.fromkeys([*words, *pretrained.SETTINGS, weights])]
     for file in files:  # the weights last
         if file in names:
             from_hub(owned, file, log, revision=folder.name)

@@ -42,7 +42,6 @@ from .source import (
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", MODEL_FILE, f"{MODEL_FILE}.index.json"
 TOKENIZER_FILES = (pretrained.WHOLE, "vocab.json", "merges.txt", *pretrained.SETTINGS[:3])
-TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # causal masks and RoPE in old files
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -71,11 +70,12 @@ class Family(NamedTuple):
 SHAPE = {
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "channels": "hidden_size",
     "context": "max_position_embeddings", "vocab_size": "vocab_size", "ffn": "intermediate_size",
+    "kv_heads": "num_key_value_heads", "head_size": "head_dim",
 }  # fmt: skip
-HEADS = {"kv_heads": "num_key_value_heads", "head_size": "head_dim"}  # may be missing
+OPTIONAL = {"kv_heads", "head_size"}
 FIXED = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
-    "partial_rotary_factor": (None, 1), "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1), "quantization_config": (None,), "tie_word_embeddings": (False, True),
 }  # fmt: skip
 BLOCK = "model.layers.{}."
 NAMES = {
@@ -207,8 +207,8 @@ def write_model(folder: Path, source: Source, dtype: str) -> None:
         "architectures": [family.architecture],
         "model_type": kind,
         **{theirs: getattr(c, ours) for ours, theirs in family.shape.items()},
-        **(_llama(c) if isinstance(c, LlamaConfig) else {"n_ctx": c.context}),
         **{key: values[0] for key, values in family.fixed.items() if values[0] is not None},
+        **(_llama(c) if isinstance(c, LlamaConfig) else {"n_ctx": c.context}),
         **_write_tokenizer(folder, source),
         "dtype": dtype,
         "llmpy_version": __version__,
@@ -226,7 +226,7 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
     """
     c = source.config
     there = home(source.tokenizer) or source.path
-    names: tuple[str, ...] = TEMPLATE, GENERATION
+    names: tuple[str, ...] = pretrained.TEMPLATE, pretrained.ENDS
     ids = dict.fromkeys(IDS[:2], c.vocab_size - 1 if c.family == "gpt2" else None)  # as in GPT-2
     if source.tokenizer is not None:
         tokenizer = Tokenizer.load(source.tokenizer)
@@ -236,9 +236,10 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
         else:
             tokenizer.save(folder / TOKENIZER_FILE)
             about = {"tokenizer_class": pretrained.FAST, **tokenizer.names, "model_max_length": c.context}
-            if template := chat_of(source)[0]:
-                about["chat_template"] = template
             write_json(folder / pretrained.CONFIG, about)
+            if tokenizer.template is not None:
+                (folder / pretrained.TEMPLATE).write_text(tokenizer.template.source, "utf-8", newline="\n")
+                write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
     for name in names:
         if (there / name).is_file():
             shutil.copyfile(there / name, folder / name)
@@ -253,23 +254,10 @@ def home(tokenizer: Path | None) -> Path | None:
     return tokenizer.parent if tokenizer is not None and tokenizer.name in TOKENIZER_FILES else None
 
 
-def chat_of(source: Source) -> tuple[Any, list[int]]:
-    """Return a model's chat template (None: it has none), and the ids that end a generated text."""
-    there = home(source.tokenizer) or source.path
-    settings, generation = (
-        read_json(there / name) if (there / name).is_file() else {} for name in (pretrained.CONFIG, GENERATION)
-    )
-    template, ends = settings.get("chat_template"), generation.get("eos_token_id")
-    if (there / TEMPLATE).is_file():
-        template = (there / TEMPLATE).read_text("utf-8", "replace")
-    return template, [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int and i >= 0]
-
-
 def _llama(c: LlamaConfig) -> dict[str, Any]:
     """Return the fields of a Llama's config.json that are neither shape nor fixed."""
     scaling = c.rope_scaling
     return {
-        **{theirs: getattr(c, ours) for ours, theirs in HEADS.items()},
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "rope_theta": c.rope_theta,  # in the spelling of transformers 4, which 5 reads too
@@ -294,28 +282,23 @@ def read_config(path: Path) -> tuple[Family, ModelConfig, int]:
     classes = about.get("architectures")
     if family.name != "GPT-2" and classes and (not isinstance(classes, list) or family.architecture not in classes):
         raise _unsupported(f"{path}: architectures is {classes!r}, not {family.architecture}")
-    shape = {ours: about.get(theirs) for ours, theirs in family.shape.items()}
-    if not all(type(x) is int and 0 < x < 1 << 31 for x in shape.values()):
+    shape: dict[str, Any] = {ours: about.get(theirs) or 0 for ours, theirs in family.shape.items()}
+    if not all(type(x) is int and (ours not in OPTIONAL) <= x < 1 << 31 for ours, x in shape.items()):
         raise damaged(path, f"{', '.join(family.shape.values())} must be positive integers")
-    fixed = dict(family.fixed)
-    fixed |= {"n_inner": (4 * shape["channels"], None)} if family.name == "GPT-2" else _switches(about)
-    for key, values in fixed.items():
+    types = about.get("layer_types")
+    full = ["full_attention"] * len(types) if isinstance(types, list) else None
+    more = {"n_inner": (4 * shape["channels"], None), "layer_types": (None, full)}
+    for key, values in {**family.fixed, **more, **{key: (None, 0) for key in about if "expert" in key}}.items():
         if about.get(key, values[0]) not in values:
             raise _unsupported(f"{path}: {key} is {about[key]!r:.80}, not {values[0]!r}")
     try:
-        config = ModelConfig(**shape) if family.name == "GPT-2" else LlamaConfig(**shape, **_rest(path, family, about))
+        config = ModelConfig(**shape) if family.name == "GPT-2" else LlamaConfig(**shape | _rest(path, family, about))
     except LlmpyError as error:
         if error.code != "model.invalid-shape":
             raise
         raise damaged(path, str(error)) from error
     trained, context = about.get(TRAINED), config.context
     return family, config, trained if type(trained) is int and 0 < trained <= context else context
-
-
-def _switches(about: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return the required values of switches that depend on the other fields: kinds of attention, experts."""
-    full = [["full_attention"] * len(types) for types in (about.get("layer_types"),) if isinstance(types, list)]
-    return {"layer_types": (None, *full)} | {key: (None, 0, 1) for key in about if "expert" in key}
 
 
 def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,9 +321,6 @@ def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any
             raise damaged(path, f"{key} is {value!r}, not a positive number")
         return float(value)
 
-    heads = {ours: about.get(theirs) or 0 for ours, theirs in HEADS.items()}
-    if not all(type(x) is int and 0 <= x < 1 << 31 for x in heads.values()):
-        raise damaged(path, f"{', '.join(HEADS.values())} must be positive integers")
     original = SCALING["original"]
     if scaled and (original in about or original not in rope):  # the former counts in transformers
         rope = rope | {original: about.get(original, about.get("max_position_embeddings"))}
@@ -348,16 +328,12 @@ def _rest(path: Path, family: Family, about: Mapping[str, Any]) -> dict[str, Any
     if scaled:
         factor, low, high, length = (number(rope, SCALING[f.name]) for f in fields(RopeScaling))
         scaling = RopeScaling(factor, low, high, int(length))
-    tied = about.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise damaged(path, f"tie_word_embeddings is {tied!r}")
     return {
-        **heads,
-        "head_size": heads["head_size"] or family.head_size,
+        "head_size": about.get("head_dim") or family.head_size,
         "rope_theta": number(rope if "rope_theta" in rope else about, "rope_theta", 10_000.0),
         "rope_scaling": scaling,
         "norm_eps": number(about, "rms_norm_eps", 1e-6),
-        "tied": tied,
+        "tied": bool(about.get("tie_word_embeddings", False)),
         "qkv_bias": family.name == "Qwen2",
         "qk_norm": family.name == "Qwen3",
     }

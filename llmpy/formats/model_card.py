@@ -28,42 +28,36 @@ PATHS = ("data", "val", "init", "hellaswag")
 
 def model_card(source: Source) -> str:
     """Return the text of the card."""
-    name, base, rows = source.path.name, hub.repository(source.path), {"model": str(source.config)}
-    for run in (source.path.absolute().parent, source.path.absolute().parent.parent.parent):  # of a checkpoint
-        for about in _objects(run / CONFIG_FILE, whole=True):
-            if source.path.is_file() and isinstance(options := about.get("options"), dict):
-                init = options.get("init")
-                name, base = run.name, hub.repository(init) if init else None
-                rows |= {"base model": base or _last(init or ""), "command": _command(options)}
-                for part, marks in (about.get("data") or {}).items():
-                    shown = (f"{m['name']} ({m['tokens']:,} tokens, blake2b {m['blake2b']})" for m in marks)
-                    rows[f"{part} data"] = ", ".join(shown)
-                numbers = _numbers(run, source.path)
-                rows |= {what: str(numbers.get(key, "")) for key, what in RESULTS.items()}
-    head = {
-        "library_name": "peft" if source.config.lora else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["llmpy"],
-    }
-    head |= {"base_model": base} if base else {}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
-    cells = [f"| {what} | {_cell(value)} |" for what, value in rows.items() if value]
+    path, rows = source.path.absolute(), {"model": str(source.config)}
+    name, base = path.name, hub.repository(path)
+    for run in (path.parent, path.parent.parent.parent) if path.is_file() else ():  # the latter of a checkpoint
+        about = next(iter(_objects(run / CONFIG_FILE, whole=True)), {})
+        if isinstance(options := about.get("options"), dict):
+            init = options.get("init") or ""
+            name, base = run.name, hub.repository(init)
+            rows |= {"base model": base or Path(init).name, "command": _command(options)}
+            for part, marks in (about.get("data") or {}).items():
+                shown = (f"{m['name']} ({m['tokens']:,} tokens, blake2b {m['blake2b']})" for m in marks)
+                rows[f"{part} data"] = ", ".join(shown)
+            numbers = _numbers(run, path)
+            rows |= {what: numbers.get(key, "") for key, what in RESULTS.items()}
+    library = "peft" if source.config.lora else "transformers"
+    head = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["llmpy"]}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in (head | ({"base_model": base} if base else {})).items()]
     top = ["---", *lines, "---", "", f"# {_cell(name)}", "", f"Written by llm.py {__version__}.", ""]
-    return "\n".join([*top, "| | |", "|---|---|", *cells, ""])
+    return "\n".join([*top, "| | |", "|---|---|", *(f"| {what} | {_cell(x)} |" for what, x in rows.items() if x), ""])
 
 
-def _numbers(run: Path, model: Path) -> dict[str, Any]:
+def _numbers(run: Path, model: Path) -> dict[str, str]:
     """Return the newest numbers in metrics.jsonl up to the step of the model."""
     last: float = float("inf")
     if found := checkpoint.NAME.fullmatch(model.parent.name):
         last = int(found[1])
     elif model.name == BEST_FILE and (score := checkpoint.read_header(model).score):
         last = score.step
-    numbers: dict[str, Any] = {}
-    for row in _objects(run / METRICS):
-        if type(row.get("step")) is int and row["step"] <= last:
-            numbers |= {key: f"{value:.4f}" if type(value) is float else value for key, value in row.items()}
-    return numbers
+    rows = [row for row in _objects(run / METRICS) if type(row.get("step")) is int and row["step"] <= last]
+    values = {key: value for row in rows for key, value in row.items()}
+    return {key: f"{value:.4f}" if type(value) is float else str(value) for key, value in values.items()}
 
 
 def _command(options: dict[str, Any]) -> str:
@@ -73,14 +67,9 @@ def _command(options: dict[str, Any]) -> str:
         if isinstance(value, bool) and value != defaults.get(name):
             words.append(flag_of(name if value else f"no_{name}"))
         elif value != defaults.get(name):
-            values = value if isinstance(value, list) else [value]
-            words += [flag_of(name), *(_last(v) if name in PATHS else str(v) for v in values)]
+            values = map(str, value if isinstance(value, list) else [value])
+            words += [flag_of(name), *((hub.repository(v) or Path(v).name) if name in PATHS else v for v in values)]
     return command(*words)
-
-
-def _last(path: object) -> str:
-    """Return the last name of a path, or the name of a hub model."""
-    return hub.repository(path) or Path(str(path)).name
 
 
 def _cell(value: str) -> str:
@@ -90,16 +79,15 @@ def _cell(value: str) -> str:
 
 def _objects(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     """Return the JSON objects in the last lines of a file, or the one that is the `whole` file."""
+    found = []
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = [file.read()] if whole else file.readlines()
+            for line in [file.read()] if whole else file:
+                try:
+                    found.append(json.loads(line))
+                except (ValueError, RecursionError):  # cut off
+                    continue
     except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):  # cut off
-            continue
+        pass
     return [about for about in found if isinstance(about, dict)]

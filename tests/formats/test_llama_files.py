@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support import chats
 from support.refused import refused
 from support.samples import in_memory, llama_tokenizer, same, sharded
 
@@ -130,7 +131,7 @@ def test_spellings_of_config(tmp_path: Path, change: dict[str, Any], expected: d
         ({"rope_scaling": [1]}, "file.corrupt", "rope_scaling is [1]"),
         ({"rope_theta": "1e4"}, "file.corrupt", "rope_theta is '1e4'"),
         ({"rms_norm_eps": -1}, "file.corrupt", "rms_norm_eps is -1"),
-        ({"tie_word_embeddings": 1}, "file.corrupt", "tie_word_embeddings is 1"),
+        ({"tie_word_embeddings": 2}, "model.unsupported", "tie_word_embeddings is 2"),
         ({"tie_word_embeddings": False}, "model.unsupported", "lacks lm_head.weight"),
         ({"num_key_value_heads": 3}, "file.corrupt", "3 key/value heads"),
         ({"head_dim": 6}, "file.corrupt", "q_proj.weight is F32 (16, 16)"),
@@ -228,6 +229,11 @@ def test_files_that_accompany_a_model_stay(tmp_path: Path) -> None:
     names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "config.json")
     for name in names[:-1]:
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
+    write(open_model(tmp_path / "b"), tmp_path / "run", "native", None, [].append)  # its tokenizer.json keeps them
+    write(open_model(tmp_path / "run"), tmp_path / "c", "hf", None, [].append)
+    assert (tmp_path / "c" / "chat_template.jinja").read_text("utf-8") == "{{ messages }}"
+    stops = json.loads((tmp_path / "c" / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+    assert stops == [source.config.vocab_size - 2, source.config.vocab_size - 1]
     a, b = (json.loads((tmp_path / folder / "config.json").read_text("utf-8")) for folder in "ab")
     assert a == b
     assert same(open_model(tmp_path / "b"), source)
@@ -326,7 +332,6 @@ def test_formats_without_llamas(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_sentencepiece_in_gguf(tmp_path: Path) -> None:
     """llama.cpp merges the pair with the best score; it gives the same ids (dev/LOG.md)."""
     pytest.importorskip("gguf")
-    chats = pytest.importorskip("support.chats")
     library, _ = chats.sentencepiece()
     library.save(str(tmp_path / "tokenizer.json"))
     about, V = json.loads(library.to_str()), library.get_vocab_size()

@@ -15,7 +15,7 @@ from llmpy.data.tokenizer import Tokenizer
 from llmpy.formats import huggingface, open_model
 from llmpy.formats.gguf import write_model as write_gguf
 from llmpy.model.config import ModelConfig
-from llmpy.model.gpt2 import GPT2
+from llmpy.model.families import language_model
 from llmpy.tools.selftest import all_logits
 
 torch = pytest.importorskip("torch")
@@ -29,8 +29,8 @@ TOKENS = np.random.default_rng(0).integers(0, 301, (2, 33), dtype=np.int32)
 def ours(path: Path) -> np.ndarray:
     """Return the float32 logits of a model on disk."""
     source = open_model(path)
-    model = GPT2(source.config, Laptop())
-    source.fill(model.params)
+    model = language_model(source.config, Laptop())
+    source.load_into(model)
     return all_logits(model, TOKENS)
 
 
@@ -148,6 +148,7 @@ def test_llamas_go_through_our_folders_unchanged(tmp_path: Path, name: str, size
         assert type(again) is type(model)
         found.append(theirs(again))
     assert np.array_equal(*found)
+    assert close(ours(tmp_path / "theirs"), found[0])
 
 
 @pytest.mark.parametrize("name", LLAMAS)

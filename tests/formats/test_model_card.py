@@ -1,0 +1,50 @@
+"""Model cards of exported runs and models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.samples import in_memory
+
+from llmpy.cli.main import main
+from llmpy.formats import llmc, open_model
+from llmpy.formats.model_card import model_card
+
+FINISHED = Path(__file__).parents[1] / "fixtures" / "0.1.0" / "finished"
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "loss"),
+    [("", 8, "5.1361"), ("checkpoints/step-00000004", 4, "5.3961"), ("best.safetensors", 8, "5.1361")],
+)
+def test_a_card_says_what_its_run_recorded(tmp_path: Path, model: str, step: int, loss: str) -> None:
+    assert main(["convert", str(FINISHED / model), str(tmp_path / "m")]) == 0
+    card = (tmp_path / "m" / "README.md").read_text("utf-8")
+    for line in (
+        "# finished",
+        "| base model | init |",
+        "| train data | train.bin (1,783 tokens, blake2b 909e283e0994253d3e1f75f95d890d63) |",
+        f"| steps | {step} |",
+        f"| validation loss (nats per token) | {loss} |",
+    ):
+        assert line in card.splitlines(), line
+    assert "| command | llmpy train --data text.txt --model d1 --init init --batch-size 2 " in card
+    assert "/tmp" not in card
+
+
+def test_hub_names_and_odd_runs(tmp_path: Path) -> None:
+    run = tmp_path / "a|b"
+    shutil.copytree(FINISHED, run)
+    about = json.loads((run / "config.json").read_text("utf-8"))
+    about["options"] |= {"init": "org/small.1", "prompt": "a\n| <b>", "shuffle": False}
+    (run / "config.json").write_text(json.dumps(about), "utf-8")
+    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n[1]\n{"step": 4, "lo', "utf-8")
+    card = model_card(open_model(run))
+    assert 'base_model: "org/small.1"' in card
+    assert "--init org/small.1" in card and "--no-shuffle" in card and "'a \\| &lt;b>'" in card
+    assert "# a\\|b" in card and "| steps | 3 |" in card and "validation loss" not in card
+    llmc.write_model(tmp_path / "x.bin", in_memory(), "float32")
+    assert "# x.bin" in model_card(open_model(tmp_path / "x.bin"))
