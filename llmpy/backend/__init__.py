@@ -67,14 +67,9 @@ class Ops(Protocol):
         """
 
     def embedding_backward(
-        self,
-        dwte: Array,
-        dwpe: Array | None,
-        dout: Array,
-        tokens: Array,
-        accumulate: bool,
-        positions: Array | None = None,
-    ) -> None:
+        self, dwte: Array, dwpe: Array | None, dout: Array, tokens: Array, accumulate: bool, positions: Array | None =
+        None,
+    ) -> None:  # fmt: skip
         """dwte (Vp, C) += dout rows by token;  dwpe (≥T, C) by position; with `:=`, rows of no position become 0.
 
         dwte is always `+=`: the head shares it and writes first.
@@ -84,30 +79,14 @@ class Ops(Protocol):
         """out (BT, C), mean (BT,), rstd (BT,) := LayerNorm(inp (BT, C)); eps 1e-5, biased variance."""
 
     def residual_layernorm_forward(
-        self,
-        resid: Array,
-        out: Array,
-        mean: Array,
-        rstd: Array,
-        inp1: Array,
-        inp2: Array,
-        weight: Array,
-        bias: Array,
+        self, resid: Array, out: Array, mean: Array, rstd: Array, inp1: Array, inp2: Array, weight: Array, bias: Array
     ) -> None:
         """resid (BT, C) := inp1 + inp2;  out, mean, rstd := LayerNorm(resid)."""
 
     def layernorm_backward(
-        self,
-        dinp: Array,
-        dweight: Array | None,
-        dbias: Array | None,
-        dout: Array,
-        inp: Array,
-        mean: Array,
-        rstd: Array,
-        weight: Array,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: Array, dweight: Array | None, dbias: Array | None, dout: Array, inp: Array, mean: Array, rstd:
+        Array, weight: Array, accumulate: bool,
+    ) -> None:  # fmt: skip
         """dinp (BT, C) += (joins the residual stream);  dweight (C,), dbias (C,) by `accumulate`; both None: frozen."""
 
     def rmsnorm_forward(self, out: Array, rstd: Array, inp: Array, weight: Array, eps: float) -> None:
@@ -119,14 +98,7 @@ class Ops(Protocol):
         """resid (BT, C) := inp1 + inp2;  out, rstd := RMSNorm(resid)."""
 
     def rmsnorm_backward(
-        self,
-        dinp: Array,
-        dweight: Array | None,
-        dout: Array,
-        inp: Array,
-        rstd: Array,
-        weight: Array,
-        accumulate: bool,
+        self, dinp: Array, dweight: Array | None, dout: Array, inp: Array, rstd: Array, weight: Array, accumulate: bool
     ) -> None:
         """dinp (BT, C) += (joins the residual stream);  dweight (C,) by `accumulate`; None: frozen."""
 
@@ -139,17 +111,9 @@ class Ops(Protocol):
         """
 
     def head_rmsnorm_backward(
-        self,
-        dinp: Array,
-        dq_weight: Array | None,
-        dk_weight: Array | None,
-        dout: Array,
-        inp: Array,
-        rstd: Array,
-        q_weight: Array,
-        k_weight: Array,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: Array, dq_weight: Array | None, dk_weight: Array | None, dout: Array, inp: Array, rstd: Array,
+        q_weight: Array, k_weight: Array, accumulate: bool,
+    ) -> None:  # fmt: skip
         """dinp (BT, W) := gradient, may be dout;  dq_weight, dk_weight (HS,) by `accumulate`; both None: frozen."""
 
     def rope(self, x: Array, cos: Array, sin: Array, positions: Array, heads: int, inverse: bool) -> None:
@@ -180,16 +144,9 @@ class Ops(Protocol):
         """
 
     def linear_backward(
-        self,
-        dinp: Array,
-        dweight: Array | None,
-        dbias: Array | None,
-        dout: Array,
-        inp: Array | None,
-        weight: Array,
-        pre: Array | None,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: Array, dweight: Array | None, dbias: Array | None, dout: Array, inp: Array | None, weight: Array,
+        pre: Array | None, accumulate: bool,
+    ) -> None:  # fmt: skip
         """dinp (BT, C) := dout (BT, OC) · weight (OC, C);  dweight += doutᵀ · inp;  dbias += Σ_rows dout.
 
         With `pre`, inp was an activation of it, and dinp is the gradient of pre, as in `activation_backward`:
@@ -243,17 +200,9 @@ class Ops(Protocol):
         """
 
     def classifier(
-        self,
-        losses: Array,
-        dinp: Array | None,
-        dwte: Array | None,
-        inp: Array,
-        wte: Array,
-        targets: Array,
-        vocab_size: int,
-        scale: float,
-        accumulate: bool,
-    ) -> None:
+        self, losses: Array, dinp: Array | None, dwte: Array | None, inp: Array, wte: Array, targets: Array, vocab_size:
+        int, scale: float, accumulate: bool,
+    ) -> None:  # fmt: skip
         """Head, softmax and cross-entropy, and their gradients, in chunks of rows.
 
         losses (BT,) := −log softmax(inp (BT, C) · wte (Vp, C)ᵀ)[target] over the first V columns, unscaled.
@@ -263,20 +212,9 @@ class Ops(Protocol):
         """
 
     def adamw(
-        self,
-        param: Array,
-        grad: Array,
-        m: Array,
-        v: Array,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        grad_scale: float,
-        step: int,
-        stored: Array | None = None,
-    ) -> None:
+        self, param: Array, grad: Array, m: Array, v: Array, lr: float, beta1: float, beta2: float, eps: float,
+        weight_decay: float, grad_scale: float, step: int, stored: Array | None = None,
+    ) -> None:  # fmt: skip
         """One AdamW update of flat (n,) wide arrays; step counts from 1.  stored (n,) dtype := param.
 
         g = grad_scale·grad;  m := β1·m + (1−β1)·g;  v := β2·v + (1−β2)·g²;

@@ -161,25 +161,16 @@ class Reference:
     # Embedding: out[b, t] = wte[tokens[b, t]] + wpe[positions[b, t]]
 
     def embedding_forward(
-        self,
-        out: np.ndarray,
-        tokens: np.ndarray,
-        wte: np.ndarray,
-        wpe: np.ndarray | None,
-        positions: np.ndarray | None = None,
-    ) -> None:
+        self, out: np.ndarray, tokens: np.ndarray, wte: np.ndarray, wpe: np.ndarray | None, positions: np.ndarray | None
+        = None,
+    ) -> None:  # fmt: skip
         at = np.arange(tokens.shape[1]) if positions is None else positions
         rows(out)[...] = rows(wte[tokens] if wpe is None else wte[tokens] + wpe[at])
 
     def embedding_backward(
-        self,
-        dwte: np.ndarray,
-        dwpe: np.ndarray | None,
-        dout: np.ndarray,
-        tokens: np.ndarray,
-        accumulate: bool,
+        self, dwte: np.ndarray, dwpe: np.ndarray | None, dout: np.ndarray, tokens: np.ndarray, accumulate: bool,
         positions: np.ndarray | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         dout = dout.reshape(*tokens.shape, -1)
         np.add.at(dwte, tokens, dout)  # unlike dwte[tokens] += dout, adds once per occurrence
         if dwpe is not None:
@@ -191,13 +182,7 @@ class Reference:
     # LayerNorm: n = (inp − mean)·rstd,  out = n·weight + bias
 
     def layernorm_forward(
-        self,
-        out: np.ndarray,
-        mean: np.ndarray,
-        rstd: np.ndarray,
-        inp: np.ndarray,
-        weight: np.ndarray,
-        bias: np.ndarray,
+        self, out: np.ndarray, mean: np.ndarray, rstd: np.ndarray, inp: np.ndarray, weight: np.ndarray, bias: np.ndarray
     ) -> None:
         x = rows(inp)
         mu = x.mean(axis=1, keepdims=True)
@@ -208,31 +193,16 @@ class Reference:
         rstd.reshape(-1)[...] = r[:, 0]
 
     def residual_layernorm_forward(
-        self,
-        resid: np.ndarray,
-        out: np.ndarray,
-        mean: np.ndarray,
-        rstd: np.ndarray,
-        inp1: np.ndarray,
-        inp2: np.ndarray,
-        weight: np.ndarray,
-        bias: np.ndarray,
-    ) -> None:
+        self, resid: np.ndarray, out: np.ndarray, mean: np.ndarray, rstd: np.ndarray, inp1: np.ndarray, inp2:
+        np.ndarray, weight: np.ndarray, bias: np.ndarray,
+    ) -> None:  # fmt: skip
         rows(resid)[...] = rows(inp1) + rows(inp2)
         self.layernorm_forward(out, mean, rstd, resid, weight, bias)
 
     def layernorm_backward(
-        self,
-        dinp: np.ndarray,
-        dweight: np.ndarray | None,
-        dbias: np.ndarray | None,
-        dout: np.ndarray,
-        inp: np.ndarray,
-        mean: np.ndarray,
-        rstd: np.ndarray,
-        weight: np.ndarray,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: np.ndarray, dweight: np.ndarray | None, dbias: np.ndarray | None, dout: np.ndarray, inp: np.ndarray,
+        mean: np.ndarray, rstd: np.ndarray, weight: np.ndarray, accumulate: bool,
+    ) -> None:  # fmt: skip
         # dinp = rstd·(dn − Σdn/C − n·Σ(dn·n)/C)
         dy, r = rows(dout), rstd.reshape(-1, 1)
         n = (rows(inp) - mean.reshape(-1, 1)) * r
@@ -251,28 +221,16 @@ class Reference:
         rows(out)[...], rstd.reshape(-1)[...] = rms_normalise(rows(inp), weight, eps)
 
     def residual_rmsnorm_forward(
-        self,
-        resid: np.ndarray,
-        out: np.ndarray,
-        rstd: np.ndarray,
-        inp1: np.ndarray,
-        inp2: np.ndarray,
-        weight: np.ndarray,
-        eps: float,
-    ) -> None:
+        self, resid: np.ndarray, out: np.ndarray, rstd: np.ndarray, inp1: np.ndarray, inp2: np.ndarray, weight:
+        np.ndarray, eps: float,
+    ) -> None:  # fmt: skip
         rows(resid)[...] = rows(inp1) + rows(inp2)
         self.rmsnorm_forward(out, rstd, resid, weight, eps)
 
     def rmsnorm_backward(
-        self,
-        dinp: np.ndarray,
-        dweight: np.ndarray | None,
-        dout: np.ndarray,
-        inp: np.ndarray,
-        rstd: np.ndarray,
-        weight: np.ndarray,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: np.ndarray, dweight: np.ndarray | None, dout: np.ndarray, inp: np.ndarray, rstd: np.ndarray, weight:
+        np.ndarray, accumulate: bool,
+    ) -> None:  # fmt: skip
         dx, dn_n = rms_gradient(rows(dout), rows(inp), rstd.reshape(-1), weight)
         rows(dinp)[...] += dx
         if dweight is not None:
@@ -281,13 +239,7 @@ class Reference:
     # The same for each head of queries (the first NH) and of keys (the next NKV) in inp (BT, (NH + 2·NKV)·HS)
 
     def head_rmsnorm_forward(
-        self,
-        out: np.ndarray,
-        rstd: np.ndarray,
-        inp: np.ndarray,
-        q_weight: np.ndarray,
-        k_weight: np.ndarray,
-        eps: float,
+        self, out: np.ndarray, rstd: np.ndarray, inp: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray, eps: float
     ) -> None:
         rows(out)[...] = rows(inp)
         x, y, r = by_heads(inp, q_weight), by_heads(out, q_weight), rows(rstd)
@@ -295,17 +247,9 @@ class Reference:
             y[:, part], r[:, part] = rms_normalise(x[:, part], weight, eps)
 
     def head_rmsnorm_backward(
-        self,
-        dinp: np.ndarray,
-        dq_weight: np.ndarray | None,
-        dk_weight: np.ndarray | None,
-        dout: np.ndarray,
-        inp: np.ndarray,
-        rstd: np.ndarray,
-        q_weight: np.ndarray,
-        k_weight: np.ndarray,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: np.ndarray, dq_weight: np.ndarray | None, dk_weight: np.ndarray | None, dout: np.ndarray, inp:
+        np.ndarray, rstd: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray, accumulate: bool,
+    ) -> None:  # fmt: skip
         rows(dinp)[...] = rows(dout)
         x, dx, r = by_heads(inp, q_weight), by_heads(dinp, q_weight), rows(rstd)
         parts = query_and_key_parts(x, r, q_weight, k_weight)
@@ -336,13 +280,9 @@ class Reference:
         dpre[...] = activation_gradient(dout, pre)
 
     def linear_forward(
-        self,
-        out: np.ndarray,
-        inp: np.ndarray,
-        weight: np.ndarray,
-        bias: np.ndarray | None,
-        pre: np.ndarray | None = None,
-    ) -> None:
+        self, out: np.ndarray, inp: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, pre: np.ndarray | None =
+        None,
+    ) -> None:  # fmt: skip
         y = rows(inp) @ weight.T
         if bias is not None:
             y = y + bias
@@ -352,16 +292,9 @@ class Reference:
         rows(out)[...] = y
 
     def linear_backward(
-        self,
-        dinp: np.ndarray,
-        dweight: np.ndarray | None,
-        dbias: np.ndarray | None,
-        dout: np.ndarray,
-        inp: np.ndarray | None,
-        weight: np.ndarray,
-        pre: np.ndarray | None,
-        accumulate: bool,
-    ) -> None:
+        self, dinp: np.ndarray, dweight: np.ndarray | None, dbias: np.ndarray | None, dout: np.ndarray, inp: np.ndarray
+        | None, weight: np.ndarray, pre: np.ndarray | None, accumulate: bool,
+    ) -> None:  # fmt: skip
         dy = rows(dout)
         dx = dy @ weight
         if pre is not None:
@@ -392,14 +325,9 @@ class Reference:
         stats[...] = (largest + np.log(total)).reshape(stats.shape)
 
     def attention_backward(
-        self,
-        dqkv: np.ndarray,
-        dout: np.ndarray,
-        qkv: np.ndarray,
-        out: np.ndarray,
-        stats: np.ndarray,
-        positions: np.ndarray | None = None,
-    ) -> None:
+        self, dqkv: np.ndarray, dout: np.ndarray, qkv: np.ndarray, out: np.ndarray, stats: np.ndarray, positions:
+        np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         # dv = pᵀ·do,  dp = do·vᵀ,  ds = p∘(dp − Σ p∘dp) where Σ p∘dp = Σ do∘o,
         # dq = ds·k/√HS,  dk = dsᵀ·q/√HS;  dk and dv sum over the heads of a group
         q, k, v, o = split_heads(qkv, out, stats)
@@ -423,13 +351,9 @@ class Reference:
         packed[...] = weight.reshape(-1)
 
     def packed_linear_forward(
-        self,
-        out: np.ndarray,
-        inp: np.ndarray,
-        packed: np.ndarray,
-        bias: np.ndarray | None,
-        pre: np.ndarray | None = None,
-    ) -> None:
+        self, out: np.ndarray, inp: np.ndarray, packed: np.ndarray, bias: np.ndarray | None, pre: np.ndarray | None =
+        None,
+    ) -> None:  # fmt: skip
         self.linear_forward(out, inp, packed.reshape(-1, inp.shape[-1]), bias, pre)
 
     def cache_fill(self, cache: np.ndarray, qkv: np.ndarray) -> None:
@@ -452,17 +376,9 @@ class Reference:
     # Classifier: logits = inp·wteᵀ,  loss = −log softmax(logits)[target],  dlogits = scale·(p − onehot)
 
     def classifier(
-        self,
-        losses: np.ndarray,
-        dinp: np.ndarray | None,
-        dwte: np.ndarray | None,
-        inp: np.ndarray,
-        wte: np.ndarray,
-        targets: np.ndarray,
-        vocab_size: int,
-        scale: float,
-        accumulate: bool,
-    ) -> None:
+        self, losses: np.ndarray, dinp: np.ndarray | None, dwte: np.ndarray | None, inp: np.ndarray, wte: np.ndarray,
+        targets: np.ndarray, vocab_size: int, scale: float, accumulate: bool,
+    ) -> None:  # fmt: skip
         V, x, target = vocab_size, rows(inp), targets.reshape(-1)
         logits = x @ wte[:V].T
         largest, e, total = exponentials(logits)
@@ -484,20 +400,9 @@ class Reference:
                 dwte[V:] = 0
 
     def adamw(
-        self,
-        param: np.ndarray,
-        grad: np.ndarray,
-        m: np.ndarray,
-        v: np.ndarray,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        grad_scale: float,
-        step: int,
-        stored: np.ndarray | None = None,
-    ) -> None:
+        self, param: np.ndarray, grad: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float, beta1: float, beta2: float,
+        eps: float, weight_decay: float, grad_scale: float, step: int, stored: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         g = grad_scale * grad
         m[...] = beta1 * m + (1 - beta1) * g
         v[...] = beta2 * v + (1 - beta2) * g * g
