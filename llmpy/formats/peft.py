@@ -27,12 +27,14 @@ from .source import DTYPES, Source, read_json, write_json, write_tensors
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = {"gpt2": "base_model.model.transformer.h.{}.", "llama": "base_model.model.model.layers.{}."}
 ALL = "all-linear"
-# Required values of an adapter, the first one the default; others change what it computes.
+# Required values of an adapter, the first one the default. A field that is not listed must be empty.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": ("none",), "use_dora": (False,),
-    "modules_to_save": (None, []), "layers_to_transform": (None,), "rank_pattern": (None, {}), "fan_in_fan_out":
-    (False, True), "alpha_pattern": (None, {}), "exclude_modules": (None,), "trainable_token_indices": (None,),
-    "target_parameters": (None,), "lora_bias": (False,),
+    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": ("none",), "fan_in_fan_out": (False, True),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base model
+}  # fmt: skip
+READ = {
+    "base_model_name_or_path", "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "inference_mode",
+    "auto_mapping", "peft_version", "revision", "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
 HASHED_ROWS = 64  # of the embedding
 
@@ -64,9 +66,9 @@ def read_adapter(folder: Path, open_base: Callable[[str], Source]) -> Source:
     """Open peft's folder on its base model. Raises LlmpyError for another kind of adapter or corrupt files."""
     path = folder / CONFIG_FILE
     about = read_json(path)
-    for key, values in FIXED.items():
-        if about.get(key, values[0]) not in values:
-            what = f"{path}: {key} is {about[key]!r}, not {values[0]!r}"
+    for key, value in about.items():
+        if value not in FIXED[key] if key in FIXED else key not in READ and value:
+            what = f"{path}: {key} is {value!r}, which is not supported"
             raise LlmpyError("lora.unsupported", what, "Use a plain LoRA adapter of linear layers")
     name, rank, alpha = (about.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
     if not isinstance(name, str) or type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
@@ -103,22 +105,20 @@ def chosen_by(path: Path, targets: Any, config: ModelConfig) -> tuple[str, ...]:
     every = modules(config)
     if targets == ALL:
         return chosen(every, ())
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error:
-            raise damaged(path, f"target_modules is {targets!r}") from None
-        block = PREFIX[config.family].removeprefix("base_model.model.")
-        per_layer = [
-            {m.name for m in every if pattern.fullmatch(block.format(l) + m.name)} for l in range(config.layers)
-        ]
-        if not per_layer[0] or any(names != per_layer[0] for names in per_layer):
-            what = f"{path}: target_modules {targets!r} selects nothing, or other modules in some layers"
-            raise LlmpyError("lora.unsupported", what, "Use an adapter of the same modules in all layers")
-        return tuple(m.name for m in every if m.name in per_layer[0])
-    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise damaged(path, f"target_modules is {targets!r}")
-    return chosen(every, targets)
+    listed = "|".join(rf"(.*\.)?{re.escape(name)}" for name in names)
+    try:
+        pattern = re.compile(targets if isinstance(targets, str) else listed)
+    except re.error:
+        raise damaged(path, f"target_modules is {targets!r}") from None
+    block = PREFIX[config.family].removeprefix("base_model.model.")
+    found = [{m.name for m in every if pattern.fullmatch(block.format(l) + m.name)} for l in range(config.layers)]
+    if not found[0] or any(names != found[0] for names in found):
+        what = f"{path}: target_modules selects nothing, or other modules in some layers"
+        raise LlmpyError("lora.unsupported", what, "Use an adapter of the same modules in all layers")
+    return tuple(m.name for m in every if m.name in found[0])
 
 
 def write_adapter(folder: Path, source: Source) -> None:
