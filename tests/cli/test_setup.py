@@ -32,8 +32,8 @@ TEXT = "".join(f"Citizen {i}:\nSpeak, number {i * i}, before we proceed any furt
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Serve the files; return the paths of all requests."""
-    huggingface.write_model(tmp_path / "gpt2", with_tokenizer(in_memory(CONFIG), tmp_path / "bytes.json"), "float32")
-    files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "gpt2").iterdir()}
+    huggingface.write_model(tmp_path / "served", with_tokenizer(in_memory(CONFIG), tmp_path / "bytes.json"), "float32")
+    files = {f"/openai-community/gpt2/resolve/main/{p.name}": p.read_bytes() for p in (tmp_path / "served").iterdir()}
     files["/text"] = TEXT.encode()
     with network(files, tmp_path / "hub", monkeypatch) as (here, found):
         monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))

@@ -118,7 +118,7 @@ def test_memory_of_hellaswag_and_of_the_compiler(tmp_path: Path) -> None:
         same, GPT2_124M, Laptop()
     )
     cold = Laptop()
-    cold.compiled = lambda: False  # type: ignore[method-assign]
+    cold.compiled = lambda _: False  # type: ignore[method-assign]
     assert memory_of(given, GPT2_124M, cold) == plain + COMPILER_BYTES
     flown = inspect(RunStart(given), GPT2_124M, given.settled(768, 305_260), cold, TOKENS)
     assert "compilation" in "\n".join(flown.lines())
