@@ -25,6 +25,7 @@ from llmpy.model.config import ModelConfig
 from llmpy.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
+FILES = {"main", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}  # main: their list
 CONFIG = ModelConfig(layers=2, heads=2, channels=16, context=64, vocab_size=257)
 TEXT = "".join(f"Citizen {i}:\nSpeak, number {i * i}, before we proceed any further.\n\n" for i in range(1500))
 
@@ -55,7 +56,7 @@ def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: py
         run(line)
     capsys.readouterr()
     fetched = {path.rpartition("/")[2] for path in asked}
-    assert fetched == {"text", "config.json", "tokenizer.json", "model.safetensors"}
+    assert fetched == {"text", *FILES}
     asked.clear()
     run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 40 --out run")
     assert asked == []
@@ -70,6 +71,4 @@ def test_setup_then_fine_tuning_without_the_network(asked: list[str], capsys: py
 
 def test_fine_tuning_downloads_its_files(asked: list[str]) -> None:
     run("train --init gpt2 --data tinyshakespeare -B 4 -T 64 --steps 2 --out run")
-    assert {path.rpartition("/")[2] for path in asked} == {
-        "text", "config.json", "tokenizer.json", "model.safetensors",
-    }  # fmt: skip
+    assert {path.rpartition("/")[2] for path in asked} == {"text", *FILES}
