@@ -161,7 +161,9 @@ class Model:
         tokenizer, reach = self.require_tokenizer(), self.trained_length
         check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
         self.warm_up()
-        generation = Generation(self._net, [ids], count, reach, [Xorshift64Star(seed)], choice)
+        generation = Generation(
+            self._net, [ids], count, reach, [Xorshift64Star(seed)], choice, tokens=tokenizer.vocab_size
+        )
         text, changes = TextStream(tokenizer.continuation, stop), self._changes
         for _ in range(count):
             with self._net.ops.lock:

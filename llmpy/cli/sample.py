@@ -40,7 +40,9 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     source.load_into(model)
     # One generator per text; the first text is the same as without the others.
     coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
-    generation = Generation(model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json)
+    generation = Generation(
+        model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json, tokens=tokenizer.vocab_size
+    )
     streams = [TextStream(tokenizer.continuation, o.stop or ()) for _ in prompts]
     ends = frozenset[int]() if o.ignore_eot else tokenizer.stops
     pieces: list[list[str]] = [[opening] for opening in openings]

@@ -19,15 +19,15 @@ from .source import Source, cut, tokenizer_path
 
 
 def resolve(text: str, log: Callable[[str], None]) -> Source:
-    """Return the model that `find` returns, without the padding rows of wte that its tokenizer does not use."""
+    """Return the model that `find` returns, a GPT-2 without rows of wte that its tokenizer does not use."""
     source = find(text, log)
     V, own = source.config.vocab_size, source.tokenizer
     have = Tokenizer.load(own).vocab_size if own is not None else V
-    if have == V:
-        return source
     if have > V:
         what = f"{own} and its added tokens are {have:,} tokens, the model has {V:,}"
         raise LlmpyError("tokenizer.vocab-mismatch", what, "Replace it with the model's own tokenizer.json")
+    if have == V or source.config.family != "gpt2":
+        return source
     log(f"note: the tokenizer has {have:,} of the {V:,} tokens of {source.path}; the others are ignored")
     return cut(source, have)
 
@@ -64,7 +64,7 @@ def open_model(path: Path, log: Callable[[str], None] = aside) -> Source:
         return peft.read_adapter(path, lambda base: find(base, log))
     source = _open_model(path)
     lora = source.config.lora
-    return source if lora is None else peft.on_base(source, find(lora.base, log))
+    return source if lora is None else peft.on_base(source, resolve(lora.base, log))
 
 
 def _open_model(path: Path) -> Source:

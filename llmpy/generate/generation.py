@@ -50,20 +50,15 @@ class Generation:
     """Texts continued in one batch, each independent of the others.
 
     Each prompt has at least one token and gets at most `count` more. Tokens see `reach` back. `pack`: see `Decoder`.
-    Several threads may generate with one model: a step holds its machine's lock.
+    Several threads may generate with one model: a step holds its machine's lock. `tokens`: those of the tokenizer, if
+    the model has rows for more.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[Sequence[int]],
-        count: int,
-        reach: int,
-        coins: Sequence[Coin],
-        choice: Choice,
-        pack: bool = True,
-        logprobs: bool = False,
-    ) -> None:
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], count: int, reach: int, coins: Sequence[Coin],
+        choice: Choice, pack: bool = True, logprobs: bool = False, tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        self._tokens = tokens
         self.texts = [list(prompt) for prompt in prompts]
         self._reach, self._coins, self._choice, self._logprobs = reach, coins, choice, logprobs
         length = min(reach, max(map(len, self.texts)) + count)
@@ -76,6 +71,7 @@ class Generation:
         with self._decoder.ops.lock:
             found = self._logits(rows)
         for row, logits in zip(rows, found, strict=True):
+            logits = logits[: self._tokens]
             token = choose(logits, self._coins[row], self._choice, self.texts[row])
             self.texts[row].append(token)
             tokens.append(Token(token, logprob(logits, token) if self._logprobs else float("nan")))
@@ -96,16 +92,11 @@ class Generation:
 
 
 def generate(
-    model: LanguageModel,
-    prompt: Sequence[int],
-    count: int,
-    reach: int,
-    coin: Coin,
-    choice: Choice = DEFAULT,
-    pack: bool = True,
-) -> Iterator[int]:
+    model: LanguageModel, prompt: Sequence[int], count: int, reach: int, coin: Coin, choice: Choice = DEFAULT,
+    pack: bool = True, tokens: int | None = None,
+) -> Iterator[int]:  # fmt: skip
     """Yield `count` tokens that continue `prompt`; arguments as in `Generation`."""
-    generation = Generation(model, [prompt], count, reach, [coin], choice, pack)
+    generation = Generation(model, [prompt], count, reach, [coin], choice, pack, tokens=tokens)
     for _ in range(count):
         yield generation.step([0])[0].id
 

@@ -164,7 +164,7 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         choice = Choice((1.0 if temperature is None else float(temperature)) if sampled else 0.0, **limits)
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
-        generation = Generation(self.model, prompts, count, self.reach, coins, choice)
+        generation = Generation(self.model, prompts, count, self.reach, coins, choice, tokens=self.tokens.vocab_size)
         streams = [TextStream(self.tokens.continuation, until) for _ in prompts]
         texts, live = [""] * len(prompts), list(range(len(prompts)))
         for _ in range(count):

@@ -23,7 +23,8 @@ def write_sample(
     """Print a sample that continues the prompt; a stop signal ends it."""
     o, stream = options, TextStream(data.tokenizer.continuation if data.tokenizer else token_ids)
     # Packed matrices would take memory that training needs, for little gain.
-    tokens = generate(model, data.prompt, o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE, pack=False)
+    about = o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE
+    tokens = generate(model, data.prompt, *about, pack=False, tokens=data.train.vocab_size)
     until_asked = itertools.takewhile(lambda _: not stop.asked, tokens)
     text = (data.opening + "".join(map(stream.feed, until_asked)) + stream.finish()).strip("\n")
     for line in (f"--- sample at step {step}", *text.split("\n"), "---"):
