@@ -73,6 +73,7 @@ class Decoder:
 
     def __init__(self, model: LanguageModel, B: int, S: int, pack: bool = True) -> None:
         self.model, self.ops, self.length = model, model.ops, S
+        model.extend(S)
         self.matrices = model.weights
         self.multiply: Callable[..., None] = model.ops.linear_forward
         self.cache = Arena(cache_table(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values

@@ -104,6 +104,9 @@ class LanguageModel:
         """out (B, T, C) := the embedding of tokens (B, T)."""
         raise NotImplementedError
 
+    def extend(self, length: int) -> None:
+        """Prepare for texts of this length."""
+
     def layers(self, a: Arena, by: ForwardOps) -> Arena:
         """Run every layer on the embedded tokens in `resid[0]`; fill and return the activations, up to `final`."""
         raise NotImplementedError
@@ -130,6 +133,7 @@ class LanguageModel:
         if training and not self.trainable:
             raise ValueError("cannot train a model made without `trainable`: it has no float32 matrices")
         ops = self.ops
+        self.extend(T)
         if training and self.grads is None:
             self.grads = Arena(self.trained.table, ops.empty, ops.wide)
         # Evaluation reuses a training arena; its own keeps a single layer.

@@ -140,12 +140,15 @@ class Llama(LanguageModel):
     def _rotate(self, x: Any, positions: Any, inverse: bool = False) -> None:
         """Rotate the heads of queries and keys in x (rows, W)."""
         c = self.config
-        if self._rotations is None:
-            self._rotations = tables(c, c.context)
         cos, sin = self._rotations
         self.ops.rope(x, cos, sin, positions, c.heads + c.kv_heads, inverse)
 
-    _rotations: tuple[Any, Any] | None = None  # cos and sin (context, HS/2)
+    _rotations: tuple[Any, Any] = (np.empty((0, 0)), np.empty((0, 0)))  # cos and sin (length, HS/2)
+
+    def extend(self, length: int) -> None:
+        """Compute the angles of positions below `length`."""
+        if len(self._rotations[0]) < length:
+            self._rotations = tables(self.config, length)
 
     def layers(self, a: Arena, by: ForwardOps) -> Arena:
         """See `LanguageModel.layers`."""
