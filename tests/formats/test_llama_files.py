@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import chats
+from support.laptop import Laptop
+from support.models import build
 from support.refused import refused
 from support.samples import in_memory, llama_tokenizer, same, sharded
 
@@ -23,10 +25,13 @@ from llmpy.formats import huggingface, native, open_model, resolve
 from llmpy.formats.convert import write
 from llmpy.formats.gguf import write_model as write_gguf
 from llmpy.formats.source import Source, shapes
+from llmpy.generate.generation import Generation
+from llmpy.generate.sampling import Choice
 from llmpy.model.arena import Arena
 from llmpy.model.config import LlamaConfig, RopeScaling
 from llmpy.model.families import params_table
 from llmpy.model.rope import frequencies
+from llmpy.rng import Xorshift64Star
 
 LLAMA = LlamaConfig(layers=2, heads=4, channels=16, context=64, vocab_size=300, kv_heads=2, ffn=24)
 CONFIGS = {
@@ -188,18 +193,23 @@ def test_reading_holds_one_tensor_besides_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])
-def test_a_vocabulary_beyond_the_tokenizer_is_cut(tmp_path: Path, kind: str) -> None:
+def test_rows_beyond_the_tokenizer_are_kept(tmp_path: Path, kind: str) -> None:
+    """They count in the loss, as in transformers, but are not sampled."""
     source = in_memory(replace(LLAMA, tied=False), "bfloat16")
     write(source, tmp_path / "m", kind, None, [].append)
     Tokenizer.bytes().save(tmp_path / "m" / "tokenizer.json")
     found = resolve(str(tmp_path / "m"), [].append)
-    arena = bfloat16_arena(found.config)  # type: ignore[arg-type]
+    assert found.config == source.config
+    arena = bfloat16_arena(source.config)  # type: ignore[arg-type]
     found.fill(arena)
     for name in ("wte", "head"):
-        assert np.array_equal(getattr(arena, name)[:257], source.read(name)[:257])
-        assert not getattr(arena, name)[257:].any()
-        assert np.array_equal(found.read(name), getattr(arena, name))
-    assert found.config == replace(LLAMA, tied=False, vocab_size=257)
+        assert np.array_equal(getattr(arena, name), source.read(name))
+    model = build(found.config, Laptop())
+    model.params.norm_f_w[...], model.params.head[...] = 0, 0
+    model.params.norm_f_w[0], model.params.head[300, 0] = 1, 1e3  # the likeliest or the least likely
+    coins = [Xorshift64Star(seed) for seed in (1, 2)]
+    generation = Generation(model, [[5], [6]], 9, 30, coins, Choice(), tokens=257)
+    assert all(token.id < 257 for _ in range(9) for token in generation.step([0, 1]))
     shutil.rmtree(tmp_path / "m")
     write(in_memory(replace(LLAMA, vocab_size=256)), tmp_path / "m", kind, None, [].append)
     Tokenizer.bytes().save(tmp_path / "m" / "tokenizer.json")
