@@ -42,7 +42,7 @@ def shard(path: Path) -> None:
     is_shard(path)
     opened = open_shard(path, V)
     assert 0 <= int(opened.tokens[:].min()) <= int(opened.tokens[:].max()) < V
-    assert opened.counted is None or len(opened.counted) == len(opened)
+    assert opened.mask is None or len(opened.mask) == len(opened)
 
 
 def tokenizer(path: Path) -> None:

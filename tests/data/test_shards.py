@@ -129,10 +129,10 @@ def test_mask(path):
     write_shard(path, np.arange(5), counted=counted)
     assert path.with_suffix(".mask").read_bytes() == header(20261122, 1, 5) + bytes([1, 0, 0, 1, 1])
     shard = open_shard(path, V)
-    assert shard.counted[:].tolist() == [1, 0, 0, 1, 1]
-    assert shard.part(2, 5).counted[:].tolist() == [0, 1, 1]
+    assert shard.mask[:].tolist() == [1, 0, 0, 1, 1]
+    assert shard.part(2, 5).mask[:].tolist() == [0, 1, 1]
     write_shard(path, np.arange(6))  # removes the old mask
-    assert open_shard(path, V).counted is None
+    assert open_shard(path, V).mask is None
     with refused("shard.mask-unsupported", path):
         write_shard(path, np.arange(5), "int32", counted)
 
