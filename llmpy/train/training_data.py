@@ -90,8 +90,8 @@ class TrainingData:
         batches, names = [], []
         for _ in range(self.micro_steps):
             tokens, targets = train.next()
-            places = None if train.positions is None else train.positions.copy()
-            batches.append((tokens.copy(), targets.copy(), places, int(np.count_nonzero(targets >= 0))))
+            positions = None if train.positions is None else train.positions.copy()
+            batches.append((tokens.copy(), targets.copy(), positions, int(np.count_nonzero(targets >= 0))))
             names.append(train.batch)
         return Update(batches, names, position)
 
