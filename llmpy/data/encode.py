@@ -37,6 +37,7 @@ class Piece(NamedTuple):
     text: str
     literal: bool  # special tokens in it are text
     first: bool  # it starts a document
+    rendered: bool  # by a chat template: no token precedes it
     counted: bool | Spans  # all of it, or these characters
 
 
@@ -46,6 +47,7 @@ class Tokens:
 
     ids: np.ndarray
     counted: np.ndarray | None
+    starts: np.ndarray  # where documents start: int64, increasing
     characters: int  # of text encoded
 
 
@@ -111,14 +113,14 @@ def _pieces(tokenizer: Tokenizer, document: Document) -> Iterator[Piece]:
         spans = ((0, length),) * literal if isinstance(literal, bool) else literal
         for i, (start, stop, literal) in enumerate(_stretches(spans, length)):
             part = document.part(start, stop)
-            yield Piece(part.text, literal, not (i or document.rendered), part.counted or ())
+            yield Piece(part.text, literal, not i, document.rendered, part.counted or ())
         return
     encoder = tokenizer.ordinary() if literal else tokenizer
     counted = ((0, length),) if document.counted is None else document.counted
     first = True
     for start, stop, counts in _stretches(counted, length):
         for text in pieces(document.text[start:stop], encoder.border, not encoder.byte_level):
-            yield Piece(text, bool(literal), first, counts)
+            yield Piece(text, bool(literal), first, False, counts)
             first = False
 
 
@@ -136,21 +138,24 @@ def _stretches(spans: Spans, length: int) -> Iterator[tuple[int, int, bool]]:
 
 def _tokens(tokenizer: Tokenizer, batch: list[Piece], dtype: np.dtype) -> Tokens:
     encoder, start = tokenizer.ordinary() if batch[0].literal else tokenizer, tokenizer.start
-    texts, _, starts, counts = zip(*batch, strict=True)
+    texts, _, firsts, renders, counts = zip(*batch, strict=True)
     if all(isinstance(count, bool) for count in counts):
         rows = encoder.encode_batch(texts)
     else:
         spans = [((0, len(t)),) * c if isinstance(c, bool) else c for t, c in zip(texts, counts, strict=True)]
         rows, counts = zip(*encoder.encode_marked(texts, spans), strict=True)
-    ids = np.empty(sum(map(len, rows)) + len(start) * sum(starts), dtype)
+    headed = [first and not rendered for first, rendered in zip(firsts, renders, strict=True)]
+    ids = np.empty(sum(map(len, rows)) + len(start) * sum(headed), dtype)
     counted = None if all(map(np.all, counts)) else np.ones(len(ids), bool)
-    at = 0
-    for row, first, counting in zip(rows, starts, counts, strict=True):
+    starts, at = [], 0
+    for row, first, head, counting in zip(rows, firsts, headed, counts, strict=True):
         if first:
+            starts.append(at)
+        if head:
             ids[at : at + len(start)] = start
             at += len(start)
         ids[at : at + len(row)] = row
         if counted is not None:
             counted[at : at + len(row)] = counting
         at += len(row)
-    return Tokens(ids, counted, sum(map(len, texts)))
+    return Tokens(ids, counted, np.array(starts, np.int64), sum(map(len, texts)))

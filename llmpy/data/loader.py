@@ -3,7 +3,7 @@
 With P ranks, sample i of a shard is the B·T·P tokens from i·B·T·P on. Rank r reads its r-th part and the next token.
 Row b continues row b − 1. Shuffling permutes the shards at each epoch, starting from the previous order, and the
 samples of a shard when it is opened. Each rank has its own generator; an epoch still covers every sample once. Where
-the mask of a shard is 0, the target is −1.
+a token does not count by the mask of its shard, the target is −1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import LlmpyError
 from ..rng import MT19937, MTState
-from .shards import Shard
+from .shards import COUNTED, START, Shard
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Loader:
         self._shard_order = np.arange(len(self.shards), dtype=np.int32)
         self._inputs = np.empty((B, T), np.int32)
         self._targets = np.empty((B, T), np.int32)
+        self._positions = np.empty((B, T), np.int32)
+        # Of the last batch, int32 (B, T): counted from 0 in each document of a row; None: in each row.
+        self.positions: np.ndarray | None = None
         self.reset()
 
     @property
@@ -68,7 +71,7 @@ class Loader:
         self._open()
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the next tokens and targets, int32 (B, T) each. Every call overwrites the same two arrays.
+        """Return the next tokens and targets, int32 (B, T) each. Every call overwrites both, and `positions`.
 
         Raises LlmpyError for a token outside the vocabulary.
         """
@@ -93,8 +96,15 @@ class Loader:
                     f"vocabulary of {self.vocab_size:,} tokens"
                 )
                 raise LlmpyError("shard.changed", message, "Do not change data in use")
-        if self._counted is not None:
-            self._targets.reshape(-1)[self._counted[start + 1 : start + BT + 1] == 0] = -1
+        mask = None if self._mask is None else self._mask[start : start + BT + 1]
+        if mask is not None:
+            self._targets.reshape(-1)[mask[1:] & COUNTED == 0] = -1
+        self.positions = None
+        if mask is not None and self._shard_here.packed:
+            starts = mask[:-1].reshape(self.B, self.T) & START != 0
+            places = np.arange(self.T, dtype=np.int32)
+            np.maximum.accumulate(np.where(starts, places, 0), axis=1, out=self._positions)
+            self.positions = np.subtract(places, self._positions, out=self._positions)
         self._sample += 1
         return self._inputs, self._targets
 
@@ -123,7 +133,7 @@ class Loader:
         self._shard, self._sample = position.shard, position.sample
         self._shard_order[:] = position.shard_order
         self._rng.state = position.rng
-        self._tokens, self._counted = shard.tokens, shard.counted
+        self._tokens, self._mask = shard.tokens, shard.mask
         self._sample_order = position.sample_order.astype(np.int32)
 
     def resume(self, position: Position, BT: int) -> None:
@@ -150,7 +160,7 @@ class Loader:
     def _open(self) -> None:
         """Start the shard at `_shard`, its samples in a new order."""
         shard = self._shard_here
-        self._tokens, self._counted = shard.tokens, shard.counted
+        self._tokens, self._mask = shard.tokens, shard.mask
         self._sample = 0
         self._sample_order = np.arange(self._samples(shard), dtype=np.int32)
         if self.shuffle:

@@ -1,6 +1,6 @@
 """The pipeline from documents to token files, for `llmpy train --data` and `llmpy data`.
 
-    documents → held out or not → tokenizer → token ids and mask → shards
+    documents → held out or not → tokenizer → token ids and mask → rows, to fine-tune → shards
 
 The end of the user's text is held out (`divided`), or llm.c's validation part of a named dataset. If no tokenizer is
 given, a byte-level BPE is trained on the training part. Tokens go to a temporary file first, since their number
@@ -25,10 +25,11 @@ from .chat_template import ChatTemplate
 from .datasets import SHARD_TOKENS, Layout, Log
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
+from .packing import described, pack
 from .rank_tables import LLMC_FILE, write_llmc
 from .records import Document
 from .roles import TRAINING, VALIDATION, Chosen
-from .shards import CHUNK, FORMS, HEADER_BYTES, form_for, write_shard
+from .shards import CHUNK, COUNTED, FORMS, HEADER_BYTES, form_for, write_shard
 from .text import refuse_all, stream_files
 from .tokenizer import Tokenizer
 
@@ -182,12 +183,14 @@ def write_tokens(
     layout: Layout = OWN,
     limit: int = 0,
     form: str = "auto",
+    row: int = 0,
 ) -> dict[str, int]:
     """Write the token files of `layout`, masks if not all tokens count, and tokenizer.json; return tokens by file name.
 
     `label`: the tokenizer's description for the log. `limit`: encode only the first N tokens (0: all). `form`: a key of
-    FORMS, or auto; int32 also writes llm.c's tokenizer file for programs that read int32 streams. Raises LlmpyError if
-    the form cannot hold the vocabulary, if no training token counts, and if a file cannot be written.
+    FORMS, or auto; int32 also writes llm.c's tokenizer file for programs that read int32 streams. `row`: pack documents
+    into rows of so many tokens (0: one stream). Raises LlmpyError if the form cannot hold the vocabulary, if no
+    training token counts, and if a file cannot be written.
     """
     form = form_for(tokenizer.vocab_size) if form == "auto" else form
     if tokenizer.vocab_size - 1 > np.iinfo(FORMS[form].dtype).max:
@@ -197,6 +200,7 @@ def write_tokens(
     # In the user's text EOT separates documents. Named datasets are already split, and encode it as text (llm.c).
     encoder = tokenizer if layout is OWN else tokenizer.ordinary()
     files: dict[str, int] = {}
+    lengths: list[np.ndarray] = []
     try:
         with tempfile.TemporaryDirectory(prefix=SPOOL, dir=folder) as work:
             spool = _spool(corpus, encoder, Path(work), limit)
@@ -206,11 +210,16 @@ def write_tokens(
                     check_counted([(spool.ids[part], spool.counted[part])], tokenizer.eot, tokenizer, what)
             for name, start, stop in _cuts(n, held, layout, FORMS[form].dtype.itemsize):
                 counted = None if spool.counted is None or form == "int32" else spool.counted[start:stop]
-                write_shard(folder / name, spool.ids[start:stop], form, counted)
-                files[name] = stop - start
+                ids = spool.ids[start:stop]
+                if row:
+                    starts = spool.starts[slice(*np.searchsorted(spool.starts, (start, stop)))] - start
+                    ids, counted, documents = pack(ids, counted, starts, row, tokenizer.eot, Path(work, name))
+                    lengths.append(documents)
+                write_shard(folder / name, ids, form, counted)
+                files[name] = len(ids)
             learned = n if spool.counted is None else np.count_nonzero(spool.counted)
             rate = spool.rate
-            del spool, counted  # Windows cannot remove a mapped file
+            del spool, counted, ids  # Windows cannot remove a mapped file
     except OSError as error:
         message = f"cannot write to {folder}: {error.strerror or error}"
         raise LlmpyError("file.unwritable", message, "Free some space or choose another folder (--out)") from error
@@ -222,6 +231,8 @@ def write_tokens(
         log(f"the loss counts {learned:,} of {n:,} tokens: completions and assistant messages")
         if form == "int32":
             log("note: int32 streams have no mask, so prompts also count in the loss")
+    if row:
+        log(described(np.concatenate(lengths), sum(size // row for size in files.values()), row))
     return files
 
 
@@ -231,6 +242,7 @@ class _Spool:
 
     ids: np.ndarray
     counted: np.ndarray | None  # bool (n,); None: all count
+    starts: np.ndarray  # int64, of documents
     held: int
     rate: float  # characters per token
 
@@ -241,13 +253,17 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
     dtype, masked = np.dtype(np.uint16), False
     parts = itertools.groupby(corpus.read(), lambda pair: pair[0])
     tenth = int(HELD_OUT * limit)
-    with (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, progress("encoding") as count:
+    with (
+        (work / "ids").open("wb") as ids, (work / "mask").open("wb") as mask, (work / "starts").open("wb") as starts,
+        progress("encoding") as count,
+    ):  # fmt: skip
         for is_held, part in parts:
             most = limit if not corpus.given else total + tenth if is_held else limit - tenth
             for block in encode(tokenizer, (d for _, d in part)):
                 n = min(len(block.ids), most - total) if limit else len(block.ids)
                 dtype = block.ids.dtype
                 ids.write(block.ids[:n].tobytes())
+                starts.write((total + block.starts).tobytes())
                 if block.counted is not None and not masked:
                     masked = True
                     mask.writelines(b"\1" * min(1 << 20, total - at) for at in range(0, total, 1 << 20))
@@ -265,7 +281,8 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
     if total < 2:
         raise LlmpyError("data.empty", "the data contain no text", "Give other data")
     counted = np.memmap(work / "mask", np.bool_, "r") if masked else None
-    return _Spool(np.memmap(work / "ids", dtype, "r"), counted, held, characters / encoded)
+    begun = np.memmap(work / "starts", np.int64, "r")
+    return _Spool(np.memmap(work / "ids", dtype, "r"), counted, begun, held, characters / encoded)
 
 
 def check_counted(
@@ -277,7 +294,7 @@ def check_counted(
         if counted is None:
             return
         for i in range(0, len(ids), CHUNK):
-            seen = np.flatnonzero(np.bincount(ids[i : i + CHUNK][counted[i : i + CHUNK] != 0]))
+            seen = np.flatnonzero(np.bincount(ids[i : i + CHUNK][counted[i : i + CHUNK] & COUNTED != 0]))
             seen = seen[seen != eot]
             if seen.size and (tokenizer is None or tokenizer.decode(seen).strip()):
                 return

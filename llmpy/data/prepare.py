@@ -52,6 +52,7 @@ def prepare(
     skip: Skip = None,
     val: Sequence[Path] | None = None,
     before: Mapping[str, Any] | None = None,
+    row: int = 0,
 ) -> Dataset:
     """Read `paths` (None: Python's documentation), and log their interpretation.
 
@@ -59,7 +60,8 @@ def prepare(
     Text: writes tokenizer.json, train.bin and val.bin into `folder`, which is created after reading.
     Shards: writes nothing. Without validation files, a tenth of the text or of the last shard is held out.
     `model`: the pretrained model; its tokenizer encodes the text. `val`: validation data, whatever their names.
-    `before`: the fingerprints of a run to resume, which keeps its split.
+    `before`: the fingerprints of a run to resume, which keeps its split. `row`: pack documents of text into rows of so
+    many tokens (0: one stream).
     Raises LlmpyError for data that cannot be read or used.
     """
     given = None
@@ -93,7 +95,7 @@ def prepare(
         tokenizer, label = given or model.load()
     size = tokenizer.vocab_size
     with made(folder):
-        written = write_tokens(corpus, tokenizer, label, folder, log)
+        written = write_tokens(corpus, tokenizer, label, folder, log, row=row)
         if "train.bin" not in written:
             hint = f"Write token files first: {command('data', '…')}"
             raise LlmpyError("data.too-large", f"{sum(written.values()):,} tokens are too many for a run folder", hint)

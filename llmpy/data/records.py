@@ -26,7 +26,7 @@ from ..system.command import install
 from ..system.words import count_of
 from .chat_template import ChatTemplate, Spans
 from .record_fields import ASSISTANT, CONTENT, KINDS, KNOWN, Reading, read_fields
-from .shards import CHUNK, Shard
+from .shards import CHUNK, COUNTED, START, Shard
 from .tokenizer import Tokenizer
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".jl": "jsonl", ".json": "json"}
@@ -221,7 +221,10 @@ def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[i
     """
     for shard in shards:
         for place in begins(shard):
-            before: list[int] = shard.tokens[max(0, place - most) : place].tolist()
+            first = max(0, place - most)
+            if shard.packed and shard.mask is not None:
+                first += max(np.flatnonzero(shard.mask[first:place] & START).tolist(), default=0)
+            before: list[int] = shard.tokens[first:place].tolist()
             while tokenizer.template is None and tokenizer.eot in before[1:]:  # in chats it may end each message
                 before = before[before.index(tokenizer.eot, 1) :]
             return before
@@ -229,11 +232,14 @@ def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[i
 
 
 def begins(shard: Shard) -> Iterator[int]:
-    """Yield each position where tokens start to count after others that do not."""
-    if shard.counted is not None:
+    """Yield each position where tokens of a document start to count after others that do not.
+
+    A first token does not count if there is padding before it, so the second does not begin anything.
+    """
+    if shard.mask is not None:
         for start in range(0, len(shard), CHUNK):
-            stretch = shard.counted[start : start + CHUNK + 1].view(np.int8)
-            yield from (start + 1 + np.flatnonzero(np.diff(stretch) > 0)).tolist()
+            stretch = shard.mask[start : start + CHUNK + 1]
+            yield from (start + 1 + np.flatnonzero((stretch[:-1] == 0) & (stretch[1:] == COUNTED))).tolist()
 
 
 def _some(names: Any) -> str:

@@ -5,7 +5,8 @@
     int32     no header, only tokens          llm.c before May 2024, llm.rs, llm.mojo
 
 The file ends with the last token. NAME.bin may have a mask NAME.mask of the same layout (20261122, 1, number of tokens,
-then a byte for each): 1 if the token counts as a target in the loss, else 0.
+then a byte for each): 1 if the token counts as a target in the loss, else 0. In version 2, bit 0 is that, and bit 1 is
+set where a document starts.
 All of a file is checked once, on opening: compiled kernels trust token ids.
 """
 
@@ -44,7 +45,8 @@ FORMS = {
     "uint32": Form(magic.WIDE_TOKENS, 7, np.dtype("<u4"), "Llama-3 token shard (uint32)"),
     "int32": Form(0, 0, np.dtype("<i4"), "int32 token stream without header"),
 }
-MASK = Form(magic.MASK, 1, np.dtype("u1"), "token mask")
+MASK, PACKED_MASK = (Form(magic.MASK, version, np.dtype("u1"), "token mask") for version in (1, 2))
+COUNTED, START = 1, 2  # the bits of a mask
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,24 @@ class Shard:
 
     path: Path
     tokens: Stored | np.ndarray
-    counted: Stored | np.ndarray | None = None  # uint8 (n,), 1 if the token counts as a target; None: all count
+    mask: Stored | np.ndarray | None = None  # uint8 (n,): COUNTED as target, START of a document; None: all count
+    packed: bool = False  # the mask has starts
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def part(self, start: int, stop: int) -> Shard:
         """Return tokens [start, stop) without reading them."""
-        tokens, counted = self.tokens, self.counted
-        parts = (
-            x.part(start, stop) if isinstance(x, Stored) else x[start:stop] for x in (tokens, counted) if x is not None
+        tokens, mask = (
+            x.part(start, stop) if isinstance(x, Stored) else x if x is None else x[start:stop]
+            for x in (self.tokens, self.mask)
         )
-        return Shard(self.path, *parts)
+        assert tokens is not None
+        return Shard(self.path, tokens, mask, self.packed)
 
 
 def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: np.ndarray | None = None) -> None:
-    """Write tokens, integers (n,), atomically; then their mask if `counted`, bool (n,), is given.
+    """Write tokens, integers (n,), atomically; then their mask if `counted`, bool or bits of a mask (n,), is given.
 
     Raises LlmpyError if the tokens do not fit the form, and if writing fails.
     """
@@ -87,7 +91,7 @@ def write_shard(path: Path, tokens: np.ndarray, form: str = "uint16", counted: n
     mask_path(path).unlink(missing_ok=True)  # of the file replaced
     _write(path, tokens, FORMS[form])
     if counted is not None:
-        _write(mask_path(path), counted, MASK)
+        _write(mask_path(path), counted, PACKED_MASK if _largest(counted) >= START else MASK)
 
 
 def open_shard(path: Path, vocab_size: int) -> Shard:
@@ -98,17 +102,22 @@ def open_shard(path: Path, vocab_size: int) -> Shard:
     try:
         form = form_of(path)
         tokens = _values(path, form)
-        counted = _values(mask_path(path), MASK) if form.magic and mask_path(path).exists() else None
+        mask, packed = None, False
+        if form.magic and mask_path(path).exists():
+            packed = _start(mask_path(path))[4:8] == b"\2\0\0\0"
+            mask = _values(mask_path(path), PACKED_MASK if packed else MASK)
     except OSError as error:
         raise unreadable(path, error) from error
     _check_tokens(path, tokens, vocab_size)
-    if counted is not None and len(counted) != len(tokens):
-        message = f"{mask_path(path)} is for {len(counted):,} tokens, but {path} has {len(tokens):,}"
+    if mask is None:
+        return Shard(path, tokens)
+    if len(mask) != len(tokens):
+        message = f"{mask_path(path)} is for {len(mask):,} tokens, but {path} has {len(tokens):,}"
         raise LlmpyError("shard.mask-mismatch", message, "Write both again, or remove the mask")
-    if counted is not None and any(counted[i : i + CHUNK].max() > 1 for i in range(0, len(counted), CHUNK)):
-        message = f"{mask_path(path)} is corrupt: it has bytes other than 0 and 1"
+    if _largest(mask) > (COUNTED | START if packed else COUNTED):
+        message = f"{mask_path(path)} is corrupt: it has bytes other than {'0 to 3' if packed else '0 and 1'}"
         raise LlmpyError("shard.corrupt", message, "Write both again")
-    return Shard(path, tokens, counted)
+    return Shard(path, tokens, mask, packed)
 
 
 def form_for(vocab_size: int) -> str:
@@ -134,10 +143,14 @@ def fingerprint(shard: Shard) -> dict[str, object]:
     """Return what identifies the data of a run: name, number of tokens, and a hash of samples of tokens and mask."""
     count = len(shard)
     digest = hashlib.blake2b(digest_size=16)
-    for values in (shard.tokens,) if shard.counted is None else (shard.tokens, shard.counted):
+    for values in (shard.tokens,) if shard.mask is None else (shard.tokens, shard.mask):
         for start in range(0, count, max(1, count // MARKS)):
             digest.update(values[start : start + MARK_TOKENS].tobytes())
     return {"name": shard.path.name, "tokens": count, "blake2b": digest.hexdigest()}
+
+
+def _largest(mask: Stored | np.ndarray) -> int:
+    return max(int(mask[i : i + CHUNK].max()) for i in range(0, len(mask), CHUNK))
 
 
 def _write(path: Path, values: np.ndarray, form: Form) -> None:

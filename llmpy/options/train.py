@@ -86,6 +86,7 @@ class TrainOptions(OnMachine):
     ranks: int = option(1, "data-parallel processes over MPI, each with its own batch", within=POSITIVE)
     rank_timeout: float = option(15.0, "seconds without a heartbeat that end a rank; 0: never", within=NOT_NEGATIVE)
     shuffle: bool = option(True, "shuffle the training data")
+    pack: bool = option(True, "with --init, pack whole documents into rows of -T tokens, each apart from the others")
     eval_every: int = option(250, "steps between evaluations; 0: only at start and end", within=NOT_NEGATIVE)
     eval_batches: int = option(20, "batches per evaluation; -1: all", within=POSITIVE, special=ALL_BATCHES)
     hellaswag: Path | None = option(None, "also evaluate on this file of llmpy data hellaswag", metavar="FILE")
@@ -216,6 +217,7 @@ FINE_TUNING: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "bet
 LAUNCHING = ("ranks", "rank_timeout")  # taken from the command line at each start
 NOT_RECORDED = {"out", "resume", "auto_resume", "recipe", "config", "print_config", *LAUNCHING}
 LEFT_OPEN = (("model", ""), ("dtype", "auto"))  # values that a run replaces
-FIXED = ("model", "vocab_size", "seed", "overfit", "lora", "lora_alpha", "lora_targets")  # cannot change within a run
+# Options that cannot change within a run.
+FIXED = ("model", "vocab_size", "seed", "overfit", "pack", "lora", "lora_alpha", "lora_targets")
 # Removed options of 0.1.0 with their defaults, present in records of its runs.
 DROPPED: dict[str, Any] = {"give_up_after": 5, "recompute_layers": None, "keep_every": 0}

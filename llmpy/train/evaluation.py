@@ -48,7 +48,7 @@ class Evaluation:
                     wanted = targets[targets >= 0]
                     share = wanted.size / targets.size
                     count = float(self._data.token_bytes[wanted].sum())
-                    mine = share * self._model.loss(tokens, targets), share, count
+                    mine = share * self._model.loss(tokens, targets, val.positions), share, count
             for part, counted, count in self._stop.agree(*mine):
                 total += part
                 weight += counted

@@ -86,7 +86,8 @@ class RunStart:
             load = partial(formats.tokenizer_of, source, log)
             model = Vocabulary(source.config.vocab_size, source.tokenizer, load)
         val, before = (None, None) if own else (o.val, self.manifest and self.manifest["data"])
-        return prepare(own or o.data, folder, vocab_size, log, model, is_ours, val, before)
+        row = o.sequence_length if o.pack and o.init is not None and not o.init_state else 0
+        return prepare(own or o.data, folder, vocab_size, log, model, is_ours, val, before, row)
 
     def shape(self, data: Dataset) -> ModelConfig:
         """Return the model's shape. Raises LlmpyError if data and model differ in vocabulary size."""

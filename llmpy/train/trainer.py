@@ -114,11 +114,11 @@ class Trainer:
         Micro-batches are weighted by their unmasked targets, so that they are equivalent to one large batch.
         """
         batches, total = self.update.batches, 0.0
-        for i, (tokens, targets, n) in enumerate(batches):
+        for i, (tokens, targets, positions, n) in enumerate(batches):
             if i + 1 == len(batches):
                 self.optimizer.expect()
             share = max(1, self.counted) / max(1, n)  # without masks: the number of micro-batches on all ranks
-            total += n * self.model.loss_and_grads(tokens, targets, accumulate=i > 0, micro_steps=share)
+            total += n * self.model.loss_and_grads(tokens, targets, i > 0, share, positions)
         return total
 
     def agree(self, loss: float) -> float:

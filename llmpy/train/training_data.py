@@ -28,14 +28,15 @@ Fingerprints = dict[str, list[dict[str, Any]]]  # of the training and validation
 class Update:
     """The micro-batches of one update of this rank."""
 
-    batches: list[tuple[np.ndarray, np.ndarray, int]]  # tokens and targets, int32 (B, T), and unmasked targets
+    # Tokens, targets and positions, int32 (B, T), None for rows of one document; and the number of unmasked targets.
+    batches: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, int]]
     names: list[tuple[str, int]]  # file and sample number of each
     position: Position  # in the data, before them
 
     @property
     def counted(self) -> int:
         """The number of unmasked targets."""
-        return sum(n for _, _, n in self.batches)
+        return sum(n for *_, n in self.batches)
 
 
 class TrainingData:
@@ -89,7 +90,8 @@ class TrainingData:
         batches, names = [], []
         for _ in range(self.micro_steps):
             tokens, targets = train.next()
-            batches.append((tokens.copy(), targets.copy(), int(np.count_nonzero(targets >= 0))))
+            positions = None if train.positions is None else train.positions.copy()
+            batches.append((tokens.copy(), targets.copy(), positions, int(np.count_nonzero(targets >= 0))))
             names.append(train.batch)
         return Update(batches, names, position)
 
@@ -97,7 +99,7 @@ class TrainingData:
         """Raise LlmpyError if nothing in the training or the validation text counts."""
         eot = (self.train.vocab_size or 0) - 1 if self.tokenizer is None else self.tokenizer.eot
         for what, loader in (("training", self.train), ("validation", self.val)):
-            check_counted(((shard.tokens, shard.counted) for shard in loader.shards), eot, self.tokenizer, what)
+            check_counted(((shard.tokens, shard.mask) for shard in loader.shards), eot, self.tokenizer, what)
 
     def check_same(self, before: Fingerprints, folder: object) -> None:
         """Raise LlmpyError if the fingerprints `before` differ from these data's."""

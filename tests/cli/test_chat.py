@@ -211,7 +211,7 @@ def test_a_model_with_a_chat_template(tmp_path: Path, asked: list[Any], capsys: 
     start = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     assert text.startswith(2 * f"{start}It is 4.<|im_end|>\n")
     val = open_shard(run / "val.bin", tokenizer.vocab_size).tokens[:].tolist()
-    assert tokenizer.decode(val).endswith("<|im_end|>\n<|im_end|>qa")
+    assert "<|im_end|>\n<|im_end|>qa<|im_end|>" in tokenizer.decode(val)  # and padding
     assert question([open_shard(run / "train.bin", tokenizer.vocab_size)], tokenizer, 99) == tokenizer.encode(start)
 
     convert(ConvertOptions(run, tmp_path / "hf"), lambda _: None)

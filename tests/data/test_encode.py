@@ -45,6 +45,9 @@ def test_batches_join_to_the_whole(blanks, monkeypatch):
     assert np.concatenate([b.ids for b in blocks]).tolist() == expected
     assert sum(b.characters for b in blocks) == sum(map(len, texts))
     assert {b.ids.dtype for b in blocks} == {np.dtype(np.uint16)}
+    at = np.cumsum([0] + [len(b.ids) for b in blocks])
+    starts = np.concatenate([b.starts + first for b, first in zip(blocks, at, strict=False)])
+    assert starts.tolist() == np.flatnonzero(np.array(expected) == blanks.eot).tolist()
 
 
 def test_counted_tokens():

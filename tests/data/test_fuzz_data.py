@@ -42,7 +42,7 @@ def shard(path: Path) -> None:
     is_shard(path)
     opened = open_shard(path, V)
     assert 0 <= int(opened.tokens[:].min()) <= int(opened.tokens[:].max()) < V
-    assert opened.counted is None or len(opened.counted) == len(opened)
+    assert opened.mask is None or len(opened.mask) == len(opened)
 
 
 def tokenizer(path: Path) -> None:
@@ -90,6 +90,7 @@ def base_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], None], i
     files = {
         "u16.bin": (headed(20240520, 1, len(ids), ids.astype("<u2").tobytes()), shard, 4),
         "u32.bin": (headed(20240801, 7, len(ids), ids.astype("<u4").tobytes()), shard, 4),
+        "packed.mask": (headed(20261122, 2, len(ids), bytes(i % 4 for i in range(len(ids)))), shard, 4),
         "masked.mask": (headed(20261122, 1, len(ids), bytes(i % 2 for i in range(len(ids)))), shard, 4),
         "tokenizer.bin": ((folder / "tokenizer.bin").read_bytes(), tokenizer, 2),
         "tokenizer.json": ((folder / "tokenizer.json").read_bytes(), tokenizer, 1),
@@ -143,7 +144,7 @@ def campaign(seed: int, count: int, folder: Path) -> None:
     def run(name: str, data: bytes) -> bool:
         path = folder / name
         path.write_bytes(gzip.compress(data, 1) if name.startswith("repacked") else data)
-        if name == "masked.mask":
+        if name.endswith(".mask"):
             path = path.with_suffix(".bin")
             path.write_bytes(tokens)
         try:

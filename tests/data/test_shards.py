@@ -129,10 +129,10 @@ def test_mask(path):
     write_shard(path, np.arange(5), counted=counted)
     assert path.with_suffix(".mask").read_bytes() == header(20261122, 1, 5) + bytes([1, 0, 0, 1, 1])
     shard = open_shard(path, V)
-    assert shard.counted[:].tolist() == [1, 0, 0, 1, 1]
-    assert shard.part(2, 5).counted[:].tolist() == [0, 1, 1]
+    assert shard.mask[:].tolist() == [1, 0, 0, 1, 1]
+    assert shard.part(2, 5).mask[:].tolist() == [0, 1, 1]
     write_shard(path, np.arange(6))  # removes the old mask
-    assert open_shard(path, V).counted is None
+    assert open_shard(path, V).mask is None
     with refused("shard.mask-unsupported", path):
         write_shard(path, np.arange(5), "int32", counted)
 
@@ -142,6 +142,8 @@ def test_mask(path):
     [
         (header(20261122, 1, 4) + bytes(4), "shard.mask-mismatch", ["4 tokens", "train.bin has 5"]),
         (header(20261122, 1, 5) + bytes([1, 2, 0, 0, 0]), "shard.corrupt", ["0 and 1"]),
+        (header(20261122, 2, 5) + bytes([1, 2, 3, 4, 0]), "shard.corrupt", ["0 to 3"]),
+        (header(20261122, 3, 5) + bytes(5), "shard.unrecognized", ["20261122, 3"]),
         (header(20240520, 1, 5) + bytes(10), "shard.unrecognized", ["20240520, 1"]),
         (header(20261122, 1, 5) + bytes(4), "shard.corrupt", ["5 tokens", "1,029", "1,028"]),
         (b"", "shard.unrecognized", []),
