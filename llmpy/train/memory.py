@@ -133,13 +133,15 @@ def memory_parts(
             "messages": 3 * ranks * part + (kept if mixed else 0),
             "copy for checkpoints": parameters + (2 * wide * own if copied else 0),  # weights are always gathered
         }
-    rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
+    most = max(b * t for b, t in [(B, T), *apart])
+    rows = min(LOGITS_ROWS, most)
     return {
         # with several ranks the master weights replace the wide matrices, whose memory is freed (`release`)
         "weights": parameters - (wide * matrices if mixed and ranks > 1 and sys.platform == "linux" else 0),
         "weights for products": stored * matrices if mixed else 0,
         "frozen weights": sum((stored if t.decay else wide) * t.size for t in frozen),
-        "adapters' scratch": stored * adapter_room(config, B * T),
+        "adapters' scratch": stored * adapter_room(config, most),
+        "rope tables": 4 * config.rope_elements,
         "gradients": parameters,
         **state,
         "activations": size(activations_table(config, B, T, True, recompute, mixed)),
