@@ -22,7 +22,6 @@ class PlanOptions(Reported):
     """`llmpy plan`."""
 
     model: str = option("gpt2", SHAPE_TEXT)
-    lora: int | None = option(None, LORA_TEXT, metavar="R", within=POSITIVE)
     batch_size: int = option(4, "sequences per batch and machine", "-B", within=POSITIVE)
     sequence_length: int = option(1024, "tokens per sequence; llmpy train: 128", "-T", within=POSITIVE)
     total_batch: int | None = option(
@@ -39,6 +38,7 @@ class PlanOptions(Reported):
     bandwidth: float | None = option(None, "network bandwidth per machine and direction, in Gbit/s", within=POSITIVE)
     latency: float = option(50.0, "network latency per message, in microseconds", within=NOT_NEGATIVE)
     recipe: str | None = option(None, RECIPE_TEXT, metavar="NAME", choices=RECIPE_NAMES)
+    lora: int | None = option(None, LORA_TEXT, metavar="R", within=POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
