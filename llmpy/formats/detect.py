@@ -92,10 +92,18 @@ def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer,
 def open_model(path: Path, log: Callable[[str], None] = aside) -> Source:
     """Open a model of any readable format, an adapter on its base model. Raises LlmpyError, which names the format."""
     if (path / peft.CONFIG_FILE).is_file():
-        return peft.read_adapter(path, lambda base: find(base, log))
+        return peft.read_adapter(path, lambda base: _base(path, base, log, find))
     source = _open_model(path)
     lora = source.config.lora
-    return source if lora is None else peft.on_base(source, resolve(lora.base, log))
+    return source if lora is None else peft.on_base(source, _base(path, lora.base, log, resolve))
+
+
+def _base(path: Path, base: str, log: Callable[[str], None], opened: Callable[..., Source]) -> Source:
+    """Open the model that an adapter was trained on. Raises LlmpyError, also if it is missing."""
+    if not (hub.is_name(base) or os.path.exists(base)):
+        what = f"{path} is an adapter of {base}, which is missing"
+        raise LlmpyError("lora.other-base", what, "Restore the model that it was trained on")
+    return opened(base, log)
 
 
 def _open_model(path: Path) -> Source:
