@@ -47,12 +47,14 @@ def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, a
     needed = memory_of(options, config, machine)
     if needed > available:
         copied = o.checkpoint_every > 0 and o.ranks == 1
+        smaller = "a smaller -B, -T or --model" if o.init is None else "a smaller -B or -T, or a smaller model"
+        smaller = f"--lora 16, {smaller}" if o.init is not None and config.lora is None else smaller
         copy = "; --checkpoint-every 0 saves the copy for background checkpoints" if copied else ""
         raise LlmpyError(
             "memory.insufficient",
-            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, but "
+            f"{o.init or o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, but "
             f"only {gigabytes(available)} are available",
-            f"Use a smaller -B, -T or --model, or close other programs{copy}",
+            f"Use {smaller}, or close other programs{copy}",
         )
 
 
