@@ -52,8 +52,8 @@ def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, a
         copy = "; --checkpoint-every 0 saves the copy for background checkpoints" if copied else ""
         raise LlmpyError(
             "memory.insufficient",
-            f"{o.init or o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, but "
-            f"only {gigabytes(available)} are available",
+            f"{o.init or o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of "
+            f"memory, but only {gigabytes(available)} are available",
             f"Use {smaller}, or close other programs{copy}",
         )
 
