@@ -110,7 +110,7 @@ def test_every_verb_on_a_run(
     logits = {name: Model.load(tmp_path / name, machine=Laptop()).logits(tokens) for name in ("run", "peft", "merged")}
     assert np.array_equal(logits["peft"], logits["run"])
     assert np.abs(logits["merged"] - logits["run"]).max() < 1e-5
-    assert np.abs(Model.load(init, machine=Laptop()).logits(tokens)[..., :257] - logits["run"]).max() > 1e-3
+    assert np.abs(Model.load(init, machine=Laptop()).logits(tokens)[..., :257] - logits["run"][..., :257]).max() > 1e-3
     assert text_of(run) == text_of(tmp_path / "peft") == text_of(tmp_path / "merged.safetensors")
     chat(ChatOptions(run, tokens=4), iter_of("2?", ""), Laptop())
     capsys.readouterr()
