@@ -18,6 +18,7 @@ import numpy as np
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
+from ..formats import config_of
 from ..generate.generation import check_memory
 from ..generate.kv_cache import Decoder
 from ..generate.sampling import Choice, choose
@@ -39,7 +40,7 @@ COIN = Xorshift64Star(1)  # unused by greedy choices
 
 def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict[str, Any]:
     """Return rates in tokens/s, GB/s (10⁹ bytes) and GFLOP/s, times in ms, memory in MB of 10⁶ bytes."""
-    o, config = options, ModelConfig.from_dial(options.model)
+    o, config = options, config_of(options.model)
     longest = max(o.prompt_tokens + WARM_TOKENS + o.tokens, o.prefill)
     if longest > config.context:
         what = f"{longest} tokens exceed the context of {o.model} ({config.context})"
@@ -91,7 +92,7 @@ def prefill_flops(config: ModelConfig, T: int) -> int:
     """Return the FLOPs of a forward pass over T tokens with the logits of the last; attention is causal."""
     head = config.padded_vocab_size * config.channels
     layers = config.matrix_parameters - head
-    return 2 * T * layers + 2 * head + 2 * config.layers * config.channels * T * T
+    return 2 * T * layers + 2 * head + 2 * config.layers * config.heads * config.head_size * T * T
 
 
 def table(n: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
-import dataclasses
 import importlib.util
 import json
 import os
@@ -127,7 +126,7 @@ def torch_peers(o: PeersOptions, threads: int) -> list[Peer]:
         environment["LD_PRELOAD"] = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), library]))
     aside(f"PyTorch runs with {library} preloaded" if library else "PyTorch runs without tcmalloc (not found)")
     config = ModelConfig.from_dial(o.model)
-    size = dataclasses.asdict(config) | {"padded_vocab_size": config.padded_vocab_size}
+    size = config.record() | {"padded_vocab_size": config.padded_vocab_size}
     work = {"model": size, "B": o.batch_size, "T": o.sequence_length, "steps": o.steps + WARM_STEPS, "threads": threads}
     peers = []
     for compiled in (False, True):
@@ -164,6 +163,9 @@ def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]
     if o.json is not None and not o.json.absolute().parent.is_dir():
         raise LlmpyError("file.unwritable", f"cannot write {o.json}: no folder {o.json.parent}", "Create it first")
     config = ModelConfig.from_dial(o.model)
+    if config.family != "gpt2":
+        what = f"--model {o.model} is a {config.family.title()}; the other programs run GPT-2"
+        raise LlmpyError("bench.unsupported-model", what, "Use a size of GPT-2, or llmpy bench step")
     if o.sequence_length > config.context:
         what = f"-T {o.sequence_length} exceeds the context of {o.model} ({config.context})"
         raise LlmpyError("model.context-exceeded", what, "Use a smaller -T")

@@ -16,8 +16,8 @@ import numpy as np
 
 from .. import backend
 from ..backend.machine import Machine
-from ..model.config import ModelConfig
-from ..model.families import language_model
+from ..formats import config_of
+from ..model.families import flops_per_token, language_model
 from ..model.initialise import initialise
 from ..options.bench import BenchOptions
 from ..options.train import TrainOptions
@@ -38,7 +38,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
 
     Times in ms, rates in GFLOP/s and tokens/s, memory in MB of 10⁶ bytes.
     """
-    o, config = options, ModelConfig.from_dial(options.model)
+    o, config = options, config_of(options.model, lora=options.lora)
     B, T = o.batch_size, o.sequence_length
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     training = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
@@ -47,6 +47,8 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     model.reserve(B, T, training=True)
     ops.warm_up(aside, kinds=config.kinds)
     initialise(model.params, config)
+    if config.lora is not None:
+        initialise(model.trained, config)
     model.store_weights()
     optimizer = AdamW(model)
     text = np.random.default_rng(0).integers(0, config.vocab_size, B * T + 1, dtype=np.int32)
@@ -69,7 +71,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
         if n % STEPS_A_PEAK == 0 or n == o.steps:
             peaks.append(ops.measure_peak())
     median, peak = statistics.median(times), statistics.median(peaks)
-    gflops = config.flops_per_token(T) * B * T / median / 1e6
+    gflops = flops_per_token(config, T) * B * T / median / 1e6
     return {
         "median_ms": median, "min_ms": min(times), "gflops": gflops, "peak_gflops": peak,
         "share_of_peak": gflops / peak, "tokens_per_s": 1e3 * B * T / median, "peak_rss_mb": peak_memory() / 1e6,

@@ -214,7 +214,7 @@ def run(arguments: Sequence[str]) -> int:
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     usage = "llmpy [--help] [--version] VERB [--help] ..."
-    about = "Train and sample GPT-2 on the CPU, in pure Python."
+    about = "Train, fine-tune and sample GPT-2, Llama and Qwen on the CPU, in pure Python."
     parser = Parser(prog="llmpy", description=about, usage=usage, epilog=EPILOGS[""], add_help=False)
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"llmpy {__version__}", help=argparse.SUPPRESS)

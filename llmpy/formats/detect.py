@@ -9,6 +9,9 @@ from pathlib import Path
 from ..data import magic, pretrained
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, unreadable
+from ..model.config import ModelConfig
+from ..model.families import with_adapters
+from ..options.train import names_file
 from ..run import checkpoint
 from ..run.folder import MODEL_FILE, TOKENIZER_FILE, finished, is_run
 from ..system.command import command
@@ -36,12 +39,40 @@ def find(text: str, log: Callable[[str], None]) -> Source:
     """Open the model at a path, or a hub model, downloaded if missing. Raises LlmpyError if it is neither."""
     if hub.is_name(text):
         return open_model(hub.download(text, log))
+    if not os.path.exists(text):
+        raise no_model(text)
+    return open_model(Path(text))
+
+
+def no_model(text: str) -> LlmpyError:
+    """Return the error to raise for a path without a model."""
+    near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
+    hint = f"{near} Use {', '.join(hub.NAMES)}, OWNER/NAME on the hub, or the path of a file or folder".lstrip()
+    return LlmpyError("model.missing", f"no model {text}", hint)
+
+
+def config_of(text: str, log: Callable[[str], None] = aside, lora: int | None = None) -> ModelConfig:
+    """Return the shape of a dial (`d12`, `llama:d6`), or of a model at a path or on the hub, without its weights.
+
+    `lora`: with adapters of this rank. Raises LlmpyError.
+    """
+    config = _shape_of(text, log)
+    return config if lora is None else with_adapters(config, lora)
+
+
+def _shape_of(text: str, log: Callable[[str], None]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dial(text)
+    except LlmpyError as error:
+        if hub.is_name(text):
+            return huggingface.read_config(hub.config_file(text, log))[1]
+        if not os.path.exists(text):
+            raise error if not names_file(text) else no_model(text) from None
     path = Path(text)
-    if not os.path.exists(path):
-        near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
-        hint = f"{near} Use {', '.join(hub.NAMES)}, OWNER/NAME on the hub, or the path of a file or folder".lstrip()
-        raise LlmpyError("model.missing", f"no model {text}", hint)
-    return open_model(path)
+    about = path / huggingface.CONFIG_FILE
+    if about.is_file() and not is_run(path) and not (path / peft.CONFIG_FILE).is_file():
+        return huggingface.read_config(about)[1]
+    return open_model(path, log).config
 
 
 def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer, str]:
@@ -61,10 +92,18 @@ def tokenizer_of(source: Source, log: Callable[[str], None]) -> tuple[Tokenizer,
 def open_model(path: Path, log: Callable[[str], None] = aside) -> Source:
     """Open a model of any readable format, an adapter on its base model. Raises LlmpyError, which names the format."""
     if (path / peft.CONFIG_FILE).is_file():
-        return peft.read_adapter(path, lambda base: find(base, log))
+        return peft.read_adapter(path, lambda base: _base(path, base, log, find))
     source = _open_model(path)
     lora = source.config.lora
-    return source if lora is None else peft.on_base(source, resolve(lora.base, log))
+    return source if lora is None else peft.on_base(source, _base(path, lora.base, log, resolve))
+
+
+def _base(path: Path, base: str, log: Callable[[str], None], opened: Callable[..., Source]) -> Source:
+    """Open the model that an adapter was trained on. Raises LlmpyError, also if it is missing."""
+    if not (hub.is_name(base) or os.path.exists(base)):
+        what = f"{path} is an adapter of {base}, which is missing"
+        raise LlmpyError("lora.other-base", what, "Restore the model that it was trained on")
+    return opened(base, log)
 
 
 def _open_model(path: Path) -> Source:

@@ -77,12 +77,10 @@ class ModelConfig:
         """Parameters multiplied for every token: the layers' matrices and the head."""
         return 12 * self.layers * self.channels**2 + self.padded_vocab_size * self.channels
 
-    def flops_per_token(self, length: int) -> int:
-        """Return floating-point operations per token of a training step at sequence length T = `length`.
-
-        6 per matrix parameter (2 forward, 4 backward) and 6·L·C·T for causal attention.
-        """
-        return 6 * self.matrix_parameters + 6 * self.layers * self.heads * self.head_size * length
+    @property
+    def rope_elements(self) -> int:
+        """Elements of the tables of positions that are no parameters: cos and sin of RoPE."""
+        return 0
 
     def record(self) -> dict[str, Any]:
         """Return the fields for a JSON file; `from_record` is the inverse."""
@@ -194,6 +192,11 @@ class LlamaConfig(ModelConfig):
     def qkv_size(self) -> int:
         """Columns of queries, keys and values, (NH + 2·NKV)·HS."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
+
+    @property
+    def rope_elements(self) -> int:
+        """cos and sin, (context, HS/2) each."""
+        return self.context * self.head_size
 
     @property
     def matrix_parameters(self) -> int:

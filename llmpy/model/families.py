@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..backend import Ops
@@ -10,7 +12,7 @@ from .config import ModelConfig
 from .gpt2 import GPT2
 from .language_model import RECOMPUTE, LanguageModel
 from .llama import Llama
-from .lora import Module, adapter_table, room_table
+from .lora import LoraConfig, Module, adapter_table, chosen, room_table
 
 FAMILIES: dict[str, type[LanguageModel]] = {"gpt2": GPT2, "llama": Llama}
 
@@ -27,6 +29,27 @@ def trained_table(config: ModelConfig) -> list[Tensor]:
     if config.lora is None:
         return params_table(config)
     return adapter_table(config.lora, modules(config), config.layers)
+
+
+def with_adapters(
+    config: ModelConfig, rank: int, alpha: float | None = None, targets: Sequence[str] = (), base: str = "",
+    base_hash: str = "",
+) -> ModelConfig:  # fmt: skip
+    """Return the config with adapters, by default of all linear layers. Raises LlmpyError for unknown targets."""
+    names = chosen(modules(config), targets)
+    return replace(config, lora=LoraConfig(rank, alpha or 2.0 * rank, names, base, base_hash))
+
+
+def flops_per_token(config: ModelConfig, length: int) -> int:
+    """Return floating-point operations per token of a training step at sequence length T = `length`.
+
+    6 per parameter of a matrix (2 forward, 4 backward), 4 if it is frozen, and 6·L·NH·HS·T for causal attention.
+    """
+    trained = config.matrix_parameters
+    frozen = 0
+    if config.lora is not None:
+        trained, frozen = sum(t.size for t in trained_table(config)), trained
+    return 6 * trained + 4 * frozen + 6 * config.layers * config.heads * config.head_size * length
 
 
 def adapter_room(config: ModelConfig, rows: int) -> int:

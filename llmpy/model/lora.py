@@ -81,7 +81,7 @@ class Adapters:
         table = adapter_table(config, modules, layers)
         self.params = Arena(table, ops.empty, ops.wide)
         self.weights = self.params if ops.dtype == ops.wide else Arena(table, ops.empty, ops.dtype)
-        self._rooms: dict[int, Arena] = {}
+        self._rooms: tuple[int, Arena] | None = None  # rows, and scratch for up to as many
 
     def of(self, layer: str) -> list[Module]:
         """Return the adapted modules of a linear layer."""
@@ -91,11 +91,10 @@ class Adapters:
         return getattr(arena, f"{module.name}.{A}")[l], getattr(arena, f"{module.name}.{B}")[l]
 
     def _room(self, rows: int) -> Arena:
-        """Return scratch for this many rows."""
-        if rows not in self._rooms:
-            table = room_table(self.config, self.modules, rows)
-            self._rooms[rows] = Arena(table, self.ops.empty, self.ops.dtype)
-        return self._rooms[rows]
+        """Return scratch for at least this many rows."""
+        if self._rooms is None or self._rooms[0] < rows:
+            self._rooms = rows, Arena(room_table(self.config, self.modules, rows), self.ops.empty, self.ops.dtype)
+        return self._rooms[1]
 
     def add(self, layer: str, l: int, out: Any, inp: Any) -> None:
         """out (…, rows of the layer) += what the adapters of this layer add to its product with inp."""
@@ -103,23 +102,23 @@ class Adapters:
         room = self._room(rows)
         for m in self.of(layer):
             a, b = self._matrices(self.weights, m, l)
-            delta = room.outputs[: rows * m.size].reshape(rows, m.size)
-            self.ops.linear_forward(room.low, inp, a, None)
-            self.ops.linear_forward(delta, room.low, b, None)
+            delta, low = room.outputs[: rows * m.size].reshape(rows, m.size), room.low[:rows]
+            self.ops.linear_forward(low, inp, a, None)
+            self.ops.linear_forward(delta, low, b, None)
             self.ops.add_columns(out, delta, m.start, self.config.scale)
 
     def backward(self, grads: Arena, layer: str, l: int, dinp: Any, dout: Any, inp: Any, acc: bool) -> None:
         """dinp += the gradient through the adapters of this layer; their own gradients by `acc`."""
         rows, C = inp.size // inp.shape[-1], inp.shape[-1]
         room, ops = self._room(rows), self.ops
-        dx = room.inputs[: rows * C].reshape(rows, C)
+        low, dlow, dx = room.low[:rows], room.dlow[:rows], room.inputs[: rows * C].reshape(rows, C)
         for m in self.of(layer):
             (a, b), (da, db) = self._matrices(self.weights, m, l), self._matrices(grads, m, l)
             delta = room.outputs[: rows * m.size].reshape(rows, m.size)
             ops.take_columns(delta, dout, m.start, self.config.scale)
-            ops.linear_forward(room.low, inp, a, None)
-            ops.linear_backward(room.dlow, db, None, delta, room.low, b, None, acc)
-            ops.linear_backward(dx, da, None, room.dlow, inp, a, None, acc)
+            ops.linear_forward(low, inp, a, None)
+            ops.linear_backward(dlow, db, None, delta, low, b, None, acc)
+            ops.linear_backward(dx, da, None, dlow, inp, a, None, acc)
             ops.add_columns(dinp, dx, 0, 1.0)
 
     def dhidden(self, rows: int, C: int) -> Any:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from .fields import POSITIVE, Options, Reported, option, refusal
 
+SHAPE_TEXT = "model size, as in llmpy train, or a model's folder or hub name, of which only config.json is read"
+LORA_TEXT = "with adapters of rank R on all linear layers, as in llmpy train"
+
 OPS = (
     "linear_forward", "linear_backward", "attention_forward", "attention_backward", "classifier", "layernorm_forward",
     "residual_layernorm_forward", "layernorm_backward", "rmsnorm_forward", "residual_rmsnorm_forward",
@@ -21,7 +24,7 @@ OPS = (
 class DecodeOptions(Reported):
     """`llmpy bench decode`."""
 
-    model: str = option("gpt2", "model size, as in llmpy train")
+    model: str = option("gpt2", SHAPE_TEXT)
     batch_size: int = option(1, "texts decoded in parallel", "-B", within=POSITIVE)
     prompt_tokens: int = option(32, "prompt length in tokens", within=POSITIVE)
     tokens: int = option(64, "tokens to decode", within=POSITIVE)
@@ -41,7 +44,9 @@ class Step(Options):
 class BenchOptions(Step, Reported):
     """`llmpy bench step`."""
 
+    model: str = option("gpt2", SHAPE_TEXT)
     steps: int = option(10, "steps to time", within=POSITIVE)
+    lora: int | None = option(None, LORA_TEXT, metavar="R", within=POSITIVE)
 
 
 @dataclass(frozen=True)

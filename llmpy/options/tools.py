@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import LlmpyError
+from .bench import LORA_TEXT, SHAPE_TEXT
 from .fields import NOT_NEGATIVE, POSITIVE, Options, Reported, option, options_of
 from .train import RECIPE_TEXT, RECOMPUTE, TrainOptions
 from .yaml_files import RECIPE_NAMES, read_recipe
@@ -20,7 +21,7 @@ SHELLS = ("bash", "zsh", "fish", "tcsh")
 class PlanOptions(Reported):
     """`llmpy plan`."""
 
-    model: str = option("gpt2", "model size, as in llmpy train")
+    model: str = option("gpt2", SHAPE_TEXT)
     batch_size: int = option(4, "sequences per batch and machine", "-B", within=POSITIVE)
     sequence_length: int = option(1024, "tokens per sequence; llmpy train: 128", "-T", within=POSITIVE)
     total_batch: int | None = option(
@@ -37,6 +38,7 @@ class PlanOptions(Reported):
     bandwidth: float | None = option(None, "network bandwidth per machine and direction, in Gbit/s", within=POSITIVE)
     latency: float = option(50.0, "network latency per message, in microseconds", within=NOT_NEGATIVE)
     recipe: str | None = option(None, RECIPE_TEXT, metavar="NAME", choices=RECIPE_NAMES)
+    lora: int | None = option(None, LORA_TEXT, metavar="R", within=POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -186,15 +186,18 @@ class TrainOptions(OnMachine):
         """The limit of training time in seconds; None if only `steps` limits the run."""
         return None if self.minutes is None else 60 * self.minutes
 
-    def settled(self, channels: int, tokens: int) -> Self:
-        """Return the options with all defaults filled in, given the model's channels and the text's tokens."""
+    def settled(self, channels: int, tokens: int, adapters: bool = False) -> Self:
+        """Return the options with all defaults filled in, given the model's channels and the text's tokens.
+
+        `adapters`: only those are trained.
+        """
         prompt, lr, steps, minutes = self.prompt, self.lr, self.steps, self.minutes
         if prompt is None:
             prompt = BUILTIN_PROMPT if self.data is None else ""
         if lr is None:
             # 6e-4 as in GPT-3 and llm.c for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
             # 1e-4 as in llm.c's fine-tuning program; adapters need about ten times as much.
-            lr = (6e-4 if self.init is None or self.init_state else 1e-3 if self.lora else 1e-4) * 768 / channels
+            lr = (6e-4 if self.init is None or self.init_state else 1e-3 if adapters else 1e-4) * 768 / channels
         if steps is None and minutes is None:
             steps, minutes = DEFAULT_EPOCHS * self.epoch(tokens), DEFAULT_MINUTES
         if steps == ONE_EPOCH:

@@ -43,8 +43,8 @@ from ..version import __version__
 OK, NOTE, ERROR = "ok", "note", "error"
 STYLES = {OK: "green", NOTE: "yellow", ERROR: "red"}
 PACKAGES = (
-    "numpy", "numba", "tokenizers", "safetensors", "ml_dtypes", "matplotlib", "plotly", "pyarrow", "gguf",
-    "tensorboardX", "mpi4py", "lm_eval",
+    "numpy", "numba", "tokenizers", "safetensors", "ml_dtypes", "huggingface_hub", "jinja2", "matplotlib", "plotly",
+    "pyarrow", "gguf", "tensorboardX", "mpi4py", "lm_eval",
 )  # fmt: skip
 DEFAULT = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB)  # the model of `llmpy train`
 SCALING = 0.75  # of threads × one thread's peak; below it, cores are shared

@@ -29,8 +29,9 @@ from ..backend.machine import Machine
 from ..backend.recorder import Recorder
 from ..bench.ops import UNSTEADY, Case, rates_of, time_case
 from ..distributed.cost import communication
+from ..formats import config_of
 from ..model.config import ModelConfig
-from ..model.families import language_model, params_table
+from ..model.families import flops_per_token, language_model, params_table, trained_table
 from ..options.tools import PlanOptions
 from ..options.train import TrainOptions
 from ..options.yaml_files import SCRIPTS, read_recipe
@@ -163,7 +164,8 @@ def measure(machine: Machine, parts: Sequence[Part]) -> Measured:
 
 def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]:
     """Return the numbers of --json: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an invalid batch."""
-    o, config = options, ModelConfig.from_dial(options.model, vocab_size=options.vocab_size)
+    o, config = options, config_of(options.model, lora=options.lora)
+    config = config if o.vocab_size is None else replace(config, vocab_size=o.vocab_size)
     check_length(o.sequence_length, config.context)
     run = TrainOptions(
         model=o.model, batch_size=o.batch_size, sequence_length=o.sequence_length, total_batch=o.total_batch,
@@ -194,13 +196,14 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     )  # fmt: skip
     computing = gathered * sum(map(took, ("forward", "loss", "backward")))
     seconds, tokens = computing + update + messages.exposed, run.batch_tokens * gathered
-    flops = config.flops_per_token(o.sequence_length) * tokens
-    parameters = sum(t.size for t in params_table(config))
+    flops = flops_per_token(config, o.sequence_length) * tokens
+    parameters, trained = (sum(t.size for t in table(config)) for table in (params_table, trained_table))
     steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
     return {
         "model": {
-            "name": o.model, "layers": config.layers, "heads": config.heads, "channels": config.channels,
-            "context": config.context, "vocab_size": config.vocab_size, "parameters": parameters,
+            "name": o.model, "shape": str(config), "family": config.family, "layers": config.layers,
+            "heads": config.heads, "channels": config.channels, "context": config.context,
+            "vocab_size": config.vocab_size, "parameters": parameters, "trained": trained,
         },
         "machine": {
             "threads": ops.threads, "isa": ops.isa, "dtype": str(ops.dtype), "peak_gflops": measured.peak,
@@ -234,7 +237,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
             for what, n in targets(config, o, parameters)
         ],
         "disk": {
-            "checkpoint": 12 * parameters,  # float32 weights and two moments
+            "checkpoint": 12 * trained,  # float32 weights and two moments
             "total": disk_needed(replace(run, steps=steps), config),
             "free": shutil.disk_usage(Path()).free,
         },
@@ -244,8 +247,9 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
 def targets(config: ModelConfig, o: PlanOptions, parameters: int) -> list[tuple[str, int]]:
     """Return (source, tokens): recommended numbers of training tokens."""
     found = [("--tokens", o.tokens)] if o.tokens else []
-    found.append((f"Chinchilla, {CHINCHILLA} per parameter", CHINCHILLA * parameters))
-    for name in SCRIPTS:
+    if config.lora is None:  # otherwise it is not a training from scratch
+        found.append((f"Chinchilla, {CHINCHILLA} per parameter", CHINCHILLA * parameters))
+    for name in SCRIPTS if config.family == "gpt2" and config.lora is None else ():
         recipe = read_recipe(TrainOptions, name)
         of = ModelConfig.from_dial(recipe["model"])
         if (of.layers, of.channels) == (config.layers, config.channels):
@@ -260,6 +264,7 @@ def table(n: dict[str, Any]) -> str:
         n[k] for k in ("model", "batch", "machine", "memory", "step", "network", "disk")
     )
     gathered = f", {b['gathered']} micro-batches" if b["gathered"] > 1 else ""
+    adapters = f", {m['trained']:,} of adapters trained" if m["trained"] != m["parameters"] else ""
     nodes = f" on each of {b['nodes']} machines" if b["nodes"] > 1 else ""
     sizes = [*memory["parts"].items(), ("total", memory["total"]), ("available", memory["available"])]
     waits = {"exposed communication": network["exposed_ms"]} if network else {}
@@ -274,8 +279,8 @@ def table(n: dict[str, Any]) -> str:
         for t in n["training"]
     ]
     lines = [
-        f"model    {m['name']}: {m['layers']} layers, {m['heads']} heads, {m['channels']} channels, context "
-        f"{m['context']}, vocabulary {m['vocab_size']:,}: {m['parameters']:,} parameters",
+        f"model    {m['name']}: {m['parameters']:,} parameters{adapters}",
+        f"         {m['shape']}",
         f"machine  {count_of(machine['threads'], 'thread')}, {machine['isa']}, {machine['dtype']}; "
         f"{machine['peak_gflops']:,.0f} GFLOP/s, {machine['bandwidth_gb_s']:,.0f} GB/s",
         f"batch    {b['batch_size']} x {b['sequence_length']}{gathered}{nodes}: {b['tokens']:,} tokens per step",
@@ -291,8 +296,9 @@ def table(n: dict[str, Any]) -> str:
     if network:
         speed = f"{100 * network['efficiency']:.0f} % of the speed of a single machine"
         lines.append(f"each machine sends {network['sent_mb']:,.0f} MB per step and runs at {speed}")
+    if trainings:
+        lines.append("\n" + columns([("training", "tokens", "steps", "time", "machine hours"), *trainings]))
     lines += [
-        "\n" + columns([("training", "tokens", "steps", "time", "machine hours"), *trainings]),
         f"\ndisk     {gigabytes(disk['checkpoint'])} per checkpoint, {gigabytes(disk['total'])} at most; "
         f"{gigabytes(disk['free'])} free here",
     ]

@@ -1,7 +1,8 @@
 """`llmpy selftest`: check the kernels of this machine for correctness. Print a table; exit with 1 if a check fails.
 
-Without files       a small model against the reference in float64: loss, logits, gradients by layer, AdamW;
-                    micro-batches against one batch; number of threads, bitwise
+Without files       a small GPT-2, a Llama and its adapters against the reference in float64: loss, logits, gradients by
+                    layer; bitwise: number of threads, decoding against the whole text; of the GPT-2 also AdamW,
+                    micro-batches against one batch, resume
 With llm.c's files  logits, loss and the 16 gradients of a debug state; for `gpt2_124M_debug_state.bin` also ten losses
 
 Errors are relative, over whole tensors: ‖got − want‖ / ‖want‖.
@@ -23,9 +24,11 @@ from ..data.loader import Loader
 from ..data.shards import Shard
 from ..errors import LlmpyError
 from ..formats import llmc, open_model
+from ..formats.source import clear_padding
+from ..generate.kv_cache import Decoder
 from ..model.arena import Arena
-from ..model.config import ModelConfig
-from ..model.families import language_model
+from ..model.config import LlamaConfig, ModelConfig
+from ..model.families import language_model, with_adapters
 from ..model.language_model import LanguageModel
 from ..options.tools import SelftestOptions
 from ..run import checkpoint
@@ -38,7 +41,15 @@ from ..train.single_process import SINGLE_PROCESS
 
 # No size is a multiple of a vector or tile.
 OWN = ModelConfig(layers=3, heads=3, channels=48, context=40, vocab_size=97)
+# All that differs between Llama, Qwen2 and Qwen3 at once: groups of heads, another width, norms, biases, own head.
+LLAMA = LlamaConfig(
+    layers=2, heads=4, channels=44, context=40, vocab_size=97, kv_heads=2, head_size=10, ffn=70, tied=False,
+    qkv_bias=True, qk_norm=True,
+)  # fmt: skip
+MODELS = {"": OWN, "Llama: ": LLAMA, "LoRA: ": with_adapters(LLAMA, rank=3, alpha=1.5)}
 OWN_BATCH = (4, 33)
+KINDS = ("gpt2", "llama", "lora")  # of kernels
+PROMPT = 20  # tokens of the first row before decoding
 OWN_STEPS = 3
 THREADS = (1, 2, 3)
 # Bounds of relative errors. float32: sums of about 100 products; measured up to 5e-7, 2e-9 and 1.3e-6. bfloat16:
@@ -88,28 +99,16 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
     dtypes = ("float32", "bfloat16") if auto.dtype != auto.wide else ("float32",)
     text = np.random.default_rng(2).integers(0, OWN.vocab_size, (OWN_BATCH[0], OWN_BATCH[1] + 1), dtype=np.int32)
     tokens, targets = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(text[:, 1:])
-    want = _filled(backend.load("reference"))
-    want_loss = want.loss_and_grads(tokens, targets)
-    want_logits = all_logits(want, tokens)
     for dtype in dtypes:
+        for name, config in MODELS.items():
+            yield from _computed(f"{dtype}: {name}", dtype, config, options, tokens, targets)
         model = _filled(_machine(options, dtype))
-        yield Check(f"{dtype}: logits", _error(all_logits(model, tokens), want_logits), LOGITS_ERROR[dtype])
-        loss = model.loss_and_grads(tokens, targets)
-        yield Check(f"{dtype}: loss", abs(loss - want_loss) / want_loss, LOSS_ERROR[dtype])
-        yield from _gradients(dtype, model, want)
         model.loss_and_grads(tokens, targets)
         whole = np.array(model.ops.to_host(_grads(model).buffer))
         for i in range(len(tokens)):
             model.loss_and_grads(tokens[i : i + 1], targets[i : i + 1], accumulate=i > 0, micro_steps=len(tokens))
         error = _error(model.ops.to_host(_grads(model).buffer), whole)
         yield Check(f"{dtype}: {len(tokens)} micro-batches against one batch", error, SAME_ERROR)
-        results = []
-        for threads in THREADS:
-            twin = _filled(backend.load("cpu", threads=threads, dtype=dtype))
-            loss = twin.loss_and_grads(tokens, targets)
-            results.append(np.append(twin.ops.to_host(_grads(twin).buffer), np.float32(loss)))
-        differing = sum(_different(r, results[0]) for r in results[1:])
-        yield Check(f"{dtype}: values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
         try:
             yield from _resume(dtype, options)
         except LlmpyError as error:  # the checkpoint has NaN or infinity
@@ -120,19 +119,44 @@ def own_model(options: SelftestOptions) -> Iterator[Check]:
             yield Check(f"{dtype}: AdamW: {error}", math.nan, 0)
 
 
-def _gradients(dtype: str, model: LanguageModel, want: LanguageModel) -> Iterator[Check]:
+def _computed(
+    label: str, dtype: str, config: ModelConfig, options: SelftestOptions, tokens: np.ndarray, targets: np.ndarray
+) -> Iterator[Check]:
+    """Check logits, loss and gradients of a model, with several numbers of threads, and decoding."""
+    want, model = _filled(backend.load("reference"), config), _filled(_machine(options, dtype), config)
+    want_loss, logits = want.loss_and_grads(tokens, targets), all_logits(model, tokens)
+    yield Check(f"{label}logits", _error(logits, all_logits(want, tokens)), LOGITS_ERROR[dtype])
+    loss = model.loss_and_grads(tokens, targets)
+    yield Check(f"{label}loss", abs(loss - want_loss) / want_loss, LOSS_ERROR[dtype])
+    yield from _gradients(label, dtype, model, want)
+    results = []
+    for threads in THREADS:
+        twin = _filled(backend.load("cpu", threads=threads, dtype=dtype), config)
+        loss = twin.loss_and_grads(tokens, targets)
+        results.append(np.append(twin.ops.to_host(_grads(twin).buffer), np.float32(loss)))
+    differing = sum(_different(r, results[0]) for r in results[1:])
+    yield Check(f"{label}values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
+    row, decoder = tokens[0].tolist(), Decoder(model, 1, tokens.shape[1])
+    decoded = [decoder.prefill(0, row[:PROMPT]), *(decoder.decode([0], [token])[0] for token in row[PROMPT:])]
+    bound = 0 if str(getattr(model.ops, "isa", "")).startswith("avx") else LOGITS_ERROR[dtype]  # not on Arm
+    error = _error(np.array(decoded), logits[0, PROMPT - 1 :])
+    yield Check(f"{label}decoding against the whole text", error, bound)
+
+
+def _gradients(label: str, dtype: str, model: LanguageModel, want: LanguageModel) -> Iterator[Check]:
     """Check the gradients by layer; each row names its worst tensor."""
     groups = defaultdict(list)
     for (tensor, got), (_, expected) in zip(_grads(model).items(), _grads(want).items(), strict=True):
         host = model.ops.to_host(got)
         if not tensor.per_layer:
-            groups["embeddings and last LayerNorm"].append((_error(host, expected), tensor.name))
+            groups["embeddings and last norm"].append((_error(host, expected), tensor.name))
         else:
             for l in range(len(host)):
                 groups[f"layer {l}"].append((_error(host[l], expected[l]), tensor.name))
     for where, errors in sorted(groups.items()):
         worst, name = max(errors, key=lambda e: (math.isnan(e[0]), e[0]))
-        yield Check(f"{dtype}: gradients, {where} (worst: {name})", worst, GRADIENT_ERROR[dtype])
+        bound = GRADIENT_ERROR[dtype] * (1 if model.adapters is None else 2)  # two more rounded products
+        yield Check(f"{label}gradients, {where} (worst: {name})", worst, bound)
 
 
 def _updates(dtype: str, model: LanguageModel, tokens: np.ndarray, targets: np.ndarray) -> Iterator[Check]:
@@ -214,7 +238,8 @@ def _train(model: LanguageModel, debug: llmc.DebugState) -> Iterator[float]:
 def _machine(options: SelftestOptions, dtype: str) -> Any:
     """Return the CPU backend with compiled kernels."""
     ops: Any = backend.load("cpu", threads=options.threads, dtype=dtype)
-    ops.warm_up(aside)
+    for decoding in (False, True):
+        ops.warm_up(aside, decoding, kinds=KINDS)
     return ops
 
 
@@ -230,14 +255,15 @@ def all_logits(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     return model.head_logits(model.ops.to_host(a.final)).reshape(B, T, -1)
 
 
-def _filled(ops: Any) -> LanguageModel:
-    """Return a model in which every term counts: matrices ten times GPT-2's, no bias 0, no LayerNorm weight 1."""
-    model = language_model(OWN, ops)
+def _filled(ops: Any, config: ModelConfig = OWN) -> LanguageModel:
+    """Return a model in which every term counts: matrices ten times GPT-2's, no bias 0, no weight of a norm 1."""
+    model = language_model(config, ops)
     rng = np.random.default_rng(1)
-    for tensor, view in model.params.items():
-        mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
-        view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
-    model.params.wte[OWN.vocab_size :] = 0
+    for arena in dict.fromkeys((model.params, model.trained)):
+        for tensor, view in arena.items():
+            mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
+            view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
+    clear_padding(model.params, config.vocab_size)
     model.store_weights()
     return model
 

@@ -20,7 +20,7 @@ from ..backend.machine import Machine
 from ..data.prepare import Dataset
 from ..errors import LlmpyError
 from ..formats import llmc_state
-from ..model.families import language_model
+from ..model.families import flops_per_token, language_model
 from ..options.train import TrainOptions
 from ..run.folder import TOKENIZER_FILE, RunFolder, write_config
 from ..run.journal import Journal
@@ -91,7 +91,7 @@ def build(
 ) -> Trainer:  # fmt: skip
     """Return a trainer for loaded data, with the state of the run if it is resumed."""
     config = start.shape(data)
-    options = start.options.settled(config.channels, sum(map(len, data.train)))
+    options = start.options.settled(config.channels, sum(map(len, data.train)), config.lora is not None)
     problems = Problems()
     fed = problems.attempt(TrainingData, data, options, config, world)
     problems.attempt(check_length, options.sequence_length, config.context)
@@ -118,7 +118,7 @@ def build(
     tracked = (options.track or ()) if world.rank == 0 else ()
     trackers = Trackers(tracked, folder.path, options.as_record(), journal.log, since)
     peak = sum(part for (part,) in world.gather(flight.peak))
-    flops = config.flops_per_token(options.sequence_length)
+    flops = flops_per_token(config, options.sequence_length)
     report = Report(journal, trackers, peak, flops, flight.step_seconds, world)
     # Positions beyond the longest T of training are untrained.
     length = max(options.sequence_length, start.source.trained_length if start.source else 0)

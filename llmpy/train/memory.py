@@ -47,12 +47,14 @@ def check_memory(options: TrainOptions, config: ModelConfig, machine: Machine, a
     needed = memory_of(options, config, machine)
     if needed > available:
         copied = o.checkpoint_every > 0 and o.ranks == 1
+        smaller = "a smaller -B, -T or --model" if o.init is None else "a smaller -B or -T, or a smaller model"
+        smaller = f"--lora 16, {smaller}" if o.init is not None and config.lora is None else smaller
         copy = "; --checkpoint-every 0 saves the copy for background checkpoints" if copied else ""
         raise LlmpyError(
             "memory.insufficient",
-            f"{o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of memory, but "
-            f"only {gigabytes(available)} are available",
-            f"Use a smaller -B, -T or --model, or close other programs{copy}",
+            f"{o.init or o.model} with -B {o.batch_size} -T {o.sequence_length} needs about {gigabytes(needed)} of "
+            f"memory, but only {gigabytes(available)} are available",
+            f"Use {smaller}, or close other programs{copy}",
         )
 
 
@@ -133,13 +135,15 @@ def memory_parts(
             "messages": 3 * ranks * part + (kept if mixed else 0),
             "copy for checkpoints": parameters + (2 * wide * own if copied else 0),  # weights are always gathered
         }
-    rows = min(LOGITS_ROWS, max(b * t for b, t in [(B, T), *apart]))
+    most = max(b * t for b, t in [(B, T), *apart])
+    rows = min(LOGITS_ROWS, most)
     return {
         # with several ranks the master weights replace the wide matrices, whose memory is freed (`release`)
         "weights": parameters - (wide * matrices if mixed and ranks > 1 and sys.platform == "linux" else 0),
         "weights for products": stored * matrices if mixed else 0,
         "frozen weights": sum((stored if t.decay else wide) * t.size for t in frozen),
-        "adapters' scratch": stored * adapter_room(config, B * T),
+        "adapters' scratch": stored * adapter_room(config, most),
+        "rope tables": 4 * config.rope_elements,
         "gradients": parameters,
         **state,
         "activations": size(activations_table(config, B, T, True, recompute, mixed)),

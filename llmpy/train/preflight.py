@@ -20,7 +20,7 @@ from ..data.shards import is_shard
 from ..data.text import Found, find_files
 from ..errors import LlmpyError, unreadable
 from ..model.config import GPT2_VOCAB, ModelConfig
-from ..model.families import params_table
+from ..model.families import flops_per_token, params_table, trained_table
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run.folder import is_ours
 from ..run.trackers import package
@@ -55,10 +55,19 @@ class Preflight:
         return sum(t.size for t in params_table(self.config))
 
     @property
+    def adapters(self) -> str:
+        """Describe the adapters, if the run trains those alone."""
+        lora = self.config.lora
+        if lora is None:
+            return ""
+        trained = sum(t.size for t in trained_table(self.config))
+        return f"; trained: {trained:,} of adapters of rank {lora.rank}"
+
+    @property
     def step_seconds(self) -> float:
         """Expected time of a step."""
         o = self.options
-        flops = self.config.flops_per_token(o.sequence_length) * o.batch_size * o.sequence_length * o.micro_steps
+        flops = flops_per_token(self.config, o.sequence_length) * o.batch_size * o.sequence_length * o.micro_steps
         return flops / (SHARE_OF_PEAK * self.peak * 1e9)
 
     @property
@@ -83,7 +92,7 @@ class Preflight:
         if o.seconds is not None:
             bounds.append(f"{o.seconds / 60:g} minute{'s' * (o.seconds != 60)}")
         lines = [
-            f"model    {o.model}: {self.parameters:,} parameters",
+            f"model    {o.model}: {self.parameters:,} parameters{self.adapters}",
             f"         {self.config}",
             f"data     {self.train_tokens:,} training tokens, {self.val_tokens:,} validation tokens",
             f"batch    {o.batch_size} x {o.sequence_length}{gathered}: {tokens:,} tokens per step",

@@ -17,13 +17,12 @@ from .. import formats
 from ..data.pack import is_dataset
 from ..data.prepare import Dataset, Vocabulary, prepare
 from ..errors import LlmpyError
-from ..formats import hub, huggingface, llmc_state, peft
+from ..formats import hub, llmc_state, peft
 from ..formats.source import Source
 from ..model.config import ModelConfig
-from ..model.families import modules
+from ..model.families import with_adapters
 from ..model.initialise import initialise
 from ..model.language_model import LanguageModel
-from ..model.lora import LoraConfig, chosen
 from ..options.train import DEFAULT_MODEL, TrainOptions
 from ..run import checkpoint
 from ..run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, RunFolder, is_ours, own_tokens, read_config
@@ -128,10 +127,8 @@ def fresh(options: TrainOptions, log: Callable[[str], None]) -> RunStart:
     try:
         if options.init_state:
             source, state = llmc_state.read_checkpoint(Path(str(init)))
-        elif init in hub.NAMES and hub.is_name(init):
-            config = ModelConfig.from_dial(init)
         elif init is not None and hub.is_name(init):
-            config = huggingface.read_config(hub.config_file(init, log))[1]
+            config = formats.config_of(init, log)
         elif init is not None:
             source = formats.resolve(init, log)
         config = source.config if source is not None else config
@@ -158,9 +155,7 @@ def adapted(config: ModelConfig, o: TrainOptions, base_hash: str = "") -> ModelC
         fix = f"Drop --lora to train those, or merge them first: {command('convert', '--merge', o.init, 'OUT')}"
         raise LlmpyError("option.conflict", what, fix)
     assert o.lora is not None
-    names = chosen(modules(config), o.lora_targets or ())
-    base = anywhere(o).init
-    return replace(config, lora=LoraConfig(o.lora, o.lora_alpha or 2.0 * o.lora, names, str(base), base_hash))
+    return with_adapters(config, o.lora, o.lora_alpha, o.lora_targets or (), str(anywhere(o).init), base_hash)
 
 
 def anywhere(options: TrainOptions) -> TrainOptions:

@@ -27,7 +27,8 @@ TAIL = 1 << 17  # bytes read for the newest numbers: 450 steps, enough to contai
 SHOWN_SAMPLES, SAMPLE_LETTERS = 8, 6000
 HEADING = re.compile(r"^--- step (\d{1,15})$", re.MULTILINE)
 SHOWN_OPTIONS = {
-    "model": "", "batch_size": "B ", "sequence_length": "T ", "lr": "lr ", "dtype": "", "threads": "threads ",
+    "model": "", "lora": "LoRA ", "batch_size": "B ", "sequence_length": "T ", "lr": "lr ", "dtype": "",
+    "threads": "threads ",
 }  # fmt: skip
 
 T = TypeVar("T")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -21,12 +22,14 @@ from llmpy.bench import ops as ops_module
 from llmpy.bench import step
 from llmpy.bench.decoding import bench_decode, prefill_flops
 from llmpy.bench.ops import ARGUMENTS, BENCH, FLOPS, Case, arguments, bench_ops, moved_bytes
-from llmpy.bench.peers import STEP_LINE
+from llmpy.bench.peers import STEP_LINE, bench_peers
 from llmpy.bench.step import WARM_STEPS, bench_step, table
 from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
-from llmpy.model.config import ModelConfig
-from llmpy.options.bench import BenchOptions, DecodeOptions, OpsOptions
+from llmpy.formats import config_of
+from llmpy.model.config import LlamaConfig, ModelConfig
+from llmpy.model.families import flops_per_token
+from llmpy.options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
 
 TINY = Case(B=2, T=3, C=4, NH=2, OC=5, V=7, Vp=8, n=9)
 
@@ -50,6 +53,24 @@ def test_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert (shown["dtype"], shown["threads"]) == ("float32", 1)
     assert cli.main(["bench", "step"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == table(numbers)
+
+
+def test_a_step_and_a_token_of_every_family(tmp_path: Path) -> None:
+    config = LlamaConfig(2, 4, 16, 64, 300, kv_heads=2, head_size=6, ffn=24)
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "vocab_size": 300,
+        "max_position_embeddings": 64, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 24,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1e4,
+    }))  # fmt: skip
+    assert config_of(str(tmp_path)) == config
+    for lora in (None, 2):
+        found = bench_step(BenchOptions(str(tmp_path), 1, 8, steps=1, lora=lora), Laptop())
+        flops = flops_per_token(config_of(str(tmp_path), lora=lora), 8)
+        assert found["gflops"] == pytest.approx(flops * 8 / found["median_ms"] / 1e6)
+    found = bench_decode(DecodeOptions(str(tmp_path), prompt_tokens=4, tokens=2, prefill=8), Laptop())
+    assert found["weights_mb"] == pytest.approx(4e-6 * config.matrix_parameters)
+    with refused("bench.unsupported-model", "llama:d6", "bench step"):
+        bench_peers(PeersOptions("llama:d6"), print)
 
 
 def test_every_step_is_a_line_as_llmc_prints_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.laptop import Laptop
+from support.samples import in_memory
 
 from llmpy.backend.recorder import Recorder
 from llmpy.bench.ops import FLOPS, Case, arguments
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
-from llmpy.model.config import ModelConfig
+from llmpy.formats import huggingface
+from llmpy.model.config import LlamaConfig, ModelConfig
+from llmpy.model.families import flops_per_token, trained_table, with_adapters
 from llmpy.model.gpt2 import params_table
 from llmpy.options.tools import PlanOptions
 from llmpy.tools import plan
@@ -89,10 +94,17 @@ def test_the_sizes_of_swiglu_and_of_frozen_weights() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("B", "T"), [(4, 64), (2, 1024)])
-def test_the_parts_hold_all_flops(B: int, T: int) -> None:
-    found = sum(p.calls * FLOPS[p.op](p.case) for p in step_parts(GPT2_124M, B, T, 1, np.float32) if p.op in FLOPS)
-    assert found == GPT2_124M.flops_per_token(T) * B * T
+QWEN = LlamaConfig(2, 4, 24, 64, 300, kv_heads=2, head_size=8, ffn=40, tied=False, qkv_bias=True, qk_norm=True)
+
+
+@pytest.mark.parametrize("config", [GPT2_124M, ModelConfig.from_dial("llama:d3"), QWEN], ids=["gpt2", "llama", "qwen"])
+@pytest.mark.parametrize("lora", [None, 4])
+def test_the_parts_hold_all_flops(config: ModelConfig, lora: int | None) -> None:
+    config = config if lora is None else with_adapters(config, lora)
+    B, T = 4, 64
+    found = sum(p.calls * FLOPS[p.op](p.case) for p in step_parts(config, B, T, 1, np.float32) if p.op in FLOPS)
+    again = sum(t.size for t in trained_table(config) if t.name.endswith("lora_A"))  # x·Aᵀ, recomputed by backward
+    assert found == (flops_per_token(config, T) + 2 * again) * B * T
 
 
 @pytest.mark.parametrize("model", ["gpt2", "gpt2-xl", "gpt3:c12288"])
@@ -121,7 +133,7 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     step = numbers["step"]
     once = step["ms_a_batch"].pop("update")
     assert step["ms"] == pytest.approx(4 * sum(step["ms_a_batch"].values()) + once)
-    assert step["gflop"] == pytest.approx(config.flops_per_token(8) * 64 / 1e9)
+    assert step["gflop"] == pytest.approx(flops_per_token(config, 8) * 64 / 1e9)
     assert step["share_of_peak"] == pytest.approx(step["gflop"] / (step["ms"] / 1e3) / 10)
     asked, chinchilla = numbers["training"]
     assert (asked["tokens"], asked["steps"]) == (6400, 100)
@@ -136,7 +148,22 @@ def test_a_plan(small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert cli.main(["plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == numbers
     assert cli.main(["plan"]) == 0
-    assert all(part in table(numbers) for part in ("1 layers", "2 x 8, 4 ", ": 64 tokens", "gradients", "Chinchilla"))
+    assert all(part in table(numbers) for part in ("1 layer,", "2 x 8, 4 ", ": 64 tokens", "gradients", "Chinchilla"))
+
+
+def test_a_plan_of_adapters_on_a_model_of_the_hub(small: None, tmp_path: Path) -> None:
+    config = replace(QWEN, qkv_bias=False)
+    huggingface.write_model(tmp_path, in_memory(config), "float32")
+    (tmp_path / "model.safetensors").unlink()  # only config.json is read
+    numbers = plan.plan(PlanOptions(str(tmp_path), 2, 8, lora=4, tokens=160), Laptop())
+    config = with_adapters(config, 4)
+    trained = sum(t.size for t in trained_table(config))
+    assert (numbers["model"]["trained"], numbers["disk"]["checkpoint"]) == (trained, 12 * trained)
+    assert numbers["memory"]["parts"]["rope tables"] == 4 * 64 * 8
+    assert numbers["memory"]["total"] == sum(memory_parts(config, 2, 8, Laptop(), copied=True).values())
+    assert [t["what"] for t in numbers["training"]] == ["--tokens"]
+    assert all(part in table(numbers) for part in (f"{trained:,} of adapters", "Qwen3", "frozen weights", "rope"))
+    assert "training" not in table(numbers | {"training": []})
 
 
 def test_the_largest_batch_fits_and_the_next_does_not(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_a_right_machine_passes(machine: type[Laptop]) -> None:
     result = run()
     assert (result.code, result.failed) == (0, [])
     assert result.lines[-1] == f"{len(result.lines) - 1} checks, all passed"
-    assert len(result.lines) == 12
+    assert len(result.lines) == 26
 
 
 ERRORS = [
@@ -78,6 +78,12 @@ ERRORS = [
     ("classifier", 0, "float32: loss"),
     ("classifier", 2, "gradients, embeddings"),
     ("adamw", 0, "AdamW"),
+    ("rmsnorm_forward", 0, "Llama: logits"),
+    ("head_rmsnorm_backward", 1, "Llama: gradients, layer 0"),
+    ("rope", 0, "Llama: loss"),
+    ("add_columns", 0, "LoRA: logits"),
+    ("take_columns", 0, "LoRA: gradients, layer 1"),
+    ("attention_decode", 0, "Llama: decoding"),
 ]
 
 
@@ -113,7 +119,7 @@ def test_bits_that_depend_on_threads(machine: type[Laptop]) -> None:
 
     def wrong(self: Laptop, dinp: Any, dweight: Any, *rest: Any) -> None:
         right(self, dinp, dweight, *rest)
-        if self.threads == 3:
+        if self.threads == 3 and dweight is not None:
             dweight[0, 0] = np.nextafter(dweight[0, 0], np.float32(9))
 
     machine.linear_backward = wrong  # type: ignore[method-assign]

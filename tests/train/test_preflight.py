@@ -21,6 +21,7 @@ from support.refused import refused
 from llmpy.data.hellaswag import Example, write_examples
 from llmpy.model.arena import memory
 from llmpy.model.config import ModelConfig
+from llmpy.model.families import flops_per_token
 from llmpy.model.gpt2 import activations_table, params_table
 from llmpy.model.language_model import RECOMPUTE
 from llmpy.options.train import TrainOptions
@@ -133,7 +134,7 @@ def test_memory_follows_recompute() -> None:
 
 def test_time_is_estimated_from_the_peak() -> None:
     plan = flight(steps=100)
-    assert plan.step_seconds == pytest.approx(GPT2_124M.flops_per_token(64) * 256 / 6e9)
+    assert plan.step_seconds == pytest.approx(flops_per_token(GPT2_124M, 64) * 256 / 6e9)
     assert plan.steps == 100
     assert flight(minutes=10).steps == int(600 / plan.step_seconds)
     assert flight(minutes=0.01).steps == 1
