@@ -32,7 +32,7 @@ def test_bytes_of_the_measured_targets(messages: bool, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer.json")
     val = open_shard(tmp_path / "run" / "val.bin", tokenizer.vocab_size)
     ids = val.tokens[: 3 * 2 * 16 + 1]
-    counted = np.ones(len(ids), bool) if val.counted is None else val.counted[: len(ids)] != 0
+    counted = np.ones(len(ids), bool) if val.mask is None else val.mask[: len(ids)] != 0
     targets = ids[1:][counted[1:]]
     size = tokenizer.byte_lengths()[targets].sum()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
