@@ -17,7 +17,7 @@ examples:
   llmpy train                                      on built-in text
   llmpy train --data my.txt notes/ --minutes 10    on your own text
   llmpy train --init gpt2 --data my.txt            fine-tune GPT-2 124M
-  llmpy train --init HuggingFaceTB/SmolLM2-135M-Instruct --lora 16 --data my.jsonl
+  llmpy train --init HuggingFaceTB/SmolLM2-135M --lora 16 --data my.jsonl
   llmpy train --resume runs/NAME --minutes 30      to 30 minutes in total
   llmpy train --data tokens/ --model gpt2 -B 4 -T 1024 --total-batch 524288
 
