@@ -15,7 +15,6 @@ from llmpy.data.tokenizer import Tokenizer
 from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train
 
-
 WORDS, DIGITS = "the cat sat on the mat and ran ", "7 1 3 9 "
 
 
