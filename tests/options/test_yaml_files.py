@@ -98,6 +98,18 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         ("recipe: ../../x", "config.invalid-option", "run.yaml, line 1: --recipe ../../x"),
         ("lr: 1\nbatch_size: -2", "config.invalid-option", "run.yaml, line 2: --batch-size -2"),
         ('prompt: "\\ud83d"', "config.invalid-option", "line 1: option 'prompt' has half a surrogate pair"),
+        *[
+            (f"{name}: {value}", "config.invalid-option", f"option {name}: ")
+            for name, value in (
+                ("init", r'"a\0b"'),
+                ("model", r'"./a\x00.bin"'),
+                ("data", r'[x, "a\0"]'),
+                ("out", r'"\0"'),
+                ("val", r'"a\u0000"'),
+                ("hellaswag", r'"a\0b"'),
+                ("resume", r'"a\0b"'),
+            )
+        ],
         (None, "file.missing", "run.yaml"),
     ],
 )
