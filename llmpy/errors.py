@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,20 @@ class Stopped(LlmpyError):
             "stopped", f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}"
         )
         self.exit_code = 128 + number
+
+
+def unusable_library(error: BaseException) -> LlmpyError | None:
+    """Return the error if `error` comes from the import of a library, mostly for an environment variable, else None."""
+    frames = (
+        frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"
+    )
+    name = next((n for f in frames if (n := f["__name__"].split(".")[0]) not in ("llmpy", "__main__")), "")
+    if not name or not isinstance(error, Exception) or isinstance(error, LlmpyError):
+        return None
+    if found := " ".join(f"{key}={value}" for key, value in os.environ.items() if value and repr(value) in str(error)):
+        return LlmpyError("environment.invalid", f"{name} cannot be used with {found}", "Correct or unset it")
+    what = f"{name} cannot be imported: {type(error).__name__}: {error}"
+    return LlmpyError("package.unusable", what, "Install it again, or check its settings and environment variables")
 
 
 def unreadable(path: Path, error: OSError) -> LlmpyError:

@@ -12,12 +12,13 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
-from ..errors import LlmpyError, Stopped
+from ..errors import LlmpyError, Stopped, unusable_library
 from ..options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
 from ..options.data import DataOptions
 from ..options.fields import Options, Reported, flags_of
@@ -177,8 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader has exited (`| head`)
             return 1
         return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''} [system.os-error]")
-    except KeyboardInterrupt:
-        return fail("stopped by Ctrl-C [stopped]", 130)
+    except KeyboardInterrupt as error:
+        stopped = Stopped(*error.args or (signal.SIGINT,))
+        return fail(f"{stopped} [{stopped.code}]", stopped.exit_code)
+    except Exception as error:
+        if (found := unusable_library(error)) is None:
+            raise
+        return fail(f"{found} [{found.code}]")
 
 
 def fail(message: str, code: int = 1) -> int:
@@ -208,7 +214,13 @@ def run(arguments: Sequence[str]) -> int:
         found.parser.error(". ".join(filter(None, (f"unknown argument {unknown[0]}", near))))
     given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return int(found.verb.call(found.verb.options.gather(given)))
+    with on_signal(stop) if found.verb.name in ("data", "convert", "plot") else contextlib.nullcontext():
+        return int(found.verb.call(found.verb.options.gather(given)))
+
+
+def stop(number: int, _frame: Any) -> NoReturn:
+    """End as Ctrl-C does, also on SIGTERM: unfinished files are removed."""
+    raise KeyboardInterrupt(number)
 
 
 def build_parser() -> Parser:

@@ -25,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
-from ..errors import LlmpyError
+from ..errors import LlmpyError, unusable_library
 from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
 from ..run.checkpoint_writer import CheckpointWriter
@@ -77,6 +77,7 @@ class World(SingleProcess):
             return
         if not isinstance(failure, Ended):
             code, text = "rank.failed", f"{type(failure).__name__}: {failure}"
+            failure = (failure and unusable_library(failure)) or failure
             if isinstance(failure, LlmpyError):
                 code, text = failure.code, str(failure)
             else:

@@ -116,13 +116,17 @@ def converted(options: type, name: str, value: Any) -> Any:
         return None
     many = typing.get_origin(kind) is tuple
     kind = typing.get_args(kind)[0] if many else kind
+    path = next(f for f in options_of(options) if f.name == name).metadata["metavar"] in FILES
     found = []
     for one in (value or [None]) if many and isinstance(value, list | tuple) else [value]:
         try:
+            if path and "\0" in str(one):
+                raise ValueError
             found.append(_one(kind, one))
         except (TypeError, ValueError, OverflowError):
             shown = {list: "a list", tuple: "a list", dict: "a nested value", type(None): ""}.get(type(one), one)
-            what = f"option {name}: {textwrap.shorten(str(shown), 60) or 'an empty value'} is not {KINDS[kind]}"
+            what = f"option {name}: {textwrap.shorten(str(shown), 60) or 'an empty value'} is not "
+            what += "a path" if path and isinstance(one, str) else KINDS[kind]
             raise LlmpyError("option.invalid", what, f"See {flag_of(name)} in --help") from None
     return tuple(found) if many else found[0]
 
@@ -134,7 +138,6 @@ def _one(kind: type, value: Any) -> Any:
     if kind is int and isinstance(value, str) and not value.lstrip("+-").isdecimal():
         value = float(value)  # 1e6
     wrong = value is None or isinstance(value, list | tuple | dict | set) or (kind is Path and value == "")
-    wrong = wrong or (kind is Path and "\0" in str(value))
     if wrong or (kind is bool) != isinstance(value, bool):
         raise ValueError
     if kind is int and not isinstance(value, str) and int(value) != value:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import LlmpyError
-from .durable import write_whole
+from .durable import remove, write_whole
 from .terminal import aside
 
 FIX = "Set LLMPY_CACHE_DIR to a folder of your own"
@@ -59,6 +59,8 @@ def seal(path: Path, about: bytes, data: bytes) -> None:
     def write(new: Path) -> None:
         new.touch(mode=0o644)  # umask may be 002 or 000
         new.write_bytes(hashlib.blake2b(about + data).digest() + data)
+        if path.is_dir():  # which a file cannot replace
+            remove(path)
 
     write_whole(path, write)
 

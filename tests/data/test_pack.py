@@ -1,6 +1,8 @@
 """`llmpy data`: complete folders of tokens, ready for training, identical to llm.c's where that is deterministic."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -312,3 +314,17 @@ def test_a_full_disk(raw, tmp_path, said, monkeypatch):
     with refused("file.unwritable", "out.tmp", "No space left on device"):
         make(said, raw, out=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("at", ["choose_tokenizer", "write_tokens"])
+def test_a_signal_leaves_no_files(raw, tmp_path, monkeypatch, capsys, at, number):
+    """Neither the folder, nor its hidden lock and workplace."""
+    monkeypatch.setattr(pack, at, lambda *_: signal.raise_signal(number))
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert cli.main(["data", str(raw), "--tokenizer", "bytes", "--out", str(tmp_path / "a" / "out")]) == 128 + number
+    assert list(tmp_path.iterdir()) == [raw]
+    word = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert capsys.readouterr().err.endswith(f"llmpy: error: stopped by {word} [stopped]\n")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from support.heard import hear
 from support.refused import refused
 
 from llmpy.cli import main as cli
+from llmpy.errors import LlmpyError
 from llmpy.options.train import TrainOptions
 from llmpy.options.yaml_files import RECIPE_NAMES
 
@@ -95,6 +98,18 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         ("recipe: ../../x", "config.invalid-option", "run.yaml, line 1: --recipe ../../x"),
         ("lr: 1\nbatch_size: -2", "config.invalid-option", "run.yaml, line 2: --batch-size -2"),
         ('prompt: "\\ud83d"', "config.invalid-option", "line 1: option 'prompt' has half a surrogate pair"),
+        *[
+            (f"{name}: {value}", "config.invalid-option", f"option {name}: ")
+            for name, value in (
+                ("init", r'"a\0b"'),
+                ("model", r'"./a\x00.bin"'),
+                ("data", r'[x, "a\0"]'),
+                ("out", r'"\0"'),
+                ("val", r'"a\u0000"'),
+                ("hellaswag", r'"a\0b"'),
+                ("resume", r'"a\0b"'),
+            )
+        ],
         (None, "file.missing", "run.yaml"),
     ],
 )
@@ -105,6 +120,35 @@ def test_files_with_errors(tmp_path: Path, text: str | bytes | None, code: str, 
     with refused(code, named) as caught:
         TrainOptions.gather({"config": path})
     assert text is None or not re.search("yaml\\.|tuple|None|<class|PosixPath|codec|while scanning", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in pairwise("abcdefghijk")), "line 1"),
+        ("data: &a [x,x]\n" + "".join(f"{b}: &{b} {{<<: [{f'*{a},' * 9}]}}\n" for a, b in pairwise("abcdefgh")), "'b'"),
+        ("lr: " + "{a: " * 40_000, "too deep"),
+        ("data: " + "{? " * 40_000, "too deep"),
+        ("".join(f"{'  ' * i}a:\n" for i in range(350)), "too deep"),
+        ("lr: 1" + ":59" * 40_000, "lr: "),
+        ("steps: " + "9" * 120_000, "steps: "),
+        ("prompt: |\n" + " \n" * 60_000 + "\tx\n- ", "run.yaml"),
+        ("lr: *" + "a" * 120_000, "run.yaml"),
+        ("? " * 60_000, "too deep"),
+        ("prompt: " + "'\n" * 60_000, "run.yaml"),
+        ("lr: !<" + "%41" * 40_000 + "> 1", "run.yaml"),
+        ("\n".join(f"&a{i} x: *a{i}" for i in range(6_000)), "'x'"),
+    ],
+    ids=range(13),
+)
+def test_short_files_that_would_take_long(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    start = time.process_time()
+    with pytest.raises(LlmpyError, match=re.escape(named)) as caught:
+        TrainOptions.gather({"config": tmp_path / "run.yaml"})
+    assert caught.value.code in ("config.not-yaml", "config.invalid-option")
+    assert len(str(caught.value)) < 400
+    assert time.process_time() - start < 15  # 40 s and more, or for ever
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ DAMAGE: dict[str, Callable[[Path, Path], object]] = {
     "another kernel's file": lambda path, other: shutil.copy(other, path),
     "the file of another type": lambda path, other: shutil.copy(place_of(twice, np.float32), path),
     "foreign code": evil,
+    "a folder": lambda path, other: replaced(path, Path.mkdir),
+    "a folder with a file": lambda path, other: replaced(path, lambda new: (new.mkdir(), (new / "a").touch())),
 }
 if sys.platform != "win32":
     DAMAGE |= {
@@ -154,7 +156,7 @@ def test_a_corrupt_kernel_is_compiled_again(filled: Path, name: str, capsys: pyt
     path, other = place_of(twice), place_of(thrice)
     DAMAGE[name](path, other)
     assert not start()
-    assert (str(path) in capsys.readouterr().err) == (name != "a link")
+    assert (str(path) in capsys.readouterr().err) == ("link" not in name and "folder" not in name)
     assert path.is_file() and not path.is_symlink()
     assert start() and start(thrice) and start(dtype=np.float32)
     assert capsys.readouterr().err == "" and not (filled.parent / "run").exists()
