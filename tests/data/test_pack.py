@@ -318,7 +318,7 @@ def test_a_full_disk(raw, tmp_path, said, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("at", ["choose_tokenizer", "write_tokens"])
+@pytest.mark.parametrize("at", ["given_tokenizer", "write_tokens"])
 def test_a_signal_leaves_no_files(raw, tmp_path, monkeypatch, capsys, at, number):
     """Neither the folder, nor its hidden lock and workplace."""
     monkeypatch.setattr(pack, at, lambda *_: signal.raise_signal(number))
