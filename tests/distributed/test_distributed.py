@@ -526,7 +526,7 @@ def test_a_signal_before_the_first_step_stops_the_run(text: Path, tmp_path: Path
 def test_all_ranks_stop_after_a_step_and_save(text: Path, tmp_path: Path, number: int, code: int) -> None:
     """On Ctrl-C, and if the launching process is killed."""
     run = tmp_path / "run"
-    with endless(text, run, "--ranks", "2") as process:
+    with endless(text, run, "--ranks", "2", "--checkpoint-every", "0") as process:
         assert process.stdout is not None
         next(line for line in process.stdout if " 3/" in line)
         process.send_signal(number)
