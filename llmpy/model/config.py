@@ -77,9 +77,8 @@ class ModelConfig:
         """Parameters multiplied for every token: the layers' matrices and the head."""
         return 12 * self.layers * self.channels**2 + self.padded_vocab_size * self.channels
 
-    @property
-    def rope_elements(self) -> int:
-        """Elements of the tables of positions that are no parameters: cos and sin of RoPE."""
+    def rope_elements(self, length: int) -> int:
+        """Return the elements of tables for positions below `length` that are no parameters: cos and sin of RoPE."""
         return 0
 
     def record(self) -> dict[str, Any]:
@@ -193,10 +192,9 @@ class LlamaConfig(ModelConfig):
         """Columns of queries, keys and values, (NH + 2·NKV)·HS."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
-    @property
-    def rope_elements(self) -> int:
-        """cos and sin, (context, HS/2) each."""
-        return self.context * self.head_size
+    def rope_elements(self, length: int) -> int:
+        """Return the elements of cos and sin, (length, HS/2) each."""
+        return length * self.head_size
 
     @property
     def matrix_parameters(self) -> int:

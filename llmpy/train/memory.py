@@ -143,7 +143,7 @@ def memory_parts(
         "weights for products": stored * matrices if mixed else 0,
         "frozen weights": sum((stored if t.decay else wide) * t.size for t in frozen),
         "adapters' scratch": stored * adapter_room(config, most),
-        "rope tables": 4 * config.rope_elements,
+        "rope tables": 4 * config.rope_elements(max(t for _, t in [(B, T), *apart])),
         "gradients": parameters,
         **state,
         "activations": size(activations_table(config, B, T, True, recompute, mixed)),

@@ -159,7 +159,7 @@ def test_a_plan_of_adapters_on_a_model_of_the_hub(small: None, tmp_path: Path) -
     config = with_adapters(config, 4)
     trained = sum(t.size for t in trained_table(config))
     assert (numbers["model"]["trained"], numbers["disk"]["checkpoint"]) == (trained, 12 * trained)
-    assert numbers["memory"]["parts"]["rope tables"] == 4 * 64 * 8
+    assert numbers["memory"]["parts"]["rope tables"] == 4 * 8 * 8
     assert numbers["memory"]["total"] == sum(memory_parts(config, 2, 8, Laptop(), copied=True).values())
     assert [t["what"] for t in numbers["training"]] == ["--tokens"]
     assert all(part in table(numbers) for part in (f"{trained:,} of adapters", "Qwen3", "frozen weights", "rope"))
