@@ -65,8 +65,8 @@ class ChatTemplate:
     ) -> list[Rendering]:
         """Return the text in which the messages numbered `counted` (from 0) count, or one text for each of these.
 
-        Raises LlmpyError, naming `where`, if the template refuses the messages, if it cannot be told which characters
-        a message adds, and if the spelling of a special token cannot be kept apart.
+        Raises LlmpyError, naming `where`, if the template refuses the messages, if the characters
+        that a message adds cannot be located, and if the spelling of a special token cannot be kept apart.
         """
         (messages, tools), letters = self._hidden(where, messages, tools)
         render = partial(self._render, where)

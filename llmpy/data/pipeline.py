@@ -281,8 +281,8 @@ def _spool(corpus: Corpus, tokenizer: Tokenizer, work: Path, limit: int) -> _Spo
     if total < 2:
         raise LlmpyError("data.empty", "the data contain no text", "Give other data")
     counted = np.memmap(work / "mask", np.bool_, "r") if masked else None
-    begun = np.memmap(work / "starts", np.int64, "r")
-    return _Spool(np.memmap(work / "ids", dtype, "r"), counted, begun, held, characters / encoded)
+    places = np.memmap(work / "starts", np.int64, "r")
+    return _Spool(np.memmap(work / "ids", dtype, "r"), counted, places, held, characters / encoded)
 
 
 def check_counted(

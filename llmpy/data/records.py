@@ -234,7 +234,7 @@ def question(shards: Sequence[Shard], tokenizer: Tokenizer, most: int) -> list[i
 def begins(shard: Shard) -> Iterator[int]:
     """Yield each position where tokens of a document start to count after others that do not.
 
-    A first token does not count if there is padding before it, so the second does not begin anything.
+    A first token does not count if there is padding before it, so the second starts nothing.
     """
     if shard.mask is not None:
         for start in range(0, len(shard), CHUNK):

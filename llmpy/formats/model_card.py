@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it was trained from, how and on what, as far as its run says.
+"""README.md of an exported model: what it was trained from, how and on what, as far as its run recorded it.
 
 It may become public, so of local paths it has the last names only.
 """

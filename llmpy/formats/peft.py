@@ -2,12 +2,13 @@
 
 An adapter is opened on its base model. A merged model is base + scale·B·A. GPT-2's layers are "Conv1D", with weights
 (in, out), which peft calls `fan_in_fan_out`; A and B have the same shapes for both.
-Source: peft 0.18, `tuners/lora/config.py` and `utils/save_and_load.py`.
+Source: peft 0.21, `tuners/lora/config.py` and `utils/save_and_load.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,12 +41,13 @@ HASHED_ROWS = 64  # of the embedding
 
 
 def base_hash(source: Source) -> str:
-    """Return a hash of a base model's shape, vectors and first rows of the embedding: a second and 1 MB for any."""
-    found = hashlib.sha256(repr(replace(source.config, lora=None)).encode())
-    for name, shape in {t.name: t.shape for t in trained_table(replace(source.config, lora=None))}.items():
-        if name == "wte" or not name.endswith("_w") or "norm" in name or name.startswith("ln"):
-            rows = source.read(name)[:HASHED_ROWS] if name == "wte" else source.read(name)
-            found.update(f"{name} {shape}".encode() + np.ascontiguousarray(rows, np.float32).tobytes())
+    """Return a hash of a base model's shape, vectors and first rows of the embedding, which is read whole."""
+    config = replace(source.config, lora=None)
+    found = hashlib.sha256(repr(config).encode())
+    for t in trained_table(config):
+        if t.name == "wte" or not t.decay:
+            rows = source.read(t.name)[: HASHED_ROWS if t.name == "wte" else None]
+            found.update(f"{t.name} {t.shape}".encode() + np.ascontiguousarray(rows, np.float32).tobytes())
     return found.hexdigest()[:16]
 
 
@@ -57,9 +59,8 @@ def on_base(source: Source, base: Source) -> Source:
     if not fits or base.config.lora is not None:
         what = f"{source.path} is an adapter of another model than {base.path}"
         raise LlmpyError("lora.other-base", what, "Restore the model that it was trained on")
-    read, load = base.read, base.fill
-    tokenizer = source.tokenizer or base.tokenizer
-    return replace(source, read=read, load=load, dtype=base.dtype, tokenizer=tokenizer, what=f"adapter of {base.path}")
+    tokenizer, what = source.tokenizer or base.tokenizer, f"adapter of {base.path}"
+    return replace(source, read=base.read, load=base.fill, dtype=base.dtype, tokenizer=tokenizer, what=what)
 
 
 def read_adapter(folder: Path, open_base: Callable[[str], Source]) -> Source:
@@ -71,31 +72,33 @@ def read_adapter(folder: Path, open_base: Callable[[str], Source]) -> Source:
             what = f"{path}: {key} is {value!r}, which is not supported"
             raise LlmpyError("lora.unsupported", what, "Use a plain LoRA adapter of linear layers")
     name, rank, alpha = (about.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
-    if not isinstance(name, str) or type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    number = type(alpha) in (int, float) and math.isfinite(alpha)
+    if not isinstance(name, str) or type(rank) is not int or rank < 1 or not number:
         raise damaged(path, "it needs base_model_name_or_path, r and lora_alpha")
-    local = (folder / name).resolve()
-    base = open_base(str(local) if (folder / name).exists() and not Path(name).exists() else name)
+    near = folder / name  # a path may be relative to the adapter
+    base = open_base(str(near.resolve()) if near.exists() and not Path(name).exists() else name)
     names = chosen_by(path, about.get("target_modules"), base.config)
-    stabilized = about.get("use_rslora") is True
-    config = replace(base.config, lora=LoraConfig(rank, float(alpha), names, str(base.path), "", stabilized))
-    weights = folder / WEIGHTS_FILE
-    expected = dict(_named(config))
-
+    called = str(base.path) if near.exists() or Path(name).exists() else name  # else on the hub
+    lora = LoraConfig(rank, float(alpha), names, called, stabilized=about.get("use_rslora") is True)
+    config, weights = replace(base.config, lora=lora), folder / WEIGHTS_FILE
+    table = trained_table(config)
+    shapes = {k: x.shape for t in table for k, x in named(t.name, np.broadcast_to(np.int8(0), t.shape), config)}
     with opened(weights) as file:
         keys = set(file.keys())
-        for theirs, (_, _, shape) in expected.items():
+        for theirs, shape in shapes.items():
             found = tuple(file.get_slice(theirs).get_shape()) if theirs in keys else None
             if found != shape:
                 raise damaged(weights, f"{theirs} is {found}, {CONFIG_FILE} and the base model require {shape}")
-        if extra := sorted(keys - expected.keys()):
+        if extra := sorted(keys - shapes.keys()):
             what = f"{weights} has {extra[0]}, which is no adapter of its target modules"
             raise LlmpyError("lora.unsupported", what, "Use a plain LoRA adapter of linear layers")
 
     def load(params: Arena) -> None:
         with opened(weights) as file:
-            for theirs, (ours, l, _) in expected.items():
-                check_finite(weights, theirs, x := np.asarray(file.get_tensor(theirs)))
-                getattr(params, ours)[l] = x
+            for tensor, stack in params.items():
+                for theirs, x in named(tensor.name, stack, config):
+                    check_finite(weights, theirs, found := np.asarray(file.get_tensor(theirs)))
+                    x[...] = found
 
     return on_base(replace(base, path=folder, config=config, adapters=load), base)
 
@@ -135,7 +138,7 @@ def write_adapter(folder: Path, source: Source) -> None:
         "fan_in_fan_out": config.family == "gpt2", "base_model_name_or_path": lora.base, "init_lora_weights": True,
     }  # fmt: skip
     write_json(folder / CONFIG_FILE, about)
-    write_tensors(folder / WEIGHTS_FILE, {theirs: getattr(params, ours)[l] for theirs, (ours, l, _) in _named(config)})
+    write_tensors(folder / WEIGHTS_FILE, {k: x for t, stack in params.items() for k, x in named(t.name, stack, config)})
 
 
 def merged(source: Source) -> Source:
@@ -162,10 +165,3 @@ def merged(source: Source) -> Source:
 def named(name: str, stack: np.ndarray, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yield peft's names of an adapter's matrix (L, …), and its layers."""
     yield from ((f"{PREFIX[config.family].format(l)}{name}.weight", x) for l, x in enumerate(stack))
-
-
-def _named(config: ModelConfig) -> Iterator[tuple[str, tuple[str, int, tuple[int, ...]]]]:
-    """Yield peft's name of each matrix, and our tensor, layer and shape."""
-    for tensor in trained_table(config):
-        for l in range(config.layers):
-            yield f"{PREFIX[config.family].format(l)}{tensor.name}.weight", (tensor.name, l, tensor.shape[1:])

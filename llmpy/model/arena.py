@@ -21,11 +21,10 @@ PIECE = 1 << 20  # elements per np.isfinite, which allocates its result
 class Tensor:
     """One row of a table.
 
-    `init` fills the tensor in training from scratch: "normal" (with `std`), "uniform"
-    (in ±`std`), "ones", "zeros"; empty for activations.
-    `decay`: under weight decay. `wide`: float32 in mixed precision (the residual stream, statistics, losses).
-    `steps`: the steps, numbered by the table, in which the content is live; empty: always. `per_layer`: the first
-    dimension of this parameter is the layer.
+    `init` fills the tensor in training from scratch: "normal" (with `std`), "uniform" (in ±`std`), "ones", "zeros";
+    empty for activations. `decay`: under weight decay. `per_layer`: the first dimension of this parameter is the layer.
+    `wide`: float32 in mixed precision (the residual stream, statistics, losses).
+    `steps`: the steps, numbered by the table, in which the content is live; empty: always.
     """
 
     name: str

@@ -12,7 +12,6 @@ Source: Radford et al. 2019; the numbers are those of llm.c and nanoGPT.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -20,38 +19,31 @@ import numpy as np
 
 from .arena import Arena, Tensor
 from .config import ModelConfig
-from .language_model import ForwardOps, LanguageModel, at
+from .language_model import ForwardOps, LanguageModel, at, keeping, matrix, shared, vector
 from .lora import Module
 
 
 def params_table(c: ModelConfig) -> list[Tensor]:
     """Return every parameter. Matrices, which have weight decay, come first (`matrix_elements`)."""
     L, C, Vp = c.layers, c.channels, c.padded_vocab_size
-    std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
-
-    def matrix(name: str, shape: tuple[int, ...], std: float = std) -> Tensor:
-        return Tensor(name, shape, "normal", std, decay=True, per_layer=len(shape) == 3)
-
-    def vector(name: str, size: int, init: str = "zeros") -> Tensor:
-        return Tensor(name, (L, size), init, per_layer=True)
-
+    std_resid = 0.02 / math.sqrt(2 * L)
     return [
-        matrix("wte", (Vp, C)),
-        matrix("wpe", (c.context, C)),
-        matrix("attn_qkv_w", (L, 3 * C, C)),
-        matrix("attn_proj_w", (L, C, C), std_resid),
-        matrix("mlp_fc_w", (L, 4 * C, C)),
-        matrix("mlp_proj_w", (L, C, 4 * C), std_resid),
-        vector("ln_1_w", C, "ones"),
-        vector("ln_1_b", C),
-        vector("attn_qkv_b", 3 * C),
-        vector("attn_proj_b", C),
-        vector("ln_2_w", C, "ones"),
-        vector("ln_2_b", C),
-        vector("mlp_fc_b", 4 * C),
-        vector("mlp_proj_b", C),
-        Tensor("ln_f_w", (C,), "ones"),
-        Tensor("ln_f_b", (C,), "zeros"),
+        matrix("wte", Vp, C),
+        matrix("wpe", c.context, C),
+        matrix("attn_qkv_w", L, 3 * C, C),
+        matrix("attn_proj_w", L, C, C, std=std_resid),
+        matrix("mlp_fc_w", L, 4 * C, C),
+        matrix("mlp_proj_w", L, C, 4 * C, std=std_resid),
+        vector("ln_1_w", L, C, init="ones"),
+        vector("ln_1_b", L, C),
+        vector("attn_qkv_b", L, 3 * C),
+        vector("attn_proj_b", L, C),
+        vector("ln_2_w", L, C, init="ones"),
+        vector("ln_2_b", L, C),
+        vector("mlp_fc_b", L, 4 * C),
+        vector("mlp_proj_b", L, C),
+        vector("ln_f_w", C, init="ones"),
+        vector("ln_f_b", C),
     ]
 
 
@@ -69,16 +61,7 @@ def activations_table(
     """
     C, NH, BT = c.channels, c.heads, B * T
     L = c.layers if training else 1
-
-    def kept(name: str, *shape: int, steps: tuple[int, ...], unless: int = 3) -> Tensor:
-        """Return one tensor per layer for backward if `recompute` < `unless`; else one shared by all layers."""
-        if training and recompute < unless:
-            return Tensor(name, (L, *shape))
-        return Tensor(name, (1, *shape), steps=frozenset(steps))
-
-    def shared(name: str, *shape: int, steps: Iterable[int], wide: bool = False) -> Tensor:
-        return Tensor(name, shape, wide=wide, steps=frozenset(steps))
-
+    kept = keeping(L if training else 0, recompute)
     table = [
         Tensor("resid", (L, BT, C), wide=True),  # input of each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),

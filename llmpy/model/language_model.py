@@ -7,7 +7,7 @@ weights, and runs with low-rank adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -246,6 +246,36 @@ class LanguageModel:
         """Return the gradient of a parameter, or of its layer l; None if there is no such parameter or it is frozen."""
         found = getattr(self.grads, name, None)
         return found if l is None or found is None else found[l]
+
+
+def matrix(name: str, *shape: int, std: float = 0.02) -> Tensor:
+    """Return a parameter under weight decay, of each layer if it has three dimensions."""
+    return Tensor(name, shape, "normal", std, decay=True, per_layer=len(shape) == 3)
+
+
+def vector(name: str, *shape: int, init: str = "zeros") -> Tensor:
+    """Return a parameter without weight decay, of each layer if it has two dimensions."""
+    return Tensor(name, shape, init, per_layer=len(shape) == 2)
+
+
+def shared(name: str, *shape: int, steps: Iterable[int], wide: bool = False) -> Tensor:
+    """Return an activation that all layers share, live in these steps."""
+    return Tensor(name, shape, wide=wide, steps=frozenset(steps))
+
+
+def keeping(layers: int, recompute: int) -> Callable[..., Tensor]:
+    """Return `kept`, which returns an activation of each layer, or one that all share if backward recomputes it.
+
+    `layers` 0: there is no backward.
+    """
+
+    def kept(name: str, *shape: int, steps: Iterable[int], unless: int = 3) -> Tensor:
+        """`unless`: the `recompute` from which on it is shared."""
+        if layers and recompute < unless:
+            return Tensor(name, (layers, *shape))
+        return shared(name, 1, *shape, steps=steps)
+
+    return kept
 
 
 def at(tensor: Any, l: int) -> Any:

@@ -14,7 +14,6 @@ Queries, keys and values are one matrix here, gate and up another. Source: Touvr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from .arena import Arena, Tensor
 from .config import LlamaConfig
-from .language_model import ForwardOps, LanguageModel, at
+from .language_model import ForwardOps, LanguageModel, at, keeping, matrix, shared, vector
 from .lora import Module
 from .rope import tables
 
@@ -30,26 +29,20 @@ from .rope import tables
 def params_table(c: LlamaConfig) -> list[Tensor]:
     """Return every parameter. Matrices, which have weight decay, come first (`matrix_elements`)."""
     L, C, Vp, HS = c.layers, c.channels, c.padded_vocab_size, c.head_size
-    std, std_resid = 0.02, 0.02 / math.sqrt(2 * L)
-
-    def matrix(name: str, shape: tuple[int, ...], std: float = std) -> Tensor:
-        return Tensor(name, shape, "normal", std, decay=True, per_layer=len(shape) == 3)
-
-    def vector(name: str, size: int, init: str = "ones") -> Tensor:
-        return Tensor(name, (L, size), init, per_layer=True)
-
+    std_resid = 0.02 / math.sqrt(2 * L)
+    heads = [vector(f"{x}_norm_w", L, HS, init="ones") for x in "qk"]
     return [
-        matrix("wte", (Vp, C)),
-        *([] if c.tied else [matrix("head", (Vp, C))]),
-        matrix("attn_qkv_w", (L, c.qkv_size, C)),
-        matrix("attn_proj_w", (L, C, c.heads * HS), std_resid),
-        matrix("mlp_gate_up_w", (L, 2 * c.ffn, C)),
-        matrix("mlp_down_w", (L, C, c.ffn), std_resid),
-        vector("norm_1_w", C),
-        *([vector("attn_qkv_b", c.qkv_size, "zeros")] if c.qkv_bias else []),
-        *([vector("q_norm_w", HS), vector("k_norm_w", HS)] if c.qk_norm else []),
-        vector("norm_2_w", C),
-        Tensor("norm_f_w", (C,), "ones"),
+        matrix("wte", Vp, C),
+        *([] if c.tied else [matrix("head", Vp, C)]),
+        matrix("attn_qkv_w", L, c.qkv_size, C),
+        matrix("attn_proj_w", L, C, c.heads * HS, std=std_resid),
+        matrix("mlp_gate_up_w", L, 2 * c.ffn, C),
+        matrix("mlp_down_w", L, C, c.ffn, std=std_resid),
+        vector("norm_1_w", L, C, init="ones"),
+        *([vector("attn_qkv_b", L, c.qkv_size)] if c.qkv_bias else []),
+        *(heads if c.qk_norm else []),
+        vector("norm_2_w", L, C, init="ones"),
+        vector("norm_f_w", C, init="ones"),
     ]
 
 
@@ -63,16 +56,7 @@ def activations_table(
     """Return every activation, and for training those of backward; see `LanguageModel.activations_table`."""
     C, NH, F, W, BT = c.channels, c.heads, c.ffn, c.qkv_size, B * T
     L = c.layers if training else 1
-
-    def kept(name: str, *shape: int, steps: tuple[int, ...], unless: int = 3) -> Tensor:
-        """Return one tensor per layer for backward if `recompute` < `unless`; else one shared by all layers."""
-        if training and recompute < unless:
-            return Tensor(name, (L, *shape))
-        return Tensor(name, (1, *shape), steps=frozenset(steps))
-
-    def shared(name: str, *shape: int, steps: Iterable[int], wide: bool = False) -> Tensor:
-        return Tensor(name, shape, wide=wide, steps=frozenset(steps))
-
+    kept = keeping(L if training else 0, recompute)
     table = [
         Tensor("resid", (L, BT, C), wide=True),  # input of each layer; the first is the embedding
         Tensor("resid_mid", (L, BT, C), wide=True),

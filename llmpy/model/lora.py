@@ -1,4 +1,4 @@
-"""Low-rank adapters: a frozen model learns by small matrices beside its linear layers.
+"""Low-rank adapters: a frozen model is trained through small matrices next to its linear layers.
 
     y = x·Wᵀ + scale·(x·Aᵀ)·Bᵀ         A (r, in) uniform in ±1/√in, B (out, r) zero; scale = alpha/r
 

@@ -47,7 +47,7 @@ class TrainOptions(OnMachine):
         metavar="MODEL",
     )
     lora: int | None = option(
-        None, "train only adapters of rank R beside the frozen weights of --init", metavar="R", within=POSITIVE
+        None, "train only adapters of rank R; the weights of --init are frozen", metavar="R", within=POSITIVE
     )
     lora_alpha: float | None = option(
         None, "adapters are scaled by X / R (default: 2 R)", metavar="X", within=POSITIVE

@@ -90,10 +90,8 @@ def model_pieces(config: ModelConfig, trained_length: int, params: np.ndarray, s
     # A single metadata entry in a fixed order: equal models give equal files.
     about = {"format": FORMAT, "config": config.record(), "trained_length": trained_length}
     about |= asdict(score) if score else {}
-    return [
-        file_header([(t.name, t.shape, "float32") for t in trained_table(config)], {KEY: json.dumps(about)}),
-        params,
-    ]
+    entries = [(t.name, t.shape, "float32") for t in trained_table(config)]
+    return [file_header(entries, {KEY: json.dumps(about)}), params]
 
 
 def file_header(entries: Entries, metadata: Mapping[str, str] | None = None) -> np.ndarray:

@@ -107,7 +107,8 @@ class RunStart:
             source.load_into(model)
         elif new or model.adapters is not None:
             source.fill(model.params)
-            initialise(model.trained, model.config, seed) if model.adapters is not None else None
+        if new and model.adapters is not None and (source is None or source.adapters is None):
+            initialise(model.trained, model.config, seed)
         model.store_weights()
 
 

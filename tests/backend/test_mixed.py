@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from support.cases import CALLS, CASES, REF, Args, Case, prepare
 from support.guarded import Guarded, bits, only
-from support.models import batch, build
+from support.models import batch, build, check_micro_batches
 
 from llmpy.backend import load
 from llmpy.backend.cpu import simd
@@ -485,19 +485,7 @@ def test_gradients_do_not_depend_on_old_contents() -> None:
 def test_micro_batches_add_up_to_the_batch(micro_steps: int) -> None:
     """Rows meet only in float32 sums: the same tolerance as in float32."""
     tokens, targets = batch(ODD, B=6, T=17)
-    whole, parts = mixed(), mixed()
-    want = whole.loss_and_grads(tokens, targets)
-    losses = [
-        parts.loss_and_grads(x, y, accumulate=i > 0, micro_steps=micro_steps)
-        for i, (x, y) in enumerate(zip(np.split(tokens, micro_steps), np.split(targets, micro_steps), strict=True))
-    ]
-    assert np.mean(losses) == pytest.approx(want, rel=1e-6)
-    assert whole.grads is not None
-    assert parts.grads is not None
-    for tensor, gradient in parts.grads.items():
-        expected = getattr(whole.grads, tensor.name)
-        error = np.abs(gradient - expected).max() / np.abs(expected).max()
-        assert error <= 1e-6, f"{tensor.name}: relative error {error:.2e}"
+    check_micro_batches(mixed(), mixed(), tokens, targets, micro_steps)
 
 
 def train(threads: int, steps: int = 20) -> tuple[GPT2, list[float]]:

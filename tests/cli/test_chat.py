@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.chats import TEMPLATES, talk, write
+from support.heard import lines
 from support.laptop import TINY, Laptop
 from support.refused import refused
 from support.samples import in_memory
@@ -40,19 +41,6 @@ from llmpy.watch.runs import Runs
 from llmpy.watch.server import board
 
 BYTES = Tokenizer.bytes()
-
-
-def lines(*typed: str) -> Callable[[], str]:
-    """Return a user who types these lines, then Ctrl-D."""
-    left = iter(typed)
-
-    def ask() -> str:
-        try:
-            return next(left)
-        except StopIteration:
-            raise EOFError from None
-
-    return ask
 
 
 @pytest.fixture

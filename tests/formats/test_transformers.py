@@ -16,7 +16,6 @@ from llmpy.formats import huggingface, open_model
 from llmpy.formats.gguf import write_model as write_gguf
 from llmpy.model.config import ModelConfig
 from llmpy.model.families import language_model
-from llmpy.tools.selftest import all_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,7 +30,7 @@ def ours(path: Path) -> np.ndarray:
     source = open_model(path)
     model = language_model(source.config, Laptop())
     source.load_into(model)
-    return all_logits(model, TOKENS)
+    return model.logits(TOKENS, None)
 
 
 def theirs(model: Any) -> np.ndarray:

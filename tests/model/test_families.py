@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.models import batch, build
+from support.models import batch, build, check_micro_batches
 from support.refused import refused
 
 from llmpy.backend import load
@@ -125,18 +125,7 @@ def test_cpu_agrees_with_the_reference(kind: str, B: int, T: int) -> None:
 @pytest.mark.parametrize("micro_steps", [2, 3])
 def test_micro_batches_add_up_to_the_batch(kind: str, micro_steps: int) -> None:
     tokens, targets = batch(KINDS[kind], B=6, T=17)
-    whole, parts = build(KINDS[kind], cpu()), build(KINDS[kind], cpu())
-    want = whole.loss_and_grads(tokens, targets)
-    losses = [
-        parts.loss_and_grads(x, y, accumulate=i > 0, micro_steps=micro_steps)
-        for i, (x, y) in enumerate(zip(np.split(tokens, micro_steps), np.split(targets, micro_steps), strict=True))
-    ]
-    assert np.mean(losses) == pytest.approx(want, rel=1e-6)
-    assert whole.grads is not None
-    assert parts.grads is not None
-    for tensor, gradient in parts.grads.items():
-        error = relative_error(gradient, getattr(whole.grads, tensor.name))
-        assert error <= 1e-6, f"{tensor.name}: relative error {error:.2e}"
+    check_micro_batches(build(KINDS[kind], cpu()), build(KINDS[kind], cpu()), tokens, targets, micro_steps)
 
 
 @every
@@ -208,7 +197,7 @@ def update(model: LanguageModel, ops: Any, m: np.ndarray, v: np.ndarray, step: i
 def test_results_do_not_depend_on_threads_or_runs(kind: str) -> None:
     config = KINDS[kind]
     params, losses = train(1, config)
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - (0.1 if config.lora is None else 0.05)  # a few parameters learn less
     for threads in (2, 3, 2):
         again, same = train(threads, config)
         assert same == losses, f"losses at {threads} threads"

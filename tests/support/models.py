@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from support.laptop import TINY, tiny_model
 
 from llmpy.data.tokenizer import Tokenizer
@@ -38,6 +39,24 @@ def build(config: ModelConfig, ops: Any) -> LanguageModel:
     model = language_model(config, ops)
     fill(model)
     return model
+
+
+def check_micro_batches(
+    whole: LanguageModel, parts: LanguageModel, tokens: np.ndarray, targets: np.ndarray, micro_steps: int
+) -> None:
+    """Gradients of micro-batches add up to the batch's within 1e-6: rows meet only in float32 sums."""
+    want = whole.loss_and_grads(tokens, targets)
+    losses = [
+        parts.loss_and_grads(x, y, accumulate=i > 0, micro_steps=micro_steps)
+        for i, (x, y) in enumerate(zip(np.split(tokens, micro_steps), np.split(targets, micro_steps), strict=True))
+    ]
+    assert np.mean(losses) == pytest.approx(want, rel=1e-6)
+    assert whole.grads is not None
+    assert parts.grads is not None
+    for tensor, gradient in parts.grads.items():
+        expected = getattr(whole.grads, tensor.name)
+        error = np.abs(gradient - expected).max() / np.abs(expected).max()
+        assert error <= 1e-6, f"{tensor.name}: relative error {error:.2e}"
 
 
 class Coins:

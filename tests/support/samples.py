@@ -23,7 +23,6 @@ from llmpy.formats.source import DTYPES, Source, shapes
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.rng import MT19937
-from llmpy.tools.selftest import all_logits
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"  # tinyshakespeare and GPT-2's ranks, if present
 needs_data = pytest.mark.skipif(not (SHARED / "gpt2.tiktoken").exists(), reason="tinyshakespeare is not here")
@@ -88,7 +87,7 @@ def llmc_debug(source: Source, model: Path, state: Path) -> None:
     source.fill(twin.params)
     text = np.random.default_rng(2).integers(0, source.config.vocab_size, 4 * 8 + 1, dtype=np.int32)
     tokens, targets = text[:-1].reshape(4, 8), text[1:].reshape(4, 8)
-    logits = all_logits(twin, tokens)
+    logits = twin.logits(tokens, None)
     loss = twin.loss_and_grads(tokens, targets)
     llmc.write_model(model, source, "float32")
     write_debug(state, llmc.DebugState(tokens, targets, logits, loss, lambda name: getattr(twin.grads, name)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.fellows import Fellows
+from support.heard import lines
 from support.laptop import Laptop, in_place_of_the_cpu
 from support.models import batch, build
 from support.network import network
@@ -112,7 +112,7 @@ def test_every_verb_on_a_run(
     assert np.abs(logits["merged"] - logits["run"]).max() < 1e-5
     assert np.abs(Model.load(init, machine=Laptop()).logits(tokens)[..., :257] - logits["run"][..., :257]).max() > 1e-3
     assert text_of(run) == text_of(tmp_path / "peft") == text_of(tmp_path / "merged.safetensors")
-    chat(ChatOptions(run, tokens=4), iter_of("2?", ""), Laptop())
+    chat(ChatOptions(run, tokens=4), lines("2?", ""), Laptop())
     capsys.readouterr()
     for to in ("m.bin", "native.safetensors", "m.gguf.gguf"):
         assert cli.main(["convert", str(run), str(tmp_path / "no" / to)]) == 1
@@ -121,19 +121,6 @@ def test_every_verb_on_a_run(
         assert cli.main(["convert", str(run), str(tmp_path / "no" / "m.bin"), "--merge"]) == 1
         assert "Llama" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-def iter_of(*typed: str) -> Callable[[], str]:
-    """Return a user who types these lines, then Ctrl-D."""
-    left = iter(typed)
-
-    def ask() -> str:
-        try:
-            return next(left)
-        except StopIteration:
-            raise EOFError from None
-
-    return ask
 
 
 def test_adapters_can_be_trained_further(tmp_path: Path) -> None:
@@ -254,4 +241,18 @@ def test_a_peft_adapter_of_another_size_is_refused(tmp_path: Path) -> None:
     about = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": str(tmp_path / "wide")}
     path.write_text(json.dumps(about), "utf-8")
     with refused("file.corrupt", "adapter_model.safetensors", "mlp."):
+        open_model(tmp_path / "peft")
+
+
+def test_a_base_on_the_hub_keeps_its_name(tmp_path: Path) -> None:
+    """Its folder in the hub's cache is not written into other files."""
+    run = trained(base(tmp_path), steps=1)
+    assert cli.main(["convert", str(run), str(tmp_path / "peft")]) == 0
+    path = tmp_path / "peft" / peft.CONFIG_FILE
+    about = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": "owner/name"}
+    path.write_text(json.dumps(about), "utf-8")
+    lora = peft.read_adapter(tmp_path / "peft", lambda _: open_model(tmp_path / "llama")).config.lora
+    assert lora is not None and lora.base == "owner/name"
+    path.write_text(json.dumps(about | {"lora_alpha": float("nan")}), "utf-8")
+    with refused("file.corrupt", path, "lora_alpha"):
         open_model(tmp_path / "peft")

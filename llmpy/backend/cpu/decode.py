@@ -208,7 +208,7 @@ def packed_linear_forward(
     paired = pre.shape[1] > out.shape[1]
     sums, before = (pre, pre[:0]) if paired else (out, pre)
     fork(_linear_item, threads, (sums.shape[1] + NR - 1) // NR, (sums, before, inp, packed, bias, scratch))
-    if paired:  # panels of gate and up begin at different columns; few rows are one item, without helpers
+    if paired:  # panels of gate and up start at different columns; few rows are one item, without helpers
         activate(threads, out, pre)
 
 
