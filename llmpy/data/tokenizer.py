@@ -11,10 +11,12 @@ Other tokenizers may name it differently, and put a token of their own at the st
 from __future__ import annotations
 
 import json
+import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -36,10 +38,10 @@ if TYPE_CHECKING:  # imported on first use: `llmpy --help` does without it
 
 SMALLEST_VOCAB = 257  # every byte, and EOT
 GPT2 = "openai-community/gpt2"
-# Training takes time proportional to the square of a word's length, and memory for each distinct word. So it sees words
-# in parts of LONG_WORD characters, and of n · LONG_WORDS_SEEN bytes of such parts LONG_WORDS_SEEN · (1 + ln n).
-LONG_WORD = 256
-LONG_WORDS_SEEN = 1_000_000
+# Training takes time proportional to the square of a word's length, so it sees words in parts of LONG_WORD characters.
+# Time and memory also grow with the distinct words: a text with more of them is sampled (dev/LOG.md#distinct-words).
+LONG_WORD, MOST_WORDS, MOST_BYTES = 256, 700_000, 7_000_000
+WORD = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+")  # about GPT-2's
 RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")  # GPT-2's pattern never joins two of these, but for a first blank
 # A tokenizer that changes these (lower case, no accents) loses text. Composing accents is harmless (NFC, as Qwen and
 # GPT-NeoX do). The second has no leading space.
@@ -115,10 +117,7 @@ class Tokenizer:
 
         def feed() -> Iterator[str]:
             try:
-                for text in _parts_of_long_words(texts):
-                    if stopped.is_set():
-                        return
-                    yield text
+                yield from _few_words(_parts_of_long_words(texts), lambda _: not stopped.is_set())
             finally:
                 fed.set()
 
@@ -389,8 +388,7 @@ def _usual_eot(library: tokenizers.Tokenizer) -> str | None:
 
 
 def _parts_of_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts unchanged if no word is longer than LONG_WORD, else their long words in parts, thinned out."""
-    seen = skipped = 0
+    """Yield texts unchanged if no word is longer than LONG_WORD, else their long words in parts."""
     for text in texts:
         start = 0
         for run in RUN.finditer(text) if _has_long_run(text) else ():
@@ -398,13 +396,7 @@ def _parts_of_long_words(texts: Iterable[str]) -> Iterator[str]:
                 continue
             yield text[start : run.start()]
             start = run.end()
-            for at in range(run.start(), start, LONG_WORD):
-                part = text[at : min(at + LONG_WORD, start)]
-                seen += len(part.encode())
-                skipped += 1
-                if skipped > seen // LONG_WORDS_SEEN:
-                    skipped = 0
-                    yield part
+            yield from (text[at : min(at + LONG_WORD, start)] for at in range(run.start(), start, LONG_WORD))
         yield text[start:]
 
 
@@ -418,6 +410,25 @@ def _has_long_run(text: str) -> bool:
             return True
         at += last + 1
     return False
+
+
+def _few_words(texts: Iterable[str], running: Callable[[str], bool]) -> Iterator[str]:
+    """Yield texts unchanged if their distinct words are within the limits, else as many of them, drawn, as are.
+
+    A sixteenth or a quarter of the texts gives a bound for all. Ends early once `running` returns False.
+    """
+    held = list(takewhile(running, texts))
+    drawn, words, size = random.Random(0).sample(held, len(held)), set[str](), 0
+    for n, text in enumerate(takewhile(running, drawn), 1):
+        new = {*WORD.findall(text)} - words
+        words |= new
+        size += sum(len(word.encode()) for word in new)
+        if len(words) > MOST_WORDS or size > MOST_BYTES:
+            yield from takewhile(running, drawn[:n])
+            return
+        if n in (len(held) // 16, len(held) // 4) and max(len(words) / MOST_WORDS, size / MOST_BYTES) <= n / len(held):
+            break
+    yield from takewhile(running, held)
 
 
 def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:

@@ -6,6 +6,7 @@ import base64
 import os
 import random
 import signal
+import string
 import threading
 import time
 from pathlib import Path
@@ -51,10 +52,19 @@ def test_a_text_without_words(name: str) -> None:
     assert made.decode(ids[1:]) == text
 
 
-def test_of_many_long_words_fewer_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "LONG_WORDS_SEEN", 10_000)
-    seen = sum(map(len, tokenizer._parts_of_long_words([LONG["DNA"]])))
-    assert 10_000 < seen < 60_000  # 10,000 · (1 + ln 30)
+@pytest.mark.parametrize(("limit", "most"), [("MOST_WORDS", 300), ("MOST_BYTES", 3_000)])
+def test_of_many_distinct_words_a_sample_is_seen(monkeypatch: pytest.MonkeyPatch, limit: str, most: int) -> None:
+    """Of as many pieces as stay within the limit and one more; the same ones each time."""
+    texts = [" ".join("".join(R.choices(string.ascii_letters, k=9)) for _ in range(50)) for _ in range(40)]
+    monkeypatch.setattr(tokenizer, limit, most)
+    seen = [*tokenizer._few_words(texts, lambda _: True)]
+    assert seen == [*tokenizer._few_words(texts, lambda _: True)]
+    assert {*seen} < {*texts} and len(seen) in (6, 7)
+    assert [*tokenizer._few_words(["a b"] * 40, lambda _: True)] == ["a b"] * 40
+
+
+def test_counting_words_ends_at_a_signal() -> None:
+    assert not [*tokenizer._few_words(["a b"] * 40, lambda _: False)]
 
 
 @pytest.mark.parametrize("text", [ENGLISH, ENGLISH.replace(" ", "\n"), "a\tb " * 9_000, ("word" * 60 + " ") * 500])
