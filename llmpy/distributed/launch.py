@@ -91,7 +91,13 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         environment = OPEN_MPI_SETTINGS | os.environ | {PARENT: name}
         with on_signal(lambda number, _: signals.append(number)):
             # In its own session: Ctrl-C in a terminal reaches this process only, which forwards it.
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            try:
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            except OSError as full:
+                why = f"mpiexec cannot be started: {full.strerror}"
+                raise LlmpyError(
+                    "mpi.failed", why, "Raise the limit of processes (ulimit -u), or use --ranks 1"
+                ) from full
             dead = _wait(process, folder, ranks, signals)
         lock.drop()
         if code := _word(folder, "code"):

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import psutil
 
 from ..errors import LlmpyError
+from ..system.workers import few
 from . import launch
 
 BEAT = 1.0  # seconds
@@ -83,6 +84,9 @@ class Watch:
         """Connect to the other ranks; `gather_values` is that of the world. Raises LlmpyError if a rank cannot."""
         if not self.patience:
             return
+        if few():
+            hint = "Raise it (ulimit -u, pids.max), or use --ranks 1"
+            raise LlmpyError("rank.no-threads", "a limit of processes leaves too few threads for several ranks", hint)
         secret, name = secrets.token_hex(16), f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()})"
         if self.rank == 0:
             with socket.create_server(("", 0), backlog=size) as server:

@@ -282,6 +282,19 @@ def test_without_mpi4py_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatc
         launch.run(2, [])
 
 
+def test_a_limit_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "mpiexec", lambda: "mpiexec")
+    monkeypatch.setattr(launch.subprocess, "Popen", full)
+    with refused("mpi.failed", "Resource temporarily unavailable", "ulimit -u"):
+        launch.run(2, [])
+    monkeypatch.setattr(watch, "few", lambda: True)
+    with refused("rank.no-threads", "a limit of processes", "--ranks 1"):
+        Fellows(2).run(lambda fellow: Watch(fellow.rank, 20.0).start(fellow.size, fellow.gather_values))
+
+
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, float], list[Watch]]]:
     """A function that starts so many watchdogs in this process; failures do not end it."""
