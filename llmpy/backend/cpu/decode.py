@@ -29,6 +29,7 @@ from .simd import (
     F32,
     I8,
     I64,
+    IN_L2,
     LANES,
     MR,
     NR,
@@ -38,6 +39,7 @@ from .simd import (
     _dot_add,
     _load,
     _multiply_add,
+    _prefetch,
     _splat,
     _store,
     address,
@@ -51,6 +53,7 @@ from .simd import (
 ZERO = np.float32(0)
 TILE = MR * NR
 LINEAR_SCRATCH = 2 * TILE + MR  # floats per thread
+AHEAD = 4096  # words from a load of B to the prefetch, which keeps a core reading (dev/LOG.md#read-ahead)
 
 
 def attention_scratch(HS: int, group: int) -> int:
@@ -103,6 +106,8 @@ def multiply_rows(
             before = [bd.phi(VECTOR) for _ in start]
             vectors = [_load(bd, row_b, I64(LANES * j)) for j in range(n)]
             after = []
+            for j in range(n):
+                _prefetch(bd, bd.gep(row_b, [I64(AHEAD + LANES * j)]), IN_L2)
             for i in range(m):
                 scalar = bd.load(bd.gep(rows_a[i], [k]))
                 scalar.align = 2
