@@ -212,6 +212,10 @@ def run(arguments: Sequence[str]) -> int:
         near = did_you_mean(word, [flag for action in found.parser._actions for flag in action.option_strings])
         near = near or (found.VERB == "train" and not word.startswith("-") and "Pass text with --data") or ""
         found.parser.error(". ".join(filter(None, (f"unknown argument {unknown[0]}", near))))
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise LlmpyError("system.no-folder", "the current folder no longer exists", "Change to another: cd") from None
     given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     with on_signal(stop) if found.verb.name in ("data", "convert", "plot") else contextlib.nullcontext():

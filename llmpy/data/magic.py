@@ -36,6 +36,7 @@ SEALED = (  # files that hold data, but not as text: pattern of the start, what 
     (rb"%PDF-|\{\\rtf|\xd0\xcf\x11\xe0", "a PDF, RTF or Office document", "Save it as plain text"),
     (rb"\xff{4}..\0\0|ARROW1", "Arrow", 'Convert it: datasets.load_from_disk(FOLDER).to_json("train.jsonl")'),
     (rb"\x80[\x02-\x05]|\x93NUMPY", "a pickle or NumPy array", "Export it as text or jsonl"),
+    (rb"\0{16}", "empty space, as of an interrupted download", "Download it again"),
     (rb"SQLite format 3|\x89HDF", "an SQLite or HDF5 database", "Export it as text or jsonl"),
 )  # fmt: skip
 

@@ -68,7 +68,7 @@ def read(path: Path, data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str],
         raise ValueError(f"split_special_tokens in {CONFIG} is not supported")
     wrong = "" if kind in CLASSES else f"tokenizer_class {named} is not supported"
     if whole:
-        library = Tokenizer.from_str(data.decode("utf-8"))
+        library = Tokenizer.from_str(data.decode("utf-8-sig"))
         odd = bool(words.get("type") != "ByteLevel" or words.get("use_regex") is False or about.get("normalizer"))
         if kind == GPT2 and (odd or about["model"].get("ignore_merges")):
             wrong = "transformers 4 and 5 read it differently: its words are not those of its class, GPT2Tokenizer"
@@ -164,13 +164,15 @@ def _added(library: tokenizers.Tokenizer) -> set[str]:
 def _sibling(folder: Path | None, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of the folder; {} if it is missing."""
     path = None if folder is None else folder / name
+    if path is not None and path.is_symlink() and not path.exists():
+        raise ValueError(f"{name} is a link to nothing")
     return _object(name, path.read_bytes()) if path is not None and path.is_file() else {}
 
 
 def _object(name: str, data: bytes) -> dict[str, Any]:
     """Return the object that a JSON file holds. Raises ValueError."""
     try:
-        about = json.loads(data.decode("utf-8"))
+        about = json.loads(data.decode("utf-8-sig"))
         if b"\\ud" in data.lower():  # half a surrogate pair is no text
             json.dumps(about, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:

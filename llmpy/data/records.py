@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -30,8 +30,12 @@ from .shards import CHUNK, COUNTED, START, Shard
 from .tokenizer import Tokenizer
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".jl": "jsonl", ".json": "json"}
-RECORD = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"(%s)"\s*:' % "|".join(sorted(CONTENT)).encode())  # in any file
+RECORD = re.compile(  # of known fields, maybe after others: in files of any name
+    rb'(?s)(?:\xef\xbb\xbf)?\s*+(\[?)\s*+\{\s*(?:"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{[^{}]*\}|\[[^][]*\])\s*,\s*)*'
+    rb'"(?:%s)"\s*:' % "|".join(sorted(CONTENT)).encode()
+)
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 ROWS = 64  # of a parquet file read at a time
 LOOKED_AT = 1000  # counted stretches examined per shard
 CHARACTERS = 1 << 16  # of a .json file read at a time, more for longer records
@@ -94,7 +98,10 @@ def kind_of(path: Path, start: bytes) -> str | None:
     if start.startswith(GZIP):
         kind = SUFFIXES.get(suffixes[0]) if len(suffixes) == 2 and suffixes[1] == ".gz" else None
         return kind and f"{kind}.gz"
-    return "jsonl" if RECORD.match(start) and path.suffix.lower() != ".json" else SUFFIXES.get(path.suffix.lower())
+    if start.startswith(WIDE):
+        start = start.decode("utf-16", "ignore").encode("utf-8", "ignore")
+    by_content = ("json" if found[1] else "jsonl") if (found := RECORD.match(start)) else None
+    return SUFFIXES.get(path.suffix.lower(), by_content)
 
 
 def read_records(
@@ -132,12 +139,13 @@ def json_records(path: Path, kind: str = "jsonl") -> Iterator[tuple[int, Any]]:
     number, lines = 0, kind.startswith("jsonl")
     try:
         with gzip.open(path) if kind.endswith(".gz") else path.open("rb") as file:
+            wide = file.peek(2)[:2] in WIDE
             if lines:
-                for number, line in enumerate(file, 1):
+                rows: Iterable[str | bytes] = io.TextIOWrapper(file, "utf-16", newline="\n") if wide else file
+                for number, line in enumerate(rows, 1):
                     if line.strip():
-                        yield number, json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                        yield number, json.loads(line)
             else:
-                wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                 text = io.TextIOWrapper(file, "utf-16" if wide else "utf-8-sig")
                 for number, value in enumerate(_values(text.read), 1):
                     yield number, value

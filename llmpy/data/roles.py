@@ -7,11 +7,13 @@ out and listed; in a folder of source code all text is data. What may be data bu
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import LlmpyError
 from .magic import MASK, WHAT, lfs_pointer, magic_of
@@ -20,13 +22,15 @@ from .shards import form_of, is_shard
 from .text import Found, Skip, find_files, first_bytes, refuse_all, refuse_sealed, shown
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test data"
-ROLES = dict.fromkeys(("train", "training", "trainset"), TRAINING) | dict.fromkeys(("test", "testing", "testset"), TEST)
-ROLES |= dict.fromkeys(
-    ("val", "valid", "validate", "validation", "dev", "eval", "evaluation", "heldout", "holdout", "valset", "devset",
-     "evalset"), VALIDATION,
-)  # fmt: skip
+WORDS = {
+    TRAINING: ("train", "training", "trn"),
+    VALIDATION: ("val", "valid", "validate", "validation", "dev", "eval", "evals", "evaluation", "heldout", "holdout"),
+    TEST: ("test", "tests", "testing", "tst"),
+}
+ROLES = {word + end: role for role, words in WORDS.items() for word in words for end in ("", "set", "data")}
 WORD = re.compile(r"(?i:held|hold)[-_ ]?out|[A-Z]+(?![a-z])|[^\W\d_][^\W\d_A-Z]*")  # valData are two words
 LANGUAGES = {".cs", ".el", ".mk", ".ml", ".pl", ".so", ".ts"}  # of train.cs, in Czech
+LONG = 500  # characters of a text that is no setting
 SHARD, TEXT, RECORDS, SCRIPT = "tokens", "text", "records", "scripts and settings"
 NO_DATA = {
     "documentation": re.compile(
@@ -34,8 +38,8 @@ NO_DATA = {
         r"(\.(md|txt|rst|cff|html))?)|(LICEN[CS]E|COPYING|NOTICE|CITATION|CHANGELOG)\b.*"
     ),
     "no text": re.compile(
-        r"(?i).*\.(png|jpe?g|gif|bmp|webp|ico|svg|tiff?|heic|mp3|wav|flac|ogg|m4a|mp4|webm|mov|avi|mkv|woff2?|ttf|otf|"
-        r"eot|pyc|so|o|a|dll|dylib|exe|class)"
+        r"(?i)thumbs\.db|~\$.*|.*\.(png|jpe?g|gif|bmp|webp|ico|svg|tiff?|heic|avif|psd|mp3|wav|flac|ogg|opus|aac|amr|"
+        r"wma|midi?|m4[av]|mp4|3gp|webm|mov|avi|mkv|woff2?|ttf|otf|eot|pyc|so|o|a|dll|dylib|exe|class)"
     ),
     SCRIPT: re.compile(
         r"(?i)(.*tokenizer.*|special_tokens_map|added_tokens|vocab|.*config|dataset_(infos?|dict)|state|package.*)\.json|"
@@ -119,7 +123,8 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
         return by_name
     try:
         start = first_bytes(path)
-        if by_name and suffix == ".json" and not start.lstrip().startswith(b"["):  # an array holds records
+        opening = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if by_name and suffix == ".json" and opening != b"[":  # an array holds records
             return by_name
         if path.stat().st_size == len(start) and not start.strip():
             if _role(file, []) in (TRAINING, VALIDATION):
@@ -130,7 +135,7 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
         if magic_of(start) in WHAT and not file.named:
             return WHAT[magic_of(start)] if magic_of(start) != MASK else ""
         if (kind := kind_of(path, start)) and not lfs_pointer(start):
-            if suffix == ".json" and not file.named and start.lstrip().startswith(b"{"):  # it may hold settings
+            if suffix == ".json" and not file.named and opening == b"{":  # it may hold settings
                 next(read_records(path, kind), None)
             return RECORDS
         if suffix == ".bin":
@@ -152,18 +157,20 @@ def _kind(file: Found, problems: list[LlmpyError]) -> str:
 
 
 def _is_settings(path: Path) -> bool:
-    """Return whether a .json file holds one small object that is no table of objects."""
+    """Return whether a .json file holds one small object without long texts and tables of objects."""
+
+    def is_data(value: Any, level: int = 0) -> bool:
+        if isinstance(value, str):
+            return len(value) > LONG
+        rows = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        table = len(rows) > 1 and all(isinstance(row, dict) for row in rows)
+        return table and (level < 2 or isinstance(value, list)) or any(is_data(row, level + 1) for row in rows)
+
     try:
         about = json.loads(path.read_text("utf-8-sig")) if path.stat().st_size < 1 << 20 else None
+        return isinstance(about, dict) and not is_data(about)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(about, dict):
-        return False
-    tables = [about, *about.values()]
-    rows = [
-        [*table.values()] if isinstance(table, dict) else table for table in tables if isinstance(table, dict | list)
-    ]
-    return not any(len(row) > 1 and all(isinstance(one, dict) for one in row) for row in rows)
 
 
 def _is_source(kinds: dict[Found, str]) -> bool:

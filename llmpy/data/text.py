@@ -184,6 +184,8 @@ def _walk(folder: Path, skip: Skip, seen: set[Path]) -> list[Path]:
                 folders.clear()
                 continue
             seen.add(real)
+            if {"blobs", "snapshots"} <= {*folders}:  # the hub's cache: blobs have no names, snapshots link to them
+                folders[:] = ["snapshots"]
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             starts += (where / name for name in folders if (where / name).is_symlink())
             files += (where / name for name in names if not name.startswith("."))

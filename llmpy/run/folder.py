@@ -173,10 +173,10 @@ def _fresh(called: str) -> Path:
 
 def is_run(path: Path) -> bool:
     """Return whether `path` holds a run: our config.json, or a checkpoint."""
-    try:
-        return bool(read_config(path / CONFIG_FILE))
-    except LlmpyError:  # missing, or another program's
-        return any(path.glob(f"{CHECKPOINTS}/step-*"))
+    with contextlib.suppress(LlmpyError):  # another program's
+        if (path / CONFIG_FILE).is_file():  # a pipe would never end
+            return bool(read_config(path / CONFIG_FILE))
+    return any(path.glob(f"{CHECKPOINTS}/step-*"))
 
 
 def is_ours(path: Path) -> bool:

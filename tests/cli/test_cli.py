@@ -201,6 +201,17 @@ def test_settings_of_numba_that_break_kernels_are_named(setting: str) -> None:
     assert ended.stdout.startswith("environment.numba ") and setting in ended.stdout and "\n" not in ended.stdout[:-1]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows keeps the current folder")
+def test_the_current_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["plan"]) == 1
+    assert capsys.readouterr().err.endswith("[system.no-folder]\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_unwritten_output_is_an_error() -> None:
     command, quiet = [sys.executable, "-m", "llmpy", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}

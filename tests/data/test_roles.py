@@ -74,6 +74,8 @@ def chosen(
         (["val/train.txt"], ["train/val.txt"], []),
         (["book.txt"], ["held_out.txt", "hold-out/a.txt", "my_validate.txt"], []),
         (["trainData.txt", "trainset.jsonl"], ["valData.txt", "VALSet.txt", "devset.txt"], ["testset.txt"]),
+        (["traindata.txt", "a.trn.txt"], ["valdata/x.txt", "evals.txt"], ["testdata/y.txt", "tests/z.txt", "tst.txt"]),
+        (["testimony.txt", "testbed.md", "devotion.txt", "valley/a.txt", "data.txt"], [], []),
         (["train.cs", "train.en"], ["val.cs", "val.en"], ["test.pl"]),
     ],
 )  # fmt: skip
@@ -266,6 +268,9 @@ NANOGPT: dict[str, str | bytes] = {
         ("record.unknown-fields", "qa.json", '{"question": "q"}\n{"question": "r"}\n', "question"),
         ("record.unknown-fields", "nested.json", '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}', "version"),
         ("record.unknown-fields", "train.json", '{"version": 1}', "version"),
+        ("record.unknown-fields", "poems.json", json.dumps({"one": text("a"), "two": "b"}), "one"),
+        ("record.unknown-fields", "squad.json", '{"data": [{"paragraphs": [{"context": ""}, {"qas": 1}]}]}', "data"),
+        ("data.not-text", "half.txt", bytes(5000), "interrupted download"),
         ("data.empty", "val.txt", "", "Restore"),
         ("record.not-json", "more.jsonl", rows("b", 3) + "{", "line 4"),
         ("file.corrupt", "train.parquet", "<html>404</html>", "parquet"),
@@ -335,6 +340,9 @@ def test_unused_files_may_be_unreadable(tmp_path: Path, said: list[str]) -> None
         ({"a.py": "x = 1\n" * 500, "test/test_b.py": "y = 1\n" * 500, "dev.md": "About", "requirements.txt": "numpy",
           "package.json": "{}"},
          ["a.py", "dev.md", "requirements.txt", "test/test_b.py"], ["package.json"]),
+        ({"_chat.txt": text("a"), "PTT-1.opus": b"OggS\0", "v.3gp": b"\0\0\0", "Thumbs.db": b"\xd0\xcf\x11\xe0",
+          "~$notes.docx": b"\5", "app.json": b"\xef\xbb\xbf" b'{"log": {"level": "x"}}'},
+         ["_chat.txt"], ["PTT-1.opus", "v.3gp", "Thumbs.db", "~$notes.docx", "app.json"]),
         ({"one.md": text("a"), "two.md": text("b"), "README.md": "About"}, ["one.md", "two.md"], ["README.md"]),
         ({"LICENSES and lies.txt": text("a"), "CITATION.cff": "x", "empty.txt": ""}, ["LICENSES and lies.txt"],
          ["CITATION.cff", "empty.txt"]),
@@ -387,6 +395,16 @@ def test_shards_with_other_files(tmp_path: Path, said: list[str]) -> None:
         ({"in/a link.txt": "->../far/b.txt"}, ["a link.txt", "a.txt"]),
         ({"in/0": "->../far", "in/1": "->../far/c"}, ["0/b.txt", "0/c/d.txt", "a.txt"]),
         ({"in/self": "->.", "in/up/down": "->../up", "in/up/x.txt": text("x")}, ["a.txt", "up/x.txt"]),
+        (
+            {
+                "in/hub/blobs/1f": rows("a"),
+                "in/hub/blobs/2e": "a card",
+                "in/hub/refs/main": "c0ffee",
+                "in/hub/snapshots/c0/train.jsonl": "->../../blobs/1f",
+                "in/hub/snapshots/c0/README.md": "->../../blobs/2e",
+            },
+            ["a.txt", "hub/snapshots/c0/train.jsonl"],
+        ),  # the cache of huggingface_hub
         ({"in/0": "->z", "in/z/val.txt": text("z")}, ["a.txt", "z/val.txt"]),  # by their own names
     ],
 )

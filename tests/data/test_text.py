@@ -121,6 +121,7 @@ def test_records_are_recognised(tmp_path, said):
         (b"\xff\xfe" + LONG.encode("utf-16-le") + b"\0", "data.not-utf8", ["UTF-16-LE", "byte 0x00 at offset 2,642 "]),
         (LONG.encode() + b"\0", "data.not-text", ["character 1,320 is NUL"]),
         (LONG.encode("utf-16-le"), "data.not-text", ["character 1 is NUL", "UTF-16"]),
+        (bytes(999), "data.not-text", ["interrupted download"]),
         (LONG.encode("utf-32"), "data.not-text", ["character 0 is NUL"]),
         (b"\x1f\x8b\x08\0" + LONG.encode(), "data.not-text", ["gzip"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "file.lfs-pointer", ["git lfs pull"]),
@@ -180,3 +181,14 @@ def test_run_folders_within_are_skipped(tmp_path, said):
 def test_json_lines_by_any_name(name: str, tmp_path: Path, said: list[str]) -> None:
     path = write(tmp_path, name, '{"text": "%s"}\n' % ("x" * 999) * 2)
     assert [d.text for d in read(said, path)] == ["x" * 999] * 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "blob", "app.log"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("before", ["", '"id": "a\\"}", "n": -1.5, "meta": {"a": [1]}, "no": null, '])
+@pytest.mark.parametrize("array", [False, True])
+def test_records_in_files_of_any_name(tmp_path, said, name, encoding, before, array):
+    row = f'{{{before}"text": "{"ü" * 999}"}}'
+    content = f"[\n{row},\n{row}]" if array else f"{row}\n{row}\n"
+    (tmp_path / name).write_text(content, encoding)
+    assert [d.text for d in read(said, tmp_path / name)] == ["ü" * 999] * 2

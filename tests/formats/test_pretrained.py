@@ -322,6 +322,17 @@ def test_corrupt_files_next_to_it(tmp_path: Path, file: str, content: str) -> No
     (tmp_path / file).write_text(content, "latin-1")
     with refused("tokenizer.invalid", tmp_path):
         Ours.load(tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).symlink_to("nowhere")  # as in a hub cache without its blobs
+    with refused("tokenizer.invalid", file):
+        Ours.load(tmp_path)
+
+
+def test_a_byte_order_mark_of_an_editor(tmp_path: Path) -> None:
+    two_files(tmp_path)
+    (tmp_path / CONFIG).write_text('{"eos_token": "<end>"}', "utf-8-sig")
+    found = Ours.load(tmp_path)
+    assert found.decode([found.eot]) == "<end>"
 
 
 def test_types_of_gguf(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from support.refused import refused
 
 from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
-from llmpy.run.folder import HELD, MODEL_FILE, RunFolder, write_config
+from llmpy.run.folder import HELD, MODEL_FILE, RunFolder, is_ours, write_config
 from llmpy.run.journal import Journal
 from llmpy.system.lock import Lock
 
@@ -29,6 +29,11 @@ def test_a_suggested_command_can_be_pasted(tmp_path: Path) -> None:
     with refused("run.finished", f"--resume '{run}'"):
         RunFolder.open(run, "d1")
     assert [path.name for path in run.iterdir()] == [MODEL_FILE]
+
+
+def test_a_pipe_named_config_is_no_run(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    assert not is_ours(tmp_path)
 
 
 def test_one_of_many_processes_has_the_folder(tmp_path: Path) -> None:
