@@ -176,7 +176,8 @@ def _object(name: str, data: bytes) -> dict[str, Any]:
         if b"\\ud" in data.lower():  # half a surrogate pair is no text
             json.dumps(about, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        known = {RecursionError: "it is nested too deeply", json.JSONDecodeError: str(error)}
+        wrong = f"column {error.colno:,} of line {error.lineno:,}" if isinstance(error, json.JSONDecodeError) else ""
+        known = {RecursionError: "it is nested too deeply", json.JSONDecodeError: f"{wrong} is wrong"}
         why = known.get(type(error), "it is not UTF-8" if isinstance(error, UnicodeError) else "a number is too long")
         raise ValueError(f"{name} is not JSON: {why}") from None
     if not isinstance(about, dict):

@@ -101,8 +101,9 @@ def test_load_missing(tmp_path):
 def test_load_invalid_files(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    with refused("tokenizer.invalid", path):
+    with refused("tokenizer.invalid", path) as error:
         Tokenizer.load(path)
+    assert "char 0" not in str(error.value)
 
 
 def damage_byte(content):
