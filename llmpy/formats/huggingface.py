@@ -75,7 +75,8 @@ SHAPE = {
 OPTIONAL = {"kv_heads", "head_size"}
 FIXED = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
-    "partial_rotary_factor": (None, 1), "quantization_config": (None,), "tie_word_embeddings": (False, True),
+    "is_causal": (None, True), "partial_rotary_factor": (None, 1), "quantization_config": (None,),
+    "tie_word_embeddings": (False, True),
 }  # fmt: skip
 BLOCK = "model.layers.{}."
 NAMES = {
@@ -239,7 +240,8 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
             write_json(folder / pretrained.CONFIG, about)
             if tokenizer.template is not None:
                 (folder / pretrained.TEMPLATE).write_text(tokenizer.template.source, "utf-8", newline="\n")
-                write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
+        if tokenizer.template is not None or len(tokenizer.stops) > 1:
+            write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
     for name in names:
         if (there / name).is_file():
             shutil.copyfile(there / name, folder / name)
