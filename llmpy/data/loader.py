@@ -33,16 +33,9 @@ class Loader:
     """Endless batches of (B, T) for one rank of `ranks`."""
 
     def __init__(
-        self,
-        shards: Sequence[Shard],
-        B: int,
-        T: int,
-        shuffle: bool,
-        seed: int = 42,
-        rank: int = 0,
-        ranks: int = 1,
+        self, shards: Sequence[Shard], B: int, T: int, shuffle: bool, seed: int = 42, rank: int = 0, ranks: int = 1,
         vocab_size: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """If `vocab_size` is given, check every batch against it: files may change after they were opened."""
         self.shards = tuple(shards)
         self.B, self.T, self.rank, self.ranks = B, T, rank, ranks

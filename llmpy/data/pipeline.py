@@ -175,16 +175,9 @@ def _first(texts: Iterable[str], characters: int, count: Callable[[int], object]
 
 
 def write_tokens(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    label: str,
-    folder: Path,
-    log: Log,
-    layout: Layout = OWN,
-    limit: int = 0,
-    form: str = "auto",
-    row: int = 0,
-) -> dict[str, int]:
+    corpus: Corpus, tokenizer: Tokenizer, label: str, folder: Path, log: Log, layout: Layout = OWN, limit: int = 0,
+    form: str = "auto", row: int = 0,
+) -> dict[str, int]:  # fmt: skip
     """Write the token files of `layout`, masks if not all tokens count, and tokenizer.json; return tokens by file name.
 
     `label`: the tokenizer's description for the log. `limit`: encode only the first N tokens (0: all). `form`: a key of

@@ -44,16 +44,10 @@ class Vocabulary:
 
 
 def prepare(
-    paths: Sequence[Path] | None,
-    folder: Path,
-    vocab_size: int | None = None,
-    log: Log = print,
-    model: Vocabulary | None = None,
-    skip: Skip = None,
-    val: Sequence[Path] | None = None,
-    before: Mapping[str, Any] | None = None,
-    row: int = 0,
-) -> Dataset:
+    paths: Sequence[Path] | None, folder: Path, vocab_size: int | None = None, log: Log = print,
+    model: Vocabulary | None = None, skip: Skip = None, val: Sequence[Path] | None = None,
+    before: Mapping[str, Any] | None = None, row: int = 0,
+) -> Dataset:  # fmt: skip
     """Read `paths` (None: Python's documentation), and log their interpretation.
 
     A dataset name of `llmpy data` means its tokens, which are written first if missing.

@@ -32,29 +32,16 @@ from .source import DTYPES, Source, by_name, cast
 
 # ours → llama.cpp's, see `by_name`
 GPT2_NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "attn_qkv": "blk.{}.attn_qkv",
-    "attn_proj": "blk.{}.attn_output",
-    "mlp_fc": "blk.{}.ffn_up",
-    "mlp_proj": "blk.{}.ffn_down",
-    "ln_1": "blk.{}.attn_norm",
-    "ln_2": "blk.{}.ffn_norm",
+    "wte": "token_embd", "wpe": "position_embd", "attn_qkv": "blk.{}.attn_qkv", "attn_proj": "blk.{}.attn_output",
+    "mlp_fc": "blk.{}.ffn_up", "mlp_proj": "blk.{}.ffn_down", "ln_1": "blk.{}.attn_norm", "ln_2": "blk.{}.ffn_norm",
     "ln_f": "output_norm",
-}
+}  # fmt: skip
 NAMES = {
-    "wte": "token_embd",
-    "head": "output",
-    "attn_qkv": "blk.{}.attn_q blk.{}.attn_k blk.{}.attn_v",
-    "attn_proj": "blk.{}.attn_output",
-    "mlp_gate_up": "blk.{}.ffn_gate blk.{}.ffn_up",
-    "mlp_down": "blk.{}.ffn_down",
-    "norm_1": "blk.{}.attn_norm",
-    "q_norm": "blk.{}.attn_q_norm",
-    "k_norm": "blk.{}.attn_k_norm",
-    "norm_2": "blk.{}.ffn_norm",
-    "norm_f": "output_norm",
-}
+    "wte": "token_embd", "head": "output", "attn_qkv": "blk.{}.attn_q blk.{}.attn_k blk.{}.attn_v",
+    "attn_proj": "blk.{}.attn_output", "mlp_gate_up": "blk.{}.ffn_gate blk.{}.ffn_up", "mlp_down": "blk.{}.ffn_down",
+    "norm_1": "blk.{}.attn_norm", "q_norm": "blk.{}.attn_q_norm", "k_norm": "blk.{}.attn_k_norm",
+    "norm_2": "blk.{}.ffn_norm", "norm_f": "output_norm",
+}  # fmt: skip
 ROPE = "rope_freqs.weight"
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -75,48 +75,31 @@ SHAPE = {
 OPTIONAL = {"kv_heads", "head_size"}
 FIXED = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
-    "partial_rotary_factor": (None, 1), "quantization_config": (None,), "tie_word_embeddings": (False, True),
+    "is_causal": (None, True), "partial_rotary_factor": (None, 1), "quantization_config": (None,),
+    "tie_word_embeddings": (False, True),
 }  # fmt: skip
 BLOCK = "model.layers.{}."
 NAMES = {
-    "wte": "model.embed_tokens",
-    "head": "lm_head",
-    "attn_qkv": " ".join(f"{BLOCK}self_attn.{x}_proj" for x in "qkv"),
-    "attn_proj": f"{BLOCK}self_attn.o_proj",
-    "mlp_gate_up": f"{BLOCK}mlp.gate_proj {BLOCK}mlp.up_proj",
-    "mlp_down": f"{BLOCK}mlp.down_proj",
-    "norm_1": f"{BLOCK}input_layernorm",
-    "q_norm": f"{BLOCK}self_attn.q_norm",
-    "k_norm": f"{BLOCK}self_attn.k_norm",
-    "norm_2": f"{BLOCK}post_attention_layernorm",
-    "norm_f": "model.norm",
-}
+    "wte": "model.embed_tokens", "head": "lm_head", "attn_qkv": " ".join(f"{BLOCK}self_attn.{x}_proj" for x in "qkv"),
+    "attn_proj": f"{BLOCK}self_attn.o_proj", "mlp_gate_up": f"{BLOCK}mlp.gate_proj {BLOCK}mlp.up_proj",
+    "mlp_down": f"{BLOCK}mlp.down_proj", "norm_1": f"{BLOCK}input_layernorm", "q_norm": f"{BLOCK}self_attn.q_norm",
+    "k_norm": f"{BLOCK}self_attn.k_norm", "norm_2": f"{BLOCK}post_attention_layernorm", "norm_f": "model.norm",
+}  # fmt: skip
 FAMILIES = {
     "gpt2": Family(
-        "GPT-2",
-        "GPT2LMHeadModel",
+        "GPT-2", "GPT2LMHeadModel",
         dict(zip(SHAPE, ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"), strict=False)),
         {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "layer_norm_epsilon": (1e-5,),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "tie_word_embeddings": (True,),
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
             "add_cross_attention": (False,),
         },
         {
-            "wte": "wte",
-            "wpe": "wpe",
-            "attn_qkv": "h.{}.attn.c_attn",
-            "attn_proj": "h.{}.attn.c_proj",
-            "mlp_fc": "h.{}.mlp.c_fc",
-            "mlp_proj": "h.{}.mlp.c_proj",
-            "ln_1": "h.{}.ln_1",
-            "ln_2": "h.{}.ln_2",
+            "wte": "wte", "wpe": "wpe", "attn_qkv": "h.{}.attn.c_attn", "attn_proj": "h.{}.attn.c_proj",
+            "mlp_fc": "h.{}.mlp.c_fc", "mlp_proj": "h.{}.mlp.c_proj", "ln_1": "h.{}.ln_1", "ln_2": "h.{}.ln_2",
             "ln_f": "ln_f",
         },
-        "transformer.",
-        transposed=True,
+        "transformer.", transposed=True,
     ),
     "llama": Family("Llama", "LlamaForCausalLM", SHAPE, FIXED | {"sliding_window": (None,)}, NAMES),
     "qwen2": Family("Qwen2", "Qwen2ForCausalLM", SHAPE, FIXED | {"attention_bias": (False, True)}, NAMES),  # unused
@@ -239,7 +222,8 @@ def _write_tokenizer(folder: Path, source: Source) -> dict[str, Any]:
             write_json(folder / pretrained.CONFIG, about)
             if tokenizer.template is not None:
                 (folder / pretrained.TEMPLATE).write_text(tokenizer.template.source, "utf-8", newline="\n")
-                write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
+        if tokenizer.template is not None or len(tokenizer.stops) > 1:
+            write_json(folder / pretrained.ENDS, {"eos_token_id": sorted(tokenizer.stops)})
     for name in names:
         if (there / name).is_file():
             shutil.copyfile(there / name, folder / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from ..data import pretrained
 from ..errors import LlmpyError
 from ..model.arena import Arena
 from ..model.config import ModelConfig
 from ..model.families import modules, trained_table
 from ..model.lora import A, B, LoraConfig, chosen
 from ..run.checkpoint import check_finite, damaged, opened
-from .source import DTYPES, Source, read_json, write_json, write_tensors
+from .source import Source, read_json, write_json, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = {"gpt2": "base_model.model.transformer.h.{}.", "llama": "base_model.model.model.layers.{}."}
@@ -75,10 +77,10 @@ def read_adapter(folder: Path, open_base: Callable[[str], Source]) -> Source:
     number = type(alpha) in (int, float) and math.isfinite(alpha)
     if not isinstance(name, str) or type(rank) is not int or rank < 1 or not number:
         raise damaged(path, "it needs base_model_name_or_path, r and lora_alpha")
-    near = folder / name  # a path may be relative to the adapter
-    base = open_base(str(near.resolve()) if near.exists() and not Path(name).exists() else name)
+    there = next((p for p in (Path(name), folder / name) if p.exists()), None)  # may be relative to the adapter
+    called = name if there is None else os.path.abspath(there)  # else on the hub
+    base = open_base(called)
     names = chosen_by(path, about.get("target_modules"), base.config)
-    called = str(base.path) if near.exists() or Path(name).exists() else name  # else on the hub
     lora = LoraConfig(rank, float(alpha), names, called, stabilized=about.get("use_rslora") is True)
     config, weights = replace(base.config, lora=lora), folder / WEIGHTS_FILE
     table = trained_table(config)
@@ -100,7 +102,8 @@ def read_adapter(folder: Path, open_base: Callable[[str], Source]) -> Source:
                     check_finite(weights, theirs, found := np.asarray(file.get_tensor(theirs)))
                     x[...] = found
 
-    return on_base(replace(base, path=folder, config=config, adapters=load), base)
+    own = pretrained.find(folder) or base.tokenizer  # peft's users often save theirs, with a chat template
+    return on_base(replace(base, path=folder, config=config, adapters=load, tokenizer=own), base)
 
 
 def chosen_by(path: Path, targets: Any, config: ModelConfig) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ def merged(source: Source) -> Source:
         for m in adapted:
             a, b = getattr(params, f"{m.name}.{A}"), getattr(params, f"{m.name}.{B}")
             out[:, m.start : m.start + m.size] += np.float32(lora.scale) * (b @ a)
-        return out.astype(DTYPES[source.dtype])
+        return out  # float32: rounded once, when it is written
 
     return replace(source, config=replace(config, lora=None), read=read, load=None, adapters=None)
 

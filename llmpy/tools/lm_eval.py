@@ -53,14 +53,9 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
     """A model with the interface of lm_eval."""
 
     def __init__(
-        self,
-        run: str,
-        batch_size: int | str | None = None,
-        dtype: str = "auto",
-        threads: int | None = None,
-        machine: Machine | None = None,
-        **_: object,
-    ) -> None:
+        self, run: str, batch_size: int | str | None = None, dtype: str = "auto", threads: int | None = None,
+        machine: Machine | None = None, **_: object,
+    ) -> None:  # fmt: skip
         """Load `run`, a run folder or any model of `llmpy sample`; other arguments of lm_eval are ignored.
 
         Raises LlmpyError if the model is missing, corrupt or too large.

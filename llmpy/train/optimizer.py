@@ -23,13 +23,9 @@ class AdamW:
     """The moments m and v (flat, like the parameters) and their update. A step allocates nothing."""
 
     def __init__(
-        self,
-        model: LanguageModel,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        weight_decay: float = 0.1,
+        self, model: LanguageModel, beta1: float = 0.9, beta2: float = 0.95, weight_decay: float = 0.1,
         clip: float = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`model` must be reserved for training. `clip` 0 disables clipping."""
         if model.grads is None:
             raise ValueError("call model.reserve(B, T, training=True) before creating its optimizer")

@@ -197,16 +197,11 @@ class Trainer:
             "generator_used": position.rng.pos, "sample_tokens": self.options.batch_tokens,
         }  # fmt: skip
         state = {
-            "llmpy": __version__,
-            "options": self.options.as_record(),
-            "dtype": str(self.model.ops.dtype),
-            "data": data,
+            "llmpy": __version__, "options": self.options.as_record(), "dtype": str(self.model.ops.dtype), "data": data,
             "updates": self.optimizer.updates,
             "detectors": {name: detector.state for name, detector in self.guard.detectors.items()},
-            "bad_steps": self.guard.bad_steps,
-            "seconds": self.report.state(self.done),
-            "logs": self.report.log_sizes,
-        }
+            "bad_steps": self.guard.bad_steps, "seconds": self.report.state(self.done), "logs": self.report.log_sizes,
+        }  # fmt: skip
         return state, position
 
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:

@@ -121,6 +121,7 @@ def test_spellings_of_config(tmp_path: Path, change: dict[str, Any], expected: d
         ({"model_type": ["llama"]}, "model.unsupported", "['llama']"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "model.unsupported", "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "model.unsupported", "hidden_act is 'gelu'"),
+        ({"is_causal": False}, "model.unsupported", "is_causal is False"),
         ({"mlp_bias": True}, "model.unsupported", "mlp_bias is True"),
         ({"attention_bias": True}, "model.unsupported", "attention_bias is True"),
         ({"sliding_window": 4096}, "model.unsupported", "sliding_window is 4096"),
@@ -247,6 +248,15 @@ def test_files_that_accompany_a_model_stay(tmp_path: Path) -> None:
     a, b = (json.loads((tmp_path / folder / "config.json").read_text("utf-8")) for folder in "ab")
     assert a == b
     assert same(open_model(tmp_path / "b"), source)
+
+
+def test_stops_stay_without_a_template(tmp_path: Path) -> None:
+    with_files(tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").unlink()
+    for name, to in ("a", "native"), ("native", "hf"):
+        write(open_model(tmp_path / name), tmp_path / to, to, None, [].append)
+    tokenizers = [Tokenizer.load(tmp_path / name) for name in ("a", "hf")]
+    assert tokenizers[0].stops == tokenizers[1].stops and len(tokenizers[0].stops) == 2
 
 
 def gguf_read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -244,6 +244,26 @@ def test_a_peft_adapter_of_another_size_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path / "peft")
 
 
+def test_a_peft_folder_with_its_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is found from anywhere once it was found, and merging into float32 rounds nothing to bfloat16."""
+    init = base(tmp_path)
+    huggingface.write_model(tmp_path / "low", open_model(init), "bfloat16")
+    run = trained(tmp_path / "low", steps=2)
+    assert cli.main(["convert", str(run), str(tmp_path / "peft")]) == 0
+    path = tmp_path / "peft" / peft.CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": "low"}), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = open_model(Path("peft"))
+    assert found.config.lora is not None and found.config.lora.base == str(tmp_path / "low")
+    assert found.tokenizer == tmp_path / "low" / "tokenizer.json"
+    shutil.copy(found.tokenizer, "peft")
+    assert open_model(Path("peft")).tokenizer == Path("peft") / "tokenizer.json"
+    assert cli.main(["convert", "peft", "high", "--merge", "--dtype", "float32"]) == 0
+    tokens = [[1, 5, 9, 2, 7, 7, 1]]
+    logits = [Model.load(Path(name), machine=Laptop()).logits(tokens) for name in ("peft", "high")]
+    assert np.abs(logits[0] - logits[1]).max() < 1e-5
+
+
 def test_a_base_on_the_hub_keeps_its_name(tmp_path: Path) -> None:
     """Its folder in the hub's cache is not written into other files."""
     run = trained(base(tmp_path), steps=1)

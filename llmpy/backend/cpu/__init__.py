@@ -332,14 +332,9 @@ class CPU:
         import numba
 
         return {
-            "backend": self.name,
-            "dtype": str(self.dtype),
-            "isa": self.isa,
-            "threads": str(self.threads),
-            "numba": numba.__version__,
-            "llvmlite": llvmlite.__version__,
-            "numpy": np.__version__,
-        }
+            "backend": self.name, "dtype": str(self.dtype), "isa": self.isa, "threads": str(self.threads),
+            "numba": numba.__version__, "llvmlite": llvmlite.__version__, "numpy": np.__version__,
+        }  # fmt: skip
 
     def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
         """Return whether the kernels of training are in the cache."""
@@ -422,10 +417,7 @@ def _smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[
             "layernorm_backward",
             lambda: ops.layernorm_backward(w(1, 1), w(1), w(1), a(1, 1), w(1, 1), *norm, w(1), False),
         ),
-        (
-            "softmax_cross_entropy",
-            lambda: ops.classifier(w(1), None, None, a(1, 1), a(1, 1), tokens, 1, 0.0, False),
-        ),
+        ("softmax_cross_entropy", lambda: ops.classifier(w(1), None, None, a(1, 1), a(1, 1), tokens, 1, 0.0, False)),
         ("adamw", lambda: ops.adamw(w(1), w(1), w(1), w(1), 0.0, 0.9, 0.99, 1e-8, 0.0, 1.0, 1, a(1))),
         ("global_norm", lambda: ops.global_norm(w(1))),
         ("multiply_adds", lambda: ops.measure_peak(0.0)),

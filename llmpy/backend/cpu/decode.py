@@ -68,17 +68,7 @@ def packed_words(OC: int, C: int, per: int) -> int:
 
 @intrinsic
 def multiply_rows(
-    typingctx: Any,
-    like: Any,
-    rows: Any,
-    nv: Any,
-    c: Any,
-    rs_c: Any,
-    a: Any,
-    rs_a: Any,
-    b: Any,
-    rs_b: Any,
-    words: Any,
+    typingctx: Any, like: Any, rows: Any, nv: Any, c: Any, rs_c: Any, a: Any, rs_a: Any, b: Any, rs_b: Any, words: Any
 ) -> Any:
     """C (rows, nv·LANES) += A (rows, words) · B (words, nv·LANES); each sum starts from the value in C.
 

@@ -207,17 +207,9 @@ def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> 
 
 
 def _tile_loop(
-    bd: ir.IRBuilder,
-    multiply: Callable[..., ir.Value],
-    nv: int,
-    a: ir.Value,
-    rs_a: ir.Value,
-    cs_a: ir.Value,
-    b: ir.Value,
-    rs_b: ir.Value,
-    words: ir.Value,
-    ask_from: Callable[..., Callable[[int], None]] | None,
-) -> list[list[ir.Value]]:
+    bd: ir.IRBuilder, multiply: Callable[..., ir.Value], nv: int, a: ir.Value, rs_a: ir.Value, cs_a: ir.Value,
+    b: ir.Value, rs_b: ir.Value, words: ir.Value, ask_from: Callable[..., Callable[[int], None]] | None,
+) -> list[list[ir.Value]]:  # fmt: skip
     """Emit the loop over k, leave the builder after it, and return the MR × nv accumulators.
 
     A loop that prefetches takes TOGETHER steps at a time; a second loop takes the rest.
@@ -279,19 +271,9 @@ def _tile_loop(
 
 @intrinsic
 def microkernel(
-    typingctx: Any,
-    like: Any,
-    nv: Any,
-    a: Any,
-    rs_a: Any,
-    b: Any,
-    rs_b: Any,
-    c: Any,
-    rs_c: Any,
-    words: Any,
-    mode: Any,
+    typingctx: Any, like: Any, nv: Any, a: Any, rs_a: Any, b: Any, rs_b: Any, c: Any, rs_c: Any, words: Any, mode: Any,
     ahead: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1.
 
     mode WRITE: C :=;  ADD: C +=.
@@ -372,10 +354,7 @@ def transpose(typingctx: Any, dst: Any, rs_dst: Any, src: Any, rs_src: Any) -> A
             low, high = (ir.Constant(INTEGERS, m) for m in (keep, move))
             for i in range(LANES):
                 if not i & s:
-                    v[i], v[i + s] = (
-                        bd.shuffle_vector(v[i], v[i + s], low),
-                        bd.shuffle_vector(v[i], v[i + s], high),
-                    )
+                    v[i], v[i + s] = (bd.shuffle_vector(v[i], v[i + s], low), bd.shuffle_vector(v[i], v[i + s], high))
             s //= 2
         for i in range(LANES):
             _store(bd, v[i], dst, bd.mul(rs_dst, I64(i)))
