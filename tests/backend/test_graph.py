@@ -142,7 +142,7 @@ def test_captures_do_not_nest(machines: list[Any]) -> None:
 
 
 def test_a_family_compiles_its_own_kernels(machines: list[Any]) -> None:
-    kernels = {kind: {name for name, _ in cpu._smallest_calls(machines[0], [kind])} for kind in cpu.KINDS}
+    kernels = {kind: {name for name, _ in cpu.smallest_calls(machines[0], [kind])} for kind in cpu.KINDS}
     assert {name for name in kernels["gpt2"] if "rms" in name or "rope" in name} == set()
     assert {name for name in kernels["llama"] if "layernorm" in name} == set()
     for kind, names in cpu.KINDS.items():

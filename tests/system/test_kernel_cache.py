@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from numba.core import compiler, serialize
 
 from llmpy import backend
 from llmpy.backend import cpu
-from llmpy.backend.cpu import jit
+from llmpy.backend.cpu import apart, jit
 from llmpy.system import cache, durable, kernel_cache
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
@@ -341,7 +342,7 @@ def test_the_folder_is_found_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_refused_folder_is_named(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ops: Any = backend.load("cpu", threads=1)
-    monkeypatch.setattr(cpu, "_smallest_calls", lambda ops, family: [("adamw", lambda: None)])
+    monkeypatch.setattr(cpu, "smallest_calls", lambda ops, family: [("adamw", lambda: None)])
     monkeypatch.setattr(kernel_cache, "FOLDER", None)
     monkeypatch.setattr(kernel_cache, "problem", "/shared is writable by other users")
     monkeypatch.setattr(kernel_cache, "_compiled", set())
@@ -350,3 +351,29 @@ def test_a_refused_folder_is_named(said: list[str], monkeypatch: pytest.MonkeyPa
     said.clear()
     ops.warm_up(said.append)
     assert said == []  # compiled once in this process
+
+
+def test_every_kernel_is_taken_once(tmp_path: Path) -> None:
+    one, other = (apart.taken(tmp_path, "abcd") for _ in range(2))
+    assert [next(one), next(other), *one, *other] == ["a", "b", "c", "d"]
+    shutil.rmtree(tmp_path)
+    assert not [*apart.taken(tmp_path, "e")]
+
+
+def test_another_process_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(apart, "cores", lambda: 2)
+    with apart.shared(["global_norm", "narrow", "adamw"], "bfloat16", "gpt2"):
+        pass  # takes none
+    found = {path.name for path in tmp_path.rglob("*.*") if path.suffix in (".done", ".kernel")}
+    assert {"global_norm.bfloat16.done", "narrow.bfloat16.done", "adamw.bfloat16.done"} < found
+    assert len(found) >= 6
+
+
+def test_helpers_end_with_an_error_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "cores", lambda: 3)
+    begun, start, sleep = list[Any](), subprocess.Popen, [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: begun.append(start(sleep)) or begun[-1])
+    with pytest.raises(KeyboardInterrupt), apart.shared(["a", "b", "c"], "float32", "gpt2"):
+        raise KeyboardInterrupt
+    assert len(begun) == 2 and all(process.poll() is not None for process in begun)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from ...system import kernel_cache
 from ...system.resources import cores
 from . import (
     activation,
+    apart,
     attention,
     columns,
     cross_entropy,
@@ -338,23 +340,34 @@ class CPU:
 
     def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
         """Return whether the kernels of training are in the cache."""
-        names = (name for name, _ in _smallest_calls(self, kinds) if name not in DECODING_ALONE)
+        names = (name for name, _ in smallest_calls(self, kinds) if name not in DECODING_ALONE)
         return all(kernel_cache.is_cached(name, str(self.dtype)) for name in names)
 
     def warm_up(self, log: Callable[[str], None], decoding: bool = False, kinds: Sequence[str] = ("gpt2",)) -> None:
         """Compile or load the kernels of training, or of `decoding`, by calling each on minimal arrays; log misses."""
-        calls = [(name, call) for name, call in _smallest_calls(self, kinds) if name in DECODING or not decoding]
+        calls = [(name, call) for name, call in smallest_calls(self, kinds) if name in DECODING or not decoding]
         calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
         missing = [name for name, _ in calls if not kernel_cache.is_cached(name, str(self.dtype))]
         if missing:
             why = kernel_cache.problem
             again = f"every run, because {why}. {kernel_cache.ELSEWHERE}" if why else "first run on this machine only"
             log(f"compiling {len(missing)} kernels for {self.isa}, {self.dtype} ({again})")
+        todo, by_name = [name for name in missing if name != "replay"], dict(calls)  # which calls the others
+        with apart.shared(todo, str(self.dtype), ",".join(kinds)) as mine:
+            for number, name in mine:
+                log(f"  {number}/{len(missing)} {name}")
+                by_name[name]()
         for name, call in calls:
-            if name in missing:
-                log(f"  {missing.index(name) + 1}/{len(missing)} {name}")
             call()
             kernel_cache.mark_cached(name, str(self.dtype))
+
+
+def compile_taken(place: str, dtype: str, kinds: str, *names: str) -> None:
+    """Compile the kernels that no other process has taken; see `apart`."""
+    calls = dict(smallest_calls(CPU(1, dtype), kinds.split(",")))
+    for name in apart.taken(Path(place), names):
+        calls[name]()
+        kernel_cache.mark_cached(name, dtype)
 
 
 def _aligned(allocate: Callable[..., np.ndarray], shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -385,7 +398,9 @@ def _one(x: float) -> np.ndarray:
     return np.full(1, x, FLOAT32)
 
 
-def _smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
+def smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
+    """Return name and call on minimal arrays of each kernel that models of these kinds need."""
+
     def w(*shape: int) -> np.ndarray:
         return np.ones(shape, ops.wide)
 
