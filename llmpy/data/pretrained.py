@@ -100,8 +100,8 @@ def _chat(
     library: tokenizers.Tokenizer, folder: Path | None, config: dict[str, Any], model: dict[str, Any], kept: Chat
 ) -> Chat:
     """Return what the folder has for chats, else what is `kept`. Of several templates, the default counts."""
-    path = None if folder is None else folder / TEMPLATE
-    template = path.read_text("utf-8") if path is not None and path.is_file() else config.get("chat_template")
+    path = _there(folder, TEMPLATE)
+    template = path.read_text("utf-8") if path else config.get("chat_template")
     if isinstance(template, list):
         template = next((one.get("template", 0) for one in template if one.get("name") == "default"), None)
     template = kept.chat_template if template is None else template
@@ -163,10 +163,16 @@ def _added(library: tokenizers.Tokenizer) -> set[str]:
 
 def _sibling(folder: Path | None, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of the folder; {} if it is missing."""
+    path = _there(folder, name)
+    return _object(name, path.read_bytes()) if path else {}
+
+
+def _there(folder: Path | None, name: str) -> Path | None:
+    """Return a file of the folder, None if it is missing. Raises ValueError for a link to nothing."""
     path = None if folder is None else folder / name
     if path is not None and path.is_symlink() and not path.exists():
         raise ValueError(f"{name} is a link to nothing")
-    return _object(name, path.read_bytes()) if path is not None and path.is_file() else {}
+    return path if path is not None and path.is_file() else None
 
 
 def _object(name: str, data: bytes) -> dict[str, Any]:

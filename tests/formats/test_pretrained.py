@@ -315,7 +315,14 @@ def test_data_with_a_folder_or_its_vocabulary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [(CONFIG, "[]"), (CONFIG, "{"), (MAP, '{"eos_token": {"a": 1}}'), (ADDED, '{"a": "x"}'), (ADDED, "\xff")],
+    [
+        (CONFIG, "[]"),
+        (CONFIG, "{"),
+        (MAP, '{"eos_token": {"a": 1}}'),
+        (ADDED, '{"a": "x"}'),
+        (ADDED, "\xff"),
+        ("chat_template.jinja", "\xff"),
+    ],
 )
 def test_corrupt_files_next_to_it(tmp_path: Path, file: str, content: str) -> None:
     two_files(tmp_path)
