@@ -83,7 +83,8 @@ def described(lengths: np.ndarray, rows: int, T: int) -> str:
     """Return a line on the padding of documents of these lengths in so many rows."""
     tokens, alone = int(lengths.sum()), int((-(-lengths // T)).sum())
     share, instead = (1 - tokens / (count * T) for count in (rows, alone))
+    long = f"; longer than a row (-T): {n:,}" if (n := int((lengths > T).sum())) else ""
     return (
         f"packing  {len(lengths):,} documents in {rows:,} rows of {T}: {share:.1%} padding "
-        f"({instead:.1%} with one document per row)"
+        f"({instead:.1%} with one document per row){long}"
     )

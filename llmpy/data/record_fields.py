@@ -159,7 +159,8 @@ def messages(
         if spelled == "tool" and template is not None and template.uses("tool"):
             role = "tool"
         if role is None:
-            raise _unsupported(f"{at} has the role {_shown(spelled)}, not system, user or assistant")
+            what = f"{at} has the role {_shown(spelled)}, not system, user or assistant"
+            raise LlmpyError("record.unsupported", what, "Rename it, or remove these records")
         others = {name for name in message.keys() - PLAIN if _holds(message[name])}
         more: Message = {}
         if template is not None:

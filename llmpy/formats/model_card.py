@@ -64,10 +64,14 @@ def _command(options: dict[str, Any]) -> str:
     """Return the command of a run: the options that are not the defaults."""
     words, defaults = ["train"], TrainOptions().as_record()
     for name, value in options.items():
+        if value == "" or name == "model" and options.get("init"):  # the base model has its shape
+            continue
         if isinstance(value, bool) and value != defaults.get(name):
             words.append(flag_of(name if value else f"no_{name}"))
         elif value != defaults.get(name):
-            values = map(str, value if isinstance(value, list) else [value])
+            values = [
+                f"{v:.12g}" if isinstance(v, float) else str(v) for v in (value if isinstance(value, list) else [value])
+            ]
             words += [flag_of(name), *((hub.repository(v) or Path(v).name) if name in PATHS else v for v in values)]
     return command(*words)
 

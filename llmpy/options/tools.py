@@ -23,7 +23,9 @@ class PlanOptions(Reported):
 
     model: str = option("gpt2", SHAPE_TEXT)
     batch_size: int = option(4, "sequences per batch and machine", "-B", within=POSITIVE)
-    sequence_length: int = option(1024, "tokens per sequence; llmpy train: 128", "-T", within=POSITIVE)
+    sequence_length: int | None = option(
+        None, "tokens per sequence (default: 1024, or the context; llmpy train: 128)", "-T", within=POSITIVE
+    )
     total_batch: int | None = option(
         None, "tokens per step (default: one batch per machine)", metavar="TOKENS", within=POSITIVE
     )

@@ -45,6 +45,7 @@ from ..train.preflight import check_length
 CHINCHILLA = 20  # tokens per parameter
 FINEWEB_TOKENS = 10_000_000_000  # one epoch of llm.c's scripts: FineWeb's 10B sample
 PRODUCT_ROWS, OTHER_ROWS, FLAT = 1024, 8192, 16 << 20  # above these sizes rates are constant
+ROWS = 1024  # tokens per sequence, unless given
 MATRIX = 40_000_000  # elements of a weight, likewise: exceeds the caches, and fits in any memory
 ROUNDS, BUDGET, REPEATS = 3, 0.05, 1  # rounds over all operations; seconds and calls of each per round
 CACHES = 24 << 20  # floats read between calls (96 MiB), because in a step most operands come from memory
@@ -166,9 +167,10 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     """Return the numbers of --json: bytes, seconds, GFLOP/s, GB/s (10⁹). Raises LlmpyError for an invalid batch."""
     o, config = options, config_of(options.model, lora=options.lora)
     config = config if o.vocab_size is None else replace(config, vocab_size=o.vocab_size)
-    check_length(o.sequence_length, config.context)
+    T = o.sequence_length or min(ROWS, config.context)
+    check_length(T, config.context)
     run = TrainOptions(
-        model=o.model, batch_size=o.batch_size, sequence_length=o.sequence_length, total_batch=o.total_batch,
+        model=o.model, batch_size=o.batch_size, sequence_length=T, total_batch=o.total_batch,
         checkpoint_every=o.checkpoint_every, keep=o.keep, ranks=o.nodes,
     )  # fmt: skip
     gathered = run.micro_steps  # refuses an invalid total before anything compiles
@@ -178,11 +180,11 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
 
     def needed(B: int) -> dict[str, int]:
         copied = o.checkpoint_every > 0
-        return memory_parts(config, B, o.sequence_length, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
+        return memory_parts(config, B, T, ops, o.recompute, copied, SAMPLED, ranks=o.nodes)
 
     tables = needed(o.batch_size)
     largest = bisect.bisect_right(range(1, 1 << 20), available, key=lambda B: sum(needed(B).values()))
-    parts = step_parts(config, o.batch_size, o.sequence_length, o.recompute, ops.dtype)
+    parts = step_parts(config, o.batch_size, T, o.recompute, ops.dtype)
     measured = measure(ops, parts)
 
     def took(name: str) -> float:
@@ -196,7 +198,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
     )  # fmt: skip
     computing = gathered * sum(map(took, ("forward", "loss", "backward")))
     seconds, tokens = computing + update + messages.exposed, run.batch_tokens * gathered
-    flops = flops_per_token(config, o.sequence_length) * tokens
+    flops = flops_per_token(config, T) * tokens
     parameters, trained = (sum(t.size for t in table(config)) for table in (params_table, trained_table))
     steps = math.ceil((o.tokens or CHINCHILLA * parameters) / tokens)
     return {
@@ -214,7 +216,7 @@ def plan(options: PlanOptions, machine: Machine | None = None) -> dict[str, Any]
             "largest_batch": largest,  # 0: no batch fits
         },
         "batch": {
-            "batch_size": o.batch_size, "sequence_length": o.sequence_length, "gathered": gathered, "nodes": o.nodes,
+            "batch_size": o.batch_size, "sequence_length": T, "gathered": gathered, "nodes": o.nodes,
             "tokens": tokens,
         },
         "step": {
