@@ -94,10 +94,8 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
             try:
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             except OSError as full:
-                why = f"mpiexec cannot be started: {full.strerror}"
-                raise LlmpyError(
-                    "mpi.failed", why, "Raise the limit of processes (ulimit -u), or use --ranks 1"
-                ) from full
+                why, hint = f"mpiexec cannot be started: {full.strerror}", "Raise `ulimit -u`, or use --ranks 1"
+                raise LlmpyError("mpi.failed", why, hint) from full
             dead = _wait(process, folder, ranks, signals)
         lock.drop()
         if code := _word(folder, "code"):

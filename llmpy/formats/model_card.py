@@ -69,9 +69,8 @@ def _command(options: dict[str, Any]) -> str:
         if isinstance(value, bool) and value != defaults.get(name):
             words.append(flag_of(name if value else f"no_{name}"))
         elif value != defaults.get(name):
-            values = [
-                f"{v:.12g}" if isinstance(v, float) else str(v) for v in (value if isinstance(value, list) else [value])
-            ]
+            listed = value if isinstance(value, list) else [value]
+            values = [f"{v:.12g}" if isinstance(v, float) else str(v) for v in listed]
             words += [flag_of(name), *((hub.repository(v) or Path(v).name) if name in PATHS else v for v in values)]
     return command(*words)
 

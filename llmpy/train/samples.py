@@ -25,7 +25,7 @@ def write_sample(
     # Packed matrices would take memory that training needs, for little gain.
     about = o.sample_tokens, o.sequence_length, Xorshift64Star(SEED), CHOICE
     tokens = generate(model, data.prompt, *about, pack=False, tokens=data.train.vocab_size)
-    ends = data.tokenizer.stops if data.tokenizer and data.answers else ()
+    ends = data.tokenizer.stops if data.tokenizer and data.holds_answers else ()
     until_asked = itertools.takewhile(lambda token: not stop.asked and token not in ends, tokens)
     text = (data.opening + "".join(map(stream.feed, until_asked)) + stream.finish()).strip("\n")
     for line in (f"--- sample at step {step}", *text.split("\n"), "---"):

@@ -63,14 +63,12 @@ class TrainingData:
         }
         self.tokenizer = data.tokenizer
         self.token_bytes = data.tokenizer.byte_lengths() if data.tokenizer else np.zeros(size, np.int32)
-        self.answers = False
         self.opening, self.prompt = self._prompt(data, o.prompt or "", T)
 
     def _prompt(self, data: Dataset, opening: str, T: int) -> tuple[str, list[int]]:
         """Return the prompt of samples, as text and as tokens."""
         if data.tokenizer is not None:
             asked = question(data.val, data.tokenizer, T // 2) if not opening else []
-            self.answers = bool(asked)  # samples answer a question
             text = data.tokenizer.decode(asked[asked[:1] == [data.tokenizer.eot] :])
             return text or opening, asked or encode_prompt(data.tokenizer, opening)
         if opening:

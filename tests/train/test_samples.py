@@ -14,10 +14,10 @@ from llmpy.train import samples
 
 @pytest.mark.parametrize(("answers", "text"), [(True, "2+2= 4"), (False, "2+2= 4<|endoftext|>5")])
 def test_an_answer_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, answers: bool, text: str) -> None:
-    """Other text goes on with the next document."""
+    """Other text continues with the next document."""
     bytes_ = Tokenizer.bytes()
     data: Any = SimpleNamespace(
-        tokenizer=bytes_, answers=answers, prompt=[0], opening="2+2=", train=SimpleNamespace(vocab_size=257)
+        tokenizer=bytes_, holds_answers=answers, prompt=[0], opening="2+2=", train=SimpleNamespace(vocab_size=257)
     )
     monkeypatch.setattr(samples, "generate", lambda *_, **__: iter([*b" 4", bytes_.eot, *b"5"]))
     said: list[str] = []

@@ -352,11 +352,11 @@ class CPU:
             why = kernel_cache.problem
             again = f"every run, because {why}. {kernel_cache.ELSEWHERE}" if why else "first run on this machine only"
             log(f"compiling {len(missing)} kernels for {self.isa}, {self.dtype} ({again})")
-        todo, by_name = [name for name in missing if name != "replay"], dict(calls)  # which calls the others
-        with apart.shared(todo, str(self.dtype), ",".join(kinds)) as mine:
-            for number, name in mine:
-                log(f"  {number}/{len(missing)} {name}")
-                by_name[name]()
+            todo, by_name = [name for name in missing if name != "replay"], dict(calls)  # which calls the others
+            with apart.shared(todo, str(self.dtype), ",".join(kinds)) as mine:
+                for number, name in mine:
+                    log(f"  {number}/{len(missing)} {name}")
+                    by_name[name]()
         for name, call in calls:
             call()
             kernel_cache.mark_cached(name, str(self.dtype))
