@@ -10,6 +10,7 @@ The folder's name is a hash of all that compiled code depends on: the sources of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -30,9 +31,18 @@ config: Any = numba.config
 ELSEWHERE = "Set LLMPY_CACHE_DIR to a folder that only you can write to"
 
 
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers. A process must, before it uses them; some sandboxes refuse."""
+    ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
+    return sys.platform == "linux" and ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
+
+
 def target() -> tuple[str, str]:
     """Return name and features ("+avx2,-avx512f,…") of the CPU that Numba compiles for: the host, or NUMBA_*."""
     features = config.CPU_FEATURES if config.CPU_FEATURES is not None else codegen.get_host_cpu_features()
+    if "+amx-tile" in features and not _may_use_tiles():
+        features = features.replace("+amx-tile", "-amx-tile")
     return config.CPU_NAME or llvm.get_host_cpu_name(), features
 
 

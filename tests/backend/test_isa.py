@@ -22,7 +22,9 @@ import pytest
 from llvmlite import ir
 from numba import types
 
+from llmpy.backend.cpu import amx
 from llmpy.backend.cpu import simd as host
+from llmpy.system import kernel_cache
 
 TESTS = Path(__file__).parents[1]
 AVX512 = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx2,+fma"
@@ -53,7 +55,9 @@ class Target:
         return f"{self.machine}-unknown-linux-gnu"
 
 
+AMX = AVX512 + ",+avx512bf16,+amx-tile,+amx-bf16"
 TARGETS = [
+    Target("amx", "sapphirerapids", AMX, bfloat16="tdpbf16ps"),
     Target("avx512-bf16", "znver4", AVX512 + ",+avx512bf16", bfloat16="vdpbf16ps"),
     Target("avx512-bf16", "sapphirerapids", AVX512 + ",+avx512bf16", bfloat16="vdpbf16ps"),
     Target("avx512", "skylake-avx512", AVX512, spilled=9),
@@ -94,6 +98,7 @@ def simd(target: Target, monkeypatch: pytest.MonkeyPatch) -> Any:
         patch.setitem(sys.modules, name, module)  # dataclasses look it up
         patch.setattr(numba.config, "CPU_FEATURES", target.features)
         patch.setattr(platform, "machine", lambda: target.machine)
+        patch.setattr(kernel_cache, "_may_use_tiles", lambda: True)
         spec.loader.exec_module(module)
     return module
 
@@ -179,6 +184,10 @@ def test_the_inner_loop(simd: Any, target: Target, dtype: str, strip: bool) -> N
     loop = max(inner_loops(text), key=len)  # shorter loops are narrower tiles and remainders
     has = counts(loop)
     instruction = target.float32 if dtype == "float32" else target.bfloat16
+    if instruction == "tdpbf16ps":  # a block: three tiles of B for one of A, and a prefetch for each of its rows
+        assert (has["tdpbf16ps"], has["tileloadd"], has["prefetcht1"]) == (simd.NV, simd.NV + 1, amx.BLOCK), has
+        assert not spills(loop)
+        return
     emulated = dtype == "bfloat16" and not simd.HOST.bf16
     a_turn = simd.MR * simd.NV * (2 if emulated else 1)  # for one word of k
     turns = has[instruction] / a_turn

@@ -128,7 +128,7 @@ class CPU:
 
     def _packed_inputs(self, rows: int, columns: int) -> np.ndarray:
         """Return scratch for the panels shared within `linear_backward`, grown for larger shapes."""
-        size = min(rows, simd.KC) * (columns + simd.LANES)
+        size = max(min(rows, simd.KC), simd.MOST_BLOCK) * (columns + simd.LANES)
         if self._packed.size < size:
             self._packed = self.empty(size, FLOAT32)
         return self._packed

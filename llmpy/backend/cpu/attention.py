@@ -32,15 +32,21 @@ from .jit import fork, inline, kernel
 from .simd import (
     ADD,
     BF16,
+    HOST,
     LANES,
+    MOST_BLOCK,
+    MOST_ROWS,
     MR,
     NR,
     WRITE,
     address,
+    block,
+    configure,
     f32,
     from_rank,
     larger,
     per_word,
+    tile_rows,
     to,
     to_rank,
     typed,
@@ -50,11 +56,12 @@ from .simd import (
 TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
 QUERIES = 4 * TILE_Q  # rows summed into dK and dV at once: with one tile, start and end would dominate
-STRIPS = QUERIES * (TILE_K + MR)  # floats of QUERIES rows of P or dS, packed by columns
+BLOCKS_Q = 64 if HOST.tiles else TILE_Q  # TILE_Q in whole blocks of `amx`: P and dS are packed tile by tile
+STRIPS = QUERIES * (TILE_K + MOST_ROWS)  # floats of QUERIES rows of P or dS, packed by columns
 COLUMN = np.arange(TILE_K, dtype=np.int32)  # as wide as a score, so that comparisons fill whole vectors
 MINUS_INFINITY = np.float32(-np.inf)
 LOWEST = np.finfo(np.float32).min  # a maximum of no scores: unlike −∞, it can be subtracted from −∞
-HIDDEN = np.full(TILE_Q, MINUS_INFINITY)
+HIDDEN = np.full(BLOCKS_Q, MINUS_INFINITY)
 
 
 def scratch_size(T: int, HS: int, group: int) -> int:
@@ -62,10 +69,16 @@ def scratch_size(T: int, HS: int, group: int) -> int:
 
     float32 leaves tiles of P and dS unused.
     """
-    operands = 2 * (T + LANES) * HS + 3 * (T + 1) * (HS + LANES)
+    operands = 2 * (T + LANES) * max(HS, MOST_BLOCK) + 3 * (T + MOST_BLOCK) * (HS + LANES)
     sums = T * HS + 2 * (TILE_K if group == 1 else max(T, TILE_K)) * HS + 2 * T
-    tiles = 4 * TILE_Q * TILE_K + 2 * STRIPS
-    return operands + sums + tiles + MR * max(HS, TILE_K, QUERIES) + MR * NR
+    tiles = 4 * BLOCKS_Q * TILE_K + 2 * STRIPS
+    return operands + sums + tiles + MOST_ROWS * (max(HS, TILE_K, QUERIES) + NR)
+
+
+@inline
+def _tile_q(like):
+    """Return the rows of a tile of queries."""
+    return TILE_Q if block(like) == 1 else BLOCKS_Q
 
 
 @inline
@@ -114,7 +127,7 @@ def _weighted(sums, like, a, rs_a, lying, first, T, rows, HS, depth, edge):
 
 @inline
 def _whole_words(like, count):
-    """Return `count` rounded up to whole words; a last odd row of T pairs with a zero."""
+    """Return `count` rounded up to whole blocks of words; rows after the last are zeros."""
     return words(like, count) * per_word(like)
 
 
@@ -196,20 +209,22 @@ def _forward_item(worker, item, out, stats, qkv, positions, scratch):
     NKV = (qkv.shape[1] // HS - NH) // 2
     b, h = item // NH, item % NH
     first, col, key = b * T, h * HS, NH + h // (NH // NKV)
-    documents = positions.size > 0
-    tile = TILE_Q * TILE_K
+    documents, most = positions.size > 0, _tile_q(qkv)
+    tile = most * TILE_K
+    turned, lying = (T + LANES) * max(HS, block(qkv)), (T + block(qkv)) * (HS + LANES)
     mine = scratch[worker]
-    keys, mine = mine[: (T + LANES) * HS], mine[(T + LANES) * HS :]
-    values, mine = mine[: (T + 1) * (HS + LANES)], mine[(T + 1) * (HS + LANES) :]
-    s, mine = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile:]
+    keys, mine = mine[:turned], mine[turned:]
+    values, mine = mine[:lying], mine[lying:]
+    s, mine = mine[:tile].reshape((most, TILE_K)), mine[tile:]
     p, mine = operand_tile(s, mine[:tile], qkv), mine[tile:]
-    sums, mine = mine[: TILE_Q * HS], mine[TILE_Q * HS :]
-    top, total, edge = mine[:TILE_Q], mine[TILE_Q : 2 * TILE_Q], mine[2 * TILE_Q :]
+    sums, mine = mine[: most * HS], mine[most * HS :]
+    top, total, edge = mine[:most], mine[most : 2 * most], mine[2 * most :]
     size = 4 // per_word(qkv)
+    configure(qkv, tile_rows(qkv))
     _pack_turned(keys, qkv, first, T, key * HS, HS)
     _pack_lying(values, qkv, first, T, (key + NKV) * HS, HS)
-    for q in range(0, T, TILE_Q):
-        rows = min(TILE_Q, T - q)
+    for q in range(0, T, most):
+        rows = min(most, T - q)
         top[:] = LOWEST if documents else MINUS_INFINITY
         total[:] = 0
         sums[:] = 0
@@ -269,12 +284,12 @@ def _write_out(matrix, row, col, sums, rows, HS):
 
 
 @inline
-def _end_of_readers(positions, b, after, T):
+def _end_of_readers(positions, b, after, T, most):
     """Return the end of the query tiles that see keys before `after`, the end of a tile of keys."""
     if positions.size > 0:
         for t in range(after, T):
             if t - positions[b, t] >= after:
-                return min(T, (t + TILE_Q - 1) // TILE_Q * TILE_Q)
+                return min(T, (t + most - 1) // most * most)
     return T
 
 
@@ -285,7 +300,8 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, positions, scratch
     NKV = (qkv.shape[1] // HS - NH) // 2
     group, b, key = NH // NKV, item // NKV, item % NKV
     first, key_col, value_col = b * T, (NH + key) * HS, (NH + NKV + key) * HS
-    turned, lying, tile = (T + LANES) * HS, (T + 1) * (HS + LANES), TILE_Q * TILE_K
+    most = _tile_q(qkv)
+    turned, lying, tile = (T + LANES) * max(HS, block(qkv)), (T + block(qkv)) * (HS + LANES), most * TILE_K
     kept = (TILE_K if group == 1 else T) * HS  # sums of all tiles of keys, from one head to the next
     mine = scratch[worker]
     keys_t, values_t, mine = mine[:turned], mine[turned : 2 * turned], mine[2 * turned :]
@@ -293,13 +309,14 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, positions, scratch
     douts, mine = mine[:lying], mine[lying:]
     dq, mine = mine[: T * HS], mine[T * HS :]
     dks, dvs, mine = mine[:kept], mine[kept : 2 * kept], mine[2 * kept :]
-    s, ds = mine[:tile].reshape((TILE_Q, TILE_K)), mine[tile : 2 * tile].reshape((TILE_Q, TILE_K))
+    s, ds = mine[:tile].reshape((most, TILE_K)), mine[tile : 2 * tile].reshape((most, TILE_K))
     mine = mine[2 * tile :]
     p, mine = operand_tile(s, mine[:tile], qkv), mine[tile:]
     dp, mine = operand_tile(ds, mine[:tile], qkv), mine[tile:]
     dp_turned, p_turned, mine = mine[:STRIPS], mine[STRIPS : 2 * STRIPS], mine[2 * STRIPS :]
     lse, d, edge = mine[:T], mine[T : 2 * T], mine[2 * T :]
-    size = 4 // per_word(qkv)
+    size, R = 4 // per_word(qkv), tile_rows(qkv)
+    configure(qkv, R)
     _pack_turned(keys_t, qkv, first, T, key_col, HS)
     _pack_turned(values_t, qkv, first, T, value_col, HS)
     _pack_lying(keys, qkv, first, T, key_col, HS)
@@ -322,12 +339,12 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, positions, scratch
             if h == key * group:
                 dk[:] = 0
                 dv[:] = 0
-            end = _end_of_readers(positions, b, k + some, T)
-            for q in range(k // TILE_Q * TILE_Q, end, QUERIES):
+            end = _end_of_readers(positions, b, k + some, T, most)
+            for q in range(k // most * most, end, QUERIES):
                 together = min(QUERIES, end - q)
                 total = words(qkv, together)
-                for half in range(q, q + together, TILE_Q):
-                    rows, start = min(TILE_Q, T - half), (half - q) // per_word(qkv) * MR
+                for half in range(q, q + together, most):
+                    rows, start = min(most, T - half), (half - q) // per_word(qkv) * R
                     depth = _whole_words(qkv, min(TILE_K, half + rows - k))
                     _scores(s, qkv, first + half, col, keys_t, k, k + depth, T, rows, HS, edge)
                     _scores(ds, dout, first + half, col, values_t, k, k + depth, T, rows, HS, edge)
@@ -349,9 +366,9 @@ def _backward_item(worker, item, dqkv, dout, qkv, out, stats, positions, scratch
 @inline
 def _add_turned(sums, like, strips, lying, q, T, keys, HS, rows, edge):
     """sums (keys, HS) += (rows, keys)ᵗ, packed by `pack_columns`, · lying rows q … q + rows."""
-    total = words(like, rows)
-    for i in range(0, keys, MR):
-        a, some = address(strips) + 4 * i * total, min(MR, keys - i)
+    R, total = tile_rows(like), words(like, rows)
+    for i in range(0, keys, R):
+        a, some = address(strips) + 4 * i * total, min(R, keys - i)
         _weighted(sums[i * HS :], like, a, None, lying, q, T, some, HS, total * per_word(like), edge)
 
 

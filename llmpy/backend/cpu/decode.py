@@ -17,9 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
+from . import amx
 from .activation import activate, gelu
 from .attention import MINUS_INFINITY, TILE_K, _softmax_tile, operand_tile
 from .gemm import depth, pack_rows, pack_transposed, panel_width, words, write_tile
@@ -27,10 +29,13 @@ from .jit import fork, inline, intrinsic, kernel
 from .simd import (
     BF16,
     F32,
+    HOST,
     I8,
     I64,
     IN_L2,
     LANES,
+    MOST_BLOCK,
+    MOST_ROWS,
     MR,
     NR,
     NV,
@@ -39,31 +44,37 @@ from .simd import (
     _dot_add,
     _load,
     _multiply_add,
+    _multiply_tiles,
     _prefetch,
     _splat,
     _store,
     address,
+    block,
     f32,
+    get,
     get_half,
     per_word,
+    tile_rows,
     to,
     typed,
 )
 
 ZERO = np.float32(0)
-TILE = MR * NR
-LINEAR_SCRATCH = 2 * TILE + MR  # floats per thread
+TILE = MOST_ROWS * NR
+LINEAR_SCRATCH = 2 * TILE + MOST_ROWS * MOST_BLOCK  # floats per thread
 AHEAD = 4096  # words from a load of B to the prefetch, which keeps a core reading (dev/LOG.md#read-ahead)
+TILES_AHEAD = 3072  # bytes, into L1, for tiles
 
 
 def attention_scratch(HS: int, group: int) -> int:
     """Return floats of scratch per thread for heads of HS, `group` per key/value head."""
-    return NR * max(HS, TILE_K) + group * (2 * TILE_K + NR + 2 * HS + 3)
+    return NR * max(HS, TILE_K) + group * (2 * TILE_K + NR + HS + max(HS, MOST_BLOCK) + 3)
 
 
 def packed_words(OC: int, C: int, per: int) -> int:
-    """Return the words of a packed weight (OC, C), `per` elements per word: OC rounded up to whole vectors."""
-    return -(-OC // LANES) * LANES * -(-C // per)
+    """Return the words of a packed weight (OC, C), `per` elements per word, in whole vectors and blocks."""
+    K = MOST_BLOCK if per > 1 else 1
+    return -(-OC // LANES) * LANES * -(-C // (per * K)) * K
 
 
 @intrinsic
@@ -72,14 +83,24 @@ def multiply_rows(
 ) -> Any:
     """C (rows, nv·LANES) += A (rows, words) · B (words, nv·LANES); each sum starts from the value in C.
 
-    1 ≤ rows ≤ MR, 1 ≤ nv ≤ NV, words ≥ 1. a, b and c are addresses; rs_a in bytes, rs_b and rs_c in words. C is
-    float32; `like` is any array of the operands' type, as in `simd.microkernel`.
+    1 ≤ rows ≤ `tile_rows(like)`, 1 ≤ nv ≤ NV, words ≥ 1 in whole blocks. a, b and c are addresses; rs_a in bytes, rs_b
+    and rs_c in words. C is float32; `like` is any array of the operands' type, as in `simd.microkernel`.
     """
     i64 = types.int64
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _, rows, nv, c, rs_c, a, rs_a, b, rs_b, words = args
+        if like.dtype == BF16 and HOST.tiles:
+
+            def read_ahead(count: int, block: Any, b: Any) -> None:
+                for line in range(count * amx.ROWS):
+                    _prefetch(bd, _at(bd, bd.add(b, I64(TILES_AHEAD + amx.WIDTH * line))))
+
+            amx.configure(bd, rows)
+            step_a, adding = I64(amx.WIDTH), ir.IntType(1)(1)
+            _multiply_tiles(bd, nv, c, rs_c, a, rs_a, step_a, b, words, adding, read_ahead)
+            return context.get_dummy_value()
         a, b, c = _at(bd, a, I8), _at(bd, b), _at(bd, c)
         finish = bd.append_basic_block("finish")
         choice = bd.switch(bd.add(bd.mul(rows, I64(NV + 1)), nv), finish)
@@ -152,14 +173,15 @@ def pack(
 @inline
 def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
     BT, C = inp.shape
-    OC = out.shape[1]
+    OC, R, K = out.shape[1], tile_rows(inp), block(inp)
     col = item * NR
     cols, total, per = min(NR, OC - col), words(inp, C), per_word(inp)
     width, size = panel_width(cols), 4 // per
     panel = address(packed) + 4 * col * total
     sums, part, last = scratch[worker, :TILE], scratch[worker, TILE : 2 * TILE], scratch[worker, 2 * TILE :]
-    for row in range(0, BT, MR):
-        rows = min(MR, BT - row)
+    into = sums if K > 1 else part  # tiles of `amx` continue sums; others start from 0 at every cut
+    for row in range(0, BT, R):
+        rows = min(R, BT - row)
         for i in range(rows):
             for j in range(NR):
                 sums[i * width + j] = ZERO
@@ -168,18 +190,25 @@ def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
                     sums[i * width + j] = bias[col + j]
         for k in range(0, C, depth(inp)):
             kc = min(depth(inp), C - k)
-            whole = kc // per
+            whole = kc // (per * K) * K
             a, b = address(inp) + size * (row * C + k), panel + 4 * width * (k // per)
-            part[: rows * NR] = ZERO
+            if K == 1:
+                part[: rows * NR] = ZERO
             if whole > 0:
-                multiply_rows(inp, rows, width // LANES, address(part), width, a, size * C, b, width, whole)
-            if whole * per < kc:  # half a word: the next element in memory is not part of this row
+                multiply_rows(inp, rows, width // LANES, address(into), width, a, size * C, b, width, whole)
+            if whole * per < kc:  # part of a block: the next element in memory is not part of this row
+                left = kc - whole * per
                 for i in range(rows):
-                    last[i] = get_half(a + i * size * C + 4 * whole)
+                    for n in range(K):
+                        where = a + i * size * C + 4 * (whole + n)
+                        last[i * K + n] = get(where) if (n + 1) * per <= left else ZERO
+                    if left % per > 0:
+                        last[i * K + left // per] = get_half(a + i * size * C + 4 * (kc // per))
                 b += 4 * width * whole
-                multiply_rows(inp, rows, width // LANES, address(part), width, address(last), 4, b, width, 1)
-            for i in range(rows * width):
-                sums[i] += part[i]
+                multiply_rows(inp, rows, width // LANES, address(into), width, address(last), 4 * K, b, width, K)
+            if K == 1:
+                for i in range(rows * width):
+                    sums[i] += part[i]
         for i in range(rows):
             tile = sums[i * width : i * width + NR]
             if pre.size > 0:
@@ -214,8 +243,9 @@ def _multiply_few(like, c, rs_c, a, rs_a, panel, rows, cols, depth):
     c and a are addresses, rs_c in floats, rs_a in bytes.
     """
     width = panel_width(cols)
-    for i in range(0, rows, MR):
-        some, b = min(MR, rows - i), address(panel)
+    R = tile_rows(like)
+    for i in range(0, rows, R):
+        some, b = min(R, rows - i), address(panel)
         multiply_rows(
             like, some, width // LANES, c + 4 * i * rs_c, rs_c, a + i * rs_a, rs_a, b, width, words(like, depth)
         )
@@ -228,7 +258,8 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     row, key = item // NKV, item % NKV
     keys, values, t = cache[slots[row], key, 0], cache[slots[row], key, 1], positions[row]
     first, key_col, value_col = key * group * HS, (NKV * group + key) * HS, (NKV * (group + 1) + key) * HS
-    length, size = words(qkv, HS), 4 // per_word(qkv)
+    length, per = words(qkv, HS), per_word(qkv)
+    size = 4 // per
     mine = scratch[worker]
     panel, mine = mine[: NR * max(HS, TILE_K)], mine[NR * max(HS, TILE_K) :]
     scores, mine = mine[: group * TILE_K], mine[group * TILE_K :]
@@ -243,10 +274,9 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     # A copy, so that a final half word pairs with a zero.
     q = typed(queries, qkv)
     for i in range(group):
-        line, head = q[i * length * per_word(qkv) :], qkv[row, first + i * HS : first + (i + 1) * HS]
-        line[length * per_word(qkv) - 1] = 0
-        for c in range(HS):
-            line[c] = head[c]
+        line, head = q[i * length * per : (i + 1) * length * per], qkv[row, first + i * HS : first + (i + 1) * HS]
+        line[:HS] = head
+        line[HS:] = 0
     sums[:] = ZERO
     top[:] = MINUS_INFINITY
     total[:] = ZERO
@@ -264,11 +294,14 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
             cols = min(NR, HS - c)
             pack_rows(panel, values, k, c, n, cols)
             part[:] = ZERO
+            if block(qkv) > 1:  # as in `_linear_item`; whole vectors of part, since cols may be fewer
+                for i in range(group):
+                    part[i * NR : i * NR + cols] = sums[i * HS + c : i * HS + c + cols]
             _multiply_few(qkv, address(part), NR, address(p), size * TILE_K, panel, group, cols, n)
             for i in range(group):
                 acc, more = sums[i * HS + c : i * HS + c + cols], part[i * NR :]
                 for j in range(cols):
-                    acc[j] += more[j]
+                    acc[j] = more[j] + (acc[j] if block(qkv) == 1 else ZERO)
     for i in range(group):
         inverse = np.float32(1) / total[i]
         line, acc = out[row, first + i * HS : first + (i + 1) * HS], sums[i * HS : (i + 1) * HS]

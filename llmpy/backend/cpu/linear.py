@@ -43,23 +43,24 @@ from .simd import (
     CACHE_LINE,
     KC,
     LANES,
+    MOST_ROWS,
     MR,
     NR,
-    TOGETHER,
     WRITE,
     address,
     bits_to_float,
+    block,
+    configure,
     float_to_bits,
     per_word,
     read_row,
+    tile_rows,
 )
 
 BLOCK_ROWS = 1024 // MR * MR  # rows of A per packed panel, whole tiles; L2 holds no more next to it
 PAIR_ROWS = BLOCK_ROWS // 2 // MR * MR  # rows of A for two panels, gate and up
 BLOCK_COLS = 8 * MR  # most rows of dweight per item
 OWN_ROWS = 512  # fewer are shared, since each thread would pack all panels
-TILE = MR * NR
-SUMS = 8 * MR  # partial sums of a strip's columns: enough to hide latency
 SCRATCH = PANEL + EDGE + max(BLOCK_ROWS * NR, KC * BLOCK_COLS)  # floats per thread
 
 # The head's dinp sums over the whole vocabulary. All its columns process SEGMENT·KC of it before the next segment, so
@@ -69,49 +70,50 @@ SEGMENT = 4
 
 def shared_sums(BT: int, OC: int, C: int) -> int:
     """Return the floats that `linear_backward` needs for sums of dinp between segments; 0 for one segment."""
-    rows, panels = -(-BT // MR) * MR, -(-C // NR)
+    rows, panels = -(-BT // MOST_ROWS) * MOST_ROWS, -(-C // NR)
     return rows * panels * NR if OC > SEGMENT * KC else 0
 
 
 @inline
-def _rows_per_item(rows, panels, threads, most):
-    """Return rows per item: as many as fit in cache (`most`), fewer if threads would otherwise be idle.
+def _rows_per_item(rows, panels, threads, most, R):
+    """Return rows per item, tiles of R: as many as fit in cache (`most`), fewer if threads would otherwise be idle.
 
     Each thread has its own rows if these are at least OWN_ROWS.
     """
     own = (rows + threads - 1) // threads
     whole = own if own >= OWN_ROWS else rows
     parts = (whole + most - 1) // most
-    block = (whole + parts * MR - 1) // (parts * MR) * MR
-    while block > 8 * MR and panels * ((rows + block - 1) // block) < 4 * threads:
-        block = (block // 2 + MR - 1) // MR * MR
-    return block
+    each = (whole + parts * R - 1) // (parts * R) * R
+    while each > 8 * MR and panels * ((rows + each - 1) // each) < 4 * threads:
+        each = (each // 2 + R - 1) // R * R
+    return each
 
 
 @inline
-def _forward_item(worker, item, out, pre, inp, weight, bias, block, scratch):
+def _forward_item(worker, item, out, pre, inp, weight, bias, each, scratch):
     BT, C = inp.shape
-    OC = out.shape[1]
+    OC, R = out.shape[1], tile_rows(inp)
     halves = weight.shape[0] // OC  # 2: gate and up
     panels = (OC + NR - 1) // NR
-    col, row = item % panels * NR, item // panels * block
-    cols, rows = min(NR, OC - col), min(block, BT - row)
+    col, row = item % panels * NR, item // panels * each
+    cols, rows = min(NR, OC - col), min(each, BT - row)
     width, size = panel_width(cols), 4 // per_word(inp)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
     gates = scratch[worker, PANEL + EDGE :]
+    configure(inp, R)
     for k in range(0, C, depth(inp)):
         kc = min(depth(inp), C - k)
         last = k + kc == C
         for half in range(halves):
             first, final = half * OC + col, last and half == halves - 1
-            sums = gates[half * block * NR :]
+            sums = gates[half * each * NR :]
             pack_transposed(panel, weight, first, k, kc, cols)
             next_col, next_k = ((item + 1) % panels * NR, 0) if last else (col, k + kc)
             if half < halves - 1:
                 next_col, next_k = first + OC, k
-            for i in range(0, rows, MR):
-                some = min(MR, rows - i)
-                a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + MR) * NR]
+            for i in range(0, rows, R):
+                some = min(R, rows - i)
+                a, tile = address(inp) + size * ((row + i) * C + k), sums[i * NR : (i + R) * NR]
                 if k == 0 and bias.size > 0:
                     _start_with_bias(tile, bias, first, some, cols)
                 mode = ADD if k > 0 or bias.size > 0 else WRITE
@@ -119,7 +121,7 @@ def _forward_item(worker, item, out, pre, inp, weight, bias, block, scratch):
                 # rows of A for the next tile.
                 goes = lines_of_tile(out, row + i, col, cols) if final else NONE
                 also = lines_of_tile(pre, row + i, first, cols) if last and pre.size > 0 else NONE
-                soon = a + MR * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
+                soon = a + R * size * C if i >= cols else address(weight) + size * ((next_col + i) * C + next_k)
                 ahead = goes, also, (soon, size * C, CACHE_LINE, size * kc // CACHE_LINE)
                 multiply_tile(address(tile), width, inp, a, size * C, panel, some, cols, kc, mode, edge, ahead)
                 if last and pre.size > 0:
@@ -127,19 +129,19 @@ def _forward_item(worker, item, out, pre, inp, weight, bias, block, scratch):
                     if per_word(pre) > 1:  # activation of the stored, rounded value
                         read_tile(tile, pre, row + i, first, some, cols)
                     if final:
-                        _activate_tile(tile, gates[i * NR : (i + MR) * NR], halves > 1)
+                        _activate_tile(tile, gates[i * NR : (i + R) * NR], R * NR, halves > 1)
                 if final:
                     write_tile(out, row + i, col, tile, some, cols)
 
 
 @inline
-def _activate_tile(tile, gate, paired):
-    """tile := SwiGLU(gate, tile) if `paired`, else GELU(tile)."""
+def _activate_tile(tile, gate, size, paired):
+    """tile (size,) := SwiGLU(gate, tile) if `paired`, else GELU(tile)."""
     if paired:
-        for j in range(TILE):  # constant length, for whole vectors; the unused part is ignored
+        for j in range(size):  # constant length, for whole vectors; the unused part is ignored
             tile[j] = swiglu(gate[j], tile[j])
     else:
-        for j in range(TILE):
+        for j in range(size):
             tile[j] = gelu(tile[j])
 
 
@@ -166,31 +168,32 @@ def linear_forward(
 ):  # fmt: skip
     BT, OC = out.shape
     panels = (OC + NR - 1) // NR
-    block = _rows_per_item(BT, panels, threads, BLOCK_ROWS if weight.shape[0] == OC else PAIR_ROWS)
-    items = panels * ((BT + block - 1) // block)
-    fork(_forward_item, threads, items, (out, pre, inp, weight, bias, block, scratch))
+    each = _rows_per_item(BT, panels, threads, BLOCK_ROWS if weight.shape[0] == OC else PAIR_ROWS, tile_rows(inp))
+    items = panels * ((BT + each - 1) // each)
+    fork(_forward_item, threads, items, (out, pre, inp, weight, bias, each, scratch))
 
 
 @inline
-def _dinp_item(worker, item, dinp, dout, weight, pre, block, start, stop, shared, scratch):
+def _dinp_item(worker, item, dinp, dout, weight, pre, each, start, stop, shared, scratch):
     BT, OC = dout.shape
-    C = weight.shape[1]
+    C, R = weight.shape[1], tile_rows(dout)
     panels = (C + NR - 1) // NR
-    col, row = item % panels * NR, item // panels * block
-    cols, rows = min(NR, C - col), min(block, BT - row)
+    col, row = item % panels * NR, item // panels * each
+    cols, rows = min(NR, C - col), min(each, BT - row)
     width, per, size = panel_width(cols), per_word(dout), 4 // per_word(dout)
     panel, edge = scratch[worker, :PANEL], scratch[worker, PANEL : PANEL + EDGE]
     sums = scratch[worker, PANEL + EDGE :]
     if shared.size > 0:
-        sums = shared[(col * ((BT + MR - 1) // MR * MR)) + row * NR :]
+        sums = shared[(col * ((BT + R - 1) // R * R)) + row * NR :]
+    configure(dout, R)
     for k in range(start, stop, depth(dout)):
         kc = min(depth(dout), OC - k)
         last = k + kc == OC
         pack_rows(panel, weight, k, col, kc, cols)
         next_col, next_k = ((item + 1) % panels * NR, start) if last else (col, k + kc)
-        for i in range(0, rows, MR):
-            some = min(MR, rows - i)
-            a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + MR) * NR]
+        for i in range(0, rows, R):
+            some = min(R, rows - i)
+            a, tile = address(dout) + size * ((row + i) * OC + k), sums[i * NR : (i + R) * NR]
             # As in forward; each tile prefetches one line per row of the next panel, or per second row of pairs.
             # SwiGLU has four tiles: the two to read, and one to write instead of rows of A (dev/LOG.md#swiglu).
             four = last and pre.shape[1] > C
@@ -198,14 +201,14 @@ def _dinp_item(worker, item, dinp, dout, weight, pre, block, start, stop, shared
             if four:
                 goes = lines_of_tile(pre, row + i, C + col, cols)
             also = lines_of_tile(pre, row + i, col, cols) if last and pre.size > 0 else NONE
-            line, half = i // MR // per * CACHE_LINE, i // MR % per
+            line, half = i // R // per * CACHE_LINE, i // R % per
             if line <= size * cols:
                 soon = address(weight) + size * ((next_k + half) * C + next_col) + line
-                then = soon, per * size * C, TOGETHER * per * size * C, words(dout, kc) // TOGETHER
+                then = soon, per * size * C, R * per * size * C, words(dout, kc) // R
             elif four:
                 then = lines_of_tile(dinp, row + i, C + col, cols)
             else:
-                then = a + MR * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE
+                then = a + R * size * OC, size * OC, CACHE_LINE, size * kc // CACHE_LINE
             mode, ahead = ADD if k > 0 else WRITE, (goes, also, then)
             multiply_tile(address(tile), width, dout, a, size * OC, panel, some, cols, kc, mode, edge, ahead)
             if last:
@@ -215,15 +218,16 @@ def _dinp_item(worker, item, dinp, dout, weight, pre, block, start, stop, shared
 @inline
 def _finish_dinp(dinp, pre, C, tile, edge, row, col, rows, cols):
     """Write a tile of finished sums, through the gradient of the activation that the input was."""
-    before, up = edge[:TILE], edge[TILE : 2 * TILE]
+    size = tile_rows(dinp) * NR
+    before, up = edge[:size], edge[size : 2 * size]
     if pre.size > 0:
         read_tile(before, pre, row, col, rows, cols)
         if pre.shape[1] == C:
-            for j in range(TILE):
+            for j in range(size):
                 tile[j] *= gelu_gradient(before[j])
         else:
             read_tile(up, pre, row, C + col, rows, cols)
-            for j in range(TILE):
+            for j in range(size):
                 tile[j], up[j] = swiglu_gradient(tile[j], before[j], up[j])
             write_tile(dinp, row, C + col, up, rows, cols)
     write_tile(dinp, row, col, tile, rows, cols)
@@ -237,43 +241,46 @@ def _pack_inputs(worker, item, packed, inp, k, kc):
 
 
 @inline
-def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, block, add, scratch):
+def _dweight_item(worker, item, dweight, dbias, dout, packed_inp, k, kc, each, add, scratch):
     OC, C = dweight.shape
-    first, total = item * block, words(dout, kc)
-    rows = min(block, OC - first)
+    R, first, total = tile_rows(dout), item * each, words(dout, kc)
+    rows = min(each, OC - first)
     edge, packed = scratch[worker, PANEL : PANEL + EDGE], scratch[worker, PANEL + EDGE :]
     pack_columns(packed, dout, k, first, kc, rows, total)
+    configure(dout, R)
     if dbias.size > 0:
         _add_columns(dbias, packed, dout, first, rows, total, add, edge)
     for col in range(0, C, NR):
         cols, panel = min(NR, C - col), packed_inp[col * total :]
-        for i in range(0, rows, MR):
+        for i in range(0, rows, R):
             c, a = address(dweight) + 4 * ((first + i) * C + col), address(packed) + 4 * i * total
             # The next tile to write: its lines come from memory.
-            soon = c + 4 * MR * C if i + MR < rows else address(dweight) + 4 * (first * C + col + NR)
+            soon = c + 4 * R * C if i + R < rows else address(dweight) + 4 * (first * C + col + NR)
             ahead = (soon, 4 * C, CACHE_LINE, 4 * NR // CACHE_LINE), NONE, NONE
-            some, k_total, mode = min(MR, rows - i), total * per_word(dout), ADD if add else WRITE
+            some, k_total, mode = min(R, rows - i), total * per_word(dout), ADD if add else WRITE
             multiply_tile(c, C, dout, a, None, panel, some, cols, k_total, mode, edge, ahead)
 
 
 @inline
 def _add_columns(dbias, packed, like, first, rows, total, add, sums):
-    """dbias[first + i] := or += Σ_k of column i of strips from `pack_columns`. sums: at least SUMS floats."""
-    for i in range(0, rows, MR):
-        strip = packed[i * total : (i + MR) * total]
-        for j in range(SUMS):
+    """dbias[first + i] := or += Σ_k of column i of strips from `pack_columns`. sums: scratch of at least `many`."""
+    R, K = tile_rows(like), block(like)
+    many, step = (8 * R, R) if K == 1 else (R * K, 1)  # partial sums, enough to hide latency; `step` within a column
+    for i in range(0, rows, R):
+        strip = packed[i * total : (i + R) * total]
+        for j in range(many):
             sums[j] = 0
-        together = total * MR // SUMS * SUMS
-        for start in range(0, together, SUMS):
-            several = strip[start : start + SUMS]
-            for j in range(SUMS):  # constant length, for whole vectors
+        together = total * R // many * many
+        for start in range(0, together, many):
+            several = strip[start : start + many]
+            for j in range(many):  # constant length, for whole vectors
                 sums[j] += _word_sum(like, several[j])
-        for j in range(together, total * MR):
-            sums[j % MR] += _word_sum(like, strip[j])
-        for j in range(min(MR, rows - i)):
-            s = sums[j]
-            for part in range(j + MR, SUMS, MR):
-                s += sums[part]
+        for j in range(together, total * R):
+            sums[j % R] += _word_sum(like, strip[j])
+        for j in range(min(R, rows - i)):
+            s = sums[j * K]
+            for part in range(1, many // R):
+                s += sums[j * K + part * step]
             dbias[first + i + j] = dbias[first + i + j] + s if add else s
 
 
@@ -318,8 +325,9 @@ def linear_backward(
     BT, OC = dout.shape
     C = weight.shape[1]
     panels, frozen = (C + NR - 1) // NR, dweight.size == 0
-    row_block = _rows_per_item(BT, panels, threads, BLOCK_ROWS)
-    col_block = min(BLOCK_COLS, max(MR, OC // (16 * threads) // MR * MR))
+    R = tile_rows(dout)
+    row_block = _rows_per_item(BT, panels, threads, BLOCK_ROWS, R)
+    col_block = min(BLOCK_COLS, max(R, OC // (16 * threads) // R * R))
     dinp_items = panels * ((BT + row_block - 1) // row_block)
     dweight_items = 0 if frozen else (OC + col_block - 1) // col_block
     segment = SEGMENT * depth(dout)

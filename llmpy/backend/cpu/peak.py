@@ -16,8 +16,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from . import amx
 from .jit import fork, inline, intrinsic, kernel
-from .simd import BF16, F32, I64, LANES, MR, NV, VECTOR, _dot_add, _multiply_add, _splat
+from .simd import BF16, F32, HOST, I64, LANES, MR, NV, VECTOR, _dot_add, _multiply_add, _splat
 
 CHAINS = MR * NV  # independent sums: enough to hide the latency of an FMA
 FLOPS_PER_ROUND = 2 * LANES * CHAINS
@@ -30,10 +31,13 @@ def _multiply_adds(typingctx: Any, like: Any, rounds: Any, x: Any, y: Any) -> An
 
     Return one number that depends on all of them.
     """
-    multiply = _dot_add if like.dtype == BF16 else _multiply_add
+    multiply, tiles = _dot_add if like.dtype == BF16 else _multiply_add, like.dtype == BF16 and HOST.tiles
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _, rounds, x, y = args
+        if tiles:
+            amx.multiply_adds(bd, rounds)
+            return x
         x, y = _splat(bd, x), _splat(bd, y)
         entry, loop, end = bd.block, bd.append_basic_block("round"), bd.append_basic_block("done")
         bd.branch(loop)
@@ -75,7 +79,9 @@ def measure(threads: int, like: np.ndarray, sink: np.ndarray, seconds: float = 0
     """
     items = min(sink.shape[0], 16 * threads)
     x, y = np.float32(0.999), np.float32(0.001)
-    flops = items * ROUNDS * FLOPS_PER_ROUND * (2 if like.dtype == np.uint16 else 1)
+    pairs = like.dtype == np.uint16
+    each = amx.FLOPS_PER_ROUND if pairs and HOST.tiles else FLOPS_PER_ROUND * (2 if pairs else 1)
+    flops = items * ROUNDS * each
     rates: list[float] = []
     multiply_adds(threads, like, items, sink, x, y)  # untimed: loads the kernel and wakes the helpers
     stop = time.perf_counter() + seconds

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from numba.core import cgutils
 from numba.extending import overload
 
 from ...system.kernel_cache import target
+from . import amx
 from .jit import intrinsic
 
 
@@ -48,6 +49,7 @@ class Isa:
     registers: 24 + 4 of 32 on AVX-512 and NEON, 12 + 3 of 16 on AVX2. `panel_k` (KC) is the depth at
     which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache. `ahead`: the inner
     loop is long enough to hide prefetches. `rounds`: one instruction rounds to bfloat16, but flushes subnormals to 0.
+    `tiles`: bfloat16 is multiplied by `amx`, with its own rows.
     """
 
     name: str
@@ -59,21 +61,16 @@ class Isa:
     panel_k: int = 768
     ahead: bool = False
     rounds: bool = False
+    tiles: bool = False
 
 
 # Measured on Zen 4 (dev/LOG.md): 8 × 48 reaches 95–98 % of the FMA peak. 48 divides GPT-2's widths.
+_AVX512 = Isa("avx512", lanes=16, rows=8, vectors=3, fused=True, ahead=True)
+_AVX512_BF16 = replace(_AVX512, name="avx512-bf16", bf16="llvm.x86.avx512bf16.dpbf16ps.512", rounds=True)
 ISAS = (
-    Isa(
-        "avx512-bf16",
-        lanes=16,
-        rows=8,
-        vectors=3,
-        fused=True,
-        bf16="llvm.x86.avx512bf16.dpbf16ps.512",
-        ahead=True,
-        rounds=True,
-    ),
-    Isa("avx512", lanes=16, rows=8, vectors=3, fused=True, ahead=True),
+    replace(_AVX512_BF16, name="amx", tiles=True),
+    _AVX512_BF16,
+    _AVX512,
     Isa("avx2", lanes=8, rows=6, vectors=2, fused=True),
     Isa("neon-bf16", lanes=4, rows=8, vectors=3, fused=True, bf16="llvm.aarch64.neon.bfdot.v4f32.v8bf16"),
     Isa("neon", lanes=4, rows=8, vectors=3, fused=True),
@@ -90,7 +87,8 @@ def host_isa() -> Isa:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return _named("neon-bf16" if "bf16" in has else "neon")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has:
-        return _named("avx512-bf16" if "avx512bf16" in has else "avx512")
+        tiles = {"avx512bf16", "amx-tile", "amx-bf16"} <= has
+        return _named("amx" if tiles else "avx512-bf16" if "avx512bf16" in has else "avx512")
     if {"avx2", "fma"} <= has:
         return _named("avx2")
     return _named("generic")
@@ -103,6 +101,7 @@ def _named(name: str) -> Isa:
 HOST = host_isa()
 LANES, MR, NV, KC = HOST.lanes, HOST.rows, HOST.vectors, HOST.panel_k
 NR = NV * LANES
+MOST_ROWS, MOST_BLOCK = (amx.ROWS, amx.BLOCK) if HOST.tiles else (MR, 1)  # of any type; see `tile_rows`, `block`
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
@@ -182,23 +181,25 @@ def _prefetch(bd: ir.IRBuilder, pointer: ir.Value, locality: int = 3) -> None:
 
 WRITE, ADD = 0, 1  # what the microkernel does to C
 LISTS = 3  # of cache lines to prefetch
-TOGETHER = 8  # lines, and steps, per round
+TOGETHER = MR  # lines, and steps, per round
 CACHE_LINE = 64  # bytes
 STRIP = 4, 4 * MR  # bytes from row to row and from word to word of A, packed by `gemm.pack_columns`
 IN_L2 = 2  # prefetch hint: L2 only
 
 
-def _asker(bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value) -> Callable[..., Callable[[int], None]]:
-    """Return a function of k that prepares the prefetches of the next TOGETHER steps; lists as in `microkernel`."""
-    ends = [bd.mul(lists[0][3], I64(TOGETHER))]
+def _asker(
+    bd: ir.IRBuilder, lists: list[list[ir.Value]], nothing: ir.Value, together: int
+) -> Callable[..., Callable[[int], None]]:
+    """Return a function of k that prepares the prefetches of the next `together` steps; lists as in `microkernel`."""
+    ends = [bd.mul(lists[0][3], I64(together))]
     for _, _, _, rounds in lists[1:]:
-        ends.append(bd.add(ends[-1], bd.mul(rounds, I64(TOGETHER))))
+        ends.append(bd.add(ends[-1], bd.mul(rounds, I64(together))))
     starts = [I64(0), *ends[:-1]]
 
     def ask_from(k: ir.Value) -> Callable[[int], None]:
         where, gap = nothing, I64(0)  # after the last list
         for start, end, (soon, its_gap, step, _) in reversed(list(zip(starts, ends, lists, strict=True))):
-            here, rounds = bd.icmp_signed("<", k, end), bd.udiv(bd.sub(k, start), I64(TOGETHER))
+            here, rounds = bd.icmp_signed("<", k, end), bd.udiv(bd.sub(k, start), I64(together))
             where = bd.select(here, bd.add(soon, bd.mul(rounds, step)), where)
             gap = bd.select(here, its_gap, gap)
         return lambda n: _prefetch(bd, _at(bd, bd.add(where, bd.mul(gap, I64(n))), I8), locality=IN_L2)
@@ -269,21 +270,45 @@ def _tile_loop(
     return [sums[nv * i : nv * (i + 1)] for i in range(MR)]
 
 
+def _multiply_tiles(
+    bd: ir.IRBuilder, nv: ir.Value, c: ir.Value, rs_c: ir.Value, a: ir.Value, rs_a: ir.Value, step_a: ir.Value,
+    b: ir.Value, words: ir.Value, adding: ir.Value, prefetch: amx.Prefetch,
+) -> None:  # fmt: skip
+    """Emit `amx.multiply` for nv = 1 … NV; units as in `microkernel`, step_a in bytes."""
+    rs_c = bd.mul(rs_c, I64(4))
+    for n in range(1, NV + 1):
+        with bd.if_then(bd.icmp_signed("==", nv, I64(n))):
+            amx.multiply(bd, n, c, rs_c, a, rs_a, step_a, b, words, adding, prefetch)
+
+
+@intrinsic
+def configure(typingctx: Any, like: Any, rows: Any) -> Any:
+    """Prepare this thread for products of `like`'s type by tiles of `rows`; needed where `amx` multiplies them."""
+
+    def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
+        if like.dtype == BF16 and HOST.tiles:
+            amx.configure(bd, args[1])
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64), codegen
+
+
 @intrinsic
 def microkernel(
     typingctx: Any, like: Any, nv: Any, a: Any, rs_a: Any, b: Any, rs_b: Any, c: Any, rs_c: Any, words: Any, mode: Any,
     ahead: Any,
 ) -> Any:  # fmt: skip
-    """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1.
+    """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1; MR stands for `tile_rows(like)`.
 
     mode WRITE: C :=;  ADD: C +=.
 
     `like` is any array of the operands' type: float32, or uint16 for pairs of bfloat16. a, b and c are
     addresses; rs_a is in bytes, rs_b and rs_c in words. C is float32. rs_a is None if A is a strip from
-    `gemm.pack_columns`, of MR words for every k: a separate type, so that the step along k is a constant.
+    `gemm.pack_columns`: a separate type, so that its strides are constants. Tiles of `amx` take whole blocks of words,
+    continue the sums of C, and `configure` has set their rows.
 
-    `ahead` is None, or lists of cache lines to prefetch into L2 (soon, gap, step, rounds): round r covers TOGETHER
-    lines, `gap` bytes apart, from soon + r·step. Each step prefetches one line; all at once would delay the loads of B.
+    `ahead` is None, or lists of cache lines to prefetch into L2 (soon, gap, step, rounds): round r covers MR lines,
+    `gap` bytes apart, from soon + r·step. Each step prefetches one line; all at once would delay the loads of B.
     Addresses are computed once per TOGETHER steps, since a step can hide few instructions. Steps of fewer than NV
     vectors hide none and do not prefetch, nor do leftover steps.
     """
@@ -291,16 +316,27 @@ def microkernel(
     multiply = _dot_add if like.dtype == BF16 else _multiply_add
     asks = HOST.ahead and ahead != types.none
     signature = types.void(like, i64, i64, rs_a, i64, i64, i64, i64, i64, i64, ahead)
-    is_strip = rs_a == types.none
+    is_strip, tiles = rs_a == types.none, like.dtype == BF16 and HOST.tiles
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
         _, nv, a, rs_a, b, rs_b, c, rs_c, words, mode, ahead = args
-        rs_a, cs_a = (I64(STRIP[0]), I64(STRIP[1])) if is_strip else (rs_a, I64(4))
         lists = [[bd.extract_value(ahead, (i, j)) for j in range(4)] for i in range(LISTS)] if asks else []
-        ask = _asker(bd, lists, b) if asks else None
+        ask = _asker(bd, lists, b, amx.BLOCK if tiles else TOGETHER) if asks else None
+        adding = bd.icmp_signed("==", mode, I64(ADD))
+        if tiles:
+            rs_a, step_a = (I64(amx.STRIP[0]), I64(amx.STRIP[1])) if is_strip else (rs_a, I64(amx.WIDTH))
+
+            def prefetch(count: int, block: ir.Value, b: ir.Value) -> None:
+                if ask and count == NV:
+                    ask_one = ask(bd.mul(block, I64(amx.BLOCK)))
+                    for line in range(amx.BLOCK):
+                        ask_one(line)
+
+            _multiply_tiles(bd, nv, c, rs_c, a, rs_a, step_a, b, words, adding, prefetch)
+            return context.get_dummy_value()
+        rs_a, cs_a = (I64(STRIP[0]), I64(STRIP[1])) if is_strip else (rs_a, I64(4))
         b, c = _at(bd, b), _at(bd, c)
         c_rows = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(MR)]
-        adding = bd.icmp_signed("==", mode, I64(ADD))
         with bd.if_then(adding):
             for row in c_rows:  # C is needed after the loop
                 for j in range(NV):
@@ -596,6 +632,26 @@ def per_word(array):
 @overload(per_word)
 def _per_word(array):
     return (lambda array: 2) if array.dtype == BF16 else (lambda array: 1)
+
+
+def tile_rows(array):
+    """Return the rows of a tile for products of this type, up to MOST_ROWS."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(tile_rows)
+def _tile_rows(array):
+    return (lambda array: amx.ROWS) if HOST.tiles and array.dtype == BF16 else (lambda array: MR)
+
+
+def block(array):
+    """Return the words along k that products of this type take at once, up to MOST_BLOCK."""
+    raise NotImplementedError("for kernels")
+
+
+@overload(block)
+def _block(array):
+    return (lambda array: amx.BLOCK) if HOST.tiles and array.dtype == BF16 else (lambda array: 1)
 
 
 def f32(x):
