@@ -1,7 +1,6 @@
 """`llmpy bench ops`: each operation of the seam, at the sizes of GPT-2 124M, against the peak that bounds it.
 
-Products are compute-bound: GFLOP/s, against the FMA or bf16-dot peak. All others are memory-bound: GB/s, against the
-stream bandwidth, with
+That is the one that takes more time: of multiply-adds, in GFLOP/s, or of a stream through memory, in GB/s, with
 
     bytes = Σ inputs + 2 · Σ outputs        every output line is read before it is written
 
@@ -119,13 +118,13 @@ BENCH: dict[str, list[Case]] = {
     "cache_fill": [Case(1, T, C=C, NH=12) for T in (64, 1024)],
     "attention_decode": [Case(B, T, C=C, NH=12) for B in (1, 8) for T in (64, 1024)] + [replace(GROUPED, B=1)],
 }
-# Σ over the products of an operation; causal attention computes half of the T² scores.
-FLOPS: dict[str, Callable[[Case], int]] = {
-    "linear_forward": lambda c: (4 if "swiglu" in c.variant else 2) * c.rows * c.C * c.OC,
-    "linear_backward": lambda c: (2 if "frozen" in c.variant else 4) * c.rows * c.C * c.OC,
-    "attention_forward": lambda c: 2 * c.rows * c.T * c.C,
-    "attention_backward": lambda c: 4 * c.rows * c.T * c.C,
-    "classifier": lambda c: {"losses": 2, "frozen": 4, "": 6}[c.variant] * c.rows * c.C * c.Vp,
+# From the arguments of a call: Σ over its products; causal attention computes half of the T² scores.
+FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "linear_forward": lambda a: 2 * a["inp"].size // a["inp"].shape[-1] * a["weight"].size,
+    "linear_backward": lambda a: (2 if a["dweight"] is None else 4) * a["dout"].size * a["weight"].shape[1],
+    "attention_forward": lambda a: 2 * a["out"].size * a["stats"].shape[-1],
+    "attention_backward": lambda a: 4 * a["dout"].size * a["stats"].shape[-1],
+    "classifier": lambda a: (6 - 2 * (a["dinp"] is None) - 2 * (a["dwte"] is None)) * a["inp"].size * a["wte"].shape[0],
 }
 # The arguments of each operation, in the order and notation of the seam: unmarked arrays are of the stored dtype, `:=`
 # and `+=` mark outputs. S: rows of wpe, or positions of a cache. OC' and C': columns that an activation of OC or C has
@@ -236,14 +235,17 @@ def arguments(op: str, c: Case, ops: Any) -> dict[str, Any]:
     return args
 
 
-def moved_bytes(op: str, c: Case, args: dict[str, Any]) -> int:
+def moved_bytes(op: str, args: dict[str, Any]) -> int:
     """Return the bytes that one call moves between memory and caches: every input once, every output twice."""
     written = {text.split()[0] for text in ARGUMENTS[op].split("; ") if text.endswith("=")}
-    # Embeddings access only the rows of the tokens, and the first T of wpe.
-    rows = {"wte": c.rows, "dwte": c.rows, "wpe": c.T} if op.startswith("embedding") else {}
-    rows |= {"out": c.rows, "x": c.rows} if op.endswith("columns") else {}  # C columns of either
+    part = {}  # elements moved, where they are fewer
+    if op.startswith("embedding"):  # the rows of the tokens, and the first T of wpe
+        count, T, C = args["tokens"].size, args["tokens"].shape[-1], args["wte" if "wte" in args else "dwte"].shape[-1]
+        part = {"wte": count * C, "dwte": count * C, "wpe": T * C}
+    elif op.endswith("columns"):  # as many of either
+        part = dict.fromkeys(("out", "x"), min(args["out"].size, args["x"].size))
     return sum(
-        (2 if name in written else 1) * (rows[name] * c.C * x.itemsize if name in rows else x.nbytes)
+        (2 if name in written else 1) * part.get(name, x.size) * x.itemsize
         for name, x in args.items()
         if isinstance(x, np.ndarray)
     )
@@ -252,7 +254,7 @@ def moved_bytes(op: str, c: Case, args: dict[str, Any]) -> int:
 def time_case(
     ops: Any, op: str, case: Case, budget: float, repeats: int, before: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """Return median and minimum ms of a case, and its rate: GFLOP/s for products, GB/s for other operations.
+    """Return median and minimum ms of a case, and its work: 10⁹ FLOPs and bytes.
 
     Calls repeat for `budget` seconds, but at least `repeats` times; `before` runs before each call, untimed.
     """
@@ -266,11 +268,9 @@ def time_case(
         start = time.perf_counter()
         call(*values)
         times.append(time.perf_counter() - start)
-    median = statistics.median(times)
-    work, unit = (FLOPS[op](case), "GFLOP/s") if op in FLOPS else (moved_bytes(op, case, args), "GB/s")
     return {
-        "op": op, "case": str(case), "median_ms": 1e3 * median, "min_ms": 1e3 * min(times), "rate": work / median / 1e9,
-        "unit": unit,
+        "op": op, "case": str(case), "median_ms": 1e3 * statistics.median(times), "min_ms": 1e3 * min(times),
+        "gflop": FLOPS[op](args) / 1e9 if op in FLOPS else 0.0, "gb": moved_bytes(op, args) / 1e9,
     }  # fmt: skip
 
 
@@ -297,7 +297,10 @@ def bench_ops(options: OpsOptions, load: Callable[..., Any] = backend.load) -> d
     peaks = dict(zip(("GFLOP/s", "GB/s"), zip(*rates, rates_of(ops), strict=True), strict=True))
     all_ = {unit: statistics.median(found) for unit, found in peaks.items()}
     for result in results:
-        result["share_of_peak"] = result["rate"] / all_[result["unit"]]
+        floors = {unit: result[work] / all_[unit] for unit, work in (("GFLOP/s", "gflop"), ("GB/s", "gb"))}
+        unit = max(floors, key=lambda name: floors[name])
+        share = 1e3 * floors[unit] / result["median_ms"]
+        result |= {"unit": unit, "rate": share * all_[unit], "share_of_peak": share}
     return {
         "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "isa": ops.isa,
         "peaks": {u: {"one_thread": rate, "all_threads": all_[u]} for u, rate in zip(peaks, one, strict=True)},

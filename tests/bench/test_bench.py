@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import psutil
 import pytest
+from support.flops import FLOPS as BY_SIZE
 from support.laptop import Laptop
 from support.refused import refused
 
@@ -28,7 +30,7 @@ from llmpy.cli import main as cli
 from llmpy.errors import LlmpyError
 from llmpy.formats import config_of
 from llmpy.model.config import LlamaConfig, ModelConfig
-from llmpy.model.families import flops_per_token
+from llmpy.model.families import flops_per_token, trained_table
 from llmpy.options.bench import BenchOptions, DecodeOptions, OpsOptions, PeersOptions
 
 TINY = Case(B=2, T=3, C=4, NH=2, OC=5, V=7, Vp=8, n=9)
@@ -41,7 +43,8 @@ def test_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     shown = json.loads(capsys.readouterr().out)
     assert set(shown) == {
         "median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb",
-        "first_step_ms", "seconds_to_first_step", "dtype", "threads", "step_ms",
+        "first_step_ms", "seconds_to_first_step", "dtype", "threads", "step_ms", "bandwidth_gb_s", "roofline_ms",
+        "share_of_roofline", "operations",
     }  # fmt: skip
     assert shown["peak_gflops"] == 10.0
     assert shown["share_of_peak"] == pytest.approx(shown["gflops"] / 10)
@@ -92,6 +95,21 @@ def test_age_and_memory_of_this_process() -> None:
     assert bench.high_water(2**22 + 1) == 0
 
 
+def test_the_roofline_of_a_step() -> None:
+    """By operation and weight: calls, the least time at 10 GFLOP/s and 20 GB/s, and what bounds it."""
+    found = bench_step(BenchOptions("d1", 2, 8, steps=1), Laptop())
+    rows = {r["op"]: r for r in found["operations"]}
+    C, Vp = 64, ModelConfig.from_dial("d1").padded_vocab_size
+    assert rows["linear_forward 256 x 64"]["calls"] == rows["global_norm"]["calls"] == 1
+    head = rows["classifier"]
+    assert (head["bound"], head["floor_ms"]) == ("arithmetic", pytest.approx(6 * 16 * C * Vp / 1e7))
+    norm, numbers = rows["global_norm"], sum(t.size for t in trained_table(ModelConfig.from_dial("d1")))
+    assert (norm["bound"], norm["floor_ms"]) == ("memory", pytest.approx(4 * numbers / 2e7))
+    assert found["roofline_ms"] == pytest.approx(sum(r["floor_ms"] for r in rows.values()))
+    assert found["share_of_roofline"] == pytest.approx(found["roofline_ms"] / found["median_ms"])
+    assert sum(r["ms"] for r in rows.values()) < 2 * max(found["step_ms"]) + 50
+
+
 def operations() -> set[str]:
     """The operations of the seam on arrays."""
     others = {"empty", "zeros", "to_host", "packed_size", "capture"}
@@ -108,9 +126,16 @@ def test_arguments_are_those_of_the_seam(op: str) -> None:
     args = arguments(op, TINY, Laptop())
     assert list(args) == list(inspect.signature(getattr(Ops, op)).parameters)[1:]
     result = ops_module.time_case(Laptop(), op, TINY, 0.0, 1)
-    assert result["unit"] == ("GFLOP/s" if op in FLOPS else "GB/s")
-    assert result["rate"] > 0
+    assert result["gflop"] == (BY_SIZE[op](TINY) / 1e9 if op in FLOPS else 0)
+    assert result["gb"] > 0
     assert all(np.isfinite(x).all() for x in args.values() if isinstance(x, np.ndarray) and x.dtype.kind == "f")
+
+
+@pytest.mark.parametrize("op", FLOPS)
+def test_flops_of_every_case(op: str) -> None:
+    for variant in {case.variant for case in BENCH[op]}:
+        case = replace(TINY, variant=variant)
+        assert FLOPS[op](arguments(op, case, Laptop())) == BY_SIZE[op](case)
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +165,7 @@ class Mixed(Laptop):
 )
 def test_bytes_that_are_moved(op: str, plain: int, mixed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for machine, expected in ((Laptop(), plain), (Mixed(), mixed)):
-        assert moved_bytes(op, TINY, arguments(op, TINY, machine)) == expected
+        assert moved_bytes(op, arguments(op, TINY, machine)) == expected
 
 
 def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +174,10 @@ def test_ops_prints_a_table_and_one_object(monkeypatch: pytest.MonkeyPatch, caps
     assert [r["op"] for r in numbers["ops"]] == [op for op in BENCH if op != "narrow"]  # nothing to narrow
     assert numbers["peaks"]["GB/s"] == {"one_thread": 20.0, "all_threads": 20.0}
     for r in numbers["ops"]:
-        assert r["share_of_peak"] == pytest.approx(r["rate"] / (10.0 if r["unit"] == "GFLOP/s" else 20.0))
+        limits = {"GFLOP/s": r["gflop"] / 10, "GB/s": r["gb"] / 20}
+        assert limits[r["unit"]] == max(limits.values())
+        assert r["share_of_peak"] == pytest.approx(1e3 * max(limits.values()) / r["median_ms"])
+        assert r["rate"] == pytest.approx(r["share_of_peak"] * (10 if r["unit"] == "GFLOP/s" else 20))
     monkeypatch.setattr(ops_module, "bench_ops", lambda _: numbers)
     assert cli.main(["bench", "ops", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == numbers

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.flops import FLOPS
 from support.laptop import Laptop
 from support.samples import in_memory
 
 from llmpy.backend.recorder import Recorder
-from llmpy.bench.ops import FLOPS, Case, arguments
+from llmpy.bench.ops import Case, arguments
 from llmpy.cli import main as cli
 from llmpy.distributed.cost import communication
 from llmpy.formats import huggingface
