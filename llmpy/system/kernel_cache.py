@@ -31,6 +31,12 @@ config: Any = numba.config
 ELSEWHERE = "Set LLMPY_CACHE_DIR to a folder that only you can write to"
 
 
+if config.CPU_FEATURES is None and "+avx512f" in codegen.get_host_cpu_features():
+    # On Intel's CPUs LLVM gives loops vectors of 256 bits: older ones slowed down for wider vectors. Products have
+    # these anyway, and attention is a third faster with them (dev/LOG.md#vectors-of-512-bits).
+    config.CPU_FEATURES = codegen.get_host_cpu_features() + ",-prefer-256-bit"
+
+
 @functools.cache
 def _may_use_tiles() -> bool:
     """Ask Linux for AMX's registers. A process must, before it uses them; some sandboxes refuse."""
