@@ -40,7 +40,7 @@ COIN = Xorshift64Star(1)  # unused by greedy choices
 
 def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict[str, Any]:
     """Return rates in tokens/s, GB/s (10⁹ bytes) and GFLOP/s, times in ms, memory in MB of 10⁶ bytes."""
-    o, config = options, config_of(options.model)
+    o, config = options, config_of(options.model, vocab_size=options.vocab_size)
     longest = max(o.prompt_tokens + WARM_TOKENS + o.tokens, o.prefill)
     if longest > config.context:
         what = f"{longest} tokens exceed the context of {o.model} ({config.context})"
@@ -83,8 +83,8 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
         "weights_mb": weights / 1e6, "weights_gb_s": rate, "reading_gb_s": reading, "triad_gb_s": triad,
         "prefill_tokens": o.prefill, "prefill_ms": prefill, "prefill_gflops": gflops, "peak_gflops": peak,
         "prefill_share_of_peak": gflops / peak, "batch_size": o.batch_size, "prompt_tokens": o.prompt_tokens,
-        "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "peak_rss_mb": peak_memory() / 1e6,
-        "token_ms": times,
+        **ops.version_info(), "dtype": np.dtype(ops.dtype).name, "threads": ops.threads,
+        "peak_rss_mb": peak_memory() / 1e6, "token_ms": times,
     }  # fmt: skip
 
 

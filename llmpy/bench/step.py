@@ -40,7 +40,7 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
 
     Times in ms, rates in GFLOP/s and tokens/s, memory in MB of 10⁶ bytes.
     """
-    o, config = options, config_of(options.model, lora=options.lora)
+    o, config = options, config_of(options.model, lora=options.lora, vocab_size=options.vocab_size)
     B, T = o.batch_size, o.sequence_length
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     training = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
@@ -90,7 +90,8 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
         "median_ms": median, "min_ms": min(times), "gflops": gflops, "peak_gflops": peak,
         "share_of_peak": gflops / peak, "bandwidth_gb_s": bandwidth, "roofline_ms": roofline,
         "share_of_roofline": roofline / median, "tokens_per_s": 1e3 * B * T / median, "peak_rss_mb": memory / 1e6,
-        **first, "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "step_ms": times, "operations": operations,
+        **first, **ops.version_info(), "dtype": np.dtype(ops.dtype).name, "threads": ops.threads, "step_ms": times,
+        "operations": operations,
     }  # fmt: skip
 
 

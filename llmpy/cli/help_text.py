@@ -66,4 +66,9 @@ example, in ~/.bashrc (zsh: in ~/.zshrc, after compinit):
   eval "$(llmpy completion bash)\"""",
     "bench step": "example:\n  llmpy bench step --model gpt2 -B 4 -T 64 --dtype float32",
     "bench ops": "example:\n  llmpy bench ops --op linear_forward --dtype bfloat16",
+    "bench peers": """\
+examples:
+  llmpy bench peers --model gpt2 -B 4 -T 1024 --rounds 1 --steps 2
+  llmpy bench peers --model d3 --vocab-size 512 -B 4 -T 128 --json d3.json
+  llmpy bench peers --decoding -B 1 -T 512 --steps 64""",
 }

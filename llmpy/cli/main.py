@@ -218,7 +218,7 @@ def run(arguments: Sequence[str]) -> int:
         raise LlmpyError("system.no-folder", "the current folder no longer exists", "Change to another: cd") from None
     given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    with on_signal(stop) if found.verb.name in ("data", "convert", "plot") else contextlib.nullcontext():
+    with on_signal(stop) if found.verb.name in ("data", "convert", "plot", "bench peers") else contextlib.nullcontext():
         return int(found.verb.call(found.verb.options.gather(given)))
 
 

@@ -51,19 +51,24 @@ def no_model(text: str) -> LlmpyError:
     return LlmpyError("model.missing", f"no model {text}", hint)
 
 
-def config_of(text: str, log: Callable[[str], None] = aside, lora: int | None = None) -> ModelConfig:
+def config_of(
+    text: str, log: Callable[[str], None] = aside, lora: int | None = None, vocab_size: int | None = None
+) -> ModelConfig:
     """Return the shape of a dial (`d12`, `llama:d6`), or of a model at a path or on the hub, without its weights.
 
-    `lora`: with adapters of this rank. Raises LlmpyError.
+    `lora`: with adapters of this rank. `vocab_size`: of a dial only. Raises LlmpyError.
     """
-    config = _shape_of(text, log)
+    config = _shape_of(text, log, vocab_size)
     return config if lora is None else with_adapters(config, lora)
 
 
-def _shape_of(text: str, log: Callable[[str], None]) -> ModelConfig:
+def _shape_of(text: str, log: Callable[[str], None], vocab_size: int | None) -> ModelConfig:
     try:
-        return ModelConfig.from_dial(text)
+        return ModelConfig.from_dial(text, vocab_size)
     except LlmpyError as error:
+        if vocab_size is not None and (hub.is_name(text) or os.path.exists(text)):
+            what = f"--vocab-size is for sizes of --model; {text} has its own vocabulary"
+            raise LlmpyError("option.conflict", what, "Drop --vocab-size") from None
         if hub.is_name(text):
             return huggingface.read_config(hub.config_file(text, log))[1]
         if not os.path.exists(text):

@@ -8,6 +8,7 @@ from pathlib import Path
 from .fields import POSITIVE, Options, Reported, option, refusal
 
 SHAPE_TEXT = "model size, as in llmpy train, or a model's folder or hub name, of which only config.json is read"
+VOCAB_TEXT = "vocabulary of a model size (default: 50257 as in GPT-2)"
 LORA_TEXT = "with adapters of rank R on all linear layers, as in llmpy train"
 
 OPS = (
@@ -28,6 +29,7 @@ class DecodeOptions(Reported):
     prompt_tokens: int = option(32, "prompt length in tokens", within=POSITIVE)
     tokens: int = option(64, "tokens to decode", within=POSITIVE)
     prefill: int = option(512, "tokens of the prefill", within=POSITIVE)
+    vocab_size: int | None = option(None, VOCAB_TEXT, within=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Step(Options):
     model: str = option("gpt2", "model size, as in llmpy train")
     batch_size: int = option(4, "sequences per batch", "-B", within=POSITIVE)
     sequence_length: int = option(64, "tokens per sequence", "-T", within=POSITIVE)
+    vocab_size: int | None = option(None, VOCAB_TEXT, within=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class OpsOptions(Reported):
 class PeersOptions(Step):
     """`llmpy bench peers`."""
 
+    decoding: bool = option(
+        False, "decode with -B texts, after prompts of -T tokens, instead of training; a step is a token of each"
+    )
     steps: int = option(5, "steps per program and round", within=POSITIVE)
     rounds: int = option(3, "runs per program, interleaved with the others", within=POSITIVE)
     threads: int | None = option(None, "CPU threads of each program (default: one per core)", within=POSITIVE)
@@ -69,6 +75,9 @@ class PeersOptions(Step):
     )
     without: tuple[str, ...] | None = option(None, "skip programs with such a word in their name", metavar="WORD")
     torch_python: Path | None = option(None, "Python interpreter with PyTorch (default: this one)", metavar="FILE")
+    llama_python: Path | None = option(
+        None, "Python interpreter with llama-cpp-python, for --decoding (default: this one)", metavar="FILE"
+    )
     json: Path | None = option(None, "write all measurements to this file", metavar="FILE")
 
     def __post_init__(self) -> None:

@@ -43,8 +43,8 @@ def test_step_prints_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     shown = json.loads(capsys.readouterr().out)
     assert set(shown) == {
         "median_ms", "min_ms", "gflops", "peak_gflops", "share_of_peak", "tokens_per_s", "peak_rss_mb",
-        "first_step_ms", "seconds_to_first_step", "dtype", "threads", "step_ms", "bandwidth_gb_s", "roofline_ms",
-        "share_of_roofline", "operations",
+        "first_step_ms", "seconds_to_first_step", "dtype", "isa", "numpy", "threads", "step_ms", "bandwidth_gb_s",
+        "roofline_ms", "share_of_roofline", "operations",
     }  # fmt: skip
     assert shown["peak_gflops"] == 10.0
     assert shown["share_of_peak"] == pytest.approx(shown["gflops"] / 10)
@@ -74,6 +74,17 @@ def test_a_step_and_a_token_of_every_family(tmp_path: Path) -> None:
     assert found["weights_mb"] == pytest.approx(4e-6 * config.matrix_parameters)
     with refused("bench.unsupported-model", "llama:d6", "bench step"):
         bench_peers(PeersOptions("llama:d6"), print)
+
+
+def test_another_vocabulary_of_a_size_only(tmp_path: Path) -> None:
+    config = ModelConfig.from_dial("d1", 300)
+    found = bench_step(BenchOptions("d1", 1, 8, 300, steps=1), Laptop())
+    assert found["gflops"] == pytest.approx(flops_per_token(config, 8) * 8 / found["median_ms"] / 1e6)
+    found = bench_decode(DecodeOptions("d1", prompt_tokens=4, tokens=2, prefill=8, vocab_size=300), Laptop())
+    assert found["weights_mb"] == pytest.approx(4e-6 * config.matrix_parameters)
+    for name in (str(tmp_path), "someone/model"):
+        with refused("option.conflict", "--vocab-size", name):
+            bench_step(BenchOptions(name, vocab_size=300), Laptop())
 
 
 def test_every_step_is_a_line_as_llmc_prints_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,11 @@
-"""`bench peers` with fake programs, and its errors."""
+"""`bench peers` with fake programs, and its errors; the fake llama.cpp checks what it is given."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ LINES = 'for n in 1 2 3 4 5 6 7; do echo "step $n: train loss 5.3 (took ${n}0.5 
 
 
 def printing(name: str, dtype: str, milliseconds: float) -> Peer:
-    """A program that prints the lines of two warm-up steps and three more."""
+    """A program that prints the lines of two warm-up steps and three more, then its version as JSON."""
     lines = "".join(f"step {n}: train loss 5.3 (took {milliseconds + n} ms)\n" for n in (90, 91, 0, 2, 1))
-    return Peer(name, dtype, [sys.executable, "-c", f"import time; print({lines!r}, flush=True); time.sleep(9)"])
+    code = f'import time; print({lines!r}, flush=True); time.sleep(0.1); print(\'{{"isa": "{name}", "step_ms": []}}\')'
+    return Peer(name, dtype, [sys.executable, "-c", code])
 
 
 @pytest.fixture
@@ -52,7 +54,11 @@ def test_all_are_compared(pretended: None, tmp_path: Path, capsys: pytest.Captur
     assert by_name["llm.c"]["step_ms"] == [30.5, 40.5, 50.5] * 2  # without the first two of a process
     assert by_name["llm.c"]["ratio"] == pytest.approx(40.5 / 11)
     assert by_name["llm.c"]["peak_rss_mb"] > 1
-    assert numbers["failed"] == {}
+    assert (numbers["failed"], by_name["PyTorch bf16"]["isa"]) == ({}, "PyTorch bf16")
+    given = "--batch-size 2 --sequence-length 8 --steps 3 --rounds 2 --peer"
+    assert numbers["command"].startswith(f"llmpy bench peers {given} 'llm.c=") and "json" not in numbers["command"]
+    assert cli.build_parser().parse_args(shlex.split(numbers["command"])[1:]).without == ["Torch fp32"]
+    assert numbers["machine"]["memory_gb"] > 0.1 and numbers["date"].startswith("20")
     assert re.search(r"PyTorch bf16 +31.0 +30.0 +516 +\d+ +5.17\n", shown.out)
     assert [shown.err.splitlines()[n] for n in (0, 4)] == [f"round {n}/2  llm.py fp32 11.0 ms" for n in (1, 2)]
 
@@ -126,6 +132,7 @@ def test_the_environment_of_a_command() -> None:
         ("--rounds 0", ["--rounds 0"]),
         ("--model d1x", ["d1x"]),
         ("-T 2000", ["-T 2000", "gpt2", "1024", "[model.context-exceeded]"]),
+        ("--decoding -T 1000 --steps 21", ["-T 1000 and 25 tokens", "gpt2", "1024", "[model.context-exceeded]"]),
         ("--json none/x.json", ["none/x.json", "[file.unwritable]"]),
     ],
 )
@@ -139,35 +146,95 @@ def test_errors(pretended: None, line: str, parts: list[str], capsys: pytest.Cap
 def test_torch_peers_get_the_same_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(peers, "tcmalloc", lambda: "libtcmalloc_minimal.so.4")
     monkeypatch.setenv("LD_PRELOAD", "liba.so")
-    options = PeersOptions("d2", 3, 16, steps=4, torch_python=Path("/no/python"))
+    options = PeersOptions("d2", 3, 16, 300, steps=4, torch_python=Path("/no/python"))
     found = peers.torch_peers(options, 2)
     assert capsys.readouterr().err == "PyTorch runs with libtcmalloc_minimal.so.4 preloaded\n"
     names = ["PyTorch fp32", "PyTorch bf16", "torch.compile fp32", "torch.compile bf16"]
     assert [p.name for p in found] == names
     command: Any = found[3].command
-    size = {"layers": 2, "heads": 2, "channels": 128, "context": 1024, "vocab_size": 50257, "padded_vocab_size": 50304}
-    work = {"model": size, "B": 3, "T": 16, "steps": 6, "threads": 2, "dtype": "bfloat16"}
+    size = {"layers": 2, "heads": 2, "channels": 128, "context": 1024, "vocab_size": 300, "padded_vocab_size": 384}
+    work = {"model": size, "B": 3, "T": 16, "steps": 6, "threads": 2, "dtype": "bfloat16", "decoding": False}
     assert json.loads(command[2]) == {**work, "compile": True}
     assert found[0].environment["LD_PRELOAD"] == "liba.so libtcmalloc_minimal.so.4"
     assert found[0].environment["OMP_NUM_THREADS"] == "2"
-    assert peers.TORCH_STEP.is_file()
+    assert peers.TORCH_PEER.is_file()
     with refused("bench.cannot-run", "No such file or directory"):
         found[0].run(1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert peers.torch_peers(PeersOptions(), 2) == []
-    assert "--torch-python" in capsys.readouterr().err
+    assert peers.torch_peers(PeersOptions(), 2) == peers.llama_peers(PeersOptions(decoding=True), 2, Path()) == []
+    assert re.search(r"--torch-python\n.*--llama-python\n", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="no PyTorch")
+@pytest.mark.parametrize("decoding", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_torch_program_trains(dtype: str) -> None:
-    size = {"layers": 1, "heads": 2, "channels": 8, "context": 8, "vocab_size": 60, "padded_vocab_size": 64}
-    work = {"B": 2, "T": 8, "steps": 4, "threads": 1, "dtype": dtype, "compile": False}
-    peer = Peer("x", dtype, [sys.executable, str(peers.TORCH_STEP), json.dumps({"model": size, **work})])
-    assert len(peer.run(2)) == 2
+def test_the_torch_program_trains_and_decodes(dtype: str, decoding: bool) -> None:
+    size = {"layers": 1, "heads": 2, "channels": 8, "context": 16, "vocab_size": 60, "padded_vocab_size": 64}
+    work = {"B": 2, "T": 8, "steps": 4, "threads": 1, "dtype": dtype, "compile": False, "decoding": decoding}
+    peer = Peer("x", dtype, [sys.executable, str(peers.TORCH_PEER), json.dumps({"model": size, **work})])
+    assert len(peer.run(2)) == (4 if decoding else 2)
+    assert peer.reports[0]["torch"] and ("prefill_ms" in peer.reports[0]) is decoding
 
 
-def test_our_commands_parse() -> None:
-    for peer in peers.our_peers(PeersOptions("d1", 2, 8, steps=3), 1):
-        words = peer.command[3:]
-        assert cli.build_parser().parse_args(words).dtype == peer.dtype  # type: ignore[arg-type]
+@pytest.mark.parametrize("decoding", [False, True])
+def test_our_commands_parse(decoding: bool) -> None:
+    options = PeersOptions("d1", 2, 8, 300, decoding=decoding, steps=3)
+    for peer in peers.our_peers(options, 1):
+        found = cli.build_parser().parse_args(peer.command[3:])  # type: ignore[arg-type]
+        work = {"dtype": peer.dtype, "model": "d1", "batch_size": 2, "vocab_size": 300, "threads": 1, "json": True}
+        more = {"prompt_tokens": 8, "prefill": 8, "tokens": 3} if decoding else {"sequence_length": 8, "steps": 3}
+        assert vars(found).items() >= (work | more).items()
+
+
+LLAMA = '''
+"""llama_cpp, for a vocabulary of 300: after token t at position p of text s comes 7 t + 11 p + 13 s."""
+from ctypes import POINTER, c_float, cast
+from types import SimpleNamespace as New
+
+__version__, kept = "9.9", {}
+llama_backend_init = llama_model_default_params = llama_context_default_params = llama_get_memory = lambda *_: New()
+llama_model_load_from_file = lambda path, _: open(path, "rb").read(4) == b"GGUF" and New()
+llama_init_from_model = lambda model, settings: model and settings
+llama_print_system_info = lambda: b"AVX"
+
+def llama_batch_init(n, embd, texts):
+    return New(token=[0] * n, pos=[0] * n, logits=[0] * n, n_seq_id=[0] * n, seq_id=[[0] for _ in range(n)])
+
+def llama_memory_seq_rm(memory, text, start, end):
+    kept[text] = 0
+
+def llama_decode(context, batch):
+    for i in range(batch.n_tokens):
+        (text,), p = batch.seq_id[i], batch.pos[i]
+        assert batch.n_seq_id[i] == 1 and text < context.n_seq_max and p == kept[text]
+        kept[text] += 1
+        if p >= 4:
+            assert batch.logits[i] and batch.token[i] == expected[text], (batch.token[i], expected)
+        if batch.logits[i]:
+            expected[text] = (7 * batch.token[i] + 11 * p + 13 * text) % 300
+            rows[i] = (c_float * 300)()
+            rows[i][expected[text]] = 1
+    assert sum(kept.values()) <= context.n_ctx
+    return 0
+
+llama_get_logits_ith = lambda context, i: cast(rows[i], POINTER(c_float))
+expected, rows = {}, {}
+'''
+
+
+def test_llama_cpp_decodes_our_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Each text continues with the likeliest token, at the next position."""
+    (tmp_path / "llama_cpp.py").write_text(LLAMA, "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(peers, "our_peers", lambda o, t: [])
+    line = "bench peers --decoding --model d1 --vocab-size 300 -B 3 -T 4 --steps 5 --rounds 1 --without Torch"
+    file = tmp_path / "found.json"
+    assert cli.main([*line.split(), "--llama-python", sys.executable, "--json", str(file)]) == 0, capsys.readouterr()
+    numbers = json.loads(file.read_text())
+    assert [(p["name"], p["dtype"]) for p in numbers["peers"]] == [
+        ("llama.cpp fp32", "float32"), ("llama.cpp bf16", "bfloat16")
+    ]  # fmt: skip
+    for p in numbers["peers"]:
+        assert (p["llama_cpp_python"], p["features"], len(p["step_ms"])) == ("9.9", "AVX", 5)
+        assert p["prefill_ms"] > 0 and p["tokens_per_s"] == pytest.approx(3e3 / p["median_ms"])
+    assert "decoding with d1 with 300 tokens, 3 texts after 4 tokens" in capsys.readouterr().out
