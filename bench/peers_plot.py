@@ -1,6 +1,6 @@
 """Plot the output of `llmpy bench peers --json FILE`: a box of all step times per program. Requires matplotlib.
 
-python bench/peers_plot.py peers.json docs/peers.png
+python bench/peers_plot.py bench/results/CPU-WORK.json docs/peers.png
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from llmpy.bench.peers import work_of
 
 COLOURS = {"float32": "#7aa6c2", "bfloat16": "#e0a458"}
 
@@ -28,11 +30,10 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
         axes.annotate(text, place, (0, 4), textcoords="offset points", ha="center")
     axes.set_xticks(range(1, len(peers) + 1), [p["name"] for p in peers], rotation=25, ha="right")
     axes.set_ylim(0, 1.08 * max(max(p["step_ms"]) for p in peers))  # room for the numbers above the boxes
-    axes.set_ylabel("ms a step")
+    axes.set_ylabel("ms a token" if numbers["decoding"] else "ms a step")
     axes.legend(handles=[Patch(color=COLOURS[t], label=t) for t in sorted({p["dtype"] for p in peers})])
     axes.grid(axis="y", alpha=0.3)
-    work = f"{numbers['model']}, {numbers['batch_size']} x {numbers['sequence_length']} tokens"
-    axes.set_title(f"A training step of {work}, {numbers['threads']} threads ({numbers['machine']['cpu']})", size=10)
+    axes.set_title(f"{work_of(numbers)}, {numbers['threads']} threads ({numbers['machine']['cpu']})", size=10)
     figure.savefig(path, dpi=150)
 
 

@@ -299,7 +299,7 @@ def repeated(o: PeersOptions) -> str:
 
 def work_of(n: dict[str, Any]) -> str:
     """Return the work of a report in words."""
-    model = n["model"] + (f" with {n['vocab_size']} tokens" if n["vocab_size"] else "")
+    model = n["model"] + (f" (vocabulary {n['vocab_size']})" if n["vocab_size"] else "")
     if n["decoding"]:
         return f"decoding with {model}, {count_of(n['batch_size'], 'text')} after {n['sequence_length']} tokens"
     return f"a step of {model}, {n['batch_size']} x {n['sequence_length']} tokens"

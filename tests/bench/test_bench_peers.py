@@ -237,4 +237,4 @@ def test_llama_cpp_decodes_our_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for p in numbers["peers"]:
         assert (p["llama_cpp_python"], p["features"], len(p["step_ms"])) == ("9.9", "AVX", 5)
         assert p["prefill_ms"] > 0 and p["tokens_per_s"] == pytest.approx(3e3 / p["median_ms"])
-    assert "decoding with d1 with 300 tokens, 3 texts after 4 tokens" in capsys.readouterr().out
+    assert "decoding with d1 (vocabulary 300), 3 texts after 4 tokens" in capsys.readouterr().out
