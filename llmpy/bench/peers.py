@@ -99,7 +99,8 @@ class Peer:
                         if shell and len(times) == total:  # it may continue; ours print JSON and end
                             break
                     elif not shell and line.startswith("{"):
-                        about |= json.loads(line)
+                        with contextlib.suppress(json.JSONDecodeError):  # a line of another program's log
+                            about |= json.loads(line)
                 else:
                     process.wait()
             finally:
@@ -283,7 +284,8 @@ def report(o: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
 
 def reported(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the median over the rounds of each number and text."""
-    names = [name for name, value in reports[0].items() if isinstance(value, int | float | str)]
+    first, *others = reports
+    names = [n for n, value in first.items() if isinstance(value, int | float | str) and all(n in r for r in others)]
     return {name: statistics.median_low(about[name] for about in reports) for name in names}
 
 

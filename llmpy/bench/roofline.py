@@ -49,15 +49,18 @@ class Recorder:
         found: dict[str, dict[str, Any]] = {}
         for op, args, seconds in self.calls:
             args = dict.fromkeys(NAMES[op]) | args
-            limits = {"arithmetic": FLOPS[op](args) / peak / 1e6 if op in FLOPS else 0.0}
-            limits["memory"] = moved_bytes(op, args) / bandwidth / 1e6
-            bound = max(limits, key=lambda name: limits[name])
+            arithmetic, memory = (
+                FLOPS[op](args) / peak / 1e6 if op in FLOPS else 0.0,
+                moved_bytes(op, args) / bandwidth / 1e6,
+            )
             weight = args.get("weight") if op.startswith("linear") else None
             name = op if weight is None else f"{op} {' x '.join(map(str, np.shape(weight)))}"
-            row = found.setdefault(name, {"op": name, "calls": 0, "ms": 0.0, "floor_ms": 0.0, "bound": bound})
+            row = found.setdefault(name, {"op": name, "calls": 0, "ms": 0.0, "floor_ms": 0.0, "arithmetic": 0.0})
             row["calls"] += 1
             row["ms"] += 1e3 * seconds / steps
-            row["floor_ms"] += limits[bound] / steps
+            row["floor_ms"] += max(arithmetic, memory) / steps
+            row["arithmetic"] += arithmetic / steps if arithmetic > memory else 0.0
         for row in found.values():
             row["calls"] //= steps
+            row["bound"] = "arithmetic" if row.pop("arithmetic") > row["floor_ms"] / 2 else "memory"
         return sorted(found.values(), key=lambda row: -row["ms"])

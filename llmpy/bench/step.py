@@ -116,6 +116,6 @@ def table(n: dict[str, Any]) -> str:
     for r in n["operations"]:
         share = f"{100 * r['floor_ms'] / r['ms']:.0f} %"
         body.append((r["op"], f"{r['calls']:.0f}", f"{r['ms']:,.2f}", f"{r['floor_ms']:,.2f}", r["bound"], share))
-    between = n["median_ms"] - sum(r["ms"] for r in n["operations"])
-    body.append(("between operations", "", f"{max(0.0, between):,.2f}", "", "", ""))
+    between = n["median_ms"] - sum(r["ms"] for r in n["operations"])  # of other steps: may be negative
+    body.append(("median step − these", "", f"{between:,.2f}", "", "", ""))
     return columns(rows) + "\n\n" + columns(body)

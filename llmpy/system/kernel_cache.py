@@ -22,7 +22,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
-from numba.core import caching, codegen, compiler, serialize
+from numba.core import caching, codegen, compiler, registry, serialize
 
 from .cache import seal, trusted_folder, unseal
 from .terminal import aside
@@ -31,10 +31,25 @@ config: Any = numba.config
 ELSEWHERE = "Set LLMPY_CACHE_DIR to a folder that only you can write to"
 
 
-if config.CPU_FEATURES is None and "+avx512f" in codegen.get_host_cpu_features():
-    # On Intel's CPUs LLVM gives loops vectors of 256 bits: older ones slowed down for wider vectors. Products have
-    # these anyway, and attention is a third faster with them (dev/LOG.md#vectors-of-512-bits).
-    config.CPU_FEATURES = codegen.get_host_cpu_features() + ",-prefer-256-bit"
+def _widen_vectors() -> None:
+    """Let LLVM give loops vectors of 512 bits on Intel's CPUs, as on AMD's.
+
+    It keeps to 256 there, since older ones slowed down for wider vectors; products have these anyway, and attention is
+    a third faster with them (dev/LOG.md#vectors-of-512-bits). Numba fixes the features when it first compiles.
+    """
+    host = codegen.get_host_cpu_features()
+    if config.CPU_FEATURES is None and "+avx512f" in host:
+        config.CPU_FEATURES = host + ",-prefer-256-bit"
+        fixed = registry.cpu_target.target_context.codegen()._tm_features
+        if fixed != config.CPU_FEATURES:
+            config.CPU_FEATURES = fixed
+            aside(
+                "warning: Numba has compiled before the backend of llmpy was loaded. Results may differ in their last "
+                "bits from other runs. Load a model before other code compiles"
+            )
+
+
+_widen_vectors()
 
 
 @functools.cache

@@ -127,3 +127,18 @@ def test_the_reference_agrees_with_itself(case: Case) -> None:
     filled = np.full_like(cache, np.nan)
     ops.cache_fill(filled, qkv)
     assert np.array_equal(filled, cache)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_of_a_query_keeps_negative_zeros(dtype: str) -> None:
+    """Values that cancel to a subnormal of either sign, or to −0 where subnormals are 0."""
+    ops, T, HS = load("cpu", threads=1, dtype=dtype), 33, 16
+    qkv = np.zeros((1, T, 3 * HS), ops.dtype)
+    qkv[0, 0, 2 * HS :], qkv[0, T - 1, 2 * HS :] = 1.3e-38, -1.9e-38
+    out, stats = np.empty((1, T, HS), ops.dtype), np.empty((1, 1, T), np.float32)
+    ops.attention_forward(out, stats, qkv)
+    cache, one = np.zeros((1, 1, 2, T, HS), ops.dtype), np.empty((1, HS), ops.dtype)
+    ops.cache_fill(cache, qkv[:, : T - 1].copy())
+    slot, position = np.zeros(1, np.int32), np.full(1, T - 1, np.int32)
+    ops.attention_decode(one, cache, qkv[:, T - 1].copy(), slot, position)
+    assert np.array_equal(bits(one[0]), bits(out[0, T - 1]))

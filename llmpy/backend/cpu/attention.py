@@ -110,7 +110,7 @@ def _scores(tile, matrix, row, col, turned, first_key, last_key, T, rows, HS, ed
     ld, size = matrix.shape[1], 4 // per_word(matrix)
     a = address(matrix) + size * (row * ld + col)
     width = _cut(min(T, TILE_K))
-    for k in range(first_key, last_key, width):
+    for k in range(first_key, min(last_key, T), width):
         c, panel = address(tile) + 4 * (k - first_key), turned[k * words(matrix, HS) :]
         multiply_panel(c, TILE_K, matrix, a, size * ld, panel, rows, min(width, T - k), HS, WRITE, edge)
 

@@ -8,8 +8,9 @@
 Memory-bound: a token costs one pass over all weights. Packed, they are one stream at full bandwidth; unpacked,
 transposing them in registers took as long as reading them (dev/LOG.md).
 
-Every sum has the order of the training kernels: along k, from zero, cut at KC, then added; softmax by the same
-tiles. A row is bitwise identical here and in a full forward pass, whatever other rows the batch holds.
+Every sum has the order of the training kernels: along k, from zero, cut at KC, then added, or continued from what C
+holds where `amx` multiplies; softmax by the same tiles. A row is bitwise identical here and in a full forward pass,
+whatever other rows the batch holds.
 """
 
 from __future__ import annotations
@@ -301,7 +302,7 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
             for i in range(group):
                 acc, more = sums[i * HS + c : i * HS + c + cols], part[i * NR :]
                 for j in range(cols):
-                    acc[j] = more[j] + (acc[j] if block(qkv) == 1 else ZERO)
+                    acc[j] = more[j] if block(qkv) > 1 else acc[j] + more[j]
     for i in range(group):
         inverse = np.float32(1) / total[i]
         line, acc = out[row, first + i * HS : first + (i + 1) * HS], sums[i * HS : (i + 1) * HS]

@@ -3,7 +3,7 @@
     C (M, N) (+)= A (M, K) · B (K, N)
 
 B is cut into panels of NR columns. A panel is packed, so that the microkernel reads it as one stream and it
-stays in L2, and is then multiplied by every MR rows of A:
+stays in L2, and is then multiplied by every MR rows of A (`tile_rows`):
 
     B (K, N)                            packed panel (words, width)
     ┌──────┬──────┬──────┐              ┌──────────────┐
@@ -13,12 +13,12 @@ stays in L2, and is then multiplied by every MR rows of A:
     └──────┴──────┴──────┘
 
 A is read in place if its words along k are contiguous there; else it is packed in strips of MR rows. K is always cut
-at the same places and summed in that order, on any thread: every element of C is bitwise reproducible.
+at the same places and summed in the same order, on any thread: every element of C is bitwise reproducible.
 
 A word is one float32, or two bfloat16 adjacent along k (`simd`); for odd K the last word's high half is 0. `width` is
 the panel's columns rounded up to whole vectors. Columns beyond the matrix are zeros in the panel; a tile that overlaps
 the edge of C is computed in scratch and copied. Where `amx` multiplies, a tile has 16 rows for MR, panels and strips
-consist of its tiles, and K is filled up with zeros to whole blocks of 16 words.
+consist of its tiles, K is filled up with zeros to whole blocks of 16 words, and sums continue from cut to cut.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ backward   dinp    := dout · weight                               (BT, C)
            dbias   += Σ_rows dout                                  (OC,)
 
 Compute-bound. The packed operand is the weight, or for dweight the input; the other is read in place, except doutᵀ,
-which is packed in strips of MR columns. Sums are float32 in scratch; the epilogue (bias, activation, rounding) and the
+which is packed in strips of columns. Sums are float32 in scratch; the epilogue (bias, activation, rounding) and the
 write happen while a tile is in L1. An item of SwiGLU computes a panel of gate, keeps its sums in scratch, and then the
 panel of up for the same rows and places, with which it writes out.
 The microkernel prefetches while it multiplies: the tile's destination, the weight's next panel, the next rows of A,
@@ -275,7 +275,7 @@ def _add_columns(dbias, packed, like, first, rows, total, add, sums):
             several = strip[start : start + many]
             for j in range(many):  # constant length, for whole vectors
                 sums[j] += _word_sum(like, several[j])
-        for j in range(together, total * R):
+        for j in range(together, total * R):  # none of whole blocks
             sums[j % R] += _word_sum(like, strip[j])
         for j in range(min(R, rows - i)):
             s = sums[j * K]
@@ -319,7 +319,7 @@ def linear_backward(
     pre,         # (BT, C) of GELU, (BT, 2C) of SwiGLU, or (0, 0) for none
     accumulate,  # bool
     scratch,     # (threads, ≥ SCRATCH) f32
-    packed_inp,  # (≥ min(BT, KC)·(C + LANES),) f32, or (0,) without dweight
+    packed_inp,  # (≥ max(MOST_BLOCK, min(BT, KC))·(C + LANES),) f32, or (0,) without dweight
     shared,      # (≥ shared_sums(BT, OC, C),) f32
 ):  # fmt: skip
     BT, OC = dout.shape

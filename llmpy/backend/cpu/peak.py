@@ -29,7 +29,7 @@ ROUNDS = 1 << 14
 def _multiply_adds(typingctx: Any, like: Any, rounds: Any, x: Any, y: Any) -> Any:
     """Do `rounds` times CHAINS vector multiply-adds c := x·y + c, on float32 or pairs of bfloat16, like `like`.
 
-    Return one number that depends on all of them.
+    Return one number that depends on all of them. Where `amx` multiplies bfloat16: its products, and x.
     """
     multiply, tiles = _dot_add if like.dtype == BF16 else _multiply_add, like.dtype == BF16 and HOST.tiles
 

@@ -18,7 +18,7 @@ LLVM vectorises the loops of the other files by itself. It needs help for
           ⋮                  │  ⋮ │  ⋮ │  ⋮ │      MR broadcasts and MR·NV multiply-adds
 
 Operands are 32-bit words: one float32, or two bfloat16 adjacent along k. A step on pairs is two products in one
-instruction (vdpbf16ps), or on other CPUs two float32 multiply-adds on the halves of the words; everything around the
+instruction (vdpbf16ps), or on other CPUs two float32 multiply-adds on the halves of the words, or `amx`; all around the
 microkernel is the same. Numba sees bfloat16 arrays as uint16; f32(x) and to(array, x) convert, rounding to nearest
 even.
 """
@@ -298,7 +298,7 @@ def microkernel(
     typingctx: Any, like: Any, nv: Any, a: Any, rs_a: Any, b: Any, rs_b: Any, c: Any, rs_c: Any, words: Any, mode: Any,
     ahead: Any,
 ) -> Any:  # fmt: skip
-    """C (MR, nv·LANES) := or += A (MR, words) · B (words, nv·LANES), words ≥ 1; MR stands for `tile_rows(like)`.
+    """C (R, nv·LANES) := or += A (R, words) · B (words, nv·LANES), words ≥ 1, R = `tile_rows(like)`.
 
     mode WRITE: C :=;  ADD: C +=.
 
@@ -307,7 +307,7 @@ def microkernel(
     `gemm.pack_columns`: a separate type, so that its strides are constants. Tiles of `amx` take whole blocks of words,
     continue the sums of C, and `configure` has set their rows.
 
-    `ahead` is None, or lists of cache lines to prefetch into L2 (soon, gap, step, rounds): round r covers MR lines,
+    `ahead` is None, or lists of cache lines to prefetch into L2 (soon, gap, step, rounds): round r covers R lines,
     `gap` bytes apart, from soon + r·step. Each step prefetches one line; all at once would delay the loads of B.
     Addresses are computed once per TOGETHER steps, since a step can hide few instructions. Steps of fewer than NV
     vectors hide none and do not prefetch, nor do leftover steps.
