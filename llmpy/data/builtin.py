@@ -1,33 +1,57 @@
-"""Text that comes with Python, to train without a file or a network.
+"""Text that comes with Python and NumPy, to train without a file or a network.
 
-CPython's reference documentation (`pydoc_data.topics`, shown by `help("with")`) is clean technical English: about
-250,000 characters of prose in 169 sections (3.11). It differs between versions of Python: `describe` gives its sha256.
+CPython's reference documentation (`pydoc_data.topics`, shown by `help("with")`) and the docstrings of its standard
+library and of NumPy: technical English, of which only whole sentences are kept, about 900,000 characters. Sources are
+read as text, no module is imported. They differ between versions: `describe` gives the sha256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
+import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from ..errors import LlmpyError
 from ..system.command import command
 from .text import Document
 
-HEADING = re.compile(r"^(?=.+\n([*=\-~^])\1{2,}$)", re.MULTILINE)  # a line underlined in reST
-CODE_SIGNS, PROSE_WORDS = ("::=", ">>>", " = ", "|", "...", "#", "<"), 7
+# A comment, a triple-quoted string (group 2), or another string: each may contain the signs of the others.
+LITERAL = re.compile(r"""#[^\n]*|(\"{3}|'{3})((?:\\.|[^\\])*?)\1|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'""", re.DOTALL)
+NO_DOCUMENTATION = {"tests", "test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages", "dist-packages"}
+MARKUP = re.compile(r":\w+:(?=`)|`+|\*\*?(?=\w)|(?<=\w)\*\*?")
+CODE_SIGNS = ("::=", ">>>", "=", "|", "...", "#", "<", "\\", "http", "@", "{", "}", "~~", "--")
+SENTENCE_WORDS = 20  # of a paragraph: shorter ones are mostly headings, lists and summaries
 FULL_LINE = 52  # characters: a line this long may be wrapped; the documents wrap at about 70
 
 
 def builtin_documents() -> list[Document]:
-    """Return the sections of the documentation. Raises LlmpyError if this distribution of Python omits it."""
+    """Return the documentation by topic and file. Raises LlmpyError if this distribution of Python omits it.
+
+    Each paragraph occurs once: topics contain each other, and validation text must not leak into training.
+    """
     try:
-        return _sections(importlib.import_module("pydoc_data.topics").topics)
+        topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         hint = f"Give a text file: {command('train', '--data', 'book.txt')}"
         raise LlmpyError("data.builtin-missing", "this Python comes without its documentation", hint) from None
+    texts = [(name, [topics[name]]) for name in sorted(topics)]
+    for package in (os, np):
+        texts += _docstrings(Path(str(package.__file__)).parent)
+    seen: set[str] = set()
+    documents = []
+    for name, parts in texts:
+        paragraphs = dict.fromkeys(p for part in parts for p in _prose(part) if p not in seen)
+        seen.update(paragraphs)
+        if paragraphs:
+            documents.append(Document(name, "\n\n".join(paragraphs) + "\n"))
+    return documents
 
 
 def describe(documents: Sequence[Document]) -> str:
@@ -35,44 +59,36 @@ def describe(documents: Sequence[Document]) -> str:
     digest = hashlib.sha256("\0".join(d.text for d in documents).encode()).hexdigest()
     characters = sum(len(d.text) for d in documents)
     return (
-        f"built-in text: the documentation of Python {platform.python_version()}, {len(documents)} documents, "
-        f"{characters:,} characters, sha256 {digest[:12]}"
+        f"built-in text: the documentation of Python {platform.python_version()} and NumPy {np.__version__}, "
+        f"{len(documents)} documents, {characters:,} characters, sha256 {digest[:12]}"
     )
 
 
-def _sections(topics: Mapping[str, str]) -> list[Document]:
-    """Split topics, sorted by name, at their headings; return each section once.
+def _docstrings(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield, for every Python file below a folder, its name and its triple-quoted strings."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - NO_DOCUMENTATION)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                source = path.read_text("utf-8", "replace")
+                yield path.relative_to(root.parent).as_posix(), [m[2] for m in LITERAL.finditer(source) if m[2]]
 
-    Topics contain each other ("with" is a part of "compound"). Unsplit, a fifth of the text would occur twice, and
-    validation text would leak into training.
+
+def _prose(text: str) -> Iterator[str]:
+    """Yield the paragraphs of whole sentences, one line each, without markup.
+
+    A small model has no capacity to spare for grammar, code and tables. These contain signs that sentences lack.
     """
-    seen: set[str] = set()
-    documents = []
-    for name in sorted(topics):
-        text = topics[name]
-        starts = [0, *(m.start() for m in HEADING.finditer(text) if m.start() > 0), len(text)]
-        for start, stop in zip(starts, starts[1:], strict=False):
-            section = text[start:stop].strip()
-            # without heading and underline, whose character depends on the depth of the section
-            body = " ".join(section.split("\n", 2)[2:]).strip()
-            if body and body not in seen:
-                seen.add(body)
-                documents.append(Document(name, _prose(section) + "\n"))
-    return documents
-
-
-def _prose(section: str) -> str:
-    """Return heading and sentences of a section, one line per paragraph, without grammar, code or underlines.
-
-    A small model has no capacity to spare for these. Such lines are short or contain a sign that sentences lack.
-    """
-    heading, *lines = _unwrapped(section).split("\n")
-    kept = [heading.strip()]
-    for line in lines:
-        text = " ".join(line.split()).removeprefix("* ")
-        if len(text.split()) >= PROSE_WORDS and not any(sign in text for sign in CODE_SIGNS):
-            kept.append(text)
-    return "\n\n".join(kept)
+    for line in _unwrapped(inspect.cleandoc(text)).split("\n"):
+        paragraph = " ".join(MARKUP.sub("", line).split()).removeprefix("* ").removeprefix("- ")
+        if (
+            len(paragraph.split()) >= SENTENCE_WORDS
+            and paragraph[0].isupper()
+            and paragraph.endswith((".", ":"))
+            and not any(sign in paragraph for sign in CODE_SIGNS)
+        ):
+            yield paragraph
 
 
 def _unwrapped(text: str) -> str:

@@ -23,7 +23,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 # The limits of a run without --minutes and --steps; the first one reached ends it.
 DEFAULT_MINUTES, DEFAULT_EPOCHS = 3.5, 10  # small datasets overfit after about 8 epochs (dev/LOG.md)
 
-# The prompt of samples on the built-in text (Python's documentation), because documents start with headings.
+# The prompt of samples on the built-in text (the documentation of Python and NumPy): many sentences start so.
 BUILTIN_PROMPT = "If the"  # no trailing space: tokens include the space before a word
 RECIPE_TEXT = f"options of an llm.c script, overridden by flags: {', '.join(RECIPE_NAMES)}"
 
@@ -197,7 +197,9 @@ class TrainOptions(OnMachine):
         if lr is None:
             # 6e-4 as in GPT-3 and llm.c for 768 channels; 2e-3 was the best of three for 192 (dev/LOG.md).
             # 1e-4 as in llm.c's fine-tuning program; adapters need about ten times as much.
-            lr = (6e-4 if self.init is None or self.init_state else 1e-3 if adapters else 1e-4) * 768 / channels
+            # The built-in text has a large vocabulary for its size and batch: 1e-3 for 192 channels.
+            new = 2.5e-4 if self.data is None else 6e-4
+            lr = (new if self.init is None or self.init_state else 1e-3 if adapters else 1e-4) * 768 / channels
         if steps is None and minutes is None:
             steps, minutes = DEFAULT_EPOCHS * self.epoch(tokens), DEFAULT_MINUTES
         if steps == ONE_EPOCH:

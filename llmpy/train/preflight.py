@@ -1,6 +1,6 @@
 """Before training: a summary of the run and its needs, and one error that lists all problems.
 
-time = FLOPs per token · tokens / (0.6 · measured peak)
+time = FLOPs per token · tokens / (share · measured peak)
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from .start import RunStart
 
 T = TypeVar("T")
 MANY_EPOCHS = 20  # the validation loss of the built-in text rises after half of that (dev/LOG.md)
-SHARE_OF_PEAK = 0.6  # assumed for a step, of the multiply-add peak; small models reach less
+# Assumed for a step, of the multiply-add peak. Small models reach less; with AMX memory limits all.
+SHARE_OF_PEAK, SHARE_OF_AMX = 0.6, 0.08
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Preflight:
         """Expected time of a step."""
         o = self.options
         flops = flops_per_token(self.config, o.sequence_length) * o.batch_size * o.sequence_length * o.micro_steps
-        return flops / (SHARE_OF_PEAK * self.peak * 1e9)
+        amx = self.machine.isa == "amx" and self.machine.dtype != self.machine.wide
+        return flops / ((SHARE_OF_AMX if amx else SHARE_OF_PEAK) * self.peak * 1e9)
 
     @property
     def steps(self) -> int:

@@ -59,7 +59,7 @@ def test_builtin(folder, said):
     documents = builtin.builtin_documents()
     assert said[0] == builtin.describe(documents)
     assert "sha256" in said[0]
-    assert 200_000 < sum(len(d.text) for d in documents) < 1_000_000
+    assert 700_000 < sum(len(d.text) for d in documents) < 1_500_000
     assert len({d.text for d in documents}) == len(documents)
     train, val = whole(dataset, "train"), whole(dataset, "val")
     parts = train.split(EOT)[1:], val.split(EOT)[1:]

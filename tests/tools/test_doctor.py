@@ -22,6 +22,7 @@ from llmpy.options.train import DEFAULT_MODEL, TrainOptions
 from llmpy.tools import doctor
 from llmpy.tools.doctor import ERROR, NOTE, OK, Check
 from llmpy.train.memory import memory_of
+from llmpy.train.start import BUILTIN_VOCAB
 
 
 class Meter(Laptop):
@@ -79,7 +80,7 @@ def test_a_machine_that_does_not_load() -> None:
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=512)  # as in `llmpy train`
+    trained = ModelConfig.from_dial(DEFAULT_MODEL, vocab_size=BUILTIN_VOCAB)  # as in `llmpy train`
     needed = memory_of(TrainOptions(), trained, Meter())
     for free, state in ((needed << 4, OK), (needed + 1, NOTE), (needed - 1, ERROR)):
         monkeypatch.setattr(doctor, "available_memory", lambda free=free: free)

@@ -891,8 +891,8 @@ def test_shards_without_a_tokenizer_train_and_sample_as_numbers(
 
 def test_default_options_are_settled() -> None:
     found = TrainOptions().settled(channels=768, tokens=51_300)
-    assert (found.lr, found.steps, found.minutes) == (pytest.approx(6e-4), 1000, 3.5)
-    found = TrainOptions(steps=3).settled(384, 51_300)
+    assert (found.lr, found.steps, found.minutes) == (pytest.approx(2.5e-4), 1000, 3.5)
+    found = TrainOptions(data=(Path("a"),), steps=3).settled(384, 51_300)
     assert (found.lr, found.steps, found.minutes) == (pytest.approx(1.2e-3), 3, None)
     found = TrainOptions(minutes=3, lr=0.1).settled(384, 10)
     assert (found.lr, found.steps, found.minutes) == (0.1, None, 3)
@@ -1013,7 +1013,7 @@ def test_fine_tuning_defaults() -> None:
     assert found.given == {"init"}
     assert found.settled(768, 1000).lr == 1e-4
     assert found.settled(1536, 1000).lr == 5e-5
-    assert TrainOptions.gather({}).settled(768, 1000).lr == 6e-4
+    assert TrainOptions.gather({"data": (Path("d"),)}).settled(768, 1000).lr == 6e-4
     other = TrainOptions.gather({"init": "gpt2", "recipe": "gpt2_124M", "data": (Path("d"),), "clip": 2.0, "lr": 1.0})
     assert (other.schedule, other.clip, other.settled(768, 1000).lr, other.beta2) == ("cosine", 2.0, 1.0, 0.999)
 
