@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from . import Ops
 
+KINDS = ("gpt2", "llama", "lora")  # of models, by the kernels they need
+
 
 class Machine(Ops, Protocol):
     """A backend that can train: the operations, and measurements of the machine they run on."""
@@ -14,11 +16,13 @@ class Machine(Ops, Protocol):
     threads: int
     isa: str
 
-    def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
-        """Return whether the kernels of training these kinds of models are in the cache."""
+    def compiled(self, kinds: Sequence[str] = ("gpt2",), decoding: bool | None = False) -> bool:
+        """Return whether the kernels of these models are in the cache: of training, of decoding or (None) both."""
 
-    def warm_up(self, log: Callable[[str], None], decoding: bool = False, kinds: Sequence[str] = ("gpt2",)) -> None:
-        """Compile the kernels of training, or of decoding, that are not cached, and log that."""
+    def warm_up(
+        self, log: Callable[[str], None], decoding: bool | None = False, kinds: Sequence[str] = ("gpt2",)
+    ) -> None:
+        """Compile those of these kernels that are not cached, and log that."""
 
     def measure_peak(self) -> float:
         """Measure GFLOP/s of multiply-adds in its dtype over all threads (about 0.2 s)."""

@@ -61,6 +61,10 @@ examples:
   llmpy selftest --model gpt2_124M.bin --debug-state gpt2_124M_debug_state.bin
 
 exit codes: 0 every check passed, 1 a check failed""",
+    "warmup": """\
+example, as root for all users, who need the variable too:
+  export LLMPY_CACHE_DIR=/opt/llmpy
+  llmpy warmup""",
     "completion": """\
 example, in ~/.bashrc (zsh: in ~/.zshrc, after compinit):
   eval "$(llmpy completion bash)\"""",

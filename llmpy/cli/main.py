@@ -24,7 +24,14 @@ from ..options.data import DataOptions
 from ..options.fields import Options, Reported, flags_of
 from ..options.llmc_letters import LETTERS, translated
 from ..options.sample_chat import ChatOptions, SampleOptions
-from ..options.tools import CompletionOptions, ConvertOptions, DoctorOptions, PlanOptions, SelftestOptions
+from ..options.tools import (
+    CompletionOptions,
+    ConvertOptions,
+    DoctorOptions,
+    PlanOptions,
+    SelftestOptions,
+    WarmupOptions,
+)
 from ..options.train import TrainOptions
 from ..options.watch import PlotOptions, WatchOptions
 from ..options.yaml_files import as_yaml
@@ -150,6 +157,7 @@ VERBS = (  # in the order of --help
     Verb("plan", PlanOptions, calling("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
     Verb("doctor", DoctorOptions, doctor, "Check this machine and print fixes"),
     Verb("selftest", SelftestOptions, calling("tools.selftest", "selftest", log), "Check the kernels for correctness"),
+    Verb("warmup", WarmupOptions, calling("tools.warmup", "warmup", log), "Compile all kernels into the cache"),
     Verb("bench step", BenchOptions, calling("bench.step", "bench_step"), "Time training steps"),
     Verb("bench ops", OpsOptions, calling("bench.ops", "bench_ops"), "Time each operation"),
     Verb("bench decode", DecodeOptions, calling("bench.decoding", "bench_decode"), "Time generation"),

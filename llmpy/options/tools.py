@@ -1,4 +1,4 @@
-"""Options of `llmpy plan`, `doctor`, `selftest`, `convert` and `completion`."""
+"""Options of `llmpy plan`, `doctor`, `selftest`, `warmup`, `convert` and `completion`."""
 
 from __future__ import annotations
 
@@ -97,4 +97,11 @@ class SelftestOptions(Options):
     model: Path | None = option(None, "model to check, e.g. gpt2_124M.bin (default: a built-in one)", metavar="FILE")
     debug_state: Path | None = option(None, "llm.c's results for --model: gpt2_124M_debug_state.bin", metavar="FILE")
     threads: int | None = option(None, "CPU threads (default: one per core)", within=POSITIVE)
+
+
+@dataclass(frozen=True)
+class WarmupOptions(Options):
+    """`llmpy warmup`."""
+
+
 # fmt: on

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import backend
+from ..backend.machine import KINDS
 from ..data.loader import Loader
 from ..data.shards import Shard
 from ..errors import LlmpyError
@@ -48,7 +49,6 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 MODELS = {"": OWN, "Llama: ": LLAMA, "LoRA: ": with_adapters(LLAMA, rank=3, alpha=1.5)}
 OWN_BATCH = (4, 33)
-KINDS = ("gpt2", "llama", "lora")  # of kernels
 PROMPT = 20  # tokens of the first row before decoding
 OWN_STEPS = 3
 THREADS = (1, 2, 3)
@@ -238,8 +238,7 @@ def _train(model: LanguageModel, debug: llmc.DebugState) -> Iterator[float]:
 def _machine(options: SelftestOptions, dtype: str) -> Any:
     """Return the CPU backend with compiled kernels."""
     ops: Any = backend.load("cpu", threads=options.threads, dtype=dtype)
-    for decoding in (False, True):
-        ops.warm_up(aside, decoding, kinds=KINDS)
+    ops.warm_up(aside, None, KINDS)
     return ops
 
 

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support.refused import refused
 
+from llmpy.backend import load
 from llmpy.backend.cpu import jit, pool
 from llmpy.backend.cpu.jit import fork, inline
 
@@ -50,10 +52,18 @@ def test_every_item_once(threads: int, items: int) -> None:
         assert ((workers >= 0) & (workers < threads)).all()
 
 
-def test_more_threads_than_helpers() -> None:
+@pytest.mark.parametrize("threads", [4 * THREADS, pool.MOST])
+def test_more_threads_than_helpers(threads: int) -> None:
     """Ranges without a worker are done by the others."""
-    times, _ = marked(4 * THREADS, 999)
-    assert (times == 1).all()
+    for items in (threads - 1, 5000):
+        times, _ = marked(threads, items)
+        assert (times == 1).all()
+
+
+@pytest.mark.parametrize("threads", [0, pool.MOST + 1])
+def test_the_board_has_room_for_every_worker(threads: int) -> None:
+    with refused("option.out-of-range", threads):
+        load("cpu", threads=threads)
 
 
 def test_a_worker_starts_with_its_own_range() -> None:

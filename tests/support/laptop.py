@@ -25,7 +25,7 @@ class Laptop(Reference):
         super().__init__(dtype=dtype)
         self.warmed = 0
 
-    def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
+    def compiled(self, kinds: Sequence[str] = ("gpt2",), decoding: bool | None = False) -> bool:
         return True
 
     def measure_peak(self) -> float:
@@ -37,7 +37,9 @@ class Laptop(Reference):
     def measure_reading(self, x: object) -> float:
         return 16.0
 
-    def warm_up(self, log: Callable[[str], None], decoding: bool = False, kinds: Sequence[str] = ("gpt2",)) -> None:
+    def warm_up(
+        self, log: Callable[[str], None], decoding: bool | None = False, kinds: Sequence[str] = ("gpt2",)
+    ) -> None:
         self.warmed += 1
         log("compiling nothing")
 

@@ -338,15 +338,21 @@ class CPU:
             "numba": numba.__version__, "llvmlite": llvmlite.__version__, "numpy": np.__version__,
         }  # fmt: skip
 
-    def compiled(self, kinds: Sequence[str] = ("gpt2",)) -> bool:
-        """Return whether the kernels of training are in the cache."""
-        names = (name for name, _ in smallest_calls(self, kinds) if name not in DECODING_ALONE)
-        return all(kernel_cache.is_cached(name, str(self.dtype)) for name in names)
+    def _calls(self, decoding: bool | None, kinds: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
+        calls = smallest_calls(self, kinds)
+        if decoding is None:
+            return calls
+        return [(name, call) for name, call in calls if (name in DECODING if decoding else name not in DECODING_ALONE)]
 
-    def warm_up(self, log: Callable[[str], None], decoding: bool = False, kinds: Sequence[str] = ("gpt2",)) -> None:
-        """Compile or load the kernels of training, or of `decoding`, by calling each on minimal arrays; log misses."""
-        calls = [(name, call) for name, call in smallest_calls(self, kinds) if name in DECODING or not decoding]
-        calls = [(name, call) for name, call in calls if name not in DECODING_ALONE or decoding]
+    def compiled(self, kinds: Sequence[str] = ("gpt2",), decoding: bool | None = False) -> bool:
+        """Return whether the kernels of training, of `decoding` or (None) of both are in the cache."""
+        return all(kernel_cache.is_cached(name, str(self.dtype)) for name, _ in self._calls(decoding, kinds))
+
+    def warm_up(
+        self, log: Callable[[str], None], decoding: bool | None = False, kinds: Sequence[str] = ("gpt2",)
+    ) -> None:
+        """Compile or load those kernels by calling each on minimal arrays; log misses."""
+        calls = self._calls(decoding, kinds)
         missing = [name for name, _ in calls if not kernel_cache.is_cached(name, str(self.dtype))]
         if missing:
             why = kernel_cache.problem
@@ -399,7 +405,10 @@ def _one(x: float) -> np.ndarray:
 
 
 def smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
-    """Return name and call on minimal arrays of each kernel that models of these kinds need."""
+    """Return name and call on minimal arrays of each kernel that models of these kinds need.
+
+    Those that take longest to compile are at both ends, with those that share their functions (`apart.shared`).
+    """
 
     def w(*shape: int) -> np.ndarray:
         return np.ones(shape, ops.wide)
@@ -419,8 +428,6 @@ def smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[
         ("activation_backward", lambda: ops.activation_backward(a(1, 1), a(1, 1), a(1, 1))),
         ("add_columns", lambda: ops.add_columns(a(1, 1), a(1, 1), 0, 1.0)),
         ("take_columns", lambda: ops.take_columns(a(1, 1), a(1, 1), 0, 1.0)),
-        ("attention_forward", lambda: ops.attention_forward(a(1, 1), w(1, 1, 1), a(1, 3))),
-        ("attention_backward", lambda: ops.attention_backward(a(1, 3), a(1, 1), a(1, 3), a(1, 1), w(1, 1, 1))),
         ("embedding_forward", lambda: ops.embedding_forward(w(1, 1), tokens, a(1, 1), a(1, 1))),
         ("embedding_backward", lambda: ops.embedding_backward(w(1, 1), w(1, 1), w(1, 1), tokens, False)),
         ("layernorm_forward", lambda: ops.layernorm_forward(a(1, 1), *norm, w(1, 1), w(1), w(1))),
@@ -461,4 +468,8 @@ def smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[
     calls.append(("replay", lambda: ops.capture(lambda: [call() for call in replayed])()))
     if ops.dtype != ops.wide:
         calls.append(("narrow", lambda: ops.narrow(a(1), w(1))))
-    return calls
+    return [
+        *calls,
+        ("attention_backward", lambda: ops.attention_backward(a(1, 3), a(1, 1), a(1, 3), a(1, 1), w(1, 1, 1))),
+        ("attention_forward", lambda: ops.attention_forward(a(1, 1), w(1, 1, 1), a(1, 3))),
+    ]

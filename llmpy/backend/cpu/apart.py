@@ -1,7 +1,8 @@
 """Compile kernels in several processes, since Numba compiles one at a time in each; the cache brings them here.
 
-Every process takes the next name that no other has taken, by creating a file. What a helper fails to compile is
-compiled when it is called.
+Every process takes the next name that no other has taken, by creating a file; helpers start at the end, where kernels
+share other functions than those at the start (dev/LOG.md#first-start). What a helper fails to compile is compiled when
+it is called.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def taken(folder: Path, names: Sequence[str]) -> Iterator[str]:
 def shared(names: Sequence[str], *arguments: str) -> Iterator[Iterator[tuple[int, str]]]:
     """Start helpers with these arguments; give the names to compile here, numbered; wait for the helpers."""
     with tempfile.TemporaryDirectory(prefix="llmpy-compile-") as place:
-        command = [sys.executable, "-P", "-c", CODE, place, *arguments, *names]
+        command = [sys.executable, "-P", "-c", CODE, place, *arguments, *reversed(names)]
         several = len(names) > 2 and kernel_cache.FOLDER and not kernel_cache.problem and not few()
         helpers: list[subprocess.Popen[bytes]] = []
         quiet = subprocess.DEVNULL

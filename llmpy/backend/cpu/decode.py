@@ -275,8 +275,9 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
     # A copy, so that a final half word pairs with a zero.
     q = typed(queries, qkv)
     for i in range(group):
-        line, head = q[i * length * per : (i + 1) * length * per], qkv[row, first + i * HS : first + (i + 1) * HS]
-        line[:HS] = head
+        line, head = q[i * length * per : (i + 1) * length * per], qkv[row, first + i * HS :]
+        for c in range(HS):  # assigning an array compiles for two seconds: Numba formats its errors
+            line[c] = head[c]
         line[HS:] = 0
     sums[:] = ZERO
     top[:] = MINUS_INFINITY
@@ -297,7 +298,8 @@ def _attention_item(worker, item, out, cache, qkv, slots, positions, scratch):
             part[:] = ZERO
             if block(qkv) > 1:  # as in `_linear_item`; whole vectors of part, since cols may be fewer
                 for i in range(group):
-                    part[i * NR : i * NR + cols] = sums[i * HS + c : i * HS + c + cols]
+                    for j in range(cols):
+                        part[i * NR + j] = sums[i * HS + c + j]
             _multiply_few(qkv, address(part), NR, address(p), size * TILE_K, panel, group, cols, n)
             for i in range(group):
                 acc, more = sums[i * HS + c : i * HS + c + cols], part[i * NR :]
