@@ -1,7 +1,7 @@
 """Text that comes with Python and NumPy, to train without a file or a network.
 
 CPython's reference documentation (`pydoc_data.topics`, shown by `help("with")`) and the docstrings of its standard
-library and of NumPy: technical English, of which only whole sentences are kept, about 900,000 characters. Sources are
+library and of NumPy: technical English, of which only whole sentences are kept, about a million characters. Sources are
 read as text, no module is imported. They differ between versions: `describe` gives the sha256.
 """
 
