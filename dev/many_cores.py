@@ -68,7 +68,7 @@ def forks_of(op: str, a: dict[str, Any], threads: int) -> list[Items]:
     """Return the forks of an operation."""
     if op.startswith("linear"):
         out = a["dout" if "dout" in a else "out"]
-        rows, (OC, C) = out.size // out.shape[-1], a["weight"].shape
+        rows, OC, C = out.size // out.shape[-1], out.shape[-1], a["weight"].shape[1]
         return product(rows, OC, C, out.dtype.itemsize == 2, threads, "dout" in a, a.get("dweight", 0) is None)
     if op == "classifier":
         rows, (OC, C), narrow = a["inp"].size // a["inp"].shape[-1], a["wte"].shape, a["wte"].dtype.itemsize == 2
