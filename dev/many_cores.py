@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import heapq
-import statistics
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -158,10 +157,10 @@ def measured(o: argparse.Namespace, threads: int) -> tuple[list[Any], float, flo
         optimizer.step(1e-4)
         times.append(clock() - start)
         steps.append(recorder.calls)
-    calls = [(op, dict.fromkeys(roofline.NAMES[op]) | a, statistics.median(s[i][2] for s in steps[1:]))
+    calls = [(op, dict.fromkeys(roofline.NAMES[op]) | a, min(s[i][2] for s in steps[1:]))
              for i, (op, a, _) in enumerate(steps[-1])]  # fmt: skip
     rest = min(t - sum(seconds for _, _, seconds in s) for t, s in zip(times[1:], steps[1:], strict=True))
-    return calls, rest, statistics.median(times[1:])
+    return calls, rest, min(times[1:])
 
 
 def main() -> None:
