@@ -13,7 +13,6 @@ import functools
 import heapq
 import time
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -21,9 +20,9 @@ import numpy as np
 from llmpy import backend
 from llmpy.backend.cpu import CLASSIFIER_ROWS, linear, simd
 from llmpy.backend.machine import Machine
-from llmpy.bench import roofline
 from llmpy.bench.ops import FLOPS, moved_bytes
-from llmpy.bench.step import config_of
+from llmpy.bench.roofline import TimedOps
+from llmpy.formats import config_of
 from llmpy.model.families import language_model
 from llmpy.model.initialise import initialise
 from llmpy.system.terminal import aside
@@ -139,11 +138,10 @@ def predicted(calls: list[Any], rest: float, threads: int, o: argparse.Namespace
 def measured(o: argparse.Namespace, threads: int) -> tuple[list[Any], float, float]:
     """Return the calls of a step with their seconds, those of Python, and the step's: CPU time if `threads` is 1."""
     clock = time.thread_time if threads == 1 else time.perf_counter
-    roofline.time = SimpleNamespace(perf_counter=clock)  # type: ignore[assignment]
-    recorder = roofline.Recorder(backend.load("cpu", threads=threads, dtype=o.dtype))
+    timed = TimedOps(backend.load("cpu", threads=threads, dtype=o.dtype), clock)
     config = config_of(o.model)
-    model = language_model(config, cast(Machine, recorder))
-    recorder.warm_up(aside, kinds=config.kinds)
+    model = language_model(config, cast(Machine, timed))
+    timed.warm_up(aside, kinds=config.kinds)
     initialise(model.params, model.config)
     model.store_weights()
     model.reserve(o.B, o.T, training=True)
@@ -151,14 +149,13 @@ def measured(o: argparse.Namespace, threads: int) -> tuple[list[Any], float, flo
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, o.B, o.T), dtype=np.int32)
     times, steps = [], []
     for n in range(STEPS + 1):
-        recorder.calls, recorder.on = [], n > 0  # the first touches memory
+        timed.calls, timed.on = [], n > 0  # the first touches memory
         start = clock()
         model.loss_and_grads(*tokens)
         optimizer.step(1e-4)
         times.append(clock() - start)
-        steps.append(recorder.calls)
-    calls = [(op, dict.fromkeys(roofline.NAMES[op]) | a, min(s[i][2] for s in steps[1:]))
-             for i, (op, a, _) in enumerate(steps[-1])]  # fmt: skip
+        steps.append(timed.calls)
+    calls = [(op, a, min(s[i][2] for s in steps[1:])) for i, (op, a, _) in enumerate(steps[-1])]
     rest = min(t - sum(seconds for _, _, seconds in s) for t, s in zip(times[1:], steps[1:], strict=True))
     return calls, rest, min(times[1:])
 

@@ -134,11 +134,9 @@ def tree(pid: int) -> list[psutil.Process]:
 def our_peers(o: PeersOptions, threads: int) -> list[Peer]:
     """Return this program in both dtypes."""
     T, steps = o.sequence_length, o.steps
-    work = (
-        f"step -T {T} --steps {steps}"
-        if not o.decoding
-        else f"decode --prompt-tokens {T} --prefill {T} --tokens {steps}"
-    )
+    work = f"step -T {T} --steps {steps}"
+    if o.decoding:
+        work = f"decode --prompt-tokens {T} --prefill {T} --tokens {steps}"
     work += f" --model {o.model} -B {o.batch_size} --threads {threads} --json"
     work += f" --vocab-size {o.vocab_size}" if o.vocab_size else ""
     words = [sys.executable, "-m", "llmpy", "bench", *work.split()]
@@ -225,9 +223,10 @@ def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]
     if config.family != "gpt2":
         what = f"--model {o.model} is a {config.family.title()}; the other programs run GPT-2"
         raise LlmpyError("bench.unsupported-model", what, "Use a size of GPT-2, or llmpy bench step")
-    decoded = (WARM_TOKENS + o.steps) * o.decoding
+    decoded = WARM_TOKENS + o.steps if o.decoding else 0
     if o.sequence_length + decoded > config.context:
-        what = f"-T {o.sequence_length}{f' and {decoded} tokens' * bool(decoded)} exceeds the context of {o.model}"
+        more = f" and {decoded} tokens" if decoded else ""
+        what = f"-T {o.sequence_length}{more} exceeds the context of {o.model}"
         raise LlmpyError("model.context-exceeded", f"{what} ({config.context})", "Use a smaller -T")
     threads = cores() if o.threads is None else o.threads
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,9 @@ operation to the next costs less, so that a share may exceed 100 %.
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,27 +18,27 @@ import numpy as np
 from ..backend import Ops
 from .ops import ARGUMENTS, FLOPS, moved_bytes
 
-NAMES = {op: tuple(text.split()[0] for text in line.split("; ")) for op, line in ARGUMENTS.items()}
 
+class TimedOps:
+    """A machine that, while `on`, records every operation of the seam: name, arguments by name, seconds."""
 
-class Recorder:
-    """A machine that, while `on`, records every operation of the seam: name, arguments, seconds."""
-
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
+    def __init__(self, ops: Ops, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._ops, self._clock = ops, clock
         self.on = False
         self.calls: list[tuple[str, dict[str, Any], float]] = []
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(self._ops, name)
-        if not self.on or name not in NAMES or (name == "narrow" and self._ops.dtype == self._ops.wide):
+        if not self.on or name not in ARGUMENTS or (name == "narrow" and self._ops.dtype == self._ops.wide):
             return member
 
         def call(*args: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start = self._clock()
             result = member(*args, **named)
-            seconds = time.perf_counter() - start
-            self.calls.append((name, dict(zip(NAMES[name], args, strict=False)) | named, seconds))
+            seconds = self._clock() - start
+            bound = inspect.signature(member).bind(*args, **named)
+            bound.apply_defaults()
+            self.calls.append((name, bound.arguments, seconds))
             return result
 
         return call
@@ -48,11 +50,8 @@ class Recorder:
         """
         found: dict[str, dict[str, Any]] = {}
         for op, args, seconds in self.calls:
-            args = dict.fromkeys(NAMES[op]) | args
-            arithmetic, memory = (
-                FLOPS[op](args) / peak / 1e6 if op in FLOPS else 0.0,
-                moved_bytes(op, args) / bandwidth / 1e6,
-            )
+            arithmetic = FLOPS[op](args) / peak / 1e6 if op in FLOPS else 0.0
+            memory = moved_bytes(op, args) / bandwidth / 1e6
             weight = args.get("weight") if op.startswith("linear") else None
             name = op if weight is None else f"{op} {' x '.join(map(str, np.shape(weight)))}"
             row = found.setdefault(name, {"op": name, "calls": 0, "ms": 0.0, "floor_ms": 0.0, "arithmetic": 0.0})

@@ -27,7 +27,7 @@ from ..system.words import columns, count_of
 from ..train.memory import check_memory
 from ..train.optimizer import AdamW
 from . import peak_memory, process_age
-from .roofline import Recorder
+from .roofline import TimedOps
 
 WARM_STEPS = 2  # the first touches every page for the first time
 STEPS_A_PEAK = 3  # steps between two measurements of the peak
@@ -45,8 +45,8 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
     training = TrainOptions(model=o.model, batch_size=B, sequence_length=T, checkpoint_every=0)
     check_memory(training, config, ops, available_memory())
-    recorder = Recorder(ops)
-    model = language_model(config, cast(Machine, recorder))
+    timed = TimedOps(ops)
+    model = language_model(config, cast(Machine, timed))
     model.reserve(B, T, training=True)
     ops.warm_up(aside, kinds=config.kinds)
     initialise(model.params, config)
@@ -80,11 +80,11 @@ def bench_step(options: BenchOptions, machine: Machine | None = None) -> dict[st
     median, peak = statistics.median(times), statistics.median(peaks)
     gflops = flops_per_token(config, T) * B * T / median / 1e6
     memory = peak_memory()
-    recorder.on = True
+    timed.on = True
     for _ in range(RECORDED):
         work()
     bandwidth = ops.measure_bandwidth()
-    operations = recorder.operations(RECORDED, peak, bandwidth)
+    operations = timed.operations(RECORDED, peak, bandwidth)
     roofline = sum(row["floor_ms"] for row in operations)
     return {
         "median_ms": median, "min_ms": min(times), "gflops": gflops, "peak_gflops": peak,

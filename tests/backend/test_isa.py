@@ -75,6 +75,16 @@ def test_every_row_of_the_table_has_a_target() -> None:
     assert {t.isa for t in TARGETS} == {isa.name for isa in host.ISAS}
 
 
+@pytest.mark.parametrize(("allowed", "isa"), [(True, "amx"), (False, "avx512-bf16")])
+def test_tiles_that_linux_refuses(monkeypatch: pytest.MonkeyPatch, allowed: bool, isa: str) -> None:
+    """The features are part of the kernel cache's key."""
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", AMX)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(kernel_cache, "_may_use_tiles", lambda: allowed)
+    assert host.host_isa().name == isa
+    assert ("+amx-tile" in kernel_cache.target()[1]) is allowed
+
+
 @pytest.fixture(scope="module", autouse=True)
 def all_targets() -> None:
     llvm.initialize_all_targets()

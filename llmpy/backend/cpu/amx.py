@@ -14,7 +14,7 @@ so a sum continues from block to block of k, whatever C started from. Subnormals
 of C take one of A and three of B from L1 for each block. A packed panel of B is those tiles one after another: memory
 is read as one stream.
 
-Measured against the model above to the bit; Intel's manual describes the same sums.
+These sums are measured, not documented: `test_tiles_sum_in_the_order_that_amx_states` compares every bit.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ from .simd import (
 
 TILE_Q = -(-48 // MR) * MR
 TILE_K = -(-96 // NR) * NR
-QUERIES = 4 * TILE_Q  # rows summed into dK and dV at once: with one tile, start and end would dominate
+QUERIES = 4 * TILE_Q  # rows summed into dK and dV at once, whole tiles: with one, start and end would dominate
 BLOCKS_Q = 64 if HOST.tiles else TILE_Q  # TILE_Q in whole blocks of `amx`: P and dS are packed tile by tile
 STRIPS = QUERIES * (TILE_K + MOST_ROWS)  # floats of QUERIES rows of P or dS, packed by columns
 COLUMN = np.arange(TILE_K, dtype=np.int32)  # as wide as a score, so that comparisons fill whole vectors

@@ -25,7 +25,7 @@ from numba.extending import overload
 from . import amx
 from .activation import activate, gelu
 from .attention import MINUS_INFINITY, TILE_K, _softmax_tile, operand_tile
-from .gemm import depth, pack_rows, pack_transposed, panel_width, words, write_tile
+from .gemm import depth, pack_rows, pack_transposed, panel_width, whole_tile, words, write_tile
 from .jit import fork, inline, intrinsic, kernel
 from .simd import (
     BF16,
@@ -52,8 +52,6 @@ from .simd import (
     address,
     block,
     f32,
-    get,
-    get_half,
     per_word,
     tile_rows,
     to,
@@ -198,15 +196,9 @@ def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
             if whole > 0:
                 multiply_rows(inp, rows, width // LANES, address(into), width, a, size * C, b, width, whole)
             if whole * per < kc:  # part of a block: the next element in memory is not part of this row
-                left = kc - whole * per
-                for i in range(rows):
-                    for n in range(K):
-                        where = a + i * size * C + 4 * (whole + n)
-                        last[i * K + n] = get(where) if (n + 1) * per <= left else ZERO
-                    if left % per > 0:
-                        last[i * K + left // per] = get_half(a + i * size * C + 4 * (kc // per))
+                tail, rs_tail = whole_tile(last, inp, a + 4 * whole, size * C, rows, kc - whole * per)
                 b += 4 * width * whole
-                multiply_rows(inp, rows, width // LANES, address(into), width, address(last), 4 * K, b, width, K)
+                multiply_rows(inp, rows, width // LANES, address(into), width, tail, rs_tail, b, width, K)
             if K == 1:
                 for i in range(rows * width):
                     sums[i] += part[i]
