@@ -138,6 +138,8 @@ def test_time_is_estimated_from_the_peak() -> None:
     assert plan.steps == 100
     assert flight(minutes=10).steps == int(600 / plan.step_seconds)
     assert flight(minutes=0.01).steps == 1
+    mixed: Any = SimpleNamespace(isa="amx", dtype=np.dtype(np.float16), wide=np.dtype(np.float32))
+    assert replace(plan, machine=mixed).step_seconds == pytest.approx(plan.step_seconds * 0.6 / 0.08)
 
 
 def test_too_little_memory_is_refused() -> None:
