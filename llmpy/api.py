@@ -76,11 +76,13 @@ class Model:
         """Load a hub model (gpt2, OWNER/NAME: downloaded once), or the model at a path.
 
         A path is a run folder, a `model.safetensors`, an llm.c `.bin`, a folder of Hugging Face or peft. `dtype` of
-        matrix products: auto, float32 or bfloat16. Raises LlmpyError if the model is missing, corrupt or unsupported.
+        matrix products: auto, float32, bfloat16; or int8, for generation alone: no gradients, no `save`. Raises
+        LlmpyError if the model is missing, corrupt or unsupported.
         """
         source = formats.resolve(str(model), aside)
         tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
-        net = language_model(source.config, machine or _machine(threads, dtype, source.config))
+        ops = machine or _machine(threads, dtype, source.config)
+        net = language_model(source.config, ops, trainable=not ops.quantises)
         source.load_into(net)
         loaded = cls(net, tokenizer, source.trained_length)
         loaded._what = source.what
@@ -94,7 +96,10 @@ class Model:
         """Return an untrained model: a config, or a size of `llmpy train --model` with the tokenizer's vocabulary."""
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         config = size if isinstance(size, ModelConfig) else ModelConfig.from_dial(size, vocab_size=vocab_size)
-        net = language_model(config, machine or _machine(threads, dtype, config))
+        ops = machine or _machine(threads, dtype, config)
+        if ops.quantises:
+            raise int8_alone("trained")
+        net = language_model(config, ops)
         initialise(net.params, config, seed)
         net.store_weights()
         model = cls(net, tokenizer, config.context)
@@ -206,6 +211,8 @@ class Model:
 
     def export(self, path: str | Path, to: str | None = None, dtype: str | None = None) -> None:
         """Write llmc, hf, native or gguf, by default `path`'s format. Raises LlmpyError, also if `path` exists."""
+        if self._net.quantised:
+            raise int8_alone("saved")
         path = Path(path)
         to = convert.format_of(path, to)
         with tempfile.TemporaryDirectory(prefix="llmpy-") as folder:
@@ -300,6 +307,8 @@ class Trainer:
         given = dict(options)
         self._trained = model if isinstance(model, Model) else None
         if isinstance(model, Model):
+            if model._net.quantised:
+                raise int8_alone("trained")
             if "init" in given:
                 raise LlmpyError("option.conflict", "both a model and init are given", "Use one of them")
             tokenizer, V = model.tokenizer, model.config.vocab_size
@@ -389,6 +398,12 @@ class Trainer:
         if self.folder is None:
             raise LlmpyError("run.not-started", "nothing has been trained yet", "Call run() first")
         return self.folder
+
+
+def int8_alone(what: str) -> LlmpyError:
+    """Return the error to raise where a model needs its whole matrices."""
+    hint = "Load it with dtype float32 or bfloat16"
+    return LlmpyError("model.int8", f"a model in int8 generates text, and cannot be {what}", hint)
 
 
 def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -36,6 +36,7 @@ class Ops(Protocol):
     wide: Any
     # Scratch memory, and that of a model, serves one thread at a time: the one that holds this re-entrant lock.
     lock: Any
+    quantises: bool  # whether models for generation hold int8 matrices, see `Machine.quantise`
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
         """Return uninitialised memory of this backend, aligned for its vectors."""

@@ -16,6 +16,15 @@ class Machine(Ops, Protocol):
     threads: int
     isa: str
 
+    def quantised_shape(self, OC: int, C: int) -> tuple[int, int]:
+        """Return the shape, in bytes, of a quantised weight (OC, C)."""
+
+    def quantise(self, packed: Any, weight: Any) -> None:
+        """packed (quantised_shape) uint8 := weight (OC, C) float32, finite: int8, one scale for 32 along C.
+
+        `linear_forward` takes it as weight, and also rounds inp to int8, one scale for 32 of a row.
+        """
+
     def compiled(self, kinds: Sequence[str] = ("gpt2",), decoding: bool | None = False) -> bool:
         """Return whether the kernels of these models are in the cache: of training, of decoding or (None) both."""
 

@@ -138,6 +138,7 @@ class Reference:
     """Every operation of the seam; see `backend/__init__.py` for contracts and shapes."""
 
     name = "reference"
+    quantises = False
 
     def __init__(self, dtype: Any = np.float64) -> None:
         self.dtype = self.wide = np.dtype(dtype)

@@ -22,9 +22,11 @@ from ..formats import config_of
 from ..generate.generation import check_memory
 from ..generate.kv_cache import Decoder
 from ..generate.sampling import Choice, choose
+from ..model.arena import Arena
 from ..model.config import ModelConfig
-from ..model.families import language_model
+from ..model.families import language_model, params_table
 from ..model.initialise import initialise
+from ..model.language_model import LanguageModel
 from ..options.bench import DecodeOptions
 from ..rng import Xorshift64Star
 from ..system.terminal import aside
@@ -49,7 +51,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     check_memory(config, ops, o.batch_size, longest)
     ops.warm_up(aside, decoding=True, kinds=config.kinds)
     model = language_model(config, ops, trainable=False)
-    initialise(model.params, config)
+    fill(model)
     decoder = Decoder(model, o.batch_size, longest)
     text = np.random.default_rng(0).integers(0, config.vocab_size, max(o.prefill, o.prompt_tokens)).tolist()
 
@@ -65,7 +67,8 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
     readings, triads, times = [], [], []
     for n in range(-WARM_TOKENS, o.tokens + 1):
         if n >= 0 and n % TOKENS_A_PEAK == 0 or n == o.tokens:
-            readings.append(ops.measure_reading(decoder.matrices.buffer))
+            matrices = decoder.matrices.buffer.view(ops.dtype)
+            readings.append(ops.measure_reading(matrices))
             triads.append(ops.measure_bandwidth())
         if n == o.tokens:
             break
@@ -75,7 +78,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
             times.append(1e3 * (time.perf_counter() - start))
 
     prefill, peak, ms, reading, triad = map(statistics.median, (prefills, peaks, times, readings, triads))
-    weights = decoder.matrices.size * np.dtype(ops.dtype).itemsize
+    weights = decoder.matrices.buffer.nbytes
     rate = weights / ms / 1e6
     gflops = prefill_flops(config, o.prefill) / prefill / 1e6
     return {
@@ -83,9 +86,20 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
         "weights_mb": weights / 1e6, "weights_gb_s": rate, "reading_gb_s": reading, "triad_gb_s": triad,
         "prefill_tokens": o.prefill, "prefill_ms": prefill, "prefill_gflops": gflops, "peak_gflops": peak,
         "prefill_share_of_peak": gflops / peak, "batch_size": o.batch_size, "prompt_tokens": o.prompt_tokens,
-        **ops.version_info(), "dtype": np.dtype(ops.dtype).name, "threads": ops.threads,
+        **ops.version_info(), "threads": ops.threads,
         "peak_rss_mb": peak_memory() / 1e6, "token_ms": times,
     }  # fmt: skip
+
+
+def fill(model: LanguageModel) -> None:
+    """Set the parameters as in training from scratch."""
+    if not model.quantised:
+        initialise(model.params, model.config)
+        return
+    whole = Arena(params_table(model.config), np.empty, np.float32)
+    initialise(whole, model.config)
+    for tensor, x in whole.items():
+        model.assign(tensor.name, x)
 
 
 def prefill_flops(config: ModelConfig, T: int) -> int:

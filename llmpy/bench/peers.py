@@ -59,6 +59,7 @@ STEP_LINE = re.compile(r"\s*step\s+\d+\b.*\(took\s+([0-9.eE+-]+)\s*ms\)")
 TORCH_PEER, LLAMA_PEER = (Path(__file__).with_name(f"{name}_peer.py") for name in ("torch", "llama"))
 OURS, LLAMA = "llm.py", "llama.cpp"
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+INT8 = {"int8": "int8"}  # decodes, too
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -132,7 +133,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def our_peers(o: PeersOptions, threads: int) -> list[Peer]:
-    """Return this program in both dtypes."""
+    """Return this program in all dtypes."""
     T, steps = o.sequence_length, o.steps
     work = f"step -T {T} --steps {steps}"
     if o.decoding:
@@ -140,7 +141,12 @@ def our_peers(o: PeersOptions, threads: int) -> list[Peer]:
     work += f" --model {o.model} -B {o.batch_size} --threads {threads} --json"
     work += f" --vocab-size {o.vocab_size}" if o.vocab_size else ""
     words = [sys.executable, "-m", "llmpy", "bench", *work.split()]
-    return [Peer(f"{OURS} {short}", dtype, [*words, "--dtype", dtype]) for dtype, short in SHORT.items()]
+    return [Peer(f"{OURS} {short}", dtype, [*words, "--dtype", dtype]) for dtype, short in shorts(o).items()]
+
+
+def shorts(o: PeersOptions) -> dict[str, str]:
+    """Return the dtypes that this work has, and their short names."""
+    return SHORT | INT8 if o.decoding else SHORT
 
 
 def installed(package: str, name: str, python: Path | None, flag: str) -> bool:
@@ -173,25 +179,25 @@ def torch_peers(o: PeersOptions, threads: int) -> list[Peer]:
 
 
 def llama_peers(o: PeersOptions, threads: int, folder: Path) -> list[Peer]:
-    """Return llama.cpp in both dtypes, on files of `write_files`; nothing for training, or if it is not installed."""
+    """Return llama.cpp in all dtypes, on files of `write_files`; nothing for training, or if it is not installed."""
     if not o.decoding or not installed("llama_cpp", LLAMA, o.llama_python, "--llama-python"):
         return []
     vocabulary = ModelConfig.from_dial(o.model, o.vocab_size).vocab_size
     work = {"B": o.batch_size, "T": o.sequence_length, "steps": o.steps, "threads": threads, "vocab_size": vocabulary}
     peers = []
-    for dtype, short in SHORT.items():
+    for dtype, short in shorts(o).items():
         words = json.dumps({**work, "model": str(folder / f"{dtype}.gguf")})
         peers.append(Peer(f"{LLAMA} {short}", dtype, [str(o.llama_python or sys.executable), str(LLAMA_PEER), words]))
     return peers
 
 
 def write_files(config: ModelConfig, folder: Path) -> None:
-    """Write an untrained model for llama.cpp, in both dtypes."""
+    """Write an untrained model for llama.cpp, in all dtypes."""
     params = Arena(params_table(config), np.empty, np.float32)
     initialise(params, config)
     source = Source(folder, "untrained", config, "float32", config.context, lambda name: getattr(params, name))
-    for dtype in SHORT:
-        write_model(folder / f"{dtype}.gguf", source, dtype)
+    for dtype in (*SHORT, *INT8):
+        write_model(folder / f"{dtype}.gguf", source, "q8_0" if dtype in INT8 else dtype)
 
 
 def tcmalloc() -> str | None:
@@ -201,13 +207,14 @@ def tcmalloc() -> str | None:
 
 
 def given_peers(o: PeersOptions, threads: int) -> list[Peer]:
-    """Return the programs of --peer; float32, like llm.c, unless the name contains bf16."""
+    """Return the programs of --peer; float32, like llm.c, unless the name contains bf16 or int8."""
     work = {"B": o.batch_size, "T": o.sequence_length, "STEPS": o.steps + WARM_STEPS, "THREADS": threads}
     environment = dict.fromkeys(THREAD_COUNTS, str(threads)) | {name: str(value) for name, value in work.items()}
     peers = []
     for text in o.peer or ():
         name, _, command = (part.strip() for part in text.partition("="))
-        dtype = "bfloat16" if re.search(r"bf16|bfloat16", name, re.IGNORECASE) else "float32"
+        found = re.search(r"bf16|bfloat16|int8|q8_0", name, re.IGNORECASE)
+        dtype = "float32" if found is None else "bfloat16" if "f" in found[0].lower() else "int8"
         peers.append(Peer(name, dtype, command, environment))
     return peers
 
@@ -258,7 +265,7 @@ def bench_peers(o: PeersOptions, log: Callable[[str], object]) -> dict[str, Any]
 def report(o: PeersOptions, threads: int, peers: list[Peer]) -> dict[str, Any]:
     """Return all measurements, for JSON."""
     medians = {p.name: statistics.median(p.times) for p in peers if p.times}
-    ours = {dtype: medians.get(f"{OURS} {short}") for dtype, short in SHORT.items()}
+    ours = {dtype: medians.get(f"{OURS} {short}") for dtype, short in (SHORT | INT8).items()}
     tokens = o.batch_size * (1 if o.decoding else o.sequence_length)
     return {
         "command": repeated(o), "date": datetime.now(UTC).isoformat(timespec="seconds"), "llmpy": __version__,

@@ -45,7 +45,7 @@ FORMATS = {
     "llmc-run": Format(("float32", "bfloat16"), None, None),
     "hf": Format(("float32", "bfloat16"), "", write_folder),
     "native": Format(("float32",), ".safetensors", lambda path, source, _: native.write_model(path, source)),
-    "gguf": Format(("float32", "bfloat16", "float16"), ".gguf", gguf.write_model),
+    "gguf": Format(("float32", "bfloat16", "float16", "q8_0"), ".gguf", gguf.write_model),
 }
 
 

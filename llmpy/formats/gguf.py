@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,8 +44,9 @@ NAMES = {
     "norm_2": "blk.{}.ffn_norm", "norm_f": "output_norm",
 }  # fmt: skip
 ROPE = "rope_freqs.weight"
-FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
-TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+BLOCK = 32  # weights of a row that share a scale in Q8_0
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SENTENCEPIECE, BYTE_TOKEN = "sentencepiece", re.compile(r"<0x[0-9A-F]{2}>")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -61,6 +63,8 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
     c = source.config
     architecture = kind_of(c)
     tensors = [(t.name, t.shape, dtype if t.decay and t.name != "wpe" else "float32") for t in params_table(c)]
+    if dtype == "q8_0":  # llama.cpp has no padding of rows
+        tensors = [(name, shape, "float32" if shape[-1] % BLOCK else kind) for name, shape, kind in tensors]
     factors = np.empty(0, np.float32)
     if isinstance(c, LlamaConfig) and c.rope_scaling is not None:
         factors = frequencies(replace(c, rope_scaling=None)) / frequencies(c)
@@ -86,20 +90,23 @@ def write_model(path: Path, source: Source, dtype: str) -> None:
             writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
             _add_tokenizer(writer, source)
             for name, shape, kind in tensors:
-                size, raw = DTYPES[kind].itemsize, gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
+                raw = gguf.GGMLQuantizationType[TENSOR_TYPES[kind]]
                 for theirs, x in _theirs(name, np.broadcast_to(np.int8(0), shape), c):
-                    # the library lacks bfloat16: pass bytes, with the last dimension in bytes
-                    stored = (*x.shape[:-1], size * x.shape[-1]) if kind == "bfloat16" else x.shape
-                    seen = np.dtype(np.uint8) if kind == "bfloat16" else DTYPES[kind]
-                    writer.add_tensor_info(theirs, stored, seen, size * x.size, raw)
+                    # NumPy lacks these types: pass bytes, with the last dimension in bytes
+                    as_bytes = kind in ("bfloat16", "q8_0")
+                    row = gguf.quant_shape_to_byte_shape(x.shape, raw) if as_bytes else x.shape
+                    seen = np.dtype(np.uint8) if as_bytes else DTYPES[kind]
+                    writer.add_tensor_info(theirs, row, seen, seen.itemsize * math.prod(row), raw)
             if factors.size:
                 writer.add_tensor_info(ROPE, factors.shape, factors.dtype, factors.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, _, kind in tensors:
-                for _, x in _theirs(name, cast(source.read(name), kind, name), c):
+                for _, x in _theirs(name, cast(source.read(name), "float32" if kind == "q8_0" else kind, name), c):
                     x = np.ascontiguousarray(x)
+                    if kind == "q8_0":
+                        x = gguf.quantize(x, gguf.GGMLQuantizationType.Q8_0)
                     writer.write_tensor_data(x.view(np.uint8) if kind == "bfloat16" else x)
             if factors.size:
                 writer.write_tensor_data(factors)

@@ -61,7 +61,11 @@ class Source:
 
     def load_into(self, model: LanguageModel) -> None:
         """Set all of a model's parameters. Raises LlmpyError if any is not finite."""
-        self.fill(model.params)
+        if model.quantised:
+            for tensor in params_table(self.config):
+                model.assign(tensor.name, self.finite(tensor.name)[: tensor.shape[0]])
+        else:
+            self.fill(model.params)
         if self.adapters is not None:
             self.adapters(model.trained)
         model.store_weights()

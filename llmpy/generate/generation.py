@@ -19,7 +19,7 @@ from ..formats import hub, resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
 from ..model.config import ModelConfig
-from ..model.families import adapter_room, params_table, trained_table
+from ..model.families import adapter_room, model_memory, trained_table
 from ..model.language_model import LanguageModel
 from ..run.folder import finished
 from ..system.command import command
@@ -153,7 +153,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool = False) -> None:
     """Raise LlmpyError if B texts of S positions, and the model unless `loaded`, exceed the available memory."""
     stored, wide = ops.dtype.itemsize, ops.wide.itemsize
-    parameters = sum((stored if t.decay else wide) * t.size for t in params_table(config))
+    parameters = model_memory(config, ops)
     if config.lora is not None:
         parameters += (stored + wide) * sum(t.size for t in trained_table(config)) + stored * adapter_room(config, S)
     tables = packed_table(config, ops), cache_table(config, B, S), prefill_table(config, S), rows_table(config, B)

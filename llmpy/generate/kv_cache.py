@@ -23,7 +23,9 @@ from ..model.language_model import ForwardOps, LanguageModel
 
 
 def packed_table(c: ModelConfig, ops: Ops) -> list[Tensor]:
-    """Return the packed matrices, named as in `params_table`, and the head."""
+    """Return the packed matrices, named as in `params_table`, and the head; none where the model has quantised ones."""
+    if ops.quantises:
+        return []
     table = params_table(c)
     layers = [t for t in table if t.decay and t.per_layer]
     head = [t for t in table if t.name == head_of(c)]
@@ -75,10 +77,10 @@ class Decoder:
         self.model, self.ops, self.length = model, model.ops, S
         model.extend(S)
         self.matrices = model.weights
-        self.multiply: Callable[..., None] = model.ops.linear_forward
+        self.multiply: Callable[..., None] = model.ops.linear_forward  # also of quantised weights
         self.cache = Arena(cache_table(model.config, B, S), self.ops.empty, self.ops.dtype).keys_values
         self.positions = np.zeros(B, np.int32)  # of the next token in each slot
-        self._to_pack = pack
+        self._to_pack = pack and not model.quantised
         self._rows: dict[int, _Rows] = {}
 
     def pack(self) -> None:
@@ -97,17 +99,26 @@ class Decoder:
     def prefill(self, slot: int, text: Sequence[int]) -> np.ndarray:
         """Restart a slot with a text of 1 … S tokens; return the next token's logits (V,)."""
         T, c, ops = len(text), self.model.config, self.ops
+        last = slice(T - 1, T)
 
         def attention(l: int, out: Any, stats: Any, qkv: Any) -> None:
-            ops.attention_forward(out, stats, qkv)
             ops.cache_fill(self.cache[l, slot : slot + 1], qkv)
+            if l < c.layers - 1:
+                ops.attention_forward(out, stats, qkv)
+            else:
+                where = np.array([[slot], [T - 1]], np.int32)
+                ops.attention_decode(out[last], self.cache[l], qkv[last], *where)
+
+        def select(a: Arena) -> Arena:
+            one = Arena(rows_table(c, 1), self._room_of_tokens, ops.dtype, ops.wide)
+            one.resid[0], one.attn_out[0] = a.resid[0][last], a.attn_out[0][last]
+            return one
 
         a = Arena(prefill_table(c, T), self._room_of_texts, ops.dtype, ops.wide)
-        self.model.forward(np.array([text], np.int32), a, attention)
+        one = self.model.forward(np.array([text], np.int32), a, attention, select=select)
         self.positions[slot] = T
-        logits = ops.empty((1, c.padded_vocab_size), ops.dtype)
-        self.multiply(logits, a.final[T - 1 :], getattr(self.matrices, self.model.head), None)
-        return self._on_host(logits)[0]
+        self.multiply(one.logits, one.final, getattr(self.matrices, self.model.head), None)
+        return self._on_host(one.logits)[0]
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Append a token to each of these distinct slots, all with text and room; return the next logits (B, V)."""

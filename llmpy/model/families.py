@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..backend import Ops
-from .arena import Tensor
+from .arena import Tensor, memory
 from .config import ModelConfig
 from .gpt2 import GPT2
-from .language_model import RECOMPUTE, LanguageModel
+from .language_model import RECOMPUTE, LanguageModel, kept_table, quantised_table
 from .llama import Llama
 from .lora import LoraConfig, Module, adapter_table, chosen, room_table
 
@@ -22,6 +22,14 @@ def language_model(
 ) -> LanguageModel:
     """Return a model of this shape; see `LanguageModel`."""
     return FAMILIES[config.family](config, ops, recompute, trainable)
+
+
+def model_memory(config: ModelConfig, ops: Ops) -> int:
+    """Return the bytes of the parameters of a model for generation, without adapters."""
+    table, head = params_table(config), head_of(config)
+    packed = quantised_table(table, head, ops) if ops.quantises else []
+    kept = kept_table(table, head) if ops.quantises else [replace(t, wide=not t.decay) for t in table]
+    return sum(t.size for t in packed) + memory(kept, ops.dtype.itemsize, ops.wide.itemsize)
 
 
 def trained_table(config: ModelConfig) -> list[Tensor]:

@@ -116,7 +116,7 @@ class GPT2(LanguageModel):
 
     def embed(self, out: Any, tokens: np.ndarray, positions: np.ndarray | None) -> None:
         """out (B, T, C) := wte[token] + wpe[position]."""
-        self.ops.embedding_forward(out, tokens, self.weights.wte, self.weights.wpe, positions)
+        self.ops.embedding_forward(out, tokens, self.embeddings.wte, self.embeddings.wpe, positions)
 
     def layers(self, a: Arena, by: ForwardOps) -> Arena:
         """See `LanguageModel.layers`."""
@@ -124,7 +124,7 @@ class GPT2(LanguageModel):
         for l in range(L):
             if self.before_layer is not None:
                 self.before_layer(l)
-            resid, resid_mid, ln_1, ln_2 = at(a.resid, l), at(a.resid_mid, l), at(a.ln_1, l), at(a.ln_2, l)
+            resid, ln_1 = at(a.resid, l), at(a.ln_1, l)
             stats = at(a.ln_1_mean, l), at(a.ln_1_rstd, l)
             if l == 0:
                 ops.layernorm_forward(ln_1, *stats, resid, p.ln_1_w[0], p.ln_1_b[0])
@@ -134,6 +134,10 @@ class GPT2(LanguageModel):
             qkv, attn_out = at(a.qkv, l), at(a.attn_out, l)
             linear("attn_qkv", l, qkv, ln_1)
             by.attention(l, attn_out, at(a.attn_stats, l), qkv)
+            if by.select is not None and l == L - 1:
+                a = by.select(a)
+                resid, attn_out = at(a.resid, l), at(a.attn_out, l)
+            resid_mid, ln_2 = at(a.resid_mid, l), at(a.ln_2, l)
             linear("attn_proj", l, a.branch, attn_out)
             stats = at(a.ln_2_mean, l), at(a.ln_2_rstd, l)
             ops.residual_layernorm_forward(resid_mid, ln_2, *stats, resid, a.branch, p.ln_2_w[l], p.ln_2_b[l])

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ..backend import Ops
+from ..backend.machine import Machine
 from ..errors import LlmpyError
 from .arena import Arena, Tensor
 from .config import ModelConfig
@@ -31,12 +32,15 @@ class ForwardOps(NamedTuple):
     multiply: Callable[..., None]  # Ops.linear_forward or Ops.packed_linear_forward
     attention: Callable[[int, Any, Any, Any], None]  # layer, and Ops.attention_forward's arguments
     positions: Any  # (rows,) int32: each token's position in its text
+    # From the activations to those of the rows that the last layer completes; it copies `resid` and `attn_out`.
+    select: Callable[[Arena], Arena] | None = None
 
 
 class LanguageModel:
     """A model: its parameters, loss and gradients, with arenas allocated once per (B, T).
 
-    Without `trainable` it keeps its matrices only in the backend's type: a third of the memory for bfloat16.
+    Without `trainable` it keeps its matrices only in the backend's type: a third of the memory for bfloat16, a sixth if
+    the backend quantises them.
 
     `positions` (B, T) int32, where methods take it: several texts in a row of the batch. Each counts from 0 in its own
     text, and attends to that alone. None: one text.
@@ -53,15 +57,20 @@ class LanguageModel:
         matrices = [t for t in table if t.decay]
         # `weights`, the operands of products: the matrices, or a copy in the backend's smaller type.
         self.mixed = ops.dtype != ops.wide
-        if trainable and config.lora is None:
+        self.quantised = ops.quantises and not trainable
+        if self.quantised:
+            self.params = Arena(kept_table(table, self.head), ops.empty, ops.dtype, ops.wide)
+            self.weights = Arena(quantised_table(table, self.head, ops), ops.empty, np.uint8)
+        elif trainable and config.lora is None:
             self.params = Arena(table, ops.empty, ops.wide)
             self.weights = Arena(matrices, ops.empty, ops.dtype) if self.mixed else self.params
         else:
             self.params = Arena([replace(t, wide=not t.decay) for t in table], ops.empty, ops.dtype, ops.wide)
             self.weights = self.params
+        self.embeddings = self.params if self.quantised else self.weights
         # What training updates, of which `matrix_elements` have weight decay, and its copy as operands.
         self.adapters: Adapters | None = None
-        self.trained, self.stored = self.params, self.weights
+        self.trained, self.stored = self.params, self.embeddings
         if config.lora is not None:
             self.adapters = Adapters(config.lora, self.modules(config), ops, config.layers)
             self.trained, self.stored = self.adapters.params, self.adapters.weights
@@ -118,6 +127,16 @@ class LanguageModel:
         """Compute losses and the gradients of scale·Σloss into `self.grads`, from the head to the embeddings."""
         raise NotImplementedError
 
+    def assign(self, name: str, x: np.ndarray) -> None:
+        """Set one parameter of a quantised model. x has its shape, any float dtype, and is finite."""
+        packed = getattr(self.weights, name, None)
+        if packed is not None:
+            stacks = zip(packed, x, strict=True) if packed.ndim == 3 else [(packed, x)]
+            for one, matrix in stacks:
+                cast(Machine, self.ops).quantise(one, np.ascontiguousarray(matrix, np.float32))
+        if (kept := getattr(self.params, name, None)) is not None:
+            kept[...] = x
+
     def store_weights(self) -> None:
         """Update `stored` from `trained`. Call it after writing to `trained`; the optimizer does so itself."""
         if self.stored is not self.trained:
@@ -131,7 +150,8 @@ class LanguageModel:
         if B < 1:
             raise LlmpyError("model.batch-size", f"batch size {B} is below 1", "Use -B 1 or more")
         if training and not self.trainable:
-            raise ValueError("cannot train a model made without `trainable`: it has no float32 matrices")
+            what = "a model for generation has no float32 matrices, and no gradients"
+            raise LlmpyError("model.no-gradients", what, "Load it with dtype float32 or bfloat16")
         ops = self.ops
         self.extend(T)
         if training and self.grads is None:
@@ -190,11 +210,11 @@ class LanguageModel:
 
     def forward(
         self, tokens: np.ndarray, a: Arena, attention: Callable[[int, Any, Any, Any], None] | None = None,
-        positions: np.ndarray | None = None,
+        positions: np.ndarray | None = None, select: Callable[[Arena], Arena] | None = None,
     ) -> Arena:  # fmt: skip
         """Run the model on tokens (B, T); fill and return the activations, up to `final`.
 
-        `attention`: see `ForwardOps`, by default Ops.attention_forward.
+        `attention`, by default Ops.attention_forward, and `select`: see `ForwardOps`.
         """
 
         def attend(l: int, out: Any, stats: Any, qkv: Any) -> None:
@@ -204,7 +224,7 @@ class LanguageModel:
             self.before_layer(-1)
         self.embed(a.resid[0], tokens, positions)
         where = self.counted(tokens.shape, positions)
-        return self.layers(a, ForwardOps(self.weights, self.ops.linear_forward, attention or attend, where))
+        return self.layers(a, ForwardOps(self.weights, self.ops.linear_forward, attention or attend, where, select))
 
     def counted(self, shape: tuple[int, ...], positions: np.ndarray | None) -> np.ndarray:
         """Return positions as (BT,) int32; those of whole texts for None."""
@@ -246,6 +266,19 @@ class LanguageModel:
         """Return the gradient of a parameter, or of its layer l; None if there is no such parameter or it is frozen."""
         found = getattr(self.grads, name, None)
         return found if l is None or found is None else found[l]
+
+
+def quantised_table(table: Iterable[Tensor], head: str, ops: Ops) -> list[Tensor]:
+    """Return the matrices that a quantised model holds as bytes: those of the layers, and the head."""
+    packed = [t for t in table if t.name == head or (t.decay and t.per_layer)]
+    shape = cast(Machine, ops).quantised_shape
+    return [Tensor(t.name, (*t.shape[:-2], *shape(*t.shape[-2:]))) for t in packed]
+
+
+def kept_table(table: Iterable[Tensor], head: str) -> list[Tensor]:
+    """Return the parameters that a quantised model keeps: embeddings, biases, weights of norms."""
+    kept = [t for t in table if not (t.decay and t.per_layer) and (t.name != head or head == "wte")]
+    return [replace(t, wide=not t.decay) for t in kept]
 
 
 def matrix(name: str, *shape: int, std: float = 0.02) -> Tensor:

@@ -119,7 +119,7 @@ class Llama(LanguageModel):
 
     def embed(self, out: Any, tokens: np.ndarray, positions: np.ndarray | None) -> None:
         """out (B, T, C) := wte[token]."""
-        self.ops.embedding_forward(out, tokens, self.weights.wte, None)
+        self.ops.embedding_forward(out, tokens, self.embeddings.wte, None)
 
     def _rotate(self, x: Any, positions: Any, inverse: bool = False) -> None:
         """Rotate the heads of queries and keys in x (rows, W)."""
@@ -140,7 +140,7 @@ class Llama(LanguageModel):
         for l in range(c.layers):
             if self.before_layer is not None:
                 self.before_layer(l)
-            resid, resid_mid, norm_1, norm_2 = at(a.resid, l), at(a.resid_mid, l), at(a.norm_1, l), at(a.norm_2, l)
+            resid, norm_1 = at(a.resid, l), at(a.norm_1, l)
             if l == 0:
                 ops.rmsnorm_forward(norm_1, at(a.norm_1_rstd, l), resid, p.norm_1_w[0], c.norm_eps)
             else:
@@ -155,6 +155,10 @@ class Llama(LanguageModel):
                 qkv = rotated
             self._rotate(qkv, by.positions)
             by.attention(l, attn_out, at(a.attn_stats, l), qkv)
+            if by.select is not None and l == c.layers - 1:
+                a = by.select(a)
+                resid, attn_out = at(a.resid, l), at(a.attn_out, l)
+            resid_mid, norm_2 = at(a.resid_mid, l), at(a.norm_2, l)
             linear("attn_proj", l, a.branch, attn_out)
             ops.residual_rmsnorm_forward(
                 resid_mid, norm_2, at(a.norm_2_rstd, l), resid, a.branch, p.norm_2_w[l], c.norm_eps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import POSITIVE, Options, Reported, option, refusal
+from .fields import POSITIVE, Generating, Options, Reported, option, refusal
 
 SHAPE_TEXT = "model size, as in llmpy train, or a model's folder or hub name, of which only config.json is read"
 VOCAB_TEXT = "vocabulary of a model size (default: 50257 as in GPT-2)"
@@ -21,7 +21,7 @@ OPS = (
 
 
 @dataclass(frozen=True)
-class DecodeOptions(Reported):
+class DecodeOptions(Generating, Reported):
     """`llmpy bench decode`."""
 
     model: str = option("gpt2", SHAPE_TEXT)

@@ -77,6 +77,16 @@ class OnMachine(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generating(OnMachine):
+    """Options of every verb that generates text."""
+
+    dtype: str = option(
+        "auto", "type of products; auto: bfloat16 if native; int8: weights in half of its memory, read twice as fast",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reported(OnMachine):
     """Options of every verb that prints a table."""
 

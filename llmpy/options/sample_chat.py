@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import NOT_NEGATIVE, POSITIVE, SHARE, OnMachine, Range, option
+from .fields import NOT_NEGATIVE, POSITIVE, SHARE, Generating, Range, option
 
 TEMPERATURE_TEXT = "divides the logits; 0: always the likeliest token"
 RUN_TEXT = "run folder, or any model that llmpy train --init takes"
@@ -13,7 +13,7 @@ RUN_TEXT = "run folder, or any model that llmpy train --init takes"
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class Sampling(OnMachine):
+class Sampling(Generating):
     """Options of sampling."""
 
     top_k: int = option(50, "choose among the N likeliest tokens; 0: among all", within=NOT_NEGATIVE)

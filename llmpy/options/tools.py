@@ -70,7 +70,8 @@ class ConvertOptions(Options):
         choices=("llmc", "llmc-run", "hf", "native", "gguf"),
     )
     dtype: str | None = option(
-        None, "data type of the weights (default: that of IN if possible)", choices=("float32", "bfloat16", "float16")
+        None, "data type of the weights (default: that of IN if possible); q8_0, int8 in blocks: only gguf",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
     )
     merge: bool = option(False, "merge the adapters of IN into its base model")
     push: str | None = option(None, "also upload OUT, of format hf, to the Hugging Face hub", metavar="USER/NAME")

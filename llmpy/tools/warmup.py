@@ -25,11 +25,12 @@ def warmup(_options: WarmupOptions, log: Callable[[str], None]) -> None:
         raise unusable(kernel_cache.problem)
     before = set(folder.glob("*.kernel"))
     # A single thread would not need the kernel of helper threads.
-    machines = [cast(Machine, backend.load("cpu", threads=2, dtype=dtype)) for dtype in ("float32", "bfloat16")]
-    if not os.access(folder, os.W_OK) and not all(machine.compiled(KINDS, None) for machine in machines):
+    work = {"float32": None, "bfloat16": None, "int8": True}  # int8: decoding alone
+    machines = [(cast(Machine, backend.load("cpu", threads=2, dtype=dtype)), which) for dtype, which in work.items()]
+    if not os.access(folder, os.W_OK) and not all(machine.compiled(KINDS, which) for machine, which in machines):
         raise unusable(f"cannot write to {folder}")
-    for machine in machines:
-        machine.warm_up(log, None, KINDS)
+    for machine, which in machines:
+        machine.warm_up(log, which, KINDS)
     if kernel_cache.problem:
         raise unusable(kernel_cache.problem)
     found = set(folder.glob("*.kernel"))

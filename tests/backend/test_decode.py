@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.cases import ATTENTION, LINEAR, Case, Draw, prepare
-from support.guarded import CANARY, GUARD, bits
+from support.guarded import GUARD, bits, guarded, unharmed
 
 from llmpy.backend import load
 
@@ -20,18 +20,6 @@ DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
 def machines(request: pytest.FixtureRequest) -> list[Any]:
     """The same backend with 1, 2 and 3 threads."""
     return [load("cpu", threads=n, dtype=str(request.param)) for n in (1, 2, 3)]
-
-
-def guarded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a copy of x between canaries, and the whole buffer; x starts 2 or 4 bytes past a cache line."""
-    buffer = np.full(x.size + 2 * GUARD, CANARY, x.dtype)
-    buffer[GUARD : GUARD + x.size] = x.reshape(-1)
-    return buffer[GUARD : GUARD + x.size].reshape(x.shape), buffer
-
-
-def unharmed(buffer: np.ndarray) -> bool:
-    edge = bits(np.full(GUARD, CANARY, buffer.dtype))
-    return np.array_equal(bits(buffer[:GUARD]), edge) and np.array_equal(bits(buffer[-GUARD:]), edge)
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=str)

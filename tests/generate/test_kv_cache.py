@@ -19,16 +19,15 @@ DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]
 ODD = ModelConfig(layers=3, heads=4, channels=100, context=40, vocab_size=97)
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
+@pytest.fixture(scope="module", params=[*DTYPES, "int8"], ids=str)
 def machines(request: pytest.FixtureRequest) -> list[Any]:
     """The same backend with 1, 2 and 3 threads."""
     return [load("cpu", threads=n, dtype=str(request.param)) for n in (1, 2, 3)]
 
 
 def model_on(ops: Any) -> GPT2:
-    model = GPT2(ODD, ops)
+    model = GPT2(ODD, ops, trainable=not ops.quantises)
     fill(model)
-    model.store_weights()
     return model
 
 
@@ -61,7 +60,7 @@ def test_a_restarted_slot_forgets() -> None:
 
 
 def test_packing_again_reads_the_current_weights(machines: list[Any]) -> None:
-    for ops in machines:
+    for ops in (ops for ops in machines if not ops.quantises):
         model = model_on(ops)
         decoder = Decoder(model, B=2, S=20)
         texts = [[3, 4, 5, 6], [7, 8, 9, 10]]

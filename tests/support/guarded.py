@@ -16,6 +16,22 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(np.uint8)
 
 
+def guarded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a copy of x between canaries, and the whole buffer; x starts GUARD elements past a cache line."""
+    buffer = np.full(x.size + 2 * GUARD, canary(x.dtype), x.dtype)
+    buffer[GUARD : GUARD + x.size] = x.reshape(-1)
+    return buffer[GUARD : GUARD + x.size].reshape(x.shape), buffer
+
+
+def unharmed(buffer: np.ndarray) -> bool:
+    edge = bits(np.full(GUARD, canary(buffer.dtype), buffer.dtype))
+    return np.array_equal(bits(buffer[:GUARD]), edge) and np.array_equal(bits(buffer[-GUARD:]), edge)
+
+
+def canary(dtype: np.dtype) -> float:
+    return 57 if dtype == np.uint8 else CANARY
+
+
 class Guarded:
     """A call with arrays in the middle of larger buffers.
 

@@ -12,6 +12,7 @@ import pytest
 from support.laptop import TINY, tiny_model
 
 from llmpy.data.tokenizer import Tokenizer
+from llmpy.model.arena import Tensor
 from llmpy.model.config import ModelConfig
 from llmpy.model.families import language_model
 from llmpy.model.language_model import LanguageModel
@@ -21,11 +22,19 @@ from llmpy.run import checkpoint
 def fill(model: LanguageModel, seed: int = 1) -> None:
     """Set parameters that exercise every term: no bias 0, no LayerNorm weight 1."""
     rng = np.random.default_rng(seed)
+
+    def drawn(tensor: Tensor) -> np.ndarray:
+        # Matrices ten times GPT-2's keep attention and softmax far from uniform.
+        mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
+        return rng.normal(mean, std, tensor.shape).astype(np.float32)
+
+    if model.quantised:
+        for tensor in model.params_table(model.config):
+            model.assign(tensor.name, drawn(tensor))
+        return
     for arena in dict.fromkeys((model.params, model.trained)):
         for tensor, view in arena.items():
-            # Matrices ten times GPT-2's keep attention and softmax far from uniform.
-            mean, std = float(tensor.init == "ones"), 0.2 if tensor.decay else 0.1
-            view[...] = rng.normal(mean, std, tensor.shape).astype(np.float32)
+            view[...] = drawn(tensor)
     model.store_weights()
 
 

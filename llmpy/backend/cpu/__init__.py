@@ -23,6 +23,7 @@ from . import (
     embedding,
     global_norm,
     graph,
+    int8,
     jit,
     layernorm,
     linear,
@@ -44,13 +45,15 @@ KINDS = {
         "head_rmsnorm_backward", "rope",
     },
     "lora": {"add_columns", "take_columns", "activation_backward"},
+    "int8": {"quantise", "int8_linear_forward"},
 }  # fmt: skip
+REPLACED = {"linear_forward", "pack", "packed_linear_forward"}  # by those of "int8"
 # Stand for absent arrays: kernels have one signature.
 NO_BIAS, NO_GRADIENT = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 NO_POSITIONS = np.empty((0, 0), np.int32)
 CLASSIFIER_ROWS = 512  # rows of logits in memory at a time
 # Kernels of decoding: some of training, and some that only decoding compiles.
-DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"}
+DECODING_ALONE = {"pack", "packed_linear_forward", "attention_decode", "replay"} | KINDS["int8"]
 DECODING = DECODING_ALONE | {
     "linear_forward", "attention_forward", "embedding_forward", "layernorm_forward", "residual_layernorm_forward",
     "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope", "add_columns", "activation_forward",
@@ -60,6 +63,7 @@ DECODING = DECODING_ALONE | {
 REPLAYED = {
     "layernorm_forward", "residual_layernorm_forward", "linear_forward", "packed_linear_forward", "attention_decode",
     "rmsnorm_forward", "residual_rmsnorm_forward", "head_rmsnorm_forward", "rope", "add_columns", "activation_forward",
+    "int8_linear_forward",
 }  # fmt: skip
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -70,16 +74,20 @@ def native_dtype() -> str:
 
 
 class CPU:
-    """float32 or mixed precision (`dtype` "bfloat16") on `threads` threads (default: all cores of this process)."""
+    """float32 or mixed precision (`dtype` "bfloat16") on `threads` threads (default: all cores of this process).
+
+    "int8": as "auto", and models for generation have int8 weights (`quantises`).
+    """
 
     name = "cpu"
     wide = FLOAT32
 
     def __init__(self, threads: int | None = None, dtype: str = "float32") -> None:
-        if dtype == "auto":
+        self.quantises = dtype == "int8"
+        if dtype in ("auto", "int8"):
             dtype = native_dtype()
         if dtype not in ("float32", "bfloat16"):
-            raise LlmpyError("option.invalid", f"unknown dtype {dtype!r}", "Use float32, bfloat16 or auto")
+            raise LlmpyError("option.invalid", f"unknown dtype {dtype!r}", "Use float32, bfloat16, int8 or auto")
         self.dtype = BFLOAT16 if dtype == "bfloat16" else FLOAT32
         self.threads = cores() if threads is None else threads
         if not 1 <= self.threads <= pool.MOST:
@@ -96,7 +104,8 @@ class CPU:
         self._packed = self.empty(0, FLOAT32)
         self._sums = self.empty(0, FLOAT32)
         self._logits = self.empty(0, self.dtype)
-        self._decode_scratch = self.empty((self.threads, decode.LINEAR_SCRATCH), FLOAT32)
+        self._int8_rows = self.empty(0, np.uint8)
+        self._decode_scratch = self.empty((self.threads, max(decode.LINEAR_SCRATCH, int8.SCRATCH)), FLOAT32)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """Return uninitialised memory aligned to a cache line."""
@@ -220,8 +229,15 @@ class CPU:
 
     def linear_forward(self, out: Any, inp: Any, weight: Any, bias: Any, pre: Any = None) -> None:
         pre = self._none_2 if pre is None else _rows(pre)
-        inputs = _rows(inp), _bits(weight), NO_BIAS if bias is None else bias
-        linear.linear_forward(self.threads, _rows(out), pre, *inputs, self._gemm_scratch)
+        out, inp, bias = _rows(out), _rows(inp), NO_BIAS if bias is None else bias
+        if weight.dtype == np.uint8:
+            size = inp.shape[0] * int8.blocks_of(inp.shape[1]) * int8.ROW_BYTES
+            if self._int8_rows.size < size:
+                self._int8_rows = self.empty(size, np.uint8)
+            scratch = self._int8_rows, self._decode_scratch
+            int8.int8_linear_forward(self.threads, out, pre, inp, weight, bias, *scratch)
+            return
+        linear.linear_forward(self.threads, out, pre, inp, _bits(weight), bias, self._gemm_scratch)
 
     def linear_backward(
         self, dinp: Any, dweight: Any, dbias: Any, dout: Any, inp: Any, weight: Any, pre: Any, accumulate: bool
@@ -263,6 +279,12 @@ class CPU:
         pre = self._none_2 if pre is None else _rows(pre)
         inputs = _rows(inp), _bits(packed), NO_BIAS if bias is None else bias
         decode.packed_linear_forward(self.threads, _rows(out), pre, *inputs, self._decode_scratch)
+
+    def quantised_shape(self, OC: int, C: int) -> tuple[int, int]:
+        return int8.shape(OC, C)
+
+    def quantise(self, packed: Any, weight: Any) -> None:
+        int8.quantise(self.threads, packed, weight, self._decode_scratch)
 
     def cache_fill(self, cache: Any, qkv: Any) -> None:
         B, NKV, _, _, HS = cache.shape
@@ -334,15 +356,19 @@ class CPU:
         import numba
 
         return {
-            "backend": self.name, "dtype": str(self.dtype), "isa": self.isa, "threads": str(self.threads),
+            "backend": self.name, "dtype": "int8" if self.quantises else str(self.dtype),
+            "isa": self.isa, "threads": str(self.threads),
             "numba": numba.__version__, "llvmlite": llvmlite.__version__, "numpy": np.__version__,
         }  # fmt: skip
 
     def _calls(self, decoding: bool | None, kinds: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
-        calls = smallest_calls(self, kinds)
+        calls = smallest_calls(self, self._kinds(kinds))
         if decoding is None:
             return calls
         return [(name, call) for name, call in calls if (name in DECODING if decoding else name not in DECODING_ALONE)]
+
+    def _kinds(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        return (*kinds, "int8") if self.quantises else tuple(kinds)
 
     def compiled(self, kinds: Sequence[str] = ("gpt2",), decoding: bool | None = False) -> bool:
         """Return whether the kernels of training, of `decoding` or (None) of both are in the cache."""
@@ -359,7 +385,7 @@ class CPU:
             again = f"every run, because {why}. {kernel_cache.ELSEWHERE}" if why else "first run on this machine only"
             log(f"compiling {len(missing)} kernels for {self.isa}, {self.dtype} ({again})")
             todo, by_name = [name for name in missing if name != "replay"], dict(calls)  # which calls the others
-            with apart.shared(todo, str(self.dtype), ",".join(kinds)) as mine:
+            with apart.shared(todo, str(self.dtype), ",".join(self._kinds(kinds))) as mine:
                 for number, name in mine:
                     log(f"  {number}/{len(missing)} {name}")
                     by_name[name]()
@@ -456,13 +482,17 @@ def smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[
         ),
         ("rope", lambda: ops.rope(a(1, 2), w(1, 1), w(1, 1), tokens, 1, False)),
     ]
-    cache, row = a(1, 1, 2, 1, 1), np.zeros(1, np.int32)
+    cache, row, packed = a(1, 1, 2, 1, 1), np.zeros(1, np.int32), np.zeros(ops.quantised_shape(1, 1), np.uint8)
     calls += [
         ("pack", lambda: ops.pack(a(ops.packed_size(1, 1)), a(1, 1))),
         ("packed_linear_forward", lambda: ops.packed_linear_forward(a(1, 1), a(1, 1), a(ops.packed_size(1, 1)), None)),
         ("attention_decode", lambda: ops.attention_decode(a(1, 1), cache, a(1, 3), row, row)),
+        ("quantise", lambda: ops.quantise(packed, w(1, 1))),
+        ("int8_linear_forward", lambda: ops.linear_forward(a(1, 1), a(1, 1), packed, None)),
     ]
     others = set().union(*KINDS.values()).difference(*(KINDS[kind] for kind in kinds))
+    if "int8" in kinds:
+        others |= REPLACED
     calls = [(name, call) for name, call in calls if name not in others]
     replayed = [call for name, call in calls if name in REPLAYED]
     calls.append(("replay", lambda: ops.capture(lambda: [call() for call in replayed])()))

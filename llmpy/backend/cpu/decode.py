@@ -170,6 +170,35 @@ def pack(
 
 
 @inline
+def start_sums(sums, bias, col, rows, cols):
+    """sums (rows, width of cols) := bias[col : col + cols], or 0 without a bias; it has room for NR − 1 more."""
+    width = panel_width(cols)
+    for i in range(rows):
+        for j in range(NR):
+            sums[i * width + j] = ZERO
+        if bias.size > 0:
+            for j in range(cols):
+                sums[i * width + j] = bias[col + j]
+
+
+@inline
+def write_sums(out, pre, row, col, rows, cols, sums, part):
+    """out[row : row + rows, col : col + cols] := sums (rows, width of cols), or with `pre` that, and out := its GELU.
+
+    part: scratch of NR.
+    """
+    width = panel_width(cols)
+    for i in range(rows):
+        tile = sums[i * width : i * width + NR]
+        if pre.size > 0:
+            write_tile(pre, row + i, col, tile, 1, cols)
+            for j in range(NR):  # constant length, for whole vectors
+                part[j] = gelu(f32(to(pre, tile[j])))
+            tile = part
+        write_tile(out, row + i, col, tile, 1, cols)
+
+
+@inline
 def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
     BT, C = inp.shape
     OC, R, K = out.shape[1], tile_rows(inp), block(inp)
@@ -181,12 +210,7 @@ def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
     into = sums if K > 1 else part  # tiles of `amx` continue sums; others start from 0 at every cut
     for row in range(0, BT, R):
         rows = min(R, BT - row)
-        for i in range(rows):
-            for j in range(NR):
-                sums[i * width + j] = ZERO
-            if bias.size > 0:
-                for j in range(cols):
-                    sums[i * width + j] = bias[col + j]
+        start_sums(sums, bias, col, rows, cols)
         for k in range(0, C, depth(inp)):
             kc = min(depth(inp), C - k)
             whole = kc // (per * K) * K
@@ -202,14 +226,7 @@ def _linear_item(worker, item, out, pre, inp, packed, bias, scratch):
             if K == 1:
                 for i in range(rows * width):
                     sums[i] += part[i]
-        for i in range(rows):
-            tile = sums[i * width : i * width + NR]
-            if pre.size > 0:
-                write_tile(pre, row + i, col, tile, 1, cols)
-                for j in range(NR):  # constant length, for whole vectors
-                    part[j] = gelu(f32(to(pre, tile[j])))
-                tile = part
-            write_tile(out, row + i, col, tile, 1, cols)
+        write_sums(out, pre, row, col, rows, cols, sums, part)
 
 
 @kernel

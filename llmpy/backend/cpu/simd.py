@@ -49,7 +49,8 @@ class Isa:
     registers: 24 + 4 of 32 on AVX-512 and NEON, 12 + 3 of 16 on AVX2. `panel_k` (KC) is the depth at
     which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache. `ahead`: the inner
     loop is long enough to hide prefetches. `rounds`: one instruction rounds to bfloat16, but flushes subnormals to 0.
-    `tiles`: bfloat16 is multiplied by `amx`, with its own rows.
+    `tiles`: bfloat16 is multiplied by `amx`, with its own rows. `dot4`: adds to each lane the dot product of four
+    unsigned and four signed bytes; not of a row, but of the CPU (`host_isa`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Isa:
     ahead: bool = False
     rounds: bool = False
     tiles: bool = False
+    dot4: str = ""
 
 
 # Measured on Zen 4 (dev/LOG.md): 8 × 48 reaches 95–98 % of the FMA peak. 48 divides GPT-2's widths.
@@ -88,9 +90,10 @@ def host_isa() -> Isa:
         return _named("neon-bf16" if "bf16" in has else "neon")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has:
         tiles = {"avx512bf16", "amx-tile", "amx-bf16"} <= has
-        return _named("amx" if tiles else "avx512-bf16" if "avx512bf16" in has else "avx512")
+        row = _named("amx" if tiles else "avx512-bf16" if "avx512bf16" in has else "avx512")
+        return replace(row, dot4="llvm.x86.avx512.vpdpbusd.512" if "avx512vnni" in has else "")
     if {"avx2", "fma"} <= has:
-        return _named("avx2")
+        return replace(_named("avx2"), dot4="llvm.x86.avx512.vpdpbusd.256" if "avxvnni" in has else "")
     return _named("generic")
 
 
@@ -574,18 +577,21 @@ write_row = _writer(exact=True)
 write_operands = _writer(exact=False)  # see `to_operand`
 
 
+def _load_row(bd: ir.IRBuilder, like: Any, src: ir.Value) -> ir.Value:
+    """Return LANES numbers at address src, stored as `like`, as float32."""
+    if like.dtype != BF16:
+        return _load(bd, _at(bd, src), I64(0))
+    halves = bd.load(_at(bd, src, HALVES))
+    halves.align = 2
+    return bd.bitcast(bd.shl(bd.zext(halves, INTEGERS), ir.Constant(INTEGERS, [16] * LANES)), VECTOR)
+
+
 @intrinsic
 def read_row(typingctx: Any, like: Any, dst: Any, src: Any) -> Any:
     """Read LANES numbers at address src, stored as `like`, to float32 at address dst."""
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        if like.dtype == BF16:
-            halves = bd.load(_at(bd, args[2], HALVES))
-            halves.align = 2
-            x = bd.bitcast(bd.shl(bd.zext(halves, INTEGERS), ir.Constant(INTEGERS, [16] * LANES)), VECTOR)
-        else:
-            x = _load(bd, _at(bd, args[2]), I64(0))
-        _store(bd, x, _at(bd, args[1]), I64(0))
+        _store(bd, _load_row(bd, like, args[2]), _at(bd, args[1]), I64(0))
         return context.get_dummy_value()
 
     return types.void(like, types.int64, types.int64), codegen
