@@ -421,5 +421,5 @@ def _machine(threads: int | None, dtype: str, config: ModelConfig) -> Machine:
     machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     for line in crowded(machine.threads):
         aside(line)
-    machine.warm_up(aside, kinds=config.kinds)
+    machine.warm_up(aside, machine.quantises, config.kinds)
     return machine

@@ -18,9 +18,11 @@ from support.samples import WRITERS, in_memory, with_tokenizer
 import llmpy
 from llmpy import GPT2, Tokenizer, Trainer
 from llmpy.data.shards import write_shard
+from llmpy.errors import LlmpyError
 from llmpy.formats import open_model
 from llmpy.generate.sampling import Choice
 from llmpy.model.config import ModelConfig
+from llmpy.model.families import model_memory
 from llmpy.options.train import TrainOptions
 from llmpy.run import checkpoint
 from llmpy.train.assemble import train
@@ -304,3 +306,27 @@ def test_tokens_in_memory_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with refused("shard.outside-vocabulary", "token 300"):
         Trainer("d1", data=ids + 1, out="beyond", **options).run(verbose=False)
     assert not (tmp_path / "beyond").exists()
+
+
+def test_int8(text: Path, tmp_path: Path) -> None:
+    """Text, losses and logits close to float32's; nothing that needs whole matrices; predicted memory."""
+    Trainer("d1", data=text, out="run", vocab_size=300, machine=Laptop(), **SMALL).run(verbose=False)
+    whole, model = (llmpy.load("run", dtype=dtype, threads=2) for dtype in ("float32", "int8"))
+    tokens = np.arange(32).reshape(2, 16)
+    assert model.loss(tokens) == pytest.approx(whole.loss(tokens), rel=1e-2)
+    error = np.abs(model.logits(tokens) - whole.logits(tokens)).max() / np.abs(whole.logits(tokens)).max()
+    assert 0 < error < 0.05
+    assert model.generate("The ", 8, temperature=0).startswith("The ")
+    for name, call in {
+        "loss_and_grads": lambda: model.loss_and_grads(tokens),
+        "save": lambda: model.save(tmp_path / "saved"),
+        "Trainer": lambda: Trainer(model, text),
+        "new": lambda: llmpy.Model.new("d1", dtype="int8", threads=1),
+    }.items():
+        with pytest.raises(LlmpyError, match="int8|gradients") as caught:
+            call()
+        assert caught.value.code in ("model.int8", "model.no-gradients"), name
+    assert not (tmp_path / "saved").exists()
+    net = model._net
+    held = sum(buffer.nbytes for arena in (net.params, net.weights) for buffer in arena.buffers)
+    assert model_memory(net.config, net.ops) == held < 0.5 * model_memory(net.config, whole._net.ops)

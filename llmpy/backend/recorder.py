@@ -23,6 +23,7 @@ class Recorder:
 
     name = "recorder"
     wide = np.dtype(np.float32)
+    quantises = False
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = np.dtype(dtype)

@@ -86,7 +86,7 @@ def bench_decode(options: DecodeOptions, machine: Machine | None = None) -> dict
         "weights_mb": weights / 1e6, "weights_gb_s": rate, "reading_gb_s": reading, "triad_gb_s": triad,
         "prefill_tokens": o.prefill, "prefill_ms": prefill, "prefill_gflops": gflops, "peak_gflops": peak,
         "prefill_share_of_peak": gflops / peak, "batch_size": o.batch_size, "prompt_tokens": o.prompt_tokens,
-        **ops.version_info(), "threads": ops.threads,
+        **ops.version_info(), "dtype": "int8" if ops.quantises else np.dtype(ops.dtype).name, "threads": ops.threads,
         "peak_rss_mb": peak_memory() / 1e6, "token_ms": times,
     }  # fmt: skip
 

@@ -271,7 +271,13 @@ def run_suite(target: Target, *selection: str) -> None:
         env["NUMBA_CPU_FEATURES"] = target.features
     files = [
         str(TESTS / f"{name}.py")
-        for name in ("backend/test_ops", "backend/test_mixed", "backend/test_exp", "generate/test_kv_cache")
+        for name in (
+            "backend/test_ops",
+            "backend/test_mixed",
+            "backend/test_exp",
+            "backend/test_int8",
+            "generate/test_kv_cache",
+        )
     ]
     command = [sys.executable, "-c", PROGRAM, target.isa, "-p", "no:cacheprovider", "-x", *selection, *files]
     result = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, encoding="utf-8", timeout=900)

@@ -119,6 +119,9 @@ def test_a_program_that_keeps_running_is_stopped_with_its_children(tmp_path: Pat
 def test_the_environment_of_a_command() -> None:
     (peer,) = peers.given_peers(PeersOptions(batch_size=2, sequence_length=8, steps=3, peer=("a BF16=b=c $B",)), 7)
     assert (peer.name, peer.dtype, peer.command) == ("a BF16", "bfloat16", "b=c $B")
+    names = "a=x", "a fp32=x", "a int8=x", "a Q8_0=x"
+    others = peers.given_peers(PeersOptions(peer=names), 7)
+    assert [p.dtype for p in others] == ["float32", "float32", "int8", "int8"]
     peer.command = 'for n in 1 2 3; do echo "step $n: train loss 1 (took $((B * T * STEPS * THREADS)) ms)"; done'
     assert peer.run(1) == [2 * 8 * 5 * 7]
 
@@ -232,7 +235,7 @@ def test_llama_cpp_decodes_our_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cli.main([*line.split(), "--llama-python", sys.executable, "--json", str(file)]) == 0, capsys.readouterr()
     numbers = json.loads(file.read_text())
     assert [(p["name"], p["dtype"]) for p in numbers["peers"]] == [
-        ("llama.cpp fp32", "float32"), ("llama.cpp bf16", "bfloat16")
+        ("llama.cpp fp32", "float32"), ("llama.cpp bf16", "bfloat16"), ("llama.cpp int8", "int8")
     ]  # fmt: skip
     for p in numbers["peers"]:
         assert (p["llama_cpp_python"], p["features"], len(p["step_ms"])) == ("9.9", "AVX", 5)

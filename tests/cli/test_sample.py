@@ -55,8 +55,8 @@ def test_compilation_is_announced_on_stderr(
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "compiling nothing\n")
     assert SampleOptions(run).dtype == "auto"
-    with refused("option.invalid", "--dtype int8"):
-        SampleOptions(run, dtype="int8")
+    with refused("option.invalid", "--dtype int4"):
+        SampleOptions(run, dtype="int4")
 
 
 def test_several_prompts_are_the_single_ones(run: Path) -> None:

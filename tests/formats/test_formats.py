@@ -435,6 +435,28 @@ def test_gguf(tmp_path: Path, dtype: str) -> None:
     assert value["tokenizer.ggml.pre"] == "gpt-2"
 
 
+def test_gguf_in_int8(tmp_path: Path) -> None:
+    """As llama.cpp's own program quantises it; a row that is not whole blocks stays float32."""
+    gguf = pytest.importorskip("gguf")
+    c = ModelConfig(layers=1, heads=2, channels=64, context=8, vocab_size=40)
+    for config, kind in ((c, "Q8_0"), (replace(c, channels=24), "F32")):
+        source = in_memory(config)
+        huggingface.write_model(tmp_path / kind, source, "float32")
+        file = tmp_path / f"{kind}.gguf"
+        assert main(["convert", str(tmp_path / kind), str(file), "--dtype", "q8_0"]) == 0
+        _, tensors = gguf_read(file)
+        found, want = tensors["blk.0.ffn_up.weight"], source.read("mlp_fc_w")[0]
+        assert found.tensor_type.name == kind
+        assert tensors["position_embd.weight"].tensor_type.name == tensors["output_norm.bias"].tensor_type.name == "F32"
+        read = gguf.dequantize(found.data, found.tensor_type)
+        blocks = want.reshape(*want.shape[:-1], -1, 32) if kind == "Q8_0" else want
+        half_a_step, scale = 1 / 254, 2.0**-11  # rounding of an int8, and of its float16 scale
+        bound = np.abs(blocks).max(-1, keepdims=True) * (half_a_step + scale) if kind == "Q8_0" else 0.0
+        assert read.shape == want.shape
+        assert (np.abs(read.reshape(blocks.shape) - blocks) <= bound).all()
+    assert main(["convert", str(tmp_path / "F32"), str(tmp_path / "out"), "--to", "hf", "--dtype", "q8_0"]) == 1
+
+
 def test_gguf_with_the_tokenizer_of_llama_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """llama.cpp's "llama-bpe" gives the same ids (dev/LOG.md). GGUF cannot express other ways to split words."""
     pytest.importorskip("gguf")

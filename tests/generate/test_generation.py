@@ -169,14 +169,13 @@ CHOICES = [GREEDY, Choice(0.8, 20, 0.95, 0.01, 1.1)]
 
 @functools.cache
 def small_model(dtype: str) -> GPT2:
-    model = GPT2(SMALL, backend.load("cpu", threads=2, dtype=dtype))
+    model = GPT2(SMALL, backend.load("cpu", threads=2, dtype=dtype), trainable=dtype != "int8")
     fill(model)
-    model.store_weights()
     return model
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=["greedy", "seeded"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("prompts", "together"), [(60, 6), pytest.param(1000, 10, marks=pytest.mark.long)])
 def test_cached_and_from_scratch_are_equal(prompts: int, together: int, dtype: str, choice: Choice) -> None:
     """Random prompts in groups: packed or not, together or alone."""

@@ -52,7 +52,7 @@ FORBIDDEN = [
     (CPU, ("llmpy.backend.reference",), "the backend is independent of its reference"),
 ]
 # Heights inside the CPU backend: a module imports only from below. All others are operations.
-HEIGHT = {"pool": -1, "jit": 0, "amx": 0, "simd": 1, "activation": 2, "gemm": 2, "decode": 4, "": 9}
+HEIGHT = {"pool": -1, "jit": 0, "amx": 0, "simd": 1, "activation": 2, "gemm": 2, "decode": 4, "int8": 5, "": 9}
 OPERATION = 3
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 Graph = dict[str, set[str]]

@@ -31,10 +31,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     jit.hire(2)
 
     def calls(ops: Any, kinds: Any) -> list[tuple[str, Callable[[], object]]]:
-        assert set(kinds) == set(cpu.KINDS)
-        return [
-            ("twice", lambda: jit._compiled(twice)(np.ones(1, np.uint16 if ops.dtype == cpu.BFLOAT16 else ops.dtype)))
-        ]
+        assert set(kinds) == set(cpu.KINDS) - (set() if ops.quantises else {"int8"})
+        dtype = np.uint8 if ops.quantises else np.uint16 if ops.dtype == cpu.BFLOAT16 else ops.dtype
+        name = "quantise" if ops.quantises else "twice"
+        return [(name, lambda: jit._compiled(twice)(np.ones(1, dtype)))]
 
     monkeypatch.setattr(cpu, "smallest_calls", calls)
     monkeypatch.setattr(kernel_cache, "FOLDER", tmp_path)
@@ -43,16 +43,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_both_dtypes_are_compiled_once(folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(machine.KINDS) == set(cpu.KINDS)
+def test_all_dtypes_are_compiled_once(folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {*machine.KINDS, "int8"} == set(cpu.KINDS)
     warmup(WarmupOptions(), said.append)
-    assert len(list(folder.glob("twice-*.kernel"))) == 2
-    assert [line.strip() for line in said if "twice" in line] == ["1/1 twice"] * 2
-    assert said[-1].startswith("compiled 2 kernels in") and str(folder) in said[-1]
+    assert len(list(folder.glob("twice-*.kernel"))) == 3
+    assert [line.strip() for line in said if "1/1" in line] == ["1/1 twice", "1/1 twice", "1/1 quantise"]
+    assert said[-1].startswith("compiled 3 kernels in") and str(folder) in said[-1]
     said.clear()
     monkeypatch.setattr(os, "access", lambda *_: False)  # of a class: only the teacher can write
     warmup(WarmupOptions(), said.append)
-    assert len(said) == 1 and said[0].startswith("nothing to do: 2 kernels") and str(folder) in said[0]
+    assert len(said) == 1 and said[0].startswith("nothing to do: 3 kernels") and str(folder) in said[0]
 
 
 def test_a_cache_that_cannot_be_written(folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
