@@ -246,7 +246,7 @@ RUNS = [
     Target("avx2", "haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2,+sse4.1,+popcnt"),
     Target("generic", "generic", ""),
     Target("avx512", "skylake-avx512", AVX512 + ",+avx,+f16c,+bmi,+bmi2,+sse4.2,+sse4.1,+popcnt"),
-    Target("avx512-bf16", "znver4", AVX512 + ",+avx512bf16,+avx,+f16c,+bmi,+bmi2,+sse4.2,+sse4.1,+popcnt"),
+    Target("avx512-bf16", "znver4", AVX512 + ",+avx512bf16,+avx512vnni,+avx,+f16c,+bmi,+bmi2,+sse4.2,+sse4.1,+popcnt"),
 ]
 SHORT = "linear_forward or rounding or widening"
 # Run the tests; fail if the environment selected another row than intended.

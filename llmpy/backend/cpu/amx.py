@@ -45,19 +45,20 @@ def _call(bd: ir.IRBuilder, name: str, *args: ir.Value) -> None:
     bd.call(cgutils.get_or_insert_function(bd.module, function, f"llvm.x86.{name}"), args)
 
 
-def _shapes(rows: int) -> bytes:
-    """Return the 64 bytes that set the registers' shapes, for C and A of `rows`."""
-    each = [BLOCK if n >= B else rows for n in range(REGISTERS)]
-    palette, widths = bytes([1]).ljust(16, b"\0"), b"".join(WIDTH.to_bytes(2, "little") for _ in each)
+def _shapes(rows: int, words: int) -> bytes:
+    """Return the 64 bytes that set the registers' shapes, for C and A of `rows`, and `words` along k."""
+    each = [words if n >= B else rows for n in range(REGISTERS)]
+    bytes_of = [4 * words if n == A else WIDTH for n in range(REGISTERS)]
+    palette, widths = bytes([1]).ljust(16, b"\0"), b"".join(n.to_bytes(2, "little") for n in bytes_of)
     return palette + widths.ljust(32, b"\0") + bytes(each).ljust(16, b"\0")
 
 
-def configure(bd: ir.IRBuilder, rows: ir.Value) -> None:
+def configure(bd: ir.IRBuilder, rows: ir.Value, words: int = BLOCK) -> None:
     """Emit the setting of shapes for 1 ≤ rows ≤ ROWS, which clears all registers, unless they are set.
 
     Setting them waits for all loads before it, asking does not.
     """
-    name, table = "llmpy_tile_shapes", b"".join(_shapes(max(n, 1)) for n in range(ROWS + 1))
+    name, table = f"llmpy_tile_shapes_{words}", b"".join(_shapes(max(n, 1), words) for n in range(ROWS + 1))
     kind = ir.ArrayType(I8, len(table))
     shapes = bd.module.globals.get(name)
     if shapes is None:
@@ -106,6 +107,23 @@ def multiply(
         prefetch(count, loop.index, here)
     for j in range(count):
         _call(bd, "tilestored64", I8(j), bd.inttoptr(bd.add(c, places[j]), POINTER), rs_c)
+
+
+def multiply_bytes(
+    bd: ir.IRBuilder, count: int, c: ir.Value, a: ir.Value, rs_a: ir.Value, b: ir.Value,
+) -> None:  # fmt: skip
+    """Emit C (rows, count·16) int32 := A · B, of signed and unsigned bytes; four along k are a word.
+
+    `configure` has set rows and words. Addresses and rs_a are in bytes; the rows of B and C are adjacent. Exact.
+    """
+    stride = I64(WIDTH * count)
+    _load(bd, A, a, rs_a)
+    for j in range(count):
+        _call(bd, "tilezero", I8(j))
+        _load(bd, B + j, bd.add(b, I64(WIDTH * j)), stride)
+        _call(bd, "tdpbsud", I8(j), I8(A), I8(B + j))
+    for j in range(count):
+        _call(bd, "tilestored64", I8(j), bd.inttoptr(bd.add(c, I64(WIDTH * j)), POINTER), stride)
 
 
 def multiply_adds(bd: ir.IRBuilder, rounds: ir.Value) -> None:

@@ -6,7 +6,8 @@
                and −128·Σq; sums of 32 products are exact integers, and are scaled and added in the order of k
 
 A weight is d·q with d = max|w|/127 of its block, as in GGUF's Q8_0. The unsigned byte is what one instruction
-multiplies (vpdpbusd: 4 unsigned by 4 signed bytes, added in 32 bits); the sum starts from −128·Σq to compensate. Since
+multiplies (vpdpbusd: 4 unsigned by 4 signed bytes, added in 32 bits; or tiles of `amx`, for more rows); the sum starts
+from −128·Σq to compensate. Since
 integers are exact, a row is bitwise identical whatever other rows the batch holds, and on every instruction set that
 fuses multiply-adds.
 """
@@ -20,6 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from . import amx
 from .activation import activate
 from .decode import start_sums, write_sums
 from .gemm import panel_width
@@ -55,12 +57,13 @@ BLOCK = 32  # weights per scale
 WORDS = BLOCK // 4
 BYTES = BLOCK + 2  # of a block of weights
 ROW_BYTES = BLOCK + 8  # of a block of inputs: int8s, scale float32, −128·Σq int32
-ROWS = MR // 2  # of a tile: its sums are held twice, as integers and as floats
-TILES = 8  # that use a cut of the panel while it is in L1
+FEW_ROWS = MR // 2  # of a tile in vectors: its sums are held twice, as integers and as floats
+ROWS = amx.ROWS if HOST.dot4_tiles else FEW_ROWS
+TOGETHER = 32 // ROWS * ROWS  # rows that use a cut of the panel while it is in L1
 CUT = 8  # blocks
 AHEAD = 16384  # bytes from a load of weights to the prefetch, as `decode.AHEAD`
 SMALLEST = 1e-37  # scales below are 0: their inverse could overflow
-SCRATCH = (TILES * ROWS + 1) * NR  # floats per thread
+SCRATCH = (TOGETHER + 1) * NR  # floats per thread
 
 
 def shape(OC: int, C: int) -> tuple[int, int]:
@@ -122,63 +125,121 @@ def multiply_blocks(
     i64 = types.int64
 
     def codegen(context: Any, bd: Any, sig: Any, args: Any) -> Any:
-        rows, nv, c, rs_c, a, rs_a, scales, b, blocks = args
-        c, a, scales, b = _at(bd, c), _at(bd, a, I8), _at(bd, scales, I8), _at(bd, b, I8)
-        finish = bd.append_basic_block("finish")
-        choice = bd.switch(bd.add(bd.mul(rows, I64(NV + 1)), nv), finish)
-        for m, n in ((m, n) for m in range(1, ROWS + 1) for n in range(1, NV + 1)):
-            entry, loop, end = (bd.append_basic_block(f"{name}{m}x{n}") for name in ("tile", "block", "done"))
-            choice.add_case(I64(m * (NV + 1) + n), entry)
-            bd.position_at_end(entry)
-            rows_c = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(m)]
-            start = [_load(bd, rows_c[i], I64(LANES * j)) for i in range(m) for j in range(n)]
-            bd.branch(loop)
-            bd.position_at_end(loop)
-            k, row_a, row_s, row_b = bd.phi(I64), bd.phi(a.type), bd.phi(a.type), bd.phi(a.type)
-            before = [bd.phi(VECTOR) for _ in start]
-            rows_a = [bd.gep(row_a, [bd.mul(rs_a, I64(i))]) for i in range(m)]
-
-            def word(i: int, offset: int, kind: Any = F32, rows_a: Any = rows_a) -> Any:
-                value = bd.load(bd.bitcast(bd.gep(rows_a[i], [I64(offset)]), kind.as_pointer()))
-                value.align = 4
-                return _splat(bd, value)
-
-            sums = [bd.bitcast(word(i, BLOCK + 4), INTEGERS) for i in range(m) for _ in range(n)]
-            for w in range(WORDS):
-                vectors = []
-                for j in range(n):
-                    place = bd.gep(row_b, [I64(4 * LANES * (w * n + j))])
-                    if w * n + j < WORDS * n and 4 * LANES * (w * n + j) % 64 == 0:
-                        _prefetch(bd, bd.gep(place, [I64(AHEAD)]), IN_L2)
-                    vectors.append(bd.bitcast(_load(bd, bd.bitcast(place, F32.as_pointer()), I64(0)), INTEGERS))
-                for i in range(m):
-                    signed = bd.bitcast(word(i, 4 * w), INTEGERS)
-                    for j in range(n):
-                        sums[i * n + j] = _dot4(bd, sums[i * n + j], vectors[j], signed)
-            factors = [_half_floats(bd, bd.gep(row_s, [I64(2 * LANES * j)])) for j in range(n)]
-            after = []
-            for i in range(m):
-                scale = word(i, BLOCK)
-                for j in range(n):
-                    whole = bd.sitofp(sums[i * n + j], VECTOR)
-                    after.append(_multiply_add(bd, whole, bd.fmul(factors[j], scale), before[i * n + j]))
-            steps = (I64(1), I64(ROW_BYTES), I64(2 * LANES * n), I64(BLOCK * LANES * n))
-            moved = [bd.add(k, steps[0])]
-            moved += [bd.gep(p, [by]) for p, by in zip((row_a, row_s, row_b), steps[1:], strict=True)]
-            phis = (k, row_a, row_s, row_b, *before)
-            for phi, first, then in zip(phis, (I64(0), a, scales, b, *start), (*moved, *after), strict=True):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(then, loop)
-            bd.cbranch(bd.icmp_signed("<", moved[0], blocks), loop, end)
-            bd.position_at_end(end)
-            for i in range(m):
-                for j in range(n):
-                    _store(bd, after[i * n + j], rows_c[i], I64(LANES * j))
-            bd.branch(finish)
-        bd.position_at_end(finish)
+        if not HOST.dot4_tiles:
+            _by_vectors(bd, *args)
+        else:
+            with bd.if_else(bd.icmp_signed("<=", args[0], I64(FEW_ROWS))) as (few, many):
+                with few:
+                    _by_vectors(bd, *args)
+                with many:
+                    _by_tiles(bd, *args)
         return context.get_dummy_value()
 
     return types.void(i64, i64, i64, i64, i64, i64, i64, i64, i64), codegen
+
+
+def _by_tiles(
+    bd: ir.IRBuilder, rows: ir.Value, nv: ir.Value, c: ir.Value, rs_c: ir.Value, a: ir.Value, rs_a: ir.Value,
+    scales: ir.Value, b: ir.Value, blocks: ir.Value,
+) -> None:  # fmt: skip
+    """Emit `multiply_blocks` by `amx`: while vectors scale the sums of a block, tiles compute those of the next."""
+    size = 4 * amx.ROWS * NR
+    room = cgutils.alloca_once(bd, ir.ArrayType(I8, 2 * size))
+    room.align = 64
+    room = bd.ptrtoint(room, I64)
+    amx.configure(bd, rows, WORDS)
+
+    def sums_of(block: ir.Value) -> ir.Value:
+        return bd.add(room, bd.mul(bd.and_(block, I64(1)), I64(size)))
+
+    def multiply(block: ir.Value, n: int) -> None:
+        row_b = bd.add(b, bd.mul(block, I64(4 * WORDS * LANES * n)))
+        for line in range(0, 4 * WORDS * LANES * n, 64):
+            _prefetch(bd, _at(bd, bd.add(row_b, I64(AHEAD + line)), I8), IN_L2)
+        amx.multiply_bytes(bd, n, sums_of(block), bd.add(a, bd.mul(block, I64(ROW_BYTES))), rs_a, row_b)
+
+    for n in range(1, NV + 1):
+        with bd.if_then(bd.icmp_signed("==", nv, I64(n))):
+            multiply(I64(0), n)
+            with cgutils.for_range(bd, blocks, intp=I64) as block:
+                following = bd.add(block.index, I64(1))
+                with bd.if_then(bd.icmp_signed("<", following, blocks)):
+                    multiply(following, n)
+                row_a = bd.add(a, bd.mul(block.index, I64(ROW_BYTES)))
+                row_s = bd.add(scales, bd.mul(block.index, I64(2 * LANES * n)))
+                sums = sums_of(block.index)
+                factors = [_half_floats(bd, _at(bd, bd.add(row_s, I64(2 * LANES * j)), I8)) for j in range(n)]
+                with cgutils.for_range(bd, rows, intp=I64) as row:
+                    about = _at(bd, bd.add(bd.add(row_a, bd.mul(rs_a, row.index)), I64(BLOCK)))
+                    scale, start = (_splat(bd, bd.load(bd.gep(about, [I64(i)]))) for i in (0, 1))
+                    line = _at(bd, bd.add(sums, bd.mul(row.index, I64(4 * LANES * n))))
+                    line_c = bd.gep(_at(bd, c), [bd.mul(rs_c, row.index)])
+                    for j in range(n):
+                        found = bd.bitcast(_load(bd, line, I64(LANES * j)), INTEGERS)
+                        found = bd.add(found, bd.bitcast(start, INTEGERS))
+                        old = _load(bd, line_c, I64(LANES * j))
+                        new = _multiply_add(bd, bd.sitofp(found, VECTOR), bd.fmul(factors[j], scale), old)
+                        _store(bd, new, line_c, I64(LANES * j))
+
+
+def _by_vectors(
+    bd: ir.IRBuilder, rows: ir.Value, nv: ir.Value, c: ir.Value, rs_c: ir.Value, a: ir.Value, rs_a: ir.Value,
+    scales: ir.Value, b: ir.Value, blocks: ir.Value,
+) -> None:  # fmt: skip
+    """Emit `multiply_blocks` for up to FEW_ROWS rows."""
+    c, a, scales, b = _at(bd, c), _at(bd, a, I8), _at(bd, scales, I8), _at(bd, b, I8)
+    finish = bd.append_basic_block("finish")
+    choice = bd.switch(bd.add(bd.mul(rows, I64(NV + 1)), nv), finish)
+    for m, n in ((m, n) for m in range(1, FEW_ROWS + 1) for n in range(1, NV + 1)):
+        entry, loop, end = (bd.append_basic_block(f"{name}{m}x{n}") for name in ("tile", "block", "done"))
+        choice.add_case(I64(m * (NV + 1) + n), entry)
+        bd.position_at_end(entry)
+        rows_c = [bd.gep(c, [bd.mul(rs_c, I64(i))]) for i in range(m)]
+        start = [_load(bd, rows_c[i], I64(LANES * j)) for i in range(m) for j in range(n)]
+        bd.branch(loop)
+        bd.position_at_end(loop)
+        k, row_a, row_s, row_b = bd.phi(I64), bd.phi(a.type), bd.phi(a.type), bd.phi(a.type)
+        before = [bd.phi(VECTOR) for _ in start]
+        rows_a = [bd.gep(row_a, [bd.mul(rs_a, I64(i))]) for i in range(m)]
+
+        def word(i: int, offset: int, kind: Any = F32, rows_a: Any = rows_a) -> Any:
+            value = bd.load(bd.bitcast(bd.gep(rows_a[i], [I64(offset)]), kind.as_pointer()))
+            value.align = 4
+            return _splat(bd, value)
+
+        sums = [bd.bitcast(word(i, BLOCK + 4), INTEGERS) for i in range(m) for _ in range(n)]
+        for w in range(WORDS):
+            vectors = []
+            for j in range(n):
+                place = bd.gep(row_b, [I64(4 * LANES * (w * n + j))])
+                if 4 * LANES * (w * n + j) % 64 == 0:
+                    _prefetch(bd, bd.gep(place, [I64(AHEAD)]), IN_L2)
+                vectors.append(bd.bitcast(_load(bd, bd.bitcast(place, F32.as_pointer()), I64(0)), INTEGERS))
+            for i in range(m):
+                signed = bd.bitcast(word(i, 4 * w), INTEGERS)
+                for j in range(n):
+                    sums[i * n + j] = _dot4(bd, sums[i * n + j], vectors[j], signed)
+        factors = [_half_floats(bd, bd.gep(row_s, [I64(2 * LANES * j)])) for j in range(n)]
+        after = []
+        for i in range(m):
+            scale = word(i, BLOCK)
+            for j in range(n):
+                whole = bd.sitofp(sums[i * n + j], VECTOR)
+                after.append(_multiply_add(bd, whole, bd.fmul(factors[j], scale), before[i * n + j]))
+        steps = (I64(1), I64(ROW_BYTES), I64(2 * LANES * n), I64(BLOCK * LANES * n))
+        moved = [bd.add(k, steps[0])]
+        moved += [bd.gep(p, [by]) for p, by in zip((row_a, row_s, row_b), steps[1:], strict=True)]
+        phis = (k, row_a, row_s, row_b, *before)
+        for phi, first, then in zip(phis, (I64(0), a, scales, b, *start), (*moved, *after), strict=True):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(then, loop)
+        bd.cbranch(bd.icmp_signed("<", moved[0], blocks), loop, end)
+        bd.position_at_end(end)
+        for i in range(m):
+            for j in range(n):
+                _store(bd, after[i * n + j], rows_c[i], I64(LANES * j))
+        bd.branch(finish)
+    bd.position_at_end(finish)
 
 
 @intrinsic
@@ -285,9 +346,9 @@ def _linear_item(worker, item, out, pre, rows, packed, bias, C, scratch):
     cols = min(NR, OC - col)
     width = panel_width(cols)
     scales = address(packed) + col * blocks * BYTES
-    sums, part = scratch[worker, : TILES * ROWS * NR], scratch[worker, TILES * ROWS * NR :]
-    for row in range(0, BT, TILES * ROWS):
-        some = min(TILES * ROWS, BT - row)
+    sums, part = scratch[worker, : TOGETHER * NR], scratch[worker, TOGETHER * NR :]
+    for row in range(0, BT, TOGETHER):
+        some = min(TOGETHER, BT - row)
         start_sums(sums, bias, col, some, cols)
         cut = CUT if some > ROWS else blocks
         for k in range(0, blocks, cut):

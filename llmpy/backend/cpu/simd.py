@@ -50,7 +50,7 @@ class Isa:
     which a packed panel of B, KC × NR floats, takes at most a sixth of a 1 MB L2 cache. `ahead`: the inner
     loop is long enough to hide prefetches. `rounds`: one instruction rounds to bfloat16, but flushes subnormals to 0.
     `tiles`: bfloat16 is multiplied by `amx`, with its own rows. `dot4`: adds to each lane the dot product of four
-    unsigned and four signed bytes; not of a row, but of the CPU (`host_isa`).
+    unsigned and four signed bytes, and `dot4_tiles`: so does `amx`. These are not of a row, but of the CPU.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Isa:
     rounds: bool = False
     tiles: bool = False
     dot4: str = ""
+    dot4_tiles: bool = False
 
 
 # Measured on Zen 4 (dev/LOG.md): 8 × 48 reaches 95–98 % of the FMA peak. 48 divides GPT-2's widths.
@@ -91,7 +92,8 @@ def host_isa() -> Isa:
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= has:
         tiles = {"avx512bf16", "amx-tile", "amx-bf16"} <= has
         row = _named("amx" if tiles else "avx512-bf16" if "avx512bf16" in has else "avx512")
-        return replace(row, dot4="llvm.x86.avx512.vpdpbusd.512" if "avx512vnni" in has else "")
+        dot4 = "llvm.x86.avx512.vpdpbusd.512" if "avx512vnni" in has else ""
+        return replace(row, dot4=dot4, dot4_tiles={"amx-tile", "amx-int8"} <= has)
     if {"avx2", "fma"} <= has:
         return replace(_named("avx2"), dot4="llvm.x86.avx512.vpdpbusd.256" if "avxvnni" in has else "")
     return _named("generic")
