@@ -25,7 +25,7 @@ from .data.tokenizer import Tokenizer
 from .errors import LlmpyError
 from .formats import convert, huggingface, peft
 from .formats.source import HUGGING_FACE, Source
-from .generate.generation import Generation, TextStream, aside, check_memory, encode_prompt
+from .generate.generation import Generation, Text, TextStream, aside, check_memory, encode_prompt
 from .generate.sampling import Choice, choice_of
 from .model.arena import Arena
 from .model.config import GPT2_VOCAB, ModelConfig
@@ -166,22 +166,16 @@ class Model:
         tokenizer, reach = self.require_tokenizer(), self.trained_length
         check_memory(self.config, cast(Machine, self._net.ops), 1, min(reach, len(ids) + count), loaded=True)
         self.warm_up()
-        generation = Generation(
-            self._net, [ids], count, reach, [Xorshift64Star(seed)], choice, tokens=tokenizer.vocab_size
-        )
-        text, changes = TextStream(tokenizer.continuation, stop), self._changes
-        for _ in range(count):
+        stream = TextStream(tokenizer.continuation, stop)
+        text, changes = Text(ids, count, Xorshift64Star(seed), choice, stream, tokenizer.stops), self._changes
+        generation = Generation.of(self._net, [text], count, reach, tokens=tokenizer.vocab_size)
+        while not text.ended:
             with self._net.ops.lock:
                 if self._changes != changes:
                     what = "the model changed while it generated a text"
                     raise LlmpyError("model.changed", what, "Generate the text again")
-                token = generation.step([0])[0].id
-            if token in tokenizer.stops:
-                break
-            yield text.feed(token)
-            if text.stopped:
-                break
-        yield text.finish()
+                ((_, piece),) = generation.step()
+            yield piece
 
     def warm_up(self) -> None:
         """Compile or load the kernels of generation; otherwise the first text does."""

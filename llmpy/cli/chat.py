@@ -18,10 +18,8 @@ from collections.abc import Callable, Iterator
 
 from ..api import Model
 from ..backend.machine import Machine
-from ..data.encode import encode
-from ..data.record_fields import ASSISTANT, plain
-from ..data.record_fields import messages as read_messages
-from ..data.records import Document
+from ..data.encode import prompt_ids
+from ..data.record_fields import ASSISTANT
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError
 from ..generate.sampling import choice_of
@@ -72,14 +70,7 @@ def prompt(tokenizer: Tokenizer, system: list[Message], messages: list[Message],
     Raises LlmpyError if the last question alone does not fit.
     """
     while True:
-        said = read_messages("chat", [*system, *messages], set(), tokenizer.template)
-        if tokenizer.template is None:
-            text, counted = plain([*said, ({"role": ASSISTANT, "content": ""}, True)])
-            document = Document("chat", text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
-        else:
-            rendering = tokenizer.template.prompt("the conversation", [message for message, _ in said])
-            document = Document("chat", *rendering, rendered=True)
-        ids = [int(i) for block in encode(tokenizer, [document]) for i in block.ids]
+        ids = prompt_ids("the conversation", [*system, *messages], tokenizer)
         if len(ids) <= room:
             return ids
         if len(messages) == 1:

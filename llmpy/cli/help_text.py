@@ -31,6 +31,13 @@ examples:
     "chat": """\
 example:
   llmpy chat runs/NAME --system "Answer in one sentence." --temperature 0.3""",
+    "serve": """\
+examples:
+  llmpy serve runs/NAME
+  llmpy serve runs/NAME --name my-model --texts 16 --length 1024
+  LLMPY_API_KEY=... llmpy serve runs/NAME --host 0.0.0.0
+
+stopped by: Ctrl-C or SIGTERM; texts in progress get --grace seconds to end""",
     "watch": """\
 examples:
   llmpy watch                                every run in runs/

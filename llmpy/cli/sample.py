@@ -9,7 +9,7 @@ from typing import cast
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError, unreadable
-from ..generate.generation import Generation, TextStream, Token, check_memory, encode_prompt, open_run
+from ..generate.generation import Generation, Text, TextStream, check_memory, encode_prompt, open_run
 from ..generate.sampling import choice_of
 from ..model.families import language_model
 from ..options.sample_chat import SampleOptions
@@ -39,46 +39,39 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     model = language_model(source.config, ops, trainable=False)
     source.load_into(model)
     # One generator per text; the first text is the same as without the others.
-    coins = [Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1) for i in range(len(prompts))]
-    generation = Generation(
-        model, prompts, o.tokens, reach, coins, choice_of(o), logprobs=o.json, tokens=tokenizer.vocab_size
-    )
-    streams = [TextStream(tokenizer.continuation, o.stop or ()) for _ in prompts]
     ends = frozenset[int]() if o.ignore_eot else tokenizer.stops
-    pieces: list[list[str]] = [[opening] for opening in openings]
-    added: list[list[Token]] = [[] for _ in prompts]
+    texts = [
+        Text(
+            ids, o.tokens, Xorshift64Star((o.seed + i - 1) % ((1 << 64) - 1) + 1), choice_of(o),
+            TextStream(tokenizer.continuation, o.stop or ()), ends, 0 if o.json else None,
+        )
+        for i, ids in enumerate(prompts)
+    ]  # fmt: skip
+    generation = Generation.of(model, texts, o.tokens, reach, tokens=tokenizer.vocab_size)
+    pieces = {text: [opening] for text, opening in zip(texts, openings, strict=True)}
     streaming = len(prompts) == 1 and not o.json
     if streaming:
         write(openings[0])
-    live = list(range(len(prompts)))
-    for _ in range(o.tokens):
-        for row, token in zip(live, generation.step(live), strict=True):
-            added[row].append(token)
-            pieces[row].append(streams[row].feed(token.id) if token.id not in ends else "")
+    while generation.texts:
+        for text, piece in generation.step():
+            pieces[text].append(piece)
             if streaming:
-                write(pieces[row][-1])
-        live = [row for row in live if not streams[row].stopped and added[row][-1].id not in ends]
-        if not live:
-            break
-    for row, stream in enumerate(streams):
-        pieces[row].append(stream.finish())
+                write(piece)
     if o.json:
-        texts = [
+        found = [
             {
                 "prompt": words[0],
                 "prompt_tokens": ids,
                 "text": "".join(words[1:]),
-                "tokens": [token.id for token in new],
-                "logprobs": [token.logprob for token in new],  # nats
-                "ended": "stop" if stream.stopped else "eot" if new[-1].id in ends else "length",
+                "tokens": [token.id for token in text.added],
+                "logprobs": [token.logprob for token in text.added],  # nats
+                "ended": text.ended,
             }
-            for ids, words, new, stream in zip(prompts, pieces, added, streams, strict=True)
+            for ids, (text, words) in zip(prompts, pieces.items(), strict=True)
         ]
-        write(json.dumps({"texts": texts}) + "\n")
-    elif streaming:
-        write(pieces[0][-1] + "\n")
+        write(json.dumps({"texts": found}) + "\n")
     else:
-        write("\n---\n".join(map("".join, pieces)) + "\n")
+        write("\n" if streaming else "\n---\n".join(map("".join, pieces.values())) + "\n")
 
 
 def read_prompts(options: SampleOptions) -> list[str]:

@@ -16,12 +16,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..system.workers import few
 from .chat_template import Spans
+from .record_fields import ASSISTANT, plain
+from .record_fields import messages as read_messages
 from .records import Document
 from .tokenizer import BORDER, Tokenizer
 
@@ -73,6 +75,21 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[Toke
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def prompt_ids(where: str, messages: Any, tokenizer: Tokenizer, ignored: set[str] | None = None) -> list[int]:
+    """Return the tokens of a conversation up to the assistant's next answer, as in training.
+
+    Adds the names of message fields without a meaning to `ignored`. Raises LlmpyError, naming `where`.
+    """
+    read = read_messages(where, messages, set() if ignored is None else ignored, tokenizer.template)
+    if tokenizer.template is None:
+        text, counted = plain([*read, ({"role": ASSISTANT, "content": ""}, True)])
+        document = Document(where, text, counted, literal=True).part(0, len(text) - 2)  # up to the answer
+    else:
+        rendering = tokenizer.template.prompt(where, [message for message, _ in read])
+        document = Document(where, *rendering, rendered=True)
+    return [int(i) for block in encode(tokenizer, [document]) for i in block.ids]
 
 
 def pieces(text: str, border: re.Pattern[str] = BORDER, drop: bool = False) -> Iterator[str]:

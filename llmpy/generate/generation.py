@@ -6,9 +6,9 @@ the model's reach the window slides by a quarter of it, not at every token: thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -27,78 +27,27 @@ from ..system.resources import available_memory
 from ..system.terminal import aside
 from ..system.words import count_of, did_you_mean, gigabytes
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
-from .sampling import Choice, Coin, choose, logprob
+from .sampling import Choice, Coin, choose, likeliest, logprob
 
 DEFAULT = Choice()
 SLIDE = 4  # the window slides by reach / SLIDE
 
 
 class Token(NamedTuple):
-    """A sampled token and its log-probability under the model alone, NaN unless requested."""
+    """A token and its log-probability under the model alone, NaN unless requested; the likeliest tokens, if requested.
+
+    A sampled token may be missing among the likeliest.
+    """
 
     id: int
     logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 def window_start(length: int, reach: int) -> int:
     """Return the first visible token for a text of `length`: at most `reach` back, a multiple of the slide."""
     slide = max(1, reach // SLIDE)
     return 0 if length <= reach else -(-(length - reach) // slide) * slide
-
-
-class Generation:
-    """Texts continued in one batch, each independent of the others.
-
-    Each prompt has at least one token and gets at most `count` more. Tokens see `reach` back. `pack`: see `Decoder`.
-    Several threads may generate with one model: a step holds its machine's lock. `tokens`: those of the tokenizer, if
-    the model has rows for more.
-    """
-
-    def __init__(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], count: int, reach: int, coins: Sequence[Coin],
-        choice: Choice, pack: bool = True, logprobs: bool = False, tokens: int | None = None,
-    ) -> None:  # fmt: skip
-        self._tokens = tokens
-        self.texts = [list(prompt) for prompt in prompts]
-        self._reach, self._coins, self._choice, self._logprobs = reach, coins, choice, logprobs
-        length = min(reach, max(map(len, self.texts)) + count)
-        self._decoder = Decoder(model, len(self.texts), length, pack)
-        self._starts = [-1] * len(self.texts)  # of the cached window
-
-    def step(self, rows: Sequence[int]) -> list[Token]:
-        """Append one token to each of these texts and return the tokens."""
-        tokens = []
-        with self._decoder.ops.lock:
-            found = self._logits(rows)
-        for row, logits in zip(rows, found, strict=True):
-            logits = logits[: self._tokens]
-            token = choose(logits, self._coins[row], self._choice, self.texts[row])
-            self.texts[row].append(token)
-            tokens.append(Token(token, logprob(logits, token) if self._logprobs else float("nan")))
-        return tokens
-
-    def _logits(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Return the next token's logits (V,) for each of these texts."""
-        starts = {row: window_start(len(self.texts[row]), self._reach) for row in rows}
-        found: dict[int, np.ndarray] = {}
-        if continued := [row for row in rows if self._starts[row] == starts[row]]:
-            last = [self.texts[row][-1] for row in continued]
-            found = dict(zip(continued, self._decoder.decode(continued, last), strict=True))
-        for row in rows:
-            if row not in found:
-                self._starts[row] = starts[row]
-                found[row] = self._decoder.prefill(row, self.texts[row][starts[row] :])
-        return [found[row] for row in rows]
-
-
-def generate(
-    model: LanguageModel, prompt: Sequence[int], count: int, reach: int, coin: Coin, choice: Choice = DEFAULT,
-    pack: bool = True, tokens: int | None = None,
-) -> Iterator[int]:  # fmt: skip
-    """Yield `count` tokens that continue `prompt`; arguments as in `Generation`."""
-    generation = Generation(model, [prompt], count, reach, [coin], choice, pack, tokens=tokens)
-    for _ in range(count):
-        yield generation.step([0])[0].id
 
 
 class TextStream:
@@ -143,6 +92,118 @@ class TextStream:
         held = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self._waiting = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+class Text:
+    """A text to continue: a prompt of at least one token, and its own sampling, stops and length.
+
+    It ends (`ended`) at a token in `ends` ("eot"), where its stream stops ("stop"), or after `count` tokens ("length").
+    `logprobs`: record log-probabilities, also of so many likeliest tokens; None: none.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], count: int, coin: Coin, choice: Choice = DEFAULT, stream: TextStream | None = None,
+        ends: Container[int] = (), logprobs: int | None = None,
+    ) -> None:  # fmt: skip
+        self.ids, self.added, self.ended = list(prompt), list[Token](), ""
+        self.slot, self.start = -1, -1  # in the decoder, and of the window that it caches there
+        self._count, self._coin, self._choice, self._logprobs = count, coin, choice, logprobs
+        self._stream, self._ends = stream or TextStream(lambda _: ""), ends
+
+    def add(self, logits: np.ndarray) -> str:
+        """Append a token chosen from logits (V,); return the text that it completes. Raises LlmpyError as `choose`."""
+        id, n = choose(logits, self._coin, self._choice, self.ids), self._logprobs
+        likely: tuple[tuple[int, float], ...] = ()
+        if n:
+            first = sorted(likeliest(logits, n).tolist(), key=lambda i: -logits[i])
+            likely = tuple((i, logprob(logits, i)) for i in first)
+        self.added.append(Token(id, float("nan") if n is None else logprob(logits, id), likely))
+        self.ids.append(id)
+        piece = "" if id in self._ends else self._stream.feed(id)
+        if id in self._ends:
+            self.ended = "eot"
+        elif len(self.added) == self._count:
+            self.ended = "length"
+        if self.ended or self._stream.stopped:
+            piece += self._stream.finish()
+            self.ended = "stop" if self._stream.stopped else self.ended
+        return piece
+
+
+class Generation:
+    """Texts continued in one batch, each as if it were alone. They join and leave between tokens.
+
+    There is room for `slots` texts at a time, which see `reach` tokens back; with `length` < `reach` none may grow
+    longer than that. `pack`: see `Decoder`. Several threads may generate with one model: a step holds its machine's
+    lock. `tokens`: those of the tokenizer, if the model has rows for more.
+    """
+
+    def __init__(
+        self, model: LanguageModel, slots: int, length: int, reach: int, pack: bool = True, tokens: int | None = None
+    ) -> None:
+        self.texts: list[Text] = []  # joined
+        self.free = list(range(slots))
+        self._decoder = Decoder(model, slots, min(length, reach), pack)
+        self._reach, self._tokens = reach, tokens
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, texts: Sequence[Text], count: int, reach: int, pack: bool = True,
+        tokens: int | None = None,
+    ) -> Self:  # fmt: skip
+        """Return a generation of these texts, which get at most `count` tokens each."""
+        found = cls(model, len(texts), max(len(text.ids) for text in texts) + count, reach, pack, tokens)
+        for text in texts:
+            found.join(text)
+        return found
+
+    def join(self, text: Text) -> None:
+        """Give a text a free slot."""
+        text.slot, text.start = self.free.pop(0), -1
+        self.texts.append(text)
+
+    def leave(self, text: Text) -> None:
+        """Free the slot of a text."""
+        self.texts.remove(text)
+        self.free.append(text.slot)
+
+    def step(self) -> list[tuple[Text, str]]:
+        """Append one token to each text; return all texts, and what the tokens complete. Those that end leave."""
+        return [(text, self.add(text, logits)) for text, logits in self.logits()]
+
+    def add(self, text: Text, logits: np.ndarray) -> str:
+        """Return `text.add(logits)`; a text that ends leaves."""
+        piece = text.add(logits)
+        if text.ended:
+            self.leave(text)
+        return piece
+
+    def logits(self, prefills: int | None = None) -> list[tuple[Text, np.ndarray]]:
+        """Return the next token's logits (V,) for each text, but of those whose window must be cached only so many."""
+        starts = {text: window_start(len(text.ids), self._reach) for text in self.texts}
+        continued = [text for text in self.texts if text.start == starts[text]]
+        others = [text for text in self.texts if text.start != starts[text]][:prefills]
+        found: dict[Text, np.ndarray] = {}
+        with self._decoder.ops.lock:
+            if continued:
+                slots, last = [text.slot for text in continued], [text.ids[-1] for text in continued]
+                found = dict(zip(continued, self._decoder.decode(slots, last), strict=True))
+            for text in others:
+                text.start = starts[text]
+                found[text] = self._decoder.prefill(text.slot, text.ids[text.start :])
+        return [(text, found[text][: self._tokens]) for text in self.texts if text in found]
+
+
+def generate(
+    model: LanguageModel, prompt: Sequence[int], count: int, reach: int, coin: Coin, choice: Choice = DEFAULT,
+    pack: bool = True, tokens: int | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield `count` tokens that continue `prompt`; arguments as in `Text` and `Generation`."""
+    text = Text(prompt, count, coin, choice)
+    generation = Generation.of(model, [text], count, reach, pack, tokens)
+    while not text.ended:
+        generation.step()
+        yield text.ids[-1]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

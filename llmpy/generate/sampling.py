@@ -14,6 +14,9 @@ import numpy as np
 
 from ..errors import LlmpyError
 
+COLUMNS = 32  # dev/LOG.md#sampling-many-texts
+FIRST = 256  # tokens that top p sorts; eight times as many if they are too few
+
 
 class Coin(Protocol):
     """A random generator."""
@@ -50,27 +53,51 @@ def choose(logits: np.ndarray, coin: Coin, choice: Choice, text: Sequence[int] =
         logits[seen] = np.where(old > 0, old / c.repetition_penalty, old * c.repetition_penalty)
     if c.temperature == 0:
         return int(logits.argmax())
-    # Candidates stay in id order and ties go to the lowest id: the same choice on every machine.
-    ids = likeliest(logits, c.top_k)
-    scaled = logits[ids].astype(np.float64)
+    # Candidates stay in id order and ties go to the lowest id: the same choice on every machine. Candidates are dropped
+    # as soon as their probability is known to be 0, which changes no sum.
+    ids = likeliest(logits, c.top_k) if 0 < c.top_k < len(logits) else None  # None: all
+    p = (logits if ids is None else logits[ids]).astype(np.float64)
+    p -= p.max()
     with np.errstate(over="ignore"):  # tiny temperature: −∞ for all but the likeliest
-        p = np.exp((scaled - scaled.max()) / c.temperature)
+        if c.temperature != 1:
+            p /= c.temperature
+        np.exp(p, out=p)
     if c.top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        p[order[before >= c.top_p * p.sum()]] = 0
-    p[p < c.min_p] = 0  # the likeliest has p = 1 here
+        kept = nucleus(p, c.top_p)
+        ids, p = kept if ids is None else ids[kept], p[kept]
+    if c.min_p > 0:
+        p[p < c.min_p] = 0  # the likeliest has p = 1 here
     total = np.cumsum(p)
-    return int(ids[min(int(np.searchsorted(total, coin.uniform() * total[-1], side="right")), np.flatnonzero(p)[-1])])
+    at = int(np.searchsorted(total, coin.uniform() * total[-1], side="right"))
+    at = at if at < len(p) else int(np.flatnonzero(p)[-1])
+    return at if ids is None else int(ids[at])
 
 
-def likeliest(logits: np.ndarray, k: int) -> np.ndarray:
-    """Return the ascending ids of the k largest logits (V,), ties to the lowest id; all if k is 0."""
-    if not 0 < k < len(logits):
-        return np.arange(len(logits))
-    border = np.partition(logits, -k)[-k]
-    above = np.flatnonzero(logits > border)
-    return np.sort(np.append(above, np.flatnonzero(logits == border)[: k - len(above)]))
+def likeliest(x: np.ndarray, k: int) -> np.ndarray:
+    """Return the ascending ids of the k largest of x (V,), ties to the lowest id; all if k is 0."""
+    if not 0 < k < len(x):
+        return np.arange(len(x))
+    ids = np.arange(len(x))
+    if (rows := len(x) // COLUMNS) > k:  # the k-th largest maximum of columns is at most the k-th largest of x
+        border = np.partition(x[: rows * COLUMNS].reshape(COLUMNS, rows).max(axis=0), -k)[-k]
+        ids = np.flatnonzero(x >= border)
+    some = x[ids]
+    border = np.partition(some, -k)[-k]
+    above = ids[some > border]
+    return np.sort(np.append(above, ids[some == border][: k - len(above)]))
+
+
+def nucleus(p: np.ndarray, share: float) -> np.ndarray:
+    """Return the ascending ids of the fewest of p (V,) that sum to this share of all, ties to the lowest id."""
+    limit, k = share * p.sum(), FIRST
+    while True:  # sort only so many that their sum exceeds the limit, whatever its rounding
+        some = likeliest(p, k if k < len(p) else 0)
+        if len(some) == len(p) or p[some].sum() > (1 + 1e-9) * limit:
+            break
+        k *= 8
+    order = some[np.argsort(-p[some], kind="stable")]
+    before = np.cumsum(p[order]) - p[order]
+    return np.sort(order[before < limit])
 
 
 def logprob(logits: np.ndarray, token: int) -> float:

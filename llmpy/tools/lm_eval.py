@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
-from ..generate.generation import Generation, TextStream, check_memory, encode_prompt, open_run
+from ..generate.generation import Generation, Text, TextStream, check_memory, encode_prompt, open_run
 from ..generate.sampling import Choice, logprob
 from ..model.families import language_model
 from ..rng import Xorshift64Star
@@ -159,18 +159,16 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         choice = Choice((1.0 if temperature is None else float(temperature)) if sampled else 0.0, **limits)
         prompts = [encode_prompt(self.tokens, context)[-self.reach :] for context in contexts]
         coins = [Xorshift64Star(SEED + number) for number in numbers]
-        generation = Generation(self.model, prompts, count, self.reach, coins, choice, tokens=self.tokens.vocab_size)
-        streams = [TextStream(self.tokens.continuation, until) for _ in prompts]
-        texts, live = [""] * len(prompts), list(range(len(prompts)))
-        for _ in range(count):
-            for row, token in zip(list(live), generation.step(live), strict=True):
-                ended = token.id in self.tokens.stops
-                texts[row] += "" if ended else streams[row].feed(token.id)
-                if ended or streams[row].stopped:
-                    live.remove(row)
-            if not live:
-                break
-        return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
+        texts = [
+            Text(ids, count, coin, choice, TextStream(self.tokens.continuation, until), self.tokens.stops)
+            for ids, coin in zip(prompts, coins, strict=True)
+        ]
+        generation = Generation.of(self.model, texts, count, self.reach, tokens=self.tokens.vocab_size)
+        found = dict.fromkeys(texts, "")
+        while generation.texts:
+            for text, piece in generation.step():
+                found[text] += piece
+        return list(found.values())
 
 
 def windows(context: Sequence[int], continuation: Sequence[int], reach: int) -> Iterator[tuple[list[int], int]]:

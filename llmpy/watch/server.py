@@ -24,12 +24,12 @@ from typing import Any
 
 from ..errors import LlmpyError
 from ..options.watch import AXES, CURVES, WatchOptions
+from ..system.loopback import foreign_host, foreign_site
 from ..version import __version__
 from .figure import COLOURS, CONFIG, figure, need
 from .runs import Runs
 
 ADDRESS = "127.0.0.1"
-HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
 PORTS = 100  # tried in order
 LEAST_SECONDS, SHARE = 1.0, 0.1  # between answers; of a core for answers
 SCRIPT = "text/javascript"
@@ -85,9 +85,9 @@ class Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         host = self.headers.get("Host", "")
         path, _, query = self.path.partition("?")
-        foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
+        foreign = foreign_site(self.headers.get("Sec-Fetch-Site", "none"))
         foreign = foreign and (path != "/" or self.headers.get("Sec-Fetch-Dest") != "document")  # a link to the page
-        if foreign or (host.rpartition(":")[0] not in HOSTS and host not in HOSTS):
+        if foreign or foreign_host(host):
             self._answer(403, "text/plain", b"llmpy watch only serves localhost and 127.0.0.1, and no other site\n")
         elif path in FILES:
             name, kind = FILES[path]

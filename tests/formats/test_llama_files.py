@@ -25,7 +25,7 @@ from llmpy.formats import huggingface, native, open_model, resolve
 from llmpy.formats.convert import write
 from llmpy.formats.gguf import write_model as write_gguf
 from llmpy.formats.source import Source, shapes
-from llmpy.generate.generation import Generation
+from llmpy.generate.generation import Generation, Text
 from llmpy.generate.sampling import Choice
 from llmpy.model.arena import Arena
 from llmpy.model.config import LlamaConfig, RopeScaling
@@ -208,9 +208,10 @@ def test_rows_beyond_the_tokenizer_are_kept(tmp_path: Path, kind: str) -> None:
     model = build(found.config, Laptop())
     model.params.norm_f_w[...], model.params.head[...] = 0, 0
     model.params.norm_f_w[0], model.params.head[300, 0] = 1, 1e3  # the likeliest or the least likely
-    coins = [Xorshift64Star(seed) for seed in (1, 2)]
-    generation = Generation(model, [[5], [6]], 9, 30, coins, Choice(), tokens=257)
-    assert all(token.id < 257 for _ in range(9) for token in generation.step([0, 1]))
+    texts = [Text([5 + seed], 9, Xorshift64Star(seed)) for seed in (1, 2)]
+    generation = Generation.of(model, texts, 9, 30, tokens=257)
+    while generation.texts:
+        assert all(text.ids[-1] < 257 for text, _ in generation.step())
     shutil.rmtree(tmp_path / "m")
     write(in_memory(replace(LLAMA, vocab_size=256)), tmp_path / "m", kind, None, [].append)
     Tokenizer.bytes().save(tmp_path / "m" / "tokenizer.json")

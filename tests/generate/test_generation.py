@@ -14,7 +14,7 @@ from support.refused import refused
 from llmpy import backend
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
-from llmpy.generate.generation import Generation, TextStream, encode_prompt, generate, open_run, window_start
+from llmpy.generate.generation import Generation, Text, TextStream, encode_prompt, generate, open_run, window_start
 from llmpy.generate.sampling import Choice, choose
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
@@ -186,11 +186,14 @@ def test_cached_and_from_scratch_are_equal(prompts: int, together: int, dtype: s
         found = []
         for pack in (True, False):
             coins = [Xorshift64Star(first + i + 1) for i in range(together)]
-            generation = Generation(model, given, count, reach, coins, choice, pack, logprobs=True)
-            found.append([generation.step(range(together)) for _ in range(count)])
+            texts = [Text(prompt, count, coins[i], choice, logprobs=0) for i, prompt in enumerate(given)]
+            generation = Generation.of(model, texts, count, reach, pack)
+            while generation.texts:
+                generation.step()
+            found.append([text.added for text in texts])
         assert found[0] == found[1]
         for i, prompt in enumerate(given):
             scratch = from_scratch(model, prompt, count, reach, Xorshift64Star(first + i + 1), choice)
-            assert scratch == [step[i].id for step in found[0]]
+            assert scratch == [token.id for token in found[0][i]]
         alone = generate(model, given[1], count, reach, Xorshift64Star(first + 2), choice)
-        assert list(alone) == [step[1].id for step in found[0]]
+        assert list(alone) == [token.id for token in found[0][1]]

@@ -25,7 +25,7 @@ CPU = "llmpy.backend.cpu"
 # Top to bottom, with the reason for each floor. Folders of one floor may import each other, without a cycle.
 FLOORS = (
     ("cli",),  # drives everything; Python users and tests must not need it
-    ("tools", "bench", "watch"),  # inspect machines, models and runs from outside
+    ("tools", "bench", "watch", "serve"),  # inspect machines, models and runs from outside, or serve them
     ("api",),  # `import llmpy` is on a par with the command line, without flags
     ("distributed",),  # replaces the world, optimizer and checkpoints of one process; training does not know it
     ("train",),  # the loop samples, but sampling does not need the loop

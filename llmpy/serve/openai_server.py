@@ -1,0 +1,386 @@
+"""`llmpy serve`: a model behind OpenAI's interface, over HTTP.
+
+    GET  /health, /v1/models, /v1/models/NAME
+    POST /v1/completions, /v1/chat/completions
+
+On the loopback interface, requests for another host name and by pages of other sites are refused, as in `llmpy watch`.
+With a key, every request but /health must carry it. One thread owns the model (`generate.batcher`); the event loop
+passes its events to the requests. A request that ends early, by its client or its time limit, frees its places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import importlib.util
+import ipaddress
+import json
+import os
+import socket
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import backend
+from ..backend.machine import Machine
+from ..errors import LlmpyError
+from ..generate.batcher import Batcher, Event
+from ..generate.generation import Generation, Text, Token, check_memory, open_run
+from ..generate.sampling import Choice
+from ..model.families import language_model
+from ..options.serve import ServeOptions
+from ..rng import Xorshift64Star
+from ..system.command import install
+from ..system.interrupts import on_signal
+from ..system.loopback import foreign_host, foreign_site
+from ..system.resources import crowded
+from ..system.terminal import aside
+from .openai_requests import Job, Refusal, Served, parse
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+KEY = "LLMPY_API_KEY"
+LENGTH = 2048  # tokens of a text by default
+LARGEST, DRAINED = 1 << 20, 64 << 20  # bytes of a request; read before it is refused, so that the client sees why
+CONNECTIONS = 1000
+LEAST_LOGPROB = -9999.0  # OpenAI's
+ANSWERS = {"/v1/completions": False, "/v1/chat/completions": True}  # path → of a chat
+MODELS = "/v1/models"
+Json = dict[str, Any]
+
+
+class Api:
+    """The ASGI application."""
+
+    def __init__(self, served: Served, generation: Generation, options: ServeOptions, key: str, local: bool) -> None:
+        self._served, self._options, self._key, self._local = served, options, key.encode(), local
+        self.batcher = Batcher(generation, options.waiting, self._deliver)
+        self.closing = False
+        self._created = int(time.time())
+        self._parsing = asyncio.Semaphore(1)  # a tokenizer may need a hundred times the memory of a request
+        self._inboxes: dict[Text, asyncio.Queue[Event]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        from starlette.requests import ClientDisconnect, Request
+
+        self._loop = asyncio.get_running_loop()
+        request = Request(scope, receive)
+        try:
+            await self._respond(request, send)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            await refused(error)(scope, receive, send)
+
+    async def _respond(self, request: Request, send: Send) -> None:
+        path, scope, receive = request.url.path, request.scope, request.receive
+        headers = request.headers
+        if self._local and (
+            foreign_host(headers.get("Host", "")) or foreign_site(headers.get("Sec-Fetch-Site", "none"))
+        ):
+            what = "llmpy serve answers requests to localhost and 127.0.0.1 only, and of no other site"
+            raise Refusal(what, code="foreign_host", status=403)
+        given = headers.get("Authorization", "").encode()
+        authorized = not self._key or hmac.compare_digest(given, b"Bearer " + self._key)
+        if not authorized and path != "/health":
+            raise Refusal("the key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key", status=401)
+        if path in ANSWERS and request.method == "POST":
+            await self._answer(request, ANSWERS[path], send)
+            return
+        if request.method != "GET" or path in ANSWERS:
+            raise Refusal(f"{request.method} {path} is not supported", code="method_not_allowed", status=405)
+        model = {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "llmpy"}
+        if path == "/health":  # without the key, only that the server runs
+            busy = dict(zip(("running", "waiting"), self.batcher.counts, strict=True)) if authorized else {}
+            found: Json = {"status": "ok", **busy}
+        elif path == MODELS:
+            found = {"object": "list", "data": [model]}
+        elif path == f"{MODELS}/{self._served.name}":
+            found = model
+        else:
+            raise Refusal(f"there is no {path[:100]}", code="not_found", status=404)
+        await as_json(found)(scope, receive, send)
+
+    async def _answer(self, request: Request, chat: bool, send: Send) -> None:
+        """Continue the texts of a request, and send them as they come or at the end."""
+        from starlette.responses import StreamingResponse
+
+        data = await body_of(request)
+        async with self._parsing:
+            job = await asyncio.to_thread(parse, data, chat, self._served)
+        if self.closing:
+            raise LlmpyError("serve.closing", "the server is shutting down", "Try again later")
+        inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self.batcher.submit(job.texts)
+        self._inboxes.update(dict.fromkeys(job.texts, inbox))
+        limit = self._options.timeout
+        late = Refusal(f"the request took more than {limit:g} s", code="timeout", status=503)
+        timer = asyncio.get_running_loop().call_later(limit, inbox.put_nowait, Event(job.texts[0], error=late))
+        reply = Reply(job, self._served, inbox)
+        try:
+            if job.stream:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(limit + 10):  # of a client that does not read
+                        stream = StreamingResponse(reply.stream(), headers=NO_STORE, media_type="text/event-stream")
+                        await stream(request.scope, request.receive, send)
+            else:
+                gone = asyncio.ensure_future(wait_for_disconnect(request, inbox, job.texts[0]))
+                try:
+                    response = as_json(await reply.whole())
+                finally:
+                    gone.cancel()
+                await response(request.scope, request.receive, send)
+        finally:
+            timer.cancel()
+            self.batcher.cancel(job.texts)
+            for text in job.texts:
+                del self._inboxes[text]
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Pass the events of a step to their requests; called by the batcher's thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            if inbox := self._inboxes.get(event.text):
+                inbox.put_nowait(event)
+
+
+class Reply:
+    """A job's events as OpenAI's objects."""
+
+    def __init__(self, job: Job, served: Served, inbox: asyncio.Queue[Event]) -> None:
+        self._job, self._served, self._inbox = job, served, inbox
+        self._numbers = {text: i for i, text in enumerate(job.texts)}
+        self._shown = [0] * len(job.texts)  # characters of tokens with log-probabilities
+        kind = "chat.completion" if job.chat else "text_completion"
+        name = f"{'chatcmpl' if job.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        chunk = ".chunk" if job.chat and job.stream else ""
+        self._head = {"id": name, "object": kind + chunk, "created": int(time.time()), "model": served.name}
+
+    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield text number and event until all texts have ended. Raises what ends them."""
+        left = len(self._job.texts)
+        while left:
+            event = await self._inbox.get()
+            if event.error is not None:
+                raise event.error
+            left -= bool(event.ended)
+            yield self._numbers[event.text], event
+
+    async def whole(self) -> Json:
+        """Return the answer that is not streamed."""
+        texts = [""] * len(self._job.texts)
+        ends = ["" for _ in texts]
+        async for i, event in self._events():
+            texts[i] += event.piece
+            ends[i] = event.ended
+        choices = []
+        for i, text in enumerate(self._job.texts):
+            said: Json = {"text": texts[i]}
+            if self._job.chat:
+                said = {"message": {"role": "assistant", "content": texts[i], "refusal": None}}
+            shown = text.added[: -1 if ends[i] == "eot" else None]
+            choices.append({"index": i, **said, "logprobs": self._logprobs(i, shown), "finish_reason": reason(ends[i])})
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Yield the lines of server-sent events; an error ends them."""
+        job = self._job
+        usage = {"usage": None} if job.usage else {}
+
+        def line(choices: list[Json], more: Json = usage) -> str:
+            return f"data: {json.dumps({**self._head, 'choices': choices, **more})}\n\n"
+
+        def choice(i: int, said: str | Json, logprobs: Json | None = None, ended: str = "") -> Json:
+            key = "delta" if job.chat else "text"
+            return {"index": i, key: said, "logprobs": logprobs, "finish_reason": reason(ended)}
+
+        if job.chat:
+            for i in range(len(job.texts)):
+                yield line([choice(i, {"role": "assistant", "content": ""})])
+        try:
+            async for i, event in self._events():
+                shown = [event.token] if event.token and event.ended != "eot" else []
+                logprobs = self._logprobs(i, shown)
+                if event.piece or shown and logprobs:
+                    yield line([choice(i, {"content": event.piece} if job.chat else event.piece, logprobs)])
+                if event.ended:
+                    yield line([choice(i, {} if job.chat else "", None, event.ended)])
+            if job.usage:
+                yield line([], {"usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(refusal_of(error).body)}\n\n"
+
+    def _usage(self) -> Json:
+        prompt, added = self._job.prompt_tokens, sum(len(text.added) for text in self._job.texts)
+        return {"prompt_tokens": prompt, "completion_tokens": added, "total_tokens": prompt + added}
+
+    def _logprobs(self, i: int, tokens: list[Token]) -> Json | None:
+        """Return the log-probabilities of tokens of text i, the next ones; None if not requested."""
+        if not self._job.logprobs:
+            return None
+        decode = self._served.tokenizer.decode
+
+        def entry(id: int, value: float) -> Json:
+            text = decode([id])
+            whole = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": max(value, LEAST_LOGPROB), "bytes": whole}
+
+        found = [(entry(t.id, t.logprob), [entry(*one) for one in t.likeliest]) for t in tokens]
+        if self._job.chat:
+            return {"content": [{**token, "top_logprobs": top} for token, top in found], "refusal": None}
+        offsets = []
+        for token, _ in found:
+            offsets.append(self._shown[i])
+            self._shown[i] += len(token["token"])
+        return {
+            "tokens": [token["token"] for token, _ in found],
+            "token_logprobs": [token["logprob"] for token, _ in found],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in top} for _, top in found],
+            "text_offset": offsets,
+        }
+
+
+NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+def reason(ended: str) -> str | None:
+    """Return OpenAI's finish_reason."""
+    return "stop" if ended in ("eot", "stop") else ended or None
+
+
+def as_json(content: Json, status: int = 200, headers: dict[str, str] = NO_STORE) -> Response:
+    """Return a response of JSON in ASCII: a text may have halves of characters."""
+    from starlette.responses import Response
+
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return an error as OpenAI's; print those that are not about the request."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, LlmpyError):
+        status = {"serve.busy": 429, "serve.closing": 503}.get(error.code, 500)
+        return Refusal(str(error), code=error.code, status=status)
+    traceback.print_exception(error)
+    return Refusal("an error in the server", code="internal_error", status=500)
+
+
+def refused(error: Exception) -> Response:
+    """Return the response of an error."""
+    refusal = refusal_of(error)
+    headers = {"Retry-After": "1"} if refusal.status in (429, 503) else {}
+    headers |= {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+    return as_json(refusal.body, refusal.status, NO_STORE | headers)
+
+
+async def body_of(request: Request) -> bytes:
+    """Return the body of a request. Raises Refusal if it is too large."""
+    data, size = bytearray(), 0
+    announced = request.headers.get("Content-Length", "")
+    if not announced.isdecimal() or int(announced[:20]) <= DRAINED:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > DRAINED:
+                break
+            data = data + chunk if size <= LARGEST else bytearray()
+        if size <= LARGEST:
+            return bytes(data)
+    raise Refusal(f"the request has more than {LARGEST:,} bytes", code="request_too_large", status=413)
+
+
+async def wait_for_disconnect(request: Request, inbox: asyncio.Queue[Event], text: Text) -> None:
+    """End a request whose client goes away."""
+    from starlette.requests import ClientDisconnect
+
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    inbox.put_nowait(Event(text, error=ClientDisconnect()))
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, bool]:
+    """Return a socket that listens, and whether only this machine can reach it. Raises LlmpyError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family), ipaddress.ip_address(address[0]).is_loopback
+    except OSError as error:
+        what = f"cannot listen on {host} port {port}: {error.strerror or error}"
+        raise LlmpyError("serve.no-port", what, "Choose another one: --host, --port") from None
+
+
+def serve(options: ServeOptions, log: Callable[[str], None], machine: Machine | None = None) -> None:
+    """Serve a model until SIGTERM or Ctrl-C. Raises LlmpyError if it cannot be loaded, or a package is missing."""
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            hint = f"Install it: {install('llmpy[serve]')}"
+            raise LlmpyError("package.missing", f"llmpy serve needs {package}", hint)
+    import uvicorn
+
+    o, key = options, options.api_key or os.environ.get(KEY, "")
+    if not key.isascii() or not key.isprintable() or o.api_key == "":
+        raise LlmpyError("serve.key-invalid", "the key is empty or not printable ASCII", "Choose another one")
+    sock, local = listen(o.host, o.port)
+    with sock:
+        if not local and not key:
+            hint = f"Add --api-key KEY, or set {KEY}"
+            raise LlmpyError("serve.key-missing", f"others can reach {o.host}, which needs a key", hint)
+        api = Api(*prepared(o, machine), o, key, local)
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                where = f"[{o.host}]" if ":" in o.host else o.host
+                log(f"http://{where}:{sock.getsockname()[1]}/v1  (Ctrl-C stops)")
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                api.closing = True
+                asyncio.get_running_loop().call_later(o.grace, api.batcher.close)
+                await super().shutdown(sockets)
+
+        config = uvicorn.Config(
+            cast(Any, api), http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+            proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=int(o.grace) + 5,
+        )  # fmt: skip
+        server = Server(config)
+        try:
+            with on_signal(server.handle_exit):
+                server.run([sock])
+        finally:
+            api.batcher.close()
+
+
+def prepared(options: ServeOptions, machine: Machine | None = None) -> tuple[Served, Generation]:
+    """Load the model, compile its kernels and continue a first text, so that requests wait for none of it."""
+    o = options
+    source, tokenizer = open_run(o.run)
+    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
+    for line in crowded(ops.threads):
+        aside(line)
+    reach = source.trained_length
+    length = min(reach, o.length or LENGTH)
+    check_memory(source.config, ops, o.texts, length)
+    ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
+    model = language_model(source.config, ops, trainable=False)
+    source.load_into(model)
+    generation = Generation(model, o.texts, length, reach, tokens=tokenizer.vocab_size)
+    text = Text([tokenizer.eot], 2, Xorshift64Star(1), Choice(0))
+    generation.join(text)
+    while generation.texts:
+        generation.step()
+    name = o.name or o.run.as_posix()
+    most = o.texts + o.waiting
+    return Served(name, tokenizer, source.config.vocab_size, length, length == reach, most), generation
