@@ -43,7 +43,7 @@ def some_text(seed: int) -> Text:
         rng.choice([1.0, 1.3]),
     )  # fmt: skip
     prompt = [rng.randrange(300) for _ in range(rng.randrange(1, 20))]
-    stream = TextStream(letters, [rng.choice("abc") + rng.choice("de")])
+    stream = TextStream(letters, [rng.choice("abc"), "de"])
     ends = frozenset(rng.sample(range(300), 8))
     return Text(prompt, rng.randrange(1, 30), Xorshift64Star(seed + 1), choice, stream, ends, rng.choice([None, 0, 3]))
 
@@ -71,7 +71,7 @@ class Inbox:
         found: dict[Text, list[Event]] = {text: [] for text in texts}
         left = set(texts)
         while left:
-            for event in self.steps.get(timeout=20):
+            for event in self.steps.get(timeout=120):
                 if event.text in found:
                     found[event.text].append(event)
                 left -= {event.text} if event.ended else set()

@@ -85,7 +85,8 @@ def test_stops_and_log_probabilities(port: int, folder: Path) -> None:
     assert logs["token_logprobs"] == want["logprobs"]
     assert logs["text_offset"][:2] == [0, len(logs["tokens"][0])]
     for token, value, top in zip(logs["tokens"], logs["token_logprobs"], logs["top_logprobs"], strict=True):
-        assert value <= max(top.values()) and (token not in top or top[token] == value) and len(top) <= 2
+        assert value <= max(top.values()) and len(top) <= 2
+        assert token not in top or top[token] == value or token == "\ufffd"  # of several tokens
     streamed = ask(port, TEXTS, asked | {"stream": True}).events
     assert "".join(c["choices"][0]["text"] for c in streamed) == want["text"]
     values = [v for c in streamed for v in (c["choices"][0]["logprobs"] or {}).get("token_logprobs", [])]
@@ -100,8 +101,8 @@ def chat_text(folder: Path, messages: list[Json], count: int, seed: int) -> str:
 
 def test_chats_use_the_template(port: int, folder: Path) -> None:
     messages = talk("What is 2 + 2?", system="Be brief.")
-    asked = {"model": "m", "messages": messages, "max_completion_tokens": 14, "seed": 3}
-    want = [chat_text(folder, messages, 14, seed) for seed in (3, 4)]
+    asked = {"model": "m", "messages": messages, "max_completion_tokens": 14, "seed": 1}
+    want = [chat_text(folder, messages, 14, seed) for seed in (1, 2)]
     found = ask(port, CHATS, asked | {"n": 2}).json
     assert found["object"] == "chat.completion" and found["usage"]["completion_tokens"] == 28
     assert [c["message"] for c in found["choices"]] == [
@@ -195,7 +196,7 @@ WRONG: list[tuple[str, str, Any]] = [
 def test_others_are_refused_by_name(port: int, path: str, param: str, value: Any) -> None:
     answer = ask(port, path, (CHAT if path == CHATS else TEXT) | {param: value})
     check_refusal(answer, 404 if value in ("other", "\ud800") else 400)
-    assert answer.json["error"]["param"] == ("n" if value == ["a"] * 1000 else param)
+    assert answer.json["error"]["param"] == param
 
 
 def check_refusal(answer: Answer, status: int) -> None:
@@ -242,7 +243,7 @@ def test_other_hosts_and_sites_are_refused(port: int, host: str, site: str, stat
     for path, body in (("/health", None), ("/v1/models", None), (TEXTS, TEXT)):
         answer = ask(port, path, body, Host=host, Sec_Fetch_Site=site)
         assert answer.status == status
-        assert "Access-Control-Allow-Origin" not in answer.headers
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def test_the_key_opens_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +283,7 @@ def quiet(port: int) -> bool:
     return False
 
 
-LONG = {"model": "m", "prompt": "Hi", "max_tokens": 1_000_000, "temperature": 1}
+LONG = {"model": "m", "prompt": "Hi", "max_tokens": 1_000_000, "temperature": 0}  # this model then ends none
 
 
 def started(port: int, body: Json) -> http.client.HTTPConnection:
@@ -316,7 +317,7 @@ def test_too_many_texts_and_too_long_ones(folder: Path) -> None:
             time.sleep(0.01)
         answer = ask(port, TEXTS, TEXT)
         check_refusal(answer, 429)
-        assert answer.headers["Retry-After"] == "1"
+        assert answer.headers["retry-after"] == "1"
         streamed = held[0].getresponse().read().decode().split("\n\n")
         assert json.loads(streamed[-2].removeprefix("data: "))["error"]["code"] == "timeout"
         with held[1].getresponse() as waited:

@@ -85,4 +85,4 @@ def ask(port: int, path: str, body: Any = None, method: str = "", **headers: str
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         connection.request(method or ("GET" if body is None else "POST"), path, data, sent)
         with connection.getresponse() as answer:
-            return Answer(answer.status, dict(answer.getheaders()), answer.read())
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
