@@ -16,6 +16,7 @@ import hmac
 import importlib.util
 import ipaddress
 import json
+import logging
 import os
 import socket
 import time
@@ -355,6 +356,7 @@ def serve(options: ServeOptions, log: Callable[[str], None], machine: Machine | 
             proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=int(o.grace) + 5,
         )  # fmt: skip
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # warns of every write to a client that has left
         server = Server(config)
         try:
             with on_signal(server.handle_exit):
