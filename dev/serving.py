@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=20, help="words of the question")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="answers at once, not streamed")
-    parser.add_argument("--set", default="{}", help='parameters of the requests, e.g. {"temperature": 0.7, "top_p": 0.9}')
+    parser.add_argument(
+        "--set", default="{}", help='parameters of the requests, e.g. {"temperature": 0.7, "top_p": 0.9}'
+    )
     o = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer").mkdir()

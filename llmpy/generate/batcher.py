@@ -1,7 +1,7 @@
 """A thread that continues the texts of many requests in one batch.
 
-A text gets a place when one is free, in the order of submission, and leaves it when it ends or is cancelled. Between two
-tokens of the others at most one prompt is read (`Generation.logits`), so a long one delays them once.
+A text gets a place when one is free, in the order of submission, and leaves it when it ends or is cancelled. Between
+two tokens of the others at most one prompt is read (`Generation.logits`), so a long one delays them once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -32,19 +31,16 @@ class Batcher:
     """The owner of a generation; `waiting` texts may wait for a place. Only its thread calls the model.
 
     `deliver` receives the events of each step, in that thread, and must not block. A text that is cancelled may have a
-    last event. `samplers`: threads that choose tokens.
+    last event.
     """
 
-    def __init__(
-        self, generation: Generation, waiting: int, deliver: Callable[[list[Event]], object], samplers: int = 1
-    ) -> None:
-        self.places, self.limit = len(generation.free), len(generation.free) + waiting
+    def __init__(self, generation: Generation, waiting: int, deliver: Callable[[list[Event]], object]) -> None:
+        self._limit = len(generation.free) + waiting
         self._generation, self._deliver = generation, deliver
         self._waiting: deque[Text] = deque()
         self._cancelled: set[Text] = set()
         self._changed = threading.Condition()
         self._closed = False
-        self._samplers = ThreadPoolExecutor(samplers) if samplers > 1 else None
         threading.Thread(target=self._run, name="batcher", daemon=True).start()
 
     @property
@@ -57,7 +53,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise LlmpyError("serve.closing", "the server is shutting down", "Try again later")
-            if sum(self.counts) + len(texts) > self.limit:
+            if sum(self.counts) + len(texts) > self._limit:
                 raise LlmpyError("serve.busy", f"{self.counts[1]} texts are waiting already", "Try again later")
             self._waiting.extend(texts)
             self._changed.notify()
@@ -77,15 +73,13 @@ class Batcher:
     def _run(self) -> None:
         while self._admit():
             try:
-                found = self._generation.logits(prefills=1)
-                events = [*(self._samplers.map if self._samplers else map)(self._add, found)]
+                # One after another: in two threads they took as long (dev/LOG.md#sampling-many-texts).
+                events = [self._add(text, logits) for text, logits in self._generation.logits(prefills=1)]
             except Exception as error:  # of a kernel, or too little memory: none of these texts can continue
                 events = [self._failed(text, error) for text in [*self._generation.texts]]
             self._deliver(events)
         closing = LlmpyError("serve.closing", "the server is shutting down", "Try again later")
         self._deliver([self._failed(text, closing) for text in [*self._generation.texts, *self._waiting]])
-        if self._samplers:
-            self._samplers.shutdown()
 
     def _admit(self) -> bool:
         """Free the places of cancelled texts, give those that are free; wait for a text. Return False when closed."""
@@ -104,8 +98,7 @@ class Batcher:
                 self._changed.wait()
             return False
 
-    def _add(self, found: tuple[Text, np.ndarray]) -> Event:
-        text, logits = found
+    def _add(self, text: Text, logits: np.ndarray) -> Event:
         try:
             piece = self._generation.add(text, logits)
         except Exception as error:  # only of this text

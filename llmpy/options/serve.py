@@ -15,7 +15,7 @@ class ServeOptions(OnMachine):
     """`llmpy serve RUN`."""
 
     run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True)
-    host: str = option("127.0.0.1", "address to listen on; other than this machine's own only with a key", metavar="HOST")
+    host: str = option("127.0.0.1", "address to listen on; if others can reach it, only with a key", metavar="HOST")
     port: int = option(8000, "port; 0: any free one", within=Range(0, 65535, "a port from 0 to 65535"))
     api_key: str | None = option(
         None, "key that requests must carry (default: the environment variable LLMPY_API_KEY)", metavar="KEY"

@@ -82,7 +82,9 @@ class Fields:
         return bool(self.take(name, False, "true or false", lambda x: isinstance(x, bool)))
 
     def whole(self, name: str, default: int | None, low: int, high: int) -> Any:
-        return self.take(name, default, f"an integer from {low} to {high}", lambda x: type(x) is int and low <= x <= high)
+        return self.take(
+            name, default, f"an integer from {low} to {high}", lambda x: type(x) is int and low <= x <= high
+        )
 
     def number(self, name: str, default: float, low: float, high: float, above: bool = False) -> float:
         expected = f"a number {'above' if above else 'from'} {low}{', at most' if above else ' to'} {high}"
@@ -149,7 +151,7 @@ def _parse(f: Fields, chat: bool, served: Served) -> Job:
     settings.left.pop("include_obfuscation", None)  # pads answers against guesses from their length
     settings.end()
     f.end()
-    texts = []
+    texts: list[Text] = []
     for ids in prompts:
         room = served.length - len(ids)
         if room < 1 or not served.slides and (most or 1) > room:
@@ -173,7 +175,9 @@ def _chat(f: Fields, served: Served) -> list[int]:
         raise Refusal("messages is missing", "messages", "missing_required_parameter")
     ids = prompt_ids("messages", messages, served.tokenizer, ignored)
     if ignored:
-        raise Refusal(f"the field {min(ignored)[:60]} of a message is not supported", "messages", "unsupported_parameter")
+        raise Refusal(
+            f"the field {min(ignored)[:60]} of a message is not supported", "messages", "unsupported_parameter"
+        )
     return ids
 
 
@@ -183,7 +187,9 @@ def _prompts(f: Fields, served: Served) -> list[list[int]]:
     if len(listed) > served.most_texts:
         raise Refusal(f"{len(listed)} prompts, of at most {served.most_texts}", "prompt", "too_many_texts")
     for ids in listed:
-        if isinstance(ids, list) and not 0 <= min(ids) <= max(ids) < min(served.vocab_size, served.tokenizer.vocab_size):
+        if isinstance(ids, list) and not 0 <= min(ids) <= max(ids) < min(
+            served.vocab_size, served.tokenizer.vocab_size
+        ):
             raise Refusal("prompt has an id that is no token", "prompt", "invalid_value")
     return [encode_prompt(served.tokenizer, one) if isinstance(one, str) else one for one in listed]
 
@@ -197,7 +203,8 @@ def _is_prompt(x: Any) -> bool:
     return (
         all(isinstance(one, str) for one in x)
         or all(type(i) is int for i in x)
-        or len(ids) == len(x) and all(one and all(type(i) is int for i in one) for one in ids)
+        or len(ids) == len(x)
+        and all(one and all(type(i) is int for i in one) for one in ids)
     )
 
 

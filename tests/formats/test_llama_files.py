@@ -26,7 +26,6 @@ from llmpy.formats.convert import write
 from llmpy.formats.gguf import write_model as write_gguf
 from llmpy.formats.source import Source, shapes
 from llmpy.generate.generation import Generation, Text
-from llmpy.generate.sampling import Choice
 from llmpy.model.arena import Arena
 from llmpy.model.config import LlamaConfig, RopeScaling
 from llmpy.model.families import params_table

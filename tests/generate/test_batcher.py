@@ -84,7 +84,7 @@ def test_texts_are_those_of_each_alone(dtype: str) -> None:
     model = GPT2(TINY, backend.load("cpu", threads=2, dtype=dtype))
     fill(model)
     inbox, rng = Inbox(), random.Random(5)
-    batcher = Batcher(Generation(model, 5, REACH, REACH), 99, inbox.steps.put, samplers=2)
+    batcher = Batcher(Generation(model, 5, REACH, REACH), 99, inbox.steps.put)
     texts = [some_text(seed) for seed in range(40)]
     left = list(texts)
     while left:
