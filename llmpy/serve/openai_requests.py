@@ -49,6 +49,7 @@ class Served:
     tokenizer: Tokenizer
     vocab_size: int
     length: int  # tokens of a text
+    characters: int  # more are too many tokens: not worth a tokenizer's time, seconds for a word of a million
     slides: bool  # beyond `length` the window slides, else the text must end
     most_texts: int  # of a request
 
@@ -121,6 +122,11 @@ def _parse(f: Fields, chat: bool, served: Served) -> Job:
     if name != served.name:
         what = f"there is no model {name[:60]!r}, only {served.name!r}"
         raise Refusal(what, "model", "model_not_found", 404 if name else 400)
+    given = "messages" if chat else "prompt"
+    value = f.left.get(given)
+    parts = value if isinstance(value, list) and not chat else [value]
+    if (size := max((len(json.dumps(part, ensure_ascii=False)) for part in parts), default=0)) > served.characters:
+        raise Refusal(f"{size:,} characters exceed {served.length:,} tokens", given, "context_length_exceeded")
     prompts = [_chat(f, served)] if chat else _prompts(f, served)
     n = f.whole("n", 1, 1, served.most_texts)
     if f.left.get("best_of") == n:
@@ -156,7 +162,7 @@ def _parse(f: Fields, chat: bool, served: Served) -> Job:
         room = served.length - len(ids)
         if room < 1 or not served.slides and (most or 1) > room:
             what = f"{len(ids):,} tokens in the prompt and {most or 1:,} more exceed {served.length:,}"
-            raise Refusal(what, "messages" if chat else "prompt", "context_length_exceeded")
+            raise Refusal(what, given, "context_length_exceeded")
         count = most or (room if chat else min(room, COMPLETION_TOKENS))
         for _ in range(n):
             coin = Xorshift64Star((seed + len(texts) - 1) % ((1 << 64) - 1) + 1)

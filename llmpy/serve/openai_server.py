@@ -385,4 +385,6 @@ def prepared(options: ServeOptions, machine: Machine | None = None) -> tuple[Ser
         generation.step()
     name = o.name or o.run.as_posix()
     most = o.texts + o.waiting
-    return Served(name, tokenizer, source.config.vocab_size, length, length == reach, most), generation
+    longest = int(tokenizer.byte_lengths().max())  # of a token; normalizers make texts shorter, JSON longer
+    characters = 4 * length * longest
+    return Served(name, tokenizer, source.config.vocab_size, length, characters, length == reach, most), generation

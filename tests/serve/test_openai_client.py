@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def client(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = chat_model(tmp_path_factory.mktemp("served"))
-    with serving(folder, name="m", api_key=KEY, texts=4) as port:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=9) as client:
-            yield client
+    with (
+        serving(folder, name="m", api_key=KEY, texts=4) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=9) as client,
+    ):
+        yield client
 
 
 def alone(model: Model, asked: str | list[Json], count: int, choice: Choice, seed: int, *stop: str) -> str:
