@@ -151,7 +151,7 @@ VERBS = (  # in the order of --help
     Verb("train", TrainOptions, train, "Train or fine-tune a model, or resume a run"),
     Verb("sample", SampleOptions, calling("cli.sample", "sample", write), "Continue prompts with a model"),
     Verb("chat", ChatOptions, calling("cli.chat", "chat"), "Chat with a model fine-tuned on messages"),
-    Verb("serve", ServeOptions, calling("serve.openai_server", "serve", log), "Serve a model over HTTP in OpenAI's form"),
+    Verb("serve", ServeOptions, calling("serve.openai_server", "serve", log), "Serve a model over HTTP like OpenAI"),
     Verb("watch", WatchOptions, calling("watch.server", "watch", log), "Show live charts of runs in the browser"),
     Verb("plot", PlotOptions, calling("watch.plot", "plot", show), "Plot runs to a file or in the terminal"),
     Verb("data", DataOptions, data, "Tokenize text or a named dataset"),
