@@ -111,7 +111,7 @@ def test_two_thousand_requests(tmp_path: Path) -> None:
         assert server.num_threads() < 60 and server.num_fds() < 60
     finally:
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.communicate(timeout=60) == ("", None) and process.returncode == 0
     assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
