@@ -41,7 +41,8 @@ class Batcher:
         self._cancelled: set[Text] = set()
         self._changed = threading.Condition()
         self._closed = False
-        threading.Thread(target=self._run, name="batcher", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self.thread.start()
 
     @property
     def counts(self) -> tuple[int, int]:

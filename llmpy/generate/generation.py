@@ -27,7 +27,7 @@ from ..system.resources import available_memory
 from ..system.terminal import aside
 from ..system.words import count_of, did_you_mean, gigabytes
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
-from .sampling import Choice, Coin, choose, likeliest, logprob
+from .sampling import Choice, Coin, choose, likeliest, logprobs
 
 DEFAULT = Choice()
 SLIDE = 4  # the window slides by reach / SLIDE
@@ -113,11 +113,12 @@ class Text:
     def add(self, logits: np.ndarray) -> str:
         """Append a token chosen from logits (V,); return the text that it completes. Raises LlmpyError as `choose`."""
         id, n = choose(logits, self._coin, self._choice, self.ids), self._logprobs
-        likely: tuple[tuple[int, float], ...] = ()
-        if n:
-            first = sorted(likeliest(logits, n).tolist(), key=lambda i: -logits[i])
-            likely = tuple((i, logprob(logits, i)) for i in first)
-        self.added.append(Token(id, float("nan") if n is None else logprob(logits, id), likely))
+        token = Token(id, float("nan"))
+        if n is not None:
+            first = sorted(likeliest(logits, n).tolist(), key=lambda i: -logits[i]) if n else []
+            value, *values = logprobs(logits, [id, *first])
+            token = Token(id, value, tuple(zip(first, values, strict=True)))
+        self.added.append(token)
         self.ids.append(id)
         piece = "" if id in self._ends else self._stream.feed(id)
         if id in self._ends:

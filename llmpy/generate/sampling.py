@@ -100,10 +100,16 @@ def nucleus(p: np.ndarray, share: float) -> np.ndarray:
     return np.sort(order[before < limit])
 
 
+def logprobs(logits: np.ndarray, tokens: Sequence[int]) -> list[float]:
+    """Return log softmax(logits) of each of these tokens, in nats."""
+    shifted = logits - logits.max()
+    whole = np.log(np.exp(shifted).sum(dtype=np.float64))
+    return [float(shifted[token] - whole) for token in tokens]
+
+
 def logprob(logits: np.ndarray, token: int) -> float:
     """Return log softmax(logits)[token], in nats."""
-    shifted = logits - logits.max()
-    return float(shifted[token] - np.log(np.exp(shifted).sum(dtype=np.float64)))
+    return logprobs(logits, [token])[0]
 
 
 def choice_of(options: object) -> Choice:

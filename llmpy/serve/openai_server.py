@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 KEY = "LLMPY_API_KEY"
 LENGTH = 2048  # tokens of a text by default
 LARGEST, DRAINED = 1 << 20, 64 << 20  # bytes of a request; read before it is refused, so that the client sees why
-CONNECTIONS = 1000
+SLOWEST_BODY = 60  # seconds
 LEAST_LOGPROB = -9999.0  # OpenAI's
 ANSWERS = {"/v1/completions": False, "/v1/chat/completions": True}  # path → of a chat
 MODELS = "/v1/models"
@@ -82,8 +82,7 @@ class Api:
             await refused(error)(scope, receive, send)
 
     async def _respond(self, request: Request, send: Send) -> None:
-        path, scope, receive = request.url.path, request.scope, request.receive
-        headers = request.headers
+        path, headers = request.scope["path"], request.headers
         if self._local and (
             foreign_host(headers.get("Host", "")) or foreign_site(headers.get("Sec-Fetch-Site", "none"))
         ):
@@ -108,13 +107,17 @@ class Api:
             found = model
         else:
             raise Refusal(f"there is no {path[:100]}", code="not_found", status=404)
-        await as_json(found)(scope, receive, send)
+        await as_json(found)(request.scope, request.receive, send)
 
     async def _answer(self, request: Request, chat: bool, send: Send) -> None:
         """Continue the texts of a request, and send them as they come or at the end."""
         from starlette.responses import StreamingResponse
 
-        data = await body_of(request)
+        try:
+            async with asyncio.timeout(SLOWEST_BODY):
+                data = await body_of(request)
+        except TimeoutError:
+            raise Refusal("the request is incomplete", code="timeout", status=408) from None
         async with self._parsing:
             job = await asyncio.to_thread(parse, data, chat, self._served)
         if self.closing:
@@ -291,16 +294,15 @@ def refused(error: Exception) -> Response:
 async def body_of(request: Request) -> bytes:
     """Return the body of a request. Raises Refusal if it is too large."""
     data, size = bytearray(), 0
-    announced = request.headers.get("Content-Length", "")
-    if not announced.isdecimal() or int(announced[:20]) <= DRAINED:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > DRAINED:
-                break
-            data = data + chunk if size <= LARGEST else bytearray()
+    async for chunk in request.stream():
+        size += len(chunk)
         if size <= LARGEST:
-            return bytes(data)
-    raise Refusal(f"the request has more than {LARGEST:,} bytes", code="request_too_large", status=413)
+            data += chunk
+        elif size > DRAINED:
+            break
+    if size > LARGEST:
+        raise Refusal(f"the request has more than {LARGEST:,} bytes", code="request_too_large", status=413)
+    return bytes(data)
 
 
 async def wait_for_disconnect(request: Request, inbox: asyncio.Queue[Event], text: Text) -> None:
@@ -353,7 +355,7 @@ def serve(options: ServeOptions, log: Callable[[str], None], machine: Machine | 
 
         config = uvicorn.Config(
             cast(Any, api), http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-            proxy_headers=False, server_header=False, limit_concurrency=CONNECTIONS,
+            proxy_headers=False, server_header=False, limit_concurrency=100 + 2 * (o.texts + o.waiting),
             timeout_graceful_shutdown=int(o.grace) + 5,
         )  # fmt: skip
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # warns of every write to a client that has left
@@ -363,6 +365,7 @@ def serve(options: ServeOptions, log: Callable[[str], None], machine: Machine | 
                 server.run([sock])
         finally:
             api.batcher.close()
+            api.batcher.thread.join()
 
 
 def prepared(options: ServeOptions, machine: Machine | None = None) -> tuple[Served, Generation]:
@@ -373,7 +376,10 @@ def prepared(options: ServeOptions, machine: Machine | None = None) -> tuple[Ser
     for line in crowded(ops.threads):
         aside(line)
     reach = source.trained_length
-    length = min(reach, o.length or LENGTH)
+    length = o.length or min(reach, LENGTH)
+    if length > reach:
+        what = f"--length {length:,} exceeds the trained length of {reach:,}"
+        raise LlmpyError("option.invalid", what, f"Use {reach:,} or less")
     check_memory(source.config, ops, o.texts, length)
     ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
     model = language_model(source.config, ops, trainable=False)

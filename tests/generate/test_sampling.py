@@ -89,6 +89,26 @@ def test_likeliest_is_a_stable_sort() -> None:
     for k in range(101):
         want = np.sort(np.argsort(-logits, kind="stable")[: k or 100])
         assert np.array_equal(likeliest(logits, k), want)
+    many = np.random.default_rng(1).integers(0, 90, 5000).astype(np.float32)  # columns bound the border first
+    for k in (1, 2, 50, 155, 156, 157, 1000, 4999, 5000):
+        assert np.array_equal(likeliest(many, k), np.sort(np.argsort(-many, kind="stable")[:k]))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3, 9, 60])
+@pytest.mark.parametrize("levels", [7, 10**9])
+def test_many_tokens_are_chosen_as_by_a_sort_of_all(spread: float, levels: int) -> None:
+    rng = np.random.default_rng(2)
+    for share in (1e-9, 0.3, 0.9, 0.999, 1 - 1e-12):
+        logits = (np.round(rng.normal(0, spread, 5000) * levels) / levels).astype(np.float32)
+        scaled = logits.astype(np.float64)
+        p = np.exp(scaled - scaled.max())
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= share * p.sum()]] = 0
+        total = np.cumsum(p)
+        for coin in (0.0, 0.123, 0.5, 0.999, 1 - 2**-24):
+            at = min(int(np.searchsorted(total, coin * total[-1], side="right")), int(np.flatnonzero(p)[-1]))
+            assert choose(logits, Coins(coin), Choice(top_p=share)) == at
 
 
 def test_logprob_is_log_softmax() -> None:

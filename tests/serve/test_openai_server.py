@@ -357,6 +357,8 @@ def test_a_model_without_a_template(tmp_path: Path) -> None:
 def test_a_port_in_use_and_missing_packages(port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("serve.no-port", port, "--port"):
         module.serve(ServeOptions(folder, port=port), print, Laptop())
+    with refused("option.invalid", "--length", REACH):
+        module.serve(ServeOptions(folder, port=0, length=REACH + 1), print, Laptop())
     with refused("serve.no-port", "no.such.host.invalid", "--host"):
         module.serve(ServeOptions(folder, host="no.such.host.invalid"), print, Laptop())
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else object())
