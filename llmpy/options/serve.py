@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import NOT_NEGATIVE, POSITIVE, OnMachine, Range, option
+from .fields import NOT_NEGATIVE, POSITIVE, Generating, Range, option
 from .sample_chat import RUN_TEXT
 
 
 # fmt: off
 @dataclass(frozen=True)
-class ServeOptions(OnMachine):
+class ServeOptions(Generating):
     """`llmpy serve RUN`."""
 
     run: Path = option(Path(), RUN_TEXT, metavar="RUN", word=True)
