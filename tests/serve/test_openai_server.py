@@ -380,14 +380,14 @@ sys.exit(cli.main(["serve", *sys.argv[1:]]))
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_sigterm_finishes_what_streams(folder: Path) -> None:
     """Texts that end within --grace are whole, others end with an error."""
-    words = [sys.executable, "-c", PROGRAM, str(folder), "--name", "m", "--port", "0", "--grace", "1.5"]
+    words = [sys.executable, "-c", PROGRAM, str(folder), "--name", "m", "--port", "0", "--grace", "0.7"]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert process.stdout is not None
     port = int(process.stdout.readline().partition("/v1")[0].rpartition(":")[2])
-    held = [started(port, LONG | {"stream": True, "max_tokens": count}) for count in (150, 1_000_000)]
+    held = [started(port, LONG | {"stream": True, "max_tokens": count}) for count in (40, 1_000_000)]
     answers = [connection.getresponse() for connection in held]
     first = [answer.read(100) for answer in answers]
     process.send_signal(signal.SIGTERM)
