@@ -22,10 +22,11 @@ from ..rng import Xorshift64Star
 LONGEST_STOP, MOST_STOPS = 200, 4
 MOST_LIKELIEST = 20
 COMPLETION_TOKENS = 16  # OpenAI's default
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED = {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
 NEUTRAL = {  # JSON of the values without an effect
     "presence_penalty": ("0", "0.0"), "frequency_penalty": ("0", "0.0"), "logit_bias": ("{}",), "best_of": ("1",),
-    "echo": ("false",), "suffix": ('""',), "tools": ("[]",), "tool_choice": ('"none"', '"auto"'), "functions": ("[]",),
+    "echo": ("false",), "suffix": ('""',), "store": ("false",),
+    "tools": ("[]",), "tool_choice": ('"none"', '"auto"'), "functions": ("[]",),
     "parallel_tool_calls": ("true", "false"), "response_format": ('{"type": "text"}',), "modalities": ('["text"]',),
 }  # fmt: skip
 
@@ -36,8 +37,8 @@ class Refusal(Exception):
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(status)
-        kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -47,7 +48,7 @@ class Served:
 
     name: str
     tokenizer: Tokenizer
-    vocab_size: int
+    tokens: int  # of the tokenizer
     length: int  # tokens of a text
     characters: int  # more are too many tokens: not worth a tokenizer's time, seconds for a word of a million
     slides: bool  # beyond `length` the window slides, else the text must end
@@ -83,9 +84,8 @@ class Fields:
         return bool(self.take(name, False, "true or false", lambda x: isinstance(x, bool)))
 
     def whole(self, name: str, default: int | None, low: int, high: int) -> Any:
-        return self.take(
-            name, default, f"an integer from {low} to {high}", lambda x: type(x) is int and low <= x <= high
-        )
+        expected = f"an integer from {low} to {high}"
+        return self.take(name, default, expected, lambda x: type(x) is int and low <= x <= high)
 
     def number(self, name: str, default: float, low: float, high: float, above: bool = False) -> float:
         expected = f"a number {'above' if above else 'from'} {low}{', at most' if above else ' to'} {high}"
@@ -123,16 +123,18 @@ def _parse(f: Fields, chat: bool, served: Served) -> Job:
         what = f"there is no model {name[:60]!r}, only {served.name!r}"
         raise Refusal(what, "model", "model_not_found", 404 if name else 400)
     given = "messages" if chat else "prompt"
-    value = f.left.get(given)
-    parts = value if isinstance(value, list) and not chat else [value]
-    if (size := max((len(json.dumps(part, ensure_ascii=False)) for part in parts), default=0)) > served.characters:
+    value = f.left.get(given, "")
+    several = not chat and isinstance(value, list) and not all(type(i) is int for i in value)
+    parts = value if several else [value]
+    if (size := max(len(json.dumps(part, ensure_ascii=False)) for part in parts)) > served.characters:
         raise Refusal(f"{size:,} characters exceed {served.length:,} tokens", given, "context_length_exceeded")
-    prompts = [_chat(f, served)] if chat else _prompts(f, served)
     n = f.whole("n", 1, 1, served.most_texts)
     if f.left.get("best_of") == n:
         del f.left["best_of"]
-    if n * len(prompts) > served.most_texts:
-        raise Refusal(f"{n * len(prompts)} texts in one request, of at most {served.most_texts}", "n", "too_many_texts")
+    if (count := n * len(parts)) > served.most_texts:
+        raise Refusal(f"{count} texts in one request, of at most {served.most_texts}", given, "too_many_texts")
+    prompts = [_chat(f, served)] if chat else [_prompt(part, served) for part in parts]
+    f.left.pop(given, None)
     limits = [f.whole(x, None, 1, 1 << 31) for x in ("max_tokens", "max_completion_tokens")[: 1 + chat]]
     most = min((limit for limit in limits if limit is not None), default=None)
     choice = Choice(
@@ -176,42 +178,24 @@ def _chat(f: Fields, served: Served) -> list[int]:
         what = f"the model {served.name!r} has no chat template. Use /v1/completions"
         raise Refusal(what, "messages", "no_chat_template")
     ignored: set[str] = set()
-    messages = f.take("messages", None, "a list of at least one message", lambda x: isinstance(x, list) and len(x) > 0)
-    if messages is None:
-        raise Refusal("messages is missing", "messages", "missing_required_parameter")
+    messages = f.take("messages", None, "a list of messages", lambda x: isinstance(x, list)) or []
+    if not messages:
+        raise Refusal("messages is missing or empty", "messages", "missing_required_parameter")
     ids = prompt_ids("messages", messages, served.tokenizer, ignored)
     if ignored:
-        raise Refusal(
-            f"the field {min(ignored)[:60]} of a message is not supported", "messages", "unsupported_parameter"
-        )
+        what = f"the field {min(ignored)[:60]} of a message is not supported"
+        raise Refusal(what, "messages", "unsupported_parameter")
     return ids
 
 
-def _prompts(f: Fields, served: Served) -> list[list[int]]:
-    given = f.take("prompt", "", "a text, a list of texts, token ids, or a list of lists of token ids", _is_prompt)
-    listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if len(listed) > served.most_texts:
-        raise Refusal(f"{len(listed)} prompts, of at most {served.most_texts}", "prompt", "too_many_texts")
-    for ids in listed:
-        if isinstance(ids, list) and not 0 <= min(ids) <= max(ids) < min(
-            served.vocab_size, served.tokenizer.vocab_size
-        ):
-            raise Refusal("prompt has an id that is no token", "prompt", "invalid_value")
-    return [encode_prompt(served.tokenizer, one) if isinstance(one, str) else one for one in listed]
-
-
-def _is_prompt(x: Any) -> bool:
-    if isinstance(x, str):
-        return True
-    if not isinstance(x, list) or not x:
-        return False
-    ids = [one for one in x if isinstance(one, list)]
-    return (
-        all(isinstance(one, str) for one in x)
-        or all(type(i) is int for i in x)
-        or len(ids) == len(x)
-        and all(one and all(type(i) is int for i in one) for one in ids)
-    )
+def _prompt(given: Any, served: Served) -> list[int]:
+    """Return the tokens of a text, or the tokens given."""
+    if isinstance(given, str):
+        return encode_prompt(served.tokenizer, given)
+    if isinstance(given, list) and given and all(type(i) is int and 0 <= i < served.tokens for i in given):
+        return given
+    what = f"prompt must be a text, token ids from 0 to {served.tokens - 1}, or a list of these"
+    raise Refusal(what, "prompt", "invalid_value")
 
 
 def _stops(x: Any) -> bool:

@@ -22,7 +22,7 @@ import socket
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import backend
@@ -184,18 +184,11 @@ class Reply:
 
     async def whole(self) -> Json:
         """Return the answer that is not streamed."""
-        texts = [""] * len(self._job.texts)
-        ends = ["" for _ in texts]
+        added = self._job.texts
+        texts, ends = [""] * len(added), [""] * len(added)
         async for i, event in self._events():
-            texts[i] += event.piece
-            ends[i] = event.ended
-        choices = []
-        for i, text in enumerate(self._job.texts):
-            said: Json = {"text": texts[i]}
-            if self._job.chat:
-                said = {"message": {"role": "assistant", "content": texts[i], "refusal": None}}
-            shown = text.added[: -1 if ends[i] == "eot" else None]
-            choices.append({"index": i, **said, "logprobs": self._logprobs(i, shown), "finish_reason": reason(ends[i])})
+            texts[i], ends[i] = texts[i] + event.piece, event.ended
+        choices = [self._choice(i, texts[i], text.added, ends[i]) for i, text in enumerate(added)]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[str]:
@@ -206,35 +199,36 @@ class Reply:
         def line(choices: list[Json], more: Json = usage) -> str:
             return f"data: {json.dumps({**self._head, 'choices': choices, **more})}\n\n"
 
-        def choice(i: int, said: str | Json, logprobs: Json | None = None, ended: str = "") -> Json:
-            key = "delta" if job.chat else "text"
-            return {"index": i, key: said, "logprobs": logprobs, "finish_reason": reason(ended)}
-
-        if job.chat:
-            for i in range(len(job.texts)):
-                yield line([choice(i, {"role": "assistant", "content": ""})])
+        for i in range(len(job.texts) * job.chat):
+            yield line([{**self._choice(i, ""), "delta": {"role": "assistant", "content": ""}}])
         try:
             async for i, event in self._events():
-                shown = [event.token] if event.token and event.ended != "eot" else []
-                logprobs = self._logprobs(i, shown)
-                if event.piece or shown and logprobs:
-                    yield line([choice(i, {"content": event.piece} if job.chat else event.piece, logprobs)])
-                if event.ended:
-                    yield line([choice(i, {} if job.chat else "", None, event.ended)])
+                if event.piece or event.ended or job.logprobs:
+                    yield line([self._choice(i, event.piece, [event.token] if event.token else [], event.ended)])
             if job.usage:
                 yield line([], {"usage": self._usage()})
             yield "data: [DONE]\n\n"
         except Exception as error:
             yield f"data: {json.dumps(refusal_of(error).body)}\n\n"
 
+    def _choice(self, i: int, piece: str, tokens: Sequence[Token] = (), ended: str = "") -> Json:
+        """Return what was added to text i: all of it, or in a stream the last of it."""
+        said: Json = {"text": piece}
+        if self._job.chat and self._job.stream:
+            said = {"delta": {"content": piece}}
+        elif self._job.chat:
+            said = {"message": {"role": "assistant", "content": piece, "refusal": None}}
+        shown = tokens[: -1 if ended == "eot" else None]
+        logprobs = self._logprobs(i, shown) if self._job.logprobs and shown else None
+        reason = "stop" if ended == "eot" else ended or None
+        return {"index": i, **said, "logprobs": logprobs, "finish_reason": reason}
+
     def _usage(self) -> Json:
         prompt, added = self._job.prompt_tokens, sum(len(text.added) for text in self._job.texts)
         return {"prompt_tokens": prompt, "completion_tokens": added, "total_tokens": prompt + added}
 
-    def _logprobs(self, i: int, tokens: list[Token]) -> Json | None:
-        """Return the log-probabilities of tokens of text i, the next ones; None if not requested."""
-        if not self._job.logprobs:
-            return None
+    def _logprobs(self, i: int, tokens: Sequence[Token]) -> Json:
+        """Return the log-probabilities of the next tokens of text i."""
         decode = self._served.tokenizer.decode
 
         def entry(id: int, value: float) -> Json:
@@ -258,11 +252,6 @@ class Reply:
 
 
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-
-
-def reason(ended: str) -> str | None:
-    """Return OpenAI's finish_reason."""
-    return "stop" if ended in ("eot", "stop") else ended or None
 
 
 def as_json(content: Json, status: int = 200, headers: dict[str, str] = NO_STORE) -> Response:
@@ -393,4 +382,4 @@ def prepared(options: ServeOptions, machine: Machine | None = None) -> tuple[Ser
     most = o.texts + o.waiting
     longest = int(tokenizer.byte_lengths().max())  # of a token; normalizers make texts shorter, JSON longer
     characters = 4 * length * longest
-    return Served(name, tokenizer, source.config.vocab_size, length, characters, length == reach, most), generation
+    return Served(name, tokenizer, tokenizer.vocab_size, length, characters, length == reach, most), generation

@@ -151,7 +151,7 @@ TEXT = {"model": "m", "prompt": "Hi", "max_tokens": 2}
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("user", "me"), ("metadata", {"a": "b"}), ("store", True), ("presence_penalty", 0), ("logit_bias", {}),
+        ("user", "me"), ("metadata", {"a": "b"}), ("store", False), ("presence_penalty", 0), ("logit_bias", {}),
         ("tools", []), ("tool_choice", "none"), ("response_format", {"type": "text"}), ("seed", -1), ("stop", None),
         ("stop", ["a", "b"]), ("max_tokens", None), ("n", None), ("temperature", 0), ("stream_options", None),
         ("unheard_of", None),
@@ -169,7 +169,8 @@ WRONG: list[tuple[str, str, Any]] = [
             ("presence_penalty", 0.5), ("frequency_penalty", -1), ("unheard_of", 0), ("prompt", "x"), ("best_of", 2),
             ("temperature", "hot"), ("temperature", True), ("temperature", 2.5), ("temperature", 10**400),
             ("top_p", 0), ("top_p", 1.5), ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", "9"),
-            ("max_tokens", 10**400), ("n", 0), ("n", 10**6), ("seed", 1.5), ("seed", 1 << 64), ("stop", ["a"] * 5),
+            ("max_tokens", 10**400), ("n", 0), ("n", 10**6), ("store", True), ("seed", 1.5), ("seed", 1 << 64),
+            ("stop", ["a"] * 5),
             ("stop", ""), ("stop", "x" * 300), ("stop", [1]), ("stream", "yes"), ("logprobs", 3), ("top_logprobs", 3),
             ("stream_options", {"include_usage": True}), ("messages", None), ("messages", []), ("messages", "Hi"),
             ("messages", [{"role": "user"}]), ("messages", [{"role": "robot", "content": "x"}]), ("messages", ["x"]),
