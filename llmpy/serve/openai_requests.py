@@ -32,7 +32,7 @@ NEUTRAL = {  # JSON of the values without an effect
 
 
 class Refusal(Exception):
-    """An answer that is an error: HTTP status, OpenAI's code, and the parameter at fault."""
+    """An answer that is an error: HTTP status, OpenAI's code, and the invalid parameter."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
