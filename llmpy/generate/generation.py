@@ -223,7 +223,7 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
     available = available_memory()
     if needed > available:
         what = f"{count_of(B, 'text')} of {S:,} tokens: {gigabytes(needed)} required, {gigabytes(available)} available"
-        hint = "Use fewer prompts or --tokens, or close other programs"
+        hint = "Use fewer or shorter texts, or close other programs"
         raise LlmpyError("memory.insufficient", f"not enough memory for {what}", hint)
 
 

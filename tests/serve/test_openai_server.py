@@ -324,7 +324,7 @@ def test_too_many_texts_and_too_long_ones(folder: Path) -> None:
 
 def test_requests_that_take_too_long(folder: Path) -> None:
     """A stream ends with the error, a whole answer is one; both free their places."""
-    with serving(folder, name="m", texts=2, timeout=0.3) as port:
+    with serving(folder, name="m", texts=2, timeout=0.6) as port:
         streamed = ask(port, TEXTS, LONG | {"stream": True}).body.split(b"\n\n")
         assert json.loads(streamed[-2][6:])["error"]["code"] == "timeout" and len(streamed) > 3
         check_refusal(answer := ask(port, TEXTS, LONG), 503)
@@ -381,14 +381,14 @@ sys.exit(cli.main(["serve", *sys.argv[1:]]))
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_sigterm_finishes_what_streams(folder: Path) -> None:
     """Texts that end within --grace are whole, others end with an error."""
-    words = [sys.executable, "-c", PROGRAM, str(folder), "--name", "m", "--port", "0", "--grace", "0.7"]
+    words = [sys.executable, "-c", PROGRAM, str(folder), "--name", "m", "--port", "0", "--grace", "1.5"]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert process.stdout is not None
     port = int(process.stdout.readline().partition("/v1")[0].rpartition(":")[2])
-    held = [started(port, LONG | {"stream": True, "max_tokens": count}) for count in (40, 1_000_000)]
+    held = [started(port, LONG | {"stream": True, "max_tokens": count}) for count in (20, 1_000_000)]
     answers = [connection.getresponse() for connection in held]
     first = [answer.read(100) for answer in answers]
     process.send_signal(signal.SIGTERM)
