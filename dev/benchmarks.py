@@ -21,7 +21,7 @@ from llmpy.model.config import ModelConfig
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- dev/benchmarks.py writes what follows -->\n", "<!-- to here -->\n"
-OURS, DTYPES = "llm.py", ("float32", "bfloat16")
+OURS, DTYPES = "llm.py", ("float32", "bfloat16", "int8")
 PROGRAMS = {"torch.compile": "PyTorch"}  # the faster of eager and compiled
 VERSIONS = {"numba": "Numba", "numpy": "NumPy", "torch": "PyTorch", "llama_cpp_python": "llama-cpp-python"}
 Best = dict[str, dict[str, dict[str, Any]]]  # program → dtype → its fastest peer
@@ -31,15 +31,15 @@ def best_of(n: dict[str, Any], figure: str) -> Best:
     """Return the fastest peer of each program and dtype that has the figure, in ms."""
     found: Best = {}
     for peer in (p for p in n["peers"] if figure in p):
-        name = re.sub(r" (fp32|bf16)$", "", peer["name"])
+        name = re.sub(r" (fp32|bf16|int8)$", "", peer["name"])
         of_name, dtype = found.setdefault(PROGRAMS.get(name, name), {}), peer["dtype"]
         of_name[dtype] = min(of_name.get(dtype, peer), peer, key=lambda p: p[figure])
     return found
 
 
 def pair(peers: dict[str, dict[str, Any]], value: Callable[[dict[str, Any]], float | None], form: str) -> str:
-    """Return a number of both types, as `540 / 330`; "" if there is none."""
-    found = [value(peers[dtype]) if dtype in peers else None for dtype in DTYPES]
+    """Return a number of each type, as `540 / 330`; "" if there is none. int8 only if it was measured."""
+    found = [value(peers[dtype]) if dtype in peers else None for dtype in DTYPES if dtype != "int8" or dtype in peers]
     return " / ".join("–" if x is None else form.format(x) for x in found) if any(found) else ""
 
 
@@ -109,6 +109,8 @@ def section(title: str, results: list[dict[str, Any]]) -> str:
     versions |= {f"llm.py {n['llmpy']}" for n in results if "llmpy" in n}
     versions |= {"tcmalloc for PyTorch" if n["tcmalloc"] else "no tcmalloc" for n in results}
     notes = dict.fromkeys(n.get("transcribed", "") for n in results)
+    if failed := sorted({name for n in results for name in n.get("failed", ())}):
+        notes[f"Could not be measured: {', '.join(failed)}."] = None
     lines += ["", textwrap.fill(" ".join(filter(None, [f"With {', '.join(sorted(versions))}.", *notes])), 118)]
     if commands := list(dict.fromkeys(n["command"] for n in results if n["command"])):
         lines += ["", "```", *commands, "```"]

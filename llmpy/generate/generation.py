@@ -105,7 +105,7 @@ class Text:
         self, prompt: Sequence[int], count: int, coin: Coin, choice: Choice = DEFAULT, stream: TextStream | None = None,
         ends: Container[int] = (), logprobs: int | None = None,
     ) -> None:  # fmt: skip
-        self.ids, self.added, self.ended = list(prompt), list[Token](), ""
+        self.ids, self.added, self.ended = list(prompt), list[Token](), "" if count > 0 else "length"
         self.slot, self.start = -1, -1  # in the decoder, and of the window that it caches there
         self._count, self._coin, self._choice, self._logprobs = count, coin, choice, logprobs
         self._stream, self._ends = stream or TextStream(lambda _: ""), ends
@@ -155,7 +155,8 @@ class Generation:
         """Return a generation of these texts, which get at most `count` tokens each."""
         found = cls(model, len(texts), max(len(text.ids) for text in texts) + count, reach, pack, tokens)
         for text in texts:
-            found.join(text)
+            if not text.ended:
+                found.join(text)
         return found
 
     def join(self, text: Text) -> None:

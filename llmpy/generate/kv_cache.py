@@ -131,6 +131,8 @@ class Decoder:
         rows = self._rows[B]
         rows.slots[:], rows.tokens[:, 0] = slots, tokens
         rows.positions[:] = self.positions[rows.slots]
+        if rows.positions.max() >= self.length:  # kernels check no bounds
+            raise ValueError(f"a text of {rows.positions.max()} positions has no room in a slot of {self.length}")
         self.model.embed(rows.acts.resid[0], rows.tokens, rows.positions[:, None])
         if rows.again is None:
             rows.again = ops.capture(lambda: self._logits(rows))

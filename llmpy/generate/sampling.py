@@ -50,7 +50,9 @@ def choose(logits: np.ndarray, coin: Coin, choice: Choice, text: Sequence[int] =
     if c.repetition_penalty != 1:
         seen = np.unique(np.asarray(text, np.int64))
         logits, old = logits.copy(), logits[seen]
-        logits[seen] = np.where(old > 0, old / c.repetition_penalty, old * c.repetition_penalty)
+        with np.errstate(over="ignore"):
+            logits[seen] = np.where(old > 0, old / c.repetition_penalty, old * c.repetition_penalty)
+        np.clip(logits, np.finfo(logits.dtype).min, np.finfo(logits.dtype).max, out=logits)
     if c.temperature == 0:
         return int(logits.argmax())
     # Candidates stay in id order and ties go to the lowest id: the same choice on every machine. Candidates are dropped

@@ -23,6 +23,7 @@ from .lora import Adapters, Module
 # Activations that backward recomputes, see `activations_table` of the families. 1 costs 0.5 % of a step's time
 # (dev/LOG.md) and saves a quarter of the activations, as in llm.c.
 RECOMPUTE = 1
+INT8_LIMIT = 127 * 65504.0  # weights up to the largest scale, a float16
 
 
 class ForwardOps(NamedTuple):
@@ -128,9 +129,15 @@ class LanguageModel:
         raise NotImplementedError
 
     def assign(self, name: str, x: np.ndarray) -> None:
-        """Set one parameter of a quantised model. x has its shape, any float dtype, and is finite."""
+        """Set one parameter of a quantised model. x has its shape, any float dtype, and is finite.
+
+        Raises LlmpyError for weights beyond the scales of int8.
+        """
         packed = getattr(self.weights, name, None)
         if packed is not None:
+            if max(x.max(), -x.min()) > INT8_LIMIT:
+                what = f"{name} has weights above {INT8_LIMIT:.0f}"
+                raise LlmpyError("model.int8-range", what, "Use --dtype float32 or bfloat16")
             stacks = zip(packed, x, strict=True) if packed.ndim == 3 else [(packed, x)]
             for one, matrix in stacks:
                 cast(Machine, self.ops).quantise(one, np.ascontiguousarray(matrix, np.float32))

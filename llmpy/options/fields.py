@@ -81,7 +81,7 @@ class Generating(OnMachine):
     """Options of every verb that generates text."""
 
     dtype: str = option(
-        "auto", "type of products; auto: bfloat16 if native; int8: weights in half of its memory, read twice as fast",
+        "auto", "type of products; auto: bfloat16 if native; int8: weights of a byte, for generation",
         choices=("auto", "float32", "bfloat16", "int8"),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class ServeOptions(Generating):
     texts: int = option(8, "texts continued at the same time", within=POSITIVE)
     length: int | None = option(
         None, "tokens that each text can see, prompt included (default: 2048, or the trained length if less)",
-        within=POSITIVE,
+        within=Range(2, math.inf, "2 or more"),
     )
     waiting: int = option(64, "texts that may wait for a place; further ones are refused", within=NOT_NEGATIVE)
     timeout: float = option(600, "seconds that a request may take, waiting included", within=POSITIVE)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 KEY = "LLMPY_API_KEY"
 LENGTH = 2048  # tokens of a text by default
 LARGEST, DRAINED = 1 << 20, 64 << 20  # bytes of a request; read before it is refused, so that the client sees why
-SLOWEST_BODY = 60  # seconds
+SLOWEST_BODY, SILENT = 60, 20  # seconds of a body; before the first byte of a connection
 LEAST_LOGPROB = -9999.0  # OpenAI's
 ANSWERS = {"/v1/completions": False, "/v1/chat/completions": True}  # path → of a chat
 MODELS = "/v1/models"
@@ -84,9 +84,11 @@ class Api:
     async def _respond(self, request: Request, send: Send) -> None:
         path, headers = request.scope["path"], request.headers
         if self._local and (
-            foreign_host(headers.get("Host", "")) or foreign_site(headers.get("Sec-Fetch-Site", "none"))
+            foreign_host(headers.get("Host", ""), self._options.host)
+            or foreign_host(headers.get("Origin", "//localhost").partition("//")[2], self._options.host)
+            or foreign_site(headers.get("Sec-Fetch-Site", "none"))
         ):
-            what = "llmpy serve answers requests to localhost and 127.0.0.1 only, and of no other site"
+            what = "llmpy serve answers requests to this machine's own names only, and of no other site"
             raise Refusal(what, code="foreign_host", status=403)
         given = headers.get("Authorization", "").encode()
         authorized = not self._key or hmac.compare_digest(given, b"Bearer " + self._key)
@@ -320,6 +322,7 @@ def serve(options: ServeOptions, log: Callable[[str], None], machine: Machine | 
             hint = f"Install it: {install('llmpy[serve]')}"
             raise LlmpyError("package.missing", f"llmpy serve needs {package}", hint)
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     o, key = options, options.api_key or os.environ.get(KEY, "")
     if not key.isascii() or not key.isprintable() or o.api_key == "":
@@ -342,10 +345,17 @@ def serve(options: ServeOptions, log: Callable[[str], None], machine: Machine | 
                 asyncio.get_running_loop().call_later(o.grace, api.batcher.close)
                 await super().shutdown(sockets)
 
+        class Impatient(H11Protocol):
+            """Closes a connection that sends nothing."""
+
+            def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+                super().connection_made(transport)
+                self.timeout_keep_alive_task = self.loop.call_later(SILENT, self.timeout_keep_alive_handler)
+
         config = uvicorn.Config(
-            cast(Any, api), http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-            proxy_headers=False, server_header=False, limit_concurrency=100 + 2 * (o.texts + o.waiting),
-            timeout_graceful_shutdown=int(o.grace) + 5,
+            cast(Any, api), http=Impatient, ws="none", lifespan="off", loop="asyncio", log_config=None,
+            access_log=False, proxy_headers=False, server_header=False,
+            limit_concurrency=100 + 2 * (o.texts + o.waiting), timeout_graceful_shutdown=int(o.grace) + 5,
         )  # fmt: skip
         logging.getLogger("asyncio").setLevel(logging.ERROR)  # warns of every write to a client that has left
         server = Server(config)

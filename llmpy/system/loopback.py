@@ -5,9 +5,9 @@ from __future__ import annotations
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: ssh may forward another
 
 
-def foreign_host(host: str) -> bool:
-    """Return whether a request's Host is another: a name that resolves to 127.0.0.1 (DNS rebinding)."""
-    return host.rpartition(":")[0] not in HOSTS and host not in HOSTS
+def foreign_host(host: str, *own: str) -> bool:
+    """Return whether a request's Host is another than HOSTS and `own`: a name that resolves here (DNS rebinding)."""
+    return not {host, host.rpartition(":")[0]} & {*HOSTS, *own}
 
 
 def foreign_site(site: str) -> bool:

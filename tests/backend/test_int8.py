@@ -8,8 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.guarded import GUARD, bits, guarded, unharmed
+from support.refused import refused
 
 from llmpy.backend import load
+from llmpy.backend.cpu import smallest_calls
+from llmpy.model.config import ModelConfig
+from llmpy.model.families import language_model
 
 BLOCK = 32
 # (BT, OC, C): a part of a vector and of a block; several tiles of rows; more blocks than a cut of the panel
@@ -132,3 +136,17 @@ def test_tiny_inputs(machines: list[Any], tiny: float) -> None:
     out = np.empty((2, 20), ops.dtype)
     ops.linear_forward(out, (inp.astype(np.float64) * tiny).astype(ops.dtype), quantised(ops, weight), bias)
     np.testing.assert_allclose(out.astype(np.float64), np.tile(bias.astype(ops.dtype).astype(np.float64), (2, 1)))
+
+
+def test_the_kernels_of_a_model_with_adapters() -> None:
+    """Adapters are not quantised: their products are those of training."""
+    ops = load("cpu", threads=1, dtype="int8")
+    names = {name for name, _ in smallest_calls(ops, ("llama", "int8"))}
+    assert names & {"linear_forward", "packed_linear_forward", "int8_linear_forward"} == {"int8_linear_forward"}
+    assert "linear_forward" in {name for name, _ in smallest_calls(ops, ("llama", "lora", "int8"))}
+
+
+def test_weights_beyond_the_scales() -> None:
+    model = language_model(ModelConfig(1, 1, 8, 8, 8), load("cpu", threads=1, dtype="int8"), trainable=False)
+    with refused("model.int8-range", "wte"):
+        model.assign("wte", np.full((128, 8), 1e7, np.float32))

@@ -15,6 +15,7 @@ from llmpy import backend
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.errors import LlmpyError
 from llmpy.generate.generation import Generation, Text, TextStream, encode_prompt, generate, open_run, window_start
+from llmpy.generate.kv_cache import Decoder
 from llmpy.generate.sampling import Choice, choose
 from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
@@ -197,3 +198,23 @@ def test_cached_and_from_scratch_are_equal(prompts: int, together: int, dtype: s
             assert scratch == [token.id for token in found[0][i]]
         alone = generate(model, given[1], count, reach, Xorshift64Star(first + 2), choice)
         assert list(alone) == [token.id for token in found[0][1]]
+
+
+def test_no_token_at_all() -> None:
+    model = small_model("float32")
+    assert list(generate(model, [1, 2], 0, 40, Xorshift64Star(1))) == []
+
+
+def test_a_slot_without_room() -> None:
+    """Kernels check no bounds."""
+    decoder = Decoder(small_model("float32"), 1, 3)
+    decoder.prefill(0, [1, 2])
+    decoder.decode([0], [3])
+    with pytest.raises(ValueError, match="3 positions"):
+        decoder.decode([0], [4])
+
+
+def test_a_penalty_beyond_all_numbers() -> None:
+    logits = np.array([1, 2, -3], np.float32)
+    choice = Choice(1.0, 0, 0.9, 0.0, 1e-40)
+    assert choose(logits, Xorshift64Star(1), choice, [0]) == 0

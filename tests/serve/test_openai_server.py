@@ -247,6 +247,17 @@ def test_other_hosts_and_sites_are_refused(port: int, host: str, site: str, stat
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_pages_of_browsers_without_sec_fetch_site(port: int) -> None:
+    for origin, status in (("http://localhost:3000", 200), ("https://evil.example", 403), ("null", 403)):
+        assert ask(port, TEXTS, TEXT, Origin=origin).status == status
+
+
+def test_a_silent_connection_is_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENT", 0.05)
+    with serving(folder, name="m") as port, socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+        assert silent.recv(1) == b""
+
+
 def test_the_key_opens_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On all interfaces; without it only /health answers, and says nothing else."""
     with serving(folder, host="0.0.0.0", api_key=KEY, name="m") as port:

@@ -7,9 +7,8 @@
 
 A weight is d·q with d = max|w|/127 of its block, as in GGUF's Q8_0. The unsigned byte is what one instruction
 multiplies (vpdpbusd: 4 unsigned by 4 signed bytes, added in 32 bits; or tiles of `amx`, for more rows); the sum starts
-from −128·Σq to compensate. Since
-integers are exact, a row is bitwise identical whatever other rows the batch holds, and on every instruction set that
-fuses multiply-adds.
+from −128·Σq to compensate. Since integers are exact, a row is bitwise identical whatever other rows the batch holds,
+and on every instruction set that fuses multiply-adds.
 """
 
 from __future__ import annotations
