@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ..errors import LlmpyError
@@ -53,7 +54,7 @@ class Ops(Protocol):
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         """Run `run`, and return a function that repeats its operations on the same arrays with their current contents.
 
-        Other side effects of `run` are not repeated. `adamw` and `global_norm` cannot be captured.
+        Other side effects of `run` are not repeated. `adamw`, `global_norm` and `digest` cannot be captured.
         """
 
     def narrow(self, out: Array, x: Array) -> None:
@@ -224,6 +225,12 @@ class Ops(Protocol):
 
     def global_norm(self, grad: Array) -> float:
         """√Σ grad² of a flat (n,) array, summed in the same order on every call."""
+
+    def digest(self, x: Array) -> int:
+        """Return a 64-bit hash of the bits of x."""
+
+    def reversed(self) -> AbstractContextManager[None]:
+        """Within: threads take their work in reverse order. The results of all operations are bitwise identical."""
 
 
 def load(name: str = "cpu", **options: Any) -> Ops:

@@ -8,6 +8,8 @@ are analytic formulas over real arrays.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import threading
 from collections.abc import Callable
@@ -345,6 +347,9 @@ class Reference:
         run()
         return run
 
+    def reversed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def packed_size(self, OC: int, C: int) -> int:
         return OC * C
 
@@ -415,3 +420,6 @@ class Reference:
 
     def global_norm(self, grad: np.ndarray) -> float:
         return math.sqrt(np.square(grad, dtype=np.float64).sum())
+
+    def digest(self, x: np.ndarray) -> int:
+        return int.from_bytes(hashlib.blake2b(x.reshape(-1).view(np.uint8).data, digest_size=8).digest(), "little")

@@ -162,7 +162,7 @@ class LanguageModel:
         ops = self.ops
         self.extend(T)
         if training and self.grads is None:
-            self.grads = Arena(self.trained.table, ops.empty, ops.wide)
+            self.grads = Arena(self.trained.table, ops.zeros, ops.wide)  # unwritten ones are seen; see `movement`
         # Evaluation reuses a training arena; its own keeps a single layer.
         if (B, T, True) in self._acts:
             training = True

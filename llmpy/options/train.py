@@ -80,6 +80,10 @@ class TrainOptions(OnMachine):
     clip: float = option(1.0, "clip the gradient norm to X; 0: off", within=NOT_NEGATIVE)
     skip_loss: float = option(0.0, "skip steps X standard deviations above the mean loss; 0: off", within=NOT_NEGATIVE)
     skip_norm: float = option(0.0, "the same for the gradient norm; 0: off", within=NOT_NEGATIVE)
+    verify_every: int = option(
+        100, "compute the gradients of every N-th step twice and compare them to the bit; 0: never",
+        within=NOT_NEGATIVE,
+    )
     overfit: bool = option(False, "train on the first validation batch only")
     recompute: int = option(1, "recompute in backward; 0: nothing, 1: GELU, 2: GELU and LayerNorm", within=RECOMPUTE)
     seed: int = option(42, "random seed of initialization and shuffling", within=SEED)

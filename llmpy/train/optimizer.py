@@ -54,6 +54,9 @@ class AdamW:
         """The ranges of the flat arenas that m and v cover: all; see `run.parts.Moments`."""
         return [(0, self.parameters)]
 
+    def settle(self) -> None:
+        """Wait until the model has its new weights; see `distributed.zero`."""
+
     def weights(self, room: Any) -> Any:
         """Return all float32 weights, flat, as a host array."""
         return self.ops.to_host(self.master)

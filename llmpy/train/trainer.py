@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.loader import Position
-from ..errors import Diverged
+from ..errors import Diverged, LlmpyError
 from ..formats import llmc_state
 from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
@@ -24,6 +24,7 @@ from ..system.command import command
 from ..system.words import count_of, duration
 from ..version import __version__
 from .evaluation import Evaluation
+from .movement import ENOUGH, Movement, listed
 from .nonfinite import origin
 from .optimizer import AdamW
 from .outliers import GIVE_UP_AFTER, UpdateGuard
@@ -33,6 +34,7 @@ from .schedule import horizon, learning_rate
 from .signals import StopSignals
 from .single_process import SINGLE_PROCESS, SingleProcess
 from .training_data import TrainingData, Update
+from .verification import Verification, weights_hash
 
 WARMUP_SHARE, WARMUP_MOST = 10, 50  # default warm-up: a tenth of the run, at most 50 steps
 
@@ -41,6 +43,7 @@ class Trainer:
     """A model, its optimizer, its data and the training loop. Every rank runs one, in lockstep."""
 
     update: Update  # the batches of the next step, prefetched
+    movement: Movement  # since the start of this process
 
     def __init__(
         self, model: LanguageModel, optimizer: AdamW, data: TrainingData, options: TrainOptions,
@@ -50,8 +53,12 @@ class Trainer:
         self.checkpoints, self.report, self.world = checkpoints, report, world
         self.stop = StopSignals(world)
         self.evaluation = Evaluation(model, data, options, report, self.stop, world)
+        self.verification = Verification(model, options)
         self.guard = UpdateGuard({"loss": options.skip_loss, "norm": options.skip_norm})
         self.done = 0
+        self.agreed: int | None = None  # the last step after which all ranks had the same weights
+        self.hash = ""  # of these weights
+        self.warned: set[str] = set()
         self.counted = 0  # unmasked targets of the next update, on all ranks
         self.elapsed, self.step_seconds = 0.0, 1.0  # by rank 0's clock
 
@@ -72,6 +79,8 @@ class Trainer:
         o = self.options
         self.update = self.data.read()
         self.checkpoints.begin(self.done)
+        self.compare_ranks()
+        self.movement = Movement(self.model, self.optimizer)
         self.report.mark_logs()
         if not self.done:
             self.evaluate()
@@ -87,6 +96,9 @@ class Trainer:
             result = self.train_step()
             self.report.step(result)
             self.check(result)
+            if self.movement.updates == ENOUGH and not result.skipped:
+                self.warn(f"without a gradient in {ENOUGH} updates", self.movement.without_gradient())
+                self.warn("unchanged since the start", self.movement.unmoved())
             if self.checkpoints.due(self.done) and not self.guard.bad_steps:
                 self.save()
 
@@ -103,19 +115,37 @@ class Trainer:
             self.optimizer.skip()
         else:
             self.optimizer.update(lr, norm)
+            self.movement.updates += 1
         self.done += 1
         seconds, tokens = time.perf_counter() - start, self.options.batch_tokens * len(update.batches)
         steps = self.done if self.finished() else self.total_steps()
         return StepResult(self.done, steps, mean, norm, lr, z, skipped, update.names, tokens, seconds)
 
     def gradients(self) -> float:
+        """Compute the update's gradients, on a verified step twice; see `accumulate`.
+
+        Raises LlmpyError if they differ.
+        """
+        if not self.verification.due(self.done, self.total_steps() - self.done):
+            return self.accumulate()
+        loss, different = self.verification.compare(self.accumulate)
+        for rank, found in enumerate(self.world.gather_values(different)):
+            if found:
+                where = f" on rank {rank}" if self.world.size > 1 else ""
+                what = f"step {self.done + 1}: {found} differs between two computations from the same state{where}"
+                kept, fix = self.from_before("Memory or CPU flip bits: test them (memtest86+), undo overclocking")
+                raise LlmpyError("run.bits-differ", f"{what}; {kept}", fix)
+        return loss
+
+    def accumulate(self, sent: bool = True) -> float:
         """Accumulate the gradients of the update's mean loss in `model.grads`. Returns this rank's sum of losses.
 
-        Micro-batches are weighted by their unmasked targets, so that they are equivalent to one large batch.
+        Micro-batches are weighted by their unmasked targets, so that they are equivalent to one large batch. `sent`:
+        ranks exchange the gradients.
         """
         batches, total = self.update.batches, 0.0
         for i, (tokens, targets, positions, n) in enumerate(batches):
-            if i + 1 == len(batches):
+            if sent and i + 1 == len(batches):
                 self.optimizer.expect()
             share = max(1, self.counted) / max(1, n)  # without masks: the number of micro-batches on all ranks
             total += n * self.model.loss_and_grads(tokens, targets, i > 0, share, positions)
@@ -173,17 +203,44 @@ class Trainer:
             steps = count_of(self.guard.bad_steps, "consecutive step")
             raise self.diverged(f"{result.skipped}, in {steps}; it first arose in {where}")
 
-    def save(self) -> None:
-        """Start a background checkpoint. Raises Diverged if the state is not finite."""
+    def before_checkpoint(self) -> None:
+        """Check the state. Raises Diverged if it is not finite, LlmpyError if the ranks' weights differ."""
         if not self.checkpoints.finite():
             raise self.diverged("a parameter or moment is no longer finite")
+        self.compare_ranks()
+        self.warn("unchanged since the start", self.movement.unmoved())
+
+    def compare_ranks(self) -> None:
+        """Compare the hash of the weights of all ranks. Raises LlmpyError if they differ."""
+        if self.world.size == 1:
+            return
+        self.optimizer.settle()
+        found = self.world.gather_values(weights_hash(self.model))
+        if len({*found}) > 1:
+            most = max(found, key=found.count)
+            odd = ", ".join(str(rank) for rank, value in enumerate(found) if value != most)
+            since = "at the start" if self.agreed is None else f"all ranks last agreed after step {self.agreed}"
+            kept, fix = self.from_before("Test the memory and network of the hosts")
+            what = f"step {self.done}: weights differ: rank {odd} from the others; {since}; {kept}"
+            raise LlmpyError("rank.weights-differ", what, fix)
+        self.agreed, self.hash = self.done, found[0]
+
+    def warn(self, what: str, names: list[str]) -> None:
+        """Log the tensors of any rank that stand still, once."""
+        found = dict.fromkeys(name for part in self.world.gather_values(names) for name in part)
+        if new := [name for name in found if name not in self.warned]:
+            self.report.journal.log(f"warning: {what}: {listed(new)}")
+        self.warned |= {*found}
+
+    def save(self) -> None:
+        """Start a background checkpoint. Raises as `before_checkpoint`."""
+        self.before_checkpoint()
         self.checkpoints.save(self.done, *self.state())
 
     def save_last(self) -> None:
         """Write the final checkpoint, then evaluate even if that failed."""
         self.report.journal.end_progress()
-        if not self.checkpoints.finite():
-            raise self.diverged("a parameter or moment is no longer finite")
+        self.before_checkpoint()
         try:
             self.checkpoints.finish(self.done, *self.state())
         finally:
@@ -201,6 +258,7 @@ class Trainer:
             "updates": self.optimizer.updates,
             "detectors": {name: detector.state for name, detector in self.guard.detectors.items()},
             "bad_steps": self.guard.bad_steps, "seconds": self.report.state(self.done), "logs": self.report.log_sizes,
+            **({"weights_hash": self.hash} if self.hash else {}),
         }  # fmt: skip
         return state, position
 
@@ -238,6 +296,14 @@ class Trainer:
             log(f"chat:  {command('chat', folder)}")
         elif data.tokenizer is not None:
             log(f'sample:  {command("sample", folder)} --prompt "…"')
+
+    def from_before(self, fix: str) -> tuple[str, str]:
+        """Return the checkpoint before an error, after waiting for one in progress, and how to fix it and resume."""
+        self.checkpoints.settle()
+        if self.checkpoints.last is None:
+            return "no checkpoint exists yet", f"{fix}. Then start again"
+        resume = command("train", "--resume", self.checkpoints.run)
+        return f"the checkpoint of step {self.checkpoints.last} is from before", f"{fix}. Then resume: {resume}"
 
     def diverged(self, what: str) -> Diverged:
         """Return the error to raise, on all ranks, after waiting for a checkpoint in progress."""

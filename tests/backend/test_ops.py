@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from support.cases import CALLS, REF, Case, prepare
@@ -51,14 +52,18 @@ def test_agrees_with_the_reference(ops: Any, op: str, case: Case, accumulate: bo
 
 @pytest.mark.parametrize(("op", "case", "accumulate"), CALLS)
 def test_same_bits_at_any_number_of_threads(machines: list[Any], op: str, case: Case, accumulate: bool) -> None:
+    """Also with their items in reverse order."""
     call = prepare(op, case, accumulate)
-    runs = [call.astype(np.float32) for _ in machines]
-    results = [run.run(machine) for run, machine in zip(runs, machines, strict=True)]
-    assert results[0] == results[1] == results[2]
+    runs = [call.astype(np.float32) for _ in range(4)]
+    results = [run.run(machine) for run, machine in zip(runs, machines, strict=False)]
+    with machines[2].reversed():
+        results.append(runs[3].run(machines[2]))
+    assert results[0] == results[1] == results[2] == results[3]
     for name in call.outputs:
-        one, two, three = (bits(run.args[name]) for run in runs)
+        one, two, three, reverse = (bits(run.args[name]) for run in runs)
         assert np.array_equal(one, two), f"{name} differs between 1 and 2 threads"
         assert np.array_equal(one, three), f"{name} differs between 1 and 3 threads"
+        assert np.array_equal(one, reverse), f"{name} differs between orders of items"
 
 
 def test_memory_of_the_backend(ops: Any) -> None:
@@ -76,6 +81,33 @@ def test_memory_of_the_backend(ops: Any) -> None:
             assert fresh.dtype == np.float32
             assert fresh.ctypes.data % 64 == 0
         assert not fresh.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.uint64])
+def test_a_digest_depends_on_every_bit(machines: list[Any], dtype: Any) -> None:
+    for size in (1, 2, 3, 5, 16, 31):
+        x = np.zeros(size, dtype)
+        raw, seen = x.view(np.uint8), {machines[0].digest(x)}
+        for byte in range(raw.size):
+            for bit in range(8):
+                raw[byte] ^= 1 << bit
+                seen.add(machines[0].digest(x))
+                raw[byte] ^= 1 << bit
+        assert len(seen) == 8 * raw.size + 1
+
+
+def test_a_digest_of_many_blocks(machines: list[Any]) -> None:
+    x = np.random.default_rng(1).standard_normal(100_003).astype(np.float32)
+    one, two, three = (machine.digest(x) for machine in machines)
+    assert one == two == three == machines[1].digest(x.copy()) == machines[1].digest(x.reshape(1, -1))
+    with machines[2].reversed():
+        assert machines[2].digest(x) == one
+    assert machines[0].digest(x[1:]) == machines[0].digest(x[1:].copy())  # not aligned to 8 bytes
+    swapped = x.copy()
+    swapped[[5, 70_000]] = x[[70_000, 5]]
+    signs = x.copy()
+    signs[[5, 7, 70_001]] *= -1
+    assert len({one, machines[0].digest(swapped), machines[0].digest(signs), machines[0].digest(x[:-1])}) == 4
 
 
 # NaN and infinity: as in IEEE arithmetic, not fast-math.

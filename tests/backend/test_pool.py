@@ -52,6 +52,31 @@ def test_every_item_once(threads: int, items: int) -> None:
         assert ((workers >= 0) & (workers < threads)).all()
 
 
+@inline
+def _number(worker, item, order, count):
+    order[item] = count[0]
+    count[0] += 1
+
+
+@jit.kernel
+def number(threads, order, count):
+    """order[item] := how many items ran before it, on one thread."""
+    fork(_number, threads, order.shape[0], (order, count))
+
+
+def test_reverse_order() -> None:
+    order, count = np.zeros(7, np.int64), np.zeros(1, np.int64)
+    number(1, order, count)
+    assert order.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    with load("cpu", threads=THREADS).reversed():
+        number(1, order, count)
+        assert order.tolist() == [13, 12, 11, 10, 9, 8, 7]
+        for items in (1, 2, 3, 64, 1001):
+            assert (marked(THREADS, items)[0] == 1).all()
+    number(1, order, count)
+    assert order.tolist() == [14, 15, 16, 17, 18, 19, 20]
+
+
 @pytest.mark.parametrize("threads", [4 * THREADS, pool.MOST])
 def test_more_threads_than_helpers(threads: int) -> None:
     """Ranges without a worker are done by the others."""

@@ -394,10 +394,12 @@ def same_run(text: Path, folder: Path, steps: int, ranks: list[int]) -> None:
         several = losses(folder / f"{n}")
         assert max(abs(a - b) / a for a, b in zip(one, several, strict=True)) < 1e-5
     last = ranks[-1]
-    go(*flags(text, folder / "again"), "--steps", str(steps), "--ranks", str(last))
+    go(*flags(text, folder / "again"), "--steps", str(steps), "--ranks", str(last), "--verify-every", "2")
     assert losses(folder / "again") == losses(folder / f"{last}")
     models = [(folder / run / "model.safetensors").read_bytes() for run in ("again", f"{last}")]
     assert models[0] == models[1]
+    manifest = checkpoint.verify(folder / "again" / "checkpoints" / f"step-{steps:08}")
+    assert len(manifest["weights_hash"]) == 16
 
 
 @needs_mpi
@@ -624,6 +626,36 @@ def test_a_checkpoint_of_all_ranks_counts_when_the_run_diverges(tmp_path: Path, 
     errors = Fellows(2).run(diverging)
     assert all("step 3" in text for text in errors)
     checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000003")
+
+
+@pytest.mark.parametrize("other", [None, 1, 2])
+def test_ranks_with_other_weights_stop(tmp_path: Path, other: int | None) -> None:
+    """The rank `other` has one flipped bit."""
+
+    def act(fellow: Fellow) -> Any:
+        model = tiny_model(TINY, B, T)
+        run = Trainer.__new__(Trainer)
+        run.world, run.model, run.optimizer = fellow, model, Zero(model, fellow, **SETTINGS, limit=700)  # type: ignore
+        run.checkpoints = CheckpointWriter(fellow, tmp_path / "run", model, run.optimizer, T, Journal(), 0, 2)
+        run.agreed, run.done, run.hash, run.checkpoints.last = None, 250, "", 200
+        run.compare_ranks()
+        run.done = 500
+        if fellow.rank == other:
+            model.params.attn_proj_b.view(np.int32)[1, 3] ^= 1 << 30
+        try:
+            run.compare_ranks()
+        except LlmpyError as error:
+            return error.code, error.message, error.hint
+        return run.agreed, run.hash
+
+    found = Fellows(3).run(act)
+    assert len({*found}) == 1  # all ranks stop, for the same reason
+    if other is None:
+        assert found[0][0] == 500 and len(found[0][1]) == 16
+    else:
+        code, message, hint = found[0]
+        assert code == "rank.weights-differ" and "agreed after step 250; the checkpoint of step 200" in message
+        assert message.startswith(f"step 500: weights differ: rank {other} from the others") and "--resume" in hint
 
 
 @pytest.mark.parametrize("variable", ["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])

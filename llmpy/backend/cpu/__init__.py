@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from . import (
     simd,
 )
 from . import adamw as adamw_
+from . import digest as digest_
 from . import narrow as narrow_
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -128,6 +130,15 @@ class CPU:
         with graph.recording() as calls:
             run()
         return graph.Graph(calls)
+
+    @contextlib.contextmanager
+    def reversed(self) -> Iterator[None]:
+        """See `backend.Ops`."""
+        pool.reverse(True)
+        try:
+            yield
+        finally:
+            pool.reverse(False)
 
     def _partials(self, count: int) -> np.ndarray:
         """Return scratch for partial sums, grown for larger shapes."""
@@ -336,6 +347,11 @@ class CPU:
         partial = self._partials(-(-grad.size // global_norm.BLOCK))
         return float(global_norm.global_norm(self.threads, grad, partial))
 
+    def digest(self, x: Any) -> int:
+        raw = x.reshape(-1).view(np.uint8)
+        partial = np.empty(-(-(raw.size // 8) // digest_.BLOCK), np.uint64)
+        return int(digest_.digest(self.threads, raw, partial))
+
     def measure_peak(self, seconds: float = 0.2) -> float:
         """Measure GFLOP/s of multiply-adds in this backend's dtype on all its threads."""
         return peak.measure(self.threads, self._none_1, self._partials(16 * self.threads), seconds)
@@ -468,6 +484,7 @@ def smallest_calls(ops: CPU, kinds: Sequence[str]) -> list[tuple[str, Callable[[
         ("softmax_cross_entropy", lambda: ops.classifier(w(1), None, None, a(1, 1), a(1, 1), tokens, 1, 0.0, False)),
         ("adamw", lambda: ops.adamw(w(1), w(1), w(1), w(1), 0.0, 0.9, 0.99, 1e-8, 0.0, 1.0, 1, a(1))),
         ("global_norm", lambda: ops.global_norm(w(1))),
+        ("digest", lambda: ops.digest(w(1))),
         ("multiply_adds", lambda: ops.measure_peak(0.0)),
         ("rmsnorm_forward", lambda: ops.rmsnorm_forward(a(1, 1), w(1), w(1, 1), w(1), 1.0)),
         (

@@ -9,7 +9,8 @@
 its caches: the rows of a batch, its part of the weights. Items come one at a time from an atomic counter per range. A
 thread that has finished its own range helps with the next one, so a core slowed down by another process does fewer.
 Numba's `prange` costs a second of compilation per loop, divides the work in advance and waits for every thread.
-`worker` in [0, threads) selects scratch memory; results must not depend on it.
+`worker` in [0, threads) selects scratch memory; results must not depend on it, nor on the order of items, which
+`pool.reverse` reverses.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any,
     one = I64(1)
     counters, workers, count, packed = (bd.load(p) for p in (counters, workers, items, args))
     values = [bd.extract_value(packed, i) for i in range(len(arg_types))]
+    mirrored = bd.icmp_signed("!=", _read(bd, pool.REVERSED), I64(0))
     bd.cbranch(bd.icmp_signed("<", worker, workers), ranges, done)
     bd.position_at_end(ranges)
     turn = bd.phi(I64)
@@ -160,6 +162,7 @@ def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any,
     item = bd.atomic_rmw("add", counter, one, "monotonic")
     bd.cbranch(bd.icmp_signed("<", item, end), work, enough)
     bd.position_at_end(work)
+    item = bd.select(mirrored, bd.sub(bd.sub(count, one), item), item)
     status, _ = context.call_conv.call_function(
         bd, callee, compiled.signature.return_type, signature.args, [worker, item, *values]
     )

@@ -25,10 +25,10 @@ from ...system.workers import few
 
 # The board that announces jobs: one number per cache line (8 int64), against false sharing. LOCK: a job is running;
 # GENERATION: number of jobs; JOB: the function, 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1
-# while one runs; COUNTERS: the next item of each worker's range.
+# while one runs; REVERSED: 1 for items in reverse order; COUNTERS: the next item of each worker's range.
 LINE = 8
 MOST = 1024  # workers
-LOCK, GENERATION, JOB, STATE, ACTIVE, KERNEL, COUNTERS = (LINE * i for i in range(7))
+LOCK, GENERATION, JOB, STATE, ACTIVE, KERNEL, REVERSED, COUNTERS = (LINE * i for i in range(8))
 SIZE = COUNTERS + LINE * MOST
 SPINS = 20_000  # looks, about half a millisecond: longer than Python takes between kernels
 LAST_LOOKS = 1_000  # longer than from `begin` to the announcement of the job
@@ -36,6 +36,7 @@ LAST_LOOKS = 1_000  # longer than from `begin` to the announcement of the job
 _memory = np.zeros(SIZE + LINE, np.int64)
 BOARD = _memory.ctypes.data + -_memory.ctypes.data % (8 * LINE)  # its address, on a cache line
 _kernel = _memory[(BOARD - _memory.ctypes.data) // 8 + KERNEL :].data  # a memoryview: twice as fast to assign
+_reversed = _memory[(BOARD - _memory.ctypes.data) // 8 + REVERSED :].data
 
 machines: weakref.WeakSet[Any] = weakref.WeakSet()  # backends; each has a lock
 _helpers: list[threading.Thread] = []
@@ -101,6 +102,11 @@ def end() -> None:
     A count would be exact, but Ctrl-C between its two updates would leave it wrong for good.
     """
     _kernel[0] = 0
+
+
+def reverse(on: bool) -> None:
+    """Let jobs take their items from the last to the first, so other threads compute them, in another order."""
+    _reversed[0] = on
 
 
 def _after_fork() -> None:
