@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ OPERATIONS = (
     "activation_forward", "classifier", "zero", "layernorm_backward", "linear_backward", "attention_backward",
     "embedding_backward", "digest",
 )  # fmt: skip
+FLIPS = int(os.environ.get("LLMPY_FLIPS", 10_000))
 SCRATCH = ("_gemm_scratch", "_attention_scratch", "_partial", "_packed", "_sums", "_logits")
 
 
@@ -39,15 +43,19 @@ def options(folder: Path, **changes: Any) -> TrainOptions:
     given: dict[str, Any] = {
         "data": (folder / "train.bin", folder / "val.bin"), "out": folder / "run", "model": "d1", "vocab_size": 300,
         "batch_size": 2, "sequence_length": 8, "total_batch": 32, "steps": 4, "eval_every": 0, "eval_batches": 1,
-        "sample_tokens": 1, "checkpoint_every": 2,
+        "sample_tokens": 1, "checkpoint_every": 2, "schedule": "constant",
     }  # fmt: skip
     return TrainOptions(**given | changes)
 
 
 class Shaken:
-    """A trainer whose machine flips one bit before the n-th operation of a verified step."""
+    """A trainer whose machine flips one bit at the n-th operation of a verified step.
 
-    def __init__(self, made: Trainer, machine: Any) -> None:
+    `within`: by another thread, some time during the operation, to reach scratch memory; else before it.
+    """
+
+    def __init__(self, made: Trainer, machine: Any, within: bool) -> None:
+        self.within = within
         self.made, self.model, self.machine = made, made.model, machine
         self.shape = made.options.batch_size, made.options.sequence_length
         self.ticks, self.moment, self.flip = 0, -1, (np.zeros(1, np.uint8), 0, 0)
@@ -57,19 +65,28 @@ class Shaken:
         made.agree(loss=0.0)
         self.step()
         self.step()
-        self.moments, self.gradient = self.ticks, self.hash_of_gradients()
-        self.moments -= sum(1 for _ in computed(self.model, *self.shape))  # gradients are compared with these last ones
+        # From the first hash of the parameters to the last of the gradients: what is compared.
+        first = sum(1 for _ in parameters(self.model))
+        last = self.ticks - first - sum(1 for _ in computed(self.model, *self.shape))
+        self.moments, self.gradient = (first, last + 1), self.hash_of_gradients()
 
     def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            if self.ticks == self.moment:
-                self.turn()
             self.ticks += 1
-            return operation(*arguments, **named)
+            if self.ticks - 1 != self.moment:
+                return operation(*arguments, **named)
+            flip = Thread(target=self.turn, args=(self.delay if self.within else 0.0,))
+            flip.start()
+            if not self.within:
+                flip.join()
+            result = operation(*arguments, **named)
+            flip.join()
+            return result
 
         return call
 
-    def turn(self) -> None:
+    def turn(self, delay: float = 0.0) -> None:
+        time.sleep(delay)
         raw, byte, bit = self.flip
         raw[byte] ^= 1 << bit
 
@@ -100,8 +117,9 @@ class Shaken:
         kind = str(rng.choice(list(buffers)))
         arrays = buffers[kind]
         raw = arrays[rng.integers(len(arrays))].reshape(-1).view(np.uint8)
-        self.flip = raw, int(rng.integers(raw.size)), int(rng.integers(8))
-        self.moment = int(rng.integers(self.moments))
+        # Mostly the start of scratch memory: small products do not use the rest.
+        self.flip = raw, int(raw.size * rng.random() ** (3 if kind == "scratch" else 1)), int(rng.integers(8))
+        self.moment, self.delay = int(rng.integers(*self.moments)), float(rng.uniform(0, 2e-4))
         reported = self.step() != ""
         self.moment = -1
         changed = self.hash_of_gradients() != self.gradient
@@ -110,11 +128,12 @@ class Shaken:
         return kind, changed, reported
 
 
-def shaken(folder: Path, machine: Any, **changes: Any) -> Shaken:
+def shaken(folder: Path, machine: Any, within: bool = False, **changes: Any) -> Shaken:
     run = RunFolder.open(folder / "run", "d1")
     with Journal() as journal:
         journal.quiet = True
-        return Shaken(assemble.assemble(options(folder, verify_every=1, **changes), run, journal, machine), machine)
+        made = assemble.assemble(options(folder, verify_every=1, **changes), run, journal, machine)
+        return Shaken(made, machine, within)
 
 
 def campaign(made: Shaken, flips: int, clean: int) -> dict[str, list[int]]:
@@ -126,7 +145,7 @@ def campaign(made: Shaken, flips: int, clean: int) -> dict[str, list[int]]:
         row = counts.setdefault(kind, [0, 0, 0])
         row[:] = row[0] + 1, row[1] + changed, row[2] + reported
         assert reported or not changed, f"not reported: {kind}, moment {made.moment}, {made.flip[1:]}"
-        assert kind != "moments" or not reported
+        assert reported == {"weights": True, "moments": False}.get(kind, reported)
     for _ in range(clean):
         assert made.step() == ""
     assert made.hash_of_gradients() == made.gradient
@@ -134,16 +153,17 @@ def campaign(made: Shaken, flips: int, clean: int) -> dict[str, list[int]]:
 
 
 def test_every_flip_that_changes_a_gradient_is_reported(tmp_path: Path) -> None:
-    counts = campaign(shaken(tmp_path, Laptop()), flips=150, clean=10)
-    assert min(changed for kind, (_, changed, _) in counts.items() if kind != "moments") > 5
-    assert counts["weights"][0] == counts["weights"][2]  # also those that changed no gradient
+    counts = campaign(shaken(tmp_path, Laptop(), total_batch=16), flips=60, clean=3)
+    assert counts["weights"][1] > 2 and counts["activations"][1] > 0
 
 
 @pytest.mark.long
 def test_ten_thousand_flips(tmp_path: Path) -> None:
     machine = backend.load("cpu", dtype="float32")
-    made = shaken(tmp_path, machine, model="d4", batch_size=1, total_batch=8)
-    print(campaign(made, flips=10_000, clean=10_000))
+    made = shaken(tmp_path, machine, within=True, model="d4", batch_size=1, total_batch=8)
+    counts = campaign(made, FLIPS, FLIPS)
+    print(counts)
+    assert all(changed for kind, (_, changed, _) in counts.items() if kind != "moments")
 
 
 class Flipping(Laptop):
@@ -208,12 +228,11 @@ def test_a_frozen_weight_is_compared_with_the_start() -> None:
     assert compare() == "the frozen parameter mlp_fc_w of layer 1"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kernels_in_reverse_order_compute_the_same(tmp_path: Path, dtype: str) -> None:
-    models = []
+def test_kernels_in_reverse_order_compute_the_same(tmp_path: Path) -> None:
+    machine, models = backend.load("cpu", threads=3, dtype="bfloat16"), []
     for every in (1, 0):
-        given = options(tmp_path, out=tmp_path / str(every), verify_every=every, dtype=dtype, steps=3)
-        assert assemble.train(given, backend.load("cpu", threads=3, dtype=dtype), quiet=True) == 0
+        given = options(tmp_path, out=tmp_path / str(every), verify_every=every, dtype="bfloat16", steps=2)
+        assert assemble.train(given, machine, quiet=True) == 0
         models.append((tmp_path / str(every) / "model.safetensors").read_bytes())
     assert models[0] == models[1]
 
