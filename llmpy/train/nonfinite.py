@@ -32,10 +32,14 @@ def parameters(model: LanguageModel) -> Iterator[tuple[str, Any]]:
     yield from _named("the parameter", _by_layer(read, model.config.layers))
 
 
-def computed(model: LanguageModel, B: int, T: int) -> Iterator[tuple[str, Any]]:
-    """Yield name and values of what a pass on (B, T) has computed."""
+def computed(model: LanguageModel, B: int, T: int, wide: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield name and values of what a pass on (B, T) has computed.
+
+    `wide`: of the activations only the residual stream and statistics, a sixth, which the others go into.
+    """
     assert model.grads is not None
-    yield from _named("the activation", _activations(model.reserve(B, T, training=True), model.config.layers))
+    kept = _activations(model.reserve(B, T, training=True), model.config.layers, wide)
+    yield from _named("the activation", kept)
     yield from _named("the gradient of", _by_layer(model.grads.items(), model.config.layers, backwards=True))
 
 
@@ -57,12 +61,12 @@ def _by_layer(tensors: Iterable[tuple[Tensor, Any]], layers: int, backwards: boo
     yield from ((name, None, x) for name, x in after)
 
 
-def _activations(arena: Arena, layers: int) -> Iterator[Place]:
+def _activations(arena: Arena, layers: int, wide: bool) -> Iterator[Place]:
     """Yield name, layer and values, in forward order, of the activations that survive the step.
 
     Shared buffers do not survive, nor do the last layers of recomputed activations.
     """
-    per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and not t.steps]
+    per_layer = [(t.name, x) for t, x in arena.items() if len(t.shape) > 1 and not t.steps and t.wide >= wide]
     order = (
         "resid", "ln_1", "ln_1_mean", "ln_1_rstd", "norm_1", "norm_1_rstd", "qkv", "qkv_rotated", "qk_rstd",
         "attn_stats", "attn_out", "resid_mid",

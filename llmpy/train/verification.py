@@ -43,11 +43,11 @@ class Verification:
         expected = hashes(model, parameters(model)) | self._frozen
         with model.ops.reversed():
             accumulate(False)
-        expected |= hashes(model, computed(model, *self.shape))
+        expected |= hashes(model, computed(model, *self.shape, wide=True))
         result = accumulate(True)
         found = hashes(model, parameters(model))
         self._frozen = {name: value for name, value in found.items() if name.startswith("the frozen")}
-        found |= hashes(model, computed(model, *self.shape))
+        found |= hashes(model, computed(model, *self.shape, wide=True))
         return result, next((name for name in found if found[name] != expected[name]), "")
 
 

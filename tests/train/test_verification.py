@@ -67,7 +67,7 @@ class Shaken:
         self.step()
         # From the first hash of the parameters to the last of the gradients: what is compared.
         first = sum(1 for _ in parameters(self.model))
-        last = self.ticks - first - sum(1 for _ in computed(self.model, *self.shape))
+        last = self.ticks - first - sum(1 for _ in computed(self.model, *self.shape, wide=True))
         self.moments, self.gradient = (first, last + 1), self.hash_of_gradients()
 
     def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +191,9 @@ def test_a_run_stops_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert models[0] == models[1]
     # Step 4, of a resumed process: verified as its first. The products of evaluations come after those of its passes.
     more = TrainOptions(resume=tmp_path / "run", verify_every=1, steps=4, given=frozenset({"verify_every", "steps"}))
-    with refused("run.bits-differ", "step 4: the activation qkv of layer 0", "step 3 is from before", "--resume"):
+    with refused(
+        "run.bits-differ", "step 4: the activation attn_stats of layer 0", "step 3 is from before", "--resume"
+    ):
         assemble.train(more, Flipping(5), quiet=True)
     assert assemble.train(more, Laptop(), quiet=True) == 0
     last = [tmp_path / name / "model.safetensors" for name in ("run", "whole")]
