@@ -110,7 +110,7 @@ BENCH: dict[str, list[Case]] = {
     ),
     **dict.fromkeys(("add_columns", "take_columns"), _sequences(C=C)),
     **dict.fromkeys(("embedding_forward", "embedding_backward"), _sequences(C=C, V=V, Vp=VP)),
-    **dict.fromkeys(("adamw", "global_norm", "narrow", "zero"), [Case(n=20_000_000)]),
+    **dict.fromkeys(("adamw", "global_norm", "digest", "narrow", "zero"), [Case(n=20_000_000)]),
     "pack": [Case(C=i, OC=o) for i, o in SHAPES],
     "packed_linear_forward": [
         case for B in (1, 8) for case in (*(Case(B, C=i, OC=o) for i, o in SHAPES), Case(B, 1, *MLP, variant="swiglu"))
@@ -179,6 +179,7 @@ ARGUMENTS = {
         "grad_scale; step; stored (n) :="
     ),
     "global_norm": "grad (n) wide",
+    "digest": "x (n) wide",
     "narrow": "out (n) :=; x (n) wide",
     "zero": "x (n) wide :=",
     "pack": "packed (packed) :=; weight (OC',C)",

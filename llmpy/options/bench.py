@@ -16,7 +16,7 @@ OPS = (
     "residual_layernorm_forward", "layernorm_backward", "rmsnorm_forward", "residual_rmsnorm_forward",
     "rmsnorm_backward", "head_rmsnorm_forward", "head_rmsnorm_backward", "rope", "activation_forward",
     "activation_backward", "add_columns", "take_columns", "embedding_forward", "embedding_backward", "adamw",
-    "global_norm", "narrow", "zero", "pack", "packed_linear_forward", "cache_fill", "attention_decode",
+    "global_norm", "digest", "narrow", "zero", "pack", "packed_linear_forward", "cache_fill", "attention_decode",
 )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def test_the_roofline_of_a_step() -> None:
 
 def operations() -> set[str]:
     """The operations of the seam on arrays."""
-    others = {"empty", "zeros", "to_host", "packed_size", "capture"}
+    others = {"empty", "zeros", "to_host", "packed_size", "capture", "reversed"}
     return {n for n, f in vars(Ops).items() if inspect.isfunction(f) and not n.startswith("_")} - others
 
 
