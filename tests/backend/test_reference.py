@@ -216,6 +216,8 @@ def test_every_operation_of_the_seam_has_cases() -> None:
         "to_host",
         "zero",
         "capture",
+        "digest",  # in test_ops, of any bits
+        "reversed",
     }
     # test_decode compares these bitwise with linear_forward and attention_forward.
     decoding = {"packed_size", "pack", "packed_linear_forward", "cache_fill", "attention_decode"}
