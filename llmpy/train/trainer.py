@@ -128,6 +128,7 @@ class Trainer:
         """
         if not self.verification.due(self.done, self.total_steps() - self.done):
             return self.accumulate()
+        self.optimizer.settle()
         loss, different = self.verification.compare(self.accumulate)
         for rank, found in enumerate(self.world.gather_values(different)):
             if found:

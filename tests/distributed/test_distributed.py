@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,8 @@ from llmpy.train.optimizer import AdamW
 from llmpy.train.outliers import UpdateGuard
 from llmpy.train.single_process import SINGLE_PROCESS
 from llmpy.train.trainer import Trainer
+from llmpy.train.training_data import Update
+from llmpy.train.verification import Verification
 
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None, reason="no mpi4py: pip install 'llmpy[mpi]'")
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 0.5}
@@ -626,6 +629,28 @@ def test_a_checkpoint_of_all_ranks_counts_when_the_run_diverges(tmp_path: Path, 
     errors = Fellows(2).run(diverging)
     assert all("step 3" in text for text in errors)
     checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-00000003")
+
+
+def test_verified_steps_of_ranks(tmp_path: Path) -> None:
+    """Bitwise as others; the first hash waits for the weights of the last update."""
+
+    def act(fellow: Fellow, every: int) -> np.ndarray:
+        exchange = fellow.exchange
+        fellow.exchange = lambda *a: (time.sleep(0.003), exchange(*a))[1]  # type: ignore[method-assign,func-returns-value]
+        model = tiny_model(TINY, B, T)
+        run, options = Trainer.__new__(Trainer), TrainOptions(batch_size=B, sequence_length=T, verify_every=every)
+        run.world, run.model, run.optimizer = fellow, model, Zero(model, fellow, **SETTINGS, limit=2000)  # type: ignore
+        run.options, run.verification, run.counted = replace(options, steps=3), Verification(model, options), 2 * B * T
+        run.elapsed, run.step_seconds = 0.0, 1.0
+        for run.done, rows in enumerate(batches(3, 2)):
+            run.update = Update([(*rows[fellow.rank], None, B * T)], [], None)  # type: ignore[arg-type]
+            run.gradients()
+            run.optimizer.update(1e-2, run.optimizer.norm())
+        run.optimizer.settle()
+        return model.params.buffer
+
+    verified, plain = (Fellows(2).run(lambda fellow, every=every: act(fellow, every)) for every in (1, 0))
+    assert all(np.array_equal(x, plain[0]) for x in (*verified, plain[1]))
 
 
 @pytest.mark.parametrize("other", [None, 1, 2])
