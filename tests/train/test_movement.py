@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.laptop import TINY, Laptop
+from support.fellows import Fellow, Fellows
+from support.laptop import TINY, Laptop, tiny_model
 from support.models import batch, build
 
 from llmpy.data.shards import write_shard
+from llmpy.distributed.zero import Zero
 from llmpy.model.config import LlamaConfig
 from llmpy.model.families import with_adapters
 from llmpy.options.train import TrainOptions
@@ -100,3 +102,26 @@ def test_every_family_moves(kind: str) -> None:
     place = movement.places[-1][-1]
     optimizer.m[place] = optimizer.v[place] = 0
     assert [name in line for line in movement.without_gradient()] == [True]
+
+
+def test_each_rank_watches_its_part() -> None:
+    def act(fellow: Fellow) -> tuple[list[str], int]:
+        model = build(TINY, Laptop())
+        model.reserve(2, 8, training=True)
+        optimizer = Zero(model, fellow, 0.9, 0.95, 0.1, 1.0, limit=700)
+        movement, found = Movement(model, optimizer), []
+        for step in range(10):
+            optimizer.expect()
+            model.loss_and_grads(*batch(TINY, 2, 8, step))
+            optimizer.update(1e-3, optimizer.norm())
+            movement.updates += 1
+        found += movement.without_gradient() + movement.unmoved()
+        name, place = next((name, place) for t, name, _, place in movement.places if t.per_layer)
+        optimizer.m[place] = optimizer.v[place] = 0
+        (line,) = movement.without_gradient()
+        assert line.endswith(f"numbers of {name}")
+        return found, sum(place.stop - place.start for *_, place in movement.places)
+
+    ranks = Fellows(3).run(act)
+    assert [found for found, _ in ranks] == [[], [], []]
+    assert sum(size for _, size in ranks) == tiny_model().params.size
