@@ -219,10 +219,12 @@ class Trainer:
         found = self.world.gather_values(weights_hash(self.model))
         if len({*found}) > 1:
             most = max(found, key=found.count)
-            odd = ", ".join(str(rank) for rank, value in enumerate(found) if value != most)
+            whole = 2 * found.count(most) <= len(found)  # no majority: any of them may be wrong
+            odd = ", ".join(str(rank) for rank, value in enumerate(found) if whole or value != most)
             since = "at the start" if self.agreed is None else f"all ranks last agreed after step {self.agreed}"
             kept, fix = self.from_before("Test the memory and network of the hosts")
-            what = f"step {self.done}: weights differ: rank {odd} from the others; {since}; {kept}"
+            who = f"ranks {odd}" if whole else f"rank {odd} from the others"
+            what = f"step {self.done}: weights differ: {who}; {since}; {kept}"
             raise LlmpyError("rank.weights-differ", what, fix)
         self.agreed, self.hash = self.done, found[0]
 

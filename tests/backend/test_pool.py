@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -75,6 +77,27 @@ def test_reverse_order() -> None:
             assert (marked(THREADS, items)[0] == 1).all()
     number(1, order, count)
     assert order.tolist() == [14, 15, 16, 17, 18, 19, 20]
+
+
+def test_the_order_changes_while_others_compute() -> None:
+    """Every thread of a job takes the order that it started with."""
+    done = threading.Event()
+
+    def toggle() -> None:
+        for n in itertools.count():
+            pool.reverse(bool(n % 2))
+            if done.wait(1e-4):
+                break
+        pool.reverse(False)
+
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    try:
+        for _ in range(400):
+            assert (marked(THREADS, 5000)[0] == 1).all()
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("threads", [4 * THREADS, pool.MOST])

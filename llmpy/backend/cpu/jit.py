@@ -145,11 +145,11 @@ def _job(context: Any, builder: Any, body: Any, signature: Any, state_type: Any,
     )
     bd = ir.IRBuilder(entry)
     state, worker = bd.bitcast(fn.args[0], state_type.as_pointer()), fn.args[1]
-    counters, workers, items, failed, args = (bd.gep(state, [I32(0), I32(i)], inbounds=True) for i in range(5))
-    one = I64(1)
-    counters, workers, count, packed = (bd.load(p) for p in (counters, workers, items, args))
+    places = [bd.gep(state, [I32(0), I32(i)], inbounds=True) for i in range(6)]
+    one, failed = I64(1), places.pop(3)
+    counters, workers, count, mirrored, packed = map(bd.load, places)
     values = [bd.extract_value(packed, i) for i in range(len(arg_types))]
-    mirrored = bd.icmp_signed("!=", _read(bd, pool.REVERSED), I64(0))
+    mirrored = bd.icmp_signed("!=", mirrored, I64(0))
     bd.cbranch(bd.icmp_signed("<", worker, workers), ranges, done)
     bd.position_at_end(ranges)
     turn = bd.phi(I64)
@@ -215,14 +215,15 @@ def fork(typingctx: Any, body: Any, threads: Any, items: Any, args: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         _, limit, n_items, packed = values
         body_sig = types.void(types.intp, types.intp, *arg_types)
-        # counters of the ranges, workers, items, failed, arguments
-        state_type = ir.LiteralStructType([I64.as_pointer(), I64, I64, I64, packed.type])
+        # counters of the ranges, workers, items, failed, whether items are reversed (for all threads), arguments
+        state_type = ir.LiteralStructType([I64.as_pointer(), I64, I64, I64, I64, packed.type])
+        mirrored = _read(builder, pool.REVERSED)
         fn = _job(context, builder, body, body_sig, state_type, arg_types)
         state, own_counter = cgutils.alloca_once(builder, state_type), cgutils.alloca_once(builder, I64)
         raw = builder.bitcast(state, POINTER)
 
         def fill(counters: Any, workers: Any) -> None:
-            for i, value in enumerate((counters, workers, n_items, I64(0), packed)):
+            for i, value in enumerate((counters, workers, n_items, I64(0), mirrored, packed)):
                 builder.store(value, builder.gep(state, [I32(0), I32(i)], inbounds=True))
 
         def without_helpers() -> None:
