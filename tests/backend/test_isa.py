@@ -271,7 +271,9 @@ def run_suite(target: Target, *selection: str) -> None:
         env["NUMBA_CPU_FEATURES"] = target.features
     files = [
         str(TESTS / f"{name}.py")
-        for name in ("backend/test_ops", "backend/test_mixed", "backend/test_exp", "generate/test_kv_cache")
+        for name in (
+            "backend/test_ops", "backend/test_mixed", "backend/test_exp", "generate/test_kv_cache", "train/test_golden"
+        )
     ]
     command = [sys.executable, "-c", PROGRAM, target.isa, "-p", "no:cacheprovider", "-x", *selection, *files]
     result = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, encoding="utf-8", timeout=900)
