@@ -64,3 +64,14 @@ install() {
 export LLMPY_CACHE_DIR=$root/cache PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
 unset NUMBA_CPU_NAME NUMBA_CPU_FEATURES
 if [ $# -gt 0 ]; then exec "$root/python" "$@"; fi
+
+run=$(mktemp -d) llmpy=("$root/python" -m llmpy)
+trap 'rm -rf "$run"' EXIT
+"$root/python" -m pytest -p no:cacheprovider -k "not bfloat16" tests/backend/test_{exp,ops,decode}.py \
+    tests/generate/test_kv_cache.py tests/train/test_golden.py
+"${llmpy[@]}" selftest
+train=(train --data tests/fixtures/0.1.0/text.txt --model d1 --vocab-size 300 -B 2 -T 32 --schedule constant --checkpoint-every 3)
+"${llmpy[@]}" "${train[@]}" --steps 6 --out "$run/whole"
+"${llmpy[@]}" "${train[@]}" --steps 3 --out "$run/resumed"
+"${llmpy[@]}" train --resume "$run/resumed" --steps 6
+cmp "$run"/{whole,resumed}/model.safetensors && echo "a resumed run has the bits of an uninterrupted one"
