@@ -52,7 +52,7 @@ install() {
         --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
         --target "$root/usr/lib/python3/dist-packages" -r "$root/requirements.txt" || skip "no wheels for Arm"
     # Processes that Python starts are emulated as well: the kernel of this system cannot run the binary itself.
-    printf '#!/bin/sh\nexec %s -L %s %s "$@"\n' "$root/qemu/usr/bin/qemu-aarch64-static \${LLMPY_ARM_CPU:+-cpu \$LLMPY_ARM_CPU}" \
+    printf '#!/bin/sh\nexec %s -L %s %s "$@"\n' "$root/qemu/usr/bin/qemu-aarch64-static" \
         "$root" "$root/usr/bin/$python" > "$root/python"
     chmod +x "$root/python"
     rm -f "$root/usr/lib/$python/sitecustomize.py"
