@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PARQUET := .venv/.parquet
 
-.PHONY: train setup test test-isa test-mpi test-long fuzz check bench clean
+.PHONY: train setup test test-isa test-arm test-mpi test-long fuzz check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
@@ -20,6 +20,9 @@ test: $(PARQUET)
 
 test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/backend/test_isa.py $(ARGS)
+
+test-arm: $(INSTALLED)
+	@dev/arm.sh $(ARGS)
 
 test-mpi: $(PARQUET)
 	@$(BIN)/python -m pytest -m mpi $(ARGS)

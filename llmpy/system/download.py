@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,8 @@ def fetch(url: str, path: Path, sha256: str, log: Log) -> Path:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
             content = reply.read()
     except (OSError, http.client.HTTPException) as error:  # HTTPException: truncated
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # a reply
         what = f"cannot download {url}: {getattr(error, 'reason', error)}"
         raise LlmpyError("download.failed", what, "Check the network or use another source: --source") from error
     if hashlib.sha256(content).hexdigest() != sha256:

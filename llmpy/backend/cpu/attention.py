@@ -43,6 +43,7 @@ from .simd import (
     block,
     configure,
     f32,
+    fma,
     from_rank,
     larger,
     per_word,
@@ -178,7 +179,7 @@ def _softmax_tile(s, p, sums, top, total, row, first_key, rows, HS):
             highest = top[i]
         summed = np.float32(0)
         for j in range(TILE_K):
-            line[j] = exp2(line[j] * scale - highest)
+            line[j] = exp2(fma(line[j], scale, -highest))  # the same in `decode`: see `jit.FASTMATH`
             summed += line[j]
         _to_operands(weight, line)
         if highest != top[i]:
@@ -268,7 +269,7 @@ def _gradient_tile(s, ds, p, dp, lse, d, row, first_key, rows, HS):
                 line[j] = line[j] if COLUMN[j] < valid else MINUS_INFINITY
                 dline[j] = dline[j] if COLUMN[j] < valid else mean
         for j in range(TILE_K):
-            line[j] = exp2(line[j] * scale_2 - shift)
+            line[j] = exp2(fma(line[j], scale_2, -shift))
             dline[j] = line[j] * (dline[j] - mean) * scale
         _to_operands(weight, line)
         _to_operands(dweight, dline)

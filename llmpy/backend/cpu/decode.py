@@ -10,7 +10,7 @@ transposing them in registers took as long as reading them (dev/LOG.md).
 
 Every sum has the order of the training kernels: along k, from zero, cut at KC, then added, or continued from what C
 holds where `amx` multiplies; softmax by the same tiles. A row is bitwise identical here and in a full forward pass,
-whatever other rows the batch holds.
+whatever other rows the batch holds, on every instruction set.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ from ...system import kernel_cache
 from . import pool
 
 # Sums may be vectorised (in a fixed order) and products fused; NaN, infinity and signed zeros keep their meaning.
+# x86-64 fuses every product that has one use; on Arm LLVM decides loop by loop, by its estimate of latencies. So where
+# two loops must give the same bits, the product is written as `simd.fma`, which every CPU with FMA fuses.
 FASTMATH = {"reassoc", "contract"}
 # Without wrappers for callers other than kernels, which take a tenth of the time of compilation.
 INLINED: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
