@@ -1,7 +1,7 @@
 """Build wheel and sdist, install the wheel into clean environments, and run every verb outside the repository.
 
-make test-wheel ARGS=[FOLDER for the files]: needs the network. The sdist must build the same wheel. Without extras, only
-`plot` and `watch` may fail, and must name the missing package.
+make test-wheel ARGS=[FOLDER for the files]: needs the network. The sdist must build the same wheel. Without extras,
+only `plot` and `watch` may fail, and must name the missing package.
 """
 
 from __future__ import annotations

@@ -27,17 +27,17 @@ def problems(tag: str, version: str, citation: str, changelog: str) -> list[str]
 
 def absolute(text: str, repository: str, tag: str) -> str:
     """Return Markdown whose relative links point to the files of the tag on GitHub, pictures to their bytes."""
-    hosts = {"": f"https://github.com/{repository}/blob/{tag}", "!": f"https://raw.githubusercontent.com/{repository}/{tag}"}
-    return LINK.sub(lambda m: f"{m[1]}[{m[2]}]({hosts[m[1]]}/{m[3]})", text)
+    page, raw = f"github.com/{repository}/blob/{tag}", f"raw.githubusercontent.com/{repository}/{tag}"
+    return LINK.sub(lambda m: f"{m[1]}[{m[2]}](https://{raw if m[1] else page}/{m[3]})", text)
 
 
 def main() -> None:
     _, tag, repository = sys.argv
-    read = {name: (ROOT / name).read_text("utf-8") for name in ("llmpy/version.py", "CITATION.cff", "CHANGELOG.md", "README.md")}
-    version = re.findall(r'"(.*)"$', read["llmpy/version.py"], re.MULTILINE)[-1]
-    if found := problems(tag, version, read["CITATION.cff"], read["CHANGELOG.md"]):
+    names = "llmpy/version.py", "CITATION.cff", "CHANGELOG.md", "README.md"
+    version, citation, changelog, readme = ((ROOT / name).read_text("utf-8") for name in names)
+    if found := problems(tag, version.split('"')[-2], citation, changelog):
         sys.exit("\n".join(found))
-    (ROOT / "README.md").write_text(absolute(read["README.md"], repository, tag), "utf-8")
+    (ROOT / "README.md").write_text(absolute(readme, repository, tag), "utf-8")
 
 
 if __name__ == "__main__":

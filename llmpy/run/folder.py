@@ -222,7 +222,8 @@ def with_start(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the starts of a run recorded before the step of this one, and `now`, unless it only continues the last."""
     earlier = []
     with contextlib.suppress(LlmpyError):  # none, or lost
-        earlier = [start for start in read_record(folder / CONFIG_FILE).get("starts", []) if start["step"] < now["step"]]
+        known = read_record(folder / CONFIG_FILE).get("starts", [])
+        earlier = [start for start in known if start["step"] < now["step"]]
     return earlier if earlier and earlier[-1] | {"step": now["step"]} == now else [*earlier, now]
 
 

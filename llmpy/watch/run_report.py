@@ -67,7 +67,7 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     if curves.points("ms", "tokens_per_s").size:
         bounds = np.array([*(start["step"] for start in starts), int(steps)], float)
         tokens, seconds = (np.diff(curves.along(axis, bounds)) for axis in ("tokens", "time"))
-        cores = sum(start["ranks"] * int(start["machine"]["threads"]) * s for start, s in zip(starts, seconds, strict=True))
+        cores = seconds @ [start["ranks"] * int(start["machine"]["threads"]) for start in starts]
         rows["training tokens"] = f"{tokens.sum():,.0f}"
         rows["time of training steps"] = f"{duration(seconds.sum())}; {cores / 3600:.3g} core-hours"
     if (folder / MODEL_FILE).is_file():
@@ -80,13 +80,13 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     before: dict[str, Any] | None = None
     for start in starts:
         machine = start["machine"]
-        others = ", ".join(f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine)
-        yield from ("", f"From step {start['step']}: llm.py {start['llmpy']}, {count_of(start['ranks'], 'rank')} of "
-                    f"{count_of(int(machine['threads']), 'thread')}, {machine['isa']}, {machine['dtype']}, {others}, "
-                    f"{machine.get('platform', '')}")  # fmt: skip
+        named = [f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine]
+        cores = f"{count_of(start['ranks'], 'rank')} of {count_of(int(machine['threads']), 'thread')}"
+        words = f"llm.py {start['llmpy']}", cores, machine["isa"], machine["dtype"], *named, machine.get("platform", "")
+        yield from ("", f"From step {start['step']}: {', '.join(filter(None, words))}")
         ranks = {} if start["ranks"] == 1 else {"ranks": start["ranks"]}
-        words = () if before is None else ("--resume", folder.name)
-        yield from fenced(command_of(start["options"] | {"dtype": machine["dtype"]} | ranks, *words, before=before))
+        resume = () if before is None else ("--resume", folder.name)
+        yield from fenced(command_of(start["options"] | {"dtype": machine["dtype"]} | ranks, *resume, before=before))
         before = start["options"]
     for n, sample in enumerate(reversed(run.samples()[:SAMPLES])):
         yield from (*([] if n else ["", "## Samples"]), "", f"Step {sample['step']}:")
@@ -99,7 +99,7 @@ def verdict(starts: list[dict[str, Any]], options: dict[str, Any]) -> str:
     if any(start["options"].get("minutes") for start in starts):
         return "`--minutes` makes the learning rate depend on the clock: a repeated run differs. `--steps` does not."
     if len(starts) > 1 or starts[0]["step"] and not options.get("init_state"):
-        return "Options or machines changed when it was resumed. To repeat it, stop each part where the next one starts."
+        return "Options or machines changed on resume: to repeat the run, stop each part where the next one starts."
     return (
         "On the same data, with these versions and this instruction set, the command gives the same model, bit for "
         "bit, also if it is stopped and resumed. The number of threads does not matter."
@@ -138,7 +138,8 @@ def drawing(lines: list[Line]) -> str:
     for line in lines:
         pairs = [f"{x:.1f},{y:.1f}" for x, y in zip(*place(line.x, line.y.astype(float)), strict=True)]
         if line.name == "val_loss":
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{COLOURS[1]}"/>' for x, y in (p.split(",") for p in pairs)]
+            dots = (pair.split(",") for pair in pairs)
+            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{COLOURS[1]}"/>' for x, y in dots]
             continue
         pale = 0.35 if line.average else 1
         parts.append(f'<polyline points="{" ".join(pairs)}" fill="none" stroke="{COLOURS[0]}" opacity="{pale}"/>')
