@@ -75,9 +75,12 @@ def main(*out: str) -> None:
         print(call(builder, "-m", "twine", "check", "--strict", wheel, sdist).strip())
         print(f"{wheel.name}: {wheel.stat().st_size:,} bytes; {sdist.name}: {sdist.stat().st_size:,}")
         for extras in ("", EXTRAS):
-            home, sizes = folder / f"with {extras}", []  # a space, as in some users' folders
+            home, sizes = folder / f"with-{extras}", []
             python = home / "bin" / "python"
-            for words in ([sys.executable, "-m", "venv", home], [python, "-m", "pip", "install", f"{wheel}[{extras}]"]):
+            for words in (
+                [sys.executable, "-m", "venv", home],
+                [python, "-m", "pip", "install", f"{wheel}[{extras}]".removesuffix("[]")],
+            ):
                 call(*words)
                 sizes.append(int(call("du", "-sk", home).split()[0]))
             call(python, "-m", "pip", "check")
