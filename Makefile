@@ -18,8 +18,9 @@ setup: $(INSTALLED)
 	@$(BIN)/llmpy data tinyshakespeare
 	@$(BIN)/llmpy sample gpt2 --prompt "The weights are here, and" --tokens 16
 
+# In two processes: with two threads each they fill two cores. For a debugger: ARGS="-n 0 --pdb".
 test: $(PARQUET)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/backend/test_isa.py $(ARGS)
