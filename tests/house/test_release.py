@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import tomllib
 
 from support.pages import ROOT
 
@@ -18,6 +19,12 @@ def test_versions_must_agree() -> None:
     assert TOOL["problems"]("v0.1.0", "0.1.0", "version: 0.1.0\n", changelog) == []
     found = TOOL["problems"]("v0.9.0", "0.9.1", citation, changelog)
     assert [line.split()[0] for line in found] == ["the", "CITATION.cff", "CHANGELOG.md"]
+
+
+def test_old_pips_find_every_extra() -> None:
+    """Before 23.3, pip ignored an extra with `_`, and installed nothing for it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert [name for name in project["optional-dependencies"] if not re.fullmatch("[a-z-]+", name)] == []
 
 
 def test_links_become_absolute() -> None:
