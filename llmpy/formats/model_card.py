@@ -45,8 +45,8 @@ def model_card(source: Source) -> str:
 
 def table(name: str, rows: dict[str, str]) -> list[str]:
     """Return the lines of a page with this title and the rows that are not empty."""
-    lines = [f"# {_cell(name)}", "", f"Written by llm.py {__version__}.", "", "| | |", "|---|---|"]
-    return lines + [f"| {what} | {_cell(x)} |" for what, x in rows.items() if x]
+    lines = [f"# {cell(name)}", "", f"Written by llm.py {__version__}.", "", "| | |", "|---|---|"]
+    return lines + [f"| {what} | {cell(x)} |" for what, x in rows.items() if x]
 
 
 def facts(run: Path, about: dict[str, Any], model: Path) -> dict[str, str]:
@@ -88,7 +88,7 @@ def command_of(options: dict[str, Any], *resume: str, before: dict[str, Any] | N
     return command(*words)
 
 
-def _cell(value: str) -> str:
+def cell(value: str) -> str:
     """Return text that stays within a cell of a table."""
     return "".join(c if c.isprintable() else " " for c in value).replace("|", "\\|").replace("<", "&lt;")
 

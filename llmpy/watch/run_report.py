@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LlmpyError
-from ..formats.model_card import RESULTS, command_of, facts, table
+from ..formats.model_card import RESULTS, cell, command_of, facts, table
 from ..model.config import ModelConfig
 from ..options.watch import ReportOptions
 from ..run.folder import CONFIG_FILE, MODEL_FILE, read_record
@@ -39,7 +39,7 @@ def report(options: ReportOptions, log: Callable[[str], None]) -> None:
     picture = out.with_suffix(".svg")
     try:
         text = "\n".join(page(run, curves, picture.name if lines else ""))
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         what = f"{run.folder / CONFIG_FILE} is incomplete: {error!r}"
         raise LlmpyError("run.bad-config", what, "Report a run that has started to train") from None
 
@@ -83,7 +83,7 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
         named = [f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine]
         cores = f"{count_of(start['ranks'], 'rank')} of {count_of(int(machine['threads']), 'thread')}"
         words = f"llm.py {start['llmpy']}", cores, machine["isa"], machine["dtype"], *named, machine.get("platform", "")
-        yield from ("", f"From step {start['step']}: {', '.join(filter(None, words))}")
+        yield from ("", f"From step {start['step']}: {cell(', '.join(filter(None, words)))}")
         ranks = {} if start["ranks"] == 1 else {"ranks": start["ranks"]}
         resume = () if before is None else ("--resume", folder.name)
         yield from fenced(command_of(start["options"] | {"dtype": machine["dtype"]} | ranks, *resume, before=before))

@@ -110,7 +110,21 @@ def test_runs_of_earlier_versions_and_unfinished_ones(here: Path) -> None:
     assert "\n````text\n```\n# no heading\n````\n" in page
 
 
-@pytest.mark.parametrize("record", ['{"options": {}}', '{"options": {}, "model": {"x": 1}, "machine": {}}', "{}"])
+HOSTILE = (
+    '{"options": {}, "model": {"layers": 1, "heads": 1, "channels": 4, "context": 8, "vocab_size": 9}, "starts": [%s]}'
+)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        HOSTILE % '{"step": 1%s}' % ("0" * 400),
+        HOSTILE % "[]",
+        '{"options": {}}',
+        '{"options": {}, "model": {"x": 1}, "machine": {}}',
+        "{}",
+    ],
+)
 def test_nothing_is_written_of_a_run_that_has_not_started(here: Path, record: str) -> None:
     Path("new").mkdir()
     Path("new/config.json").write_text(record, "utf-8")
