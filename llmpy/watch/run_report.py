@@ -53,7 +53,7 @@ def report(options: ReportOptions, log: Callable[[str], None]) -> None:
 
 
 def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
-    """Yield the lines of the page. Raises LlmpyError or what an invalid config.json causes."""
+    """Yield the lines of the page. Raises what an invalid config.json causes."""
     folder = run.folder.resolve()
     about = read_record(folder / CONFIG_FILE)
     # Runs of 0.1.0 recorded the last start only.
@@ -61,9 +61,8 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     rows = {"model": str(ModelConfig.from_record(about["model"]))} | facts(folder, about, folder / MODEL_FILE)
     steps, total = rows[RESULTS["step"]] or "0", about["options"].get("steps")
     rows[RESULTS["step"]] = steps + (f" of {total} (in training)" if run.trains() else f" of {total}" if total else "")
-    at, losses = curves.points("val_loss")
-    if len(at):
-        rows["lowest validation loss"] = f"{losses.min():.4f} at step {at[losses.argmin()]:.0f}"
+    if (found := curves.points("val_loss")).size:
+        rows["lowest validation loss"] = f"{found[1].min():.4f} at step {found[0, found[1].argmin()]:.0f}"
     if curves.points("ms", "tokens_per_s").size:
         bounds = np.array([*(start["step"] for start in starts), int(steps)], float)
         tokens, seconds = (np.diff(curves.along(axis, bounds)) for axis in ("tokens", "time"))
@@ -98,11 +97,13 @@ def verdict(starts: list[dict[str, Any]], options: dict[str, Any]) -> str:
     """Return whether the command gives the same bits again, and if not, why."""
     if any(start["options"].get("minutes") for start in starts):
         return "`--minutes` makes the learning rate depend on the clock: a repeated run differs. `--steps` does not."
-    if len(starts) > 1 or starts[0]["step"] and not options.get("init_state"):
+    free = {"threads": 0, "platform": ""}  # what the bits do not depend on
+    alike = [[s["llmpy"], s["ranks"], s["options"] | free, s["machine"] | free] for s in starts]
+    if alike.count(alike[0]) < len(alike) or starts[0]["step"] and not options.get("init_state"):
         return "Options or machines changed on resume: to repeat the run, stop each part where the next one starts."
     return (
-        "On the same data, with these versions and this instruction set, the command gives the same model, bit for "
-        "bit, also if it is stopped and resumed. The number of threads does not matter."
+        "On the same data, with these versions and this instruction set, the first command gives the same model, bit "
+        "for bit, also if it is stopped and resumed. The number of threads does not matter."
     )
 
 
@@ -128,24 +129,23 @@ def drawing(lines: list[Line]) -> str:
         return LEFT + WIDTH * (x - left) / (right - left), TOP + HEIGHT * (high - y) / (high - low)
 
     parts = ['<rect width="100%" height="100%" fill="white"/>']
-    for x in ticks(left, right):
-        at = place(x, low)
-        parts.append(f'<text x="{at[0]:.1f}" y="{at[1] + 18:.1f}" text-anchor="middle">{x:g}</text>')
-    for y in ticks(low, high):
-        at = place(left, y)
-        parts.append(f'<path d="M{at[0]:.1f} {at[1]:.1f}h{WIDTH}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{at[0] - 6:.1f}" y="{at[1] + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for tick in ticks(left, right):
+        x, y = place(tick, low)
+        parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{tick:g}</text>')
+    for tick in ticks(low, high):
+        x, y = place(left, tick)
+        parts.append(f'<path d="M{x:.1f} {y:.1f}h{WIDTH}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for line in lines:
-        pairs = [f"{x:.1f},{y:.1f}" for x, y in zip(*place(line.x, line.y.astype(float)), strict=True)]
         if line.name == "val_loss":
-            dots = (pair.split(",") for pair in pairs)
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{COLOURS[1]}"/>' for x, y in dots]
+            dots = zip(*place(line.x, line.y), strict=True)
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[1]}"/>' for x, y in dots]
             continue
-        pale = 0.35 if line.average else 1
-        parts.append(f'<polyline points="{" ".join(pairs)}" fill="none" stroke="{COLOURS[0]}" opacity="{pale}"/>')
-        if line.average:
-            mean = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(*place(*line.average), strict=True))
-            parts.append(f'<polyline points="{mean}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>')
+        drawn = [(*place(line.x, line.y), f'opacity="{0.35 if line.average else 1}"')]
+        drawn += [(*place(*line.average), 'stroke-width="2"')] if line.average else []
+        for x_of, y_of, look in drawn:
+            pairs = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(x_of, y_of, strict=True))
+            parts.append(f'<polyline points="{pairs}" fill="none" stroke="{COLOURS[0]}" {look}/>')
     for n, line in enumerate(lines):
         text = "validation loss" if line.name == "val_loss" else "training loss"
         parts.append(f'<text x="{LEFT + 150 * n}" y="18" fill="{COLOURS[line.name == "val_loss"]}">{text}</text>')

@@ -22,7 +22,7 @@ from llmpy.watch.run_report import report, ticks
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 TRAIN = (
     "train --data text.txt --model d1 -B 2 -T 16 --eval-every 3 --eval-batches 1 --sample-tokens 4 --vocab-size 300 "
-    "--schedule cosine --prompt a|b"
+    "--schedule cosine --prompt a|b --checkpoint-every 3"
 )
 
 
@@ -58,11 +58,15 @@ def test_the_command_of_a_resumed_run_repeats_it(here: Path) -> None:
     assert "stop each part" in page and "From step 4: " in page
     assert commands(page)[1] == "train --resume one --steps 7"
     run(f"{TRAIN} --steps 7 --out two")
-    shutil.copytree("two", "cut")
-    shutil.rmtree("cut/checkpoints/step-00000007")
-    run("train --resume cut", "report cut", "report two")
-    page, uncut = (Path(name, "report.md").read_text("utf-8") for name in ("cut", "two"))
-    assert "bit for bit" in page and commands(page) == commands(uncut)  # it was only interrupted
+    for name, more in (("cut", ""), ("moved", "--threads 3")):
+        shutil.copytree("two", name)
+        shutil.rmtree(Path(name, "checkpoints/step-00000007"))
+        run(f"train --resume {name} {more}", f"report {name}")
+    run("report two")
+    moved, page, uncut = (Path(name, "report.md").read_text("utf-8") for name in ("moved", "cut", "two"))
+    assert commands(page) == commands(uncut)  # it was only interrupted
+    assert commands(moved) == [*commands(uncut), "train --resume moved --threads 3"]
+    assert all(" bit for bit," in " ".join(text.split()) for text in (moved, page))
     lines = [json.loads(line) for line in Path("cut/metrics.jsonl").read_text("utf-8").splitlines()]
     losses, scores = ([row[name] for row in lines if name in row] for name in ("loss", "val_loss"))
     found = rows(page)
