@@ -221,7 +221,7 @@ def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
 def with_start(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the starts of a run recorded before the step of this one, and `now`, unless it only continues the last."""
     earlier = []
-    with contextlib.suppress(LlmpyError):  # none, or lost
+    with contextlib.suppress(LlmpyError, TypeError, KeyError):  # none, or lost
         known = read_record(folder / CONFIG_FILE).get("starts", [])
         earlier = [start for start in known if start["step"] < now["step"]]
     return earlier if earlier and earlier[-1] | {"step": now["step"]} == now else [*earlier, now]

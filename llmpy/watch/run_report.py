@@ -44,7 +44,7 @@ def report(options: ReportOptions, log: Callable[[str], None]) -> None:
         raise LlmpyError("run.bad-config", what, "Report a run that has started to train") from None
 
     def write(temporary: Path) -> None:  # the page appears after its picture
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", errors="replace")  # a path may not be UTF-8
         if lines:
             write_whole(picture, lambda to: to.write_text(drawing(lines), "utf-8"))
 

@@ -108,8 +108,11 @@ def test_runs_of_earlier_versions_and_unfinished_ones(here: Path) -> None:
     Path("stopped/metrics.jsonl").unlink()
     Path("stopped/report.svg").unlink()
     Path("stopped/samples.txt").write_text("--- step 3\n```\n# no heading\n", "utf-8")
+    config = Path("stopped/config.json")
+    config.write_text(config.read_text("utf-8").replace("/text.txt", "/\\udcff.txt"), "utf-8")
     run("report stopped")
     page = Path("stopped/report.md").read_text("utf-8")
+    assert "--data '?.txt'" in page
     assert "svg" not in page and not Path("stopped/report.svg").exists()
     assert "\n````text\n```\n# no heading\n````\n" in page
 
