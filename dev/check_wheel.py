@@ -1,7 +1,7 @@
 """Build wheel and sdist, install the wheel into clean environments, and run every verb outside the repository.
 
 make test-wheel ARGS=[FOLDER for the files]: needs the network. The sdist must build the same wheel. Without extras,
-only drawing and GGUF may fail, and must name the missing package.
+only drawing, servers and GGUF may fail, and must name the missing package.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 from llmpy.cli.main import VERBS
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = "plot,parquet,gguf,trackers,mpi"
+EXTRAS = "plot,parquet,gguf,serve,trackers,mpi"
 CHAT = '{"messages": [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On the mat."}]}\n'
-FETCH = "import sys, urllib.request as r; [r.urlopen(sys.argv[1] + n).read() for n in ('', 'page.js', 'page.css')]"
+FETCH = "import sys, urllib.request as r; [r.urlopen(sys.argv[1] + name).read() for name in sys.argv[2:]]"
+SERVED = {"watch run": ("", "page.js", "page.css"), "serve run --port 0": ("v1/models",)}
 COMMANDS = [line.strip() for line in """
 data my.jsonl --tokenizer bpe:300 --out tokens; train --recipe gpt2_124M --data tokens --print-config
 train --data tokens --model d1 -B 2 -T 32 --steps 4 --eval-batches 1 --sample-tokens 4 --out run
 train --resume run --steps 6; sample run --prompt "Where is" --tokens 4; chat run; report run
-watch run; plot run -o run.svg; plot run -o run.html; plot run; convert run my-gpt2; convert run my.gguf
+watch run; serve run --port 0; plot run -o run.svg; plot run -o run.html; plot run; convert run my-gpt2; convert run my.gguf
 plan --model d1; doctor; selftest; warmup; completion bash; bench step --model d1 -B 1 -T 16 --steps 1
 bench ops --op activation_backward; bench decode --model d1 --tokens 4
 bench peers --model d1 -B 1 -T 16 --rounds 1 --steps 1
@@ -48,17 +49,17 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 
 def check_verbs(llmpy: Path, folder: Path, extras: str) -> None:
-    """Run every verb in a new folder. `watch` must serve its page."""
+    """Run every verb in a new folder. Servers must answer."""
     folder.mkdir()
     (folder / "my.jsonl").write_text(CHAT * 400)
     for line in COMMANDS:
-        if line.startswith("watch") and extras:
+        if line in SERVED and extras:
             with subprocess.Popen([llmpy, *line.split()], cwd=folder, stdout=subprocess.PIPE, text=True) as server:
-                address = next(found[0] for row in server.stdout or () if (found := re.search(r"http://\S+/", row)))
-                call(sys.executable, "-c", FETCH, address)
+                address = next(found[0] for row in server.stdout or () if (found := re.search(r"http://[^/]+/", row)))
+                call(sys.executable, "-c", FETCH, address, *SERVED[line])
                 server.terminate()
             continue
-        lacks = not extras and line.startswith(("plot", "watch", "convert run my.gguf"))
+        lacks = not extras and line.startswith((*SERVED, "plot", "convert run my.gguf"))
         text = call(llmpy, *shlex.split(line), code=lacks, folder=folder)
         assert not lacks or "[package.missing]" in text, text
 
