@@ -28,8 +28,8 @@ data my.jsonl --tokenizer bpe:300 --out tokens; train --recipe gpt2_124M --data 
 train --data tokens --model d1 -B 2 -T 32 --steps 4 --eval-batches 1 --sample-tokens 4 --out run
 train --resume run --steps 6; sample run --prompt "Where is" --tokens 4; chat run; report run
 watch run; serve run --port 0; plot run -o run.svg; plot run -o run.html; plot run; convert run my-gpt2
-convert run my.gguf; plan --model d1; doctor; selftest; warmup; completion bash; bench step --model d1 -B 1 -T 16 --steps 1
-bench ops --op activation_backward; bench decode --model d1 --tokens 4
+convert run my.gguf; plan --model d1; doctor; selftest; warmup; completion bash
+bench step --model d1 -B 1 -T 16 --steps 1; bench ops --op activation_backward; bench decode --model d1 --tokens 4
 bench peers --model d1 -B 1 -T 16 --rounds 1 --steps 1
 """.strip().replace("\n", ";").split(";")]  # fmt: skip
 
