@@ -5,8 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PARQUET := .venv/.parquet
+PEERS := .venv-peers/.installed
+# Files of tests that compare with other programs; a test is skipped if its program is missing.
+COMPARING = $(shell grep -lrE '(import|importorskip).*\b(torch|transformers|peft|xllamacpp|llama_cpp|openai|lm_eval)\b' tests --include='test_*.py')
 
-.PHONY: train setup test test-isa test-arm test-mpi test-long fuzz check bench clean
+.PHONY: train setup test test-isa test-arm test-mpi test-long test-peers test-wheel fuzz check bench clean
 
 train: $(INSTALLED)
 	@$(BIN)/llmpy train $(ARGS)
@@ -15,8 +18,9 @@ setup: $(INSTALLED)
 	@$(BIN)/llmpy data tinyshakespeare
 	@$(BIN)/llmpy sample gpt2 --prompt "The weights are here, and" --tokens 16
 
+# In two processes: with two threads each they fill two cores. For a debugger: ARGS="-n 0 --pdb".
 test: $(PARQUET)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-isa: $(INSTALLED)
 	@$(BIN)/python -m pytest -m isa tests/backend/test_isa.py $(ARGS)
@@ -29,6 +33,12 @@ test-mpi: $(PARQUET)
 
 test-long: $(INSTALLED)
 	@$(BIN)/python -m pytest -m long $(ARGS)
+
+test-peers: $(PEERS)
+	@.venv-peers/bin/python -m pytest -rs $(COMPARING) $(ARGS)
+
+test-wheel: $(INSTALLED)
+	@$(BIN)/python dev/check_wheel.py $(ARGS)
 
 fuzz: $(PARQUET)
 	@$(BIN)/python -m pytest -m fuzz $(ARGS)
@@ -43,7 +53,7 @@ bench: $(INSTALLED)
 	@$(BIN)/llmpy bench step $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamp comes last, so that an interrupted installation is repeated.
 $(INSTALLED): pyproject.toml
@@ -59,4 +69,13 @@ $(INSTALLED): pyproject.toml
 # pyarrow and MPI are half as large as everything else; only tests and their users need them.
 $(PARQUET): $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parquet,mpi]' || { echo "the installation of pyarrow and MPI failed: see the lines above; make test needs the network this once" >&2; exit 1; }
+	@touch $@
+
+# For a PyTorch without CUDA (3 GB less): PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-peers.
+# llama-cpp-python is compiled, for minutes, and may be missing.
+$(PEERS): pyproject.toml $(INSTALLED)
+	@echo "installing PyTorch, transformers, peft, llama.cpp, openai and lm_eval into .venv-peers (once)"
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plot,parquet,lm-eval]' torch==2.13.0 'transformers>=5.24,<6' 'peft>=0.21' openai httpx tiktoken xllamacpp
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python || echo "llama-cpp-python cannot be compiled here: its tests are skipped"
 	@touch $@

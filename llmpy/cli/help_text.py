@@ -47,6 +47,10 @@ examples:
   llmpy plot runs/NAME runs/OTHER -o loss.svg          for a paper
   llmpy plot runs/NAME runs/OTHER --x tokens           for unequal batch sizes
   llmpy plot runs/NAME --terminal --curves loss lr     in the terminal""",
+    "report": """\
+examples:
+  llmpy report runs/NAME                               runs/NAME/report.md
+  llmpy report runs/NAME -o d3.md                      d3.md and d3.svg""",
     "data": """\
 examples:
   llmpy data tinyshakespeare                           download and tokenize

@@ -34,7 +34,7 @@ from ..options.tools import (
     WarmupOptions,
 )
 from ..options.train import TrainOptions
-from ..options.watch import PlotOptions, WatchOptions
+from ..options.watch import PlotOptions, ReportOptions, WatchOptions
 from ..options.yaml_files import as_yaml
 from ..system.interrupts import on_signal
 from ..system.terminal import generated, paint, printable, silence
@@ -154,6 +154,7 @@ VERBS = (  # in the order of --help
     Verb("serve", ServeOptions, calling("serve.openai_server", "serve", log), "Serve a model over HTTP like OpenAI"),
     Verb("watch", WatchOptions, calling("watch.server", "watch", log), "Show live charts of runs in the browser"),
     Verb("plot", PlotOptions, calling("watch.plot", "plot", show), "Plot runs to a file or in the terminal"),
+    Verb("report", ReportOptions, calling("watch.run_report", "report", log), "Write a run as a page that repeats it"),
     Verb("data", DataOptions, data, "Tokenize text or a named dataset"),
     Verb("convert", ConvertOptions, calling("formats.convert", "convert", log), "Convert a model to another format"),
     Verb("plan", PlanOptions, calling("tools.plan", "plan"), "Estimate memory, time, tokens and disk of a run"),
@@ -228,7 +229,8 @@ def run(arguments: Sequence[str]) -> int:
         raise LlmpyError("system.no-folder", "the current folder no longer exists", "Change to another: cd") from None
     given = {f.name: getattr(found, f.name) for f in flags_of(found.verb.options) if f.name in found}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    with on_signal(stop) if found.verb.name in ("data", "convert", "plot", "bench peers") else contextlib.nullcontext():
+    writes = found.verb.name in ("data", "convert", "plot", "report", "bench peers")
+    with on_signal(stop) if writes else contextlib.nullcontext():
         return int(found.verb.call(found.verb.options.gather(given)))
 
 

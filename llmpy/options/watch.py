@@ -1,4 +1,4 @@
-"""Options of `llmpy watch` and `llmpy plot`."""
+"""Options of `llmpy watch`, `llmpy plot` and `llmpy report`."""
 
 from __future__ import annotations
 
@@ -46,4 +46,19 @@ class PlotOptions(Options):
         super().__post_init__()
         if self.out is not None and self.out.suffix.lower() not in PICTURES:
             raise refusal("out", self.out, "Use a name that ends in " + ", ".join(PICTURES))
+
+
+@dataclass(frozen=True)
+class ReportOptions(Options):
+    """`llmpy report [RUN]`."""
+
+    run: Path | None = option(None, "run folder (default: the newest in runs)", metavar="RUN", word=True)
+    out: Path | None = option(
+        None, "output file, .md; the curve is the .svg next to it (default: report.md in RUN)", "-o", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None and self.out.suffix.lower() != ".md":
+            raise refusal("out", self.out, "Use a name that ends in .md")
 # fmt: on

@@ -218,9 +218,24 @@ def write_config(folder: Path, options: TrainOptions, **more: Any) -> None:
     durable.write_whole(folder / CONFIG_FILE, lambda temporary: temporary.write_bytes(data))
 
 
+def with_start(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the starts of a run recorded before the step of this one, and `now`, unless it only continues the last."""
+    earlier = []
+    with contextlib.suppress(LlmpyError, TypeError, KeyError):  # none, or lost
+        known = read_record(folder / CONFIG_FILE).get("starts", [])
+        earlier = [start for start in known if start["step"] < now["step"]]
+    return earlier if earlier and earlier[-1] | {"step": now["step"]} == now else [*earlier, now]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return the options in a config.json. Raises LlmpyError if it has none."""
+    return dict(read_record(path)["options"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a config.json. Raises LlmpyError if it has no options."""
     try:
-        return dict(json.loads(path.read_text("utf-8", errors="surrogateescape"))["options"])
+        record = dict(json.loads(path.read_text("utf-8", errors="surrogateescape")))
+        return record | {"options": dict(record["options"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LlmpyError("run.bad-config", f"cannot read {path}: {error}", "Start a new run") from None

@@ -1,4 +1,4 @@
-"""Our models in EleutherAI's `lm_eval` harness, an extra: `pip install 'llmpy[lm_eval]'`.
+"""Our models in EleutherAI's `lm_eval` harness, an extra: `pip install 'llmpy[lm-eval]'`.
 
     python -m llmpy.tools.lm_eval --model_args run=runs/NAME --tasks hellaswag,lambada_openai
 
@@ -35,7 +35,7 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError:
     missing = LlmpyError(
-        "package.missing", "the lm_eval adapter needs the package lm_eval", f"Install it: {install('llmpy[lm_eval]')}"
+        "package.missing", "the lm_eval adapter needs the package lm_eval", f"Install it: {install('llmpy[lm-eval]')}"
     )
     if __name__ == "__main__":
         sys.exit(f"llmpy: error: {missing} [{missing.code}]")

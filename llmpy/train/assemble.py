@@ -22,7 +22,7 @@ from ..errors import LlmpyError
 from ..formats import llmc_state
 from ..model.families import flops_per_token, language_model
 from ..options.train import TrainOptions
-from ..run.folder import TOKENIZER_FILE, RunFolder, write_config
+from ..run.folder import TOKENIZER_FILE, RunFolder, with_start, write_config
 from ..run.journal import Journal
 from ..run.trackers import Trackers
 from ..system.durable import sync_folder
@@ -132,7 +132,12 @@ def build(
         if data.tokenizer is not None:
             data.tokenizer.save(folder / TOKENIZER_FILE)
         about = {"model": config.record(), "machine": described(machine), "data": fed.fingerprints}
-        write_config(folder.path, options, **about)
+        now = {
+            "step": trainer.done, "llmpy": __version__, "ranks": world.size,
+            "options": options.as_record() | {"dtype": str(machine.dtype)},
+            "machine": {name: value for name, value in about["machine"].items() if name != "command"},
+        }  # fmt: skip
+        write_config(folder.path, options, **about, starts=with_start(folder.path, now))
     journal.open(folder.path, None if not folder.resumed else start.manifest["logs"] if start.manifest else {})
     folder.keep()
     journal.log(f"run folder {folder.path}")

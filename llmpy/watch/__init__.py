@@ -1,1 +1,1 @@
-"""Looking at runs, from outside and while they train: a local page, and plots. Nothing here writes to a run folder."""
+"""Looking at runs, from outside and while they train: a local page, and plots. Only `report` writes to a run folder."""

@@ -1,5 +1,6 @@
 """`llmpy data`: complete folders of tokens, ready for training, identical to llm.c's where that is deterministic."""
 
+import functools
 import json
 import os
 import signal
@@ -49,6 +50,14 @@ def text(folder, *names):
     return Tokenizer.load(folder / "tokenizer.json").decode(ids)
 
 
+@functools.cache
+def shakespeare():
+    """Return GPT-2's tokenizer, and tinyshakespeare as llm.c prepares it."""
+    gpt2 = Tokenizer.load(SHARED / "gpt2.tiktoken")
+    original = (SHARED / "tinyshakespeare.txt").read_text("utf-8")
+    return gpt2, gpt2.encode(EOT + original.replace("\n\n", "\n\n" + EOT))
+
+
 @needs_data
 @pytest.mark.parametrize("form", ["auto", "int32"])
 def test_tinyshakespeare_is_llmcs(tmp_path, said, form):
@@ -56,10 +65,8 @@ def test_tinyshakespeare_is_llmcs(tmp_path, said, form):
     folder = make(said, "tinyshakespeare", out=tmp_path / "out", **options)
     train, val = tokens(folder, "tiny_shakespeare_train.bin"), tokens(folder, "tiny_shakespeare_val.bin")
     assert (len(train), len(val)) == (305_260, 32_768)
-    gpt2 = Tokenizer.load(SHARED / "gpt2.tiktoken")
-    original = (SHARED / "tinyshakespeare.txt").read_text("utf-8")
-    marked = EOT + original.replace("\n\n", "\n\n" + EOT)  # as llm.c prepares it
-    assert np.array_equal(np.concatenate([val, train]), gpt2.encode(marked))
+    gpt2, marked = shakespeare()
+    assert np.array_equal(np.concatenate([val, train]), marked)
     size = (folder / "tiny_shakespeare_train.bin").stat().st_size
     assert size == (611_544 if form == "auto" else 4 * 305_260)
     if form == "int32":

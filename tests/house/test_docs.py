@@ -51,7 +51,7 @@ def test_links_extras_and_quotations(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s#]+)", FENCE.sub("", page.read_text("utf-8"))):
         assert "://" in target or target.startswith("mailto:") or (page.parent / target).exists(), target
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    assert {*re.findall(r"install (?:-e )?'(?:llmpy|\.)\[(\w+)\]'", page.read_text("utf-8"))} <= extras.keys()
+    assert {*re.findall(r"install (?:-e )?'(?:llmpy|\.)\[([\w-]+)\]'", page.read_text("utf-8"))} <= extras.keys()
     for fence in fences(page):
         if fence.label == "py" and fence.source:
             have, quoted = (

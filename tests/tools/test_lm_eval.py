@@ -169,7 +169,7 @@ def test_without_lm_eval() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
     assert ended.returncode == 1
     assert ended.stderr.startswith("llmpy: error: ")
-    assert ended.stderr.endswith(f"{install('llmpy[lm_eval]')} [package.missing]\n")
+    assert ended.stderr.endswith(f"{install('llmpy[lm-eval]')} [package.missing]\n")
 
 
 TASK = """
