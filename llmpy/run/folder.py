@@ -222,9 +222,14 @@ def with_start(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the starts of a run recorded before the step of this one, and `now`, unless it only continues the last."""
     earlier = []
     with contextlib.suppress(LlmpyError, TypeError, KeyError):  # none, or lost
-        known = read_record(folder / CONFIG_FILE).get("starts", [])
-        earlier = [start for start in known if start["step"] < now["step"]]
+        earlier = [start for start in starts_of(read_record(folder / CONFIG_FILE)) if start["step"] < now["step"]]
     return earlier if earlier and earlier[-1] | {"step": now["step"]} == now else [*earlier, now]
+
+
+def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the starts in a config.json; runs of 0.1.0 recorded the last one only. Raises KeyError."""
+    first = {"step": 0, "ranks": 1, **{name: record[name] for name in ("llmpy", "options", "machine")}}
+    return record.get("starts") or [first]
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..errors import LlmpyError
 from ..formats.model_card import RESULTS, cell, command_of, facts, table
 from ..model.config import ModelConfig
 from ..options.watch import ReportOptions
-from ..run.folder import CONFIG_FILE, MODEL_FILE, read_record
+from ..run.folder import CONFIG_FILE, MODEL_FILE, read_record, starts_of
 from ..system.durable import write_whole
 from ..system.terminal import printable
 from ..system.words import count_of, duration
@@ -56,8 +56,7 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     """Yield the lines of the page. Raises what an invalid config.json causes."""
     folder = run.folder.resolve()
     about = read_record(folder / CONFIG_FILE)
-    # Runs of 0.1.0 recorded the last start only.
-    starts = about.get("starts") or [{"step": 0, "ranks": 1, **{k: about[k] for k in ("llmpy", "options", "machine")}}]
+    starts = starts_of(about)
     rows = {"model": str(ModelConfig.from_record(about["model"]))} | facts(folder, about, folder / MODEL_FILE)
     steps, total = rows[RESULTS["step"]] or "0", about["options"].get("steps")
     rows[RESULTS["step"]] = steps + (f" of {total} (in training)" if run.trains() else f" of {total}" if total else "")
