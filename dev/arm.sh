@@ -6,7 +6,7 @@
 #   dev/arm.sh ARGS …     Python with these arguments, on Arm
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root=$PWD/build/arm host=${PYTHON:-.venv/bin/python}
+root=$PWD/build/arm/root cache=$PWD/build/arm/cache host=${PYTHON:-.venv/bin/python}
 
 skip() {
     echo "test-arm skipped: $1"
@@ -30,7 +30,7 @@ fetch() {
 
 install() {
     [ "$(uname -s)" = Linux ] || skip "this is not Linux"
-    command -v apt-get dpkg-deb > /dev/null || skip "this needs apt-get and dpkg-deb (Debian, Ubuntu)"
+    command -v apt-get > /dev/null || skip "this needs apt-get (Debian, Ubuntu)"
     echo "unpacking Python for Arm into build/arm (once)"
     rm -rf "$root"
     mkdir -p "$root/usr/lib" "$root/qemu"
@@ -61,7 +61,7 @@ install() {
 }
 
 [ "$root/.installed" -nt pyproject.toml ] || install
-export LLMPY_CACHE_DIR=$root/cache PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
+export LLMPY_CACHE_DIR=$cache PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
 unset NUMBA_CPU_NAME NUMBA_CPU_FEATURES
 if [ $# -gt 0 ]; then exec "$root/python" "$@"; fi
 

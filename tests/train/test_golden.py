@@ -63,8 +63,9 @@ def golden_run(ops: Any, config: ModelConfig) -> dict[str, Any]:
 def row(ops: Any) -> str:
     """Return the key of a record: LLVM decides how loops become vectors, and on Arm by CPU what is fused."""
     about = ops.version_info()
-    cpu = f" of {kernel_cache.target()[0]}" if about["isa"].startswith("neon") else ""
-    return f"{about['isa']}{cpu}, llvmlite {about['llvmlite']}"
+    isa = "avx512" if about["isa"] in ("amx", "avx512-bf16") else about["isa"]  # they differ in bfloat16 only
+    cpu = f" of {kernel_cache.target()[0]}" if isa.startswith("neon") else ""
+    return f"{isa}{cpu}, llvmlite {about['llvmlite']}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="recorded with Linux's logarithm")
