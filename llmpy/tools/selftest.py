@@ -138,8 +138,9 @@ def _computed(
     yield Check(f"{label}values that differ with {', '.join(map(str, THREADS))} threads", differing, 0)
     row, decoder = tokens[0].tolist(), Decoder(model, 1, tokens.shape[1])
     decoded = [decoder.prefill(0, row[:PROMPT]), *(decoder.decode([0], [token])[0] for token in row[PROMPT:])]
-    differing = _different(np.array(decoded), logits[0, PROMPT - 1 :])
-    yield Check(f"{label}values that differ between decoding and the whole text", differing, 0)
+    exact = model.ops.name == "cpu"  # NumPy's sums depend on shapes
+    error = _error(np.array(decoded), logits[0, PROMPT - 1 :])
+    yield Check(f"{label}decoding against the whole text", error, 0 if exact else LOGITS_ERROR[dtype])
 
 
 def _gradients(label: str, dtype: str, model: LanguageModel, want: LanguageModel) -> Iterator[Check]:
