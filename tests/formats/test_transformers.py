@@ -11,6 +11,7 @@ import pytest
 from support.laptop import Laptop
 from support.samples import in_memory, llama_tokenizer, same, with_tokenizer
 
+from llmpy.backend import cpu, load
 from llmpy.data.tokenizer import Tokenizer
 from llmpy.formats import huggingface, open_model
 from llmpy.formats.gguf import write_model as write_gguf
@@ -157,27 +158,58 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, name: str, dtype: str, tole
 
     It rounds the inputs of its 15 products to the type of the weights: eight times 2⁻¹¹ or 2⁻⁸ is allowed.
     """
-    cpp = pytest.importorskip("xllamacpp")
+    pytest.importorskip("xllamacpp")
     V = llama_tokenizer(tmp_path / "tokenizer.json").get_vocab_size()
     model = random_llama(name, vocab_size=V)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype)).float()
     model.save_pretrained(tmp_path)
     write_gguf(tmp_path / "m.gguf", open_model(tmp_path), dtype)
-    p = cpp.CommonParams()
-    p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.cpuparams.n_threads = str(tmp_path / "m.gguf"), 64, 1, False, 1
-    p.cache_type_k = p.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
-    p.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = cpp.Server(p)
     ids = np.random.default_rng(0).integers(0, V - 3, 64).tolist()
     with torch.no_grad():
         logits = model.eval()(torch.tensor([ids])).logits[0].double()
-    expected, seen = torch.log_softmax(logits, -1).numpy(), 0
+    compare_with_llama_cpp(tmp_path / "m.gguf", ids, logits.numpy(), tolerance)
+
+
+def test_llama_cpp_computes_the_same_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both round weights and inputs in the same blocks, llama.cpp the scales of inputs to float16 and the embedding, too.
+
+    Measured: 0.033 apart, while both are 0.09 to 0.10 from float32: the weights are ten times those of trained models.
+    """
+    pytest.importorskip("xllamacpp")
+    gguf = pytest.importorskip("gguf")
+    V = llama_tokenizer(tmp_path / "tokenizer.json").get_vocab_size()
+    model = random_llama("untied, grouped", vocab_size=V, hidden_size=64, intermediate_size=96)
+    embedding, kind = model.model.embed_tokens.weight, gguf.GGMLQuantizationType.Q8_0
+    embedding.data = torch.tensor(gguf.dequantize(gguf.quantize(embedding.detach().numpy(), kind), kind))
+    model.save_pretrained(tmp_path)
+    source = open_model(tmp_path)
+    write_gguf(tmp_path / "m.gguf", source, "q8_0")
+    monkeypatch.setattr(cpu, "native_dtype", lambda: "float32")
+    ours = language_model(source.config, load("cpu", dtype="int8"), trainable=False)
+    source.load_into(ours)
+    ids = np.random.default_rng(0).integers(0, V - 3, 64)
+    logits = ours.logits(ids.astype(np.int32)[None], None)[0]
+    compare_with_llama_cpp(tmp_path / "m.gguf", ids.tolist(), logits, 0.05)
+
+
+def compare_with_llama_cpp(file: Path, ids: list[int], logits: np.ndarray, tolerance: float) -> None:
+    """Compare log-probabilities with those of logits (n, V), relative to the largest of these."""
+    cpp = pytest.importorskip("xllamacpp")
+    V = logits.shape[1]
+    p = cpp.CommonParams()
+    p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.cpuparams.n_threads = str(file), 64, 1, False, 1
+    p.cache_type_k = p.cache_type_v = cpp.ggml_type.GGML_TYPE_F32
+    p.flash_attn_type = cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = cpp.Server(p)
+    expected = torch.log_softmax(torch.tensor(logits).double(), -1).numpy()
+    seen, worst, largest = 0, 0.0, np.abs(logits).max()
     for n in range(1, 64):
         settings = {"n_predict": 1, "n_probs": V, "temperature": 0.0, "cache_prompt": False}
         found = server.handle_completions({"prompt": ids[:n], **settings})["choices"][0]["logprobs"]
         if found is not None:  # of a token that is no whole character
             for token in found["content"][0]["top_logprobs"]:
-                assert abs(token["logprob"] - expected[n - 1][token["id"]]) < tolerance * logits.abs().max()
+                worst = max(worst, abs(token["logprob"] - expected[n - 1][token["id"]]) / largest)
             seen += len(found["content"][0]["top_logprobs"]) == V
     assert seen > 32
+    assert worst < tolerance
