@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import cast
 
-from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError, unreadable
-from ..generate.generation import Generation, Text, TextStream, check_memory, encode_prompt, open_run
+from ..generate.generation import Generation, Text, TextStream, encode_prompt, load_model, open_run
 from ..generate.sampling import choice_of
-from ..model.families import language_model
 from ..options.sample_chat import SampleOptions
 from ..rng import Xorshift64Star
-from ..system.resources import crowded
-from ..system.terminal import aside
 
 
 def sample(options: SampleOptions, write: Callable[[str], object], machine: Machine | None = None) -> None:
@@ -30,14 +25,9 @@ def sample(options: SampleOptions, write: Callable[[str], object], machine: Mach
     source, tokenizer = open_run(o.run)
     openings = read_prompts(o)
     prompts = [encode_prompt(tokenizer, opening) for opening in openings]
-    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
-    for line in crowded(ops.threads):
-        aside(line)
     reach = source.trained_length
-    check_memory(source.config, ops, len(prompts), min(reach, max(map(len, prompts)) + o.tokens))
-    ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
-    model = language_model(source.config, ops, trainable=False)
-    source.load_into(model)
+    length = min(reach, max(map(len, prompts)) + o.tokens)
+    model = load_model(source, len(prompts), length, threads=o.threads, dtype=o.dtype, machine=machine)
     # One generator per text; the first text is the same as without the others.
     ends = frozenset[int]() if o.ignore_eot else tokenizer.stops
     texts = [

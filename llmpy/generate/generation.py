@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import numpy as np
 
+from .. import backend
 from ..backend.machine import Machine
 from ..data.tokenizer import Tokenizer
 from ..errors import LlmpyError, unreadable
@@ -19,11 +20,11 @@ from ..formats import hub, resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
 from ..model.config import ModelConfig
-from ..model.families import adapter_room, model_memory, trained_table
+from ..model.families import adapter_room, language_model, model_memory, trained_table
 from ..model.language_model import LanguageModel
 from ..run.folder import finished
 from ..system.command import command
-from ..system.resources import available_memory
+from ..system.resources import available_memory, crowded
 from ..system.terminal import aside
 from ..system.words import count_of, did_you_mean, gigabytes
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
@@ -226,6 +227,20 @@ def check_memory(config: ModelConfig, ops: Machine, B: int, S: int, loaded: bool
         what = f"{count_of(B, 'text')} of {S:,} tokens: {gigabytes(needed)} required, {gigabytes(available)} available"
         hint = "Use fewer or shorter texts, or close other programs"
         raise LlmpyError("memory.insufficient", f"not enough memory for {what}", hint)
+
+
+def load_model(
+    source: Source, B: int, S: int, *, threads: int | None, dtype: str, machine: Machine | None = None
+) -> LanguageModel:
+    """Load a model to generate B texts of S positions, with its kernels compiled. Raises LlmpyError."""
+    ops = machine or cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
+    for line in crowded(ops.threads):
+        aside(line)
+    check_memory(source.config, ops, B, S)
+    ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
+    model = language_model(source.config, ops, trainable=False)
+    source.load_into(model)
+    return model
 
 
 def open_run(run: Path) -> tuple[Source, Tokenizer]:

@@ -25,20 +25,16 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
 from ..generate.batcher import Batcher, Event
-from ..generate.generation import Generation, Text, Token, check_memory, open_run
+from ..generate.generation import Generation, Text, Token, load_model, open_run
 from ..generate.sampling import Choice
-from ..model.families import language_model
 from ..options.serve import ServeOptions
 from ..rng import Xorshift64Star
 from ..system.command import install
 from ..system.interrupts import on_signal
 from ..system.loopback import foreign_host, foreign_site
-from ..system.resources import crowded
-from ..system.terminal import aside
 from .openai_requests import Job, Refusal, Served, parse
 
 if TYPE_CHECKING:
@@ -371,18 +367,12 @@ def prepared(options: ServeOptions, machine: Machine | None = None) -> tuple[Ser
     """Load the model, compile its kernels and continue a first text, so that requests wait for none of it."""
     o = options
     source, tokenizer = open_run(o.run)
-    ops = machine or cast(Machine, backend.load("cpu", threads=o.threads, dtype=o.dtype))
-    for line in crowded(ops.threads):
-        aside(line)
     reach = source.trained_length
     length = o.length or min(reach, LENGTH)
     if length > reach:
         what = f"--length {length:,} exceeds the trained length of {reach:,}"
         raise LlmpyError("option.invalid", what, f"Use {reach:,} or less")
-    check_memory(source.config, ops, o.texts, length)
-    ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
-    model = language_model(source.config, ops, trainable=False)
-    source.load_into(model)
+    model = load_model(source, o.texts, length, threads=o.threads, dtype=o.dtype, machine=machine)
     generation = Generation(model, o.texts, length, reach, tokens=tokenizer.vocab_size)
     text = Text([tokenizer.eot], 2, Xorshift64Star(1), Choice(0))
     generation.join(text)

@@ -20,15 +20,12 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from .. import backend
 from ..backend.machine import Machine
 from ..errors import LlmpyError
-from ..generate.generation import Generation, Text, TextStream, check_memory, encode_prompt, open_run
+from ..generate.generation import Generation, Text, TextStream, encode_prompt, load_model, open_run
 from ..generate.sampling import Choice, logprob
-from ..model.families import language_model
 from ..rng import Xorshift64Star
 from ..system.command import install
-from ..system.terminal import aside
 
 try:
     from lm_eval.api.model import LM
@@ -62,14 +59,11 @@ class Harness(LM):  # type: ignore[misc, unused-ignore]  # LM is Any without lm_
         """
         super().__init__()
         source, self.tokens = open_run(Path(run))
-        ops = machine or cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
         self.reach = source.trained_length
         ours = batch_size is None or str(batch_size).startswith("auto")  # "auto", or "auto:4"
         self.batch_size = BATCH_SIZE if ours else max(1, int(cast(str, batch_size)))
-        check_memory(source.config, ops, self.batch_size, self.reach)
-        ops.warm_up(aside, decoding=True, kinds=source.config.kinds)
-        self.model = language_model(source.config, ops, trainable=False)
-        source.load_into(self.model)
+        where: dict[str, Any] = {"threads": threads, "dtype": dtype, "machine": machine}
+        self.model = load_model(source, self.batch_size, self.reach, **where)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), its log-likelihood in nats and whether greedy decoding gives it.
