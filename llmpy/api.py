@@ -71,18 +71,18 @@ class Model:
     @classmethod
     def load(
         cls, model: str | Path = "gpt2", *, threads: int | None = None, dtype: str = "auto",
-        machine: Machine | None = None,
+        machine: Machine | None = None, trainable: bool = True,
     ) -> Self:  # fmt: skip
         """Load a hub model (gpt2, OWNER/NAME: downloaded once), or the model at a path.
 
         A path is a run folder, a `model.safetensors`, an llm.c `.bin`, a folder of Hugging Face or peft. `dtype` of
-        matrix products: auto, float32, bfloat16; or int8, for generation alone: no gradients, no `save`. Raises
-        LlmpyError if the model is missing, corrupt or unsupported.
+        matrix products: auto, float32, bfloat16, or int8. Without `trainable`, as in int8, the model has no gradients
+        and no `save`, takes less memory, and `parameters` are in that type. Raises LlmpyError if it is missing, corrupt or unsupported.
         """
         source = formats.resolve(str(model), aside)
         tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
-        ops = machine or _machine(threads, dtype, source.config)
-        net = language_model(source.config, ops, trainable=not ops.quantises)
+        ops = machine or _machine(threads, dtype, source.config, trainable)
+        net = language_model(source.config, ops, trainable=trainable and not ops.quantises)
         source.load_into(net)
         loaded = cls(net, tokenizer, source.trained_length)
         loaded._what = source.what
@@ -98,7 +98,7 @@ class Model:
         config = size if isinstance(size, ModelConfig) else ModelConfig.from_dial(size, vocab_size=vocab_size)
         ops = machine or _machine(threads, dtype, config)
         if ops.quantises:
-            raise int8_alone("trained")
+            raise generates_alone("trained")
         net = language_model(config, ops)
         initialise(net.params, config, seed)
         net.store_weights()
@@ -205,8 +205,8 @@ class Model:
 
     def export(self, path: str | Path, to: str | None = None, dtype: str | None = None) -> None:
         """Write llmc, hf, native or gguf, by default `path`'s format. Raises LlmpyError, also if `path` exists."""
-        if self._net.quantised:
-            raise int8_alone("saved")
+        if not self._net.trainable:
+            raise generates_alone("saved")
         path = Path(path)
         to = convert.format_of(path, to)
         with tempfile.TemporaryDirectory(prefix="llmpy-") as folder:
@@ -301,8 +301,8 @@ class Trainer:
         given = dict(options)
         self._trained = model if isinstance(model, Model) else None
         if isinstance(model, Model):
-            if model._net.quantised:
-                raise int8_alone("trained")
+            if not model._net.trainable:
+                raise generates_alone("trained")
             if "init" in given:
                 raise LlmpyError("option.conflict", "both a model and init are given", "Use one of them")
             tokenizer, V = model.tokenizer, model.config.vocab_size
@@ -394,10 +394,10 @@ class Trainer:
         return self.folder
 
 
-def int8_alone(what: str) -> LlmpyError:
-    """Return the error to raise where a model needs its whole matrices."""
-    hint = "Load it with dtype float32 or bfloat16"
-    return LlmpyError("model.int8", f"a model in int8 generates text, and cannot be {what}", hint)
+def generates_alone(what: str) -> LlmpyError:
+    """Return the error to raise where a model needs its float32 matrices."""
+    hint = "Load it as trainable, with dtype float32 or bfloat16"
+    return LlmpyError("model.no-gradients", f"a model for generation cannot be {what}", hint)
 
 
 def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -410,10 +410,10 @@ def _parts(tokens: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(PARTS, (tokens[:-held], tokens[-held:]), strict=True))
 
 
-def _machine(threads: int | None, dtype: str, config: ModelConfig) -> Machine:
-    """Return the CPU backend with the kernels of a model compiled."""
+def _machine(threads: int | None, dtype: str, config: ModelConfig, trainable: bool = True) -> Machine:
+    """Return the CPU backend with the kernels of a model compiled: of training, or of generation."""
     machine = cast(Machine, backend.load("cpu", threads=threads, dtype=dtype))
     for line in crowded(machine.threads):
         aside(line)
-    machine.warm_up(aside, machine.quantises, config.kinds)
+    machine.warm_up(aside, machine.quantises or not trainable, config.kinds)
     return machine

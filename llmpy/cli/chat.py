@@ -38,7 +38,7 @@ def chat(options: ChatOptions, ask: Callable[[], str] | None = None, machine: Ma
     Raises LlmpyError if the model is missing, corrupt or without a tokenizer.
     """
     o = options
-    model = Model.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine)
+    model = Model.load(str(o.run), threads=o.threads, dtype=o.dtype, machine=machine, trainable=False)
     tokenizer, reach = model.require_tokenizer(), model.trained_length
     model.warm_up()  # before the first answer: Ctrl-C would break LLVM during compilation
     room = reach - min(o.tokens, reach // 2)

@@ -158,7 +158,7 @@ class LanguageModel:
             raise LlmpyError("model.batch-size", f"batch size {B} is below 1", "Use -B 1 or more")
         if training and not self.trainable:
             what = "a model for generation has no float32 matrices, and no gradients"
-            raise LlmpyError("model.no-gradients", what, "Load it with dtype float32 or bfloat16")
+            raise LlmpyError("model.no-gradients", what, "Load it as trainable, with dtype float32 or bfloat16")
         ops = self.ops
         self.extend(T)
         if training and self.grads is None:
