@@ -77,7 +77,8 @@ class Model:
 
         A path is a run folder, a `model.safetensors`, an llm.c `.bin`, a folder of Hugging Face or peft. `dtype` of
         matrix products: auto, float32, bfloat16, or int8. Without `trainable`, as in int8, the model has no gradients
-        and no `save`, takes less memory, and `parameters` are in that type. Raises LlmpyError if it is missing, corrupt or unsupported.
+        and no `save`, takes less memory, and `parameters` are in that type. Raises LlmpyError if it is missing, corrupt
+        or unsupported.
         """
         source = formats.resolve(str(model), aside)
         tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
