@@ -50,9 +50,9 @@ class PlotOptions(Options):
 
 @dataclass(frozen=True)
 class ReportOptions(Options):
-    """`llmpy report [RUN]`."""
+    """`llmpy report RUN`."""
 
-    run: Path | None = option(None, "run folder (default: the newest in runs)", metavar="RUN", word=True)
+    run: Path = option(Path(), "run folder, or a folder of runs: the newest", metavar="RUN", word=True)
     out: Path | None = option(
         None, "output file, .md; the curve is the .svg next to it (default: report.md in RUN)", "-o", metavar="FILE"
     )

@@ -20,7 +20,7 @@ from ..model.language_model import LanguageModel
 from ..options.train import TrainOptions
 from ..run.checkpoint_writer import CheckpointWriter
 from ..run.folder import BEST_FILE
-from ..system.command import command
+from ..system.command import command, command_here
 from ..system.words import count_of, duration
 from ..version import __version__
 from .evaluation import Evaluation
@@ -286,7 +286,7 @@ class Trainer:
         log, data, folder = self.report.journal.log, self.data, self.checkpoints.run
         if self.stop.signal:
             log(f"stopped after {count_of(self.done, 'step')}")
-            log(f"resume:  {command('train', '--resume', folder)}")
+            log(f"resume:  {command_here('train', '--resume', folder)}")
         else:
             self.sample()
             taken = duration(self.report.elapsed())
@@ -298,7 +298,7 @@ class Trainer:
         if data.holds_answers:
             log(f"chat:  {command('chat', folder)}")
         elif data.tokenizer is not None:
-            log(f'sample:  {command("sample", folder)} --prompt "…"')
+            log(f'sample:  {command_here("sample", folder)} --prompt "…"')
 
     def from_before(self, fix: str) -> tuple[str, str]:
         """Return the checkpoint before an error, after waiting for one in progress, and how to fix it and resume."""

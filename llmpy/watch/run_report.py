@@ -33,7 +33,7 @@ SAMPLES = 3
 
 def report(options: ReportOptions, log: Callable[[str], None]) -> None:
     """Write the page of a run and its picture. Raises LlmpyError, and writes nothing, if the run has no record."""
-    run = next(iter(Runs(() if options.run is None else (options.run,)).all().values()))
+    run = next(iter(Runs((options.run,)).all().values()))
     curves, out = run.curves(), options.out or run.folder / "report.md"
     lines = [line for name in ("loss", "val_loss") if (line := curves.line("", name, "steps", None, POINTS))]
     picture = out.with_suffix(".svg")
@@ -68,13 +68,14 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
         cores = seconds @ [start["ranks"] * int(start["machine"]["threads"]) for start in starts]
         rows["training tokens"] = f"{tokens.sum():,.0f}"
         rows["time of training steps"] = f"{duration(seconds.sum())}; {cores / 3600:.3g} core-hours"
-    if (folder / MODEL_FILE).is_file():
+    finished = bool(total) and int(steps) >= int(total)
+    if finished and (folder / MODEL_FILE).is_file():
         with (folder / MODEL_FILE).open("rb") as file:
             rows["SHA-256 of model.safetensors"] = hashlib.file_digest(file, "sha256").hexdigest()
     yield from table(folder.name, rows)
     if picture:
         yield from ("", f"![Loss by step]({picture.replace(' ', '%20')})")
-    yield from ("", "## How to repeat it", "", verdict(starts, about["options"]))
+    yield from ("", "## How to repeat it", "", verdict(starts, about["options"], finished))
     before: dict[str, Any] | None = None
     for start in starts:
         machine = start["machine"]
@@ -92,10 +93,12 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     yield ""
 
 
-def verdict(starts: list[dict[str, Any]], options: dict[str, Any]) -> str:
+def verdict(starts: list[dict[str, Any]], options: dict[str, Any], finished: bool) -> str:
     """Return whether the command gives the same bits again, and if not, why."""
     if any(start["options"].get("minutes") for start in starts):
         return "`--minutes` makes the learning rate depend on the clock: a repeated run differs. `--steps` does not."
+    if not finished:
+        return "The run has not finished, and its model is that of its last checkpoint. The command trains to the end."
     free = {"threads": 0, "platform": ""}  # what the bits do not depend on
     alike = [[s["llmpy"], s["ranks"], s["options"] | free, s["machine"] | free] for s in starts]
     if alike.count(alike[0]) < len(alike) or starts[0]["step"] and not options.get("init_state"):

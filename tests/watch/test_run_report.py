@@ -17,7 +17,7 @@ from support.refused import refused
 
 from llmpy.cli import main as cli
 from llmpy.options.watch import ReportOptions
-from llmpy.watch.run_report import report, ticks
+from llmpy.watch.run_report import report, ticks, verdict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 TRAIN = (
@@ -152,3 +152,9 @@ def test_nothing_is_written_of_a_run_that_has_not_started(here: Path, record: st
 )
 def test_ticks(low: float, high: float, marks: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(marks)
+
+
+def test_an_unfinished_run_promises_nothing() -> None:
+    start = {"step": 0, "llmpy": "0.2.0", "ranks": 1, "options": {"steps": 600}, "machine": {"isa": "avx2"}}
+    assert "bit for bit" in verdict([start], start["options"], finished=True)
+    assert "not finished" in verdict([start], start["options"], finished=False)
