@@ -22,7 +22,7 @@ from numba.core import cgutils
 
 from . import amx
 from .activation import activate
-from .decode import start_sums, write_sums
+from .decode import AHEAD, start_sums, write_sums
 from .gemm import panel_width
 from .jit import fork, inline, intrinsic, kernel
 from .simd import (
@@ -60,7 +60,7 @@ FEW_ROWS = MR // 2  # of a tile in vectors: its sums are held twice, as integers
 ROWS = amx.ROWS if HOST.dot4_tiles else FEW_ROWS
 TOGETHER = 32 // ROWS * ROWS  # rows that use a cut of the panel while it is in L1
 CUT = 8  # blocks
-AHEAD = 16384  # bytes from a load of weights to the prefetch, as `decode.AHEAD`
+BYTES_AHEAD = 4 * AHEAD  # from a load of weights to the prefetch
 SMALLEST = 1e-37  # scales below are 0: their inverse could overflow
 SCRATCH = (TOGETHER + 1) * NR  # floats per thread
 
@@ -154,7 +154,7 @@ def _by_tiles(
     def multiply(block: ir.Value, n: int) -> None:
         row_b = bd.add(b, bd.mul(block, I64(4 * WORDS * LANES * n)))
         for line in range(0, 4 * WORDS * LANES * n, 64):
-            _prefetch(bd, _at(bd, bd.add(row_b, I64(AHEAD + line)), I8), IN_L2)
+            _prefetch(bd, _at(bd, bd.add(row_b, I64(BYTES_AHEAD + line)), I8), IN_L2)
         amx.multiply_bytes(bd, n, sums_of(block), bd.add(a, bd.mul(block, I64(ROW_BYTES))), rs_a, row_b)
 
     for n in range(1, NV + 1):
@@ -201,8 +201,8 @@ def _by_vectors(
         before = [bd.phi(VECTOR) for _ in start]
         rows_a = [bd.gep(row_a, [bd.mul(rs_a, I64(i))]) for i in range(m)]
 
-        def word(i: int, offset: int, kind: Any = F32, rows_a: Any = rows_a) -> Any:
-            value = bd.load(bd.bitcast(bd.gep(rows_a[i], [I64(offset)]), kind.as_pointer()))
+        def word(i: int, offset: int, rows_a: Any = rows_a) -> Any:
+            value = bd.load(bd.bitcast(bd.gep(rows_a[i], [I64(offset)]), F32.as_pointer()))
             value.align = 4
             return _splat(bd, value)
 
@@ -212,7 +212,7 @@ def _by_vectors(
             for j in range(n):
                 place = bd.gep(row_b, [I64(4 * LANES * (w * n + j))])
                 if 4 * LANES * (w * n + j) % 64 == 0:
-                    _prefetch(bd, bd.gep(place, [I64(AHEAD)]), IN_L2)
+                    _prefetch(bd, bd.gep(place, [I64(BYTES_AHEAD)]), IN_L2)
                 vectors.append(bd.bitcast(_load(bd, bd.bitcast(place, F32.as_pointer()), I64(0)), INTEGERS))
             for i in range(m):
                 signed = bd.bitcast(word(i, 4 * w), INTEGERS)
