@@ -84,7 +84,7 @@ def end(number: int, _frame: Any) -> NoReturn:
 
 def data(options: DataOptions) -> int:
     """Write token files; run folders are not text."""
-    from ..data.pack import data
+    from ..data.dataset_folder import data
     from ..run.folder import is_ours
 
     data(options, log, is_ours)

@@ -23,9 +23,9 @@ from ..system.progress import progress
 from ..system.stored import Stored
 from .chat_template import ChatTemplate
 from .datasets import SHARD_TOKENS, Layout, Log
+from .document_rows import described, pack
 from .encode import TOKENIZER_SEES, encode, pieces
 from .magic import SPOOL
-from .packing import described, pack
 from .rank_tables import LLMC_FILE, write_llmc
 from .records import Document
 from .roles import TRAINING, VALIDATION, Chosen

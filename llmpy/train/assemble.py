@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from .. import backend
 from ..backend.machine import Machine
-from ..data.prepare import Dataset
+from ..data.user_data import Dataset
 from ..errors import LlmpyError
 from ..formats import llmc_state
 from ..model.families import flops_per_token, language_model

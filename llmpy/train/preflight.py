@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..backend.machine import Machine
+from ..data.dataset_folder import is_dataset
 from ..data.hellaswag import read_examples
-from ..data.pack import is_dataset
 from ..data.pipeline import choose_vocab_size
 from ..data.shards import is_shard
 from ..data.text import Found, find_files

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import formats
-from ..data.pack import is_dataset
-from ..data.prepare import Dataset, Vocabulary, prepare
+from ..data.dataset_folder import is_dataset
+from ..data.user_data import Dataset, Vocabulary, prepare
 from ..errors import LlmpyError
 from ..formats import hub, llmc_state, peft
 from ..formats.source import Source

@@ -11,9 +11,9 @@ import numpy as np
 from ..data.hellaswag import read_examples
 from ..data.loader import Loader, Position
 from ..data.pipeline import HELD_OUT, check_counted
-from ..data.prepare import Dataset
 from ..data.records import holds_answers, question
 from ..data.shards import fingerprint
+from ..data.user_data import Dataset
 from ..errors import LlmpyError
 from ..generate.generation import encode_prompt
 from ..model.config import ModelConfig

@@ -19,7 +19,7 @@ from support.samples import in_memory, with_tokenizer
 
 from llmpy import backend, formats
 from llmpy.cli import main as cli
-from llmpy.data import datasets, prepare
+from llmpy.data import datasets, user_data
 from llmpy.formats import huggingface
 from llmpy.model.config import ModelConfig
 from llmpy.run import checkpoint
@@ -40,7 +40,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
         monkeypatch.setenv("LLMPY_CACHE_DIR", str(tmp_path / "models"))
         monkeypatch.chdir(tmp_path)
         stands_for(monkeypatch, datasets, "SHAKESPEARE", f"{here}/text", files["/text"])
-        for module in (prepare, formats.source):
+        for module in (user_data, formats.source):
             monkeypatch.setattr(module, "GPT2_VOCAB", CONFIG.vocab_size)
         monkeypatch.setattr(backend, "load", lambda *_, **__: Laptop())
         yield found

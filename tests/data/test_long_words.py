@@ -16,10 +16,10 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from llmpy.data import encode, tokenizer
 from llmpy.data.encode import LONGEST, pieces
-from llmpy.data.prepare import prepare
 from llmpy.data.rank_tables import EOT
 from llmpy.data.records import Document
 from llmpy.data.tokenizer import LONG_WORD, Tokenizer
+from llmpy.data.user_data import prepare
 from llmpy.system import progress as shown
 from llmpy.system.interrupts import interruptible
 

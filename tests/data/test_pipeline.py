@@ -10,12 +10,12 @@ from support.laptop import Laptop
 from support.refused import refused
 
 from llmpy.data import encode, pipeline
-from llmpy.data.pack import data
+from llmpy.data.dataset_folder import data
 from llmpy.data.pipeline import choose_vocab_size, divided
-from llmpy.data.prepare import Vocabulary, prepare
 from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
 from llmpy.data.tokenizer import Tokenizer
+from llmpy.data.user_data import Vocabulary, prepare
 from llmpy.options.data import DataOptions
 from llmpy.options.train import TrainOptions
 from llmpy.train.assemble import train

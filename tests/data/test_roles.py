@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from support.refused import refused
 
-from llmpy.data.pack import data
-from llmpy.data.prepare import prepare
+from llmpy.data.dataset_folder import data
 from llmpy.data.roles import choose
 from llmpy.data.shards import fingerprint, open_shard, write_shard
 from llmpy.data.tokenizer import EOT, Tokenizer
+from llmpy.data.user_data import prepare
 from llmpy.options.data import DataOptions
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -232,7 +232,7 @@ def test_vocabulary_too_small_for_bytes():
 
 
 def test_importing_does_not_import_the_library():
-    code = "import sys, llmpy.data.prepare; sys.exit('tokenizers' in sys.modules)"
+    code = "import sys, llmpy.data.user_data; sys.exit('tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, Tokenizer, deco
 from llmpy import api
 from llmpy.api import GPT2
 from llmpy.cli.main import main
-from llmpy.data import prepare
+from llmpy.data import user_data
+from llmpy.data.dataset_folder import data
 from llmpy.data.encode import encode
-from llmpy.data.pack import data
 from llmpy.data.pretrained import ROLES
 from llmpy.data.rank_tables import LLAMA3
 from llmpy.data.records import Document
@@ -244,17 +244,17 @@ def test_a_model_keeps_its_two_files(spanish: Path, tmp_path: Path) -> None:
 
 def test_a_dataset_is_encoded_with_the_model_s_own(spanish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its size, but not GPT-2's: train --init MODEL --data tinyshakespeare."""
-    monkeypatch.setattr(prepare, "GPT2_VOCAB", Ours.load(spanish).vocab_size)
+    monkeypatch.setattr(user_data, "GPT2_VOCAB", Ours.load(spanish).vocab_size)
     asked: list[str] = []
     monkeypatch.setattr(
-        prepare, "find_dataset", lambda _name, _log, tokenizer: asked.append(tokenizer) or spanish / "no"
+        user_data, "find_dataset", lambda _name, _log, tokenizer: asked.append(tokenizer) or spanish / "no"
     )
     for gpt2 in (Ours.bytes(), Ours.load(spanish)):
         monkeypatch.setattr(Ours, "gpt2", lambda *_, it=gpt2: it)
         found = open_model(spanish)
-        vocabulary = prepare.Vocabulary(found.config.vocab_size, found.tokenizer, partial(tokenizer_of, found, print))
+        vocabulary = user_data.Vocabulary(found.config.vocab_size, found.tokenizer, partial(tokenizer_of, found, print))
         with pytest.raises(LlmpyError):  # no such shards
-            prepare.prepare([Path("tinyshakespeare")], spanish, model=vocabulary)
+            user_data.prepare([Path("tinyshakespeare")], spanish, model=vocabulary)
     assert asked == [str(spanish / "vocab.json"), "gpt2"]
 
 

@@ -22,8 +22,8 @@ from support.laptop import CLOCKED, AtOnce, Laptop
 from support.refused import refused
 
 from llmpy.cli.sample import sample
-from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
+from llmpy.data.user_data import prepare
 from llmpy.errors import LlmpyError
 from llmpy.generate.generation import open_run
 from llmpy.model.gpt2 import GPT2

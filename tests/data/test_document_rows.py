@@ -15,13 +15,13 @@ from support.models import build
 from support.samples import in_memory, with_tokenizer
 
 from llmpy.backend import load
-from llmpy.data import packing
+from llmpy.data import document_rows
+from llmpy.data.document_rows import described, groups, pack
 from llmpy.data.loader import Loader
-from llmpy.data.packing import described, groups, pack
-from llmpy.data.prepare import prepare
 from llmpy.data.records import begins, holds_answers, question
 from llmpy.data.shards import COUNTED, START, Shard, fingerprint, open_shard, write_shard
 from llmpy.data.tokenizer import Tokenizer
+from llmpy.data.user_data import prepare
 from llmpy.formats import huggingface
 from llmpy.model.config import LlamaConfig, ModelConfig
 from llmpy.options.train import TrainOptions
@@ -52,7 +52,7 @@ def documents(ids: np.ndarray, starts: np.ndarray) -> list[bytes]:
 @pytest.mark.parametrize("kind", ["plain", "rendered", "mixed"])
 @pytest.mark.parametrize(("seed", "T", "window"), [(0, 16, 512), (1, 16, 4), (2, 7, 1), (3, 64, 8), (4, 3, 3)])
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, seed: int, T: int, window: int) -> None:
-    monkeypatch.setattr(packing, "WINDOW", window)
+    monkeypatch.setattr(document_rows, "WINDOW", window)
     ids, counted, starts = stream(seed, T, kind)
     packed, mask, lengths = pack(ids, counted, np.append(starts, len(ids)), T, EOT, tmp_path / "a")
     again = pack(ids, counted, starts, T, EOT, tmp_path / "b")

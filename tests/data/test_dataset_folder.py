@@ -15,16 +15,16 @@ from support.refused import refused
 from support.samples import SHARED, needs_data
 
 from llmpy.cli import main as cli
-from llmpy.data import pack, pipeline
+from llmpy.data import dataset_folder, pipeline
+from llmpy.data.dataset_folder import data, find_dataset
 from llmpy.data.datasets import SOURCES
 from llmpy.data.hellaswag import read_examples
 from llmpy.data.loader import Loader
-from llmpy.data.pack import data, find_dataset
-from llmpy.data.prepare import Vocabulary, prepare
 from llmpy.data.rank_tables import parse_llmc
 from llmpy.data.records import Document
 from llmpy.data.shards import open_shard
 from llmpy.data.tokenizer import EOT, Tokenizer
+from llmpy.data.user_data import Vocabulary, prepare
 from llmpy.options.data import DataOptions
 
 SPEECHES = [f"Speaker {i}:\nLine {i * i} of the play, and another.\n\n" for i in range(300)]
@@ -276,7 +276,7 @@ def test_concurrent_processes(raw, tmp_path, said):
     """The second waits for the first and uses its result."""
     out = tmp_path / "own"
     words = [sys.executable, "-c", COMMAND, "data", raw, "--tokenizer", "bytes", "--out", out]
-    with pack._workplace(out, print):  # until both have started
+    with dataset_folder._workplace(out, print):  # until both have started
         both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
         waiting = [process.stdout.readline() for process in both]
     ends = [process.communicate(timeout=60) for process in both]
@@ -330,7 +330,7 @@ def test_a_signal_leaves_no_files(raw, tmp_path, monkeypatch, capsys, at, number
     """Neither the folder, nor its hidden lock and workplace."""
     if signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("nohup")
-    monkeypatch.setattr(pack, at, lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(dataset_folder, at, lambda *_: signal.raise_signal(number))
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert cli.main(["data", str(raw), "--tokenizer", "bytes", "--out", str(tmp_path / "a" / "out")]) == 128 + number
     assert list(tmp_path.iterdir()) == [raw]

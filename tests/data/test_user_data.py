@@ -8,9 +8,9 @@ import pytest
 from support.refused import refused
 
 from llmpy.data import builtin
-from llmpy.data.prepare import prepare
 from llmpy.data.shards import write_shard
 from llmpy.data.tokenizer import EOT, Tokenizer
+from llmpy.data.user_data import prepare
 
 TEXT = "".join(f"Line {i}: the {'quick brown fox' if i % 3 else 'lazy dog'} — {i * 7919}.\n" for i in range(200))
 

@@ -16,7 +16,7 @@ from ..system.command import command
 from ..system.durable import made
 from ..system.words import count_of
 from . import builtin
-from .pack import SAMPLE_TOKENS, find_dataset, is_dataset
+from .dataset_folder import SAMPLE_TOKENS, find_dataset, is_dataset
 from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, split, write_tokens
 from .roles import Chosen, choose
 from .shards import Shard, fingerprint, is_shard, open_shard
