@@ -53,6 +53,8 @@ def facts(run: Path, about: dict[str, Any], model: Path) -> dict[str, str]:
     """Return what a run recorded of its model, given its config.json: base, data, numbers up to the model's step."""
     init = about["options"].get("init") or ""
     rows = {"base model": hub.repository(init) or Path(init).name}
+    if about["options"].get("data") is None:
+        rows["text"] = "the documentation of Python and NumPy"
     for part, marks in (about.get("data") or {}).items():
         shown = (f"{m['name']} ({m['tokens']:,} tokens, blake2b {m['blake2b']})" for m in marks)
         rows[f"{part} data"] = ", ".join(shown)

@@ -46,6 +46,7 @@ KEY = "LLMPY_API_KEY"
 LENGTH = 2048  # tokens of a text by default
 LARGEST, DRAINED = 1 << 20, 64 << 20  # bytes of a request; read before it is refused, so that the client sees why
 SLOWEST_BODY, SILENT = 60, 20  # seconds of a body; before the first byte of a connection
+SLOWEST_READER = 10  # seconds of a client to read the rest of its answer, beyond the time limit
 LEAST_LOGPROB = -9999.0  # OpenAI's
 ANSWERS = {"/v1/completions": False, "/v1/chat/completions": True}  # path → of a chat
 MODELS = "/v1/models"
@@ -128,18 +129,16 @@ class Api:
         timer = asyncio.get_running_loop().call_later(limit, inbox.put_nowait, Event(job.texts[0], error=late))
         reply = Reply(job, self._served, inbox)
         try:
-            if job.stream:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(limit + 10):  # of a client that does not read
-                        stream = StreamingResponse(reply.stream(), headers=NO_STORE, media_type="text/event-stream")
-                        await stream(request.scope, request.receive, send)
-            else:
-                gone = asyncio.ensure_future(wait_for_disconnect(request, inbox, job.texts[0]))
-                try:
-                    response = as_json(await reply.whole())
-                finally:
-                    gone.cancel()
-                await response(request.scope, request.receive, send)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit + SLOWEST_READER):
+                    response: Response = StreamingResponse(reply.stream(), 200, NO_STORE, "text/event-stream")
+                    if not job.stream:
+                        gone = asyncio.ensure_future(wait_for_disconnect(request, inbox, job.texts[0]))
+                        try:
+                            response = as_json(await reply.whole())
+                        finally:
+                            gone.cancel()
+                    await response(request.scope, request.receive, send)
         finally:
             timer.cancel()
             self.batcher.cancel(job.texts)

@@ -84,8 +84,9 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
         words = f"llm.py {start['llmpy']}", cores, machine["isa"], machine["dtype"], *named, machine.get("platform", "")
         yield from ("", f"From step {start['step']}: {cell(', '.join(filter(None, words)))}")
         ranks = {} if start["ranks"] == 1 else {"ranks": start["ranks"]}
-        resume = () if before is None else ("--resume", folder.name)
-        yield from fenced(command_of(start["options"] | {"dtype": machine["dtype"]} | ranks, *resume, before=before))
+        same = "--out" if before is None else "--resume"  # so that each command resumes the run of the previous one
+        where = (same, folder.name) if len(starts) > 1 else ()
+        yield from fenced(command_of(start["options"] | {"dtype": machine["dtype"]} | ranks, *where, before=before))
         before = start["options"]
     for n, sample in enumerate(reversed(run.samples()[:SAMPLES])):
         yield from (*([] if n else ["", "## Samples"]), "", f"Step {sample['step']}:")

@@ -32,18 +32,18 @@ def test_a_card_says_what_its_run_recorded(tmp_path: Path, model: str, step: int
     ):
         assert line in card.splitlines(), line
     assert "| command | llmpy train --data text.txt --init init --batch-size 2 " in card and "--prompt" not in card
-    assert "/tmp" not in card
+    assert "/tmp" not in card and "| text |" not in card
 
 
 def test_hub_names_and_odd_runs(tmp_path: Path) -> None:
     run = tmp_path / "a|b"
     shutil.copytree(FINISHED, run)
     about = json.loads((run / "config.json").read_text("utf-8"))
-    about["options"] |= {"init": "org/small.1", "prompt": "a\n| <b>", "shuffle": False}
+    about["options"] |= {"init": "org/small.1", "prompt": "a\n| <b>", "shuffle": False, "data": None}
     (run / "config.json").write_text(json.dumps(about), "utf-8")
     (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n[1]\n{"step": 4, "lo', "utf-8")
     card = model_card(open_model(run))
-    assert 'base_model: "org/small.1"' in card
+    assert 'base_model: "org/small.1"' in card and "| text | the documentation of Python and NumPy |" in card
     assert "--init org/small.1" in card and "--no-shuffle" in card and "'a \\| &lt;b>'" in card
     assert "# a\\|b" in card and "| steps | 3 |" in card and "validation loss" not in card
     llmc.write_model(tmp_path / "x.bin", in_memory(), "float32")

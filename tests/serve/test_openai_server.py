@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -341,6 +342,27 @@ def test_requests_that_take_too_long(folder: Path) -> None:
         check_refusal(answer := ask(port, TEXTS, LONG), 503)
         assert answer.json["error"]["code"] == "timeout"
         assert quiet(port) and ask(port, TEXTS, TEXT).status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Its request ends after the time limit, as the transport never takes its answer."""
+    monkeypatch.setattr(module, "SLOWEST_READER", 0.2)
+    options = ServeOptions(folder, name="m", texts=1, timeout=0.1)
+    api = module.Api(*module.prepared(options, Laptop()), options, "", local=False)
+    body = [{"type": "http.request", "body": json.dumps(TEXT | {"stream": stream}).encode()}]
+
+    async def receive() -> Json:
+        return body.pop() if body else await asyncio.Event().wait() or {}
+
+    async def send(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    asked = {"type": "http", "method": "POST", "path": TEXTS, "headers": [], "query_string": b""}
+    asyncio.run(asyncio.wait_for(api(asked, receive, send), 30))
+    api.batcher.close()
+    api.batcher.thread.join()
+    assert api.batcher.counts == (0, 0)
 
 
 def test_an_error_of_the_model_is_an_answer(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
