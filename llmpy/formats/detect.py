@@ -39,16 +39,23 @@ def find(text: str, log: Callable[[str], None]) -> Source:
     """Open the model at a path, or a hub model, downloaded if missing. Raises LlmpyError if it is neither."""
     if hub.is_name(text):
         return open_model(hub.download(text, log))
-    if not os.path.exists(text):
-        raise no_model(text)
-    return open_model(Path(text))
+    path = Path(text)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise no_model(text) from None
+    except OSError as error:  # a name too long, a folder without permission
+        raise unreadable(path, error) from None
+    return open_model(path)
 
 
 def no_model(text: str) -> LlmpyError:
     """Return the error to raise for a path without a model."""
-    near = did_you_mean(text, [*hub.NAMES, *map(str, finished())])
-    hint = f"{near} Use {', '.join(hub.NAMES)}, OWNER/NAME on the hub, or the path of a file or folder".lstrip()
-    return LlmpyError("model.missing", f"no model {text}", hint)
+    runs = [str(folder) for folder in finished()]
+    known = f"Finished runs: {', '.join(runs[:5])}" if runs else f"Train one: {command('train')}"
+    near = did_you_mean(text, [*hub.NAMES, *runs])
+    hint = f"{near} {known}. Or use {', '.join(hub.NAMES)}, OWNER/NAME on the hub, or a path".lstrip()
+    return LlmpyError("model.missing", f"no run or model {text}", hint)
 
 
 def config_of(

@@ -15,18 +15,16 @@ import numpy as np
 from .. import backend
 from ..backend.machine import Machine
 from ..data.tokenizer import Tokenizer
-from ..errors import LlmpyError, unreadable
-from ..formats import hub, resolve, tokenizer_of
+from ..errors import LlmpyError
+from ..formats import resolve, tokenizer_of
 from ..formats.source import Source
 from ..model.arena import memory
 from ..model.config import ModelConfig
 from ..model.families import adapter_room, language_model, model_memory, trained_table
 from ..model.language_model import LanguageModel
-from ..run.folder import finished
-from ..system.command import command
 from ..system.resources import available_memory, crowded
 from ..system.terminal import aside
-from ..system.words import count_of, did_you_mean, gigabytes
+from ..system.words import count_of, gigabytes
 from .kv_cache import Decoder, cache_table, packed_table, prefill_table, rows_table
 from .sampling import Choice, Coin, choose, likeliest, logprobs
 
@@ -245,15 +243,5 @@ def load_model(
 
 def open_run(run: Path) -> tuple[Source, Tokenizer]:
     """Open a model and its tokenizer: a run, a file or folder of another format, or a hub model."""
-    if not hub.is_name(run.as_posix()):
-        try:
-            there = run.exists()
-            known = [] if there else [str(folder) for folder in finished()]
-        except OSError as error:  # a name too long, a folder without permission
-            raise unreadable(run, error) from None
-        if not there:
-            others = f"Finished runs: {', '.join(known[:5])}" if known else f"Train one: {command('train')}"
-            near = did_you_mean(str(run), [*hub.NAMES, *known])
-            raise LlmpyError("model.missing", f"no run or model {run}", f"{near} {others}".lstrip())
     source = resolve(run.as_posix(), aside)
     return source, tokenizer_of(source, aside)[0]
