@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from llmpy.data import encode, tokenizer
 from llmpy.data.encode import LONGEST, pieces
@@ -100,6 +101,7 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pyt
         count(1234)
         time.sleep(0.2)
     assert "reading: 1,234 characters" in capfd.readouterr().err
+    assert isinstance(tqdm.get_lock(), type(threading.RLock()))  # one of processes outlives Ctrl-C on Python 3.14
 
 
 def test_one_long_line_from_file_to_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
