@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import cast
 
 from .. import backend
+from ..backend import kernel_cache
 from ..backend.machine import KINDS, Machine
 from ..errors import LlmpyError
 from ..options.tools import WarmupOptions
-from ..system import kernel_cache
 from ..system.words import count_of, duration
 
 

@@ -22,9 +22,9 @@ import pytest
 from llvmlite import ir
 from numba import types
 
+from llmpy.backend import kernel_cache
 from llmpy.backend.cpu import amx
 from llmpy.backend.cpu import simd as host
-from llmpy.system import kernel_cache
 
 TESTS = Path(__file__).parents[1]
 AVX512 = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx2,+fma"

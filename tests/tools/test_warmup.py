@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from support.refused import refused
 
-from llmpy.backend import cpu, machine
+from llmpy.backend import cpu, kernel_cache, machine
 from llmpy.backend.cpu import jit
 from llmpy.errors import LlmpyError
 from llmpy.options.tools import WarmupOptions
-from llmpy.system import kernel_cache
 from llmpy.tools.warmup import warmup
 
 

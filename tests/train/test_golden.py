@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmpy.backend import load
+from llmpy.backend import kernel_cache, load
 from llmpy.model.config import LlamaConfig, ModelConfig
 from llmpy.model.families import language_model
-from llmpy.system import kernel_cache
 from llmpy.train.optimizer import AdamW
 
 RECORDS = Path(__file__).parents[1] / "fixtures" / "golden.json"

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from ...errors import LlmpyError
-from ...system import kernel_cache
 from ...system.resources import cores
+from .. import kernel_cache
 from . import (
     activation,
     apart,

@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...system import kernel_cache
 from ...system.resources import cores
 from ...system.workers import few
+from .. import kernel_cache
 
 MOST = 4  # processes, of some 200 MB
 CODE = "import sys; from llmpy.backend import cpu; cpu.compile_taken(*sys.argv[1:])"  # of a helper

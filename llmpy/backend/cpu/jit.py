@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, extending
 
-from ...system import kernel_cache
+from .. import kernel_cache
 from . import pool
 
 # Sums may be vectorised (in a fixed order) and products fused; NaN, infinity and signed zeros keep their meaning.

@@ -36,7 +36,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import overload
 
-from ...system.kernel_cache import target
+from ..kernel_cache import target
 from . import amx
 from .jit import intrinsic
 

@@ -24,8 +24,8 @@ import llvmlite.binding as llvm
 import numba
 from numba.core import caching, codegen, compiler, registry, serialize
 
-from .cache import seal, trusted_folder, unseal
-from .terminal import aside
+from ..system.cache import seal, trusted_folder, unseal
+from ..system.terminal import aside
 
 config: Any = numba.config
 ELSEWHERE = "Set LLMPY_CACHE_DIR to a folder that only you can write to"
@@ -69,7 +69,7 @@ def target() -> tuple[str, str]:
 
 def _fingerprint() -> str:
     """Return a hash of everything that compiled code depends on, and of this copy's path."""
-    folder = Path(__file__).parents[1] / "backend" / "cpu"
+    folder = Path(__file__).with_name("cpu")
     digest = hashlib.sha256(str(folder).encode())
     for source in (*sorted(folder.glob("*.py")), Path(__file__)):
         digest.update(source.read_bytes())

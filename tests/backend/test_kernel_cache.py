@@ -21,9 +21,9 @@ from numba import typeof
 from numba.core import compiler, serialize
 
 from llmpy import backend
-from llmpy.backend import cpu
+from llmpy.backend import cpu, kernel_cache
 from llmpy.backend.cpu import apart, jit
-from llmpy.system import cache, durable, kernel_cache
+from llmpy.system import cache, durable
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 
