@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from llmpy import backend
-from llmpy.backend.cpu import CLASSIFIER_ROWS, linear, simd
+from llmpy.backend.cpu import CLASSIFIER_ROWS, activation, adamw, columns, embedding, layernorm, linear, rotary, simd
 from llmpy.backend.machine import Machine
 from llmpy.bench.ops import FLOPS, moved_bytes
 from llmpy.bench.roofline import TimedOps
@@ -29,8 +29,12 @@ from llmpy.system.terminal import aside
 from llmpy.train.optimizer import AdamW
 
 STEPS = 3
-ROWS = {"rope": 32, "add_columns": 16, "take_columns": 16}  # rows per item; norms and embeddings: 32
-FLAT, COLUMNS = 1 << 14, 64  # elements per item
+ROWS = {
+    "rope": rotary.ROWS,
+    "add_columns": columns.BLOCK,
+    "take_columns": columns.BLOCK,
+    "embedding_forward": embedding.ROWS,
+}
 Items = list[tuple[int, float]]  # of a fork: their number, and the share of the call's time that they take
 
 
@@ -83,17 +87,17 @@ def forks_of(op: str, a: dict[str, Any], threads: int) -> list[Items]:
         heads = NH if op == "attention_forward" else (a["qkv"].shape[-1] // HS - NH) // 2
         return [[(B * heads, 1.0)]]
     if op in ("adamw", "global_norm", "narrow"):
-        return [[(up(max(x.size for x in a.values() if isinstance(x, np.ndarray)), FLAT), 1.0)]]
+        return [[(up(max(x.size for x in a.values() if isinstance(x, np.ndarray)), adamw.BLOCK), 1.0)]]
     if op == "zero":  # NumPy, one thread
         return [[(1, 1.0)]]
     x = next(x for x in a.values() if isinstance(x, np.ndarray) and x.ndim > 1)
     rows, C = (x.size // x.shape[-1], x.shape[-1]) if x.ndim > 1 else (1, 1)
     if op == "embedding_backward":
-        return [[(up(C, COLUMNS), 1.0)]]
+        return [[(up(C, embedding.COLUMNS), 1.0)]]
     if op.startswith("activation"):
-        return [[(up(rows, max(1, FLAT // C)), 1.0)]]
-    sums: list[Items] = [[(up(C, COLUMNS), 0.02)]] if op.endswith("norm_backward") else []
-    return [[(up(rows, ROWS.get(op, 32)), 1 - 0.02 * len(sums))], *sums]
+        return [[(up(rows, max(1, activation.BLOCK // C)), 1.0)]]
+    sums: list[Items] = [[(up(C, layernorm.COLUMNS), 0.02)]] if op.endswith("norm_backward") else []
+    return [[(up(rows, ROWS.get(op, layernorm.BLOCK)), 1 - 0.02 * len(sums))], *sums]
 
 
 def bytes_of(op: str, a: dict[str, Any]) -> int:
