@@ -21,7 +21,7 @@ from llmpy.cli.main import VERBS
 ROOT = Path(__file__).parents[1]
 EXTRAS = "plot,parquet,gguf,serve,trackers,mpi"
 CHAT = '{"messages": [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On the mat."}]}\n'
-FETCH = "import sys, urllib.request as r; [r.urlopen(sys.argv[1] + name).read() for name in sys.argv[2:]]"
+FETCH = "import sys, urllib.request as r; [r.urlopen(sys.argv[1] + name, timeout=60).read() for name in sys.argv[2:]]"
 SERVED = {"watch run": ("", "page.js", "page.css"), "serve run --port 0": ("v1/models",)}
 COMMANDS = [line.strip() for line in """
 data my.jsonl --tokenizer bpe:300 --out tokens; train --recipe gpt2_124M --data tokens --print-config
@@ -55,9 +55,12 @@ def check_verbs(llmpy: Path, folder: Path, extras: str) -> None:
     for line in COMMANDS:
         if line in SERVED and extras:
             with subprocess.Popen([llmpy, *line.split()], cwd=folder, stdout=subprocess.PIPE, text=True) as server:
-                address = next(found[0] for row in server.stdout or () if (found := re.search(r"http://[^/]+/", row)))
-                call(sys.executable, "-c", FETCH, address, *SERVED[line])
-                server.terminate()
+                try:
+                    rows = server.stdout or ()
+                    address = next(found[0] for row in rows if (found := re.search(r"http://[^/]+/", row)))
+                    call(sys.executable, "-c", FETCH, address, *SERVED[line])
+                finally:
+                    server.terminate()
             continue
         lacks = not extras and line.startswith((*SERVED, "plot", "convert run my.gguf"))
         text = call(llmpy, *shlex.split(line), code=lacks, folder=folder)
@@ -66,6 +69,9 @@ def check_verbs(llmpy: Path, folder: Path, extras: str) -> None:
 
 def main(*out: str) -> None:
     assert {verb.name for verb in VERBS} <= {" ".join(line.split()[:n]) for line in COMMANDS for n in (1, 2)}
+    for path in out:
+        Path(path).mkdir()
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # it keeps files that have since been removed or renamed
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         builder = folder / "builder" / "bin" / "python"
@@ -90,7 +96,7 @@ def main(*out: str) -> None:
             print(f"installed with [{extras}]: {(sizes[1] - sizes[0]) / 1000:,.0f} MB")
             check_verbs(home / "bin" / "llmpy", folder / f"work {extras}", extras)
         for path in out:
-            shutil.copytree(folder / "dist", path)
+            shutil.copytree(folder / "dist", path, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
