@@ -156,7 +156,7 @@ class RunFolder:
 
 def finished(below: Path = Path("runs")) -> list[Path]:
     """Return the runs that hold a model, latest first."""
-    models = below.glob(f"*/{MODEL_FILE}")
+    models = (model for model in below.glob(f"*/{MODEL_FILE}") if model.is_file())
     return [m.parent for m in sorted(models, key=lambda m: m.stat().st_mtime, reverse=True)]
 
 

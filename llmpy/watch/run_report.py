@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from ..errors import LlmpyError
-from ..formats.model_card import RESULTS, cell, command_of, facts, table
+from ..formats.model_card import RESULTS, cell, commands, facts, in_memory, table
 from ..model.config import ModelConfig
 from ..options.watch import ReportOptions
 from ..run.folder import CONFIG_FILE, MODEL_FILE, read_record, starts_of
@@ -68,26 +69,21 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
         cores = seconds @ [start["ranks"] * int(start["machine"]["threads"]) for start in starts]
         rows["training tokens"] = f"{tokens.sum():,.0f}"
         rows["time of training steps"] = f"{duration(seconds.sum())}; {cores / 3600:.3g} core-hours"
-    finished = bool(total) and int(steps) >= int(total)
-    if finished and (folder / MODEL_FILE).is_file():
+    finished = bool(total) and int(steps) >= int(total) and (folder / MODEL_FILE).is_file() and not run.trains()
+    if finished:
         with (folder / MODEL_FILE).open("rb") as file:
             rows["SHA-256 of model.safetensors"] = hashlib.file_digest(file, "sha256").hexdigest()
     yield from table(folder.name, rows)
     if picture:
-        yield from ("", f"![Loss by step]({picture.replace(' ', '%20')})")
+        yield from ("", f"![Loss by step]({quote(picture)})")
     yield from ("", "## How to repeat it", "", verdict(starts, about["options"], finished))
-    before: dict[str, Any] | None = None
-    for start in starts:
+    for start, (_, line) in zip(starts, commands(about, folder.name), strict=True):
         machine = start["machine"]
         named = [f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine]
         cores = f"{count_of(start['ranks'], 'rank')} of {count_of(int(machine['threads']), 'thread')}"
         words = f"llm.py {start['llmpy']}", cores, machine["isa"], machine["dtype"], *named, machine.get("platform", "")
         yield from ("", f"From step {start['step']}: {cell(', '.join(filter(None, words)))}")
-        ranks = {} if start["ranks"] == 1 else {"ranks": start["ranks"]}
-        same = "--out" if before is None else "--resume"  # so that each command resumes the run of the previous one
-        where = (same, folder.name) if len(starts) > 1 else ()
-        yield from fenced(command_of(start["options"] | {"dtype": machine["dtype"]} | ranks, *where, before=before))
-        before = start["options"]
+        yield from fenced(line) if line else ()
     for n, sample in enumerate(reversed(run.samples()[:SAMPLES])):
         yield from (*([] if n else ["", "## Samples"]), "", f"Step {sample['step']}:")
         yield from fenced("\n".join(map(printable, sample["text"].split("\n"))))
@@ -96,6 +92,8 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
 
 def verdict(starts: list[dict[str, Any]], options: dict[str, Any], finished: bool) -> str:
     """Return whether the command gives the same bits again, and if not, why."""
+    if in_memory(options):
+        return "The run started from a model in memory: no command repeats it."
     if any(start["options"].get("minutes") for start in starts):
         return "`--minutes` makes the learning rate depend on the clock: a repeated run differs. `--steps` does not."
     if not finished:
@@ -105,8 +103,9 @@ def verdict(starts: list[dict[str, Any]], options: dict[str, Any], finished: boo
     if alike.count(alike[0]) < len(alike) or starts[0]["step"] and not options.get("init_state"):
         return "Options or machines changed on resume: to repeat the run, stop each part where the next one starts."
     return (
-        "On the same data, with these versions and this instruction set, the first command gives the same model, bit "
-        "for bit, also if it is stopped and resumed. The number of threads does not matter."
+        f"On the same data{' and base model' * bool(options.get('init'))}, with these versions and this instruction "
+        "set, the first command gives the same model, bit for bit, also if it is stopped and resumed. The number of "
+        "threads does not matter."
     )
 
 

@@ -64,6 +64,9 @@ def test_the_command_of_a_resumed_run_repeats_it(here: Path) -> None:
     for name, more in (("cut", ""), ("moved", "--threads 3")):
         shutil.copytree("two", name)
         shutil.rmtree(Path(name, "checkpoints/step-00000007"))
+        run(f"report {name}")
+        unfinished = Path(name, "report.md").read_text("utf-8")  # metrics are ahead of the last checkpoint
+        assert rows(unfinished)["steps"] == "6 of 7" and " has not finished" in unfinished and "SHA" not in unfinished
         run(f"train --resume {name} {more}", f"report {name}")
     run("report two")
     moved, page, uncut = (Path(name, "report.md").read_text("utf-8") for name in ("moved", "cut", "two"))
