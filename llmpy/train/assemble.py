@@ -34,7 +34,7 @@ from .report import Report
 from .single_process import SINGLE_PROCESS, SingleProcess
 from .start import RunStart, resolve
 from .trainer import Trainer
-from .training_data import TrainingData
+from .training_data import TrainingData, contents
 
 
 def train(
@@ -105,6 +105,9 @@ def build(
         fed.check_counted()
     else:
         fed.check_same(start.manifest["data"], folder.path)
+    marks = [contents(part) for part in fed.fingerprints.values()]
+    if any(others != marks for others in world.gather_values(marks)):
+        raise LlmpyError("rank.data-differ", "the ranks read different data", "Give all hosts the same files")
     flight = inspect(start, config, options, machine, fed.tokens)
     for line in [*flight.lines(), *world.lines(machine.threads)]:
         journal.log(line)

@@ -33,10 +33,13 @@ class Movement:
         """
         found = []
         for t, name, whole, place in self.places:
-            still = np.count_nonzero((self._host("m", place) == 0) & (self._host("v", place) == 0))
-            size = place.stop - place.start
-            if still and (t.per_layer or not t.decay or (whole and still == size)):
-                found.append(f"{still:,} of {size:,} numbers of {name}")
+            m, v = self._host("m", place), self._host("v", place)
+            if t.per_layer or not t.decay:
+                still = int(np.count_nonzero((m == 0) & (v == 0)))
+            else:
+                still = m.size if whole and not (m.any() or v.any()) else 0
+            if still:
+                found.append(f"{still:,} of {m.size:,} numbers of {name}")
         return found
 
     def unmoved(self) -> list[str]:

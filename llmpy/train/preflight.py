@@ -106,7 +106,7 @@ class Preflight:
         ]
         if o.verify_every and self.steps >= o.verify_every:
             share = 100 / o.verify_every
-            lines.append(f"verify   one step in {o.verify_every:,} is computed twice: about {share:.2g} % of the time")
+            lines.append(f"verify   one step in {o.verify_every:,} is computed twice: about {share:.3g} % of the time")
         if tokens > self.train_tokens:
             lines.append(f"caution  a step reads {tokens / self.train_tokens:,.1f} epochs")
             lines.append("         Use a smaller --total-batch or more text")

@@ -222,8 +222,9 @@ class Trainer:
             whole = 2 * found.count(most) <= len(found)  # no majority: any of them may be wrong
             odd = ", ".join(str(rank) for rank, value in enumerate(found) if whole or value != most)
             since = "at the start" if self.agreed is None else f"all ranks last agreed after step {self.agreed}"
-            kept, fix = self.from_before("Test the memory and network of the hosts")
-            who = f"ranks {odd}" if whole else f"rank {odd} from the others"
+            start = "Give all hosts the same model files"
+            kept, fix = self.from_before(start if self.agreed is None else "Test the memory and network of the hosts")
+            who = f"rank{'s' * (',' in odd)} {odd}{'' if whole else ' from the others'}"
             what = f"step {self.done}: weights differ: {who}; {since}; {kept}"
             raise LlmpyError("rank.weights-differ", what, fix)
         self.agreed, self.hash = self.done, found[0]

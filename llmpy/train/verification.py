@@ -32,10 +32,10 @@ class Verification:
     def due(self, done: int, left: int) -> bool:
         """Return whether to verify the next step, after `done` of the run: the first of this process, and every n-th.
 
-        The first is verified only if n or more are `left`: the cost stays below 1/n of short runs too.
+        The first is verified only if n or more are `left`, unless it is an n-th: short runs cost less than 1/n.
         """
         first, self._first = self._first, False
-        return self.every > 0 and (left >= self.every if first else done % self.every == 0)
+        return self.every > 0 and (done > 0 and done % self.every == 0 or first and left >= self.every)
 
     def compare(self, accumulate: Callable[[bool], float]) -> tuple[float, str]:
         """Call `accumulate` twice, the second time with True; return its result, and the first difference or ""."""

@@ -1,4 +1,4 @@
-"""Every operation at the sizes of real models: values, all elements written, none beyond (`make test-long`).
+"""Every operation of training at real sizes: values, all elements written, none beyond (`make test-long`).
 
 GPT-2 124M at 4 × 1024, with its vocabulary and Qwen's; heads of Qwen3-0.6B, the MLP of SmolLM2 135M. At most 10 GB.
 """

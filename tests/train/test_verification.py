@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from llmpy.run.folder import RunFolder
 from llmpy.run.journal import Journal
 from llmpy.train import assemble
 from llmpy.train.nonfinite import computed, parameters
+from llmpy.train.single_process import SingleProcess
 from llmpy.train.trainer import Trainer
 from llmpy.train.verification import Verification, hashes
 
@@ -201,13 +203,23 @@ def test_a_run_stops_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+def test_ranks_with_other_data_stop(tmp_path: Path) -> None:
+    class Two(SingleProcess):
+        def gather_values(self, value: Any) -> list[Any]:
+            return [value, json.loads(json.dumps(value).replace('"tokens": 2', '"tokens": 3'))]
+
+    with refused("rank.data-differ", "same files"):
+        assemble.train(options(tmp_path), Laptop(), world=Two(), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_which_steps_are_verified(tmp_path: Path) -> None:
     def verified(every: int, first: int, last: int) -> list[int]:
         made = Verification(tiny_model(), TrainOptions(verify_every=every))
         return [done for done in range(first, last) if made.due(done, last - done)]
 
     assert verified(100, 0, 350) == [0, 100, 200, 300]
-    assert verified(100, 130, 350) == [130, 200, 300]
+    assert verified(100, 130, 350) == [130, 200, 300] and verified(100, 300, 350) == [300]
     assert verified(100, 0, 99) == [] and verified(100, 290, 350) == [300]
     assert verified(1, 0, 3) == [0, 1, 2]
     assert verified(0, 0, 200) == []
