@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numba
 import numpy as np
 import pytest
 from support.cases import CALLS, CASES, REF, Args, Case, prepare
 from support.guarded import Guarded, bits, only
 from support.models import batch, build, check_micro_batches
+from support.rounding import BF16, ROUNDED, ROUNDED_INSIDE, U
 
 from llmpy.backend import load
 from llmpy.backend.cpu import simd
@@ -30,16 +30,9 @@ from llmpy.model.config import ModelConfig
 from llmpy.model.gpt2 import GPT2
 from llmpy.train.optimizer import AdamW
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-U = 2.0**-8
 # float32 sums, relative to the largest element: measured up to 3.3e-7 (dweight over 600 rows). Tighter than in
 # test_ops, where products are rounded too.
 FLOAT32 = 1e-6
-# Relative error of a tensor with elements rounded once: ulp/√12 against numbers anywhere between two powers of 2,
-# U/√3 at most and 0.42–0.44·U measured. Truncation would give 0.85·U.
-ROUNDED = 0.47 * U
-# With operands rounded too; measured 0.468, 0.62 and 0.71 (dinp; dwte 0.56).
-ROUNDED_INSIDE = {"attention_forward": 0.5 * U, "attention_backward": 0.68 * U, "classifier": 0.78 * U}
 
 
 @pytest.fixture(scope="module")
