@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parents[1]
 HEART = ("llmpy/model/", "llmpy/backend/", "llmpy/train/", "llmpy/data/loader.py", "llmpy/data/shards.py")
-TARGETS = {"heart": 9_850, "package": 24_900, "tests": 23_800}  # tests must not exceed the package
+TARGETS = {"heart": 9_850, "package": 24_900, "tests": 23_850}  # tests must not exceed the package
 AIM = 16_500  # for the package, before new models
 PAGE = {".js", ".css", ".html"}
 

@@ -22,7 +22,7 @@ from typing import Any
 from ..errors import LlmpyError, unreadable
 from ..options.data import DATA_NAMES, DataOptions
 from ..system.cache import data_cache
-from ..system.command import command
+from ..system.command import command, command_here
 from ..system.durable import made
 from ..system.lock import Lock
 from .datasets import SOURCES, hellaswag_lines
@@ -86,7 +86,7 @@ def data(options: DataOptions, log: Log = print, skip: Skip = None) -> Path:
             folder.rmdir()
         work.rename(folder.absolute())
     word = name if name and folder == data_cache() / name / "gpt2" else folder
-    log(f"wrote {folder}" + ("" if name == "hellaswag" else f". Train on it: {command('train', '--data', word)}"))
+    log(f"wrote {folder}" + ("" if name == "hellaswag" else f". Train on it: {command_here('train', '--data', word)}"))
     return folder
 
 

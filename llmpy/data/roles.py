@@ -99,7 +99,7 @@ def choose(
         raise LlmpyError("split.no-training-data", f"only validation or test data given: {shown([*uses])}", hint)
     if not train or (given and not validation):
         what = f"nothing to {'validate' if train else 'train'} on: {shown([*uses]) or 'no files'}"
-        raise LlmpyError("data.empty", what, "Give text. A file that is left out in a folder is used if named itself")
+        raise LlmpyError("data.empty", what, "Give text. A file that was left out of a folder is used if you name it")
     return Chosen(train, validation, bool(shards))
 
 

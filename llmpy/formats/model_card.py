@@ -66,16 +66,16 @@ def facts(run: Path, about: dict[str, Any], model: Path) -> dict[str, str]:
 
 def _numbers(run: Path, model: Path) -> dict[str, str]:
     """Return the newest numbers in metrics.jsonl up to the step of the model."""
-    last: float = float("inf")
+    last, best = float("inf"), {}
     if found := checkpoint.NAME.fullmatch(model.parent.name):
         last = int(found[1])
     elif model.name == BEST_FILE and (score := checkpoint.read_header(model).score):
-        last = score.step
+        last, best = score.step, {"val_loss": score.val_loss, "step": f"{score.step} (lowest validation loss)"}
     elif written := checkpoint.listed(run / CHECKPOINTS):  # training may be ahead of the last one
         last = int(written[0].name.removeprefix("step-"))
     rows = [row for row in _last_rows(run / METRICS) if type(row.get("step")) is int and row["step"] <= last]
     values = {key: value for row in rows for key, value in row.items()}
-    values |= {} if last == float("inf") else {"step": last}
+    values |= best or ({} if last == float("inf") else {"step": last})
     return {key: f"{value:.4f}" if type(value) is float else str(value) for key, value in values.items()}
 
 

@@ -94,6 +94,10 @@ class Api:
         if path in ANSWERS and request.method == "POST":
             await self._answer(request, ANSWERS[path], send)
             return
+        own = f"{MODELS}/{self._served.name}"
+        if path not in (*ANSWERS, "/health", MODELS, own):
+            known = ", ".join((*ANSWERS, MODELS))
+            raise Refusal(f"there is no {path[:100]}, only {known}", code="not_found", status=404)
         if request.method != "GET" or path in ANSWERS:
             raise Refusal(f"{request.method} {path} is not supported", code="method_not_allowed", status=405)
         model = {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "llmpy"}
@@ -102,10 +106,8 @@ class Api:
             found: Json = {"status": "ok", **busy}
         elif path == MODELS:
             found = {"object": "list", "data": [model]}
-        elif path == f"{MODELS}/{self._served.name}":
-            found = model
         else:
-            raise Refusal(f"there is no {path[:100]}", code="not_found", status=404)
+            found = model
         await as_json(found)(request.scope, request.receive, send)
 
     async def _answer(self, request: Request, chat: bool, send: Send) -> None:

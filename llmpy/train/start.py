@@ -47,7 +47,7 @@ class RunStart:
     @property
     def done(self) -> int:
         """Completed steps."""
-        return self.manifest["step"] if self.manifest else 0
+        return self.manifest["step"] if self.manifest else self.state.step if self.state else 0
 
     @property
     def elapsed(self) -> float:
@@ -203,6 +203,9 @@ def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) 
         what = f"--data and --val cannot change within a run: {folder.path} has its own tokens"
         raise LlmpyError("resume.fixed-option", what, "Drop it, or start a new run with --out")
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
+    if "steps" in options.given and now.steps is not None and step > now.steps:
+        what = f"--steps {now.steps:,} counts from the start of the run, which has trained {step:,} steps"
+        raise LlmpyError("resume.fewer-steps", what, "Pass more, or drop it")
     log(f"resuming after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
         log(f"the run is complete: {count_of(step, 'step')} in {duration(elapsed)}")
@@ -229,4 +232,5 @@ def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:
         yield f"{batches} per step instead of {before.micro_steps}: {tokens:,} tokens instead of {count:,}"
     for name in ("dtype", "lr", "schedule", "warmup", "min_lr", "steps", "minutes", "shuffle", "recompute"):
         if getattr(now, name) != getattr(before, name):
-            yield f"{name} is {getattr(now, name)} instead of {getattr(before, name)} from now on"
+            value, other = ("unset" if x is None else x for x in (getattr(now, name), getattr(before, name)))
+            yield f"{name} is {value} instead of {other} from now on"

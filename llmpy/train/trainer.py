@@ -285,6 +285,7 @@ class Trainer:
     def conclude(self) -> None:
         """Print a sample, the result and the commands to continue; no sample after a signal."""
         log, data, folder = self.report.journal.log, self.data, self.checkpoints.run
+        model = folder
         if self.stop.signal:
             log(f"stopped after {count_of(self.done, 'step')}")
             log(f"resume:  {command_here('train', '--resume', folder)}")
@@ -294,12 +295,12 @@ class Trainer:
             log(f"trained {count_of(self.done, 'step')} in {taken}; model in {folder}")
             best = self.checkpoints.best()
             if best is not None and best.val_loss < self.evaluation.loss:  # of the same batches, or it was replaced
-                where = shlex.quote(str(folder / BEST_FILE))
-                log(f"best validation loss {best.val_loss:.4f} at step {best.step}: {where}")
+                model = folder / BEST_FILE
+                log(f"best validation loss {best.val_loss:.4f} at step {best.step}: {shlex.quote(str(model))}")
         if data.holds_answers:
-            log(f"chat:  {command('chat', folder)}")
+            log(f"chat:  {command_here('chat', model)}")
         elif data.tokenizer is not None:
-            log(f'sample:  {command_here("sample", folder)} --prompt "…"')
+            log(f'sample:  {command_here("sample", model)} --prompt "…"')
 
     def from_before(self, fix: str) -> tuple[str, str]:
         """Return the checkpoint before an error, after waiting for one in progress, and how to fix it and resume."""

@@ -6,6 +6,7 @@ Its numbers are those of the model card and of `llmpy plot`. Of local paths it h
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from .runs import Run, Runs
 POINTS = 600  # of a curve, about the pixels of the picture
 WIDTH, HEIGHT, LEFT, TOP = 620, 300, 50, 30  # of the curves and their margins
 SAMPLES = 3
+PATHS = "Paths are shortened to their last names."
 
 
 def report(options: ReportOptions, log: Callable[[str], None]) -> None:
@@ -69,7 +71,7 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
         cores = seconds @ [start["ranks"] * int(start["machine"]["threads"]) for start in starts]
         rows["training tokens"] = f"{tokens.sum():,.0f}"
         rows["time of training steps"] = f"{duration(seconds.sum())}; {cores / 3600:.3g} core-hours"
-    finished = bool(total) and int(steps) >= int(total) and (folder / MODEL_FILE).is_file() and not run.trains()
+    finished = (folder / MODEL_FILE).is_file() and not run.trains() and int(steps) >= int(total or 0)
     if finished:
         with (folder / MODEL_FILE).open("rb") as file:
             rows["SHA-256 of model.safetensors"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -100,12 +102,19 @@ def verdict(starts: list[dict[str, Any]], options: dict[str, Any], finished: boo
         return "The run has not finished, and its model is that of its last checkpoint. The command trains to the end."
     free = {"threads": 0, "platform": ""}  # what the bits do not depend on
     alike = [[s["llmpy"], s["ranks"], s["options"] | free, s["machine"] | free] for s in starts]
-    if alike.count(alike[0]) < len(alike) or starts[0]["step"] and not options.get("init_state"):
-        return "Options or machines changed on resume: to repeat the run, stop each part where the next one starts."
+    if starts[0]["step"] and not options.get("init_state"):
+        return "The options and machine of the first steps are unknown."
+    planned = all(now["options"].get("steps") == then["step"] for now, then in itertools.pairwise(starts))
+    if alike.count(alike[0]) < len(alike) and not planned:
+        return (
+            "Options or machine changed after an interruption: no command stops at that step, so none repeats the run."
+        )
+    if alike.count(alike[0]) < len(alike):
+        return "Options or machine changed on resume: the commands, one after another, repeat the run. " + PATHS
     return (
         f"On the same data{' and base model' * bool(options.get('init'))}, with these versions and this instruction "
         "set, the first command gives the same model, bit for bit, also if it is stopped and resumed. The number of "
-        "threads does not matter."
+        f"threads does not matter. {PATHS}"
     )
 
 

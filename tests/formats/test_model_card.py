@@ -28,7 +28,7 @@ def test_a_card_says_what_its_run_recorded(tmp_path: Path, model: str, step: int
         "# finished",
         "| base model | init |",
         "| train data | train.bin (1,783 tokens, blake2b 909e283e0994253d3e1f75f95d890d63) |",
-        f"| steps | {step} |",
+        f"| steps | {step}{' (lowest validation loss)' * model.startswith('best')} |",
         f"| validation loss (nats per token) | {loss} |",
     ):
         assert line in card.splitlines(), line

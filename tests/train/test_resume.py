@@ -160,6 +160,8 @@ def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pyte
     assert assemble.train(resumed(run), Laptop()) == 0
     assert "the run is complete: 6 steps" in capsys.readouterr().out
     assert outcome(run, 6) == before
+    with refused("resume.fewer-steps", "--steps 5 ", "6 steps"):
+        assemble.train(resumed(run, steps=5), Laptop())
     assert assemble.train(resumed(run, steps=8), Laptop()) == 0
     assert steps_of(run) == [*range(1, 9)]
     given = resumed(run, steps=10, batch_size=4, threads=3, lr=1e-4, total_batch=128)

@@ -42,7 +42,7 @@ def test_changes_are_reported() -> None:
     assert list(changed(before, before)) == []
     batches, lr = changed(before, replace(before, total_batch=128, threads=3, lr=1e-4))
     assert batches.startswith("4 micro-batches per step instead of 2: ")
-    assert lr.startswith("lr is 0.0001 instead of None")
+    assert lr.startswith("lr is 0.0001 instead of unset")
     (ranks,) = changed(before, replace(before, ranks=2))
     assert ranks.startswith("2 ranks instead of 1: ")
 

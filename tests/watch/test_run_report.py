@@ -55,7 +55,7 @@ def digest(path: Path) -> str:
 def test_the_command_of_a_resumed_run_repeats_it(here: Path) -> None:
     run(f"{TRAIN} --steps 4 --out one", "train --resume one --steps 7", "report one")
     page = Path("one/report.md").read_text("utf-8")
-    assert "stop each part" in page and "From step 4: " in page
+    assert "one after another, repeat the run" in page and "From step 4: " in page
     assert commands(page)[1] == "train --resume one --steps 7"
     Path("one").rename("first")
     run(*commands(page))  # each resumes the one before
@@ -166,3 +166,7 @@ def test_an_unfinished_run_promises_nothing() -> None:
     start = {"step": 0, "llmpy": "0.2.0", "ranks": 1, "options": {"steps": 600}, "machine": {"isa": "avx2"}}
     assert "bit for bit" in verdict([start], start["options"], finished=True)
     assert "not finished" in verdict([start], start["options"], finished=False)
+    more = start | {"step": 600, "options": {"steps": 900}}
+    assert "one after another" in verdict([start, more], more["options"], finished=True)
+    assert "none repeats" in verdict([start, more | {"step": 400}], more["options"], finished=True)
+    assert "unknown" in verdict([more], more["options"], finished=True)
