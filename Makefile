@@ -41,7 +41,7 @@ test-wheel: $(INSTALLED)
 	@$(BIN)/python dev/check_wheel.py $(ARGS)
 
 fuzz: $(PARQUET)
-	@$(BIN)/python -m pytest -m fuzz $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .
