@@ -223,7 +223,8 @@ def with_start(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     earlier = []
     with contextlib.suppress(LlmpyError, TypeError, KeyError):  # none, or lost
         earlier = [start for start in starts_of(read_record(folder / CONFIG_FILE)) if start["step"] < now["step"]]
-    return earlier if earlier and earlier[-1] | {"step": now["step"]} == now else [*earlier, now]
+    changes = {"step": now["step"], "weights": now["weights"]}
+    return earlier if earlier and earlier[-1] | changes == now else [*earlier, now]
 
 
 def starts_of(record: dict[str, Any]) -> list[dict[str, Any]]:

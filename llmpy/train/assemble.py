@@ -35,6 +35,7 @@ from .single_process import SINGLE_PROCESS, SingleProcess
 from .start import RunStart, resolve
 from .trainer import Trainer
 from .training_data import TrainingData, contents
+from .verification import weights_hash
 
 
 def train(
@@ -136,7 +137,7 @@ def build(
             data.tokenizer.save(folder / TOKENIZER_FILE)
         about = {"model": config.record(), "machine": described(machine), "data": fed.fingerprints}
         now = {
-            "step": trainer.done, "llmpy": __version__, "ranks": world.size,
+            "step": trainer.done, "weights": weights_hash(model), "llmpy": __version__, "ranks": world.size,
             "options": options.as_record() | {"dtype": str(machine.dtype)},
             "machine": {name: value for name, value in about["machine"].items() if name != "command"},
         }  # fmt: skip

@@ -84,7 +84,8 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
         named = [f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine]
         cores = f"{count_of(start['ranks'], 'rank')} of {count_of(int(machine['threads']), 'thread')}"
         words = f"llm.py {start['llmpy']}", cores, machine["isa"], machine["dtype"], *named, machine.get("platform", "")
-        yield from ("", f"From step {start['step']}: {cell(', '.join(filter(None, words)))}")
+        weights = f", weights of hash {start['weights']}" if "weights" in start else ""
+        yield from ("", f"From step {start['step']}{weights}: {cell(', '.join(filter(None, words)))}")
         yield from fenced(line) if line else ()
     for n, sample in enumerate(reversed(run.samples()[:SAMPLES])):
         yield from (*([] if n else ["", "## Samples"]), "", f"Step {sample['step']}:")

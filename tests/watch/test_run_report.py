@@ -55,7 +55,7 @@ def digest(path: Path) -> str:
 def test_the_command_of_a_resumed_run_repeats_it(here: Path) -> None:
     run(f"{TRAIN} --steps 4 --out one", "train --resume one --steps 7", "report one")
     page = Path("one/report.md").read_text("utf-8")
-    assert "one after another, repeat the run" in page and "From step 4: " in page
+    assert "one after another, repeat the run" in page and "From step 4, weights of hash " in page
     assert commands(page)[1] == "train --resume one --steps 7"
     Path("one").rename("first")
     run(*commands(page))  # each resumes the one before
@@ -66,7 +66,12 @@ def test_the_command_of_a_resumed_run_repeats_it(here: Path) -> None:
         shutil.rmtree(Path(name, "checkpoints/step-00000007"))
         run(f"report {name}")
         unfinished = Path(name, "report.md").read_text("utf-8")  # metrics are ahead of the last checkpoint
-        assert rows(unfinished)["steps"] == "6 of 7" and " has not finished" in unfinished and "SHA" not in unfinished
+        last = max(int(path.name[5:]) for path in Path(name, "checkpoints").iterdir())
+        assert (
+            rows(unfinished)["steps"] == f"{last} of 7"
+            and " has not finished" in unfinished
+            and "SHA" not in unfinished
+        )
         run(f"train --resume {name} {more}", f"report {name}")
     run("report two")
     moved, page, uncut = (Path(name, "report.md").read_text("utf-8") for name in ("moved", "cut", "two"))
@@ -100,7 +105,10 @@ def test_fine_tuning_is_repeated_with_its_schedule(here: Path) -> None:
         "--eval-batches 1 --sample-tokens 1 --out tuned", "report tuned -o t.md")  # fmt: skip
     (again,) = commands(Path("t.md").read_text("utf-8"))
     assert "--init base" in again and "--schedule cosine" in again and "--beta2" not in again
-    run(f"{again} --out again")
+    run(f"{again} --out again", "report base", "report again")
+    pages = (Path(name).read_text("utf-8") for name in ("t.md", "again/report.md", "base/report.md"))
+    tuned, repeated, base = (re.findall("From step 0, weights of hash ([0-9a-f]{16}): ", page) for page in pages)
+    assert tuned == repeated != base and len(base) == 1
     assert digest(Path("again/model.safetensors")) == digest(Path("tuned/model.safetensors"))
 
 
