@@ -67,7 +67,7 @@ if [ $# -gt 0 ]; then exec "$root/python" "$@"; fi
 
 run=$(mktemp -d) llmpy=("$root/python" -m llmpy)
 trap 'rm -rf "$run"' EXIT
-"$root/python" -m pytest -p no:cacheprovider -k "not bfloat16" tests/backend/test_{exp,ops,decode,int8}.py \
+"$root/python" -m pytest -p no:cacheprovider tests/backend/test_{exp,ops,decode,int8}.py \
     tests/generate/test_kv_cache.py tests/train/test_golden.py
 "${llmpy[@]}" selftest
 train=(train --data tests/fixtures/0.1.0/text.txt --model d1 --vocab-size 300 -B 2 -T 32 --schedule constant --checkpoint-every 3)

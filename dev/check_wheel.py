@@ -69,8 +69,8 @@ def check_verbs(llmpy: Path, folder: Path, extras: str) -> None:
 
 def main(*out: str) -> None:
     assert {verb.name for verb in VERBS} <= {" ".join(line.split()[:n]) for line in COMMANDS for n in (1, 2)}
-    for path in out:
-        Path(path).mkdir()
+    if existing := [path for path in out if Path(path).exists()]:
+        sys.exit(f"{existing[0]} exists: remove it, or name another folder")
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # it keeps files that have since been removed or renamed
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -96,7 +96,7 @@ def main(*out: str) -> None:
             print(f"installed with [{extras}]: {(sizes[1] - sizes[0]) / 1000:,.0f} MB")
             check_verbs(home / "bin" / "llmpy", folder / f"work {extras}", extras)
         for path in out:
-            shutil.copytree(folder / "dist", path, dirs_exist_ok=True)
+            shutil.copytree(folder / "dist", path)
 
 
 if __name__ == "__main__":

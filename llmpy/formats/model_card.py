@@ -37,7 +37,8 @@ def model_card(source: Source) -> str:
         with contextlib.suppress(LlmpyError):  # the folder of no run
             about = read_record(run / CONFIG_FILE)
             name, base = run.name, hub.repository(about["options"].get("init") or "")
-            lines = [f"from step {step}: {line}" if step else line for step, line in commands(about, run.name) if line]
+            made = commands(about, run.name) if "machine" in about else ()  # else it has been prepared, not started
+            lines = [f"from step {step}: {line}" if step else line for step, line in made if line]
             rows |= {"command": "; ".join(lines)} | facts(run, about, path)
     library = "peft" if source.config.lora else "transformers"
     head = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["llmpy"]}
@@ -128,7 +129,8 @@ def _public(path: str | None) -> str:
         return ""
     name = Path(path).name
     kept = 3 if checkpoint.NAME.fullmatch(name) else 2 if name in OURS else 1
-    return hub.repository(path) or Path(*Path(path).parts[-kept:]).as_posix()
+    shown = hub.repository(path) or Path(*Path(path).parts[-kept:]).as_posix()
+    return f"./{shown}" if shown.startswith("-") else shown
 
 
 def cell(value: str) -> str:

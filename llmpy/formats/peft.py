@@ -60,7 +60,11 @@ def on_base(source: Source, base: Source) -> Source:
     fits = replace(source.config, lora=None) == base.config and lora.base_hash in ("", base_hash(base))
     if not fits or base.config.lora is not None:
         what = f"{source.path} is an adapter of another model than {base.path}"
-        raise LlmpyError("lora.other-base", what, "Restore that. A resumed run keeps older models in checkpoints/")
+        raise LlmpyError(
+            "lora.other-base",
+            what,
+            "Restore the model that it was trained on. Resumed runs keep older ones in checkpoints/",
+        )
     tokenizer, what = source.tokenizer or base.tokenizer, f"adapter of {base.path}"
     return replace(source, read=base.read, load=base.fill, dtype=base.dtype, tokenizer=tokenizer, what=what)
 

@@ -120,9 +120,7 @@ def parse(data: bytes, chat: bool, served: Served) -> Job:
 def _parse(f: Fields, chat: bool, served: Served) -> Job:
     name = f.take("model", "", f"{served.name!r}, the model served here", lambda x: isinstance(x, str))
     if name != served.name:
-        what = (
-            f"there is no model {name[:60]!r}, only {served.name!r}" if name else f"model is missing: {served.name!r}"
-        )
+        what = f"there is no model {name[:60]!r}, only {served.name!r}" if name else f"pass model: {served.name!r}"
         raise Refusal(what, "model", "model_not_found", 404 if name else 400)
     given = "messages" if chat else "prompt"
     value = f.left.get(given, "")

@@ -96,7 +96,7 @@ class Api:
             return
         own = f"{MODELS}/{self._served.name}"
         if path not in (*ANSWERS, "/health", MODELS, own):
-            known = ", ".join((*ANSWERS, MODELS))
+            known = ", ".join((*ANSWERS, MODELS, own))
             raise Refusal(f"there is no {path[:100]}, only {known}", code="not_found", status=404)
         if request.method != "GET" or path in ANSWERS:
             raise Refusal(f"{request.method} {path} is not supported", code="method_not_allowed", status=405)

@@ -18,8 +18,8 @@ def progress(what: str) -> Iterator[Callable[[int], object]]:
     """Yield a function that counts characters. A thread shows them, also during a long call of a library."""
     from tqdm import tqdm
 
-    # Its own is for processes too, and from Python 3.14 starts one that outlives this.
-    tqdm.set_lock(threading.RLock())
+    if not hasattr(tqdm, "_lock"):  # its own is for processes too, and from Python 3.14 starts one that outlives this
+        tqdm.set_lock(threading.RLock())
     bar = tqdm(desc=what, unit=" characters", unit_scale=True, leave=False, disable=None, delay=1)
     started, counted, ended = time.monotonic(), [0], threading.Event()
 

@@ -107,8 +107,10 @@ def build(
     else:
         fed.check_same(start.manifest["data"], folder.path)
     marks = [contents(part) for part in fed.fingerprints.values()]
-    if any(others != marks for others in world.gather_values(marks)):
-        raise LlmpyError("rank.data-differ", "the ranks read different data", "Give all hosts the same files")
+    gathered = world.gather_values(marks)
+    if odd := [str(rank) for rank, other in enumerate(gathered) if other != gathered[0]]:
+        what = f"rank{'s' * (len(odd) > 1)} {', '.join(odd)}: other data than rank 0"
+        raise LlmpyError("rank.data-differ", what, "Give all hosts the same files")
     flight = inspect(start, config, options, machine, fed.tokens)
     for line in [*flight.lines(), *world.lines(machine.threads)]:
         journal.log(line)

@@ -143,6 +143,7 @@ def fresh(options: TrainOptions, log: Callable[[str], None]) -> RunStart:
     except LlmpyError as error:
         return RunStart(options, errors=(error,))
     if state is not None:
+        check_more(options, options, state.step)
         log(f"resuming after step {state.step} of llm.c's run, with its moments and data position")
         if "shuffle" not in options.given:
             options = replace(options, shuffle=state.shuffle)
@@ -203,8 +204,9 @@ def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) 
         what = f"--data and --val cannot change within a run: {folder.path} has its own tokens"
         raise LlmpyError("resume.fixed-option", what, "Drop it, or start a new run with --out")
     step, elapsed = manifest["step"], manifest["seconds"]["elapsed"]
-    if "steps" in options.given and now.steps is not None and step > now.steps:
-        what = f"--steps {now.steps:,} counts from the start of the run, which has trained {step:,} steps"
+    check_more(options, now, step)
+    if now.minutes != before.minutes and now.seconds is not None and elapsed >= now.seconds:
+        what = f"--minutes {now.minutes:g} counts from the start of the run, which has trained {duration(elapsed)}"
         raise LlmpyError("resume.fewer-steps", what, "Pass more, or drop it")
     log(f"resuming after step {step}, from {path}")
     if (now.steps is not None and step >= now.steps) or (now.seconds is not None and elapsed >= now.seconds):
@@ -214,6 +216,13 @@ def saved(options: TrainOptions, folder: RunFolder, log: Callable[[str], None]) 
         log(line)
     source = formats.open_model(path / checkpoint.MODEL)
     return RunStart(now, source.config, source, checkpoint=path, manifest=manifest)
+
+
+def check_more(options: TrainOptions, now: TrainOptions, step: int) -> None:
+    """Raise LlmpyError if the given --steps are fewer than the run to resume has trained."""
+    if "steps" in options.given and now.steps is not None and step > now.steps:
+        what = f"--steps {now.steps:,} counts from the start of the run, which has trained {step:,} steps"
+        raise LlmpyError("resume.fewer-steps", what, "Pass more, or drop it")
 
 
 def changed(before: TrainOptions, now: TrainOptions) -> Iterator[str]:

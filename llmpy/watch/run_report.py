@@ -32,6 +32,10 @@ POINTS = 600  # of a curve, about the pixels of the picture
 WIDTH, HEIGHT, LEFT, TOP = 620, 300, 50, 30  # of the curves and their margins
 SAMPLES = 3
 PATHS = "Paths are shortened to their last names."
+FREE: dict[str, Any] = dict.fromkeys((  # what the bits do not depend on
+    "threads", "platform", "keep", "track", "checkpoint_every", "eval_every", "eval_batches", "hellaswag",
+    "sample_every", "sample_tokens", "prompt", "verify_every",
+))  # fmt: skip
 
 
 def report(options: ReportOptions, log: Callable[[str], None]) -> None:
@@ -78,7 +82,8 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     yield from table(folder.name, rows)
     if picture:
         yield from ("", f"![Loss by step]({quote(picture)})")
-    yield from ("", "## How to repeat it", "", verdict(starts, about["options"], finished))
+    told = verdict(starts, about["options"], finished, complete="starts" in about)
+    yield from ("", "## How to repeat it", "", told)
     for start, (_, line) in zip(starts, commands(about, folder.name), strict=True):
         machine = start["machine"]
         named = [f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine]
@@ -93,25 +98,23 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     yield ""
 
 
-def verdict(starts: list[dict[str, Any]], options: dict[str, Any], finished: bool) -> str:
-    """Return whether the command gives the same bits again, and if not, why."""
+def verdict(starts: list[dict[str, Any]], options: dict[str, Any], finished: bool, complete: bool = True) -> str:
+    """Return whether the command gives the same bits again, and if not, why. `complete`: all starts are known."""
     if in_memory(options):
         return "The run started from a model in memory: no command repeats it."
     if any(start["options"].get("minutes") for start in starts):
         return "`--minutes` makes the learning rate depend on the clock: a repeated run differs. `--steps` does not."
     if not finished:
         return "The run has not finished, and its model is that of its last checkpoint. The command trains to the end."
-    free = {"threads": 0, "platform": ""}  # what the bits do not depend on
-    alike = [[s["llmpy"], s["ranks"], s["options"] | free, s["machine"] | free] for s in starts]
-    if starts[0]["step"] and not options.get("init_state"):
-        return "The options and machine of the first steps are unknown."
-    planned = all(now["options"].get("steps") == then["step"] for now, then in itertools.pairwise(starts))
-    if alike.count(alike[0]) < len(alike) and not planned:
-        return (
-            "Options or machine changed after an interruption: no command stops at that step, so none repeats the run."
-        )
-    if alike.count(alike[0]) < len(alike):
-        return "Options or machine changed on resume: the commands, one after another, repeat the run. " + PATHS
+    if not complete or starts[0]["step"] and not options.get("init_state"):
+        return "Not all starts of the run were recorded: ranks, options or machine may have been others before."
+    parts = [[s["llmpy"], s["ranks"], s["options"] | FREE, s["machine"] | FREE] for s in starts]
+    changes = [(now["options"]["steps"], then["step"]) for i, (now, then) in enumerate(itertools.pairwise(starts))
+               if parts[i] != parts[i + 1]]  # fmt: skip
+    if any(planned != step for planned, step in changes):
+        return "Options or machine changed after an interruption. No command stops at that step: none repeats the run."
+    if changes:
+        return f"Options or machine changed on resume: the commands, one after another, repeat the run. {PATHS}"
     return (
         f"On the same data{' and base model' * bool(options.get('init'))}, with these versions and this instruction "
         "set, the first command gives the same model, bit for bit, also if it is stopped and resumed. The number of "

@@ -46,6 +46,9 @@ def test_training_may_be_ahead_of_its_model(tmp_path: Path) -> None:
     assert "| steps | 4 |" in card and "5.3961" in card and "5.1361" not in card
     shutil.rmtree(run / "checkpoints")
     assert "| steps | 8 |" in model_card(open_model(run))
+    about = {name: config()[name] for name in ("llmpy", "options")}  # a start that was refused after it wrote this
+    (run / "config.json").write_text(json.dumps(about), "utf-8")
+    assert "| command |" not in model_card(open_model(run))
 
 
 def config(**options: object) -> dict[str, Any]:
@@ -60,6 +63,11 @@ def test_commands_of_starts() -> None:
     made = [line for _, line in commands(about | {"starts": [first, more]}, "-r")]
     assert "train --out=-r " in made[0] and " --ranks 2" in made[0] and " --prompt=-x" in made[0]
     assert made[1] == "llmpy train --resume=-r --lr 0.0012345678901234567"
+
+
+def test_commands_of_paths_like_flags() -> None:
+    ((_, line),) = commands(config(data=["/a/-a.txt", "/a/b.txt"]), "b")
+    assert "--data ./-a.txt b.txt " in line
 
 
 def test_commands_without_a_file_to_start_from() -> None:

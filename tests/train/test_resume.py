@@ -162,6 +162,8 @@ def test_more_steps_after_the_end_and_other_batches(tmp_path: Path, capsys: pyte
     assert outcome(run, 6) == before
     with refused("resume.fewer-steps", "--steps 5 ", "6 steps"):
         assemble.train(resumed(run, steps=5), Laptop())
+    with refused("resume.fewer-steps", "--minutes "):
+        assemble.train(resumed(run, minutes=1e-6), Laptop())
     assert assemble.train(resumed(run, steps=8), Laptop()) == 0
     assert steps_of(run) == [*range(1, 9)]
     given = resumed(run, steps=10, batch_size=4, threads=3, lr=1e-4, total_batch=128)

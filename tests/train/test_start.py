@@ -16,7 +16,7 @@ from llmpy.options.train import DEFAULT_MODEL, TrainOptions
 from llmpy.run.folder import RunFolder, read_config
 from llmpy.run.journal import Journal
 from llmpy.train.assemble import assemble
-from llmpy.train.start import RunStart, anywhere, changed, dial, resolve
+from llmpy.train.start import RunStart, anywhere, changed, check_more, dial, resolve
 
 
 def test_a_model_that_agrees_may_be_named() -> None:
@@ -45,6 +45,14 @@ def test_changes_are_reported() -> None:
     assert lr.startswith("lr is 0.0001 instead of unset")
     (ranks,) = changed(before, replace(before, ranks=2))
     assert ranks.startswith("2 ranks instead of 1: ")
+
+
+def test_fewer_steps_than_trained() -> None:
+    fewer = TrainOptions(steps=5, given=frozenset({"steps"}))
+    check_more(fewer, fewer, 5)
+    check_more(TrainOptions(steps=5), fewer, 7)  # not given now
+    with refused("resume.fewer-steps", "--steps 5 ", "7 steps"):
+        check_more(fewer, fewer, 7)
 
 
 def half_way(*_: object) -> None:

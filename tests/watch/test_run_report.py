@@ -177,4 +177,8 @@ def test_an_unfinished_run_promises_nothing() -> None:
     more = start | {"step": 600, "options": {"steps": 900}}
     assert "one after another" in verdict([start, more], more["options"], finished=True)
     assert "none repeats" in verdict([start, more | {"step": 400}], more["options"], finished=True)
-    assert "unknown" in verdict([more], more["options"], finished=True)
+    kept = start | {"step": 400, "options": {"steps": 600, "keep": 5, "checkpoint_every": 5}}
+    assert "bit for bit" in verdict([start, kept], kept["options"], finished=True)
+    assert "one after another" in verdict([start, kept, more], more["options"], finished=True)
+    assert "Not all starts" in verdict([more], more["options"], finished=True)
+    assert "Not all starts" in verdict([start], start["options"], finished=True, complete=False)
