@@ -294,7 +294,7 @@ def test_convert(
         ("run out.txt", "out.txt", "convert.unknown-format"),
         ("run out.bin --dtype float16", "Use float32 or bfloat16", "convert.unsupported-dtype"),
         ("run out --to native --dtype bfloat16", "Use float32", "convert.unsupported-dtype"),
-        ("nowhere out", "nowhere. Train one: ", "model.missing"),
+        ("nowhere out", "OWNER/NAME on the hub, or a path [", "model.missing"),
         ("run run/model.safetensors/x.bin", "model.safetensors: File exists", "file.unwritable"),
         ("run run --to llmc", "run exists", "file.exists"),
     ],

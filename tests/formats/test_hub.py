@@ -72,7 +72,7 @@ def test_convert_takes_a_hub_model_but_prefers_a_local_path(
 
 
 def test_no_such_model() -> None:
-    with refused("model.missing", "gpt3. Did you mean gpt2? Train one: ", "Or use gpt2, "):
+    with refused("model.missing", "gpt3. Did you mean gpt2? ", "Or use gpt2, "):
         formats.resolve("gpt3", print)
     with refused("model.missing", "runs/d4"):  # a folder of ours, not of an owner named runs
         formats.resolve("runs/d4", print)
