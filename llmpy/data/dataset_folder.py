@@ -26,9 +26,9 @@ from ..system.command import command, command_here
 from ..system.durable import made
 from ..system.lock import Lock
 from .datasets import SOURCES, hellaswag_lines
+from .file_roles import choose
 from .hellaswag import encode_examples, write_examples
 from .pipeline import OWN, Corpus, Log, choose_tokenizer, given_tokenizer, split, write_tokens
-from .roles import choose
 from .shards import open_shard
 from .text import Skip
 from .tokenizer import Tokenizer

@@ -28,8 +28,8 @@ from pathlib import Path
 from ..errors import LlmpyError
 from ..system.cache import data_cache
 from ..system.download import fetch, from_hub, hub_files
+from .file_roles import choose
 from .records import Document
-from .roles import choose
 from .text import read_text, stream_files
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

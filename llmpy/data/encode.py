@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..system.workers import few
+from ..system.thread_limit import few
 from .chat_template import Spans
 from .record_fields import ASSISTANT, plain
 from .record_fields import messages as read_messages

@@ -25,10 +25,10 @@ from .chat_template import ChatTemplate
 from .datasets import SHARD_TOKENS, Layout, Log
 from .document_rows import described, pack
 from .encode import TOKENIZER_SEES, encode, pieces
+from .file_roles import TRAINING, VALIDATION, Chosen
 from .magic import SPOOL
 from .rank_tables import LLMC_FILE, write_llmc
 from .records import Document
-from .roles import TRAINING, VALIDATION, Chosen
 from .shards import CHUNK, COUNTED, FORMS, HEADER_BYTES, form_for, write_shard
 from .text import refuse_all, stream_files
 from .tokenizer import Tokenizer

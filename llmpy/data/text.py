@@ -1,4 +1,4 @@
-"""The user's text: files, folders and patterns → documents. roles.py decides which files to use.
+"""The user's text: files, folders and patterns → documents. file_roles.py decides which files to use.
 
 Records (jsonl, jsonl.gz, parquet) are one document each (records.py). All other files are plain text: UTF-8 with or
 without a byte-order mark, or UTF-16 with one. Other encodings are not guessed: a wrong guess would train on garbage for

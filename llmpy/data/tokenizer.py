@@ -27,7 +27,7 @@ from ..errors import LlmpyError, unreadable
 from ..system.cache import data_cache
 from ..system.durable import write_whole
 from ..system.interrupts import interruptible
-from ..system.workers import few
+from ..system.thread_limit import few
 from . import pretrained
 from .chat_template import ChatTemplate, Spans
 from .magic import TOKENIZER, lfs_pointer, magic_of

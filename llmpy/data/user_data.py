@@ -1,4 +1,4 @@
-"""The user's data → a dataset to train on.
+"""`llmpy train`: the user's data, a named dataset or the built-in text → a dataset to train on.
 
 Text goes through the pipeline into the run folder, Python's documentation if none is given. Shards are used unchanged.
 """
@@ -17,8 +17,8 @@ from ..system.durable import made
 from ..system.words import count_of
 from . import builtin
 from .dataset_folder import SAMPLE_TOKENS, find_dataset, is_dataset
+from .file_roles import Chosen, choose
 from .pipeline import HELD_OUT, Corpus, Log, choose_tokenizer, split, write_tokens
-from .roles import Chosen, choose
 from .shards import Shard, fingerprint, is_shard, open_shard
 from .text import Found, Skip, find_files, shown
 from .tokenizer import Tokenizer

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import psutil
 
 from ..errors import LlmpyError
-from ..system.workers import few
+from ..system.thread_limit import few
 from . import launch
 
 BEAT = 1.0  # seconds

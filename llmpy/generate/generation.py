@@ -1,4 +1,4 @@
-"""Continue texts token by token.
+"""Continue texts token by token; open and load the model that does.
 
 With cached keys and values (`kv_cache`) a token costs one pass through the weights, shared by all texts. At the end of
 the model's reach the window slides by a quarter of it, not at every token: three quarters are prefilled again.

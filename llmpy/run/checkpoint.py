@@ -35,7 +35,7 @@ from ..model.families import trained_table
 from ..model.language_model import LanguageModel
 from ..system import durable
 from ..system.command import command
-from ..system.workers import few
+from ..system.thread_limit import few
 from .folder import MODEL_FILE
 
 KEY, FORMAT = "llmpy", 1  # of a model file's metadata

@@ -23,7 +23,7 @@ from ..model.language_model import LanguageModel
 from ..model.partition import length
 from ..system import durable
 from ..system.command import command
-from ..system.workers import few
+from ..system.thread_limit import few
 from . import checkpoint, parts
 from .checkpoint import Score
 from .folder import BEST_FILE, CHECKPOINTS, MODEL_FILE, START_FILE

@@ -1,4 +1,4 @@
-"""Downloads: from the Hugging Face hub into its cache, and from other servers, checked by sha256."""
+"""Downloads from the Hugging Face hub into its cache, and from other servers, checked by sha256; uploads to the hub."""
 
 from __future__ import annotations
 

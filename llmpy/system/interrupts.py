@@ -45,7 +45,7 @@ def interruptible(work: Callable[[], T]) -> T:
     """
     from concurrent.futures import Future, wait
 
-    from .workers import few
+    from .thread_limit import few
 
     if few():
         return work()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from .terminal import aside
-from .workers import few
+from .thread_limit import few
 
 EVERY = 4.0  # seconds between lines if stderr is not a terminal
 

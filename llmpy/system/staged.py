@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Several files that appear together or not at all, written in a folder with a lock; for one file see `durable`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm.c's outlier detector: z-scores over a sliding window.
+"""Which updates to skip: those that are not finite, and llm.c's outliers, by z-scores over a sliding window.
 
 z = (x − mean)/std  over the last 128 values including x; biased std; z = 0 if std = 0
 

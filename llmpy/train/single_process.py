@@ -1,4 +1,4 @@
-"""Training by a single process: collective operations return at once."""
+"""The world of training in a single process, and the interface of those of several ranks (`distributed.world`)."""
 
 from __future__ import annotations
 

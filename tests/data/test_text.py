@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.refused import refused
 
-from llmpy.data.roles import choose
+from llmpy.data.file_roles import choose
 from llmpy.data.text import find_files, stream_files
 from llmpy.errors import LlmpyError
 from llmpy.run.folder import is_ours

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...system.resources import cores
-from ...system.workers import few
+from ...system.thread_limit import few
 from .. import kernel_cache
 
 MOST = 4  # processes, of some 200 MB

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ...system.workers import few
+from ...system.thread_limit import few
 
 # The board that announces jobs: one number per cache line (8 int64), against false sharing. LOCK: a job is running;
 # GENERATION: number of jobs; JOB: the function, 0 when closed; STATE: its argument; ACTIVE: helpers inside; KERNEL: 1

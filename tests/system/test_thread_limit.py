@@ -17,7 +17,7 @@ from llmpy.data.tokenizer import Tokenizer
 from llmpy.formats import open_model
 from llmpy.model.gpt2 import GPT2
 from llmpy.options.train import TrainOptions
-from llmpy.system import workers
+from llmpy.system import thread_limit
 from llmpy.train import assemble
 
 
@@ -28,11 +28,11 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    workers.few.cache_clear()
+    thread_limit.few.cache_clear()
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.setattr(threading.Thread, "start", start)
     yield
-    workers.few.cache_clear()
+    thread_limit.few.cache_clear()
 
 
 def test_work_is_the_same_without_threads(
@@ -66,5 +66,5 @@ def test_work_is_the_same_without_threads(
 
 
 def test_threads_are_used_where_they_can_be() -> None:
-    workers.few.cache_clear()
-    assert not workers.few()
+    thread_limit.few.cache_clear()
+    assert not thread_limit.few()

@@ -13,7 +13,7 @@ import pytest
 from support.refused import refused
 
 from llmpy.data.dataset_folder import data
-from llmpy.data.roles import choose
+from llmpy.data.file_roles import choose
 from llmpy.data.shards import fingerprint, open_shard, write_shard
 from llmpy.data.tokenizer import EOT, Tokenizer
 from llmpy.data.user_data import prepare
