@@ -87,6 +87,7 @@ def test_stories(tmp_path, said, hub, monkeypatch, how):
         (archive({"data00.json": b'[{"tale": "x"}]'}), "dataset.corrupt"),
         (archive({"data00.json": b'[{"story": null}]'}), "dataset.corrupt"),
     ],
+    ids=["text", "cut", "no archive", "no stories", "no JSON", "other fields", "null"],  # archives contain the time
 )
 def test_corrupt_stories(tmp_path, said, content, code):
     raw = tmp_path / "x.tar.gz"
