@@ -29,7 +29,7 @@ from llmpy.system.terminal import aside
 from llmpy.train.optimizer import AdamW
 
 STEPS = 3
-ROWS = {
+ROWS = {  # per item; norms: layernorm.BLOCK
     "rope": rotary.ROWS,
     "add_columns": columns.BLOCK,
     "take_columns": columns.BLOCK,

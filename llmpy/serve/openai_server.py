@@ -133,8 +133,10 @@ class Api:
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(limit + SLOWEST_READER):
-                    response: Response = StreamingResponse(reply.stream(), 200, NO_STORE, "text/event-stream")
-                    if not job.stream:
+                    response: Response
+                    if job.stream:
+                        response = StreamingResponse(reply.stream(), 200, NO_STORE, "text/event-stream")
+                    else:
                         gone = asyncio.ensure_future(wait_for_disconnect(request, inbox, job.texts[0]))
                         try:
                             response = as_json(await reply.whole())

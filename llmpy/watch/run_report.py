@@ -82,8 +82,8 @@ def page(run: Run, curves: Curves, picture: str) -> Iterator[str]:
     yield from table(folder.name, rows)
     if picture:
         yield from ("", f"![Loss by step]({quote(picture)})")
-    told = verdict(starts, about["options"], finished, complete="starts" in about)
-    yield from ("", "## How to repeat it", "", told)
+    promise = verdict(starts, about["options"], finished, complete="starts" in about)
+    yield from ("", "## How to repeat it", "", promise)
     for start, (_, line) in zip(starts, commands(about, folder.name), strict=True):
         machine = start["machine"]
         named = [f"{name} {machine[name]}" for name in ("python", "numpy", "numba", "llvmlite") if name in machine]
